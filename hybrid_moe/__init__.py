@@ -1,0 +1,38 @@
+"""Mixture-of-experts models far larger than the GPU, from one small pure-Python wheel.
+
+The names below are imported when first used (PEP 562), so that importing a lower part, such as
+`hybrid_moe.cpu_kernels`, never pulls in an upper one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "KTMoEWrapper": "hybrid_moe.wrapper",
+    "generate_gpu_experts_masks": "hybrid_moe.placement",
+    "from_pretrained": "hybrid_moe.integrations.transformers",
+    "offload": "hybrid_moe.integrations.transformers",
+    "register": "hybrid_moe.integrations.transformers",
+}
+
+__all__ = ["__version__", *_LAZY]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from hybrid_moe.integrations.transformers import from_pretrained, offload, register
+    from hybrid_moe.placement import generate_gpu_experts_masks
+    from hybrid_moe.wrapper import KTMoEWrapper
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'hybrid_moe' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,214 @@
+"""Weight formats as data.
+
+A `WeightFormat` is one row of `FORMATS`. From the row come the reference dequantizer, the
+quantizer, the sizes that the packer and the planner use, and (through `cpu_kernels`) the decode
+step that the kernel generator emits. This module is at the bottom of the house: it imports
+nothing of the project.
+
+Sources: OCP Microscaling Formats (MX) v1.0 for E2M1 and E8M0; the tests hold every table against
+`ml_dtypes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+F32: TypeAlias = npt.NDArray[np.float32]
+
+UE8M0_NAN = 255
+"""The one E8M0 byte that is no power of two. A checkpoint that holds it is refused."""
+
+E2M1_VALUES: tuple[float, ...] = (
+    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
+    -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
+)  # fmt: skip
+"""Value of each 4-bit code: sign, two exponent bits (bias 1), one mantissa bit."""
+
+
+@dataclass(frozen=True)
+class ScaleType:
+    """How one stored scale becomes a factor.
+
+    Attributes:
+        name: name used in messages.
+        dtype: NumPy dtype of a stored scale.
+        decode: stored scales -> float32 factors, same shape.
+        invalid: a stored value that has no finite factor, or None.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    decode: Callable[[Array], F32]
+    invalid: int | None = None
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """One way to store a weight matrix of N output rows and K inputs.
+
+    Attributes:
+        name: the `method=` that selects it.
+        bits: bits of one code. Codes of a row are contiguous along K, low bits first.
+        code_dtype: dtype of `codes`; a row has K * bits / (8 * itemsize) of them.
+        group: inputs (along K) that share one scale; 0 where the format has no scales.
+        scale: type of a scale, None where the format has no scales.
+        decode_codes: codes [..., units] -> float32 [..., K], without scales.
+        encode: float32 [N, K] -> (codes, scales or None), round to nearest.
+    """
+
+    name: str
+    bits: int
+    code_dtype: np.dtype[Any]
+    group: int
+    scale: ScaleType | None
+    decode_codes: Callable[[Array], F32]
+    encode: Callable[[F32], tuple[Array, Array | None]]
+
+    @property
+    def k_multiple(self) -> int:
+        """K must be a multiple of this: a panel holds whole groups, activations groups of 32."""
+        return max(32, self.group)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales included."""
+        if self.scale is None:
+            return float(self.bits)
+        return self.bits + 8 * self.scale.dtype.itemsize / self.group
+
+    def code_shape(self, N: int, K: int) -> tuple[int, int]:
+        """Shape of `codes` for an N x K matrix."""
+        return N, K * self.bits // (8 * self.code_dtype.itemsize)
+
+    def scale_shape(self, N: int, K: int) -> tuple[int, int] | None:
+        """Shape of `scales` for an N x K matrix, None where the format has none."""
+        return None if self.scale is None else (N, K // self.group)
+
+    def nbytes(self, N: int, K: int) -> int:
+        """Bytes of an N x K matrix as a checkpoint stores it."""
+        return round(N * K * self.bits_per_weight / 8)
+
+    def dequantize(self, codes: Array, scales: Array | None) -> F32:
+        """Reference dequantizer: codes [N, units], scales [N, K/group] -> float32 [N, K]."""
+        values = self.decode_codes(codes)
+        if self.scale is None:
+            return values
+        assert scales is not None
+        grouped = values.reshape(*values.shape[:-1], -1, self.group)
+        # in float64: 6 * 2^127 overflows float32 on the way to a finite product otherwise
+        factors = self.scale.decode(scales).astype(np.float64)[..., None]
+        with np.errstate(over="ignore"):
+            return (grouped * factors).astype(np.float32).reshape(values.shape)
+
+
+def ue8m0_to_float(codes: Array) -> F32:
+    """E8M0 bytes -> 2^(s - 127) in float32; 0 is 2^-127 (a subnormal), 255 is NaN."""
+    s = codes.view(np.uint8) if codes.dtype.itemsize == 1 else codes.astype(np.uint8)
+    bits = s.astype(np.uint32) << np.uint32(23)
+    bits = np.where(s == 0, np.uint32(0x0040_0000), bits)
+    bits = np.where(s == UE8M0_NAN, np.uint32(0x7FC0_0000), bits)
+    return bits.view(np.float32)
+
+
+def unpack_nibbles(codes: Array) -> npt.NDArray[np.uint8]:
+    """uint8 [..., K/2] -> 4-bit codes as uint8 [..., K]; the low nibble is the even input."""
+    low, high = codes & np.uint8(15), codes >> np.uint8(4)
+    return np.stack([low, high], axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+
+
+def bf16_to_f32(bits: Array) -> F32:
+    """bfloat16 bit patterns (uint16) -> float32, exact."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def f32_to_bf16(x: F32) -> npt.NDArray[np.uint16]:
+    """float32 -> bfloat16 bit patterns, round to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
+    return np.where(np.isnan(bits.view(np.float32)), quiet_nan, rounded).astype(np.uint16)
+
+
+def _decode_e2m1(codes: Array) -> F32:
+    return np.asarray(E2M1_VALUES, np.float32)[unpack_nibbles(codes)]
+
+
+def _encode_mxfp4(w: F32) -> tuple[Array, Array | None]:
+    """MX v1.0, section 6.3: shared exponent floor(log2(max)) - 2, elements to nearest even.
+
+    Of that exponent and the next one the closer fit (least squared error) is kept for each group:
+    the standard's exponent saturates maxima in (6, 8) * 2^e to 6, which costs accuracy that the
+    format need not lose; every result is still a valid MX block.
+    """
+    N, K = w.shape
+    groups = w.reshape(N, K // 32, 32).astype(np.float64)
+    _, exponent = np.frexp(np.abs(groups).max(axis=-1))  # max = m * 2^exponent, m in [0.5, 1)
+    floor_exponent = np.clip(exponent - 1 - 2 + 127, 0, 253)
+    candidates = [_round_e2m1(groups, floor_exponent + step) for step in (0, 1)]
+    errors = [
+        np.square(np.asarray(E2M1_VALUES)[c] * np.exp2(s[..., None] - 127.0) - groups).sum(-1)
+        for c, s in candidates
+    ]
+    better = errors[1] < errors[0]
+    codes = np.where(better[..., None], candidates[1][0], candidates[0][0])
+    scales = np.where(better, candidates[1][1], candidates[0][1]).astype(np.uint8)
+    codes = codes.astype(np.uint8).reshape(N, K)
+    return codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4)), scales
+
+
+def _round_e2m1(groups: Array, scale: Array) -> tuple[Array, Array]:
+    """Codes of `groups` [N, G, 32] at the E8M0 `scale` [N, G]: nearest, ties to the even code."""
+    magnitude = np.abs(groups) * np.exp2(127.0 - scale[..., None])
+    positive = np.asarray(E2M1_VALUES[:8])
+    midpoints = (positive[1:] + positive[:-1]) / 2
+    upper = np.searchsorted(midpoints, magnitude, side="left")  # a tie stays below
+    tie = (upper < 7) & (magnitude == midpoints[np.minimum(upper, 6)])
+    code = np.where(tie & (upper % 2 == 1), upper + 1, upper)
+    return np.where(np.signbit(groups), code + 8, code), scale
+
+
+UE8M0 = ScaleType("ue8m0", np.dtype(np.uint8), ue8m0_to_float, invalid=UE8M0_NAN)
+
+MXFP4 = WeightFormat(
+    name="MXFP4",
+    bits=4,
+    code_dtype=np.dtype(np.uint8),
+    group=32,
+    scale=UE8M0,
+    decode_codes=_decode_e2m1,
+    encode=_encode_mxfp4,
+)
+
+BF16 = WeightFormat(
+    name="BF16",
+    bits=16,
+    code_dtype=np.dtype(np.uint16),
+    group=0,
+    scale=None,
+    decode_codes=bf16_to_f32,
+    encode=lambda w: (f32_to_bf16(w), None),
+)
+
+FORMATS: Mapping[str, WeightFormat] = MappingProxyType({f.name: f for f in (MXFP4, BF16)})
+"""Every format by its `method` name. A new format is a new row here and a row in the tests."""
+
+
+def format_named(method: str) -> WeightFormat:
+    """The format that `method` names, in any case.
+
+    Raises:
+        ValueError: no format has that name; the message lists those that exist.
+    """
+    fmt = FORMATS.get(str(method).upper())
+    if fmt is None:
+        raise ValueError(
+            f"unknown method {method!r}: the methods {' and '.join(sorted(FORMATS))} are available"
+        )
+    return fmt

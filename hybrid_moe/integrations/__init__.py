@@ -1,0 +1,1 @@
+"""Places where hybrid_moe plugs into other programs."""

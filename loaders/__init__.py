@@ -1,0 +1,1 @@
+"""Readers that turn checkpoints into `ExpertTensors`."""
