@@ -22,12 +22,14 @@ class Matrix:
         bias: float32 [N], added to the product before the activation (gate, up) or before the
             routing weight (down); None for no bias.
         where: tensor key and file, for messages.
+        scales_where: the same of the scales where they are a tensor of their own.
     """
 
     codes: Array
     scales: Array | None = None
     bias: F32 | None = None
     where: str = "tensor"
+    scales_where: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class ExpertTensors:
 def check_matrix(matrix: Matrix, fmt: WeightFormat, N: int, K: int) -> None:
     """Raise `CheckpointError` unless `matrix` is an N x K matrix of `fmt`."""
     where = matrix.where
+    scales_where = matrix.scales_where or where
     codes, scales, bias = matrix.codes, matrix.scales, matrix.bias
     if codes.dtype != fmt.code_dtype:
         raise CheckpointError(
@@ -61,17 +64,17 @@ def check_matrix(matrix: Matrix, fmt: WeightFormat, N: int, K: int) -> None:
             raise CheckpointError(f"{where}: {fmt.name} needs {fmt.scale.name} scales {expected}")
         if scales.shape != expected:
             raise CheckpointError(
-                f"{where}: scales of shape {tuple(scales.shape)}, expected {expected} "
+                f"{scales_where}: scales of shape {tuple(scales.shape)}, expected {expected} "
                 f"(one per {fmt.group} inputs)"
             )
         if scales.dtype != fmt.scale.dtype:
             raise CheckpointError(
-                f"{where}: {fmt.scale.name} scales must be {fmt.scale.dtype}, "
+                f"{scales_where}: {fmt.scale.name} scales must be {fmt.scale.dtype}, "
                 f"these are {scales.dtype}"
             )
         if fmt.scale.invalid is not None and bool((scales == fmt.scale.invalid).any()):
             raise CheckpointError(
-                f"{where}: a {fmt.scale.name} scale is {fmt.scale.invalid} (NaN); "
+                f"{scales_where}: a {fmt.scale.name} scale is {fmt.scale.invalid} (NaN); "
                 "the checkpoint is damaged"
             )
     if bias is not None and bias.shape != (N,):

@@ -1,0 +1,1 @@
+"""A small vector language: kernels are written once, tiers say how each op is lowered."""

@@ -1,0 +1,1 @@
+"""From LLVM IR to callable code: compile, cache on disk, load."""

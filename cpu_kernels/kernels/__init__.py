@@ -1,0 +1,1 @@
+"""Kernels of the expert FFN, written once in the vector language."""

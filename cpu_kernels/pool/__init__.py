@@ -1,0 +1,1 @@
+"""Worker threads, where they run, and the memory they read."""

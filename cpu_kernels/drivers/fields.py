@@ -1,0 +1,125 @@
+"""Slots of the descriptors that Python fills in and compiled drivers read.
+
+A descriptor is an array of int64; a slot holds an integer or an address. Python and Numba both
+import these constants, so there is one list of them.
+"""
+
+from __future__ import annotations
+
+MAX_POOLS = 8
+MAX_SIZES = 8
+LINE_SLOTS = 8  # int64 slots of a cache line
+
+
+
+# Layer: constant once its experts are loaded.
+
+L_EXPERTS = 0
+L_HIDDEN = 1
+L_INTERMEDIATE = 2
+L_ENCODE = 3
+L_ACTIVATE = 4
+L_COMBINE = 5
+L_CLEAR = 6
+L_FINISH = 7
+L_UNPACK = 8
+L_UNPACKED_GROUP_BYTES = 9
+L_DIRECT_LIMIT = 10
+L_PARAMETERS = 11  # float32 [3]: limit, alpha, up offset
+L_X_ROW_BYTES = 12  # encoded row of hidden inputs
+L_H_ROW_BYTES = 13  # encoded row of intermediate inputs
+L_CHUNK_GROUPS = 14  # groups of a strip that are unpacked at a time
+L_GATE_BIAS = 15  # int64 [E]: address of float32 [intermediate, rounded up]
+L_UP_BIAS = 16
+L_DOWN_BIAS = 17
+L_GATE_UP = 18  # int64 [pools][E]: address of the pool's gate/up strips, 0 = not resident
+L_DOWN = 19
+L_BLOCKS = 20  # int64 [pools + 1]: first 32-row block of the intermediate of each pool
+L_STRIPS = 21  # int64 [pools + 1]: first strip of the hidden rows of each pool
+L_GU_GROUPS = 22  # hidden / 32, then the layout of gate/up strips
+L_GU_CODE_BYTES = 23
+L_GU_SCALE_BYTES = 24
+L_GU_SCALE_OFFSET = 25
+L_GU_STRIP_BYTES = 26
+L_DN_GROUPS = 27  # intermediate / 32, then the layout of down strips
+L_DN_CODE_BYTES = 28
+L_DN_SCALE_BYTES = 29
+L_DN_SCALE_OFFSET = 30
+L_DN_STRIP_BYTES = 31
+L_DIRECT = 32  # MAX_SIZES pairs (tokens, kernel), descending, ending with 1
+L_TILED = L_DIRECT + 2 * MAX_SIZES
+LAYER_SLOTS = L_TILED + 2 * MAX_SIZES
+
+# Job: one forward of one layer. It lives in a slot of the group's ring and is reused, so every
+# claim word carries the job's sequence number.
+
+J_SEQUENCE = 0
+J_LAYER = 1
+J_TOKENS = 2
+J_TOP_K = 3
+J_POOLS = 4
+J_X = 5  # bf16 [T][hidden], contiguous
+J_IDS = 6  # int64 [T][k]
+J_WEIGHTS = 7  # float32 [T][k]
+J_SKIP = 8  # uint8 [E] or 0
+J_OUT = 9  # bf16 [T][hidden]
+J_COUNTS = 10  # int32 [E + 1] scratch of the router
+J_ACTIVE_EXPERT = 11  # int32 [active]
+J_ACTIVE_START = 12  # int32 [active + 1]: first pair of each active expert
+J_PAIR_TOKEN = 13  # int32 [T * k], grouped by expert in ascending id
+J_PAIR_WEIGHT = 14  # float32 [T * k]
+J_PAIR_X = 15  # int64 [T * k]: address of the token's encoded row
+J_PAIR_H = 16  # int64 [T * k]: address of the pair's encoded intermediate row
+J_X_ROWS = 17  # encoded inputs [T]
+J_H_ROWS = 18  # encoded intermediates [T * k]
+J_ACTIVE = 19  # results of routing: number of active experts,
+J_MOST = 20  # most tokens of one expert,
+J_IGNORED = 21  # ids out of range,
+J_MISSING = 22  # 1 + an expert that is not loaded and not skipped, or 0
+J_SCRATCH = 23  # base of the workers' scratch
+J_SCRATCH_BYTES = 24  # of one worker
+J_ENCODE_TOKENS = 25  # tokens per task
+J_BLOCKS_PER_TASK = 26
+J_STRIPS_PER_TASK = 27
+J_TARGET_TASKS = 28  # tasks to aim at in each pool and phase
+J_SCRATCH_SUMS = 29  # offsets within a worker's scratch
+J_SCRATCH_SUMS2 = 30
+J_SCRATCH_UNPACKED = 31
+J_SCRATCH_OUT = 32
+J_INLINE_ENCODE = 33  # 1: the publisher encodes the inputs itself, phase 0 is empty
+
+PHASES = 3
+PHASE_ENCODE, PHASE_GATE_UP, PHASE_DOWN = range(PHASES)
+J_TOTAL = 40  # [PHASES]: tasks of a phase, all pools
+J_TASKS = 48  # [PHASES][MAX_POOLS]
+J_DONE = J_TASKS + PHASES * MAX_POOLS  # [PHASES] finished tasks, a cache line each
+J_CLAIM = J_DONE + PHASES * LINE_SLOTS  # [PHASES][MAX_POOLS] claim words, a cache line each
+JOB_SLOTS = J_CLAIM + PHASES * MAX_POOLS * LINE_SLOTS
+
+CLAIM_BITS = 24
+"""A claim word is sequence << CLAIM_BITS | next task."""
+
+# Group control block: the ring of jobs and the words that threads wait on, a line each.
+
+RING = 16
+G_SUBMITTED = 0 * LINE_SLOTS
+G_COMPLETED = 1 * LINE_SLOTS
+G_WAKE = 2 * LINE_SLOTS  # futex word: bumped at every submission
+G_DONE_WAKE = 3 * LINE_SLOTS  # futex word: bumped at every completion
+G_SLEEPERS = 4 * LINE_SLOTS
+G_WAITERS = 5 * LINE_SLOTS
+G_STOP = 6 * LINE_SLOTS
+G_SPIN = 7 * LINE_SLOTS  # pauses before a worker sleeps
+G_FUTEX = G_SPIN + 1  # number of the futex system call
+G_TIMEOUT_NS = G_SPIN + 2  # of one sleep
+G_TIMESPEC = G_SPIN + 3  # struct timespec for it
+G_RING = 8 * LINE_SLOTS
+GROUP_SLOTS = G_RING + RING * JOB_SLOTS
+
+# Host-function descriptor of the CUDA path: what a captured graph replays.
+
+H_GROUP = 0
+H_TEMPLATE = 1  # a job descriptor that each launch copies into the ring
+H_SEQUENCE = 2  # of the latest launch
+H_ERROR = 3  # sticky: 1 + missing expert
+HOST_SLOTS = 8

@@ -1,0 +1,185 @@
+"""Routing: token x slot ids -> pairs grouped by expert, and the sizes of each phase."""
+
+from __future__ import annotations
+
+from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.memory import (
+    call6,
+    driver,
+    load8,
+    load32,
+    load64,
+    store32,
+    store64,
+)
+
+
+@driver
+def get(base, slot):  # type: ignore[no-untyped-def]
+    return load64(base + 8 * slot)
+
+
+@driver
+def put(base, slot, value):  # type: ignore[no-untyped-def]
+    store64(base + 8 * slot, value)
+
+
+@driver
+def is_here(job, layer, expert):  # type: ignore[no-untyped-def]
+    """1 if the expert's pairs are computed here, 0 if they are skipped, -1 if it is not loaded."""
+    skip = get(job, f.J_SKIP)
+    if skip != 0 and load8(skip + expert) != 0:
+        return 0
+    return 1 if load64(get(layer, f.L_GATE_UP) + 8 * expert) != 0 else -1
+
+
+@driver
+def count_pairs(job, layer):  # type: ignore[no-untyped-def]
+    """Pairs of each expert; ids out of range are counted and contribute nothing."""
+    experts = get(layer, f.L_EXPERTS)
+    counts = get(job, f.J_COUNTS)
+    ids = get(job, f.J_IDS)
+    total = get(job, f.J_TOKENS) * get(job, f.J_TOP_K)
+    for e in range(experts):
+        store32(counts + 4 * e, 0)
+    ignored = 0
+    missing = 0
+    for i in range(total):
+        e = load64(ids + 8 * i)
+        if e < 0 or e >= experts:
+            ignored += 1
+            continue
+        here = is_here(job, layer, e)
+        if here > 0:
+            store32(counts + 4 * e, load32(counts + 4 * e) + 1)
+        elif here < 0:
+            missing = e + 1
+    put(job, f.J_IGNORED, ignored)
+    put(job, f.J_MISSING, missing)
+
+
+@driver
+def place_pairs(job, layer):  # type: ignore[no-untyped-def]
+    """Group pairs by ascending expert; within one, by token, then slot."""
+    experts = get(layer, f.L_EXPERTS)
+    counts = get(job, f.J_COUNTS)
+    active = 0
+    start = 0
+    most = 0
+    for e in range(experts):
+        n = load32(counts + 4 * e)
+        if n > 0:
+            store32(get(job, f.J_ACTIVE_EXPERT) + 4 * active, e)
+            store32(get(job, f.J_ACTIVE_START) + 4 * active, start)
+            store32(counts + 4 * e, start)  # now: where the expert's next pair goes
+            start += n
+            active += 1
+            most = max(most, n)
+        else:
+            store32(counts + 4 * e, -1)
+    store32(get(job, f.J_ACTIVE_START) + 4 * active, start)
+    put(job, f.J_ACTIVE, active)
+    put(job, f.J_MOST, most)
+
+    ids = get(job, f.J_IDS)
+    weights = get(job, f.J_WEIGHTS)
+    top_k = get(job, f.J_TOP_K)
+    x_rows, x_bytes = get(job, f.J_X_ROWS), get(layer, f.L_X_ROW_BYTES)
+    h_rows, h_bytes = get(job, f.J_H_ROWS), get(layer, f.L_H_ROW_BYTES)
+    for t in range(get(job, f.J_TOKENS)):
+        for slot in range(top_k):
+            i = t * top_k + slot
+            e = load64(ids + 8 * i)
+            if e < 0 or e >= experts:
+                continue
+            pair = load32(counts + 4 * e)
+            if pair < 0:
+                continue
+            store32(counts + 4 * e, pair + 1)
+            store32(get(job, f.J_PAIR_TOKEN) + 4 * pair, t)
+            store32(get(job, f.J_PAIR_WEIGHT) + 4 * pair, load32(weights + 4 * i))
+            store64(get(job, f.J_PAIR_X) + 8 * pair, x_rows + t * x_bytes)
+            store64(get(job, f.J_PAIR_H) + 8 * pair, h_rows + pair * h_bytes)
+
+
+@driver
+def ceil_div(a, b):  # type: ignore[no-untyped-def]
+    return (a + b - 1) // b
+
+
+@driver
+def share(units, target):  # type: ignore[no-untyped-def]
+    """Units per task so that there are about `target` tasks, at least one."""
+    return max(1, units // max(1, target))
+
+
+@driver
+def size_phases(job, layer):  # type: ignore[no-untyped-def]
+    """Tasks of each phase and pool. A task is rows of one expert (gate/up) or rows of all (down)."""
+    active = get(job, f.J_ACTIVE)
+    tokens = get(job, f.J_TOKENS)
+    pools = get(job, f.J_POOLS)
+    target = get(job, f.J_TARGET_TASKS)
+    blocks = get(layer, f.L_BLOCKS)
+    strips = get(layer, f.L_STRIPS)
+
+    encode_tasks = 0
+    if get(job, f.J_INLINE_ENCODE) == 0:
+        encode_tasks = ceil_div(tokens, get(job, f.J_ENCODE_TOKENS))
+    most_blocks = 0
+    most_strips = 0
+    for p in range(pools):
+        most_blocks = max(most_blocks, load64(blocks + 8 * (p + 1)) - load64(blocks + 8 * p))
+        most_strips = max(most_strips, load64(strips + 8 * (p + 1)) - load64(strips + 8 * p))
+    per_block = share(most_blocks, ceil_div(target, max(1, active)))
+    # every strip of a down task needs float32 [tokens][32]: one strip once that is large
+    per_strip = 1
+    if tokens <= 8:
+        per_strip = min(share(most_strips, target), 4)
+    put(job, f.J_BLOCKS_PER_TASK, per_block)
+    put(job, f.J_STRIPS_PER_TASK, per_strip)
+
+    for phase in range(f.PHASES):
+        total = 0
+        for p in range(pools):
+            n = 0
+            if phase == f.PHASE_ENCODE:
+                if p == 0:
+                    n = encode_tasks
+            elif phase == f.PHASE_GATE_UP:
+                mine = load64(blocks + 8 * (p + 1)) - load64(blocks + 8 * p)
+                n = active * ceil_div(mine, per_block)
+            else:
+                mine = load64(strips + 8 * (p + 1)) - load64(strips + 8 * p)
+                n = ceil_div(mine, per_strip)
+            put(job, f.J_TASKS + phase * f.MAX_POOLS + p, n)
+            total += n
+        put(job, f.J_TOTAL + phase, total)
+
+
+@driver
+def encode_tokens(job, layer, begin, end):  # type: ignore[no-untyped-def]
+    """Encode input rows begin..end-1."""
+    x_bytes = 2 * get(layer, f.L_HIDDEN)
+    row_bytes = get(layer, f.L_X_ROW_BYTES)
+    call6(
+        get(layer, f.L_ENCODE),
+        get(job, f.J_X) + begin * x_bytes,
+        x_bytes,
+        get(job, f.J_X_ROWS) + begin * row_bytes,
+        row_bytes,
+        end - begin,
+        get(layer, f.L_GU_GROUPS),
+    )
+
+
+@driver
+def prepare(job):  # type: ignore[no-untyped-def]
+    """Route a job and size its phases; a small one is encoded here too. Returns its missing."""
+    layer = get(job, f.J_LAYER)
+    count_pairs(job, layer)
+    place_pairs(job, layer)
+    size_phases(job, layer)
+    if get(job, f.J_INLINE_ENCODE) != 0:
+        encode_tokens(job, layer, 0, get(job, f.J_TOKENS))
+    return get(job, f.J_MISSING)

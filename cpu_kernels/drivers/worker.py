@@ -1,0 +1,267 @@
+"""Threads of a pool group: taking tasks, waiting, publishing jobs.
+
+Jobs run one after another in the order of submission. A phase is over when its tasks are done, not
+when threads have met: a thread that the system has put aside delays nobody who has work. A thread
+that wakes late finds other sequence numbers in the claim words and leaves without touching what
+the job owned.
+"""
+
+from __future__ import annotations
+
+from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.memory import (
+    compare_swap,
+    driver,
+    fence,
+    fetch_add,
+    load32,
+    load64,
+    load_acquire,
+    nanoseconds,
+    pause,
+    restore_float_environment,
+    set_float_environment,
+    store64,
+    store_release,
+    system_call,
+)
+from hybrid_moe.cpu_kernels.drivers.phases import run_task
+from hybrid_moe.cpu_kernels.drivers.route import get, prepare, put
+
+_FUTEX_WAIT_PRIVATE = 128
+_FUTEX_WAKE_PRIVATE = 129
+_ALL = 2147483647
+_NO_TASK = (1 << f.CLAIM_BITS) - 1
+_HELP_SPIN = 4096  # pauses of a waiting submitter before it sleeps
+
+
+@driver
+def wake(group, word):  # type: ignore[no-untyped-def]
+    """Bump a futex word and wake all who sleep on it."""
+    address = group + 8 * word
+    fetch_add(address, 1)
+    system_call(get(group, f.G_FUTEX), address, _FUTEX_WAKE_PRIVATE, _ALL, 0)
+
+
+@driver
+def wake_all(group):  # type: ignore[no-untyped-def]
+    """Wake workers and waiting submitters, whatever they wait for."""
+    wake(group, f.G_WAKE)
+    wake(group, f.G_DONE_WAKE)
+    return 0
+
+
+@driver
+def sleep_on(group, word, seen):  # type: ignore[no-untyped-def]
+    """Sleep until the word differs from `seen` or the group's timeout has passed."""
+    system_call(
+        get(group, f.G_FUTEX),
+        group + 8 * word,
+        _FUTEX_WAIT_PRIVATE,
+        seen,
+        group + 8 * f.G_TIMESPEC,
+    )
+
+
+@driver
+def ring_slot(group, sequence):  # type: ignore[no-untyped-def]
+    return group + 8 * (f.G_RING + (sequence % f.RING) * f.JOB_SLOTS)
+
+
+@driver
+def claim(job, sequence, phase, pool):  # type: ignore[no-untyped-def]
+    """The next task of (phase, pool), or -1 when there is none or the job is another by now."""
+    word = job + 8 * (f.J_CLAIM + (phase * f.MAX_POOLS + pool) * f.LINE_SLOTS)
+    while True:
+        value = load_acquire(word)
+        if (value >> f.CLAIM_BITS) != sequence:
+            return -1
+        task = value & _NO_TASK
+        if task >= get(job, f.J_TASKS + phase * f.MAX_POOLS + pool):
+            return -1
+        if compare_swap(word, value, value + 1):
+            return task
+
+
+@driver
+def complete(group, sequence):  # type: ignore[no-untyped-def]
+    store_release(group + 8 * f.G_COMPLETED, sequence)
+    fence()
+    if load_acquire(group + 8 * f.G_WAITERS) > 0:
+        wake(group, f.G_DONE_WAKE)
+    if load_acquire(group + 8 * f.G_SLEEPERS) > 0 and (
+        load_acquire(group + 8 * f.G_SUBMITTED) > sequence
+    ):
+        wake(group, f.G_WAKE)
+
+
+@driver
+def take_tasks(group, job, sequence, phase, pool, worker, deadline):  # type: ignore[no-untyped-def]
+    """Run tasks of a phase until there are none to claim; whoever ends the last phase's last task
+    completes the job. `deadline` (0: none) bounds how long the caller stays away from Python."""
+    done = job + 8 * (f.J_DONE + phase * f.LINE_SLOTS)
+    while True:
+        if deadline != 0 and nanoseconds() > deadline:
+            return
+        task = claim(job, sequence, phase, pool)
+        if task < 0:
+            return
+        total = get(job, f.J_TOTAL + phase)
+        run_task(job, phase, pool, task, worker)
+        finished = fetch_add(done, 1) + 1
+        if phase == f.PHASES - 1 and finished == total:
+            complete(group, sequence)
+
+
+@driver
+def phase_is_done(job, sequence, phase):  # type: ignore[no-untyped-def]
+    """A finished phase of this job; also true when the ring slot holds a later job."""
+    done = load_acquire(job + 8 * (f.J_DONE + phase * f.LINE_SLOTS))
+    if get(job, f.J_SEQUENCE) != sequence:
+        return True
+    return done >= get(job, f.J_TOTAL + phase)
+
+
+@driver
+def participate(group, sequence, pool, worker, deadline):  # type: ignore[no-untyped-def]
+    """Work on one job until it is complete (or the deadline)."""
+    job = ring_slot(group, sequence)
+    for phase in range(f.PHASES):
+        take_tasks(group, job, sequence, phase, pool, worker, deadline)
+        spins = 0
+        while not phase_is_done(job, sequence, phase):
+            if load_acquire(group + 8 * f.G_COMPLETED) >= sequence:
+                return
+            if deadline != 0 and nanoseconds() > deadline:
+                return
+            if load_acquire(group + 8 * f.G_STOP) != 0:
+                return
+            pause()
+            spins += 1
+
+
+@driver
+def work(group, pool, worker):  # type: ignore[no-untyped-def]
+    """A worker's loop. Returns 1 when the group stops, 0 after an idle sleep (call again)."""
+    set_float_environment()
+    spins = 0
+    while True:
+        if load_acquire(group + 8 * f.G_STOP) != 0:
+            return 1
+        completed = load_acquire(group + 8 * f.G_COMPLETED)
+        if load_acquire(group + 8 * f.G_SUBMITTED) > completed:
+            participate(group, completed + 1, pool, worker, 0)
+            spins = 0
+            continue
+        spins += 1
+        if spins < get(group, f.G_SPIN):
+            pause()
+            continue
+        seen = load32(group + 8 * f.G_WAKE)
+        fetch_add(group + 8 * f.G_SLEEPERS, 1)
+        if (
+            load_acquire(group + 8 * f.G_SUBMITTED) <= load_acquire(group + 8 * f.G_COMPLETED)
+            and load_acquire(group + 8 * f.G_STOP) == 0
+        ):
+            sleep_on(group, f.G_WAKE, seen)
+        fetch_add(group + 8 * f.G_SLEEPERS, -1)
+        if load_acquire(group + 8 * f.G_SUBMITTED) <= load_acquire(group + 8 * f.G_COMPLETED):
+            return 0
+        spins = 0
+
+
+@driver
+def wait_for(group, sequence, pool, worker, assist):  # type: ignore[no-untyped-def]
+    deadline = nanoseconds() + get(group, f.G_TIMEOUT_NS)
+    spins = 0
+    while True:
+        completed = load_acquire(group + 8 * f.G_COMPLETED)
+        if completed >= sequence:
+            return 1
+        if nanoseconds() > deadline or load_acquire(group + 8 * f.G_STOP) != 0:
+            return 0
+        if assist != 0:
+            participate(group, completed + 1, pool, worker, deadline)
+            continue
+        spins += 1
+        if spins < _HELP_SPIN:
+            pause()
+            continue
+        seen = load32(group + 8 * f.G_DONE_WAKE)
+        fetch_add(group + 8 * f.G_WAITERS, 1)
+        if load_acquire(group + 8 * f.G_COMPLETED) < sequence:
+            sleep_on(group, f.G_DONE_WAKE, seen)
+        fetch_add(group + 8 * f.G_WAITERS, -1)
+
+
+@driver
+def help_until(group, sequence, pool, worker, assist):  # type: ignore[no-untyped-def]
+    """Wait for a job, as worker `worker` if `assist`. Returns 1 when it is complete, 0 after the
+    group's timeout, so that Python can see signals."""
+    before = set_float_environment()
+    result = wait_for(group, sequence, pool, worker, assist)
+    restore_float_environment(before)
+    return result
+
+
+@driver
+def open_slot(job, sequence):  # type: ignore[no-untyped-def]
+    """Take a ring slot for a new job: from here on no late worker can claim a task in it."""
+    for phase in range(f.PHASES):
+        for pool in range(f.MAX_POOLS):
+            word = job + 8 * (f.J_CLAIM + (phase * f.MAX_POOLS + pool) * f.LINE_SLOTS)
+            store_release(word, (sequence << f.CLAIM_BITS) | _NO_TASK)
+    fence()
+    put(job, f.J_SEQUENCE, sequence)
+    return 0
+
+
+@driver
+def publish(group, job):  # type: ignore[no-untyped-def]
+    """Hand a prepared job of the ring to the workers. The caller holds the group's lock."""
+    sequence = get(job, f.J_SEQUENCE)
+    for phase in range(f.PHASES):
+        store64(job + 8 * (f.J_DONE + phase * f.LINE_SLOTS), 0)
+        for pool in range(get(job, f.J_POOLS)):
+            word = job + 8 * (f.J_CLAIM + (phase * f.MAX_POOLS + pool) * f.LINE_SLOTS)
+            store_release(word, sequence << f.CLAIM_BITS)
+    store_release(group + 8 * f.G_SUBMITTED, sequence)
+    fence()
+    if load_acquire(group + 8 * f.G_SLEEPERS) > 0:
+        wake(group, f.G_WAKE)
+    return sequence
+
+
+@driver
+def post_host(host):  # type: ignore[no-untyped-def]
+    """Body of a CUDA host function: launch the template job of a `HOST` descriptor.
+
+    It only routes and publishes. A stream runs its host functions one at a time, and the CUDA path
+    gives each group one submitter at a time, so no lock is needed.
+    """
+    group = get(host, f.H_GROUP)
+    template = get(host, f.H_TEMPLATE)
+    sequence = load_acquire(group + 8 * f.G_SUBMITTED) + 1
+    while load_acquire(group + 8 * f.G_COMPLETED) + f.RING < sequence:
+        pause()
+    job = ring_slot(group, sequence)
+    open_slot(job, sequence)
+    for slot in range(f.J_SEQUENCE + 1, f.J_TOTAL):
+        put(job, slot, get(template, slot))
+    missing = prepare(job)
+    put(host, f.H_SEQUENCE, sequence)
+    if missing != 0:
+        put(host, f.H_ERROR, missing)
+    publish(group, job)
+    return 0
+
+
+@driver
+def wait_host(host):  # type: ignore[no-untyped-def]
+    """Body of a CUDA host function: return when the latest launch is complete."""
+    group = get(host, f.H_GROUP)
+    sequence = get(host, f.H_SEQUENCE)
+    while help_until(group, sequence, 0, 0, 0) == 0:
+        if load_acquire(group + 8 * f.G_STOP) != 0:
+            return 0
+    return 0

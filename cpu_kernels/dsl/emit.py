@@ -1,0 +1,295 @@
+"""Values and control flow of the vector language, emitted as LLVM IR.
+
+A kernel is a Python function over an `Emit`. It works on `Val`s (scalars and vectors of 16, 32 or
+64 lanes) with Python's operators; Python numbers become constants and scalars broadcast when they
+meet a vector. Addresses are 64-bit integers. What an op computes is stated in `ops`; how it
+becomes instructions is the tier's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Union
+
+from llvmlite import ir
+
+if TYPE_CHECKING:
+    from hybrid_moe.cpu_kernels.dsl.tiers import Tier
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F32 = ir.FloatType()
+
+Operand = Union["Val", int, float]
+
+
+def vector(element: ir.Type, lanes: int) -> ir.Type:
+    """Type of a vector; one lane is the scalar type itself."""
+    return ir.VectorType(element, lanes) if lanes > 1 else element
+
+
+@dataclass(frozen=True)
+class Val:
+    """An SSA value with operators. Integers are signless; `>>` is the logical shift."""
+
+    emit: Emit
+    ir: Any
+
+    @property
+    def element(self) -> ir.Type:
+        kind = self.ir.type
+        return kind.element if isinstance(kind, ir.VectorType) else kind
+
+    @property
+    def lanes(self) -> int:
+        kind = self.ir.type
+        return int(kind.count) if isinstance(kind, ir.VectorType) else 1
+
+    @property
+    def is_float(self) -> bool:
+        return bool(self.element == F32)
+
+    def _binary(self, other: Operand, on_float: str | None, on_int: str | None) -> Val:
+        left, right = self.emit.match(self, other)
+        opcode = on_float if self.is_float else on_int
+        if opcode is None:
+            raise TypeError(f"{left.ir.type} has no such operator")
+        return Val(self.emit, getattr(self.emit.builder, opcode)(left.ir, right.ir))
+
+    def __add__(self, other: Operand) -> Val:
+        return self._binary(other, "fadd", "add")
+
+    def __sub__(self, other: Operand) -> Val:
+        return self._binary(other, "fsub", "sub")
+
+    def __mul__(self, other: Operand) -> Val:
+        return self._binary(other, "fmul", "mul")
+
+    def __truediv__(self, other: Operand) -> Val:
+        return self._binary(other, "fdiv", None)
+
+    def __and__(self, other: Operand) -> Val:
+        return self._binary(other, None, "and_")
+
+    def __or__(self, other: Operand) -> Val:
+        return self._binary(other, None, "or_")
+
+    def __lshift__(self, other: Operand) -> Val:
+        return self._binary(other, None, "shl")
+
+    def __rshift__(self, other: Operand) -> Val:
+        return self._binary(other, None, "lshr")
+
+    def sar(self, other: Operand) -> Val:
+        """Arithmetic shift right."""
+        return self._binary(other, None, "ashr")
+
+    def __neg__(self) -> Val:
+        if self.is_float:
+            return Val(self.emit, self.emit.builder.fneg(self.ir))
+        return self.emit.splat(0, self.element, self.lanes) - self
+
+    def __lt__(self, other: Operand) -> Val:
+        """Lane mask; false for NaN, signed for integers."""
+        return self._compare("<", other)
+
+    def __gt__(self, other: Operand) -> Val:
+        return self._compare(">", other)
+
+    def equals(self, other: Operand) -> Val:
+        """Lane mask of equality; false for NaN."""
+        return self._compare("==", other)
+
+    def _compare(self, how: str, other: Operand) -> Val:
+        left, right = self.emit.match(self, other)
+        compare = "fcmp_ordered" if self.is_float else "icmp_signed"
+        return Val(self.emit, getattr(self.emit.builder, compare)(how, left.ir, right.ir))
+
+    def select(self, when_true: Operand, when_false: Operand) -> Val:
+        """self is a mask: lane-wise choice."""
+        if isinstance(when_true, Val):
+            yes, no = self.emit.match(when_true, when_false)
+        else:
+            assert isinstance(when_false, Val)
+            no, yes = self.emit.match(when_false, when_true)
+        return Val(self.emit, self.emit.builder.select(self.ir, yes.ir, no.ir))
+
+    def bits(self, element: ir.Type) -> Val:
+        """The same bits seen as lanes of `element`."""
+        width = 32 if self.is_float else self.element.width
+        new_width = 32 if element == F32 else element.width
+        kind = vector(element, self.lanes * width // new_width)
+        return Val(self.emit, self.emit.builder.bitcast(self.ir, kind))
+
+    def zext(self, element: ir.Type) -> Val:
+        return Val(self.emit, self.emit.builder.zext(self.ir, vector(element, self.lanes)))
+
+    def sext(self, element: ir.Type) -> Val:
+        return Val(self.emit, self.emit.builder.sext(self.ir, vector(element, self.lanes)))
+
+    def trunc(self, element: ir.Type) -> Val:
+        return Val(self.emit, self.emit.builder.trunc(self.ir, vector(element, self.lanes)))
+
+    def to_float(self) -> Val:
+        """Signed integers to float32, round to nearest even."""
+        return Val(self.emit, self.emit.builder.sitofp(self.ir, vector(F32, self.lanes)))
+
+    def shuffle(self, indices: Sequence[int], other: Val | None = None) -> Val:
+        """Lanes `indices` of (self, other)."""
+        mask = ir.Constant(ir.VectorType(I32, len(indices)), list(indices))
+        second = other.ir if other is not None else ir.Constant(self.ir.type, ir.Undefined)
+        return Val(self.emit, self.emit.builder.shuffle_vector(self.ir, second, mask))
+
+    def halves(self) -> tuple[Val, Val]:
+        """Lower and upper half of the lanes."""
+        n = self.lanes
+        return self.shuffle(range(n // 2)), self.shuffle(range(n // 2, n))
+
+    def concat(self, other: Val) -> Val:
+        """self's lanes, then other's."""
+        return self.shuffle(range(2 * self.lanes), other)
+
+
+class Var:
+    """A mutable variable; LLVM turns it back into SSA form."""
+
+    def __init__(self, emit: Emit, initial: Val) -> None:
+        self._emit = emit
+        with emit.builder.goto_entry_block():
+            self._slot = emit.builder.alloca(initial.ir.type)
+        self._type = initial.ir.type
+        self.set(initial)
+
+    def set(self, value: Val) -> None:
+        self._emit.builder.store(value.ir, self._slot)
+
+    def get(self) -> Val:
+        return Val(self._emit, self._emit.builder.load(self._slot, typ=self._type))
+
+
+class Emit:
+    """Emits one function for one tier."""
+
+    def __init__(self, builder: ir.IRBuilder, tier: Tier) -> None:
+        self.builder = builder
+        self.tier = tier
+
+    # values
+
+    def splat(self, value: float, element: ir.Type, lanes: int = 1) -> Val:
+        """A constant in every lane."""
+        kind = vector(element, lanes)
+        return Val(self, ir.Constant(kind, [value] * lanes if lanes > 1 else value))
+
+    def constant(self, values: Sequence[int], element: ir.Type) -> Val:
+        return Val(self, ir.Constant(ir.VectorType(element, len(values)), list(values)))
+
+    def broadcast(self, scalar: Val, lanes: int) -> Val:
+        """A scalar in every lane."""
+        if scalar.lanes == lanes:
+            return scalar
+        kind = ir.VectorType(scalar.element, lanes)
+        empty = ir.Constant(kind, ir.Undefined)
+        first = self.builder.insert_element(empty, scalar.ir, ir.Constant(I32, 0))
+        return Val(self, first).shuffle([0] * lanes)
+
+    def match(self, left: Val, right: Operand) -> tuple[Val, Val]:
+        """Bring two operands to one shape: constants and scalars broadcast."""
+        if not isinstance(right, Val):
+            return left, self.splat(right, left.element, left.lanes)
+        lanes = max(left.lanes, right.lanes)
+        return self.broadcast(left, lanes), self.broadcast(right, lanes)
+
+    def i64(self, value: int) -> Val:
+        return self.splat(value, I64)
+
+    # memory
+
+    def load(self, address: Val, element: ir.Type, lanes: int = 1, align: int = 1) -> Val:
+        pointer = self.builder.inttoptr(address.ir, ir.PointerType())
+        return Val(self, self.builder.load(pointer, align=align, typ=vector(element, lanes)))
+
+    def store(self, address: Val, value: Val, align: int = 1) -> None:
+        pointer = self.builder.inttoptr(address.ir, ir.PointerType())
+        self.builder.store(value.ir, pointer, align=align)
+
+    def prefetch(self, address: Val) -> None:
+        """Hint that the cache line at `address` is read soon (to all cache levels)."""
+        pointer = self.builder.inttoptr(address.ir, ir.PointerType())
+        hint = [ir.Constant(I32, n) for n in (0, 3, 1)]  # read, keep, data cache
+        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), I32, I32, I32])
+        self.call("llvm.prefetch.p0", kind, [pointer, *hint])
+
+    # control flow
+
+    def var(self, initial: Val) -> Var:
+        return Var(self, initial)
+
+    @contextmanager
+    def loop(self, start: Operand, stop: Val, step: int = 1) -> Iterator[Val]:
+        """`for i in range(start, stop, step)` over 64-bit integers."""
+        index = self.var(start if isinstance(start, Val) else self.i64(int(start)))
+        test = self.builder.append_basic_block("test")
+        body = self.builder.append_basic_block("body")
+        done = self.builder.append_basic_block("done")
+        self.builder.branch(test)
+        self.builder.position_at_end(test)
+        self.builder.cbranch((index.get() < stop).ir, body, done)
+        self.builder.position_at_end(body)
+        yield index.get()
+        index.set(index.get() + step)
+        self.builder.branch(test)
+        self.builder.position_at_end(done)
+
+    @contextmanager
+    def when(self, condition: Val) -> Iterator[None]:
+        """Run the block if the scalar condition holds."""
+        with self.builder.if_then(condition.ir):
+            yield
+
+    # calls
+
+    def call(self, name: str, kind: ir.FunctionType, args: Sequence[Any]) -> Any:
+        """Call an LLVM intrinsic."""
+        module = self.builder.module
+        function = module.globals.get(name) or ir.Function(module, kind, name)
+        return self.builder.call(function, args)
+
+    def intrinsic(self, name: str, result: ir.Type, *args: Val) -> Val:
+        """A target's intrinsic over vectors."""
+        kind = ir.FunctionType(result, [a.ir.type for a in args])
+        return Val(self, self.call(name, kind, [a.ir for a in args]))
+
+    def reduce(self, how: str, value: Val) -> Val:
+        """Horizontal `add`, `umax` of integer lanes."""
+        element = value.element
+        name = f"llvm.vector.reduce.{how}.v{value.lanes}i{element.width}"
+        return self.intrinsic(name, element, value)
+
+    def op(self, name: str, *args: Any) -> Val:
+        """An op whose lowering belongs to the tier; `ops` states what it means."""
+        return self.tier.lowering(name)(self, *args)
+
+
+KernelBody = Callable[..., None]
+
+
+def build_module(
+    functions: Sequence[tuple[str, int, KernelBody]], tier: Tier, label: str
+) -> str:
+    """IR text of a module.
+
+    Args:
+        functions: (name, arity, body); every parameter is an int64 and `body` is called as
+            body(emit, *parameters). The function returns nothing.
+    """
+    module = ir.Module(name=label)
+    for name, arity, body in functions:
+        kind = ir.FunctionType(ir.VoidType(), [I64] * arity)
+        function = ir.Function(module, kind, name)
+        function.attributes.add("nounwind")
+        emit = Emit(ir.IRBuilder(function.append_basic_block("entry")), tier)
+        body(emit, *[Val(emit, argument) for argument in function.args])
+        emit.builder.ret_void()
+    return tier.finish(str(module))

@@ -1,0 +1,273 @@
+"""ISA tiers: which processor features each needs and how it lowers the ops.
+
+A tier is chosen from the features that CPUID reports, never from the processor's name. To add
+one: write the lowerings that its instructions improve, and add a row to `TIERS`. Everything that
+a tier does not lower comes from the tier it extends, and at last from the generic lowering.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import llvmlite.binding as llvm
+
+from hybrid_moe.cpu_kernels.dsl.emit import I8, I16, I32, Emit, Val, vector
+from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, Lowering, fused, unpack_pair
+from hybrid_moe.cpu_kernels.jit.compile import Target
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One way to lower the vector language.
+
+    Attributes:
+        name: the value of `HYBRID_MOE_ISA`.
+        features: CPUID features it needs (LLVM's names), all must be present.
+        cpu: LLVM's generic processor that has (most of) these features.
+        vector_bits: width of a register.
+        registers: how many there are; kernels size their register tiles by it.
+        lowerings: op name -> lowering, over those of `extends`.
+        rewrite: applied to the finished IR text (tests run a tier's IR on other processors).
+    """
+
+    name: str
+    features: frozenset[str]
+    cpu: str
+    vector_bits: int
+    registers: int
+    lowerings: Mapping[str, Lowering] = field(default_factory=dict, hash=False)
+    extends: Tier | None = None
+    rewrite: Callable[[str], str] | None = None
+
+    def lowering(self, op: str) -> Lowering:
+        """How this tier lowers `op`."""
+        tier: Tier | None = self
+        while tier is not None:
+            if op in tier.lowerings:
+                return tier.lowerings[op]
+            tier = tier.extends
+        return OPS[op].lower
+
+    @property
+    def all_features(self) -> frozenset[str]:
+        """Its own features and those of the tiers it extends."""
+        inherited = self.extends.all_features if self.extends else frozenset()
+        return self.features | inherited
+
+    @property
+    def target(self) -> Target:
+        return Target(self.cpu, ",".join(f"+{name}" for name in sorted(self.all_features)))
+
+    @property
+    def registers_per_panel(self) -> int:
+        """Registers that 16 lanes of 32 bits take."""
+        return max(1, 512 // self.vector_bits)
+
+    def finish(self, ir_text: str) -> str:
+        return self.rewrite(ir_text) if self.rewrite else ir_text
+
+
+def _pieces(value: Val, count: int) -> list[Val]:
+    """Split into `count` vectors of equal length."""
+    if count == 1:
+        return [value]
+    low, high = value.halves()
+    return _pieces(low, count // 2) + _pieces(high, count // 2)
+
+
+def _join(values: list[Val]) -> Val:
+    while len(values) > 1:
+        values = [values[i].concat(values[i + 1]) for i in range(0, len(values), 2)]
+    return values[0]
+
+
+@dataclass(frozen=True)
+class _Wide:
+    """Names of x86's byte instructions at one register width."""
+
+    bits: int
+    pshufb: str
+    pmaddubsw: str
+    pmaddwd: str
+
+    def lookup16(self, emit: Emit, table: tuple[int, ...], index: Val) -> Val:
+        """PSHUFB looks 16 bytes up in every 128-bit lane, so the table is repeated."""
+        n = self.bits // 8
+        repeated = emit.constant(list(table) * (n // 16), I8)
+        parts = _pieces(index, index.lanes // n)
+        return _join([emit.intrinsic(self.pshufb, vector(I8, n), repeated, p) for p in parts])
+
+    def byte_dot(self, emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+        """PMADDUBSW sums two products into 16 bits (at most 2 * 24 * 128: no saturation); the
+        halves are added modulo 2^16, which is exact because the true sums fit (see ops)."""
+        n = self.bits // 8
+        broadcast = emit.broadcast(x, n // 4).bits(I8)
+        sums = [
+            emit.intrinsic(self.pmaddubsw, vector(I16, n // 2), part, broadcast)
+            for part in _pieces(w, w.lanes // n)
+        ]
+        return (accumulator.bits(I16) + _join(sums)).bits(I32)
+
+    def byte_dot_total(self, emit: Emit, high: Val, low: Val) -> Val:
+        """PMADDWD adds the halves and multiplies the upper plane by its 256 at once."""
+        n = self.bits // 16
+        totals = []
+        for plane, weight in ((high, 256), (low, 1)):
+            parts = _pieces(plane.bits(I16), 32 // n)
+            factor = emit.splat(weight, I16, n)
+            totals.append(
+                _join(
+                    [emit.intrinsic(self.pmaddwd, vector(I32, n // 2), p, factor) for p in parts]
+                )
+            )
+        return totals[0] + totals[1]
+
+
+def _halves_bias(emit: Emit, x: Val) -> Val:
+    """The offset of inputs 0, 1 (mod 4) in the lower 16 bits, of inputs 2, 3 in the upper."""
+    wide = x.sext(I32)
+    low = emit.reduce("add", wide.shuffle([i for i in range(x.lanes) if i % 4 < 2]))
+    high = emit.reduce("add", wide.shuffle([i for i in range(x.lanes) if i % 4 >= 2]))
+    return ((high * -BYTE_DOT_OFFSET) << 16) | ((low * -BYTE_DOT_OFFSET) & 0xFFFF)
+
+
+def _pair_dot_fused(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+    w_even, w_odd = unpack_pair(w)
+    x_even, x_odd = unpack_pair(emit.broadcast(x, 16))
+    return fused(emit, w_even, x_even, fused(emit, w_odd, x_odd, accumulator))
+
+
+def _scale_add_fused(emit: Emit, accumulator: Val, a: Val, b: Val) -> Val:
+    return fused(emit, a, b, accumulator)
+
+
+def _byte_dot_vnni(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+    kind = vector(I32, 16)
+    operands = (accumulator, w.bits(I32), emit.broadcast(x, 16))
+    return emit.intrinsic("llvm.x86.avx512.vpdpbusd.512", kind, *operands)
+
+
+def _pair_dot_bf16(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+    """VDPBF16PS: subnormal inputs and results are zero, else as `pair_dot` means."""
+    operands = (accumulator, w, emit.broadcast(x, 16))
+    return emit.intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", accumulator.ir.type, *operands)
+
+
+_YMM = _Wide(256, "llvm.x86.avx2.pshuf.b", "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd")
+_ZMM = _Wide(
+    512,
+    "llvm.x86.avx512.pshuf.b.512",
+    "llvm.x86.avx512.pmaddubs.w.512",
+    "llvm.x86.avx512.pmaddw.d.512",
+)
+
+
+def _wide_lowerings(wide: _Wide) -> dict[str, Lowering]:
+    return {
+        "lookup16": wide.lookup16,
+        "byte_dot": wide.byte_dot,
+        "byte_dot_bias": _halves_bias,
+        "byte_dot_total": wide.byte_dot_total,
+        "pair_dot": _pair_dot_fused,
+        "scale_add": _scale_add_fused,
+    }
+
+
+PORTABLE = Tier("portable", frozenset(), "", vector_bits=128, registers=16)
+
+AVX2 = Tier(
+    "avx2",
+    frozenset({"avx2", "fma"}),
+    "x86-64-v3",
+    vector_bits=256,
+    registers=16,
+    lowerings=_wide_lowerings(_YMM),
+)
+
+AVX512 = Tier(
+    "avx512",
+    frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}),
+    "x86-64-v4",
+    vector_bits=512,
+    registers=32,
+    lowerings=_wide_lowerings(_ZMM),
+    extends=AVX2,
+)
+
+AVX512_VNNI = Tier(
+    "avx512_vnni",
+    frozenset({"avx512vnni"}),
+    "x86-64-v4",
+    vector_bits=512,
+    registers=32,
+    lowerings={
+        name: OPS[name].lower for name in ("byte_dot_bias", "byte_dot_total")
+    }
+    | {"byte_dot": _byte_dot_vnni},
+    extends=AVX512,
+)
+
+AVX512_BF16 = Tier(
+    "avx512_bf16",
+    frozenset({"avx512bf16"}),
+    "x86-64-v4",
+    vector_bits=512,
+    registers=32,
+    lowerings={"pair_dot": _pair_dot_bf16},
+    extends=AVX512_VNNI,
+)
+
+TIERS: Mapping[str, Tier] = MappingProxyType(
+    {t.name: t for t in (PORTABLE, AVX2, AVX512, AVX512_VNNI, AVX512_BF16)}
+)
+"""Every tier, least capable first."""
+
+
+@dataclass(frozen=True)
+class TierReport:
+    """Whether this processor can run a tier, and which features it lacks."""
+
+    tier: Tier
+    missing: tuple[str, ...]
+
+    @property
+    def usable(self) -> bool:
+        return not self.missing
+
+
+@functools.lru_cache(maxsize=1)
+def host_features() -> frozenset[str]:
+    """Features that this processor and operating system offer (CPUID and XCR0, through LLVM)."""
+    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+
+
+def available_tiers() -> list[TierReport]:
+    """Every tier with what this processor lacks for it, least capable first."""
+    host = host_features()
+    return [TierReport(t, tuple(sorted(t.all_features - host))) for t in TIERS.values()]
+
+
+def choose_tier(name: str | None = None) -> Tier:
+    """The tier to use: `name`, else `HYBRID_MOE_ISA`, else the most capable that runs here.
+
+    Raises:
+        ValueError: no such tier, or this processor lacks features that it needs.
+    """
+    reports = available_tiers()
+    wanted = name or os.environ.get("HYBRID_MOE_ISA") or None
+    if wanted is None:
+        return next(r.tier for r in reversed(reports) if r.usable)
+    source = "isa=" if name else "HYBRID_MOE_ISA="
+    for report in reports:
+        if report.tier.name == wanted.lower():
+            if not report.usable:
+                raise ValueError(
+                    f"{source}{wanted}: this processor lacks {', '.join(report.missing)}; "
+                    f"usable here: {', '.join(r.tier.name for r in reports if r.usable)}"
+                )
+            return report.tier
+    raise ValueError(f"{source}{wanted}: no such tier; there are {', '.join(TIERS)}")

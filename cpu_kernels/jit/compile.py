@@ -1,0 +1,140 @@
+"""LLVM IR text -> machine code in memory, through the object cache.
+
+The key of a cached object is the hash of all that shapes it: the final IR, the target's CPU and
+feature strings, the LLVM version and our ABI number. MCJIT only links what is already compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import llvmlite.binding as llvm
+
+from hybrid_moe.cpu_kernels.jit import cache
+
+logger = logging.getLogger(__name__)
+
+ABI = 1
+"""Raise when the meaning of an address or descriptor that compiled code sees changes."""
+
+_compile_lock = threading.Lock()  # LLVM's contexts as llvmlite uses them are not thread-safe
+_keep_alive: list[llvm.ExecutionEngine] = []  # code is never unloaded: workers may be inside it
+
+
+@dataclass(frozen=True)
+class Target:
+    """What LLVM compiles for. `cpu` and `features` in LLVM's own spelling."""
+
+    cpu: str
+    features: str = ""
+
+    @property
+    def key(self) -> str:
+        version = ".".join(map(str, llvm.llvm_version_info))
+        return f"{ABI}|{version}|{llvm.get_default_triple()}|{self.cpu}|{self.features}"
+
+
+@functools.lru_cache(maxsize=1)
+def _initialize() -> None:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+
+
+@functools.lru_cache(maxsize=32)
+def _machine(target: Target) -> llvm.TargetMachine:
+    _initialize()
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
+    )
+
+
+def dump_request() -> tuple[str, Path] | None:
+    """`HYBRID_MOE_DUMP="asm DIR"` (or `ir DIR`, or with a colon) as (kind, directory)."""
+    value = os.environ.get("HYBRID_MOE_DUMP", "").strip()
+    if not value:
+        return None
+    kind, _, directory = value.replace(":", " ", 1).partition(" ")
+    if kind not in ("asm", "ir") or not directory.strip():
+        raise ValueError(f'HYBRID_MOE_DUMP must be "asm DIR" or "ir DIR", not {value!r}')
+    return kind, Path(directory.strip())
+
+
+def optimize(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
+    """Run LLVM's -O3 without its own unrolling and vectorizing: kernels say what they want."""
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options.loop_unrolling = False
+    options.loop_vectorization = False
+    options.slp_vectorization = False
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+
+
+def _parse(ir_text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
+    module = llvm.parse_assembly(ir_text)
+    module.triple = machine.triple
+    module.verify()
+    optimize(module, machine)
+    return module
+
+
+def assembly(ir_text: str, target: Target) -> str:
+    """The assembly that `target` gets for this IR."""
+    with _compile_lock:
+        machine = _machine(target)
+        return str(machine.emit_assembly(_parse(ir_text, machine)))
+
+
+def emit_object(ir_text: str, target: Target, label: str) -> bytes:
+    """Object code for this IR, from the cache when it is there."""
+    key = hashlib.sha256(f"{target.key}\n{ir_text}".encode()).hexdigest()
+    dump = dump_request()
+    if dump is not None:
+        _dump(ir_text, target, label, *dump)
+    payload = cache.read(key)
+    if payload is None:
+        with _compile_lock:
+            machine = _machine(target)
+            payload = bytes(machine.emit_object(_parse(ir_text, machine)))
+        cache.write(key, payload)
+        logger.debug("compiled %s for %s", label, target.cpu)
+    return payload
+
+
+def _dump(ir_text: str, target: Target, label: str, kind: str, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    text, suffix = (ir_text, "ll") if kind == "ir" else (assembly(ir_text, target), "s")
+    (directory / f"{label}.{suffix}").write_text(text)
+
+
+def load_object(payload: bytes, names: Sequence[str]) -> Mapping[str, int]:
+    """Link an object into this process; returns the address of each of `names`."""
+    with _compile_lock:
+        _initialize()
+        empty = llvm.parse_assembly("")
+        machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+        engine = llvm.create_mcjit_compiler(empty, machine)
+        engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(payload))
+        engine.finalize_object()
+        addresses = {name: engine.get_function_address(name) for name in names}
+        _keep_alive.append(engine)
+    missing = [name for name, address in addresses.items() if not address]
+    if missing:
+        raise RuntimeError(f"compiled object lacks the functions {', '.join(missing)}")
+    return addresses
+
+
+def compile_functions(
+    ir_text: str, target: Target, names: Sequence[str], label: str
+) -> Mapping[str, int]:
+    """Compile (or fetch) and load; returns the address of each function in `names`."""
+    try:
+        return load_object(emit_object(ir_text, target, label), names)
+    except RuntimeError as error:
+        raise RuntimeError(f"{label}: {error}") from error

@@ -1,0 +1,196 @@
+"""Dot kernels: one strip of weights times the rows of a few tokens.
+
+    kernel(codes, scales, rows, sums, begin, end, groups)
+
+adds, for tokens t < M, groups begin..end-1 of the products of the strip's 32 rows with the encoded
+row at address rows[t] (int64 [M]) to sums (float32 [M][32]); `begin` 0 starts from zero. `codes`
+and `scales` point at group `begin`. Sums run over groups in ascending order whatever M, chunking
+and source, so a token's bits do not depend on how a call is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, I64, Emit, KernelBody, Val
+from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
+from hybrid_moe.cpu_kernels.kernels.encode import META_BYTES, PLANE_BYTES
+from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS
+from hybrid_moe.formats import E2M1_VALUES
+
+PANELS = 2
+_E2M1_BYTES = tuple(int(2 * v) + BYTE_DOT_OFFSET for v in E2M1_VALUES)
+"""E2M1 doubled is an integer in -12..12; plus 12 it is unsigned, as byte_dot wants it."""
+
+MXFP4_GROUP_BYTES = 512
+MXFP4_UNPACKED_GROUP_BYTES = 1024
+BF16_GROUP_BYTES = 2048
+
+
+class _Sums:
+    """The float32 sums of M tokens x 2 panels, in registers or, if there are too many, memory."""
+
+    def __init__(self, emit: Emit, base: Val, tokens: int, begin: Val, spare: int) -> None:
+        self._emit, self._base = emit, base
+        needed = tokens * PANELS * emit.tier.registers_per_panel
+        self._in_registers = needed <= spare
+        zero = emit.splat(0.0, F32, 16)
+        slots = [(t, p) for t in range(tokens) for p in range(PANELS)]
+        if self._in_registers:
+            self._vars = {slot: emit.var(zero) for slot in slots}
+            with emit.when(begin > 0):
+                for slot in slots:
+                    self._vars[slot].set(self._load(*slot))
+        else:
+            with emit.when(begin.equals(0)):
+                for slot in slots:
+                    self._store(*slot, zero)
+
+    def _address(self, token: int, panel: int) -> Val:
+        return self._base + (4 * (token * STRIP_ROWS + panel * 16))
+
+    def _load(self, token: int, panel: int) -> Val:
+        return self._emit.load(self._address(token, panel), F32, 16, align=64)
+
+    def _store(self, token: int, panel: int, value: Val) -> None:
+        self._emit.store(self._address(token, panel), value, align=64)
+
+    def get(self, token: int, panel: int) -> Val:
+        if self._in_registers:
+            return self._vars[token, panel].get()
+        return self._load(token, panel)
+
+    def set(self, token: int, panel: int, value: Val) -> None:
+        if self._in_registers:
+            self._vars[token, panel].set(value)
+        else:
+            self._store(token, panel, value)
+
+    def finish(self) -> None:
+        if self._in_registers:
+            for (token, panel), var in self._vars.items():
+                self._store(token, panel, var.get())
+
+
+def _decode_word(emit: Emit, word: Val) -> tuple[Val, Val]:
+    """64 bytes of packed codes -> weights of the even and of the odd inputs, doubled, plus 12."""
+    codes = word.bits(I8)
+    low = (word & 0x0F0F0F0F).bits(I8)
+    high = ((word >> 4) & 0x0F0F0F0F).bits(I8)
+    del codes
+    return emit.op("lookup16", _E2M1_BYTES, low), emit.op("lookup16", _E2M1_BYTES, high)
+
+
+def _scales(emit: Emit, address: Val) -> Val:
+    """16 E8M0 bytes -> float32. Byte 0 is 2^-127, whose bits are 0x00400000 and not 0."""
+    bits = emit.load(address, I8, 16, align=16).zext(I32) << 23
+    return (bits < 0x00400000).select(0x00400000, bits).bits(F32)
+
+
+def mxfp4_dot(tokens: int, unpacked: bool) -> KernelBody:
+    """Dot kernel of MXFP4 for M = `tokens`, from packed codes or from `mxfp4_unpack`'s bytes."""
+
+    def body(
+        emit: Emit,
+        codes: Val,
+        scales: Val,
+        rows: Val,
+        sums: Val,
+        begin: Val,
+        end: Val,
+        groups: Val,
+    ) -> None:
+        row = [emit.load(rows + 8 * t, I64) for t in range(tokens)]
+        per_panel = emit.tier.registers_per_panel
+        spare = emit.tier.registers - 2 * tokens * per_panel - 4 * per_panel
+        total = _Sums(emit, sums, tokens, begin, spare)
+        step = MXFP4_UNPACKED_GROUP_BYTES if unpacked else MXFP4_GROUP_BYTES
+        with emit.loop(begin, end) as group:
+            at = codes + (group - begin) * step
+            scale_at = scales + (group - begin) * STRIP_ROWS
+            plane = [r + group * PLANE_BYTES for r in row]
+            meta = [r + groups * PLANE_BYTES + group * META_BYTES for r in row]
+            if not unpacked:
+                _prefetch(emit, at, MXFP4_GROUP_BYTES)
+            for panel in range(PANELS):
+                high = [emit.broadcast(emit.load(m + 4, I32, align=4), 16) for m in meta]
+                low = [emit.broadcast(emit.load(m + 8, I32, align=4), 16) for m in meta]
+                for quad, w in _weights(emit, at, panel, unpacked):
+                    for t in range(tokens):
+                        x_high = emit.load(plane[t] + 4 * quad, I32, align=4)
+                        x_low = emit.load(plane[t] + (32 + 4 * quad), I32, align=4)
+                        high[t] = emit.op("byte_dot", high[t], w, x_high)
+                        low[t] = emit.op("byte_dot", low[t], w, x_low)
+                scale = _scales(emit, scale_at + 16 * panel)
+                for t in range(tokens):
+                    exact = emit.op("byte_dot_total", high[t], low[t]).to_float()
+                    product = exact * emit.load(meta[t], F32, align=4)
+                    old = total.get(t, panel)
+                    total.set(t, panel, emit.op("scale_add", old, product, scale))
+        total.finish()
+
+    return body
+
+
+def _prefetch(emit: Emit, at: Val, nbytes: int, ahead: int = 2048) -> None:
+    """Fetch the lines of one group, `ahead` bytes on: past the reach of a page's prefetcher."""
+    for line in range(0, nbytes, 64):
+        emit.prefetch(at + (ahead + line))
+
+
+def _weights(emit: Emit, at: Val, panel: int, unpacked: bool):  # type: ignore[no-untyped-def]
+    """(quad, 64 weight bytes) of one panel and group; a quad is four inputs of 16 rows."""
+    if unpacked:
+        for quad in range(8):
+            yield quad, emit.load(at + 64 * (PANELS * quad + panel), I8, 64, align=64)
+        return
+    for word in range(4):
+        packed = emit.load(at + 64 * (PANELS * word + panel), I32, 16, align=64)
+        even, odd = _decode_word(emit, packed)
+        yield 2 * word, even
+        yield 2 * word + 1, odd
+
+
+def mxfp4_unpack(emit: Emit, codes: Val, out: Val, count: Val) -> None:
+    """Kernel (codes, out, count): groups of packed codes -> weight bytes [group][quad][panel]."""
+    with emit.loop(0, count) as group:
+        at, to = codes + group * MXFP4_GROUP_BYTES, out + group * MXFP4_UNPACKED_GROUP_BYTES
+        for panel in range(PANELS):
+            for quad, w in _weights(emit, at, panel, unpacked=False):
+                emit.store(to + 64 * (PANELS * quad + panel), w, align=64)
+
+
+def bf16_dot(tokens: int) -> KernelBody:
+    """Dot kernel of BF16 for M = `tokens`; `scales` and `groups` are not used."""
+
+    def body(
+        emit: Emit,
+        codes: Val,
+        scales: Val,
+        rows: Val,
+        sums: Val,
+        begin: Val,
+        end: Val,
+        groups: Val,
+    ) -> None:
+        del scales, groups
+        row = [emit.load(rows + 8 * t, I64) for t in range(tokens)]
+        total = _Sums(emit, sums, tokens, begin, spare=emit.tier.registers)
+        with emit.loop(begin, end) as group:
+            at = codes + (group - begin) * BF16_GROUP_BYTES
+            inputs = [r + group * (2 * GROUP) for r in row]
+            if tokens == 1:
+                _prefetch(emit, at, BF16_GROUP_BYTES)
+            for pair in range(GROUP // 2):
+                for panel in range(PANELS):
+                    w = emit.load(at + 64 * (PANELS * pair + panel), I32, 16, align=64)
+                    for t in range(tokens):
+                        x = emit.load(inputs[t] + 4 * pair, I32, align=4)
+                        old = total.get(t, panel)
+                        total.set(t, panel, emit.op("pair_dot", old, w, x))
+        total.finish()
+
+    return body
+
+
+DotMaker = Callable[[int], KernelBody]

@@ -1,0 +1,125 @@
+"""What happens to the sums of a strip: activation, weighting by the router, rounding.
+
+All arithmetic is float32 without fused operations, so every tier computes the same bits.
+"""
+
+from __future__ import annotations
+
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, I64, Emit, KernelBody, Val
+from hybrid_moe.cpu_kernels.kernels.encode import encode_group, to_bf16
+from hybrid_moe.cpu_kernels.panels import STRIP_ROWS
+
+_LOG2_E = 1.44269504088896341
+_LN2_HIGH = 0.693359375  # 9 bits: n * _LN2_HIGH is exact for |n| < 2^15
+_LN2_LOW = -2.12194440e-4
+_EXP_COEFFICIENTS = (  # of (exp(r) - 1 - r) / r^2 on |r| <= ln2 / 2; Cephes expf, 2 ulp
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+_ROUND = 12582912.0
+_ROUND_BITS = 0x4B400000
+
+
+def clamp(x: Val, low: Val | float, high: Val | float) -> Val:
+    """Lane-wise clamp that lets NaN through."""
+    x = (x > high).select(high, x)
+    return (x < low).select(low, x)
+
+
+def exp(x: Val) -> Val:
+    """e^x in float32, within 3 ulp; saturates outside [-87, 88]."""
+    x = clamp(x, -87.0, 88.0)
+    shifted = x * _LOG2_E + _ROUND
+    n = shifted - _ROUND
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    polynomial = r * _EXP_COEFFICIENTS[0] + _EXP_COEFFICIENTS[1]
+    for coefficient in _EXP_COEFFICIENTS[2:]:
+        polynomial = polynomial * r + coefficient
+    value = polynomial * (r * r) + r + 1.0
+    exponent = shifted.bits(I32) - _ROUND_BITS
+    return value * ((exponent + 127) << 23).bits(F32)
+
+
+def activate(format_name: str) -> KernelBody:
+    """Kernel (sums0, sums1, count, rows, group, groups, gate_bias, up_bias, parameters).
+
+    sums0 and sums1 are float32 [count][32] of two neighbouring strips: 16 gates, 16 ups each.
+    Writes group `group` of the encoded rows at the addresses rows[count]. The biases are float32
+    [32] each; `parameters` is float32 [3]: limit, alpha, up offset.
+
+        gate' = min(gate, limit), up' = clamp(up, -limit, limit)
+        h = gate' * sigmoid(alpha * gate') * (up' + offset), rounded once to bf16
+    """
+
+    def body(
+        emit: Emit,
+        sums0: Val,
+        sums1: Val,
+        count: Val,
+        rows: Val,
+        group: Val,
+        groups: Val,
+        gate_bias: Val,
+        up_bias: Val,
+        parameters: Val,
+    ) -> None:
+        limit, alpha, offset = (emit.load(parameters + 4 * i, F32, align=4) for i in range(3))
+        with emit.loop(0, count) as token:
+            at = token * (4 * STRIP_ROWS)
+            halves = []
+            for index, sums in enumerate((sums0, sums1)):
+                gate = emit.load(sums + at, F32, 16, align=64)
+                up = emit.load(sums + at + 64, F32, 16, align=64)
+                gate = gate + emit.load(gate_bias + 64 * index, F32, 16, align=4)
+                up = up + emit.load(up_bias + 64 * index, F32, 16, align=4)
+                gate = (gate > limit).select(limit_like(emit, limit), gate)
+                up = clamp(up, -limit, limit)
+                glu = gate / (exp(-(gate * alpha)) + 1.0)
+                halves.append(to_bf16(glu * (up + offset)))
+            h = (halves[0].concat(halves[1]).zext(I32) << 16).bits(F32)
+            row = emit.load(rows + token * 8, I64, align=8)
+            encode_group(emit, format_name, h, row, group, groups)
+
+    return body
+
+
+def limit_like(emit: Emit, limit: Val) -> Val:
+    return emit.broadcast(limit, 16)
+
+
+def combine(
+    emit: Emit, sums: Val, count: Val, tokens: Val, weights: Val, out: Val, bias: Val
+) -> None:
+    """Kernel: out[tokens[i]] += weights[i] * (sums[i] + bias) for the 32 rows of a strip.
+
+    sums float32 [count][32], tokens int32 [count], weights float32 [count], out float32 [T][32],
+    bias float32 [32].
+    """
+    with emit.loop(0, count) as i:
+        weight = emit.load(weights + i * 4, F32, align=4)
+        token = emit.load(tokens + i * 4, I32, align=4).zext(I64)
+        for panel in range(2):
+            y = emit.load(sums + i * 128 + 64 * panel, F32, 16, align=64)
+            y = y + emit.load(bias + 64 * panel, F32, 16, align=4)
+            to = out + token * 128 + 64 * panel
+            emit.store(to, emit.load(to, F32, 16, align=64) + y * weight, align=64)
+
+
+def clear(emit: Emit, out: Val, count: Val) -> None:
+    """Kernel: zeroes float32 [count][32]."""
+    zero = emit.splat(0.0, F32, 16)
+    with emit.loop(0, count) as i:
+        emit.store(out + i * 128, zero, align=64)
+        emit.store(out + i * 128 + 64, zero, align=64)
+
+
+def finish(emit: Emit, sums: Val, count: Val, out: Val, out_stride: Val) -> None:
+    """Kernel: float32 [count][32] -> bf16 at out + i * out_stride."""
+    with emit.loop(0, count) as i:
+        for panel in range(2):
+            y = emit.load(sums + i * 128 + 64 * panel, F32, 16, align=64)
+            emit.store(out + i * out_stride + 32 * panel, to_bf16(y), align=2)

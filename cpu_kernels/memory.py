@@ -1,0 +1,89 @@
+"""Arenas: large anonymous mappings that hold panels and scratch.
+
+An arena asks for huge pages, is not inherited by fork, and may be bound to a NUMA node. Its views
+keep it alive: the mapping goes when the last array over it does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import logging
+import mmap
+import os
+import platform
+
+import numpy as np
+import numpy.typing as npt
+
+logger = logging.getLogger(__name__)
+
+HUGE_PAGE = 2 << 20
+_MPOL_BIND = 2
+_SYS_MBIND = {"x86_64": 237, "aarch64": 235}
+
+
+@functools.lru_cache(maxsize=1)
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+class Arena:
+    """`nbytes` of zeroed memory, aligned to 2 MiB, as `bytes` (uint8 [nbytes])."""
+
+    def __init__(self, nbytes: int, numa_node: int | None = None) -> None:
+        """Map the memory; nothing is resident before it is written.
+
+        Args:
+            nbytes: size.
+            numa_node: node to bind the pages to, None for first touch.
+
+        Raises:
+            MemoryError: the system refuses the mapping; the message has the size.
+        """
+        size = -(-max(nbytes, 1) // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE
+        try:
+            mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError, OverflowError) as error:
+            raise MemoryError(f"cannot map {nbytes} bytes for packed experts: {error}") from error
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            try:
+                mapping.madvise(getattr(mmap, advice))
+            except (AttributeError, OSError) as error:
+                _warn_once(f"{advice} is not available: {error}")
+        raw = np.frombuffer(mapping, np.uint8)
+        start = -raw.ctypes.data % HUGE_PAGE
+        self.bytes: npt.NDArray[np.uint8] = raw[start : start + nbytes]
+        self.address = int(raw.ctypes.data) + start
+        self.nbytes = nbytes
+        if numa_node is not None:
+            _bind(self.address, max(nbytes, 1), numa_node)
+
+
+def _bind(address: int, nbytes: int, node: int) -> None:
+    """mbind the range; where that is not permitted, pages go where they are first touched."""
+    number = _SYS_MBIND.get(platform.machine())
+    if number is None:
+        _warn_once("memory is placed by first touch: mbind is not known on this processor")
+        return
+    mask = (ctypes.c_ulong * 16)()
+    mask[node // 64] = 1 << (node % 64)
+    result = _libc().syscall(
+        ctypes.c_long(number),
+        ctypes.c_void_p(address),
+        ctypes.c_ulong(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE),
+        ctypes.c_int(_MPOL_BIND),
+        mask,
+        ctypes.c_ulong(16 * 64),
+        ctypes.c_uint(0),
+    )
+    if result != 0:
+        code = ctypes.get_errno()
+        name = errno.errorcode.get(code, str(code))
+        _warn_once(f"memory is placed by first touch: mbind failed with {name} {os.strerror(code)}")
