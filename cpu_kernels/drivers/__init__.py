@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 _MODULES = tuple(
     f"hybrid_moe.cpu_kernels.drivers.{name}"
-    for name in ("fields", "memory", "route", "phases", "worker", "pack", "probe")
+    for name in ("fields", "memory", "route", "phases", "worker", "pack")
 )
 
 _ENTRIES = {
@@ -21,7 +21,6 @@ _ENTRIES = {
     "help_until": "hybrid_moe.cpu_kernels.drivers.worker:help_until",
     "wake_all": "hybrid_moe.cpu_kernels.drivers.worker:wake_all",
     "pack_strips": "hybrid_moe.cpu_kernels.drivers.pack:pack_strips",
-    "read_sum": "hybrid_moe.cpu_kernels.drivers.probe:read_sum",
     "post_host": "hybrid_moe.cpu_kernels.drivers.worker:post_host",
     "wait_host": "hybrid_moe.cpu_kernels.drivers.worker:wait_host",
 }
