@@ -370,13 +370,13 @@ class JobMemory:
 
     @property
     def out_bytes(self) -> int:
-        """float32 [strips of a task][tokens][32]; several strips for small batches only."""
-        strips = 4 if self.tokens <= 8 else 1
-        return 4 * STRIP_ROWS * max(1, self.tokens) * strips
+        """float32 [strips of a task][tokens][32]."""
+        return 4 * STRIP_ROWS * max(1, self.tokens) * f.MAX_STRIPS
 
     @property
     def worker_bytes(self) -> int:
-        return round_up(2 * self.sums_bytes + self.chunk_bytes + self.out_bytes, 4096)
+        strips = f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
+        return round_up(strips + self.out_bytes, 4096)
 
     @property
     def nbytes(self) -> int:
@@ -400,9 +400,9 @@ class JobMemory:
         job[f.J_SCRATCH] = take(self.workers * self.worker_bytes)
         job[f.J_SCRATCH_BYTES] = self.worker_bytes
         job[f.J_SCRATCH_SUMS] = 0
-        job[f.J_SCRATCH_SUMS2] = self.sums_bytes
-        job[f.J_SCRATCH_UNPACKED] = 2 * self.sums_bytes
-        job[f.J_SCRATCH_OUT] = 2 * self.sums_bytes + self.chunk_bytes
+        job[f.J_SUMS_BYTES] = self.sums_bytes
+        job[f.J_SCRATCH_UNPACKED] = f.MAX_STRIPS * self.sums_bytes
+        job[f.J_SCRATCH_OUT] = f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
         job[f.J_ENCODE_TOKENS] = _ENCODE_TOKENS_PER_TASK
         job[f.J_INLINE_ENCODE] = int(self.tokens <= _INLINE_ENCODE_TOKENS)
         job[f.J_TARGET_TASKS] = _TASKS_PER_WORKER * self.workers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 MAX_POOLS = 8
 MAX_SIZES = 8
+MAX_STRIPS = 4  # strips that share one pass over the tokens
 LINE_SLOTS = 8  # int64 slots of a cache line
 
 
@@ -83,7 +84,7 @@ J_BLOCKS_PER_TASK = 26
 J_STRIPS_PER_TASK = 27
 J_TARGET_TASKS = 28  # tasks to aim at in each pool and phase
 J_SCRATCH_SUMS = 29  # offsets within a worker's scratch
-J_SCRATCH_SUMS2 = 30
+J_SUMS_BYTES = 30  # of one strip's sums
 J_SCRATCH_UNPACKED = 31
 J_SCRATCH_OUT = 32
 J_INLINE_ENCODE = 33  # 1: the publisher encodes the inputs itself, phase 0 is empty

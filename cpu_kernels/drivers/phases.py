@@ -49,29 +49,59 @@ def dot_tokens(kernels, codes, scales, rows, count, sums, begin, end, groups):  
 
 
 @driver
-def dot_strip(layer, layout, strip, rows, count, sums, unpacked):  # type: ignore[no-untyped-def]
-    """sums [count][32] = strip x rows. Few tokens read the codes as they stream from memory; many
-    take a chunk of K at a time, unpacked once into the cache and used by every token."""
+def dot_strips(layer, layout, strip, strips, rows, count, sums, sums_bytes, unpacked):  # type: ignore[no-untyped-def]
+    """sums[s] [count][32] = strip s x rows, for `strips` neighbouring strips.
+
+    Few tokens read the codes as they stream from memory, one strip after the other. Many take a
+    chunk of K at a time: its codes are unpacked once into the cache, and a tile of tokens meets
+    all strips before the next tile, so that the tokens too are read once for all strips.
+    """
     groups = get(layer, layout)
     code_bytes = get(layer, layout + 1)
     scale_bytes = get(layer, layout + 2)
-    scales = strip + get(layer, layout + 3)
+    scale_offset = get(layer, layout + 3)
+    strip_bytes = get(layer, layout + 4)
     if count <= get(layer, f.L_DIRECT_LIMIT):
         kernels = layer + 8 * f.L_DIRECT
-        dot_tokens(kernels, strip, scales, rows, count, sums, 0, groups, groups)
+        for s in range(strips):
+            codes = strip + s * strip_bytes
+            scales = codes + scale_offset
+            dot_tokens(
+                kernels, codes, scales, rows, count, sums + s * sums_bytes, 0, groups, groups
+            )
         return
     kernels = layer + 8 * f.L_TILED
+    tile = load64(kernels)
     unpack = get(layer, f.L_UNPACK)
     chunk = get(layer, f.L_CHUNK_GROUPS)
+    chunk_bytes = chunk * get(layer, f.L_UNPACKED_GROUP_BYTES)
     begin = 0
     while begin < groups:
         end = min(groups, begin + chunk)
-        codes = strip + begin * code_bytes
         if unpack != 0:
-            call3(unpack, codes, unpacked, end - begin)
-            codes = unpacked
-        at = scales + begin * scale_bytes
-        dot_tokens(kernels, codes, at, rows, count, sums, begin, end, groups)
+            for s in range(strips):
+                codes = strip + s * strip_bytes + begin * code_bytes
+                call3(unpack, codes, unpacked + s * chunk_bytes, end - begin)
+        first = 0
+        while first < count:
+            tokens = min(tile, count - first)
+            for s in range(strips):
+                codes = strip + s * strip_bytes + begin * code_bytes
+                scales = strip + s * strip_bytes + scale_offset + begin * scale_bytes
+                if unpack != 0:
+                    codes = unpacked + s * chunk_bytes
+                dot_tokens(
+                    kernels,
+                    codes,
+                    scales,
+                    rows + 8 * first,
+                    tokens,
+                    sums + s * sums_bytes + 128 * first,
+                    begin,
+                    end,
+                    groups,
+                )
+            first += tokens
         begin = end
 
 
@@ -95,25 +125,30 @@ def gate_up_task(job, layer, pool, task, scratch):  # type: ignore[no-untyped-de
     up_bias = load64(get(layer, f.L_UP_BIAS) + 8 * expert)
     rows = get(job, f.J_PAIR_X) + 8 * start
     h_rows = get(job, f.J_PAIR_H) + 8 * start
-    sums0 = scratch + get(job, f.J_SCRATCH_SUMS)
-    sums1 = scratch + get(job, f.J_SCRATCH_SUMS2)
+    sums = scratch + get(job, f.J_SCRATCH_SUMS)
+    sums_bytes = get(job, f.J_SUMS_BYTES)
     unpacked = scratch + get(job, f.J_SCRATCH_UNPACKED)
-    for block in range(begin, end):
+    block = begin
+    while block < end:
+        blocks = min(f.MAX_STRIPS // 2, end - block)
         strip = base + 2 * (block - first_block) * strip_bytes
-        dot_strip(layer, f.L_GU_GROUPS, strip, rows, count, sums0, unpacked)
-        dot_strip(layer, f.L_GU_GROUPS, strip + strip_bytes, rows, count, sums1, unpacked)
-        call9(
-            get(layer, f.L_ACTIVATE),
-            sums0,
-            sums1,
-            count,
-            h_rows,
-            block,
-            get(layer, f.L_DN_GROUPS),
-            gate_bias + 128 * block,
-            up_bias + 128 * block,
-            get(layer, f.L_PARAMETERS),
+        dot_strips(
+            layer, f.L_GU_GROUPS, strip, 2 * blocks, rows, count, sums, sums_bytes, unpacked
         )
+        for b in range(blocks):
+            call9(
+                get(layer, f.L_ACTIVATE),
+                sums + 2 * b * sums_bytes,
+                sums + (2 * b + 1) * sums_bytes,
+                count,
+                h_rows,
+                block + b,
+                get(layer, f.L_DN_GROUPS),
+                gate_bias + 128 * (block + b),
+                up_bias + 128 * (block + b),
+                get(layer, f.L_PARAMETERS),
+            )
+        block += blocks
 
 
 @driver
@@ -127,6 +162,7 @@ def down_task(job, layer, pool, task, scratch):  # type: ignore[no-untyped-def]
     experts = get(layer, f.L_EXPERTS)
     strip_bytes = get(layer, f.L_DN_STRIP_BYTES)
     sums = scratch + get(job, f.J_SCRATCH_SUMS)
+    sums_bytes = get(job, f.J_SUMS_BYTES)
     unpacked = scratch + get(job, f.J_SCRATCH_UNPACKED)
     out = scratch + get(job, f.J_SCRATCH_OUT)
     call2(get(layer, f.L_CLEAR), out, tokens * (end - begin))
@@ -137,12 +173,14 @@ def down_task(job, layer, pool, task, scratch):  # type: ignore[no-untyped-def]
         base = load64(get(layer, f.L_DOWN) + 8 * (pool * experts + expert))
         bias = load64(get(layer, f.L_DOWN_BIAS) + 8 * expert)
         rows = get(job, f.J_PAIR_H) + 8 * start
+        codes = base + (begin - first_strip) * strip_bytes
+        dot_strips(
+            layer, f.L_DN_GROUPS, codes, end - begin, rows, count, sums, sums_bytes, unpacked
+        )
         for strip in range(begin, end):
-            codes = base + (strip - first_strip) * strip_bytes
-            dot_strip(layer, f.L_DN_GROUPS, codes, rows, count, sums, unpacked)
             call6(
                 get(layer, f.L_COMBINE),
-                sums,
+                sums + (strip - begin) * sums_bytes,
                 count,
                 get(job, f.J_PAIR_TOKEN) + 4 * start,
                 get(job, f.J_PAIR_WEIGHT) + 4 * start,

@@ -132,10 +132,7 @@ def size_phases(job, layer):  # type: ignore[no-untyped-def]
         most_blocks = max(most_blocks, load64(blocks + 8 * (p + 1)) - load64(blocks + 8 * p))
         most_strips = max(most_strips, load64(strips + 8 * (p + 1)) - load64(strips + 8 * p))
     per_block = share(most_blocks, ceil_div(target, max(1, active)))
-    # every strip of a down task needs float32 [tokens][32]: one strip once that is large
-    per_strip = 1
-    if tokens <= 8:
-        per_strip = min(share(most_strips, target), 4)
+    per_strip = min(share(most_strips, target), f.MAX_STRIPS)
     put(job, f.J_BLOCKS_PER_TASK, per_block)
     put(job, f.J_STRIPS_PER_TASK, per_strip)
 

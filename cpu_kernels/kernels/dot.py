@@ -10,7 +10,7 @@ and source, so a token's bits do not depend on how a call is cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, I64, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
@@ -28,56 +28,32 @@ BF16_GROUP_BYTES = 2048
 
 
 class _Sums:
-    """The float32 sums of M tokens x 2 panels, in registers or, if there are too many, memory."""
+    """The float32 sums of M tokens x 2 panels in memory: [token][panel][lane]."""
 
-    def __init__(self, emit: Emit, base: Val, tokens: int, begin: Val, spare: int) -> None:
+    def __init__(self, emit: Emit, base: Val) -> None:
         self._emit, self._base = emit, base
-        needed = tokens * PANELS * emit.tier.registers_per_panel
-        self._in_registers = needed <= spare
-        zero = emit.splat(0.0, F32, 16)
-        slots = [(t, p) for t in range(tokens) for p in range(PANELS)]
-        if self._in_registers:
-            self._vars = {slot: emit.var(zero) for slot in slots}
-            with emit.when(begin > 0):
-                for slot in slots:
-                    self._vars[slot].set(self._load(*slot))
-        else:
-            with emit.when(begin.equals(0)):
-                for slot in slots:
-                    self._store(*slot, zero)
 
-    def _address(self, token: int, panel: int) -> Val:
-        return self._base + (4 * (token * STRIP_ROWS + panel * 16))
+    def _address(self, token: int, panel: Val | int) -> Val:
+        offset = panel * 64 if isinstance(panel, Val) else self._emit.i64(64 * panel)
+        return self._base + offset + 4 * STRIP_ROWS * token
 
-    def _load(self, token: int, panel: int) -> Val:
+    def load(self, token: int, panel: Val | int) -> Val:
         return self._emit.load(self._address(token, panel), F32, 16, align=64)
 
-    def _store(self, token: int, panel: int, value: Val) -> None:
+    def store(self, token: int, panel: Val | int, value: Val) -> None:
         self._emit.store(self._address(token, panel), value, align=64)
 
-    def get(self, token: int, panel: int) -> Val:
-        if self._in_registers:
-            return self._vars[token, panel].get()
-        return self._load(token, panel)
-
-    def set(self, token: int, panel: int, value: Val) -> None:
-        if self._in_registers:
-            self._vars[token, panel].set(value)
-        else:
-            self._store(token, panel, value)
-
-    def finish(self) -> None:
-        if self._in_registers:
-            for (token, panel), var in self._vars.items():
-                self._store(token, panel, var.get())
+    def clear(self, tokens: int) -> None:
+        zero = self._emit.splat(0.0, F32, 16)
+        for token in range(tokens):
+            for panel in range(PANELS):
+                self.store(token, panel, zero)
 
 
 def _decode_word(emit: Emit, word: Val) -> tuple[Val, Val]:
     """64 bytes of packed codes -> weights of the even and of the odd inputs, doubled, plus 12."""
-    codes = word.bits(I8)
     low = (word & 0x0F0F0F0F).bits(I8)
     high = ((word >> 4) & 0x0F0F0F0F).bits(I8)
-    del codes
     return emit.op("lookup16", _E2M1_BYTES, low), emit.op("lookup16", _E2M1_BYTES, high)
 
 
@@ -101,9 +77,9 @@ def mxfp4_dot(tokens: int, unpacked: bool) -> KernelBody:
         groups: Val,
     ) -> None:
         row = [emit.load(rows + 8 * t, I64) for t in range(tokens)]
-        per_panel = emit.tier.registers_per_panel
-        spare = emit.tier.registers - 2 * tokens * per_panel - 4 * per_panel
-        total = _Sums(emit, sums, tokens, begin, spare)
+        total = _Sums(emit, sums)
+        with emit.when(begin.equals(0)):
+            total.clear(tokens)
         step = MXFP4_UNPACKED_GROUP_BYTES if unpacked else MXFP4_GROUP_BYTES
         with emit.loop(begin, end) as group:
             at = codes + (group - begin) * step
@@ -112,22 +88,23 @@ def mxfp4_dot(tokens: int, unpacked: bool) -> KernelBody:
             meta = [r + groups * PLANE_BYTES + group * META_BYTES for r in row]
             if not unpacked:
                 _prefetch(emit, at, MXFP4_GROUP_BYTES)
-            for panel in range(PANELS):
+            # a loop, not two copies: the copies' equal loads of x would be kept in registers that
+            # the accumulators need
+            with emit.loop(0, emit.i64(PANELS)) as panel:
                 high = [emit.broadcast(emit.load(m + 4, I32, align=4), 16) for m in meta]
                 low = [emit.broadcast(emit.load(m + 8, I32, align=4), 16) for m in meta]
-                for quad, w in _weights(emit, at, panel, unpacked):
+                for quad, w in _weights(emit, at + panel * 64, unpacked):
                     for t in range(tokens):
                         x_high = emit.load(plane[t] + 4 * quad, I32, align=4)
                         x_low = emit.load(plane[t] + (32 + 4 * quad), I32, align=4)
                         high[t] = emit.op("byte_dot", high[t], w, x_high)
                         low[t] = emit.op("byte_dot", low[t], w, x_low)
-                scale = _scales(emit, scale_at + 16 * panel)
+                scale = _scales(emit, scale_at + panel * 16)
                 for t in range(tokens):
                     exact = emit.op("byte_dot_total", high[t], low[t]).to_float()
                     product = exact * emit.load(meta[t], F32, align=4)
-                    old = total.get(t, panel)
-                    total.set(t, panel, emit.op("scale_add", old, product, scale))
-        total.finish()
+                    old = total.load(t, panel)
+                    total.store(t, panel, emit.op("scale_add", old, product, scale))
 
     return body
 
@@ -138,15 +115,14 @@ def _prefetch(emit: Emit, at: Val, nbytes: int, ahead: int = 2048) -> None:
         emit.prefetch(at + (ahead + line))
 
 
-def _weights(emit: Emit, at: Val, panel: int, unpacked: bool):  # type: ignore[no-untyped-def]
+def _weights(emit: Emit, at: Val, unpacked: bool) -> Iterator[tuple[int, Val]]:
     """(quad, 64 weight bytes) of one panel and group; a quad is four inputs of 16 rows."""
     if unpacked:
         for quad in range(8):
-            yield quad, emit.load(at + 64 * (PANELS * quad + panel), I8, 64, align=64)
+            yield quad, emit.load(at + 64 * PANELS * quad, I8, 64, align=64)
         return
     for word in range(4):
-        packed = emit.load(at + 64 * (PANELS * word + panel), I32, 16, align=64)
-        even, odd = _decode_word(emit, packed)
+        even, odd = _decode_word(emit, emit.load(at + 64 * PANELS * word, I32, 16, align=64))
         yield 2 * word, even
         yield 2 * word + 1, odd
 
@@ -156,7 +132,7 @@ def mxfp4_unpack(emit: Emit, codes: Val, out: Val, count: Val) -> None:
     with emit.loop(0, count) as group:
         at, to = codes + group * MXFP4_GROUP_BYTES, out + group * MXFP4_UNPACKED_GROUP_BYTES
         for panel in range(PANELS):
-            for quad, w in _weights(emit, at, panel, unpacked=False):
+            for quad, w in _weights(emit, at + 64 * panel, unpacked=False):
                 emit.store(to + 64 * (PANELS * quad + panel), w, align=64)
 
 
@@ -175,7 +151,11 @@ def bf16_dot(tokens: int) -> KernelBody:
     ) -> None:
         del scales, groups
         row = [emit.load(rows + 8 * t, I64) for t in range(tokens)]
-        total = _Sums(emit, sums, tokens, begin, spare=emit.tier.registers)
+        memory = _Sums(emit, sums)
+        with emit.when(begin.equals(0)):
+            memory.clear(tokens)
+        slots = [(t, p) for t in range(tokens) for p in range(PANELS)]
+        total = {slot: emit.var(memory.load(*slot)) for slot in slots}
         with emit.loop(begin, end) as group:
             at = codes + (group - begin) * BF16_GROUP_BYTES
             inputs = [r + group * (2 * GROUP) for r in row]
@@ -186,11 +166,9 @@ def bf16_dot(tokens: int) -> KernelBody:
                     w = emit.load(at + 64 * (PANELS * pair + panel), I32, 16, align=64)
                     for t in range(tokens):
                         x = emit.load(inputs[t] + 4 * pair, I32, align=4)
-                        old = total.get(t, panel)
-                        total.set(t, panel, emit.op("pair_dot", old, w, x))
-        total.finish()
+                        old = total[t, panel].get()
+                        total[t, panel].set(emit.op("pair_dot", old, w, x))
+        for slot in slots:
+            memory.store(*slot, total[slot].get())
 
     return body
-
-
-DotMaker = Callable[[int], KernelBody]

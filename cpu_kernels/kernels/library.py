@@ -36,11 +36,15 @@ class KernelSet:
     finish: int
 
 
-def tile_sizes(tier: Tier, registers_per_token: int) -> tuple[int, ...]:
-    """Token counts to make kernels for: the largest whose accumulators leave a quarter of the
-    registers to weights and activations, then about halves down to 1."""
-    largest = max(1, (tier.registers * 3 // 4) // (registers_per_token * tier.registers_per_panel))
-    sizes = [largest]
+_LARGEST_TILE = 12
+"""Tokens beyond which a wider tile gains nothing: a weight load is already shared by 24 dots."""
+
+
+def tile_sizes(tier: Tier, reserved: int) -> tuple[int, ...]:
+    """Token counts to make kernels for: the largest whose two accumulators each fit beside
+    `reserved` registers for weights, activations and constants, then about halves down to 1."""
+    fitting = (tier.registers - reserved) // (2 * tier.registers_per_panel)
+    sizes = [max(1, min(_LARGEST_TILE, fitting))]
     while sizes[-1] > 1:
         sizes.append((sizes[-1] + 1) // 2)
     return tuple(sizes)
@@ -48,7 +52,7 @@ def tile_sizes(tier: Tier, registers_per_token: int) -> tuple[int, ...]:
 
 def functions_of(format_name: str, tier: Tier) -> list[tuple[str, int, KernelBody]]:
     """(name, arity, body) of every kernel of the format on the tier."""
-    sizes = tile_sizes(tier, registers_per_token=2)
+    sizes = tile_sizes(tier, reserved=8 if format_name == "BF16" else 4)
     functions: list[tuple[str, int, KernelBody]] = [
         ("encode", 6, encode.encode_rows(format_name)),
         ("activate", 9, epilogue.activate(format_name)),
