@@ -105,7 +105,8 @@ class WeightFormat:
         # in float64: 6 * 2^127 overflows float32 on the way to a finite product otherwise
         factors = self.scale.decode(scales).astype(np.float64)[..., None]
         with np.errstate(over="ignore"):
-            return (grouped * factors).astype(np.float32).reshape(values.shape)
+            dequantized: F32 = (grouped * factors).astype(np.float32).reshape(values.shape)
+        return dequantized
 
 
 def ue8m0_to_float(codes: Array) -> F32:
@@ -114,18 +115,21 @@ def ue8m0_to_float(codes: Array) -> F32:
     bits = s.astype(np.uint32) << np.uint32(23)
     bits = np.where(s == 0, np.uint32(0x0040_0000), bits)
     bits = np.where(s == UE8M0_NAN, np.uint32(0x7FC0_0000), bits)
-    return bits.view(np.float32)
+    factors: F32 = bits.view(np.float32)
+    return factors
 
 
 def unpack_nibbles(codes: Array) -> npt.NDArray[np.uint8]:
     """uint8 [..., K/2] -> 4-bit codes as uint8 [..., K]; the low nibble is the even input."""
     low, high = codes & np.uint8(15), codes >> np.uint8(4)
-    return np.stack([low, high], axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+    nibbles: npt.NDArray[np.uint8] = np.stack([low, high], axis=-1)
+    return nibbles.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
 
 
 def bf16_to_f32(bits: Array) -> F32:
     """bfloat16 bit patterns (uint16) -> float32, exact."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    values: F32 = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values
 
 
 def f32_to_bf16(x: F32) -> npt.NDArray[np.uint16]:
@@ -133,7 +137,9 @@ def f32_to_bf16(x: F32) -> npt.NDArray[np.uint16]:
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return np.where(np.isnan(bits.view(np.float32)), quiet_nan, rounded).astype(np.uint16)
+    nan = np.isnan(bits.view(np.float32))
+    result: npt.NDArray[np.uint16] = np.where(nan, quiet_nan, rounded).astype(np.uint16)
+    return result
 
 
 def _decode_e2m1(codes: Array) -> F32:
@@ -148,30 +154,32 @@ def _encode_mxfp4(w: F32) -> tuple[Array, Array | None]:
     format need not lose; every result is still a valid MX block.
     """
     N, K = w.shape
-    groups = w.reshape(N, K // 32, 32).astype(np.float64)
-    _, exponent = np.frexp(np.abs(groups).max(axis=-1))  # max = m * 2^exponent, m in [0.5, 1)
-    floor_exponent = np.clip(exponent - 1 - 2 + 127, 0, 253)
-    candidates = [_round_e2m1(groups, floor_exponent + step) for step in (0, 1)]
-    errors = [
-        np.square(np.asarray(E2M1_VALUES)[c] * np.exp2(s[..., None] - 127.0) - groups).sum(-1)
-        for c, s in candidates
-    ]
-    better = errors[1] < errors[0]
-    codes = np.where(better[..., None], candidates[1][0], candidates[0][0])
-    scales = np.where(better, candidates[1][1], candidates[0][1]).astype(np.uint8)
-    codes = codes.astype(np.uint8).reshape(N, K)
-    return codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4)), scales
+    if K % 32:
+        raise ValueError(f"rows of {K} weights are no multiple of MXFP4's group of 32")
+    groups = np.asarray(w, np.float32).reshape(N, K // 32, 32)
+    maxima = np.abs(groups).max(axis=-1)
+    if not np.isfinite(maxima).all():
+        raise ValueError("a weight is NaN or infinite, which MXFP4 cannot hold")
+    _, exponents = np.frexp(maxima)  # max = m * 2^exponent, m in [0.5, 1)
+    scales = np.clip(exponents - 1 - 2 + 127, 0, 253).astype(np.uint8)
+    # Scaling by a power of two is exact in float32 wherever a code other than 0 can result.
+    magnitudes = np.abs(groups) * ue8m0_to_float(np.uint8(254) - scales)[..., None]  # in [0, 8)
+    codes, errors = _round_e2m1(magnitudes)
+    wider_codes, wider_errors = _round_e2m1(magnitudes * np.float32(0.5))
+    wider = 4 * wider_errors < errors  # in units of the square of the narrower scale
+    codes = np.where(wider[..., None], wider_codes, codes)
+    codes = (codes | (np.signbit(groups).view(np.uint8) << np.uint8(3))).reshape(N, K)
+    return codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4)), scales + wider
 
 
-def _round_e2m1(groups: Array, scale: Array) -> tuple[Array, Array]:
-    """Codes of `groups` [N, G, 32] at the E8M0 `scale` [N, G]: nearest, ties to the even code."""
-    magnitude = np.abs(groups) * np.exp2(127.0 - scale[..., None])
-    positive = np.asarray(E2M1_VALUES[:8])
-    midpoints = (positive[1:] + positive[:-1]) / 2
-    upper = np.searchsorted(midpoints, magnitude, side="left")  # a tie stays below
-    tie = (upper < 7) & (magnitude == midpoints[np.minimum(upper, 6)])
-    code = np.where(tie & (upper % 2 == 1), upper + 1, upper)
-    return np.where(np.signbit(groups), code + 8, code), scale
+def _round_e2m1(magnitudes: F32) -> tuple[npt.NDArray[np.uint8], F32]:
+    """Nearest codes (ties to even) of `magnitudes` [..., 32], and the squared errors [...]."""
+    values = np.asarray(E2M1_VALUES[:8], np.float32)
+    codes = np.zeros(magnitudes.shape, np.uint8)
+    for code, midpoint in enumerate((values[1:] + values[:-1]) / 2):
+        # a tie goes to the even one of `code` and `code + 1`
+        codes += (magnitudes >= midpoint) if code % 2 else (magnitudes > midpoint)
+    return codes, np.square(values[codes] - magnitudes).sum(axis=-1)
 
 
 UE8M0 = ScaleType("ue8m0", np.dtype(np.uint8), ue8m0_to_float, invalid=UE8M0_NAN)

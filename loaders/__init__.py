@@ -1,1 +1,19 @@
-"""Readers that turn checkpoints into `ExpertTensors`."""
+"""Reading checkpoints into `ExpertTensors`: naming schemes, safetensors, conversion, inspection."""
+
+from hybrid_moe.loaders.checkpoint import Checkpoint
+from hybrid_moe.loaders.convert import convert_checkpoint
+from hybrid_moe.loaders.inspect import CheckpointSummary, inspect_checkpoint
+from hybrid_moe.loaders.layer import LayerSource
+from hybrid_moe.loaders.load import check_map, load_layer
+from hybrid_moe.loaders.safetensors import SafetensorsIndex
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointSummary",
+    "LayerSource",
+    "SafetensorsIndex",
+    "check_map",
+    "convert_checkpoint",
+    "inspect_checkpoint",
+    "load_layer",
+]

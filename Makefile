@@ -1,0 +1,58 @@
+# make demo   create .venv, install, generate text with the model in the repository
+# make test   the whole test suite
+# make lint   ruff and mypy
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TREE := build/tree/hybrid_moe
+MODEL := examples/tiny_moe/model
+PROMPT ?= The old man looked out of the window and
+
+.PHONY: demo test lint format install install-dev wheel bench clean
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The constraints file pins versions that are known to work together.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt -e ".[transformers]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e ".[transformers,dev]"
+	touch $@
+
+demo: install
+	$(BIN)/hybrid-moe generate --model $(MODEL) --prompt "$(PROMPT)" --max-new-tokens 120
+
+test: install-dev
+	$(BIN)/python -m pytest
+
+# Type checkers see neither package-dir nor import hooks: give them the package as one tree.
+$(TREE): pyproject.toml
+	rm -rf build/tree && mkdir -p $(TREE)
+	ln -s $(CURDIR)/hybrid_moe/* $(TREE)/
+	ln -s $(CURDIR)/cpu_kernels $(CURDIR)/gpu_kernels $(CURDIR)/loaders $(TREE)/
+
+lint: install-dev
+	rm -rf build/tree && $(MAKE) --no-print-directory $(TREE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd build && MYPYPATH=$(CURDIR)/build/tree $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p hybrid_moe
+
+format: install-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: install-dev
+	rm -rf dist && $(BIN)/python -m build --wheel
+
+bench: install
+	$(BIN)/python bench/moe_layer.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

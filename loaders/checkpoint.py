@@ -1,0 +1,110 @@
+"""A checkpoint's routed experts, one layer at a time, checked before anything is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hybrid_moe.loaders.describe import describe_layer
+from hybrid_moe.loaders.layer import LayerSource
+from hybrid_moe.loaders.naming import LayerKeys, find_layers
+from hybrid_moe.loaders.safetensors import SafetensorsIndex
+from hybrid_moe.tensors import CheckpointError
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Names under which `config.json` states the number of routed experts."""
+
+
+class Checkpoint:
+    """A directory (or file) of safetensors, seen as layers of routed experts.
+
+    Attributes:
+        index: every tensor, experts or not.
+        config: the model's `config.json`; empty where there is none.
+        layers: numbers of the layers that have routed experts, dense layers counted, ascending.
+        expert_keys: keys of all tensors that belong to routed experts of those layers.
+    """
+
+    def __init__(self, index: SafetensorsIndex, config: Mapping[str, Any]) -> None:
+        self.index = index
+        self.config = config
+        self._layers = find_layers(index.tensors)
+        self.layers: tuple[int, ...] = tuple(self._layers)
+        self.expert_keys = frozenset(key for keys in self._layers.values() for key in keys.keys)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Scan the headers at `path`, a directory or one safetensors file; no data is read.
+
+        Raises:
+            FileNotFoundError: there is nothing at `path`.
+            CheckpointError: see `SafetensorsIndex.open`; or the names contradict each other.
+        """
+        index = SafetensorsIndex.open(path)
+        return cls(index, _read_config(index.path))
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of `config`: nested where the model has other parts."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    def keys_of(self, layer: int) -> LayerKeys:
+        """Names of the expert tensors of `layer`. Raises `CheckpointError` where it has none."""
+        keys = self._layers.get(layer)
+        if keys is None:
+            have = f"layers {_ranges(self.layers)} have" if self.layers else "no layer has"
+            raise CheckpointError(
+                f"layer {layer} of {self.index.path} has no routed experts under a known name; "
+                f"{have} some"
+            )
+        return keys
+
+    def layer(self, layer: int) -> LayerSource:
+        """The experts of one layer, with every name, shape and dtype checked.
+
+        Raises:
+            CheckpointError: the layer has no experts, an expert is missing or incomplete, there
+                are more or fewer than `config.json` says, or a shape or dtype is wrong.
+        """
+        source = describe_layer(self.index, self.keys_of(layer))
+        for name in _EXPERT_COUNTS:
+            count = self.text_config.get(name)
+            if isinstance(count, int) and count != source.num_experts:
+                raise CheckpointError(
+                    f"layer {layer} of {self.index.path} has {source.num_experts} experts, "
+                    f"config.json says {name}={count}; "
+                    f"the last one found is {source.last_key}"
+                )
+        return source
+
+    def close(self) -> None:
+        """Close the files. A later read opens them again."""
+        self.index.close()
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    file = path / "config.json"
+    if not path.is_dir() or not file.exists():
+        return {}
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: no JSON object")
+    return config
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """(0, 1, 2, 5) -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)

@@ -1,0 +1,263 @@
+"""Rewrite a checkpoint with its routed experts in another format; the rest is copied unchanged.
+
+One expert per thread is in memory at a time, whatever the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from hybrid_moe.formats import Array, WeightFormat, format_named
+from hybrid_moe.loaders.checkpoint import Checkpoint
+from hybrid_moe.loaders.header import TensorInfo
+from hybrid_moe.loaders.layer import LayerSource
+from hybrid_moe.loaders.naming import scheme_named
+from hybrid_moe.loaders.parallel import for_each
+from hybrid_moe.loaders.safetensors import INDEX_NAME, ReadBuffer
+from hybrid_moe.loaders.writer import PlannedTensor, ShardedWriter
+from hybrid_moe.tensors import ExpertTensors, Matrix
+
+SHARD_BYTES = 5_000_000_000
+CONFIG_KEY = "hybrid_moe"
+"""Key in `config.json` that says what `convert_checkpoint` did; other tools ignore it."""
+
+_COPY_BYTES = 16 << 20
+_WEIGHT_FILES = (
+    "*.safetensors",
+    INDEX_NAME,
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+)
+
+Progress = Callable[[int, int], None]
+
+
+def convert_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    method: str = "MXFP4",
+    progress: bool | Progress = True,
+    *,
+    threads: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a checkpoint whose routed experts are quantized.
+
+    Experts keep the names of their family; fused ones are written one by one under the names of
+    Qwen3-MoE, gpt-oss ones as the `*_blocks` and `*_scales` of its MXFP4 release. Every other
+    tensor and file is copied. `config.json` gets the entry `"hybrid_moe": {"experts": method,
+    "group": 32}`.
+
+    Args:
+        src: directory of a checkpoint whose experts are BF16, F16 or F32.
+        dst: directory to write; created, or empty.
+        method: "MXFP4".
+        progress: True shows a bar on stderr; a function is called with (bytes done, bytes in all).
+        threads: threads that quantize; None takes every processor this process may use.
+        shard_bytes: largest size of a shard.
+
+    Raises:
+        ValueError: unknown method, `dst` is not empty or is `src`, or the experts cannot be
+            converted (they are quantized already).
+        CheckpointError: the source is damaged or a weight is not finite.
+        OSError: too little room at `dst`.
+    """
+    fmt = format_named(method)
+    if fmt.name != "MXFP4":
+        raise ValueError(f'experts are converted to method="MXFP4", not to {fmt.name}')
+    source_path, target_path = Path(src), Path(dst)
+    _check_paths(source_path, target_path)
+    checkpoint = Checkpoint.open(source_path)
+    if not checkpoint.layers:
+        raise ValueError(f"{source_path} has no routed experts under a known name")
+    layers = [checkpoint.layer(number) for number in checkpoint.layers]
+    for layer in layers:
+        if layer.format.name != "BF16":
+            raise ValueError(
+                f"the experts of layer {layer.layer} of {source_path} are {layer.format.name} "
+                "already; there is nothing to convert"
+            )
+    copied = _unchanged(checkpoint, layers)
+    planned = [PlannedTensor(tensor.key, tensor.dtype, tensor.shape) for tensor in copied]
+    for layer in layers:
+        planned += _plan_layer(layer, fmt)
+    target_path.mkdir(parents=True, exist_ok=True)
+    total = sum(tensor.nbytes for tensor in planned)
+    free = shutil.disk_usage(target_path).free
+    if free < total:
+        raise OSError(f"{target_path}: {total} bytes will be written, {free} are free")
+    with _Meter(total, progress) as meter:
+        writer = ShardedWriter(target_path, planned, shard_bytes)
+        try:
+            _convert_tensors(checkpoint, copied, layers, fmt, writer, meter, threads)
+            _copy_files(source_path, writer, checkpoint, fmt)
+            writer.finish()
+        except BaseException:
+            writer.abort()
+            raise
+        finally:
+            checkpoint.close()
+
+
+def _convert_tensors(
+    checkpoint: Checkpoint,
+    copied: list[TensorInfo],
+    layers: list[LayerSource],
+    fmt: WeightFormat,
+    writer: ShardedWriter,
+    meter: _Meter,
+    threads: int | None,
+) -> None:
+    def work(item: TensorInfo | tuple[LayerSource, int], buffer: ReadBuffer) -> None:
+        if isinstance(item, tuple):
+            layer, expert = item
+            tensors = layer.expert(expert, fmt, buffer)
+            for key, data, at in _expert_pieces(layer, expert, tensors):
+                writer.write(key, data, at)
+                meter.add(data.nbytes)
+        else:
+            _copy_tensor(checkpoint, item, writer, meter)
+
+    items: list[TensorInfo | tuple[LayerSource, int]] = [*copied]
+    items += [(layer, expert) for layer in layers for expert in range(layer.num_experts)]
+    for_each(items, work, len(os.sched_getaffinity(0)) if threads is None else threads)
+
+
+def _copy_tensor(
+    checkpoint: Checkpoint, tensor: TensorInfo, writer: ShardedWriter, meter: _Meter
+) -> None:
+    rows = tensor.shape[0] if tensor.shape else 1
+    if not rows or tensor.nbytes <= _COPY_BYTES:
+        writer.write(tensor.key, checkpoint.index.read(tensor.key))
+        meter.add(tensor.nbytes)
+        return
+    step = max(1, _COPY_BYTES * rows // tensor.nbytes)
+    for start in range(0, rows, step):
+        data = checkpoint.index.read(tensor.key, slice(start, start + step))
+        writer.write(tensor.key, data, start * (tensor.nbytes // rows))
+        meter.add(data.nbytes)
+
+
+def _unchanged(checkpoint: Checkpoint, layers: list[LayerSource]) -> list[TensorInfo]:
+    """Tensors that are copied: all but the experts' weights, in the order of their shards."""
+    replaced = {stack.weight.key for layer in layers for stacks in layer.stacks for stack in stacks}
+    return [tensor for key, tensor in checkpoint.index.tensors.items() if key not in replaced]
+
+
+def _written_keys(layer: LayerSource, expert: int, projection: str) -> tuple[str, str]:
+    """The keys under which codes and scales are written."""
+    scheme = scheme_named(layer.scheme.written)
+    stem = scheme.stem(layer.prefix, layer.layer, expert) + projection
+    return stem + scheme.weights[0], stem + scheme.scales[0]
+
+
+def _plan_layer(layer: LayerSource, fmt: WeightFormat) -> list[PlannedTensor]:
+    scheme = scheme_named(layer.scheme.written)
+    code_dtype, scale_dtype = scheme.mxfp4_dtypes
+    H, I = layer.hidden, layer.intermediate  # noqa: E741
+    planned: list[PlannedTensor] = []
+    projections = [(scheme.gate, I, H), (scheme.up, I, H), (scheme.down, H, I)]
+    if scheme.fused:
+        projections = [(scheme.gate, 2 * I, H), (scheme.down, H, I)]
+    for expert in range(1 if scheme.fused else layer.num_experts):
+        for projection, N, K in projections:
+            code_key, scale_key = _written_keys(layer, expert, projection)
+            codes, scales = fmt.code_shape(N, K), (N, K // fmt.group)
+            if scheme.fused:  # gpt-oss: [E, N, K/32, 16] and [E, N, K/32]
+                blocks = (layer.num_experts, *scales, codes[1] // scales[1])
+                planned.append(PlannedTensor(code_key, code_dtype, blocks))
+                planned.append(PlannedTensor(scale_key, scale_dtype, blocks[:-1]))
+            else:
+                planned.append(PlannedTensor(code_key, code_dtype, codes))
+                planned.append(PlannedTensor(scale_key, scale_dtype, scales))
+    return planned
+
+
+def _expert_pieces(
+    layer: LayerSource, expert: int, tensors: ExpertTensors
+) -> list[tuple[str, Array, int]]:
+    """What is written for one expert: key, values, and where in the tensor they begin (bytes)."""
+    scheme = scheme_named(layer.scheme.written)
+    pieces: list[tuple[str, Array, int]] = []
+    matrices = [(scheme.gate, tensors.gate), (scheme.up, tensors.up), (scheme.down, tensors.down)]
+    if scheme.fused:
+        gate_up = _interleave(tensors.gate, tensors.up)
+        matrices = [(scheme.gate, gate_up), (scheme.down, tensors.down)]
+    for projection, matrix in matrices:
+        assert matrix.scales is not None  # the format has scales
+        code_key, scale_key = _written_keys(layer, expert, projection)
+        for key, data in ((code_key, matrix.codes), (scale_key, matrix.scales)):
+            pieces.append((key, data, expert * data.nbytes if scheme.fused else 0))
+    return pieces
+
+
+def _interleave(gate: Matrix, up: Matrix) -> Matrix:
+    """Rows of gate and up in turn, as gpt-oss stores them."""
+    assert gate.scales is not None and up.scales is not None
+    codes = np.stack([gate.codes, up.codes], axis=1).reshape(-1, gate.codes.shape[1])
+    scales = np.stack([gate.scales, up.scales], axis=1).reshape(-1, gate.scales.shape[1])
+    return Matrix(codes, scales)
+
+
+def _check_paths(src: Path, dst: Path) -> None:
+    if not src.exists():
+        raise FileNotFoundError(f"no checkpoint at {src}: the path does not exist")
+    if not src.is_dir():
+        raise NotADirectoryError(f"{src}: a checkpoint's directory is needed")
+    if dst.exists() and not dst.is_dir():
+        raise ValueError(f"{dst} is a file; a directory to write to is needed")
+    if dst.resolve().is_relative_to(src.resolve()):
+        raise ValueError(
+            f"{dst} is (or lies in) the checkpoint that is to be converted; name another directory"
+        )
+    if dst.is_dir() and any(dst.iterdir()):
+        raise ValueError(f"{dst} is not empty; name a new or an empty directory")
+
+
+def _copy_files(
+    src: Path, writer: ShardedWriter, checkpoint: Checkpoint, fmt: WeightFormat
+) -> None:
+    """Copy configuration and tokenizer. `config.json` is added last: with it, all is there."""
+    for file in sorted(src.rglob("*")):
+        name = file.relative_to(src)
+        hidden = any(part.startswith(".") for part in name.parts)
+        weights = any(name.match(pattern) for pattern in _WEIGHT_FILES)
+        if file.is_file() and not hidden and not weights and str(name) != "config.json":
+            writer.add_file(str(name), file)
+    if checkpoint.config:
+        config = {**checkpoint.config, CONFIG_KEY: {"experts": fmt.name, "group": fmt.group}}
+        writer.add_file("config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+class _Meter:
+    """Counts bytes from any thread, and shows them as a bar or passes them on."""
+
+    def __init__(self, total: int, progress: bool | Progress) -> None:
+        self._total, self._done, self._lock = total, 0, threading.Lock()
+        self._call = progress if callable(progress) else None
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=progress is not True)
+
+    def __enter__(self) -> _Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, nbytes: int) -> None:
+        """Count `nbytes` more."""
+        with self._lock:
+            self._done += nbytes
+            self._bar.update(nbytes)
+            if self._call is not None:
+                self._call(self._done, self._total)

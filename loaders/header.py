@@ -1,0 +1,210 @@
+"""The header of a safetensors file: parsed and checked before a byte of data is read.
+
+A file is an 8-byte little-endian length, that many bytes of JSON, then the data. Tensors must fill
+the data without holes or overlaps, so that every byte of the file is accounted for and a truncated
+file is found when it is opened, not when its last tensor is read.
+
+Source: the format description of https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from hybrid_moe.tensors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit; it also bounds what a damaged length can make a reader allocate."""
+
+
+@dataclass(frozen=True)
+class StorageType:
+    """One dtype of safetensors: the bits of an element, and the NumPy dtype of its raw view."""
+
+    bits: int
+    raw: np.dtype[Any]
+
+
+def _row(bits: int, raw: str) -> StorageType:
+    return StorageType(bits, np.dtype(raw))
+
+
+STORAGE_TYPES: Mapping[str, StorageType] = MappingProxyType(
+    {
+        "BOOL": _row(8, "?"),
+        "U8": _row(8, "u1"),
+        "I8": _row(8, "i1"),
+        "F4": _row(4, "u1"),
+        "F6_E2M3": _row(6, "u1"),
+        "F6_E3M2": _row(6, "u1"),
+        "F8_E5M2": _row(8, "u1"),
+        "F8_E4M3": _row(8, "u1"),
+        "F8_E8M0": _row(8, "u1"),
+        "F8_E4M3FNUZ": _row(8, "u1"),
+        "F8_E5M2FNUZ": _row(8, "u1"),
+        "U16": _row(16, "<u2"),
+        "I16": _row(16, "<i2"),
+        "F16": _row(16, "<f2"),
+        "BF16": _row(16, "<u2"),
+        "U32": _row(32, "<u4"),
+        "I32": _row(32, "<i4"),
+        "F32": _row(32, "<f4"),
+        "U64": _row(64, "<u8"),
+        "I64": _row(64, "<i8"),
+        "F64": _row(64, "<f8"),
+        "C64": _row(64, "<c8"),
+    }
+)
+"""Every dtype a header may name. NumPy has no bfloat16, 8-bit or smaller floats: raw bits then."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies.
+
+    Attributes:
+        key: name of the tensor.
+        dtype: dtype as the header names it, such as "BF16" or "F8_E8M0".
+        shape: shape as the header gives it; elements, also where several share a byte (F4).
+        file: the shard that holds it.
+        offset: bytes from the start of the file.
+        nbytes: its size in bytes.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def raw_dtype(self) -> np.dtype[Any]:
+        """NumPy dtype of the raw view."""
+        return STORAGE_TYPES[self.dtype].raw
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """Shape of the raw view: elements smaller than a byte are counted in bytes."""
+        bits = STORAGE_TYPES[self.dtype].bits
+        if bits >= 8:
+            return self.shape
+        return (*self.shape[:-1], self.shape[-1] * bits // 8)
+
+    @property
+    def where(self) -> str:
+        """Key and file, for messages."""
+        return f"{self.key} in {self.file}"
+
+
+def read_header(file: Path) -> list[TensorInfo]:
+    """The tensors of one safetensors file, in the order of their data.
+
+    Raises:
+        CheckpointError: the file is truncated, or its header is not a valid one.
+    """
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file")
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{file}: a header of {length} bytes exceeds the format's limit of "
+                f"{MAX_HEADER_BYTES}; this is no safetensors file, or it is damaged"
+            )
+        if 8 + length > size:
+            raise CheckpointError(
+                f"{file}: truncated: the header should end at byte {8 + length}, "
+                f"the file has {size}"
+            )
+        text = stream.read(length)
+    entries = _parse_json(text, file)
+    tensors = [
+        _tensor_info(key, entry, file, 8 + length, size)
+        for key, entry in entries.items()
+        if key != "__metadata__"
+    ]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_contiguous(tensors, file, 8 + length, size)
+    return tensors
+
+
+def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
+        raise CheckpointError(f"{file}: the safetensors header is damaged: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the safetensors header is no JSON object")
+    return header
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice!r} appears twice")
+    return result
+
+
+def _tensor_info(key: str, entry: Any, file: Path, data_start: int, size: int) -> TensorInfo:
+    where = f"{key} in {file}"
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where}: the header's entry is no JSON object")
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in STORAGE_TYPES:
+        raise CheckpointError(
+            f"{where}: unknown dtype {dtype!r}, known are {', '.join(STORAGE_TYPES)}"
+        )
+    shape = _sizes(entry.get("shape"))
+    if shape is None:
+        raise CheckpointError(f"{where}: shape {entry.get('shape')!r} is no list of sizes")
+    offsets = _sizes(entry.get("data_offsets"))
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(
+            f"{where}: data_offsets {entry.get('data_offsets')!r} are no [begin, end]"
+        )
+    begin, end = offsets
+    if data_start + end > size:
+        raise CheckpointError(
+            f"{where}: truncated: its data should end at byte {data_start + end}, "
+            f"the file has {size}"
+        )
+    bits = STORAGE_TYPES[dtype].bits
+    if 8 * (end - begin) != math.prod(shape) * bits or (bits < 8 and shape[-1] * bits % 8):
+        raise CheckpointError(
+            f"{where}: {end - begin} bytes of data do not fit dtype {dtype} and shape {shape}"
+        )
+    return TensorInfo(key, dtype, shape, file, data_start + begin, end - begin)
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A list of non-negative integers (JSON's true and 1.0 are none), else None."""
+    if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value):
+        return tuple(value)
+    return None
+
+
+def _check_contiguous(tensors: list[TensorInfo], file: Path, data_start: int, size: int) -> None:
+    end = data_start
+    for tensor in tensors:
+        if tensor.offset != end:
+            what = "overlaps the tensor before it" if tensor.offset < end else "follows a hole"
+            raise CheckpointError(f"{tensor.where}: its data at byte {tensor.offset} {what}")
+        end += tensor.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{file}: {size - end} bytes after the last tensor belong to no tensor"
+        )

@@ -1,0 +1,149 @@
+"""What is in a checkpoint, from its headers and its configuration alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hybrid_moe.formats import FORMATS
+from hybrid_moe.loaders.checkpoint import Checkpoint
+from hybrid_moe.loaders.layer import LayerSource
+from hybrid_moe.loaders.stored import can_encode
+from hybrid_moe.tensors import CheckpointError
+
+EXPERTS = "routed experts"
+
+_PARTS: tuple[tuple[str, str], ...] = (
+    ("draft layers", r"(^|\.)mtp\."),
+    ("vision and audio", r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector)\."),
+    ("shared experts", r"shared_expert"),
+    (
+        "router",
+        r"\.(mlp|ffn|block_sparse_moe|moe)\.(gate|router)\b"
+        r"|e_score_correction_bias|tid2eid|expert_bias",
+    ),
+    ("norms", r"norm"),
+    ("hyper-connections", r"\bhc_|_hc\."),
+    ("attention", r"attn|attention"),
+    ("embeddings", r"embed|lm_head|^head\.|(^|\.)wte\."),
+    ("dense MLP", r"\.(mlp|ffn|feed_forward)\."),
+)
+"""Parts of a model by a pattern in the key: the first that matches. Routed experts are known by
+their naming scheme; what matches nothing is "other"."""
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """What `inspect_checkpoint` found. Sizes are in bytes.
+
+    Attributes:
+        path: what was inspected.
+        model_type: family that `config.json` names, None without one.
+        architectures: classes that `config.json` names.
+        scheme: naming scheme of the experts; None without experts.
+        moe_layers: numbers of the layers with routed experts, dense layers counted.
+        num_layers: layers in all, of `config.json`.
+        num_experts: routed experts of a layer.
+        experts_per_token: experts that a token uses, of `config.json`.
+        hidden, intermediate: hidden size, and intermediate size of an expert.
+        formats: format of the experts -> layers that are stored so.
+        dtypes: safetensors dtype -> bytes of all tensors of that dtype.
+        parts: part of the model -> bytes, largest first.
+        num_tensors, num_shards: how many.
+        total_bytes: bytes of all tensors.
+        ram_experts: method -> bytes of memory for all routed experts on the CPU.
+        ram_rest: bytes of everything else.
+        problems: what keeps layers from being loaded; empty for a good checkpoint.
+    """
+
+    path: str
+    model_type: str | None
+    architectures: tuple[str, ...]
+    scheme: str | None
+    moe_layers: tuple[int, ...]
+    num_layers: int | None
+    num_experts: int | None
+    experts_per_token: int | None
+    hidden: int | None
+    intermediate: int | None
+    formats: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, int]
+    parts: Mapping[str, int]
+    num_tensors: int
+    num_shards: int
+    total_bytes: int
+    ram_experts: Mapping[str, int]
+    ram_rest: int
+    problems: tuple[str, ...]
+
+
+def part_of(key: str) -> str:
+    """The part of the model that a tensor other than a routed expert's belongs to."""
+    return next((part for part, pattern in _PARTS if re.search(pattern, key)), "other")
+
+
+def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointSummary:
+    """Summarize the checkpoint at `path` (a directory or a safetensors file).
+
+    A layer that cannot be loaded is listed under `problems`; what can be said of the rest is said.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        CheckpointError: the files cannot be read as a checkpoint at all.
+    """
+    checkpoint = Checkpoint.open(path)
+    layers: list[LayerSource] = []
+    problems: list[str] = []
+    for number in checkpoint.layers:
+        try:
+            layers.append(checkpoint.layer(number))
+        except CheckpointError as error:
+            problems.append(str(error))
+    parts: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    for key, tensor in checkpoint.index.tensors.items():
+        parts[EXPERTS if key in checkpoint.expert_keys else part_of(key)] += tensor.nbytes
+        dtypes[tensor.dtype] += tensor.nbytes
+    formats: dict[str, tuple[int, ...]] = {}
+    for layer in layers:
+        formats[layer.format.name] = (*formats.get(layer.format.name, ()), layer.layer)
+    first = layers[0] if layers else None
+    total = dtypes.total()
+    config = checkpoint.text_config
+    return CheckpointSummary(
+        path=str(checkpoint.index.path),
+        model_type=checkpoint.config.get("model_type"),
+        architectures=tuple(checkpoint.config.get("architectures") or ()),
+        scheme=checkpoint.keys_of(checkpoint.layers[0]).scheme.name if checkpoint.layers else None,
+        moe_layers=checkpoint.layers,
+        num_layers=_first_int(config, "num_hidden_layers"),
+        num_experts=first.num_experts if first else None,
+        experts_per_token=_first_int(config, "num_experts_per_tok", "experts_per_token"),
+        hidden=first.hidden if first else _first_int(config, "hidden_size"),
+        intermediate=first.intermediate if first else None,
+        formats=formats,
+        dtypes=dict(dtypes.most_common()),
+        parts=dict(parts.most_common()),
+        num_tensors=len(checkpoint.index.tensors),
+        num_shards=len({tensor.file for tensor in checkpoint.index.tensors.values()}),
+        total_bytes=total,
+        ram_experts=_ram(layers),
+        ram_rest=total - parts[EXPERTS],
+        problems=tuple(problems),
+    )
+
+
+def _ram(layers: list[LayerSource]) -> dict[str, int]:
+    """Bytes of the packed experts by method, for the methods that can load every layer."""
+    return {
+        name: sum(layer.nbytes_as(fmt) for layer in layers)
+        for name, fmt in FORMATS.items()
+        if layers and all(can_encode(layer.stored, fmt) for layer in layers)
+    }
+
+
+def _first_int(config: Mapping[str, object], *names: str) -> int | None:
+    return next((v for name in names if isinstance(v := config.get(name), int)), None)

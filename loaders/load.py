@@ -1,0 +1,124 @@
+"""Load the experts of a layer that run on the CPU, and only those, into a packer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid_moe.formats import WeightFormat
+from hybrid_moe.loaders.layer import LayerSource
+from hybrid_moe.loaders.parallel import for_each
+from hybrid_moe.loaders.safetensors import ReadBuffer
+from hybrid_moe.tensors import ExpertTensors
+
+logger = logging.getLogger(__name__)
+
+_announced: set[tuple[str, str]] = set()
+"""Checkpoints and formats whose quantization has been logged: once, not once per layer."""
+
+
+def check_map(mapping: Any, num_physical: int, num_logical: int) -> npt.NDArray[np.int64]:
+    """Check a physical-to-logical map; several physical slots may hold the same expert.
+
+    Args:
+        mapping: int64 [num_physical]: the checkpoint's expert that each physical slot holds.
+        num_physical: slots of the layer.
+        num_logical: experts that the checkpoint has.
+
+    Raises:
+        ValueError: wrong number of axes, length or dtype, or an expert that does not exist.
+    """
+    array = np.asarray(mapping)
+    if array.ndim != 1:
+        raise ValueError(
+            f"physical_to_logical_map must have one axis, this one has shape {array.shape}"
+        )
+    if array.dtype != np.int64:
+        raise ValueError(f"physical_to_logical_map must be int64, this one is {array.dtype}")
+    if len(array) != num_physical:
+        raise ValueError(
+            f"physical_to_logical_map has {len(array)} entries, expected {num_physical}: "
+            "one per expert of the layer"
+        )
+    wrong = np.flatnonzero((array < 0) | (array >= num_logical))
+    if wrong.size:
+        raise ValueError(
+            f"physical_to_logical_map[{wrong[0]}] = {array[wrong[0]]}: "
+            f"the checkpoint has experts 0 to {num_logical - 1}"
+        )
+    return array
+
+
+def load_layer(
+    source: LayerSource,
+    mapping: npt.NDArray[np.int64],
+    wanted: npt.NDArray[np.bool_],
+    sink: Callable[[int, ExpertTensors], None],
+    *,
+    fmt: WeightFormat,
+    threads: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Read the wanted experts and hand each to `sink`. Others are never read.
+
+    Args:
+        source: the layer.
+        mapping: int64 [E], physical slot -> the checkpoint's expert. An expert that several slots
+            hold is read once.
+        wanted: bool [E] by physical slot, True where the expert runs on the CPU.
+        sink: `sink(physical, tensors)`, called on the reading threads, at the same time for
+            different experts. The arrays are reused once it has returned.
+        fmt: format to hand the experts on in. 16-bit weights are quantized to it.
+        threads: threads that read (and call `sink`); at least 1.
+        progress: `progress(done, total)` in slots, called after each, one call at a time.
+
+    Raises:
+        ValueError: the map, `wanted` or `threads` do not fit, or the stored weights do not become
+            `fmt`.
+        CheckpointError: a shard is truncated or an expert's values are invalid.
+    """
+    wanted = np.asarray(wanted)
+    if wanted.ndim != 1 or wanted.dtype != np.bool_:
+        raise ValueError(
+            f"wanted must be bool with one axis, this is {wanted.dtype} of shape {wanted.shape}"
+        )
+    mapping = check_map(mapping, len(wanted), source.num_experts)
+    source.check_format(fmt)
+    _announce_encoding(source, fmt)
+    slots: dict[int, list[int]] = {}
+    for physical in np.flatnonzero(wanted):
+        slots.setdefault(int(mapping[physical]), []).append(int(physical))
+    total, done, lock = int(wanted.sum()), 0, threading.Lock()
+
+    def load(item: tuple[int, list[int]], buffer: ReadBuffer) -> None:
+        nonlocal done
+        logical, physical_slots = item
+        tensors = source.expert(logical, fmt, buffer)
+        for physical in physical_slots:
+            sink(physical, tensors)
+            with lock:
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+
+    for_each(slots.items(), load, threads)
+
+
+def _announce_encoding(source: LayerSource, fmt: WeightFormat) -> None:
+    if source.stored.exact and fmt is source.format:
+        return
+    path, stored = str(source.index.path), source.stacks[0][0].weight.dtype
+    if (path, fmt.name) not in _announced:
+        _announced.add((path, fmt.name))
+        logger.warning(
+            "%s stores its experts as %s: they are converted to %s while loading "
+            "(hybrid-moe convert does it once and for all)",
+            path,
+            stored,
+            fmt.name,
+        )

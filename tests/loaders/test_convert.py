@@ -1,0 +1,222 @@
+"""`convert_checkpoint`: experts become MXFP4 under published names, all else stays as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hybrid_moe.formats import MXFP4
+from hybrid_moe.loaders import Checkpoint, convert_checkpoint
+from hybrid_moe.loaders import convert as convert_module
+from hybrid_moe.tensors import CheckpointError
+from tests.families import EXPERTS, HIDDEN, INTERMEDIATE, FamilyFixture, decode_mxfp4, write_family
+
+Family = Callable[[str], FamilyFixture]
+
+WRITTEN: dict[str, dict[str, tuple[str, list[int]]]] = {
+    "qwen3_moe": {
+        "model.layers.1.mlp.experts.3.up_proj.weight": ("U8", [INTERMEDIATE, HIDDEN // 2]),
+        "model.layers.1.mlp.experts.3.up_proj.weight_scale": ("U8", [INTERMEDIATE, HIDDEN // 32]),
+    },
+    "qwen3_moe_fused": {
+        "model.layers.1.mlp.experts.3.down_proj.weight": ("U8", [HIDDEN, INTERMEDIATE // 2]),
+        "model.layers.1.mlp.experts.3.down_proj.weight_scale": ("U8", [HIDDEN, INTERMEDIATE // 32]),
+    },
+    "mixtral": {
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight": ("U8", [INTERMEDIATE, HIDDEN // 2]),
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight_scale": (
+            "U8", [INTERMEDIATE, HIDDEN // 32],
+        ),
+    },
+    "deepseek_v3": {
+        "model.layers.1.mlp.experts.0.gate_proj.weight": ("U8", [INTERMEDIATE, HIDDEN // 2]),
+    },
+    "deepseek_v4": {
+        "model.layers.0.ffn.experts.1.w2.weight": ("I8", [HIDDEN, INTERMEDIATE // 2]),
+        "model.layers.0.ffn.experts.1.w2.scale": ("F8_E8M0", [HIDDEN, INTERMEDIATE // 32]),
+    },
+    "gpt_oss": {
+        "model.layers.0.mlp.experts.gate_up_proj_blocks": (
+            "U8", [EXPERTS, 2 * INTERMEDIATE, HIDDEN // 32, 16],
+        ),
+        "model.layers.0.mlp.experts.down_proj_scales": (
+            "U8", [EXPERTS, HIDDEN, INTERMEDIATE // 32],
+        ),
+        "model.layers.0.mlp.experts.gate_up_proj_bias": ("BF16", [EXPERTS, 2 * INTERMEDIATE]),
+    },
+}  # fmt: skip
+"""Some of what must be written for each family, with dtype and shape."""
+
+
+def assert_converted(fixture: FamilyFixture, directory: Path) -> None:
+    """The experts in `directory` are those of `fixture`, quantized."""
+    checkpoint = Checkpoint.open(directory)
+    assert checkpoint.layers == tuple(fixture.layers)
+    for number, layer in fixture.layers.items():
+        source = checkpoint.layer(number)
+        assert source.format is MXFP4
+        for expert in range(EXPERTS):
+            tensors = source.expert(expert)
+            for name in ("gate", "up", "down"):
+                matrix = getattr(tensors, name)
+                w = getattr(layer, name)[expert].astype(np.float32)
+                codes, scales = MXFP4.encode(w)
+                assert np.array_equal(matrix.codes, codes)
+                assert np.array_equal(matrix.scales, scales)
+                # E2M1 is at most a third of the group's maximum away: 8 * 2^e saturates to 6
+                error = np.abs(decode_mxfp4(codes, scales) - w).reshape(len(w), -1, 32)
+                assert (error.max(-1) <= np.abs(w).reshape(error.shape).max(-1) / 3).all()
+                bias = getattr(layer, f"{name}_bias")
+                assert (matrix.bias is None) == (bias is None)
+                assert bias is None or np.array_equal(matrix.bias, bias[expert])
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_convert(family: Family, name: str, tmp_path: Path) -> None:
+    fixture, steps = family(name), []
+    target = tmp_path / "converted"
+    convert_checkpoint(
+        fixture.directory,
+        target,
+        progress=lambda done, total: steps.append((done, total)),
+        threads=2,
+    )
+    assert_converted(fixture, target)
+    before, after = Checkpoint.open(fixture.directory), Checkpoint.open(target)
+    for key, (dtype, shape) in WRITTEN[name].items():
+        assert (after.index.info(key).dtype, list(after.index.info(key).shape)) == (dtype, shape)
+    others = [key for key in before.index.tensors if key not in before.expert_keys]
+    assert set(others) == set(after.index.tensors) - after.expert_keys
+    official = (
+        load_file(target / "model.safetensors"),
+        load_file(fixture.directory / "model.safetensors"),
+    )
+    for key in others:
+        assert torch.equal(official[0][key], official[1][key])
+    assert official[0].keys() == after.index.tensors.keys()
+    total = sum(tensor.nbytes for tensor in after.index.tensors.values())
+    assert steps[-1] == (total, total)
+    config = json.loads((target / "config.json").read_text())
+    assert config.pop("hybrid_moe") == {"experts": "MXFP4", "group": 32}
+    assert config == json.loads((fixture.directory / "config.json").read_text())
+    assert sorted(file.name for file in target.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_convert_wider_floats(dtype: torch.dtype, tmp_path: Path) -> None:
+    fixture = write_family("qwen3_moe", tmp_path / "source", dtype=dtype)
+    convert_checkpoint(fixture.directory, tmp_path / "converted", progress=False)
+    assert_converted(fixture, tmp_path / "converted")
+    norm = Checkpoint.open(tmp_path / "converted").index.info("model.norm.weight")
+    assert norm.dtype == {torch.float32: "F32", torch.float16: "F16"}[dtype]
+
+
+def test_shards_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert_module, "_COPY_BYTES", 1000)  # the embedding is copied in pieces
+    fixture = write_family("qwen3_moe", tmp_path / "source", max_shard_size="100KB")
+    assert len(list(fixture.directory.glob("*.safetensors"))) > 1
+    extra = fixture.directory / "tokenizers" / "tokenizer.json"
+    extra.parent.mkdir()
+    for name, text in (("tokenizer.json", "{}"), ("pytorch_model.bin", "x"), (".cache", "x")):
+        (fixture.directory / name).write_text(text)
+        (extra.parent / name).write_text(text)
+    target = tmp_path / "converted"
+    target.mkdir()
+    convert_checkpoint(fixture.directory, target, progress=False, shard_bytes=50_000)
+    assert_converted(fixture, target)
+    shards = sorted(target.glob("*.safetensors"))
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    assert [s.name for s in shards] == [
+        f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
+    ]
+    merged: dict[str, Any] = {}
+    for shard in shards:
+        tensors = load_file(shard)
+        assert sum(t.nbytes for t in tensors.values()) <= 50_000
+        merged.update(tensors)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in merged.values())
+    for key, tensor in Checkpoint.open(fixture.directory).index.tensors.items():
+        if tensor.dtype == "BF16" and "experts" not in key:
+            data = Checkpoint.open(fixture.directory).index.read(key)
+            assert np.array_equal(data, merged[key].view(torch.uint16).numpy())
+    assert {str(file.relative_to(target)) for file in target.rglob("*") if file.is_file()} == {
+        *(shard.name for shard in shards),
+        "config.json", "generation_config.json", "model.safetensors.index.json",
+        "tokenizer.json", "tokenizers/tokenizer.json",
+    }  # fmt: skip
+
+
+def test_a_failed_conversion_leaves_nothing(family: Family, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "converted"
+    shutil.copytree(family("qwen3_moe").directory, source)
+    (source / "sub").mkdir()
+    (source / "sub" / "file").write_text("x")
+    tensors = load_file(source / "model.safetensors")
+    key = "model.layers.1.mlp.experts.3.down_proj.weight"
+    tensors[key][0, 0] = float("inf")
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{key} in .*NaN or infinite"):
+        convert_checkpoint(source, target, progress=False)
+    assert list(target.iterdir()) == []
+    tensors[key][0, 0] = 0
+    save_file(tensors, source / "model.safetensors")
+    convert_checkpoint(source, target, progress=False)
+    assert (target / "sub" / "file").read_text() == "x"
+
+
+def test_an_interrupted_conversion_removes_its_files(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any) -> None:
+        (writer,) = (arg for arg in args if hasattr(arg, "add_file"))
+        writer.add_file("sub/deeper/file", b"x")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_module, "_copy_files", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(family("mixtral").directory, tmp_path / "converted", progress=False)
+    assert list((tmp_path / "converted").iterdir()) == []
+
+
+def test_what_is_refused(family: Family, tmp_path: Path) -> None:
+    source = family("qwen3_moe").directory
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").write_text("x")
+    refused: list[tuple[Path, Path, str, type[Exception], str]] = [
+        (tmp_path / "none", tmp_path / "out", "MXFP4", FileNotFoundError, "no checkpoint at"),
+        (full / "file", tmp_path / "out", "MXFP4", NotADirectoryError, "directory is needed"),
+        (source, source, "MXFP4", ValueError, "name another directory"),
+        (source, source / "sub", "MXFP4", ValueError, "name another directory"),
+        (source, full, "MXFP4", ValueError, "is not empty"),
+        (source, full / "file", "MXFP4", ValueError, "is a file"),
+        (source, tmp_path / "out", "INT3", ValueError, "unknown method 'INT3'"),
+        (source, tmp_path / "out", "BF16", ValueError, "not to BF16"),
+        (family("gpt_oss_mxfp4").directory, tmp_path / "out", "MXFP4", ValueError, "MXFP4 already"),
+        (full, tmp_path / "out", "MXFP4", CheckpointError, r"no \*\.safetensors"),
+    ]
+    for src, dst, method, error, message in refused:
+        with pytest.raises(error, match=message):
+            convert_checkpoint(src, dst, method, progress=False)
+        assert not (tmp_path / "out").exists()
+    save_file({"w": torch.zeros(1)}, full / "model.safetensors")
+    with pytest.raises(ValueError, match="has no routed experts"):
+        convert_checkpoint(full, tmp_path / "out", progress=False)
+
+
+def test_too_little_room(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="bytes will be written, 1000 are free"):
+        convert_checkpoint(family("qwen3_moe").directory, tmp_path / "converted", progress=False)
