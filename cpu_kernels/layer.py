@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,15 @@ import numpy.typing as npt
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
+from hybrid_moe.cpu_kernels.job import Job, JobMemory, Part
 from hybrid_moe.cpu_kernels.kernels.encode import row_bytes
 from hybrid_moe.cpu_kernels.kernels.library import KernelSet, kernel_set
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pack import pack_gate_up, pack_rows
 from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, Workspace, group_for
+from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, group_for
+from hybrid_moe.cpu_kernels.slots import JobSlot, SlotReport
 from hybrid_moe.formats import WeightFormat
 from hybrid_moe.tensors import ExpertTensors, check_matrix
 
@@ -26,9 +27,6 @@ MAX_TOKENS_PER_JOB = 2048
 """Larger batches are cut: scratch grows with tokens x k, and 2048 already amortise unpacking."""
 
 _CHUNK_BYTES = 16 << 10  # codes unpacked at a time: half of a 32 KiB L1
-_TASKS_PER_WORKER = 12
-_INLINE_ENCODE_TOKENS = 4
-_ENCODE_TOKENS_PER_TASK = 16
 
 
 def _shares(units: int, parts: tuple[int, ...]) -> npt.NDArray[np.int64]:
@@ -92,6 +90,7 @@ class ExpertLayer:
         self._descriptor: Slots | None = None
         self._group: PoolGroup | None = None
         self._closed = False
+        self._job_slots: weakref.WeakSet[JobSlot] = weakref.WeakSet()
 
     # loading
 
@@ -252,22 +251,65 @@ class ExpertLayer:
                 loaded; the layer is closed; this is a forked child.
         """
         self._check_inputs(x, ids, weights, skip)
-        if self._closed:
-            raise RuntimeError("this layer is closed")
-        if self._group is None:
-            self._group = group_for(self.pool)
-        if self._descriptor is None or not self._arenas:
-            if not self._loaded.any():
-                raise RuntimeError("no expert of this layer has been loaded")
-            self._descriptor = self._describe()
+        group, descriptor = self._ready()
         out = np.empty((len(x), self.hidden), np.uint16)
         parts = []
         for start in range(0, len(x), MAX_TOKENS_PER_JOB):
             part = slice(start, start + MAX_TOKENS_PER_JOB)
             parts.append(
-                self._submit_part(self._group, x[part], ids[part], weights[part], skip, out[part])
+                self._submit_part(
+                    group, descriptor, x[part], ids[part], weights[part], skip, out[part]
+                )
             )
-        return Job(self._group, parts, out)
+        return Job(group, parts, out)
+
+    def _ready(self) -> tuple[PoolGroup, Slots]:
+        """The threads and the descriptor; the first pass starts and builds them."""
+        if self._closed:
+            raise RuntimeError("this layer is closed")
+        if not self._loaded.any():
+            raise RuntimeError("no expert of this layer has been loaded")
+        if self._group is None:
+            self._group = group_for(self.pool)
+        if self._descriptor is None:
+            self._descriptor = self._describe()
+        return self._group, self._descriptor
+
+    def job_slot(
+        self,
+        *,
+        tokens: int,
+        top_k: int,
+        x: int,
+        ids: int,
+        weights: int,
+        skip: int,
+        out: int,
+        count_ignored: bool,
+    ) -> JobSlot:
+        """A job over fixed buffers that compiled host functions post and await (CUDA streams).
+
+        Args:
+            tokens, top_k: T and k.
+            x, out: addresses of bf16 [T, H]. ids: of int64 [T, k]. weights: of float32 [T, k].
+            skip: address of bool [E], read at each post.
+            count_ignored: whether ids out of range appear in `slot_report`.
+        """
+        group, descriptor = self._ready()
+        group.start_background_worker()
+        plan = JobMemory.plan(self, descriptor, tokens, top_k)
+        slot = JobSlot(group, plan, count_ignored, owned=(self, descriptor))
+        job = slot.template
+        job[f.J_LAYER] = descriptor.ctypes.data
+        job[f.J_TOKENS], job[f.J_TOP_K] = tokens, top_k
+        job[f.J_X], job[f.J_IDS], job[f.J_WEIGHTS] = x, ids, weights
+        job[f.J_SKIP], job[f.J_OUT] = skip, out
+        self._job_slots.add(slot)
+        return slot
+
+    def slot_report(self) -> SlotReport:
+        """What the runs of this layer's job slots have met since the last report; never blocks."""
+        return SlotReport.gather(list(self._job_slots))
 
     def _check_inputs(self, x: Any, ids: Any, weights: Any, skip: Any) -> None:
         for name, array, dtype in (
@@ -292,14 +334,13 @@ class ExpertLayer:
     def _submit_part(
         self,
         group: PoolGroup,
+        descriptor: Slots,
         x: npt.NDArray[np.uint16],
         ids: npt.NDArray[np.int64],
         weights: npt.NDArray[np.float32],
         skip: npt.NDArray[np.bool_] | None,
         out: npt.NDArray[np.uint16],
-    ) -> _Part:
-        descriptor = self._descriptor
-        assert descriptor is not None
+    ) -> Part:
         plan = JobMemory.plan(self, descriptor, *ids.shape)
         workspace = group.borrow(plan.nbytes)
         arrays = (
@@ -323,118 +364,10 @@ class ExpertLayer:
                 f"a token is routed to expert {submission.missing}, which is not loaded here "
                 "and not marked as computed elsewhere"
             )
-        return _Part(submission.sequence, submission.ignored, workspace)
+        return Part(submission.sequence, submission.ignored, workspace)
 
     def close(self) -> None:
         """Release the packed weights once no job uses them."""
         self._closed = True
         self._arenas = []
         self._descriptor = None
-
-
-@dataclass(frozen=True)
-class JobMemory:
-    """Sizes of what a job borrows; everything grows with the batch and nothing with a maximum."""
-
-    pairs: int
-    tokens: int
-    experts: int
-    x_row: int
-    h_row: int
-    chunk_bytes: int
-    workers: int
-    inputs: int
-
-    @classmethod
-    def plan(cls, layer: ExpertLayer, descriptor: Slots, tokens: int, top_k: int) -> JobMemory:
-        pairs = tokens * top_k
-        per_group = max(
-            int(descriptor[f.L_UNPACKED_GROUP_BYTES]), layer.gate_up_layout.code_bytes_per_group
-        )
-        staged = tokens * layer.hidden * 2 + pairs * 12 + layer.num_experts + 4 * 64
-        return cls(
-            pairs=pairs,
-            tokens=tokens,
-            experts=layer.num_experts,
-            x_row=int(descriptor[f.L_X_ROW_BYTES]),
-            h_row=int(descriptor[f.L_H_ROW_BYTES]),
-            chunk_bytes=int(descriptor[f.L_CHUNK_GROUPS]) * per_group,
-            workers=layer.pool.threads,
-            inputs=staged,
-        )
-
-    @property
-    def sums_bytes(self) -> int:
-        """float32 [most tokens of one expert][32]; an expert may get every pair."""
-        return 4 * STRIP_ROWS * max(1, self.pairs)
-
-    @property
-    def out_bytes(self) -> int:
-        """float32 [strips of a task][tokens][32]."""
-        return 4 * STRIP_ROWS * max(1, self.tokens) * f.MAX_STRIPS
-
-    @property
-    def worker_bytes(self) -> int:
-        strips = f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
-        return round_up(strips + self.out_bytes, 4096)
-
-    @property
-    def nbytes(self) -> int:
-        tables = 4 * (3 * self.experts + 3) + self.pairs * (4 + 4 + 8 + 8)
-        rows = self.tokens * self.x_row + self.pairs * self.h_row
-        total = self.inputs + tables + rows + self.workers * self.worker_bytes
-        size = total + 16 * 64
-        return 1 << math.ceil(math.log2(size)) if size < 64 << 20 else round_up(size, 16 << 20)
-
-    def fill(self, job: Slots, workspace: Workspace) -> None:
-        take = workspace.take
-        job[f.J_COUNTS] = take(4 * (self.experts + 1))
-        job[f.J_ACTIVE_EXPERT] = take(4 * self.experts)
-        job[f.J_ACTIVE_START] = take(4 * (self.experts + 1))
-        job[f.J_PAIR_TOKEN] = take(4 * self.pairs)
-        job[f.J_PAIR_WEIGHT] = take(4 * self.pairs)
-        job[f.J_PAIR_X] = take(8 * self.pairs)
-        job[f.J_PAIR_H] = take(8 * self.pairs)
-        job[f.J_X_ROWS] = take(self.tokens * self.x_row)
-        job[f.J_H_ROWS] = take(self.pairs * self.h_row)
-        job[f.J_SCRATCH] = take(self.workers * self.worker_bytes)
-        job[f.J_SCRATCH_BYTES] = self.worker_bytes
-        job[f.J_SCRATCH_SUMS] = 0
-        job[f.J_SUMS_BYTES] = self.sums_bytes
-        job[f.J_SCRATCH_UNPACKED] = f.MAX_STRIPS * self.sums_bytes
-        job[f.J_SCRATCH_OUT] = f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
-        job[f.J_ENCODE_TOKENS] = _ENCODE_TOKENS_PER_TASK
-        job[f.J_INLINE_ENCODE] = int(self.tokens <= _INLINE_ENCODE_TOKENS)
-        job[f.J_TARGET_TASKS] = _TASKS_PER_WORKER * self.workers
-
-
-@dataclass(frozen=True)
-class _Part:
-    sequence: int
-    ignored: int
-    workspace: Workspace
-
-
-class Job:
-    """A forward pass under way."""
-
-    def __init__(
-        self, group: PoolGroup, parts: list[_Part], out: npt.NDArray[np.uint16]
-    ) -> None:
-        self._group = group
-        self._parts = parts
-        self._out = out
-        self.ignored = sum(part.ignored for part in parts)
-        """Ids below 0 or at and above the number of experts."""
-
-    @property
-    def done(self) -> bool:
-        """Whether `wait` would return at once."""
-        return all(self._group.is_complete(part.sequence) for part in self._parts)
-
-    def wait(self) -> npt.NDArray[np.uint16]:
-        """bf16 bits [T, H]; the array is the caller's own. The calling thread works meanwhile."""
-        while self._parts:
-            self._group.wait(self._parts[0].sequence)
-            self._group.give_back(self._parts.pop(0).workspace)
-        return self._out

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hybrid_moe.integrations.import_hook import install as _install
+
 __version__ = "0.1.0"
 
 _LAZY = {
@@ -36,3 +38,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# After `import hybrid_moe`, experts_implementation="hybrid_moe" is known to Transformers; the hook
+# itself imports nothing.
+_install()

@@ -15,6 +15,8 @@ _MODULES = tuple(
 
 _ENTRIES = {
     "prepare": "hybrid_moe.cpu_kernels.drivers.route:prepare",
+    "lock_ring": "hybrid_moe.cpu_kernels.drivers.worker:lock_ring",
+    "unlock_ring": "hybrid_moe.cpu_kernels.drivers.worker:unlock_ring",
     "open_slot": "hybrid_moe.cpu_kernels.drivers.worker:open_slot",
     "publish": "hybrid_moe.cpu_kernels.drivers.worker:publish",
     "work": "hybrid_moe.cpu_kernels.drivers.worker:work",

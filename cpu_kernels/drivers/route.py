@@ -9,6 +9,8 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     load8,
     load32,
     load64,
+    restore_float_environment,
+    set_float_environment,
     store32,
     store64,
 )
@@ -178,5 +180,7 @@ def prepare(job):  # type: ignore[no-untyped-def]
     place_pairs(job, layer)
     size_phases(job, layer)
     if get(job, f.J_INLINE_ENCODE) != 0:
+        before = set_float_environment()  # the caller's may flush subnormals
         encode_tokens(job, layer, 0, get(job, f.J_TOKENS))
+        restore_float_environment(before)
     return get(job, f.J_MISSING)

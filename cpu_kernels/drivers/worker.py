@@ -21,6 +21,7 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     pause,
     restore_float_environment,
     set_float_environment,
+    store32,
     store64,
     store_release,
     system_call,
@@ -218,7 +219,7 @@ def open_slot(job, sequence):  # type: ignore[no-untyped-def]
 
 @driver
 def publish(group, job):  # type: ignore[no-untyped-def]
-    """Hand a prepared job of the ring to the workers. The caller holds the group's lock."""
+    """Hand a prepared job of the ring to the workers. The caller holds the ring's lock."""
     sequence = get(job, f.J_SEQUENCE)
     for phase in range(f.PHASES):
         store64(job + 8 * (f.J_DONE + phase * f.LINE_SLOTS), 0)
@@ -233,26 +234,52 @@ def publish(group, job):  # type: ignore[no-untyped-def]
 
 
 @driver
-def post_host(host):  # type: ignore[no-untyped-def]
-    """Body of a CUDA host function: launch the template job of a `HOST` descriptor.
+def lock_ring(group):  # type: ignore[no-untyped-def]
+    """Take the right to fill the next ring slot. Held for microseconds, so waiting is spinning."""
+    while not compare_swap(group + 8 * f.G_LOCK, 0, 1):
+        pause()
+    return 0
 
-    It only routes and publishes. A stream runs its host functions one at a time, and the CUDA path
-    gives each group one submitter at a time, so no lock is needed.
-    """
+
+@driver
+def unlock_ring(group):  # type: ignore[no-untyped-def]
+    store_release(group + 8 * f.G_LOCK, 0)
+    return 0
+
+
+@driver
+def fill_nan(job):  # type: ignore[no-untyped-def]
+    """Make the output of a job that cannot run NaN, so that nobody takes it for a result."""
+    pairs = get(job, f.J_TOKENS) * get(get(job, f.J_LAYER), f.L_HIDDEN) // 2
+    for i in range(pairs):
+        store32(get(job, f.J_OUT) + 4 * i, 0x7FC07FC0)
+
+
+@driver
+def post_host(host):  # type: ignore[no-untyped-def]
+    """Body of a CUDA host function: launch the template job of a `HOST` descriptor."""
     group = get(host, f.H_GROUP)
     template = get(host, f.H_TEMPLATE)
+    lock_ring(group)
     sequence = load_acquire(group + 8 * f.G_SUBMITTED) + 1
-    while load_acquire(group + 8 * f.G_COMPLETED) + f.RING < sequence:
+    while load_acquire(group + 8 * f.G_COMPLETED) + f.RING <= sequence:
         pause()
     job = ring_slot(group, sequence)
     open_slot(job, sequence)
     for slot in range(f.J_SEQUENCE + 1, f.J_TOTAL):
         put(job, slot, get(template, slot))
     missing = prepare(job)
-    put(host, f.H_SEQUENCE, sequence)
+    if get(host, f.H_COUNT_IGNORED) != 0:
+        put(host, f.H_IGNORED, get(host, f.H_IGNORED) + get(job, f.J_IGNORED))
     if missing != 0:
-        put(host, f.H_ERROR, missing)
-    publish(group, job)
+        fill_nan(job)
+        put(host, f.H_MISSING_EXPERT, missing - 1)
+        put(host, f.H_MISSING, get(host, f.H_MISSING) + 1)
+        put(host, f.H_SEQUENCE, 0)
+    else:
+        put(host, f.H_SEQUENCE, sequence)
+        publish(group, job)
+    unlock_ring(group)
     return 0
 
 

@@ -115,7 +115,8 @@ def _pair_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     return (accumulator + w_odd * x_odd) + w_even * x_even
 
 
-# scale_add(accumulator, a, b): accumulator + a * b where a * b is exact (b is a power of two)
+# scale_add(accumulator, a, b): accumulator + a * b in two roundings. b is a power of two, so a * b
+# is exact unless it is subnormal: a fused lowering would round such a sum once and give other bits.
 
 
 def _scale_add_meaning(accumulator: Array, a: Array, b: Array) -> Array:

@@ -141,10 +141,6 @@ def _pair_dot_fused(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     return fused(emit, w_even, x_even, fused(emit, w_odd, x_odd, accumulator))
 
 
-def _scale_add_fused(emit: Emit, accumulator: Val, a: Val, b: Val) -> Val:
-    return fused(emit, a, b, accumulator)
-
-
 def _byte_dot_vnni(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     kind = vector(I32, 16)
     operands = (accumulator, w.bits(I32), emit.broadcast(x, 16))
@@ -173,7 +169,6 @@ def _wide_lowerings(wide: _Wide) -> dict[str, Lowering]:
         "byte_dot_bias": _halves_bias,
         "byte_dot_total": wide.byte_dot_total,
         "pair_dot": _pair_dot_fused,
-        "scale_add": _scale_add_fused,
     }
 
 

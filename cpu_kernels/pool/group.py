@@ -102,6 +102,8 @@ class PoolGroup:
         self._slots[f.G_TIMESPEC : f.G_TIMESPEC + 2] = (0, _TIMEOUT_NS)
         self._in_flight: dict[int, object] = {}
         self._worker0 = threading.Lock()  # held by the one waiting thread that works
+        self._lock_ring = _function("lock_ring", 1)
+        self._unlock_ring = _function("unlock_ring", 1)
         self._open_slot = _function("open_slot", 2)
         self._prepare = _function("prepare", 1)
         self._publish = _function("publish", 2)
@@ -175,22 +177,32 @@ class PoolGroup:
         """
         self.check_process()
         with self._lock:
-            sequence = int(self._slots[f.G_SUBMITTED]) + 1
-            while sequence - int(self._slots[f.G_COMPLETED]) >= f.RING:
+            while self._pending() >= f.RING - 2:  # a host function may take one slot meanwhile
                 self._advance(int(self._slots[f.G_COMPLETED]) + 1)
             self._forget_completed()
-            start = f.G_RING + (sequence % f.RING) * f.JOB_SLOTS
-            address = self.address + 8 * start
-            self._open_slot(address, sequence)
-            job = self._slots[start : start + f.JOB_SLOTS]
-            job[f.J_POOLS] = self.config.pools
-            fill(job)
-            missing = self._prepare(address)
-            submission = Submission(sequence, int(job[f.J_IGNORED]), missing - 1)
-            if missing == 0:
-                self._in_flight[sequence] = owned
-                self._publish(self.address, address)
-            return submission
+            self._lock_ring(self.address)
+            try:
+                return self._publish_next(fill, owned)
+            finally:
+                self._unlock_ring(self.address)
+
+    def _pending(self) -> int:
+        return int(self._slots[f.G_SUBMITTED]) - int(self._slots[f.G_COMPLETED])
+
+    def _publish_next(self, fill: Callable[[Slots], None], owned: object) -> Submission:
+        sequence = int(self._slots[f.G_SUBMITTED]) + 1
+        start = f.G_RING + (sequence % f.RING) * f.JOB_SLOTS
+        address = self.address + 8 * start
+        self._open_slot(address, sequence)
+        job = self._slots[start : start + f.JOB_SLOTS]
+        job[f.J_POOLS] = self.config.pools
+        fill(job)
+        missing = self._prepare(address)
+        submission = Submission(sequence, int(job[f.J_IGNORED]), missing - 1)
+        if missing == 0:
+            self._in_flight[sequence] = owned
+            self._publish(self.address, address)
+        return submission
 
     def _forget_completed(self) -> None:
         completed = int(self._slots[f.G_COMPLETED])
