@@ -1,56 +1,54 @@
-"""One forward pass of a layer: what it borrows, how it is handed over, how it is waited for."""
+"""One forward pass of a layer: the memory it borrows, and the wait for its result."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.panels import STRIP_ROWS, round_up
-from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, Workspace
-
-if TYPE_CHECKING:
-    from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
 
 _TASKS_PER_WORKER = 12
 _INLINE_ENCODE_TOKENS = 4
 _ENCODE_TOKENS_PER_TASK = 16
+_EXACT_CAPACITY = 8
+
+
+def capacity_for(tokens: int) -> int:
+    """Tokens to size a job for: exact when small, else a power of two, so that jobs of similar
+    batches share memory that is already mapped."""
+    return tokens if tokens <= _EXACT_CAPACITY else 1 << (tokens - 1).bit_length()
 
 
 @dataclass(frozen=True)
-class JobMemory:
-    """Sizes of what a job borrows; everything grows with the batch and nothing with a maximum."""
+class JobShape:
+    """Sizes of what a job borrows; all grows with the batch and nothing with a maximum.
 
-    pairs: int
-    tokens: int
+    Attributes:
+        capacity: most tokens. top_k: ids of a token. experts: E. hidden: H.
+        x_row, h_row: bytes of an encoded row of inputs and of intermediates.
+        chunk_bytes: unpacked codes of one strip.
+        workers, pools: of the group that runs it.
+    """
+
+    capacity: int
+    top_k: int
     experts: int
+    hidden: int
     x_row: int
     h_row: int
     chunk_bytes: int
     workers: int
-    inputs: int
+    pools: int
 
-    @classmethod
-    def plan(cls, layer: ExpertLayer, descriptor: Slots, tokens: int, top_k: int) -> JobMemory:
-        pairs = tokens * top_k
-        per_group = max(
-            int(descriptor[f.L_UNPACKED_GROUP_BYTES]), layer.gate_up_layout.code_bytes_per_group
-        )
-        staged = tokens * layer.hidden * 2 + pairs * 12 + layer.num_experts + 4 * 64
-        return cls(
-            pairs=pairs,
-            tokens=tokens,
-            experts=layer.num_experts,
-            x_row=int(descriptor[f.L_X_ROW_BYTES]),
-            h_row=int(descriptor[f.L_H_ROW_BYTES]),
-            chunk_bytes=int(descriptor[f.L_CHUNK_GROUPS]) * per_group,
-            workers=layer.pool.threads,
-            inputs=staged,
-        )
+    @property
+    def pairs(self) -> int:
+        return self.capacity * self.top_k
 
     @property
     def sums_bytes(self) -> int:
@@ -58,64 +56,117 @@ class JobMemory:
         return 4 * STRIP_ROWS * max(1, self.pairs)
 
     @property
-    def out_bytes(self) -> int:
-        """float32 [strips of a task][tokens][32]."""
-        return 4 * STRIP_ROWS * max(1, self.tokens) * f.MAX_STRIPS
-
-    @property
     def worker_bytes(self) -> int:
-        strips = f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
-        return round_up(strips + self.out_bytes, 4096)
+        """Sums and unpacked codes of each strip of a pass, float32 [strip][tokens][32] of output."""
+        out_bytes = 4 * STRIP_ROWS * max(1, self.capacity)
+        return round_up(f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes + out_bytes), 4096)
+
+    @cached_property
+    def _areas(self) -> dict[int, int]:
+        """Slot -> bytes of the area whose address it holds."""
+        pairs, tokens, experts = self.pairs, self.capacity, self.experts
+        return {
+            f.J_X: 2 * tokens * self.hidden,
+            f.J_IDS: 8 * pairs,
+            f.J_WEIGHTS: 4 * pairs,
+            f.J_SKIP: experts,
+            f.J_COUNTS: 4 * (experts + 1),
+            f.J_ACTIVE_EXPERT: 4 * experts,
+            f.J_ACTIVE_START: 4 * (experts + 1),
+            f.J_PAIR_TOKEN: 4 * pairs,
+            f.J_PAIR_WEIGHT: 4 * pairs,
+            f.J_PAIR_X: 8 * pairs,
+            f.J_PAIR_H: 8 * pairs,
+            f.J_X_ROWS: tokens * self.x_row,
+            f.J_H_ROWS: pairs * self.h_row,
+            f.J_SCRATCH: self.workers * self.worker_bytes,
+        }
 
     @property
     def nbytes(self) -> int:
-        tables = 4 * (3 * self.experts + 3) + self.pairs * (4 + 4 + 8 + 8)
-        rows = self.tokens * self.x_row + self.pairs * self.h_row
-        total = self.inputs + tables + rows + self.workers * self.worker_bytes
-        size = total + 16 * 64
-        return 1 << math.ceil(math.log2(size)) if size < 64 << 20 else round_up(size, 16 << 20)
+        """Of the whole workspace."""
+        return sum(round_up(size, 64) for size in self._areas.values())
 
-    def fill(self, job: Slots, workspace: Workspace) -> None:
-        take = workspace.take
-        job[f.J_COUNTS] = take(4 * (self.experts + 1))
-        job[f.J_ACTIVE_EXPERT] = take(4 * self.experts)
-        job[f.J_ACTIVE_START] = take(4 * (self.experts + 1))
-        job[f.J_PAIR_TOKEN] = take(4 * self.pairs)
-        job[f.J_PAIR_WEIGHT] = take(4 * self.pairs)
-        job[f.J_PAIR_X] = take(8 * self.pairs)
-        job[f.J_PAIR_H] = take(8 * self.pairs)
-        job[f.J_X_ROWS] = take(self.tokens * self.x_row)
-        job[f.J_H_ROWS] = take(self.pairs * self.h_row)
-        job[f.J_SCRATCH] = take(self.workers * self.worker_bytes)
+    def template(self, workspace: Workspace) -> Slots:
+        """A job's slots over `workspace`; J_LAYER, J_TOKENS and J_OUT remain to be filled in."""
+        job: Slots = np.zeros(f.JOB_SLOTS, np.int64)
+        for slot, size in self._areas.items():
+            job[slot] = workspace.take(size)
+        job[f.J_TOP_K] = self.top_k
+        job[f.J_POOLS] = self.pools
         job[f.J_SCRATCH_BYTES] = self.worker_bytes
         job[f.J_SCRATCH_SUMS] = 0
         job[f.J_SUMS_BYTES] = self.sums_bytes
         job[f.J_SCRATCH_UNPACKED] = f.MAX_STRIPS * self.sums_bytes
         job[f.J_SCRATCH_OUT] = f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
         job[f.J_ENCODE_TOKENS] = _ENCODE_TOKENS_PER_TASK
-        job[f.J_INLINE_ENCODE] = int(self.tokens <= _INLINE_ENCODE_TOKENS)
+        job[f.J_INLINE_ENCODE] = int(self.capacity <= _INLINE_ENCODE_TOKENS)
         job[f.J_TARGET_TASKS] = _TASKS_PER_WORKER * self.workers
+        return job
+
+
+class StagedJob:
+    """A job with memory of its own: inputs are copied into it, and it may be used again."""
+
+    def __init__(self, shape: JobShape) -> None:
+        self.shape = shape
+        self._workspace = Workspace(shape.nbytes)
+        self.template = shape.template(self._workspace)
+        self._address = int(self.template.ctypes.data)
+        tokens, k = shape.capacity, shape.top_k
+        view = self._workspace.view
+        self._x = view(self.template[f.J_X], (tokens, shape.hidden), np.uint16)
+        self._ids = view(self.template[f.J_IDS], (tokens, k), np.int64)
+        self._weights = view(self.template[f.J_WEIGHTS], (tokens, k), np.float32)
+        self._skip = view(self.template[f.J_SKIP], (shape.experts,), np.bool_)
+        self._skip_address = int(self.template[f.J_SKIP])
+
+    @property
+    def nbytes(self) -> int:
+        return self._workspace.nbytes
+
+    def stage(
+        self,
+        x: npt.NDArray[np.uint16],
+        ids: npt.NDArray[np.int64],
+        weights: npt.NDArray[np.float32],
+        skip: npt.NDArray[np.bool_] | None,
+    ) -> None:
+        """Copy the inputs of a pass: [T, H], [T, k], [T, k], [E]."""
+        tokens = len(x)
+        self._x[:tokens] = x
+        self._ids[:tokens] = ids
+        self._weights[:tokens] = weights
+        if skip is not None:
+            self._skip[:] = skip
+        self.template[f.J_TOKENS] = tokens
+        self.template[f.J_SKIP] = 0 if skip is None else self._skip_address
+
+    def address(self, descriptor: int, out: int) -> int:
+        """Address of the slots, for a layer and an output bf16 [T, H]."""
+        self.template[f.J_LAYER] = descriptor
+        self.template[f.J_OUT] = out
+        return self._address
 
 
 @dataclass(frozen=True)
 class Part:
-    """One published job of a pass."""
+    """One published job of a pass, and its number in its group."""
 
     sequence: int
-    ignored: int
-    workspace: Workspace
+    job: StagedJob
 
 
 class Job:
     """A forward pass under way."""
 
     def __init__(
-        self, group: PoolGroup, parts: list[Part], out: npt.NDArray[np.uint16]
+        self, group: PoolGroup, parts: list[Part], out: npt.NDArray[np.uint16], ignored: int
     ) -> None:
         self._group = group
         self._parts = parts
         self._out = out
-        self.ignored = sum(part.ignored for part in parts)
+        self.ignored = ignored
         """Ids below 0 or at and above the number of experts."""
 
     @property
@@ -127,5 +178,5 @@ class Job:
         """bf16 bits [T, H]; the array is the caller's own. The calling thread works meanwhile."""
         while self._parts:
             self._group.wait(self._parts[0].sequence)
-            self._group.give_back(self._parts.pop(0).workspace)
+            self._group.idle.give_back(self._parts.pop(0).job)
         return self._out

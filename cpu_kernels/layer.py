@@ -11,7 +11,7 @@ import numpy.typing as npt
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
-from hybrid_moe.cpu_kernels.job import Job, JobMemory, Part
+from hybrid_moe.cpu_kernels.job import Job, JobShape, Part, StagedJob, capacity_for
 from hybrid_moe.cpu_kernels.kernels.encode import row_bytes
 from hybrid_moe.cpu_kernels.kernels.library import KernelSet, kernel_set
 from hybrid_moe.cpu_kernels.memory import Arena
@@ -90,6 +90,7 @@ class ExpertLayer:
         self._descriptor: Slots | None = None
         self._group: PoolGroup | None = None
         self._closed = False
+        self._job_shapes: dict[tuple[int, int], JobShape] = {}
         self._job_slots: weakref.WeakSet[JobSlot] = weakref.WeakSet()
 
     # loading
@@ -253,15 +254,41 @@ class ExpertLayer:
         self._check_inputs(x, ids, weights, skip)
         group, descriptor = self._ready()
         out = np.empty((len(x), self.hidden), np.uint16)
-        parts = []
+        parts, ignored = [], 0
         for start in range(0, len(x), MAX_TOKENS_PER_JOB):
             part = slice(start, start + MAX_TOKENS_PER_JOB)
-            parts.append(
-                self._submit_part(
-                    group, descriptor, x[part], ids[part], weights[part], skip, out[part]
+            shape = self._job_shape(descriptor, len(x[part]), ids.shape[1])
+            job = group.idle.borrow(shape, lambda shape=shape: StagedJob(shape))  # type: ignore[misc]
+            job.stage(x[part], ids[part], weights[part], skip)
+            address = job.address(self._descriptor_address, out[part].ctypes.data)
+            submission = group.submit(address, owned=(self, descriptor, job, out))
+            if submission.missing >= 0:
+                group.idle.give_back(job)
+                raise RuntimeError(
+                    f"a token is routed to expert {submission.missing}, which is not loaded here "
+                    "and not marked as computed elsewhere"
                 )
+            ignored += submission.ignored
+            parts.append(Part(submission.sequence, job))
+        return Job(group, parts, out, ignored)
+
+    def _job_shape(self, descriptor: Slots, tokens: int, top_k: int) -> JobShape:
+        key = (capacity_for(tokens), top_k)
+        shape = self._job_shapes.get(key)
+        if shape is None:
+            shape = self._job_shapes[key] = JobShape(
+                *key,
+                experts=self.num_experts,
+                hidden=self.hidden,
+                x_row=int(descriptor[f.L_X_ROW_BYTES]),
+                h_row=int(descriptor[f.L_H_ROW_BYTES]),
+                chunk_bytes=int(
+                    descriptor[f.L_CHUNK_GROUPS] * descriptor[f.L_UNPACKED_GROUP_BYTES]
+                ),
+                workers=self.pool.threads,
+                pools=self.pool.pools,
             )
-        return Job(group, parts, out)
+        return shape
 
     def _ready(self) -> tuple[PoolGroup, Slots]:
         """The threads and the descriptor; the first pass starts and builds them."""
@@ -273,6 +300,7 @@ class ExpertLayer:
             self._group = group_for(self.pool)
         if self._descriptor is None:
             self._descriptor = self._describe()
+            self._descriptor_address = int(self._descriptor.ctypes.data)
         return self._group, self._descriptor
 
     def job_slot(
@@ -297,11 +325,11 @@ class ExpertLayer:
         """
         group, descriptor = self._ready()
         group.start_background_worker()
-        plan = JobMemory.plan(self, descriptor, tokens, top_k)
-        slot = JobSlot(group, plan, count_ignored, owned=(self, descriptor))
+        shape = self._job_shape(descriptor, tokens, top_k)
+        slot = JobSlot(group, shape, count_ignored, owned=(self, descriptor))
         job = slot.template
-        job[f.J_LAYER] = descriptor.ctypes.data
-        job[f.J_TOKENS], job[f.J_TOP_K] = tokens, top_k
+        job[f.J_LAYER] = self._descriptor_address
+        job[f.J_TOKENS] = tokens
         job[f.J_X], job[f.J_IDS], job[f.J_WEIGHTS] = x, ids, weights
         job[f.J_SKIP], job[f.J_OUT] = skip, out
         self._job_slots.add(slot)
@@ -330,41 +358,6 @@ class ExpertLayer:
             )
         if skip is not None and (skip.shape != (self.num_experts,) or skip.dtype != np.bool_):
             raise ValueError(f"skip must be bool [{self.num_experts}]")
-
-    def _submit_part(
-        self,
-        group: PoolGroup,
-        descriptor: Slots,
-        x: npt.NDArray[np.uint16],
-        ids: npt.NDArray[np.int64],
-        weights: npt.NDArray[np.float32],
-        skip: npt.NDArray[np.bool_] | None,
-        out: npt.NDArray[np.uint16],
-    ) -> Part:
-        plan = JobMemory.plan(self, descriptor, *ids.shape)
-        workspace = group.borrow(plan.nbytes)
-        arrays = (
-            workspace.copy(x),
-            workspace.copy(ids),
-            workspace.copy(weights),
-            workspace.copy(skip) if skip is not None else 0,
-        )
-
-        def fill(job: Slots) -> None:
-            job[f.J_LAYER] = descriptor.ctypes.data
-            job[f.J_TOKENS], job[f.J_TOP_K] = ids.shape
-            job[f.J_X], job[f.J_IDS], job[f.J_WEIGHTS], job[f.J_SKIP] = arrays
-            job[f.J_OUT] = out.ctypes.data
-            plan.fill(job, workspace)
-
-        submission = group.submit(fill, owned=(self, descriptor, workspace, out))
-        if submission.missing >= 0:
-            group.give_back(workspace)
-            raise RuntimeError(
-                f"a token is routed to expert {submission.missing}, which is not loaded here "
-                "and not marked as computed elsewhere"
-            )
-        return Part(submission.sequence, submission.ignored, workspace)
 
     def close(self) -> None:
         """Release the packed weights once no job uses them."""

@@ -10,12 +10,15 @@ import ctypes
 import errno
 import functools
 import logging
+import math
 import mmap
 import os
 import platform
 
 import numpy as np
 import numpy.typing as npt
+
+from hybrid_moe.formats import Array
 
 logger = logging.getLogger(__name__)
 
@@ -87,3 +90,29 @@ def _bind(address: int, nbytes: int, node: int) -> None:
         code = ctypes.get_errno()
         name = errno.errorcode.get(code, str(code))
         _warn_once(f"memory is placed by first touch: mbind failed with {name} {os.strerror(code)}")
+
+
+class Workspace:
+    """An arena that is given out piece by piece, each on a cache line."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._arena = Arena(nbytes)
+        self._used = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._arena.nbytes
+
+    def take(self, nbytes: int) -> int:
+        """Address of `nbytes` more bytes."""
+        at = self._used
+        self._used = -(-(at + nbytes) // 64) * 64
+        if self._used > self.nbytes:
+            raise AssertionError("a job took more memory than it had announced")
+        return self._arena.address + at
+
+    def view(self, address: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """The array at `address`, which `take` returned."""
+        at = int(address) - self._arena.address
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        return self._arena.bytes[at : at + nbytes].view(dtype).reshape(shape)

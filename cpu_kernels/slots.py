@@ -13,8 +13,9 @@ import numpy as np
 
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.job import JobMemory
-from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, Workspace
+from hybrid_moe.cpu_kernels.job import JobShape
+from hybrid_moe.cpu_kernels.memory import Workspace
+from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
 
 
 class JobSlot:
@@ -29,16 +30,14 @@ class JobSlot:
     """
 
     def __init__(
-        self, group: PoolGroup, plan: JobMemory, count_ignored: bool, owned: object
+        self, group: PoolGroup, shape: JobShape, count_ignored: bool, owned: object
     ) -> None:
         functions = drivers.addresses()
         self.post_fn = functions["post_host"]
         self.wait_fn = functions["wait_host"]
-        self.template: Slots = np.zeros(f.JOB_SLOTS, np.int64)
-        self._workspace = Workspace(plan.nbytes)
+        self._workspace = Workspace(shape.nbytes)
+        self.template = shape.template(self._workspace)
         self._owned = (group, owned)
-        plan.fill(self.template, self._workspace)
-        self.template[f.J_POOLS] = group.config.pools
         self._host: Slots = np.zeros(f.HOST_SLOTS, np.int64)
         self._host[f.H_GROUP] = group.address
         self._host[f.H_TEMPLATE] = self.template.ctypes.data

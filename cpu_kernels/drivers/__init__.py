@@ -14,11 +14,7 @@ _MODULES = tuple(
 )
 
 _ENTRIES = {
-    "prepare": "hybrid_moe.cpu_kernels.drivers.route:prepare",
-    "lock_ring": "hybrid_moe.cpu_kernels.drivers.worker:lock_ring",
-    "unlock_ring": "hybrid_moe.cpu_kernels.drivers.worker:unlock_ring",
-    "open_slot": "hybrid_moe.cpu_kernels.drivers.worker:open_slot",
-    "publish": "hybrid_moe.cpu_kernels.drivers.worker:publish",
+    "launch": "hybrid_moe.cpu_kernels.drivers.worker:launch",
     "work": "hybrid_moe.cpu_kernels.drivers.worker:work",
     "help_until": "hybrid_moe.cpu_kernels.drivers.worker:help_until",
     "wake_all": "hybrid_moe.cpu_kernels.drivers.worker:wake_all",

@@ -127,4 +127,5 @@ H_SEQUENCE = 3  # of the latest launch; 0 when it was not published
 H_IGNORED = 4  # counters that only grow
 H_MISSING = 5
 H_MISSING_EXPERT = 6
+H_FOUND = 7  # ids out of range of the latest launch
 HOST_SLOTS = 8

@@ -256,10 +256,13 @@ def fill_nan(job):  # type: ignore[no-untyped-def]
 
 
 @driver
-def post_host(host):  # type: ignore[no-untyped-def]
-    """Body of a CUDA host function: launch the template job of a `HOST` descriptor."""
-    group = get(host, f.H_GROUP)
-    template = get(host, f.H_TEMPLATE)
+def launch(group, template, found):  # type: ignore[no-untyped-def]
+    """Copy a job into the ring, route and publish it.
+
+    Returns its sequence number, or -expert if a token is routed to an expert that is neither loaded
+    nor skipped (0 is an expert too; sequence numbers start at 1); nothing runs then. The number of
+    ids out of range goes to `found`.
+    """
     lock_ring(group)
     sequence = load_acquire(group + 8 * f.G_SUBMITTED) + 1
     while load_acquire(group + 8 * f.G_COMPLETED) + f.RING <= sequence:
@@ -269,17 +272,25 @@ def post_host(host):  # type: ignore[no-untyped-def]
     for slot in range(f.J_SEQUENCE + 1, f.J_TOTAL):
         put(job, slot, get(template, slot))
     missing = prepare(job)
-    if get(host, f.H_COUNT_IGNORED) != 0:
-        put(host, f.H_IGNORED, get(host, f.H_IGNORED) + get(job, f.J_IGNORED))
-    if missing != 0:
-        fill_nan(job)
-        put(host, f.H_MISSING_EXPERT, missing - 1)
-        put(host, f.H_MISSING, get(host, f.H_MISSING) + 1)
-        put(host, f.H_SEQUENCE, 0)
-    else:
-        put(host, f.H_SEQUENCE, sequence)
+    store64(found, get(job, f.J_IGNORED))
+    if missing == 0:
         publish(group, job)
     unlock_ring(group)
+    return sequence if missing == 0 else 1 - missing
+
+
+@driver
+def post_host(host):  # type: ignore[no-untyped-def]
+    """Body of a CUDA host function: launch the template job of a `HOST` descriptor."""
+    template = get(host, f.H_TEMPLATE)
+    sequence = launch(get(host, f.H_GROUP), template, host + 8 * f.H_FOUND)
+    if get(host, f.H_COUNT_IGNORED) != 0:
+        put(host, f.H_IGNORED, get(host, f.H_IGNORED) + get(host, f.H_FOUND))
+    if sequence <= 0:
+        fill_nan(template)
+        put(host, f.H_MISSING_EXPERT, -sequence)
+        put(host, f.H_MISSING, get(host, f.H_MISSING) + 1)
+    put(host, f.H_SEQUENCE, max(sequence, 0))
     return 0
 
 

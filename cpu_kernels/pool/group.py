@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import logging
 import os
 import platform
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,10 @@ from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.pool.idle import IdleJobs
+
+if TYPE_CHECKING:
+    from hybrid_moe.cpu_kernels.job import StagedJob
 
 logger = logging.getLogger(__name__)
 
@@ -30,44 +36,12 @@ Slots = npt.NDArray[np.int64]
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
 _TIMEOUT_NS = 50_000_000  # Ctrl-C is seen at least this often
 _SPIN_PAUSES = 1_000  # about 50 us: torch's own threads want the cores when we are idle
-_RETAINED_WORKSPACES = 2
+_LAST_SEQUENCE = 1 << 62
 
 
 def _function(name: str, arity: int) -> Callable[..., int]:
     kind = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arity)
     return kind(drivers.addresses()[name])
-
-
-class Workspace:
-    """Memory that one job borrows: staging, routing, encoded rows, the workers' scratch."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.arena = Arena(nbytes)
-        self._used = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.arena.nbytes
-
-    def reset(self) -> None:
-        self._used = 0
-
-    def take(self, nbytes: int) -> int:
-        """Address of `nbytes` more bytes, on a cache line."""
-        at = self._used
-        self._used = -(-(at + nbytes) // 64) * 64
-        if self._used > self.nbytes:
-            raise AssertionError("a job took more scratch than it had announced")
-        return self.arena.address + at
-
-    def copy(self, array: npt.NDArray[np.generic]) -> int:
-        """Address of a copy of `array`, C-contiguous."""
-        address = self.take(array.nbytes)
-        if array.nbytes:
-            at = address - self.arena.address
-            target = self.arena.bytes[at : at + array.nbytes].view(array.dtype)
-            np.copyto(target.reshape(array.shape), array)
-        return address
 
 
 @dataclass(frozen=True)
@@ -89,7 +63,6 @@ class PoolGroup:
         self.config = config
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._workspaces: list[Workspace] = []
         self._block = Arena(8 * f.GROUP_SLOTS)
         self._slots: Slots = self._block.bytes.view(np.int64)
         self.address = self._block.address
@@ -100,13 +73,13 @@ class PoolGroup:
         self._slots[f.G_FUTEX] = futex
         self._slots[f.G_TIMEOUT_NS] = _TIMEOUT_NS
         self._slots[f.G_TIMESPEC : f.G_TIMESPEC + 2] = (0, _TIMEOUT_NS)
-        self._in_flight: dict[int, object] = {}
+        self._in_flight: dict[int, tuple[int, object]] = {}
+        self._keys = itertools.count()
+        self._found = np.zeros(1, np.int64)
+        self._found_at = int(self._found.ctypes.data)
+        self.idle: IdleJobs[StagedJob] = IdleJobs()
         self._worker0 = threading.Lock()  # held by the one waiting thread that works
-        self._lock_ring = _function("lock_ring", 1)
-        self._unlock_ring = _function("unlock_ring", 1)
-        self._open_slot = _function("open_slot", 2)
-        self._prepare = _function("prepare", 1)
-        self._publish = _function("publish", 2)
+        self._launch = _function("launch", 3)
         self._help_until = _function("help_until", 5)
         self._wake_all = _function("wake_all", 1)
         self._work = _function("work", 3)
@@ -147,32 +120,11 @@ class PoolGroup:
         if self._slots[f.G_STOP]:
             raise RuntimeError("the worker threads of hybrid_moe have been stopped")
 
-    def borrow(self, nbytes: int) -> Workspace:
-        """A workspace of at least `nbytes`; give it back with `give_back`."""
-        with self._lock:
-            for index, workspace in enumerate(self._workspaces):
-                if workspace.nbytes >= nbytes:
-                    return self._workspaces.pop(index)
-        return Workspace(nbytes)
-
-    def give_back(self, workspace: Workspace) -> None:
-        """Keep the largest few for later jobs."""
-        workspace.reset()
-        with self._lock:
-            self._workspaces.append(workspace)
-            self._workspaces.sort(key=lambda w: w.nbytes)
-            del self._workspaces[: -_RETAINED_WORKSPACES]
-
-    def clear_workspaces(self) -> None:
-        """Drop scratch that no job uses."""
-        with self._lock:
-            self._workspaces.clear()
-
-    def submit(self, fill: Callable[[Slots], None], owned: object) -> Submission:
+    def submit(self, job: int, owned: object) -> Submission:
         """Route and publish a job.
 
         Args:
-            fill: writes the job's slots; called with the ring slot's view.
+            job: address of its slots, which are copied into the ring.
             owned: kept alive until the job is complete, even if nobody waits for it.
         """
         self.check_process()
@@ -180,34 +132,23 @@ class PoolGroup:
             while self._pending() >= f.RING - 2:  # a host function may take one slot meanwhile
                 self._advance(int(self._slots[f.G_COMPLETED]) + 1)
             self._forget_completed()
-            self._lock_ring(self.address)
-            try:
-                return self._publish_next(fill, owned)
-            finally:
-                self._unlock_ring(self.address)
+            # owned before it starts: an interrupt between the two lines must not free its memory
+            key = next(self._keys)
+            self._in_flight[key] = (_LAST_SEQUENCE, owned)
+            sequence = self._launch(self.address, job, self._found_at)
+            if sequence <= 0:
+                del self._in_flight[key]
+                return Submission(0, 0, -int(sequence))
+            self._in_flight[key] = (sequence, owned)
+            return Submission(sequence, int(self._found[0]), -1)
 
     def _pending(self) -> int:
         return int(self._slots[f.G_SUBMITTED]) - int(self._slots[f.G_COMPLETED])
 
-    def _publish_next(self, fill: Callable[[Slots], None], owned: object) -> Submission:
-        sequence = int(self._slots[f.G_SUBMITTED]) + 1
-        start = f.G_RING + (sequence % f.RING) * f.JOB_SLOTS
-        address = self.address + 8 * start
-        self._open_slot(address, sequence)
-        job = self._slots[start : start + f.JOB_SLOTS]
-        job[f.J_POOLS] = self.config.pools
-        fill(job)
-        missing = self._prepare(address)
-        submission = Submission(sequence, int(job[f.J_IGNORED]), missing - 1)
-        if missing == 0:
-            self._in_flight[sequence] = owned
-            self._publish(self.address, address)
-        return submission
-
     def _forget_completed(self) -> None:
         completed = int(self._slots[f.G_COMPLETED])
-        for sequence in [s for s in self._in_flight if s <= completed]:
-            del self._in_flight[sequence]
+        for key in [k for k, (s, _) in self._in_flight.items() if s <= completed]:
+            del self._in_flight[key]
 
     def _advance(self, sequence: int) -> bool:
         """Wait a while for job `sequence`, as worker 0 if nobody else is; true when complete."""

@@ -1,0 +1,23 @@
+"""`hybrid-moe convert`: a checkpoint with its experts in another format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    model: Annotated[Path, typer.Option(help="Folder of the checkpoint to convert.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],
+    method: Annotated[str, typer.Option(help="Weight format of the experts.")] = "MXFP4",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that quantise; default: every core.")
+    ] = None,
+) -> None:
+    """Quantise a checkpoint's experts; everything else is copied."""
+    from hybrid_moe.loaders import convert_checkpoint
+
+    convert_checkpoint(model, out, method, threads=threads)
+    typer.echo(f"wrote {out}", err=True)

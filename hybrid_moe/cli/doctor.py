@@ -1,0 +1,75 @@
+"""`hybrid-moe doctor`: what the machine offers, for people and for bug reports."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hybrid_moe.cli.tables import facts, gib, ranges
+
+if TYPE_CHECKING:
+    from hybrid_moe.doctor import Report
+
+
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    bandwidth: Annotated[
+        bool, typer.Option(help="Measure the memory's read bandwidth (takes seconds).")
+    ] = True,
+) -> None:
+    """Show processor, chosen instruction set, cores, limits, memory and versions."""
+    from hybrid_moe.doctor import examine
+
+    report = examine(measure_bandwidth=bandwidth)
+    if json:
+        typer.echo(json_module.dumps(report.to_dict(), indent=2))
+        return
+    facts("Processor", processor_facts(report))
+    facts("Instruction sets", {tier.name: _tier(tier.missing) for tier in report.isa.tiers})
+    facts("Cores", core_facts(report))
+    facts("Memory", memory_facts(report))
+    facts("Versions", {name: v or "not installed" for name, v in report.versions.items()})
+
+
+def processor_facts(report: Report) -> dict[str, str]:
+    """Name, architecture, features, and the tier that was chosen."""
+    isa = report.isa
+    return {
+        "name": report.processor,
+        "architecture": report.architecture,
+        "features": " ".join(report.features),
+        "chosen": f"{isa.chosen}: {isa.reason}" if isa.chosen else f"none: {isa.reason}",
+    }
+
+
+def core_facts(report: Report) -> dict[str, str]:
+    """Processors and what limits them."""
+    cores = report.cores
+    return {
+        "online": f"{cores.online} logical, {cores.physical or 'unknown number of'} physical",
+        "cpuset": f"{len(cores.cpuset)} ({ranges(cores.cpuset)})",
+        "cgroup quota": "none" if cores.quota is None else f"{cores.quota:g} processors",
+        "available": f"{cores.available} threads",
+        **{f"NUMA node {node}": ranges(cpus) for node, cpus in cores.numa_nodes.items()},
+    }
+
+
+def memory_facts(report: Report) -> dict[str, str]:
+    """Sizes, limit, huge pages, and the bandwidths that were measured."""
+    memory = report.memory
+    return {
+        "total": gib(memory.total),
+        "available": gib(memory.available),
+        "cgroup limit": "none" if memory.limit is None else gib(memory.limit),
+        "transparent huge pages": memory.huge_pages or "unknown",
+        **{
+            f"read, {threads} thread{'s' if threads > 1 else ''}": f"{speed:.1f} GB/s"
+            for threads, speed in report.bandwidth.items()
+        },
+    }
+
+
+def _tier(missing: tuple[str, ...]) -> str:
+    return "usable" if not missing else f"needs {', '.join(missing)}"

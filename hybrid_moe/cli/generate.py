@@ -1,0 +1,99 @@
+"""`hybrid-moe generate`: text from a model, streamed to the terminal, and its speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def generate(
+    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    method: Annotated[
+        str | None,
+        typer.Option(help="Weight format of the experts; default: what the checkpoint stores."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Worker threads; default: one per available core.")
+    ] = None,
+    pools: Annotated[int, typer.Option(help="Worker pools, one per NUMA node.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling, where temperature is above 0.")] = 0,
+) -> None:
+    """Continue a prompt with the model's experts on the CPU."""
+    import torch
+    import transformers
+
+    from hybrid_moe.integrations.transformers import from_pretrained
+
+    started = perf_counter()
+    loaded = from_pretrained(model, method=method, threads=threads, pools=pools)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("the prompt is empty: give at least one token to continue")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    clock = streamer_class()(tokenizer, lambda text: typer.echo(text, nl=False))
+    with torch.inference_mode():
+        loaded(input_ids=inputs["input_ids"][:, :1])  # compiles the kernels, outside the clock
+        typer.echo(f"ready in {perf_counter() - started:.1f} s", err=True)
+        loaded.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            streamer=clock,
+            pad_token_id=pad_token(tokenizer),
+            **sampling,
+        )
+    typer.echo("")
+    typer.echo(clock.summary(inputs["input_ids"].shape[1]), err=True)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """An id for padding: one prompt needs none, but Transformers warns where there is none."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in known if token is not None), 0)
+
+
+def streamer_class() -> type[Any]:
+    """Transformers' text streamer with a clock (a function, so that `--help` imports nothing)."""
+    from transformers import TextStreamer
+
+    class ClockedStreamer(TextStreamer):  # type: ignore[misc]
+        """Gives finished words to `write` and notes when tokens arrive."""
+
+        def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.write = write
+            self.times: list[float] = []  # of the prompt, then of each token
+
+        def put(self, value: Any) -> None:
+            self.times.append(perf_counter())
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.write(text)
+
+        def summary(self, prompt_tokens: int) -> str:
+            """Tokens per second of prefill (to the first token) and of decode (after it)."""
+            start, first, last = self.times[0], self.times[1], self.times[-1]
+            decoded = len(self.times) - 2
+            speeds = [
+                f"prefill {prompt_tokens} tokens, {prompt_tokens / (first - start):.1f} tok/s"
+            ]
+            if decoded:
+                speeds.append(f"decode {decoded} tokens, {decoded / (last - first):.1f} tok/s")
+            return "; ".join(speeds)
+
+    return ClockedStreamer

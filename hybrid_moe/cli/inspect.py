@@ -1,0 +1,71 @@
+"""`hybrid-moe inspect`: what is in a checkpoint and how much memory it needs."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hybrid_moe.cli.tables import facts, gib, grid, ranges
+
+if TYPE_CHECKING:
+    from hybrid_moe.loaders import CheckpointSummary
+
+
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show family, layers, experts, formats, bytes of each part and the memory needed.
+
+    Exits with 1 where the checkpoint has layers that cannot be loaded.
+    """
+    from hybrid_moe.loaders import inspect_checkpoint
+
+    summary = inspect_checkpoint(directory)
+    if json:
+        typer.echo(json_module.dumps(asdict(summary), indent=2))
+    else:
+        facts(summary.path, model_facts(summary))
+        total = max(1, summary.total_bytes)
+        rows = [
+            (part, gib(nbytes), f"{nbytes / total:.1%}") for part, nbytes in summary.parts.items()
+        ]
+        grid("Bytes", ("part", "size", "share"), [*rows, ("all", gib(summary.total_bytes), "")])
+        needs = [
+            (method, gib(nbytes), gib(nbytes + summary.ram_rest))
+            for method, nbytes in summary.ram_experts.items()
+        ]
+        if needs:
+            grid("Memory, all experts on the CPU", ("method", "experts", "with the rest"), needs)
+    for problem in summary.problems:
+        typer.echo(f"problem: {problem}", err=True)
+    if summary.problems:
+        raise typer.Exit(1)
+
+
+def model_facts(summary: CheckpointSummary) -> dict[str, str]:
+    """Family, sizes and formats."""
+    layers = "unknown" if summary.num_layers is None else str(summary.num_layers)
+    rows = {
+        "family": summary.model_type or "unknown (no config.json)",
+        "architectures": ", ".join(summary.architectures) or "unknown",
+        "layers": f"{layers}, with experts: {_layers(summary.moe_layers)}",
+        "experts": f"{summary.num_experts} per layer, {summary.experts_per_token} per token",
+        "sizes": f"hidden {summary.hidden}, intermediate {summary.intermediate}",
+        "names": summary.scheme or "no experts under a known name",
+        "formats": "; ".join(f"{n}: layers {_layers(ls)}" for n, ls in summary.formats.items()),
+        "dtypes": ", ".join(f"{dtype} {gib(n)}" for dtype, n in summary.dtypes.items()),
+        "files": f"{summary.num_shards} with {summary.num_tensors} tensors",
+    }
+    if summary.scheme is None:
+        del rows["experts"], rows["sizes"], rows["formats"]
+    return rows
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"{ranges(numbers)} ({len(numbers)})" if numbers else "none"

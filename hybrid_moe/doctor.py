@@ -1,0 +1,253 @@
+"""What this machine offers to hybrid_moe: processor, tiers, cores and limits, memory, versions.
+
+Plain data, gathered from /proc, /sys and the package metadata; `hybrid-moe doctor` prints it. A
+fact that the kernel does not tell (a container hides files) is None, never a guess.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "numpy", "numba", "llvmlite", "safetensors", "transformers", "sglang")
+CPUINFO = Path("/proc/cpuinfo")
+MEMINFO = Path("/proc/meminfo")
+CGROUPS = Path("/sys/fs/cgroup")
+SELF_CGROUP = Path("/proc/self/cgroup")
+CPUS = Path("/sys/devices/system/cpu")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@dataclass(frozen=True)
+class Tier:
+    """An ISA tier and what the processor lacks for it (nothing: it is usable)."""
+
+    name: str
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Isa:
+    """Tiers, least capable first, and the one that kernels are compiled for.
+
+    `chosen` is None where the choice is an error; `reason` says why in either case.
+    """
+
+    tiers: tuple[Tier, ...]
+    chosen: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Logical processors: of the machine, of this process's cpuset, and the cgroup's quota.
+
+    Attributes:
+        online: logical processors of the machine.
+        physical: cores of the machine, None if the kernel does not tell.
+        cpuset: ids that this process may run on.
+        quota: processors' worth of time that the cgroup allows, None for no limit.
+        available: the most threads that a pool may have: the cpuset, cut to the quota.
+        numa_nodes: node id -> its logical processors in the cpuset.
+    """
+
+    online: int
+    physical: int | None
+    cpuset: tuple[int, ...]
+    quota: float | None
+    available: int
+    numa_nodes: dict[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of RAM; `limit` is the cgroup's (None for none); state of transparent huge pages."""
+
+    total: int
+    available: int
+    limit: int | None
+    huge_pages: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of it. `bandwidth`: threads -> GB/s read from memory, empty where not measured."""
+
+    processor: str
+    architecture: str
+    features: tuple[str, ...]
+    isa: Isa
+    cores: Cores
+    memory: Memory
+    bandwidth: dict[int, float]
+    versions: dict[str, str | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+def examine(measure_bandwidth: bool = True) -> Report:
+    """Gather the report. Measuring takes about a second per thread count."""
+    cores = read_cores()
+    return Report(
+        processor=processor_name(),
+        architecture=platform.machine(),
+        features=host_features(),
+        isa=read_isa(),
+        cores=cores,
+        memory=read_memory(),
+        bandwidth=read_bandwidth(cores.available) if measure_bandwidth else {},
+        versions=read_versions(),
+    )
+
+
+def processor_name() -> str:
+    """The processor's name as the kernel reports it."""
+    for line in _lines(CPUINFO):
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Processor", "cpu model"):
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def host_features() -> tuple[str, ...]:
+    """Instruction set extensions that processor and operating system offer (LLVM's names)."""
+    from hybrid_moe.cpu_kernels.dsl import tiers
+
+    return tuple(sorted(tiers.host_features()))
+
+
+def read_isa() -> Isa:
+    """Every tier, the chosen one, and why."""
+    from hybrid_moe.cpu_kernels.dsl import tiers
+
+    reports = tiers.available_tiers()
+    rows = tuple(Tier(r.tier.name, tuple(r.missing)) for r in reports)
+    forced = os.environ.get("HYBRID_MOE_ISA")
+    try:
+        chosen = tiers.choose_tier().name
+    except ValueError as error:
+        return Isa(rows, None, str(error))
+    if forced:
+        return Isa(rows, chosen, f"forced by HYBRID_MOE_ISA={forced}")
+    better = rows[[row.name for row in rows].index(chosen) + 1 :]
+    if not better:
+        return Isa(rows, chosen, "the most capable tier")
+    lacking = f"the next, {better[0].name}, needs {', '.join(better[0].missing)}"
+    return Isa(rows, chosen, f"the most capable tier that runs here; {lacking}")
+
+
+def read_cores() -> Cores:
+    """Processors and their limits."""
+    from hybrid_moe.cpu_kernels.pool import topology
+
+    cpuset = topology.allowed_cpus()
+    return Cores(
+        online=os.cpu_count() or len(cpuset),
+        physical=_physical_cores(),
+        cpuset=cpuset,
+        quota=topology.cgroup_cpu_limit(),
+        available=topology.usable_cores(),
+        numa_nodes=topology.numa_nodes(),
+    )
+
+
+def memory_limit() -> int | None:
+    """Bytes that the cgroup allows (v2 `memory.max`, v1 `limit_in_bytes`): the least of this
+    process's group and those above it, None for no limit."""
+    limits = [
+        limit
+        for folder in _memory_cgroups()
+        for name in ("memory.max", "memory.limit_in_bytes")
+        if (limit := _integer(folder / name)) is not None and limit < 1 << 60
+    ]
+    return min(limits, default=None)
+
+
+def read_memory() -> Memory:
+    """RAM, its limit, huge pages."""
+    amounts = dict(line.split(":", 1) for line in _lines(MEMINFO) if ":" in line)
+    kib = {name: int(amounts[name].split()[0]) for name in ("MemTotal", "MemAvailable")}
+    return Memory(
+        kib["MemTotal"] << 10, kib["MemAvailable"] << 10, memory_limit(), huge_page_state()
+    )
+
+
+def huge_page_state() -> str | None:
+    """The selected word of "always [madvise] never"."""
+    for word in "".join(_lines(HUGE_PAGES)).split():
+        if word.startswith("["):
+            return word.strip("[]")
+    return None
+
+
+def read_bandwidth(cores: int) -> dict[int, float]:
+    """GB/s read from memory by 1, 2, 4, ... and all threads."""
+    from hybrid_moe.cpu_kernels.bandwidth import measure_read_bandwidth
+
+    counts = [1 << i for i in range(cores.bit_length()) if 1 << i < cores] + [cores]
+    return {threads: float(measure_read_bandwidth(threads)) for threads in counts}
+
+
+def read_versions() -> dict[str, str | None]:
+    """Of Python, this package, LLVM and the packages that matter; None for those not installed."""
+    import llvmlite.binding
+
+    from hybrid_moe import __version__
+
+    return {
+        "hybrid_moe": __version__,
+        "python": platform.python_version(),
+        "LLVM": ".".join(map(str, llvmlite.binding.llvm_version_info)),
+        **{name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _physical_cores() -> int | None:
+    siblings = {
+        "".join(_lines(path / "topology" / "thread_siblings_list")).strip()
+        for path in CPUS.glob("cpu[0-9]*")
+    } - {""}
+    return len(siblings) or None
+
+
+def _memory_cgroups() -> list[Path]:
+    """Folders of this process's memory cgroup and of those above it, v1 and v2."""
+    folders: list[Path] = []
+    for line in _lines(SELF_CGROUP):
+        _, controllers, path = line.strip().split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        # v1 mounts the controller in its own folder; v2 (no name) is the mount or `unified`
+        roots = [CGROUPS / "memory"] if controllers else [CGROUPS, CGROUPS / "unified"]
+        parts = [part for part in path.split("/") if part]
+        for root in roots:
+            folders.extend(root.joinpath(*parts[:depth]) for depth in range(len(parts) + 1))
+    return folders
+
+
+def _integer(path: Path) -> int | None:
+    try:
+        return int("".join(_lines(path)))
+    except ValueError:  # absent, or the word "max"
+        return None
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a file of /proc or /sys; none where it is absent or hidden from this process."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

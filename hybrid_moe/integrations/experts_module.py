@@ -1,0 +1,249 @@
+"""What a Transformers experts module computes and what it holds, read from the module itself.
+
+Transformers marks its experts modules with the facts that matter: `has_gate`, `has_bias`,
+`is_transposed`, `is_concatenated`, and a method `_apply_gate` that is the activation. Names of
+attributes alone would be a guess (`limit` is a clamp in two families and nothing elsewhere), so
+the activation is read from the attributes and then proved: `_apply_gate` runs on a grid of values
+and must agree with the formula. A module that nothing explains is refused by its class's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybrid_moe.cpu_kernels.activation import Activation
+from hybrid_moe.formats import BF16, MXFP4, Array, WeightFormat
+from hybrid_moe.loaders.stored import encode
+from hybrid_moe.tensors import ExpertTensors, Matrix
+
+MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+"""Attributes that Transformers' `use_experts_implementation` puts on an experts module."""
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """Sizes and arithmetic of one experts module.
+
+    Attributes:
+        where: the module's name in the model and its class, for messages.
+        num_experts: experts that the module holds (those of this rank).
+        hidden: H, inputs of gate and up, outputs of down.
+        intermediate: I, outputs of gate and up.
+        activation: the gated activation between them.
+        transposed: weights are [E, inputs, outputs] rather than [E, outputs, inputs].
+        concatenated: gate rows precede up rows; otherwise they alternate.
+        biased: the module has `gate_up_proj_bias` and `down_proj_bias`.
+    """
+
+    where: str
+    num_experts: int
+    hidden: int
+    intermediate: int
+    activation: Activation
+    transposed: bool
+    concatenated: bool
+    biased: bool
+
+
+def find_experts(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every experts module of `model` by its name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {name: m for name, m in model.named_modules() if is_experts(m)}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no experts that Transformers dispatches "
+            "(modules with an experts_implementation): it is no mixture of experts, "
+            "or its experts have been moved already"
+        )
+    return found
+
+
+def is_experts(module: torch.nn.Module) -> bool:
+    """Whether Transformers dispatches `module` by `experts_implementation`."""
+    return all(hasattr(module, mark) for mark in MARKS) or hasattr(module, "gate_up_proj_scale_inv")
+
+
+def describe(module: torch.nn.Module, name: str = "experts") -> ExpertsSpec:
+    """Sizes and arithmetic of `module`, whose parameters may be on meta.
+
+    Raises:
+        NotImplementedError: the module computes something that this package does not.
+    """
+    where = f"{name} ({type(module).__name__})"
+    if not getattr(module, "has_gate", True):
+        raise NotImplementedError(f"{where}: experts without a gate projection are not supported")
+    if getattr(module, "has_post_expert_norm", False):
+        raise NotImplementedError(f"{where}: a norm after each expert is not supported")
+    for parameter in ("gate_up_proj", "down_proj"):
+        weight = getattr(module, parameter, None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 3:
+            raise NotImplementedError(f"{where}: {parameter} is not one tensor of three dimensions")
+    gate_up, down = _parameter(module, "gate_up_proj"), _parameter(module, "down_proj")
+    transposed = bool(getattr(module, "is_transposed", False))
+    concatenated = bool(getattr(module, "is_concatenated", True))
+    rows, inputs = (2, 1) if transposed else (1, 2)
+    codes_per_byte = 2 if gate_up.dtype in (torch.int8, torch.uint8) else 1
+    spec = ExpertsSpec(
+        where=where,
+        num_experts=gate_up.shape[0],
+        hidden=gate_up.shape[inputs] * codes_per_byte,
+        intermediate=down.shape[inputs] * codes_per_byte,
+        activation=recognise_activation(module, where, concatenated),
+        transposed=transposed,
+        concatenated=concatenated,
+        biased=bool(getattr(module, "has_bias", False)),
+    )
+    if gate_up.shape[rows] != 2 * spec.intermediate or down.shape[rows] != spec.hidden:
+        raise NotImplementedError(
+            f"{where}: gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)} "
+            "are not the two halves of one gated expert"
+        )
+    return spec
+
+
+def recognise_activation(
+    module: torch.nn.Module, where: str, concatenated: bool = True
+) -> Activation:
+    """The `Activation` that equals `module._apply_gate` on a grid of gate and up values.
+
+    Raises:
+        NotImplementedError: none does.
+    """
+    apply_gate = getattr(module, "_apply_gate", None)
+    if apply_gate is None:
+        raise NotImplementedError(f"{where}: the class has no _apply_gate to read its activation")
+    points = torch.linspace(-24.0, 24.0, 49, device="cpu", dtype=torch.float32)
+    gate, up = (grid.flatten() for grid in torch.meshgrid(points, points, indexing="ij"))
+    halves = [gate, up]
+    gate_up = torch.cat(halves) if concatenated else torch.stack(halves, dim=-1).flatten()
+    with torch.no_grad():
+        computed = apply_gate(gate_up[None])[0]
+    for activation in _candidates(module):
+        if torch.allclose(computed, _swiglu(gate, up, activation), rtol=1e-5, atol=1e-5):
+            return activation
+    raise NotImplementedError(
+        f"{where}: its activation is not one of silu(gate) * up, the same with both clamped, "
+        "and clamped gate * sigmoid(alpha * gate) * (up + 1)"
+    )
+
+
+def _candidates(module: torch.nn.Module) -> Iterator[Activation]:
+    """Activations that the module's attributes suggest."""
+
+    def number(*names: str) -> float | None:
+        for name in names:
+            value = getattr(module, name, None)
+            if isinstance(value, (int, float)):
+                return float(value)
+        return None
+
+    limit, alpha = number("limit", "swiglu_limit"), number("alpha", "swiglu_alpha")
+    yield Activation()
+    if limit is not None:
+        yield Activation(limit=limit)
+    if alpha is not None:
+        yield Activation(alpha=alpha)
+        yield Activation(limit=limit or 0.0, alpha=alpha)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """The formula that `Activation` documents."""
+    if activation.limit > 0:
+        gate = gate.clamp(max=activation.limit)
+        up = up.clamp(min=-activation.limit, max=activation.limit)
+    if activation.alpha > 0:
+        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
+    return gate * torch.sigmoid(gate) * up
+
+
+def expert_tensors(
+    module: torch.nn.Module, spec: ExpertsSpec, expert: int, fmt: WeightFormat
+) -> ExpertTensors:
+    """The matrices of one expert in `fmt`, quantised if the module holds something else.
+
+    BF16 weights are views on the module's memory in BF16; FP4 weights likewise in MXFP4.
+
+    Raises:
+        NotImplementedError: the module's weights are neither floating point nor FP4.
+    """
+    gate_up = _stored(module, spec, "gate_up_proj", expert)
+    down = _stored(module, spec, "down_proj", expert)
+    gate, up = (
+        _Stored(gate_up.fmt, _half(gate_up.matrix, half, spec.concatenated)) for half in (0, 1)
+    )
+    return ExpertTensors(*(_in_format(stored, fmt) for stored in (gate, up, down)))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A matrix and the format that it is in."""
+
+    fmt: WeightFormat
+    matrix: Matrix
+
+
+def _stored(module: torch.nn.Module, spec: ExpertsSpec, name: str, expert: int) -> _Stored:
+    """One parameter of one expert as [outputs, inputs], in the bits that the module has."""
+    weight = _parameter(module, name)[expert].detach().cpu()
+    bias = None
+    if spec.biased:
+        bias = _parameter(module, f"{name}_bias")[expert].detach().float().cpu().numpy()
+    where = f"{spec.where}.{name}[{expert}]"
+    if spec.transposed:
+        weight = weight.t()
+    if weight.dtype in (torch.int8, torch.uint8):
+        scale = _parameter(module, f"{name}_scale_inv")[expert].detach().cpu()
+        codes = weight.view(torch.uint8).numpy()
+        return _Stored(MXFP4, Matrix(codes, _ue8m0(scale, where), bias, where))
+    if weight.dtype == torch.bfloat16:
+        bits = weight.view(torch.int16).numpy().view(np.uint16)
+    elif weight.dtype in (torch.float32, torch.float16):
+        bits, _ = BF16.encode(weight.float().numpy())
+    else:
+        raise NotImplementedError(f"{where}: weights of {weight.dtype} are not supported")
+    return _Stored(BF16, Matrix(bits, None, bias, where))
+
+
+def _half(matrix: Matrix, half: int, concatenated: bool) -> Matrix:
+    """gate (0) or up (1) of a fused matrix: a block of rows, or every second row."""
+    I = matrix.codes.shape[0] // 2  # noqa: E741
+    rows = slice(half * I, (half + 1) * I) if concatenated else slice(half, None, 2)
+    return Matrix(
+        matrix.codes[rows],
+        None if matrix.scales is None else matrix.scales[rows],
+        None if matrix.bias is None else matrix.bias[rows],
+        matrix.where,
+    )
+
+
+def _in_format(stored: _Stored, fmt: WeightFormat) -> Matrix:
+    if stored.fmt is fmt:
+        return stored.matrix
+    m = stored.matrix
+    raw = m.codes if stored.fmt is BF16 else stored.fmt.dequantize(m.codes, m.scales)
+    codes, scales = encode(fmt, raw)
+    return Matrix(codes, scales, m.bias, m.where)
+
+
+def _ue8m0(scale: torch.Tensor, where: str) -> Array:
+    """E8M0 bytes of scales stored as float8_e8m0fnu, as bytes, or as float32 powers of two."""
+    if scale.element_size() == 1:
+        return scale.view(torch.uint8).numpy()
+    mantissa, exponent = np.frexp(scale.float().numpy())
+    if not (mantissa == 0.5).all():
+        raise NotImplementedError(f"{where}: FP4 scales that are not powers of two")
+    return np.asarray(exponent - 1 + 127, dtype=np.uint8)
+
+
+def _parameter(module: torch.nn.Module, name: str) -> torch.Tensor:
+    value: Any = getattr(module, name)
+    assert isinstance(value, torch.Tensor)
+    return value

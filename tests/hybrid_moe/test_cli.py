@@ -1,0 +1,188 @@
+"""The `hybrid-moe` command on tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from typer.testing import CliRunner
+
+import hybrid_moe
+from hybrid_moe.cli import app
+from hybrid_moe.cli.errors import explain
+from hybrid_moe.cli.tables import gib, ranges
+from hybrid_moe.integrations.transformers import from_pretrained
+from hybrid_moe.tensors import CheckpointError
+from tests.hybrid_moe.checkpoints import edit_tensors, save
+from tests.hybrid_moe.tiny_models import build, greedy
+
+PROMPT = "Hello there"
+CHARACTERS = ["<unk>", *map(chr, range(32, 127))]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-MoE with a tokenizer of single characters."""
+    directory = save(build("qwen3_moe"), tmp_path_factory.mktemp("model"))
+    tokenizer = Tokenizer(
+        models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast.save_pretrained(directory)
+    return directory
+
+
+def run(*arguments: object, **options: Any) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments], **options)
+
+
+def text_of(tokens: list[int]) -> str:
+    """What the tokenizer makes of them; the tail of the vocabulary has no characters."""
+    return "".join(CHARACTERS[t] for t in tokens if 0 < t < len(CHARACTERS))
+
+
+@pytest.mark.parametrize("method", [None, "BF16", "mxfp4"])
+def test_generate_streams_the_greedy_text(checkpoint: Path, method: str | None) -> None:
+    given = ["--method", method] if method else []
+    result = run("generate", "--model", checkpoint, "--prompt", PROMPT, "--threads", 1,
+                 "--max-new-tokens", 12, *given)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    model = from_pretrained(checkpoint, method or "BF16", threads=1, progress=False)
+    ids = torch.tensor([[CHARACTERS.index(c) for c in PROMPT]])
+    assert result.stdout == text_of(greedy(model, ids, 12)) + "\n"
+    assert f"prefill {len(PROMPT)} tokens" in result.stderr
+    assert "decode 11 tokens" in result.stderr and "tok/s" in result.stderr
+
+
+def test_generate_samples_by_seed(checkpoint: Path) -> None:
+    def sample(seed: int) -> str:
+        result = run("generate", "--model", checkpoint, "--prompt", PROMPT, "--threads", 1,
+                     "--max-new-tokens", 16, "--temperature", 2.0, "--seed", seed)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        return str(result.stdout)
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_one_token_has_no_decode_speed(checkpoint: Path) -> None:
+    result = run("generate", "--model", checkpoint, "--prompt", PROMPT, "--threads", 1,
+                 "--max-new-tokens", 1)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "prefill" in result.stderr and "decode" not in result.stderr
+
+
+def test_convert_and_inspect(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mxfp4"
+    result = run("convert", "--model", checkpoint, "--out", out, "--method", "MXFP4",
+                 "--threads", 1)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    result = run("inspect", out, "--json")
+    summary = json.loads(result.stdout)
+    assert summary["formats"] == {"MXFP4": [0, 1]}
+    assert summary["num_experts"] == 8 and summary["hidden"] == 64
+    table = run("inspect", out)
+    assert table.exit_code == 0
+    for fact in ("qwen3_moe", "MXFP4", "8 per layer, 3 per token", "routed experts"):
+        assert fact in table.stdout
+
+
+def test_inspect_reports_problems(checkpoint: Path, tmp_path: Path) -> None:
+    broken = save(build("qwen3_moe"), tmp_path)
+    edit_tensors(broken, drop="model.layers.1.mlp.experts.3.up_proj.weight")
+    result = run("inspect", broken)
+    assert result.exit_code == 1
+    assert "model.layers.1.mlp.experts.3.up_proj.weight" in result.stderr
+
+
+def test_doctor_json_and_table() -> None:
+    result = run("doctor", "--json", "--no-bandwidth")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["versions"]["hybrid_moe"] == hybrid_moe.__version__
+    assert report["cores"]["available"] >= 1
+    table = run("doctor", "--no-bandwidth")
+    assert report["isa"]["chosen"] in table.stdout and "NUMA node" in table.stdout
+
+
+def test_errors_are_one_paragraph(checkpoint: Path, tmp_path: Path) -> None:
+    generate = ("generate", "--prompt", PROMPT, "--model")
+    for arguments, message in [
+        ((*generate, tmp_path / "nowhere"), "nowhere"),
+        ((*generate, checkpoint, "--method", "INT3"), "unknown method 'INT3'"),
+        ((*generate, checkpoint, "--threads", 100_000), "100000 threads"),
+        (("generate", "--model", checkpoint, "--prompt", ""), "the prompt is empty"),
+        (("inspect", tmp_path / "nowhere"), "nowhere"),
+        (("convert", "--model", checkpoint, "--out", checkpoint), "another directory"),
+    ]:
+        result = run(*arguments)
+        assert result.exit_code == 2, result.output
+        lines = [line for line in result.stderr.splitlines() if line.startswith("hybrid-moe: ")]
+        assert len(lines) == 1 and message in lines[0]
+        assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize(("arguments", "env"), [(["--debug"], {}), ([], {"HYBRID_MOE_DEBUG": "1"})])
+def test_debug_keeps_the_exception(
+    tmp_path: Path, arguments: list[str], env: dict[str, str]
+) -> None:
+    result = run(*arguments, "inspect", tmp_path / "nowhere", env=env)
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("error", "paragraph"),
+    [
+        (
+            ModuleNotFoundError("No module named 'transformers'", name="transformers"),
+            'transformers is not installed: pip install "hybrid-moe[transformers]"',
+        ),
+        (
+            ModuleNotFoundError("No module named 'tomato'", name="tomato"),
+            "No module named 'tomato'",
+        ),
+        (
+            FileNotFoundError(2, "No such file or directory", "a/b"),
+            "a/b: No such file or directory",
+        ),
+        (CheckpointError("first line\n  second line"), "first line second line"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_explain(error: Exception, paragraph: str) -> None:
+    assert explain(error) == paragraph
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"hybrid-moe {hybrid_moe.__version__}\n")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom hybrid_moe.cli import app\n"
+        "for words in ([], ['generate'], ['inspect']):\n"
+        "    assert CliRunner().invoke(app, [*words, '--help']).exit_code == 0\n"
+        "heavy = {'torch', 'transformers', 'numba', 'llvmlite'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_layout() -> None:
+    assert ranges((0, 1, 2, 5)) == "0-2, 5"
+    assert [gib(n) for n in (512, 3 << 20, 5 << 30)] == ["0.5 KiB", "3.00 MiB", "5.00 GiB"]
