@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -19,7 +20,7 @@ from hybrid_moe.cpu_kernels.pack import pack_gate_up, pack_rows
 from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, group_for
-from hybrid_moe.cpu_kernels.slots import JobSlot, SlotReport
+from hybrid_moe.cpu_kernels.slots import JobSlot, SlotReport, SlotScratch
 from hybrid_moe.formats import WeightFormat
 from hybrid_moe.tensors import ExpertTensors, check_matrix
 
@@ -90,6 +91,7 @@ class ExpertLayer:
         self._descriptor: Slots | None = None
         self._group: PoolGroup | None = None
         self._closed = False
+        self._pid = os.getpid()
         self._job_shapes: dict[tuple[int, int], JobShape] = {}
         self._job_slots: weakref.WeakSet[JobSlot] = weakref.WeakSet()
 
@@ -117,6 +119,7 @@ class ExpertLayer:
             raise ValueError(f"resident has shape {resident.shape}, expected ({self.num_experts},)")
         if self._arenas or self._closed:
             raise RuntimeError("this layer is closed" if self._closed else "already allocated")
+        self._pid = os.getpid()
         chosen = np.flatnonzero(resident)
         self._slots_of[chosen] = np.arange(len(chosen))
         nodes = self.pool.nodes if self.pool.pools > 1 else (None,)
@@ -136,7 +139,9 @@ class ExpertLayer:
         Raises:
             CheckpointError: a matrix is not what the layer expects.
             IndexError: no such expert, or `allocate` did not name it.
+            RuntimeError: this is a forked child.
         """
+        self._check_process()
         if not 0 <= expert < self.num_experts or self._slots_of[expert] < 0:
             raise IndexError(f"expert {expert} has no memory in this layer")
         H, I = self.hidden, self.intermediate  # noqa: E741
@@ -156,10 +161,9 @@ class ExpertLayer:
             self._down[pool, expert] = down
         for name in ("gate", "up", "down"):
             bias = getattr(tensors, name).bias
-            if bias is not None:
-                kept = np.array(bias, np.float32)
-                self._biases[name, expert] = kept
-                self._bias_tables[name][expert] = kept.ctypes.data
+            kept = self._no_bias if bias is None else np.array(bias, np.float32)
+            self._biases[name, expert] = kept
+            self._bias_tables[name][expert] = kept.ctypes.data
         self._loaded[expert] = True
 
     @property
@@ -261,7 +265,7 @@ class ExpertLayer:
             job = group.idle.borrow(shape, lambda shape=shape: StagedJob(shape))  # type: ignore[misc]
             job.stage(x[part], ids[part], weights[part], skip)
             address = job.address(self._descriptor_address, out[part].ctypes.data)
-            submission = group.submit(address, owned=(self, descriptor, job, out))
+            submission = group.submit(address, owned=(self, self._arenas, descriptor, job, out))
             if submission.missing >= 0:
                 group.idle.give_back(job)
                 raise RuntimeError(
@@ -296,12 +300,17 @@ class ExpertLayer:
             raise RuntimeError("this layer is closed")
         if not self._loaded.any():
             raise RuntimeError("no expert of this layer has been loaded")
+        self._check_process()
         if self._group is None:
             self._group = group_for(self.pool)
         if self._descriptor is None:
             self._descriptor = self._describe()
             self._descriptor_address = int(self._descriptor.ctypes.data)
         return self._group, self._descriptor
+
+    def slot_shape(self, tokens: int, top_k: int) -> JobShape:
+        """What the scratch of a slot depends on."""
+        return self._job_shape(self._ready()[1], tokens, top_k)
 
     def job_slot(
         self,
@@ -314,6 +323,7 @@ class ExpertLayer:
         skip: int,
         out: int,
         count_ignored: bool,
+        scratch: SlotScratch,
     ) -> JobSlot:
         """A job over fixed buffers that compiled host functions post and await (CUDA streams).
 
@@ -322,11 +332,11 @@ class ExpertLayer:
             x, out: addresses of bf16 [T, H]. ids: of int64 [T, k]. weights: of float32 [T, k].
             skip: address of bool [E], read at each post.
             count_ignored: whether ids out of range appear in `slot_report`.
+            scratch: of `slot_shape(tokens, top_k)`.
         """
         group, descriptor = self._ready()
         group.start_background_worker()
-        shape = self._job_shape(descriptor, tokens, top_k)
-        slot = JobSlot(group, shape, count_ignored, owned=(self, descriptor))
+        slot = JobSlot(group, scratch, count_ignored, owned=(self, self._arenas, descriptor))
         job = slot.template
         job[f.J_LAYER] = self._descriptor_address
         job[f.J_TOKENS] = tokens
@@ -339,6 +349,13 @@ class ExpertLayer:
         """What the runs of this layer's job slots have met since the last report; never blocks."""
         return SlotReport.gather(list(self._job_slots))
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "packed experts are not inherited by a forked child process; "
+                "load the model after the fork, or use the 'spawn' start method"
+            )
+
     def _check_inputs(self, x: Any, ids: Any, weights: Any, skip: Any) -> None:
         for name, array, dtype in (
             ("x", x, np.uint16),
@@ -350,11 +367,12 @@ class ExpertLayer:
             if array.ndim != 2:
                 raise ValueError(f"{name} must have two dimensions, not shape {array.shape}")
         if x.shape[1] != self.hidden:
-            raise ValueError(f"x has {x.shape[1]} columns, the layer's hidden size is {self.hidden}")
+            raise ValueError(
+                f"x has {x.shape[1]} columns, the layer's hidden size is {self.hidden}"
+            )
         if ids.shape != weights.shape or len(ids) != len(x):
             raise ValueError(
-                f"ids {ids.shape} and weights {weights.shape} must both be "
-                f"[{len(x)} tokens, top-k]"
+                f"ids {ids.shape} and weights {weights.shape} must both be [{len(x)} tokens, top-k]"
             )
         if skip is not None and (skip.shape != (self.num_experts,) or skip.dtype != np.bool_):
             raise ValueError(f"skip must be bool [{self.num_experts}]")
@@ -362,5 +380,5 @@ class ExpertLayer:
     def close(self) -> None:
         """Release the packed weights once no job uses them."""
         self._closed = True
-        self._arenas = []
+        self._arenas = []  # a new list: jobs in flight own the old one
         self._descriptor = None

@@ -18,6 +18,15 @@ from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
 
 
+class SlotScratch:
+    """What a run works in. Slots whose runs never overlap share it: those of all layers of a
+    model that take turns on a stream."""
+
+    def __init__(self, shape: JobShape) -> None:
+        self.workspace = Workspace(shape.nbytes)
+        self.template = shape.template(self.workspace)
+
+
 class JobSlot:
     """One reusable job.
 
@@ -30,14 +39,13 @@ class JobSlot:
     """
 
     def __init__(
-        self, group: PoolGroup, shape: JobShape, count_ignored: bool, owned: object
+        self, group: PoolGroup, scratch: SlotScratch, count_ignored: bool, owned: object
     ) -> None:
         functions = drivers.addresses()
         self.post_fn = functions["post_host"]
         self.wait_fn = functions["wait_host"]
-        self._workspace = Workspace(shape.nbytes)
-        self.template = shape.template(self._workspace)
-        self._owned = (group, owned)
+        self.template = scratch.template.copy()
+        self._owned = (group, scratch, owned)
         self._host: Slots = np.zeros(f.HOST_SLOTS, np.int64)
         self._host[f.H_GROUP] = group.address
         self._host[f.H_TEMPLATE] = self.template.ctypes.data

@@ -104,6 +104,8 @@ def take_tasks(group, job, sequence, phase, pool, worker, deadline):  # type: ig
     while True:
         if deadline != 0 and nanoseconds() > deadline:
             return
+        if load_acquire(group + 8 * f.G_STOP) != 0:
+            return
         task = claim(job, sequence, phase, pool)
         if task < 0:
             return

@@ -111,14 +111,17 @@ class PoolGroup:
                 self._threads.append(self._start(0))
 
     def check_process(self) -> None:
-        """Raise in a forked child, where the workers do not exist."""
+        """Raise in a forked child, where the workers do not exist, and after `stop`."""
+        self._check_not_forked()
+        if self._slots[f.G_STOP]:
+            raise RuntimeError("the worker threads of hybrid_moe have been stopped")
+
+    def _check_not_forked(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError(
                 "the worker threads of hybrid_moe do not exist in a forked child process; "
                 "load the model after the fork, or use the 'spawn' start method"
             )
-        if self._slots[f.G_STOP]:
-            raise RuntimeError("the worker threads of hybrid_moe have been stopped")
 
     def submit(self, job: int, owned: object) -> Submission:
         """Route and publish a job.
@@ -168,6 +171,7 @@ class PoolGroup:
             self.check_process()
 
     def is_complete(self, sequence: int) -> bool:
+        self._check_not_forked()  # the child has no mapping of the slots
         return int(self._slots[f.G_COMPLETED]) >= sequence
 
     def stop(self) -> None:
@@ -182,6 +186,7 @@ class PoolGroup:
 
 _groups: dict[PoolConfig, PoolGroup] = {}
 _groups_lock = threading.Lock()
+_inherited: list[object] = []  # the parent's groups in a forked child: unusable, never freed
 
 
 def group_for(config: PoolConfig) -> PoolGroup:
@@ -200,11 +205,14 @@ def stop_all() -> None:
         group.stop()
 
 
-def _forget_lock_in_child() -> None:
-    """A lock that another thread held at the fork would never open in the child."""
-    global _groups_lock
+def _start_anew_in_child() -> None:
+    """The parent's threads do not exist in the child, which may start its own; a lock that another
+    thread held at the fork would never open."""
+    global _groups, _groups_lock
+    _inherited.append(_groups)
+    _groups = {}
     _groups_lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_forget_lock_in_child)
+os.register_at_fork(after_in_child=_start_anew_in_child)
 

@@ -10,6 +10,7 @@ import pytest
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.slots import SlotScratch
 from hybrid_moe.formats import FORMATS, f32_to_bf16
 from hybrid_moe.tensors import ExpertTensors, Matrix
 
@@ -52,7 +53,12 @@ class Buffers:
     def slot(self, layer: ExpertLayer, *, count_ignored: bool = True):
         at = {name: getattr(self, name).ctypes.data for name in ("x", "ids", "weights", "skip")}
         return layer.job_slot(
-            tokens=T, top_k=K, out=self.out.ctypes.data, count_ignored=count_ignored, **at
+            tokens=T,
+            top_k=K,
+            out=self.out.ctypes.data,
+            count_ignored=count_ignored,
+            scratch=SlotScratch(layer.slot_shape(T, K)),
+            **at,
         )
 
 

@@ -1,0 +1,292 @@
+"""One loaded layer at work: submissions, deferred experts, and faults that a sync reports."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hybrid_moe.arguments import LayerShape
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.deferral import Chain, split_deferred
+from hybrid_moe.staging import Stager, Stream
+from hybrid_moe.submission import Launched, NothingToDo, check_call, submit_direct
+
+logger = logging.getLogger(__name__)
+
+Launch = Callable[[torch.Tensor], Launched]
+"""Starts the experts of some ids [B, k] (others are -1) on the batch of a submission."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A submission that waits for its sync.
+
+    Attributes:
+        tokens: B.
+        device: of the batch.
+        job: this layer's experts; None with a `fault`.
+        incoming: what the layer before has deferred.
+        fault: what sync will raise.
+    """
+
+    tokens: int
+    device: torch.device
+    job: Launched | None
+    incoming: Launched | None
+    fault: Exception | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A snapshot of the mask.
+
+    Attributes:
+        skip: bool [E], experts on the GPU.
+        missing: bool [E], experts that are neither there nor loaded; None if there are none.
+    """
+
+    skip: npt.NDArray[np.bool_]
+    missing: npt.NDArray[np.bool_] | None
+
+    @classmethod
+    def of(cls, mask: npt.NDArray[np.bool_], resident: npt.NDArray[np.bool_]) -> Placement:
+        """The placement of a live mask, which is copied."""
+        skip = mask.copy()
+        missing = ~(skip | resident)
+        return cls(skip, missing if missing.any() else None)
+
+
+class LayerRunner:
+    """Runs a loaded layer.
+
+    Args:
+        layer: the packed experts.
+        shape: its sizes.
+        mask: bool [E] CPU tensor, live: True for experts to skip.
+        resident: bool [E]: experts that are loaded.
+        chain: the model's layers.
+        deferred: experts per token that may arrive one layer later.
+        strict: ids out of range are an error.
+    """
+
+    def __init__(
+        self,
+        layer: ExpertLayer,
+        shape: LayerShape,
+        mask: torch.Tensor,
+        resident: npt.NDArray[np.bool_],
+        chain: Chain,
+        *,
+        deferred: int,
+        strict: bool,
+    ) -> None:
+        self._layer, self._shape, self._mask = layer, shape, mask
+        self._resident, self._chain = resident, chain
+        self._deferred, self._strict = deferred, strict
+        self._mask_view: npt.NDArray[np.bool_] = mask.numpy()  # shares its memory
+        self._placement = Placement.of(self._mask_view, resident)
+        self._pending: Pending | None = None
+        self._stager: Stager | None = None
+        self._told_last = False
+        self.ignored_ids = 0
+
+    def submit(
+        self,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        cuda_stream: int | None,
+    ) -> None:
+        """See `KTMoEWrapper.submit_forward`."""
+        index = self._shape.layer_idx
+        if self._pending is not None:
+            raise RuntimeError(
+                f"layer {index} has a submission already: call sync_forward before the next "
+                "submit_forward"
+            )
+        check_call(hidden, ids, weights, self._shape)
+        placement = self._placed()
+        following = self._following()
+        if following is not None:
+            self._chain.check_free(index, following)
+        stream = self._stream(hidden.device, cuda_stream)
+        fault = None
+        if stream is None:
+            fault = self._check_ids(ids, placement)
+        elif placement.missing is not None:  # nobody here knows whether the ids name it
+            raise self._not_loaded(int(np.flatnonzero(placement.missing)[0]))
+        launch = self._launcher(hidden, weights, stream, placement.skip)
+        incoming = self._chain.collect(index, hidden.shape[0])
+        job = None
+        try:
+            if fault is None:
+                with stream or nullcontext():
+                    job = self._launch(launch, ids, weights, following)
+        except BaseException:
+            if incoming is not None:
+                incoming.discard()
+            raise
+        self._pending = Pending(hidden.shape[0], hidden.device, job, incoming, fault)
+
+    def sync(self, hidden: torch.Tensor, cuda_stream: int | None) -> torch.Tensor:
+        """See `KTMoEWrapper.sync_forward`."""
+        index, pending = self._shape.layer_idx, self._pending
+        if pending is None:
+            raise RuntimeError(
+                f"layer {index} has no submission: call submit_forward before sync_forward"
+            )
+        expected = (pending.tokens, self._shape.hidden_size)
+        if tuple(hidden.shape) != expected or hidden.device != pending.device:
+            raise ValueError(
+                f"hidden_states has shape {tuple(hidden.shape)} on {hidden.device}, but "
+                f"{expected} on {pending.device} was submitted"
+            )
+        self._pending = None
+        stream = self._stream(hidden.device, cuda_stream)
+        try:
+            if pending.fault is not None:
+                raise pending.fault
+            assert pending.job is not None
+            output = pending.job.result(stream)
+        except BaseException:
+            if pending.incoming is not None:
+                pending.incoming.discard()
+            raise
+        if pending.incoming is not None:
+            earlier = pending.incoming.result(stream)
+            if stream is None:
+                return output.add_(earlier)
+            stream.add(output, earlier)
+        if stream is not None:
+            self._raise_reported()
+        return output
+
+    def close(self) -> None:
+        """End what is under way."""
+        pending, self._pending = self._pending, None
+        for job in (pending.job, pending.incoming) if pending is not None else ():
+            if job is not None:
+                job.discard()
+        self._chain.leave(self._shape.layer_idx)
+        self._stager = None
+
+    def _following(self) -> int | None:
+        """The layer that deferred experts go to; None if this one defers nothing."""
+        if not self._deferred:
+            return None
+        following = self._chain.after(self._shape.layer_idx)
+        if following is None and not self._told_last:
+            self._told_last = True
+            logger.info(
+                "layer %d has no MoE layer after it: none of its experts is deferred",
+                self._shape.layer_idx,
+            )
+        return following
+
+    def _launcher(
+        self,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        stream: Stream | None,
+        skip: npt.NDArray[np.bool_],
+    ) -> Launch:
+        """How experts start on this batch."""
+        if not self._resident.any():
+            return lambda ids: NothingToDo(hidden)
+        if stream is not None:
+            return self._cuda_launcher(hidden, weights, stream)
+        return lambda ids: submit_direct(self._layer, hidden, ids, weights, skip)
+
+    def _launch(
+        self, launch: Launch, ids: torch.Tensor, weights: torch.Tensor, following: int | None
+    ) -> Launched:
+        """Start the experts of `ids`, the deferrable ones as a job of their own."""
+        if following is None:
+            return launch(ids)
+        protected = self._shape.num_experts_per_tok - self._deferred
+        now, later = split_deferred(ids, weights, protected, self._shape.num_experts)
+        job = launch(now)
+        try:
+            self._chain.defer(self._shape.layer_idx, following, launch(later))
+        except BaseException:
+            job.discard()
+            raise
+        return job
+
+    def _placed(self) -> Placement:
+        """The mask as it is now. It seldom changes, so the last snapshot is kept."""
+        now = self._mask_view.tobytes()
+        if now != self._placement.skip.tobytes():
+            self._placement = Placement.of(np.frombuffer(now, np.bool_), self._resident)
+        return self._placement
+
+    def _check_ids(self, ids: torch.Tensor, placement: Placement) -> Exception | None:
+        """Count ids [B, k] on the CPU that are nobody's; what is wrong with them, if anything."""
+        E, values = self._shape.num_experts, ids.numpy()
+        unsigned = values.view(np.uint64 if values.dtype == np.int64 else np.uint32)
+        ignored = int(np.count_nonzero(unsigned >= E))  # negative ids are huge as unsigned ones
+        self.ignored_ids += ignored
+        if ignored and self._strict:
+            return self._out_of_range(ignored)
+        if placement.missing is not None:
+            lost = np.flatnonzero(placement.missing & np.isin(np.arange(E), values))
+            if lost.size:
+                return self._not_loaded(int(lost[0]))
+        return None
+
+    def _out_of_range(self, count: int) -> IndexError:
+        return IndexError(
+            f"layer {self._shape.layer_idx}: {count} of the ids in topk_ids are outside "
+            f"0..{self._shape.num_experts - 1} (strict=True)"
+        )
+
+    def _not_loaded(self, expert: int) -> RuntimeError:
+        return RuntimeError(
+            f"layer {self._shape.layer_idx}: tokens are routed to expert {expert}, which "
+            "gpu_experts_mask no longer puts on the GPU and which was not loaded: the mask was "
+            "True for it when the weights were loaded"
+        )
+
+    # CUDA ---------------------------------------------------------------------------------------
+
+    def _stream(self, device: torch.device, handle: int | None) -> Stream | None:
+        """The caller's stream on a GPU, None on the CPU."""
+        if device.type == "cpu":
+            return None
+        from hybrid_moe.cuda import CudaStream
+
+        return CudaStream(device, handle or 0)
+
+    def _cuda_launcher(self, hidden: torch.Tensor, weights: torch.Tensor, stream: Stream) -> Launch:
+        """How experts start on CUDA tensors. Nobody waits here: ids out of range are found by the
+        workers and raised at a later call."""
+        if self._strict and self._deferred:
+            raise ValueError(
+                "strict=True cannot tell ids out of range from deferred ones on CUDA tensors: "
+                "set max_deferred_experts_per_token=0"
+            )
+        stager = self._stager
+        if stager is None:
+            stager = self._stager = Stager(self._layer, self._mask)
+        self._raise_reported()
+        count = not self._deferred
+        return lambda ids: stager.submit(stream, hidden, ids, weights, count_ignored=count)
+
+    def _raise_reported(self) -> None:
+        """Raise what workers have reported about runs that the host did not wait for."""
+        if self._stager is None:
+            return
+        report = self._stager.report()
+        self.ignored_ids += report.ignored
+        if report.error is not None:
+            raise RuntimeError(f"layer {self._shape.layer_idx}: {report.error}")
+        if report.missing:
+            raise self._not_loaded(report.missing_expert)
+        if report.ignored and self._strict:
+            raise self._out_of_range(report.ignored)

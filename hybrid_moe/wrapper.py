@@ -1,0 +1,437 @@
+"""`KTMoEWrapper`: the routed experts of one MoE layer on the CPU, call-compatible with kt-kernel.
+
+    submit_forward ─► checks ─► (split off deferred experts) ─► job on the worker pool
+    sync_forward   ◄── this layer's experts + those that the layer before had deferred
+
+One wrapper is one layer. Layers of one model share checkpoint handles, worker pools (equal
+configuration), and a chain through which deferred experts reach the next layer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hybrid_moe import arguments, checkpoints
+from hybrid_moe.cpu_kernels.activation import Activation
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.deferral import Chain, split_deferred
+from hybrid_moe.formats import format_named
+from hybrid_moe.loaders.load import load_layer
+from hybrid_moe.runner import LayerRunner
+from hybrid_moe.staging import BUFFERS
+from hybrid_moe.weights import Stacked, check_stacked, expert_of
+
+
+class KTMoEWrapper:
+    """The routed experts of one layer that are not on the GPU.
+
+    Args:
+        layer_idx: index of the layer in the model, dense layers counted; selects its tensors in
+            the checkpoint and its place in the order of layers.
+        num_experts: routed experts E.
+        num_experts_per_tok: experts per token k.
+        hidden_size: H, a multiple of 32.
+        moe_intermediate_size: I, whole, a multiple of 32.
+        gpu_experts_mask: bool [E], True for experts that the GPU computes and that are skipped
+            here; None for none (or for what `num_gpu_experts` says).
+        cpuinfer_threads: worker threads over all pools; None for all available cores.
+        threadpool_count: worker pools, one per NUMA node; None for 1.
+        weight_path: the checkpoint's directory or file; None if the weights come by
+            `load_weights_from_tensors`.
+        chunked_prefill_size: accepted and not needed: calls may have any number of tokens.
+        max_deferred_experts_per_token: experts per token that may arrive one MoE layer later, see
+            `hybrid_moe.deferral`; None for 0.
+        method: weight format, see `hybrid_moe.formats.FORMATS`.
+        numa_nodes: NUMA node of each pool; None for 0, 1, ...
+        num_gpu_experts: the first so many ids are on the GPU; the older form of the mask.
+        swiglu_limit: clamps gate to at most this and up to +- this before SwiGLU; 0 for no clamp.
+        swiglu_alpha: above 0, gate * sigmoid(alpha * gate) * (up + 1) (gpt-oss) instead of
+            silu(gate) * up.
+        strict: ids outside 0..E-1 raise `IndexError` at `sync_forward`. Else they contribute zero
+            and are counted in `ignored_ids`: runtimes pad with -1.
+        isa: name of the instruction set tier; None for the best that this processor has.
+
+    The remaining options are kt-kernel's for training and for files that this package does not
+    write; other values than their defaults raise `ValueError`.
+
+    Raises:
+        TypeError, ValueError: an argument; the message names it.
+        FileNotFoundError: `weight_path` does not exist.
+
+    One thread at a time may call the methods of one wrapper.
+    """
+
+    _capture_batch_sizes: ClassVar[list[int]] = []
+
+    def __init__(
+        self,
+        layer_idx: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        gpu_experts_mask: torch.Tensor | None = None,
+        cpuinfer_threads: int | None = None,
+        threadpool_count: int | None = None,
+        weight_path: str | os.PathLike[str] | None = None,
+        chunked_prefill_size: int | None = None,
+        cpu_save: bool = False,
+        max_deferred_experts_per_token: int | None = None,
+        method: str = "MXFP4",
+        numa_nodes: list[int] | None = None,
+        mode: str = "inference",
+        num_gpu_experts: int | None = None,
+        lora_rank: int = 16,
+        lora_alpha: float = 32.0,
+        lora_dropout: float = 0.0,
+        max_cache_depth: int = 1,
+        group_size: int = 128,
+        zero_point: bool = True,
+        full_weight_grad: bool = False,
+        swiglu_limit: float = 0.0,
+        swiglu_alpha: float = 0.0,
+        *,
+        strict: bool = False,
+        isa: str | None = None,
+    ) -> None:
+        arguments.refuse_unsupported(
+            {
+                "cpu_save": cpu_save,
+                "mode": mode,
+                "lora_rank": lora_rank,
+                "lora_alpha": lora_alpha,
+                "lora_dropout": lora_dropout,
+                "max_cache_depth": max_cache_depth,
+                "group_size": group_size,
+                "zero_point": zero_point,
+                "full_weight_grad": full_weight_grad,
+            }
+        )
+        self.format = format_named(method)
+        self.activation = Activation(limit=float(swiglu_limit), alpha=float(swiglu_alpha))
+        self.shape = arguments.LayerShape(
+            *(
+                arguments.integer(name, value)
+                for name, value in (
+                    ("layer_idx", layer_idx),
+                    ("num_experts", num_experts),
+                    ("num_experts_per_tok", num_experts_per_tok),
+                    ("hidden_size", hidden_size),
+                    ("moe_intermediate_size", moe_intermediate_size),
+                )
+            )
+        )
+        self.shape.check(self.format)
+        self.max_deferred_experts_per_token = arguments.deferred_experts(
+            max_deferred_experts_per_token, self.shape
+        )
+        self._mask = arguments.expert_mask(gpu_experts_mask, num_gpu_experts, self.num_experts)
+        if torch.cuda.is_available():
+            self._mask = self._mask.pin_memory()
+        self.weight_path = arguments.existing_path(weight_path)
+        self.pool = arguments.pool_config(cpuinfer_threads, threadpool_count, numa_nodes)
+        self.strict = strict
+        self._isa = isa
+        self._layer = self._new_layer()  # holds no memory yet; checks sizes and isa
+        self._runner: LayerRunner | None = None
+        self._chain = Chain.join((self.weight_path, self.hidden_size, self.pool), self)
+
+    # What the layer is --------------------------------------------------------------------------
+
+    @property
+    def layer_idx(self) -> int:
+        """Index of the layer in the model."""
+        return self.shape.layer_idx
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts E."""
+        return self.shape.num_experts
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Experts per token k."""
+        return self.shape.num_experts_per_tok
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.shape.hidden_size
+
+    @property
+    def moe_intermediate_size(self) -> int:
+        """I."""
+        return self.shape.moe_intermediate_size
+
+    @property
+    def method(self) -> str:
+        """Name of the weight format."""
+        return self.format.name
+
+    @property
+    def gpu_experts_mask(self) -> torch.Tensor:
+        """bool [E] on the CPU: experts that the GPU computes. Change it in place; assignment copies
+        into it. Every submission works on the mask as it was when it was submitted."""
+        return self._mask
+
+    @gpu_experts_mask.setter
+    def gpu_experts_mask(self, mask: torch.Tensor) -> None:
+        arguments.check_mask(mask, self.num_experts)
+        self._mask.copy_(mask)
+
+    @property
+    def num_gpu_experts(self) -> int:
+        """Experts that the mask puts on the GPU now."""
+        return int(self._mask.sum())
+
+    @property
+    def loaded(self) -> bool:
+        """Whether weights are loaded."""
+        return self._runner is not None
+
+    @property
+    def ignored_ids(self) -> int:
+        """Ids outside 0..E-1 in all calls so far. With deferral on CUDA tensors not counted."""
+        return 0 if self._runner is None else self._runner.ignored_ids
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of packed weights held."""
+        return self._layer.nbytes
+
+    # Loading ------------------------------------------------------------------------------------
+
+    def load_weights(self, physical_to_logical_map_cpu: torch.Tensor | None = None) -> None:
+        """Read the experts whose mask is False from the checkpoint into packed panels.
+
+        Args:
+            physical_to_logical_map_cpu: int64 [E] on the CPU: expert `map[i]` of the checkpoint is
+                id i of `topk_ids`. None for the identity.
+
+        Raises:
+            RuntimeError: weights are loaded already.
+            ValueError: no `weight_path`, or a map of wrong shape or range.
+            CheckpointError: a tensor is missing, damaged, or does not fit the layer.
+        """
+        self._check_not_loaded()
+        if self.weight_path is None:
+            raise ValueError("load_weights needs the weight_path that the wrapper was made without")
+        mapping = arguments.expert_map(physical_to_logical_map_cpu, self.num_experts)
+        source = checkpoints.checkpoint_at(self.weight_path).layer(self.layer_idx)
+        checkpoints.check_sizes(source, self.shape)
+
+        def load(wanted: npt.NDArray[np.bool_]) -> None:
+            load_layer(
+                source,
+                mapping.numpy(),
+                wanted,
+                self._layer.load,
+                fmt=self.format,
+                threads=self.pool.threads,
+            )
+
+        self._load(load)
+
+    def load_weights_from_tensors(
+        self,
+        gate_proj: torch.Tensor,
+        up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        physical_to_logical_map_cpu: torch.Tensor | None = None,
+        *,
+        gate_scale: torch.Tensor | None = None,
+        up_scale: torch.Tensor | None = None,
+        down_scale: torch.Tensor | None = None,
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+    ) -> None:
+        """Pack the experts whose mask is False from stacked tensors, quantising floats.
+
+        Args:
+            gate_proj, up_proj: float [E', I, H], or uint8 codes [E', I, H/2] for MXFP4.
+            down_proj: float [E', H, I], or uint8 codes [E', H, I/2].
+            physical_to_logical_map_cpu: as for `load_weights`, into the E' experts given.
+            gate_scale, up_scale, down_scale: with codes: E8M0 [E', N, K/32].
+            gate_bias, up_bias: float [E', I]. down_bias: float [E', H].
+
+        Raises:
+            RuntimeError: weights are loaded already.
+            TypeError, ValueError: a tensor's dtype or shape; the message names it.
+            CheckpointError: a value is not finite.
+        """
+        self._check_not_loaded()
+        mapping = arguments.expert_map(physical_to_logical_map_cpu, self.num_experts)
+        stacked = {
+            "gate": Stacked(gate_proj, gate_scale, gate_bias),
+            "up": Stacked(up_proj, up_scale, up_bias),
+            "down": Stacked(down_proj, down_scale, down_bias),
+        }
+        check_stacked(stacked, self.shape, self.format, mapping)
+
+        def load_expert(expert: int) -> None:
+            tensors = expert_of(stacked, int(mapping[expert]), self.shape, self.format)
+            self._layer.load(expert, tensors)
+
+        def load(wanted: npt.NDArray[np.bool_]) -> None:
+            with ThreadPoolExecutor(self.pool.threads) as executor:
+                list(executor.map(load_expert, np.flatnonzero(wanted).tolist()))
+
+        self._load(load)
+
+    def _check_not_loaded(self) -> None:
+        if self.loaded:
+            raise RuntimeError(
+                f"layer {self.layer_idx} has its weights already; make a new wrapper to load others"
+            )
+
+    def _new_layer(self) -> ExpertLayer:
+        return ExpertLayer(
+            self.format,
+            self.num_experts,
+            self.hidden_size,
+            self.moe_intermediate_size,
+            pool=self.pool,
+            activation=self.activation,
+            isa=self._isa,
+        )
+
+    def _load(self, load: Callable[[npt.NDArray[np.bool_]], None]) -> None:
+        """Load the experts whose mask is False; nothing stays behind if that fails."""
+        wanted = ~self._mask.numpy()
+        try:
+            if wanted.any():
+                self._layer.allocate(wanted)
+                load(wanted)
+        except BaseException:
+            self._layer.close()
+            self._layer = self._new_layer()
+            raise
+        self._runner = LayerRunner(
+            self._layer,
+            self.shape,
+            self._mask,
+            wanted,
+            self._chain,
+            deferred=self.max_deferred_experts_per_token,
+            strict=self.strict,
+        )
+
+    # Running ------------------------------------------------------------------------------------
+
+    def submit_forward(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        cuda_stream: int | None = None,
+    ) -> None:
+        """Start the layer on a batch. The tensors may be changed when this returns (CUDA: in the
+        order of the stream).
+
+        Args:
+            hidden_states: bfloat16 [B, H], any strides, B may be 0.
+            topk_ids: int64 or int32 [B, k]. Ids below 0, at and above E, and of experts that the
+                mask puts on the GPU contribute zero.
+            topk_weights: float [B, k].
+            cuda_stream: the `cudaStream_t` as int for CUDA tensors; unused for CPU tensors.
+
+        Raises:
+            RuntimeError: not loaded, or the submission before was not synced, or layers with
+                deferred experts are called out of order.
+            TypeError, ValueError: a tensor's dtype, shape or device; the message names it.
+        """
+        self._loaded_runner().submit(hidden_states, topk_ids, topk_weights, cuda_stream)
+
+    def sync_forward(
+        self, hidden_states: torch.Tensor, cuda_stream: int | None = None
+    ) -> torch.Tensor:
+        """The sum over the CPU's experts of weight times expert, for the batch submitted last.
+
+        Args:
+            hidden_states: [B, H], of which only shape and device count.
+            cuda_stream: as for `submit_forward`; the result is ordered on it.
+
+        Returns:
+            bfloat16 [B, H] on the device of the batch; a new tensor that the caller owns.
+
+        Raises:
+            RuntimeError: nothing was submitted; an id was routed to an expert that is neither on
+                the GPU by the mask nor loaded; a worker failed.
+            IndexError: `strict`, and ids were out of range.
+        """
+        return self._loaded_runner().sync(hidden_states, cuda_stream)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        cuda_stream: int | None = None,
+    ) -> torch.Tensor:
+        """`submit_forward` and `sync_forward` in one."""
+        self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
+        return self.sync_forward(hidden_states, cuda_stream)
+
+    __call__ = forward
+
+    def _loaded_runner(self) -> LayerRunner:
+        if self._runner is None:
+            raise RuntimeError(
+                f"layer {self.layer_idx} has no weights: call load_weights before forward"
+            )
+        return self._runner
+
+    def select_deferred_experts(
+        self, expert_ids: torch.Tensor, expert_scores: torch.Tensor, protected_k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(immediate, deferred) ids, see `hybrid_moe.deferral.split_deferred`."""
+        return split_deferred(expert_ids, expert_scores, protected_k, self.num_experts)
+
+    def close(self) -> None:
+        """Free the weights. The wrapper cannot be used afterwards."""
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+        self._layer.close()
+
+    # The process --------------------------------------------------------------------------------
+
+    @classmethod
+    def set_capture_batch_sizes(cls, capture_bs: list[int]) -> None:
+        """Announce the batch sizes of CUDA graphs. Graphs of other sizes work as well: whatever a
+        capture uses stays where it is."""
+        KTMoEWrapper._capture_batch_sizes = arguments.batch_sizes(capture_bs)
+
+    @classmethod
+    def get_capture_batch_sizes(cls) -> list[int]:
+        """The announced batch sizes, ascending."""
+        return list(KTMoEWrapper._capture_batch_sizes)
+
+    @staticmethod
+    def clear_buffer_cache() -> None:
+        """Free the pinned buffers that no CUDA graph uses."""
+        BUFFERS.clear(torch.cuda.synchronize)
+
+    @staticmethod
+    def force_release_loader() -> None:
+        """Close the checkpoints that were opened for loading; a later load opens them anew."""
+        checkpoints.release()
+
+    def submit_write_weight_scale_to_buffer(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raises `NotImplementedError`: whole-layer prefill on the GPU is not available."""
+        raise NotImplementedError(
+            "writing experts to GPU buffers (prefill of whole layers on the GPU) is not available: "
+            "run the server without a GPU prefill threshold"
+        )
+
+    def sync_write_weight_scale_to_buffer(self) -> NoReturn:
+        """Raises `NotImplementedError`, see `submit_write_weight_scale_to_buffer`."""
+        self.submit_write_weight_scale_to_buffer()

@@ -1,0 +1,348 @@
+"""Order on a stream: capture of inputs, reuse of buffers, graphs, and reports of workers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from hybrid_moe import cuda
+from hybrid_moe.arguments import LayerShape
+from hybrid_moe.cpu_kernels.slots import SlotReport
+from hybrid_moe.deferral import Chain
+from hybrid_moe.runner import LayerRunner
+from hybrid_moe.staging import BUFFERS, BufferPool, Stager
+from tests.hybrid_moe.fake_stream import DEVICE, FakeMaker, FakeStream, job_of
+
+E, K, H = 6, 2, 32
+
+
+@pytest.fixture(autouse=True)
+def process_keeps_no_fake_buffers() -> Iterator[None]:
+    yield
+    BUFFERS.clear(lambda device: None)
+
+
+def batch(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(tokens, H, generator=rng).to(torch.bfloat16),
+        torch.randint(0, E, (tokens, K), generator=rng, dtype=torch.int32),
+        torch.randint(1, 8, (tokens, K), generator=rng).to(torch.bfloat16) / 8,
+    )
+
+
+@dataclass
+class Setup:
+    maker: FakeMaker = field(default_factory=lambda: FakeMaker(H, E))
+    mask: torch.Tensor = field(default_factory=lambda: torch.zeros(E, dtype=torch.bool))
+    pool: BufferPool = field(default_factory=BufferPool)
+
+    def __post_init__(self) -> None:
+        self.stager = Stager(self.maker, self.mask, self.pool)
+
+    def stream(self, handle: int = 1) -> FakeStream:
+        return FakeStream(self.maker.functions, handle)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_the_host_only_queues(tokens: int) -> None:
+    s = Setup()
+    stream, inputs = s.stream(), batch(tokens)
+    result = s.stager.submit(stream, *inputs).result(stream)
+    assert result.isnan().all() and not s.maker.log
+    stream.run()
+    assert torch.equal(result, job_of(*inputs))
+    assert s.maker.log == [("post", 0), ("wait", 0)]
+
+
+def test_inputs_are_captured_in_stream_order() -> None:
+    s = Setup()
+    stream, inputs = s.stream(), batch(3)
+    expected = job_of(*inputs)
+    job = s.stager.submit(stream, *inputs)
+    for tensor in inputs:  # the GPU overwrites them right after
+        stream.enqueue(tensor.zero_)
+    result = job.result(stream)
+    stream.run()
+    assert torch.equal(result, expected)
+
+
+def test_mask_is_read_when_the_job_is_posted() -> None:
+    s = Setup()
+    stream, (hidden, ids, weights) = s.stream(), batch(3)
+    job = s.stager.submit(stream, hidden, ids, weights)
+    s.mask.fill_(True)
+    stream.queue.append(lambda: s.mask.fill_(False))
+    result = job.result(stream)
+    stream.run()
+    assert not result.any()
+
+
+def test_host_may_run_ahead_with_other_sizes() -> None:
+    s = Setup()
+    stream = s.stream()
+    batches = [batch(tokens, seed=tokens) for tokens in (3, 4, 3, 1)]
+    results = [s.stager.submit(stream, *b).result(stream) for b in batches]
+    stream.run()
+    for b, result in zip(batches, results, strict=True):
+        assert torch.equal(result, job_of(*b))
+    assert s.pool.count() == (2, 0)  # capacities 4 and 1
+
+
+def test_buffers_are_shared_in_one_stream_only_one_after_the_other() -> None:
+    s = Setup()
+    stream, other = s.stream(1), s.stream(2)
+    first, second = (s.stager.submit(stream, *batch(2, seed)) for seed in (1, 2))
+    assert first.buffers is not second.buffers
+    first.result(stream)
+    assert s.stager.submit(other, *batch(2)).buffers is not first.buffers
+    assert s.stager.submit(stream, *batch(2)).buffers is first.buffers
+
+
+def test_layers_that_take_turns_share_their_scratch() -> None:
+    s = Setup()
+    other = FakeMaker(H, E, s.maker.functions)
+    second = Stager(other, s.mask, s.pool)
+    stream = s.stream()
+    for tokens in (12, 16):
+        s.stager.submit(stream, *batch(tokens)).result(stream)
+        second.submit(stream, *batch(tokens)).result(stream)
+    slots = [*s.maker.slots.values(), *other.slots.values()]
+    assert len(slots) == 4
+    assert len({id(slot.arguments["scratch"]) for slot in slots}) == 1
+
+
+def test_captured_graph_replays_on_new_inputs() -> None:
+    s = Setup()
+    stream, inputs = s.stream(), batch(2)
+    s.stager.submit(stream, *inputs).result(stream)  # warm-up
+    stream.run()
+    allocated = len(stream.allocated)
+    stream.capture = True
+    result = s.stager.submit(stream, *inputs).result(stream)
+    stream.capture = False
+    assert len(stream.allocated) == allocated, "allocated under capture after a warm-up"
+    for seed in range(3):
+        for tensor, new in zip(inputs, batch(2, seed), strict=True):
+            tensor.copy_(new)
+        stream.replay()
+        eager = batch(2, seed + 10)
+        between = s.stager.submit(stream, *eager).result(stream)
+        stream.run()
+        assert torch.equal(result, job_of(*inputs))
+        assert torch.equal(between, job_of(*eager))
+
+
+def test_captured_buffers_are_never_freed_or_used_eagerly() -> None:
+    s = Setup()
+    stream = s.stream()
+    stream.capture = True
+    captured = s.stager.submit(stream, *batch(2))
+    captured.result(stream)
+    second = s.stager.submit(stream, *batch(2))
+    assert second.buffers is captured.buffers  # one graph, one stream: one after the other
+    second.result(stream)
+    stream.capture = False
+    eager = s.stager.submit(stream, *batch(2))
+    assert eager.buffers is not captured.buffers
+    eager.result(stream)
+    synchronized: list[torch.device] = []
+    s.pool.clear(synchronized.append)
+    assert synchronized == [DEVICE] and s.pool.count() == (0, 1)
+    assert {key[0] for key in s.stager._slots} == {captured.buffers}
+
+
+def test_clear_keeps_what_is_under_way() -> None:
+    s = Setup()
+    stream, inputs = s.stream(), batch(2)
+    job = s.stager.submit(stream, *inputs)
+    s.pool.clear(lambda device: None)
+    assert len(s.stager._slots) == 1
+    result = job.result(stream)
+    stream.run()
+    assert torch.equal(result, job_of(*inputs))
+    assert s.pool.count() == (1, 0)
+
+
+def test_slots_of_a_dropped_layer_live_until_the_gpu_is_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    s = Setup()
+    stream = s.stream()
+    stream.device = torch.device("cuda:3")
+    alive: list[bool] = []
+    job = s.stager.submit(stream, *batch(2))
+    slot = weakref.ref(s.maker.slots.pop(0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda d: alive.append(slot() is not None))
+    del job, s.stager
+    assert alive == [True] and slot() is None
+
+
+@pytest.mark.parametrize("captured_first", [False, True])
+def test_half_captured_call(captured_first: bool) -> None:
+    s = Setup()
+    stream = s.stream()
+    stream.capture = captured_first
+    job = s.stager.submit(stream, *batch(2))
+    stream.capture = not captured_first
+    with pytest.raises(
+        RuntimeError, match="must either both be captured by a CUDA graph or neither"
+    ):
+        job.result(stream)
+
+
+# The runner on streams ------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """Runners of consecutive layers on one fake stream."""
+
+    deferred: int = 0
+    strict: bool = False
+    layers: int = 1
+    resident: torch.Tensor = field(default_factory=lambda: torch.ones(E, dtype=torch.bool))
+
+    def __post_init__(self) -> None:
+        self.makers = [FakeMaker(H, E) for _ in range(self.layers)]
+        self.stream = FakeStream({k: v for m in self.makers for k, v in m.functions.items()})
+        self.mask = torch.zeros(E, dtype=torch.bool)
+        self.members = [LayerShape(i, E, K, H, 32) for i in range(self.layers)]
+        chain = Chain()
+        self.runners = []
+        for shape, maker in zip(self.members, self.makers, strict=True):
+            chain._members[shape.layer_idx] = shape
+            runner: Any = LayerRunner(
+                maker,  # type: ignore[arg-type]
+                shape,
+                self.mask,
+                self.resident.numpy(),
+                chain,
+                deferred=self.deferred,
+                strict=self.strict,
+            )
+            runner._stream = lambda device, handle: self.stream
+            self.runners.append(runner)
+
+    def forward(self, layer: int, inputs: Any) -> torch.Tensor:
+        self.runners[layer].submit(*inputs, 1)
+        result: torch.Tensor = self.runners[layer].sync(inputs[0], 1)
+        return result
+
+
+def test_runner_defers_across_layers_on_a_stream() -> None:
+    model = Model(deferred=1, layers=2)
+    hidden = torch.ones(1, H, dtype=torch.bfloat16)
+    ids, weights = torch.tensor([[1, 3]]), torch.tensor([[0.75, 0.25]])
+    first = model.forward(0, (hidden, ids, weights))
+    second = model.forward(1, (hidden, torch.tensor([[-1, -1]]), weights))
+    assert first.isnan().all() and second.isnan().all()
+    model.stream.run()
+    assert set(first.flatten().tolist()) == {0.75 * 2}
+    assert set(second.flatten().tolist()) == {0.25 * 4}
+    assert model.stream.entered == 0
+
+
+def test_runner_raises_what_workers_report() -> None:
+    model = Model()
+    model.forward(0, batch(2))
+    for report, message in (
+        (SlotReport(0, 0, -1, "worker 3 died"), "layer 0: worker 3 died"),
+        (SlotReport(0, 2, 4, None), "routed to expert 4"),
+    ):
+        model.makers[0].report = report
+        with pytest.raises(RuntimeError, match=message):
+            model.forward(0, batch(2))
+    model.makers[0].report = SlotReport(5, 0, -1, None)
+    model.forward(0, batch(2))
+    assert model.runners[0].ignored_ids == 5
+
+
+def test_runner_is_strict_at_a_later_call() -> None:
+    model = Model(strict=True)
+    model.forward(0, batch(2))
+    model.makers[0].report = SlotReport(5, 0, -1, None)
+    with pytest.raises(IndexError, match="5 of the ids"):
+        model.forward(0, batch(2))
+
+
+def test_runner_refuses_what_it_could_not_check() -> None:
+    model = Model(deferred=1, strict=True, layers=2)
+    with pytest.raises(ValueError, match="strict=True cannot tell"):
+        model.forward(0, batch(2))
+    model = Model(resident=torch.arange(E) != 2)
+    with pytest.raises(RuntimeError, match="expert 2, which gpu_experts_mask no longer"):
+        model.forward(0, batch(2))
+
+
+# The CUDA runtime -----------------------------------------------------------------------------
+
+
+def test_library_is_found_among_the_loaded_ones() -> None:
+    libc = cuda.loaded_library("libc.so")
+    assert libc.getpid() > 0
+    with pytest.raises(RuntimeError, match="no libdoes_not_exist is loaded"):
+        cuda.loaded_library("libdoes_not_exist")
+
+
+class FakeRuntime:
+    """Remembers calls; `code` is what they return."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+        self.launched: list[tuple[int, int, int]] = []
+        self.mode = 0  # of this thread: global
+
+    def cudaLaunchHostFunc(self, stream: int, function: int, user_data: int) -> int:  # noqa: N802
+        self.launched.append((stream, function, user_data))
+        return self.code
+
+    def cudaGetErrorString(self, code: int) -> bytes:  # noqa: N802
+        return b"operation not permitted when stream is capturing"
+
+    def cudaThreadExchangeStreamCaptureMode(self, mode: Any) -> int:  # noqa: N802
+        box = mode._obj
+        self.mode, box.value = box.value, self.mode
+        return 0
+
+
+def cuda_stream(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime) -> cuda.CudaStream:
+    monkeypatch.setattr(cuda, "runtime", lambda: runtime)
+    stream = object.__new__(cuda.CudaStream)  # without the device that its constructor asks for
+    stream.handle, stream.device = 77, torch.device("cuda:0")
+    return stream
+
+
+def test_host_function_is_launched_on_the_given_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime()
+    cuda_stream(monkeypatch, runtime).host_function(1234, 5678)
+    assert runtime.launched == [(77, 1234, 5678)]
+
+
+def test_refused_host_function_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = cuda_stream(monkeypatch, FakeRuntime(900))
+    with pytest.raises(RuntimeError, match=r"not permitted when stream is capturing \(error 900"):
+        stream.host_function(1, 2)
+
+
+def test_pinned_memory_is_allocated_in_relaxed_capture_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = FakeRuntime()
+    stream = cuda_stream(monkeypatch, runtime)
+    modes = []
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        assert kwargs["pin_memory"]
+        modes.append(runtime.mode)
+        raise RuntimeError("no pinned memory left")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(RuntimeError, match="no pinned memory left"):
+        stream.pinned((2, 3), torch.int64)
+    assert modes == [2] and runtime.mode == 0
