@@ -57,7 +57,7 @@ class JobShape:
 
     @property
     def worker_bytes(self) -> int:
-        """Sums and unpacked codes of each strip of a pass, float32 [strip][tokens][32] of output."""
+        """Of each strip of a pass: sums, unpacked codes, and float32 [tokens][32] of output."""
         out_bytes = 4 * STRIP_ROWS * max(1, self.capacity)
         return round_up(f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes + out_bytes), 4096)
 

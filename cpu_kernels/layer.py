@@ -13,8 +13,7 @@ from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
 from hybrid_moe.cpu_kernels.job import Job, JobShape, Part, StagedJob, capacity_for
-from hybrid_moe.cpu_kernels.kernels.encode import row_bytes
-from hybrid_moe.cpu_kernels.kernels.library import KernelSet, kernel_set
+from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pack import pack_gate_up, pack_rows
 from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, round_up, strip_layout
@@ -87,7 +86,7 @@ class ExpertLayer:
         self._down = np.zeros((pool.pools, num_experts), np.int64)
         self._arenas: list[Arena] = []
         self._slots_of: npt.NDArray[np.int64] = np.full(num_experts, -1, np.int64)
-        self._loaded = np.zeros(num_experts, bool)
+        self._loaded: npt.NDArray[np.bool_] = np.zeros(num_experts, np.bool_)
         self._descriptor: Slots | None = None
         self._group: PoolGroup | None = None
         self._closed = False
@@ -144,7 +143,7 @@ class ExpertLayer:
         self._check_process()
         if not 0 <= expert < self.num_experts or self._slots_of[expert] < 0:
             raise IndexError(f"expert {expert} has no memory in this layer")
-        H, I = self.hidden, self.intermediate  # noqa: E741
+        H, I = self.hidden, self.intermediate
         check_matrix(tensors.gate, self.fmt, I, H)
         check_matrix(tensors.up, self.fmt, I, H)
         check_matrix(tensors.down, self.fmt, H, I)
@@ -169,7 +168,7 @@ class ExpertLayer:
     @property
     def loaded(self) -> npt.NDArray[np.bool_]:
         """Which experts are packed (bool [E], a copy)."""
-        return self._loaded.copy()
+        return np.copy(self._loaded)
 
     def _describe(self) -> Slots:
         """The compiled code's view of this layer."""
@@ -185,12 +184,12 @@ class ExpertLayer:
         slots[f.L_CLEAR] = kernels.clear
         slots[f.L_FINISH] = kernels.finish
         slots[f.L_UNPACK] = kernels.unpack
-        slots[f.L_UNPACKED_GROUP_BYTES] = kernels.unpacked_group_bytes
+        slots[f.L_CHUNK_GROUP_BYTES] = kernels.chunk_group_bytes
         slots[f.L_DIRECT_LIMIT] = kernels.direct_limit
         slots[f.L_PARAMETERS] = self._parameters.ctypes.data
-        slots[f.L_X_ROW_BYTES] = row_bytes(self.fmt.name, self.gate_up_layout.groups)
-        slots[f.L_H_ROW_BYTES] = row_bytes(self.fmt.name, self.down_layout.groups)
-        slots[f.L_CHUNK_GROUPS] = self._chunk_groups(kernels)
+        slots[f.L_X_ROW_BYTES] = kernels.encoding.row_bytes(self.gate_up_layout.groups)
+        slots[f.L_H_ROW_BYTES] = kernels.encoding.row_bytes(self.down_layout.groups)
+        slots[f.L_CHUNK_GROUPS] = max(1, _CHUNK_BYTES // kernels.chunk_group_bytes)
         slots[f.L_GATE_BIAS] = self._bias_tables["gate"].ctypes.data
         slots[f.L_UP_BIAS] = self._bias_tables["up"].ctypes.data
         slots[f.L_DOWN_BIAS] = self._bias_tables["down"].ctypes.data
@@ -213,14 +212,6 @@ class ExpertLayer:
             pairs = [word for size in sorted(table, reverse=True) for word in (size, table[size])]
             slots[base : base + len(pairs)] = pairs
         return slots
-
-    def _chunk_groups(self, kernels: KernelSet) -> int:
-        per_group = (
-            kernels.unpacked_group_bytes
-            if kernels.unpack
-            else self.gate_up_layout.code_bytes_per_group
-        )
-        return max(1, _CHUNK_BYTES // per_group)
 
     # forward
 
@@ -262,7 +253,7 @@ class ExpertLayer:
         for start in range(0, len(x), MAX_TOKENS_PER_JOB):
             part = slice(start, start + MAX_TOKENS_PER_JOB)
             shape = self._job_shape(descriptor, len(x[part]), ids.shape[1])
-            job = group.idle.borrow(shape, lambda shape=shape: StagedJob(shape))  # type: ignore[misc]
+            job = group.idle.borrow(shape, StagedJob)
             job.stage(x[part], ids[part], weights[part], skip)
             address = job.address(self._descriptor_address, out[part].ctypes.data)
             submission = group.submit(address, owned=(self, self._arenas, descriptor, job, out))
@@ -286,9 +277,7 @@ class ExpertLayer:
                 hidden=self.hidden,
                 x_row=int(descriptor[f.L_X_ROW_BYTES]),
                 h_row=int(descriptor[f.L_H_ROW_BYTES]),
-                chunk_bytes=int(
-                    descriptor[f.L_CHUNK_GROUPS] * descriptor[f.L_UNPACKED_GROUP_BYTES]
-                ),
+                chunk_bytes=int(descriptor[f.L_CHUNK_GROUPS] * descriptor[f.L_CHUNK_GROUP_BYTES]),
                 workers=self.pool.threads,
                 pools=self.pool.pools,
             )

@@ -20,7 +20,14 @@ _LAZY = {
     "register": "hybrid_moe.integrations.transformers",
 }
 
-__all__ = ["__version__", *_LAZY]  # noqa: PLE0604
+__all__ = [
+    "KTMoEWrapper",
+    "__version__",
+    "from_pretrained",
+    "generate_gpu_experts_masks",
+    "offload",
+    "register",
+]
 
 if TYPE_CHECKING:
     from hybrid_moe.integrations.transformers import from_pretrained, offload, register

@@ -40,7 +40,7 @@ def check_stacked(
         TypeError: not a tensor, or a dtype that is neither float nor codes of `fmt`.
         ValueError: a shape; the message says tensor, found and expected shape.
     """
-    H, I = shape.hidden_size, shape.moe_intermediate_size  # noqa: E741
+    H, I = shape.hidden_size, shape.moe_intermediate_size
     experts = None
     for name in PROJECTIONS:
         given = projections[name]
@@ -107,7 +107,7 @@ def expert_of(
             if not np.isfinite(bias).all():
                 raise CheckpointError(f"{name}_bias[{expert}]: holds a NaN or an infinity")
         matrix = Matrix(codes, scales, bias, where)
-        H, I = shape.hidden_size, shape.moe_intermediate_size  # noqa: E741
+        H, I = shape.hidden_size, shape.moe_intermediate_size
         check_matrix(matrix, fmt, *((H, I) if name == "down" else (I, H)))
         matrices[name] = matrix
     return ExpertTensors(**matrices)

@@ -165,7 +165,7 @@ def _written_keys(layer: LayerSource, expert: int, projection: str) -> tuple[str
 def _plan_layer(layer: LayerSource, fmt: WeightFormat) -> list[PlannedTensor]:
     scheme = scheme_named(layer.scheme.written)
     code_dtype, scale_dtype = scheme.mxfp4_dtypes
-    H, I = layer.hidden, layer.intermediate  # noqa: E741
+    H, I = layer.hidden, layer.intermediate
     planned: list[PlannedTensor] = []
     projections = [(scheme.gate, I, H), (scheme.up, I, H), (scheme.down, H, I)]
     if scheme.fused:

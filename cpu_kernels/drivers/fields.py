@@ -12,7 +12,6 @@ MAX_STRIPS = 4  # strips that share one pass over the tokens
 LINE_SLOTS = 8  # int64 slots of a cache line
 
 
-
 # Layer: constant once its experts are loaded.
 
 L_EXPERTS = 0
@@ -24,7 +23,7 @@ L_COMBINE = 5
 L_CLEAR = 6
 L_FINISH = 7
 L_UNPACK = 8
-L_UNPACKED_GROUP_BYTES = 9
+L_CHUNK_GROUP_BYTES = 9
 L_DIRECT_LIMIT = 10
 L_PARAMETERS = 11  # float32 [3]: limit, alpha, up offset
 L_X_ROW_BYTES = 12  # encoded row of hidden inputs

@@ -17,18 +17,18 @@ def _pointer(builder: Any, address: Any, kind: ir.Type = _I64) -> Any:
 
 
 @intrinsic
-def load64(typing_context, address):  # type: ignore[no-untyped-def]
+def load64(typing_context: Any, address: Any) -> Any:
     """int64 at address."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(_pointer(builder, args[0], _I64), align=8)
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic
-def store64(typing_context, address, value):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def store64(typing_context: Any, address: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[1], _pointer(builder, args[0]), align=8)
         return context.get_dummy_value()
 
@@ -36,18 +36,18 @@ def store64(typing_context, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load32(typing_context, address):  # type: ignore[no-untyped-def]
+def load32(typing_context: Any, address: Any) -> Any:
     """int32 at address, sign-extended."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.sext(builder.load(_pointer(builder, args[0], _I32), align=4), _I64)
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic
-def store32(typing_context, address, value):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def store32(typing_context: Any, address: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         low = builder.trunc(args[1], _I32)
         builder.store(low, _pointer(builder, args[0], _I32), align=4)
         return context.get_dummy_value()
@@ -56,18 +56,18 @@ def store32(typing_context, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load8(typing_context, address):  # type: ignore[no-untyped-def]
+def load8(typing_context: Any, address: Any) -> Any:
     """uint8 at address."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.zext(builder.load(_pointer(builder, args[0], _I8), align=1), _I64)
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic
-def store8(typing_context, address, value):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def store8(typing_context: Any, address: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         low = builder.trunc(args[1], _I8)
         builder.store(low, _pointer(builder, args[0], _I8), align=1)
         return context.get_dummy_value()
@@ -76,8 +76,8 @@ def store8(typing_context, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load_acquire(typing_context, address):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def load_acquire(typing_context: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = _pointer(builder, args[0])
         return builder.load_atomic(pointer, "acquire", 8)
 
@@ -85,8 +85,8 @@ def load_acquire(typing_context, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_release(typing_context, address, value):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def store_release(typing_context: Any, address: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store_atomic(args[1], _pointer(builder, args[0]), "release", 8)
         return context.get_dummy_value()
 
@@ -94,31 +94,29 @@ def store_release(typing_context, address, value):  # type: ignore[no-untyped-de
 
 
 @intrinsic
-def fetch_add(typing_context, address, value):  # type: ignore[no-untyped-def]
+def fetch_add(typing_context: Any, address: Any, value: Any) -> Any:
     """Sequentially consistent; returns the old value."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", _pointer(builder, args[0]), args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), codegen
 
 
 @intrinsic
-def compare_swap(typing_context, address, expected, desired):  # type: ignore[no-untyped-def]
+def compare_swap(typing_context: Any, address: Any, expected: Any, desired: Any) -> Any:
     """True if the word was `expected` and is now `desired`."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pair = builder.cmpxchg(
-            _pointer(builder, args[0]), args[1], args[2], "seq_cst", "seq_cst"
-        )
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pair = builder.cmpxchg(_pointer(builder, args[0]), args[1], args[2], "seq_cst", "seq_cst")
         return builder.extract_value(pair, 1)
 
     return types.boolean(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
-def fence(typing_context):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def fence(typing_context: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
         return context.get_dummy_value()
 
@@ -126,11 +124,11 @@ def fence(typing_context):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def pause(typing_context):  # type: ignore[no-untyped-def]
+def pause(typing_context: Any) -> Any:
     """Tell the processor that this is a spin loop."""
     x86 = platform.machine() == "x86_64"
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [] if x86 else [_I32])
         name = "llvm.x86.sse2.pause" if x86 else "llvm.aarch64.hint"
         module = builder.module
@@ -142,10 +140,10 @@ def pause(typing_context):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def system_call(typing_context, number, a, b, c, d):  # type: ignore[no-untyped-def]
+def system_call(typing_context: Any, number: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """libc's syscall(number, a, b, c, d, 0, 0)."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(_I64, [_I64] * 7)
         module = builder.module
         function = module.globals.get("syscall") or ir.Function(module, kind, "syscall")
@@ -156,10 +154,10 @@ def system_call(typing_context, number, a, b, c, d):  # type: ignore[no-untyped-
 
 
 @intrinsic
-def nanoseconds(typing_context):  # type: ignore[no-untyped-def]
+def nanoseconds(typing_context: Any) -> Any:
     """CLOCK_MONOTONIC."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(_I32, [_I32, _I64.as_pointer()])
         module = builder.module
         name = "clock_gettime"
@@ -182,14 +180,14 @@ def _mxcsr(builder: Any, name: str, slot: Any) -> None:
 
 
 @intrinsic
-def set_float_environment(typing_context):  # type: ignore[no-untyped-def]
+def set_float_environment(typing_context: Any) -> Any:
     """Round to nearest, keep subnormals, mask exceptions; returns the former control word.
 
     A caller may have set flush-to-zero (torch.set_flush_denormal); E8M0 scale 0 is a subnormal.
     """
     x86 = platform.machine() == "x86_64"
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if not x86:
             return ir.Constant(_I64, 0)
         with builder.goto_entry_block():
@@ -204,10 +202,10 @@ def set_float_environment(typing_context):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def restore_float_environment(typing_context, word):  # type: ignore[no-untyped-def]
+def restore_float_environment(typing_context: Any, word: Any) -> Any:
     x86 = platform.machine() == "x86_64"
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if x86:
             with builder.goto_entry_block():
                 slot = builder.alloca(_I32)
@@ -218,11 +216,11 @@ def restore_float_environment(typing_context, word):  # type: ignore[no-untyped-
     return types.void(types.int64), codegen
 
 
-def _call_kernel(arity: int):  # type: ignore[no-untyped-def]
+def _call_kernel(arity: int) -> Any:
     """Typing and code of call_kernel(address, a0, ..., a[arity - 1]): void kernel(int64, ...)."""
     kind = ir.FunctionType(ir.VoidType(), [_I64] * arity)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
@@ -230,32 +228,46 @@ def _call_kernel(arity: int):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def call2(typing_context, kernel, a, b):  # type: ignore[no-untyped-def]
+def call2(typing_context: Any, kernel: Any, a: Any, b: Any) -> Any:
     return _call_kernel(2)
 
 
 @intrinsic
-def call3(typing_context, kernel, a, b, c):  # type: ignore[no-untyped-def]
+def call3(typing_context: Any, kernel: Any, a: Any, b: Any, c: Any) -> Any:
     return _call_kernel(3)
 
 
 @intrinsic
-def call4(typing_context, kernel, a, b, c, d):  # type: ignore[no-untyped-def]
+def call4(typing_context: Any, kernel: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     return _call_kernel(4)
 
 
 @intrinsic
-def call6(typing_context, kernel, a, b, c, d, e, f):  # type: ignore[no-untyped-def]
+def call6(typing_context: Any, kernel: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
     return _call_kernel(6)
 
 
 @intrinsic
-def call7(typing_context, kernel, a, b, c, d, e, f, g):  # type: ignore[no-untyped-def]
+def call7(
+    typing_context: Any, kernel: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any
+) -> Any:
     return _call_kernel(7)
 
 
 @intrinsic
-def call9(typing_context, kernel, a, b, c, d, e, f, g, h, i):  # type: ignore[no-untyped-def]
+def call9(
+    typing_context: Any,
+    kernel: Any,
+    a: Any,
+    b: Any,
+    c: Any,
+    d: Any,
+    e: Any,
+    f: Any,
+    g: Any,
+    h: Any,
+    i: Any,
+) -> Any:
     return _call_kernel(9)
 
 

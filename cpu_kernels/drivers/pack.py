@@ -6,28 +6,28 @@ from hybrid_moe.cpu_kernels.drivers.memory import driver, load8, load32, store8,
 
 
 @driver
-def _word(address):  # type: ignore[no-untyped-def]
+def _word(address: int) -> int:
     return load32(address)
 
 
 @driver
 def pack_strips(
-    out,
-    first_strip,
-    last_strip,
-    strip_bytes,
-    scale_offset,
-    words,
-    scales_per_row,
-    codes0,
-    codes1,
-    code_stride,
-    scales0,
-    scales1,
-    scale_stride,
-    panel_rows,
-    rows,
-):  # type: ignore[no-untyped-def]
+    out: int,
+    first_strip: int,
+    last_strip: int,
+    strip_bytes: int,
+    scale_offset: int,
+    words: int,
+    scales_per_row: int,
+    codes0: int,
+    codes1: int,
+    code_stride: int,
+    scales0: int,
+    scales1: int,
+    scale_stride: int,
+    panel_rows: int,
+    rows: int,
+) -> int:
     """Pack strips first..last-1 of a matrix.
 
     Panel 0 of strip s holds rows s * panel_rows + lane of (codes0, scales0), panel 1 the same rows

@@ -26,7 +26,17 @@ from hybrid_moe.cpu_kernels.drivers.route import encode_tokens, get
 
 
 @driver
-def dot_tokens(kernels, codes, scales, rows, count, sums, begin, end, groups):  # type: ignore[no-untyped-def]
+def dot_tokens(
+    kernels: int,
+    codes: int,
+    scales: int,
+    rows: int,
+    count: int,
+    sums: int,
+    begin: int,
+    end: int,
+    groups: int,
+) -> None:
     """Dot `count` rows by the largest kernels that fit; `kernels` is a descending (M, address)."""
     done = 0
     size = 0
@@ -49,7 +59,17 @@ def dot_tokens(kernels, codes, scales, rows, count, sums, begin, end, groups):  
 
 
 @driver
-def dot_strips(layer, layout, strip, strips, rows, count, sums, sums_bytes, unpacked):  # type: ignore[no-untyped-def]
+def dot_strips(
+    layer: int,
+    layout: int,
+    strip: int,
+    strips: int,
+    rows: int,
+    count: int,
+    sums: int,
+    sums_bytes: int,
+    unpacked: int,
+) -> None:
     """sums[s] [count][32] = strip s x rows, for `strips` neighbouring strips.
 
     Few tokens read the codes as they stream from memory, one strip after the other. Many take a
@@ -74,7 +94,7 @@ def dot_strips(layer, layout, strip, strips, rows, count, sums, sums_bytes, unpa
     tile = load64(kernels)
     unpack = get(layer, f.L_UNPACK)
     chunk = get(layer, f.L_CHUNK_GROUPS)
-    chunk_bytes = chunk * get(layer, f.L_UNPACKED_GROUP_BYTES)
+    chunk_bytes = chunk * get(layer, f.L_CHUNK_GROUP_BYTES)
     begin = 0
     while begin < groups:
         end = min(groups, begin + chunk)
@@ -106,7 +126,7 @@ def dot_strips(layer, layout, strip, strips, rows, count, sums, sums_bytes, unpa
 
 
 @driver
-def gate_up_task(job, layer, pool, task, scratch):  # type: ignore[no-untyped-def]
+def gate_up_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
     first_block = load64(get(layer, f.L_BLOCKS) + 8 * pool)
     last_block = load64(get(layer, f.L_BLOCKS) + 8 * (pool + 1))
     per_task = get(job, f.J_BLOCKS_PER_TASK)
@@ -132,9 +152,7 @@ def gate_up_task(job, layer, pool, task, scratch):  # type: ignore[no-untyped-de
     while block < end:
         blocks = min(f.MAX_STRIPS // 2, end - block)
         strip = base + 2 * (block - first_block) * strip_bytes
-        dot_strips(
-            layer, f.L_GU_GROUPS, strip, 2 * blocks, rows, count, sums, sums_bytes, unpacked
-        )
+        dot_strips(layer, f.L_GU_GROUPS, strip, 2 * blocks, rows, count, sums, sums_bytes, unpacked)
         for b in range(blocks):
             call9(
                 get(layer, f.L_ACTIVATE),
@@ -152,7 +170,7 @@ def gate_up_task(job, layer, pool, task, scratch):  # type: ignore[no-untyped-de
 
 
 @driver
-def down_task(job, layer, pool, task, scratch):  # type: ignore[no-untyped-def]
+def down_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
     first_strip = load64(get(layer, f.L_STRIPS) + 8 * pool)
     last_strip = load64(get(layer, f.L_STRIPS) + 8 * (pool + 1))
     per_task = get(job, f.J_STRIPS_PER_TASK)
@@ -199,7 +217,7 @@ def down_task(job, layer, pool, task, scratch):  # type: ignore[no-untyped-def]
 
 
 @driver
-def run_task(job, phase, pool, task, worker):  # type: ignore[no-untyped-def]
+def run_task(job: int, phase: int, pool: int, task: int, worker: int) -> None:
     layer = get(job, f.J_LAYER)
     scratch = get(job, f.J_SCRATCH) + worker * get(job, f.J_SCRATCH_BYTES)
     if phase == f.PHASE_ENCODE:

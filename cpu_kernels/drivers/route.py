@@ -17,17 +17,17 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
 
 
 @driver
-def get(base, slot):  # type: ignore[no-untyped-def]
+def get(base: int, slot: int) -> int:
     return load64(base + 8 * slot)
 
 
 @driver
-def put(base, slot, value):  # type: ignore[no-untyped-def]
+def put(base: int, slot: int, value: int) -> None:
     store64(base + 8 * slot, value)
 
 
 @driver
-def is_here(job, layer, expert):  # type: ignore[no-untyped-def]
+def is_here(job: int, layer: int, expert: int) -> int:
     """1 if the expert's pairs are computed here, 0 if they are skipped, -1 if it is not loaded."""
     skip = get(job, f.J_SKIP)
     if skip != 0 and load8(skip + expert) != 0:
@@ -36,7 +36,7 @@ def is_here(job, layer, expert):  # type: ignore[no-untyped-def]
 
 
 @driver
-def count_pairs(job, layer):  # type: ignore[no-untyped-def]
+def count_pairs(job: int, layer: int) -> None:
     """Pairs of each expert; ids out of range are counted and contribute nothing."""
     experts = get(layer, f.L_EXPERTS)
     counts = get(job, f.J_COUNTS)
@@ -61,7 +61,7 @@ def count_pairs(job, layer):  # type: ignore[no-untyped-def]
 
 
 @driver
-def place_pairs(job, layer):  # type: ignore[no-untyped-def]
+def place_pairs(job: int, layer: int) -> None:
     """Group pairs by ascending expert; within one, by token, then slot."""
     experts = get(layer, f.L_EXPERTS)
     counts = get(job, f.J_COUNTS)
@@ -105,19 +105,19 @@ def place_pairs(job, layer):  # type: ignore[no-untyped-def]
 
 
 @driver
-def ceil_div(a, b):  # type: ignore[no-untyped-def]
+def ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
 @driver
-def share(units, target):  # type: ignore[no-untyped-def]
+def share(units: int, target: int) -> int:
     """Units per task so that there are about `target` tasks, at least one."""
     return max(1, units // max(1, target))
 
 
 @driver
-def size_phases(job, layer):  # type: ignore[no-untyped-def]
-    """Tasks of each phase and pool. A task is rows of one expert (gate/up) or rows of all (down)."""
+def size_phases(job: int, layer: int) -> None:
+    """Tasks of each phase and pool: rows of one expert (gate/up) or rows of all (down)."""
     active = get(job, f.J_ACTIVE)
     tokens = get(job, f.J_TOKENS)
     pools = get(job, f.J_POOLS)
@@ -157,7 +157,7 @@ def size_phases(job, layer):  # type: ignore[no-untyped-def]
 
 
 @driver
-def encode_tokens(job, layer, begin, end):  # type: ignore[no-untyped-def]
+def encode_tokens(job: int, layer: int, begin: int, end: int) -> None:
     """Encode input rows begin..end-1."""
     x_bytes = 2 * get(layer, f.L_HIDDEN)
     row_bytes = get(layer, f.L_X_ROW_BYTES)
@@ -173,7 +173,7 @@ def encode_tokens(job, layer, begin, end):  # type: ignore[no-untyped-def]
 
 
 @driver
-def prepare(job):  # type: ignore[no-untyped-def]
+def prepare(job: int) -> int:
     """Route a job and size its phases; a small one is encoded here too. Returns its missing."""
     layer = get(job, f.J_LAYER)
     count_pairs(job, layer)

@@ -15,7 +15,6 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     fence,
     fetch_add,
     load32,
-    load64,
     load_acquire,
     nanoseconds,
     pause,
@@ -37,7 +36,7 @@ _HELP_SPIN = 4096  # pauses of a waiting submitter before it sleeps
 
 
 @driver
-def wake(group, word):  # type: ignore[no-untyped-def]
+def wake(group: int, word: int) -> None:
     """Bump a futex word and wake all who sleep on it."""
     address = group + 8 * word
     fetch_add(address, 1)
@@ -45,7 +44,7 @@ def wake(group, word):  # type: ignore[no-untyped-def]
 
 
 @driver
-def wake_all(group):  # type: ignore[no-untyped-def]
+def wake_all(group: int) -> int:
     """Wake workers and waiting submitters, whatever they wait for."""
     wake(group, f.G_WAKE)
     wake(group, f.G_DONE_WAKE)
@@ -53,7 +52,7 @@ def wake_all(group):  # type: ignore[no-untyped-def]
 
 
 @driver
-def sleep_on(group, word, seen):  # type: ignore[no-untyped-def]
+def sleep_on(group: int, word: int, seen: int) -> None:
     """Sleep until the word differs from `seen` or the group's timeout has passed."""
     system_call(
         get(group, f.G_FUTEX),
@@ -65,12 +64,12 @@ def sleep_on(group, word, seen):  # type: ignore[no-untyped-def]
 
 
 @driver
-def ring_slot(group, sequence):  # type: ignore[no-untyped-def]
+def ring_slot(group: int, sequence: int) -> int:
     return group + 8 * (f.G_RING + (sequence % f.RING) * f.JOB_SLOTS)
 
 
 @driver
-def claim(job, sequence, phase, pool):  # type: ignore[no-untyped-def]
+def claim(job: int, sequence: int, phase: int, pool: int) -> int:
     """The next task of (phase, pool), or -1 when there is none or the job is another by now."""
     word = job + 8 * (f.J_CLAIM + (phase * f.MAX_POOLS + pool) * f.LINE_SLOTS)
     while True:
@@ -85,7 +84,7 @@ def claim(job, sequence, phase, pool):  # type: ignore[no-untyped-def]
 
 
 @driver
-def complete(group, sequence):  # type: ignore[no-untyped-def]
+def complete(group: int, sequence: int) -> None:
     store_release(group + 8 * f.G_COMPLETED, sequence)
     fence()
     if load_acquire(group + 8 * f.G_WAITERS) > 0:
@@ -97,7 +96,9 @@ def complete(group, sequence):  # type: ignore[no-untyped-def]
 
 
 @driver
-def take_tasks(group, job, sequence, phase, pool, worker, deadline):  # type: ignore[no-untyped-def]
+def take_tasks(
+    group: int, job: int, sequence: int, phase: int, pool: int, worker: int, deadline: int
+) -> None:
     """Run tasks of a phase until there are none to claim; whoever ends the last phase's last task
     completes the job. `deadline` (0: none) bounds how long the caller stays away from Python."""
     done = job + 8 * (f.J_DONE + phase * f.LINE_SLOTS)
@@ -117,7 +118,7 @@ def take_tasks(group, job, sequence, phase, pool, worker, deadline):  # type: ig
 
 
 @driver
-def phase_is_done(job, sequence, phase):  # type: ignore[no-untyped-def]
+def phase_is_done(job: int, sequence: int, phase: int) -> bool:
     """A finished phase of this job; also true when the ring slot holds a later job."""
     done = load_acquire(job + 8 * (f.J_DONE + phase * f.LINE_SLOTS))
     if get(job, f.J_SEQUENCE) != sequence:
@@ -126,7 +127,7 @@ def phase_is_done(job, sequence, phase):  # type: ignore[no-untyped-def]
 
 
 @driver
-def participate(group, sequence, pool, worker, deadline):  # type: ignore[no-untyped-def]
+def participate(group: int, sequence: int, pool: int, worker: int, deadline: int) -> None:
     """Work on one job until it is complete (or the deadline)."""
     job = ring_slot(group, sequence)
     for phase in range(f.PHASES):
@@ -144,7 +145,7 @@ def participate(group, sequence, pool, worker, deadline):  # type: ignore[no-unt
 
 
 @driver
-def work(group, pool, worker):  # type: ignore[no-untyped-def]
+def work(group: int, pool: int, worker: int) -> int:
     """A worker's loop. Returns 1 when the group stops, 0 after an idle sleep (call again)."""
     set_float_environment()
     spins = 0
@@ -174,7 +175,7 @@ def work(group, pool, worker):  # type: ignore[no-untyped-def]
 
 
 @driver
-def wait_for(group, sequence, pool, worker, assist):  # type: ignore[no-untyped-def]
+def wait_for(group: int, sequence: int, pool: int, worker: int, assist: int) -> int:
     deadline = nanoseconds() + get(group, f.G_TIMEOUT_NS)
     spins = 0
     while True:
@@ -198,7 +199,7 @@ def wait_for(group, sequence, pool, worker, assist):  # type: ignore[no-untyped-
 
 
 @driver
-def help_until(group, sequence, pool, worker, assist):  # type: ignore[no-untyped-def]
+def help_until(group: int, sequence: int, pool: int, worker: int, assist: int) -> int:
     """Wait for a job, as worker `worker` if `assist`. Returns 1 when it is complete, 0 after the
     group's timeout, so that Python can see signals."""
     before = set_float_environment()
@@ -208,7 +209,7 @@ def help_until(group, sequence, pool, worker, assist):  # type: ignore[no-untype
 
 
 @driver
-def open_slot(job, sequence):  # type: ignore[no-untyped-def]
+def open_slot(job: int, sequence: int) -> int:
     """Take a ring slot for a new job: from here on no late worker can claim a task in it."""
     for phase in range(f.PHASES):
         for pool in range(f.MAX_POOLS):
@@ -220,7 +221,7 @@ def open_slot(job, sequence):  # type: ignore[no-untyped-def]
 
 
 @driver
-def publish(group, job):  # type: ignore[no-untyped-def]
+def publish(group: int, job: int) -> int:
     """Hand a prepared job of the ring to the workers. The caller holds the ring's lock."""
     sequence = get(job, f.J_SEQUENCE)
     for phase in range(f.PHASES):
@@ -236,7 +237,7 @@ def publish(group, job):  # type: ignore[no-untyped-def]
 
 
 @driver
-def lock_ring(group):  # type: ignore[no-untyped-def]
+def lock_ring(group: int) -> int:
     """Take the right to fill the next ring slot. Held for microseconds, so waiting is spinning."""
     while not compare_swap(group + 8 * f.G_LOCK, 0, 1):
         pause()
@@ -244,13 +245,13 @@ def lock_ring(group):  # type: ignore[no-untyped-def]
 
 
 @driver
-def unlock_ring(group):  # type: ignore[no-untyped-def]
+def unlock_ring(group: int) -> int:
     store_release(group + 8 * f.G_LOCK, 0)
     return 0
 
 
 @driver
-def fill_nan(job):  # type: ignore[no-untyped-def]
+def fill_nan(job: int) -> None:
     """Make the output of a job that cannot run NaN, so that nobody takes it for a result."""
     pairs = get(job, f.J_TOKENS) * get(get(job, f.J_LAYER), f.L_HIDDEN) // 2
     for i in range(pairs):
@@ -258,7 +259,7 @@ def fill_nan(job):  # type: ignore[no-untyped-def]
 
 
 @driver
-def launch(group, template, found):  # type: ignore[no-untyped-def]
+def launch(group: int, template: int, found: int) -> int:
     """Copy a job into the ring, route and publish it.
 
     Returns its sequence number, or -expert if a token is routed to an expert that is neither loaded
@@ -282,7 +283,7 @@ def launch(group, template, found):  # type: ignore[no-untyped-def]
 
 
 @driver
-def post_host(host):  # type: ignore[no-untyped-def]
+def post_host(host: int) -> int:
     """Body of a CUDA host function: launch the template job of a `HOST` descriptor."""
     template = get(host, f.H_TEMPLATE)
     sequence = launch(get(host, f.H_GROUP), template, host + 8 * f.H_FOUND)
@@ -297,7 +298,7 @@ def post_host(host):  # type: ignore[no-untyped-def]
 
 
 @driver
-def wait_host(host):  # type: ignore[no-untyped-def]
+def wait_host(host: int) -> int:
     """Body of a CUDA host function: return when the latest launch is complete."""
     group = get(host, f.H_GROUP)
     sequence = get(host, f.H_SEQUENCE)

@@ -275,9 +275,7 @@ class Emit:
 KernelBody = Callable[..., None]
 
 
-def build_module(
-    functions: Sequence[tuple[str, int, KernelBody]], tier: Tier, label: str
-) -> str:
+def build_module(functions: Sequence[tuple[str, int, KernelBody]], tier: Tier, label: str) -> str:
     """IR text of a module.
 
     Args:

@@ -101,7 +101,8 @@ def _pair_dot_meaning(accumulator: Array, w: Array, x: Array) -> Array:
     wide = w.astype(np.uint32) << np.uint32(16)
     wf, xf = wide.view(np.float32), (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
     with np.errstate(all="ignore"):
-        return ((accumulator + wf[:, 1] * xf[1]) + wf[:, 0] * xf[0]).astype(np.float32)
+        total: Array = (accumulator + wf[:, 1] * xf[1]) + wf[:, 0] * xf[0]
+    return total
 
 
 def unpack_pair(pair: Val) -> tuple[Val, Val]:
@@ -121,7 +122,8 @@ def _pair_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
 
 def _scale_add_meaning(accumulator: Array, a: Array, b: Array) -> Array:
     with np.errstate(all="ignore"):
-        return (accumulator + a * b).astype(np.float32)
+        total: Array = accumulator + a * b
+    return total
 
 
 def _scale_add(emit: Emit, accumulator: Val, a: Val, b: Val) -> Val:
@@ -148,5 +150,3 @@ def fused(emit: Emit, a: Val, b: Val, c: Val) -> Val:
     kind = a.ir.type
     name = f"llvm.fma.v{a.lanes}f32"
     return emit.intrinsic(name, kind, a, b, c)
-
-

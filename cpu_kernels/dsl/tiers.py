@@ -120,9 +120,7 @@ class _Wide:
             parts = _pieces(plane.bits(I16), 32 // n)
             factor = emit.splat(weight, I16, n)
             totals.append(
-                _join(
-                    [emit.intrinsic(self.pmaddwd, vector(I32, n // 2), p, factor) for p in parts]
-                )
+                _join([emit.intrinsic(self.pmaddwd, vector(I32, n // 2), p, factor) for p in parts])
             )
         return totals[0] + totals[1]
 
@@ -199,9 +197,7 @@ AVX512_VNNI = Tier(
     "x86-64-v4",
     vector_bits=512,
     registers=32,
-    lowerings={
-        name: OPS[name].lower for name in ("byte_dot_bias", "byte_dot_total")
-    }
+    lowerings={name: OPS[name].lower for name in ("byte_dot_bias", "byte_dot_total")}
     | {"byte_dot": _byte_dot_vnni},
     extends=AVX512,
 )

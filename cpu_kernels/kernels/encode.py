@@ -20,20 +20,17 @@ A group that holds NaN or infinity has factor NaN; the row's result is then NaN.
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, Val
-from hybrid_moe.cpu_kernels.panels import GROUP
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, KernelBody, Val
+from hybrid_moe.cpu_kernels.panels import GROUP, LINE, round_up
 
 PLANE_BYTES = 64
 META_BYTES = 16
 _QUAD_ORDER = [8 * octet + i for octet in range(4) for i in (0, 2, 4, 6, 1, 3, 5, 7)]
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, left in the low mantissa bits
 _ROUND_BITS = 0x4B400000
-
-
-def row_bytes(format_name: str, groups: int) -> int:
-    """Bytes of one encoded row, a multiple of a cache line."""
-    per_group = 2 * GROUP if format_name == "BF16" else PLANE_BYTES + META_BYTES
-    return -(-groups * per_group // 64) * 64
 
 
 def load_bf16(emit: Emit, address: Val, lanes: int) -> Val:
@@ -54,7 +51,7 @@ def _power_of_two(exponent: Val) -> Val:
     return ((exponent + 127) << 23).bits(F32)
 
 
-def encode_mxfp4_group(emit: Emit, x: Val, planes: Val, meta: Val) -> None:
+def encode_fixed15_group(emit: Emit, x: Val, planes: Val, meta: Val) -> None:
     """Encode 32 float32 that hold bf16 values."""
     magnitude = emit.reduce("umax", x.bits(I32) & 0x7FFFFFFF)
     biased = magnitude >> 23
@@ -77,19 +74,39 @@ def encode_mxfp4_group(emit: Emit, x: Val, planes: Val, meta: Val) -> None:
     emit.store(meta, is_finite.select(factor, nan), align=4)
 
 
-def encode_group(
-    emit: Emit, format_name: str, x: Val, row: Val, group: Val, groups: Val
-) -> None:
-    """Store group `group` of an encoded row from 32 float32 that hold bf16 values."""
-    if format_name == "BF16":
-        emit.store(row + group * (2 * GROUP), (x.bits(I32) >> 16).trunc(I16), align=32)
-        return
+def _store_fixed15(emit: Emit, x: Val, row: Val, group: Val, groups: Val) -> None:
     planes = row + group * PLANE_BYTES
     meta = row + groups * PLANE_BYTES + group * META_BYTES
-    encode_mxfp4_group(emit, x, planes, meta)
+    encode_fixed15_group(emit, x, planes, meta)
 
 
-def encode_rows(format_name: str):  # type: ignore[no-untyped-def]
+def _store_bf16(emit: Emit, x: Val, row: Val, group: Val, groups: Val) -> None:
+    emit.store(row + group * (2 * GROUP), (x.bits(I32) >> 16).trunc(I16), align=32)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How dot kernels want their activations.
+
+    Attributes:
+        group_bytes: bytes of 32 encoded inputs.
+        store: emits the encoding of 32 float32 that hold bf16 values, as (emit, x, row, group,
+            groups): group `group` of the row at address `row` that has `groups` of them.
+    """
+
+    group_bytes: int
+    store: Callable[[Emit, Val, Val, Val, Val], None]
+
+    def row_bytes(self, groups: int) -> int:
+        """Bytes of one encoded row, a multiple of a cache line."""
+        return round_up(groups * self.group_bytes, LINE)
+
+
+FIXED15 = Encoding(PLANE_BYTES + META_BYTES, _store_fixed15)
+BF16_PAIRS = Encoding(2 * GROUP, _store_bf16)
+
+
+def encode_rows(encoding: Encoding) -> KernelBody:
     """Kernel (x, x_stride, rows, row_stride, count, groups): bf16 rows -> encoded rows."""
 
     def body(
@@ -99,6 +116,6 @@ def encode_rows(format_name: str):  # type: ignore[no-untyped-def]
             source, row = x + token * x_stride, rows + token * row_stride
             with emit.loop(0, groups) as group:
                 values = load_bf16(emit, source + group * (2 * GROUP), GROUP)
-                encode_group(emit, format_name, values, row, group, groups)
+                encoding.store(emit, values, row, group, groups)
 
     return body

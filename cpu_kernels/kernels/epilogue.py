@@ -6,7 +6,7 @@ All arithmetic is float32 without fused operations, so every tier computes the s
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, I64, Emit, KernelBody, Val
-from hybrid_moe.cpu_kernels.kernels.encode import encode_group, to_bf16
+from hybrid_moe.cpu_kernels.kernels.encode import Encoding, to_bf16
 from hybrid_moe.cpu_kernels.panels import STRIP_ROWS
 
 _LOG2_E = 1.44269504088896341
@@ -44,7 +44,7 @@ def exp(x: Val) -> Val:
     return value * ((exponent + 127) << 23).bits(F32)
 
 
-def activate(format_name: str) -> KernelBody:
+def activate(encoding: Encoding) -> KernelBody:
     """Kernel (sums0, sums1, count, rows, group, groups, gate_bias, up_bias, parameters).
 
     sums0 and sums1 are float32 [count][32] of two neighbouring strips: 16 gates, 16 ups each.
@@ -82,7 +82,7 @@ def activate(format_name: str) -> KernelBody:
                 halves.append(to_bf16(glu * (up + offset)))
             h = (halves[0].concat(halves[1]).zext(I32) << 16).bits(F32)
             row = emit.load(rows + token * 8, I64, align=8)
-            encode_group(emit, format_name, h, row, group, groups)
+            encoding.store(emit, h, row, group, groups)
 
     return body
 

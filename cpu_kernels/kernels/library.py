@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
-from hybrid_moe.cpu_kernels.kernels import dot, encode, epilogue
+from hybrid_moe.cpu_kernels.kernels import encode, epilogue
+from hybrid_moe.cpu_kernels.kernels.encode import Encoding
+from hybrid_moe.cpu_kernels.kernels.formats import FORMAT_KERNELS
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,16 @@ class KernelSet:
         direct: tokens per call -> dot kernel over packed codes.
         tiled: tokens per call -> dot kernel over unpacked codes (or packed, without `unpack`).
         unpack: codes -> weight bytes, or 0 where the format is read as it is packed.
-        unpacked_group_bytes: bytes of one unpacked group of a strip.
+        chunk_group_bytes: bytes of one group of a strip as the tiled kernels read it.
+        encoding: of the activations.
         direct_limit: an expert with more tokens than this uses the tiled kernels.
     """
 
     direct: Mapping[int, int]
     tiled: Mapping[int, int]
     unpack: int
-    unpacked_group_bytes: int
+    chunk_group_bytes: int
+    encoding: Encoding
     direct_limit: int
     encode: int
     activate: int
@@ -52,26 +56,27 @@ def tile_sizes(tier: Tier, reserved: int) -> tuple[int, ...]:
 
 def functions_of(format_name: str, tier: Tier) -> list[tuple[str, int, KernelBody]]:
     """(name, arity, body) of every kernel of the format on the tier."""
-    sizes = tile_sizes(tier, reserved=8 if format_name == "BF16" else 4)
+    kernels = FORMAT_KERNELS[format_name]
+    sizes = tile_sizes(tier, kernels.reserved_registers)
     functions: list[tuple[str, int, KernelBody]] = [
-        ("encode", 6, encode.encode_rows(format_name)),
-        ("activate", 9, epilogue.activate(format_name)),
+        ("encode", 6, encode.encode_rows(kernels.encoding)),
+        ("activate", 9, epilogue.activate(kernels.encoding)),
         ("combine", 6, epilogue.combine),
         ("clear", 2, epilogue.clear),
         ("finish", 4, epilogue.finish),
     ]
-    if format_name == "BF16":
-        functions += [(f"direct{m}", 7, dot.bf16_dot(m)) for m in sizes]
-    else:
-        functions += [(f"direct{m}", 7, dot.mxfp4_dot(m, unpacked=False)) for m in sizes]
-        functions += [(f"tiled{m}", 7, dot.mxfp4_dot(m, unpacked=True)) for m in sizes]
-        functions += [("unpack", 3, dot.mxfp4_unpack)]
+    functions += [(f"direct{m}", 7, kernels.direct(m)) for m in sizes]
+    if kernels.tiled is not None:
+        functions += [(f"tiled{m}", 7, kernels.tiled(m)) for m in sizes]
+    if kernels.unpack is not None:
+        functions += [("unpack", 3, kernels.unpack)]
     return functions
 
 
 @functools.lru_cache(maxsize=64)
 def kernel_set(format_name: str, tier: Tier) -> KernelSet:
     """Compile (or fetch from the cache) and load the kernels of a format on a tier."""
+    kernels = FORMAT_KERNELS[format_name]
     functions = functions_of(format_name, tier)
     label = f"{format_name.lower()}_{tier.name}"
     text = build_module(functions, tier, label)
@@ -82,7 +87,8 @@ def kernel_set(format_name: str, tier: Tier) -> KernelSet:
         direct=direct,
         tiled=tiled or direct,
         unpack=at.get("unpack", 0),
-        unpacked_group_bytes=dot.MXFP4_UNPACKED_GROUP_BYTES,
+        chunk_group_bytes=kernels.chunk_group_bytes,
+        encoding=kernels.encoding,
         direct_limit=2 * max(direct),
         encode=at["encode"],
         activate=at["activate"],

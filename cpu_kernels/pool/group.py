@@ -86,6 +86,7 @@ class PoolGroup:
         self._pools = config.worker_pools()
         self._cpus = config.worker_cpus()
         self.caller_works = True
+        self._background_lock = threading.Lock()
         self._threads = [self._start(worker) for worker in range(1, config.threads)]
 
     def _start(self, worker: int) -> threading.Thread:
@@ -104,9 +105,13 @@ class PoolGroup:
             continue
 
     def start_background_worker(self) -> None:
-        """From now on callers never work: a thread takes worker 0's place (CUDA tensors)."""
-        with self._lock:
+        """From now on callers never work: a thread takes worker 0's place (CUDA tensors).
+
+        It waits for a caller that is worker 0 at this moment, since both would use its scratch.
+        """
+        with self._background_lock:
             if self.caller_works:
+                self._worker0.acquire()  # and never given back
                 self.caller_works = False
                 self._threads.append(self._start(0))
 
@@ -157,9 +162,7 @@ class PoolGroup:
         """Wait a while for job `sequence`, as worker 0 if nobody else is; true when complete."""
         assist = self.caller_works and self._worker0.acquire(blocking=False)
         try:
-            return bool(
-                self._help_until(self.address, sequence, self._pools[0], 0, int(assist))
-            )
+            return bool(self._help_until(self.address, sequence, self._pools[0], 0, int(assist)))
         finally:
             if assist:
                 self._worker0.release()
@@ -215,4 +218,3 @@ def _start_anew_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_start_anew_in_child)
-

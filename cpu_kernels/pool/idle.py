@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Generic, Hashable, Protocol, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Generic, Protocol, TypeVar
 
 _MOST_JOBS = 16
 _MOST_BYTES = 256 << 20
@@ -20,6 +20,7 @@ class Reusable(Protocol):
 
 
 T = TypeVar("T", bound=Reusable)
+S = TypeVar("S", bound=Hashable)
 
 
 class IdleJobs(Generic[T]):
@@ -29,13 +30,13 @@ class IdleJobs(Generic[T]):
         self._lock = threading.Lock()
         self._jobs: list[T] = []
 
-    def borrow(self, shape: Hashable, make: Callable[[], T]) -> T:
+    def borrow(self, shape: S, make: Callable[[S], T]) -> T:
         """An idle job of this shape, or a new one."""
         with self._lock:
             for index in range(len(self._jobs) - 1, -1, -1):
                 if self._jobs[index].shape == shape:
                     return self._jobs.pop(index)
-        return make()
+        return make(shape)
 
     def give_back(self, job: T) -> None:
         """Keep `job`, and drop old ones past 16 jobs or 256 MiB."""

@@ -174,8 +174,8 @@ def expert_tensors(
     Raises:
         NotImplementedError: the module's weights are neither floating point nor FP4.
     """
-    gate_up = _stored(module, spec, "gate_up_proj", expert)
-    down = _stored(module, spec, "down_proj", expert)
+    gate_up = _stored(module, spec, "gate_up_proj", expert, fmt)
+    down = _stored(module, spec, "down_proj", expert, fmt)
     gate, up = (
         _Stored(gate_up.fmt, _half(gate_up.matrix, half, spec.concatenated)) for half in (0, 1)
     )
@@ -190,8 +190,11 @@ class _Stored:
     matrix: Matrix
 
 
-def _stored(module: torch.nn.Module, spec: ExpertsSpec, name: str, expert: int) -> _Stored:
-    """One parameter of one expert as [outputs, inputs], in the bits that the module has."""
+def _stored(
+    module: torch.nn.Module, spec: ExpertsSpec, name: str, expert: int, fmt: WeightFormat
+) -> _Stored:
+    """One parameter of one expert as [outputs, inputs]: in the bits that the module has, or in
+    `fmt` if those are of a wider float type, so that weights are rounded once."""
     weight = _parameter(module, name)[expert].detach().cpu()
     bias = None
     if spec.biased:
@@ -205,16 +208,16 @@ def _stored(module: torch.nn.Module, spec: ExpertsSpec, name: str, expert: int) 
         return _Stored(MXFP4, Matrix(codes, _ue8m0(scale, where), bias, where))
     if weight.dtype == torch.bfloat16:
         bits = weight.view(torch.int16).numpy().view(np.uint16)
-    elif weight.dtype in (torch.float32, torch.float16):
-        bits, _ = BF16.encode(weight.float().numpy())
-    else:
-        raise NotImplementedError(f"{where}: weights of {weight.dtype} are not supported")
-    return _Stored(BF16, Matrix(bits, None, bias, where))
+        return _Stored(BF16, Matrix(bits, None, bias, where))
+    if weight.dtype in (torch.float32, torch.float16):
+        codes, scales = encode(fmt, weight.float().contiguous().numpy())
+        return _Stored(fmt, Matrix(codes, scales, bias, where))
+    raise NotImplementedError(f"{where}: weights of {weight.dtype} are not supported")
 
 
 def _half(matrix: Matrix, half: int, concatenated: bool) -> Matrix:
     """gate (0) or up (1) of a fused matrix: a block of rows, or every second row."""
-    I = matrix.codes.shape[0] // 2  # noqa: E741
+    I = matrix.codes.shape[0] // 2
     rows = slice(half * I, (half + 1) * I) if concatenated else slice(half, None, 2)
     return Matrix(
         matrix.codes[rows],

@@ -1,0 +1,119 @@
+"""How far the CPU experts are from float64 on the same dequantized weights.
+
+    python bench/accuracy.py
+    python bench/accuracy.py --hidden 512 --intermediate 256      # seconds
+
+The figure is ||y - reference|| / ||reference|| over all tokens. Inputs are standard normal
+("normal") or the same with 8 channels 40 times as large ("outliers", as trained models have them);
+weights are normal with variance 1 / K; routing is uniform. Beside it stands the floor: the float64
+result rounded once to bf16, which no output in bf16 can beat. See docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.formats import FORMATS, WeightFormat, bf16_to_f32, f32_to_bf16
+from hybrid_moe.loaders.stored import encode
+from hybrid_moe.tensors import ExpertTensors, Matrix
+
+F64 = npt.NDArray[np.float64]
+OUTLIERS, OUTLIER_SCALE = 8, 40.0
+
+
+def random_matrix(fmt: WeightFormat, rng: np.random.Generator, N: int, K: int) -> Matrix:
+    """N x K weights of variance 1 / K in `fmt`."""
+    weights = rng.standard_normal((N, K), np.float32) / np.float32(np.sqrt(K))
+    codes, scales = encode(fmt, weights)
+    return Matrix(codes, scales)
+
+
+def random_expert(fmt: WeightFormat, seed: tuple[int, int], H: int, I: int) -> ExpertTensors:  # noqa: E741
+    """Made anew from its seed when it is needed, so that one expert at a time is in memory."""
+    rng = np.random.default_rng(seed)
+    shapes = ((I, H), (I, H), (H, I))
+    return ExpertTensors(*(random_matrix(fmt, rng, N, K) for N, K in shapes))
+
+
+def product(fmt: WeightFormat, matrix: Matrix, x: F64) -> F64:
+    """x [T, K] times the dequantized matrix [N, K], in float64."""
+    return x @ fmt.dequantize(matrix.codes, matrix.scales).astype(np.float64).T
+
+
+def expert_output(fmt: WeightFormat, expert: ExpertTensors, x: F64) -> F64:
+    """down(silu(gate x) * up x) in float64; x [T, H]."""
+    gate = product(fmt, expert.gate, x)
+    h = gate / (1 + np.exp(-gate)) * product(fmt, expert.up, x)
+    return product(fmt, expert.down, h)
+
+
+def relative_error(y: npt.NDArray[Any], reference: F64) -> float:
+    return float(np.linalg.norm(y - reference) / np.linalg.norm(reference))
+
+
+def measure(fmt: WeightFormat, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Name of the inputs -> (error of the kernels, error of the rounded float64 result)."""
+    H, I, E, k, T = args.hidden, args.intermediate, args.experts, args.top_k, args.tokens  # noqa: E741
+    rng = np.random.default_rng(args.seed)
+    normal = rng.standard_normal((T, H), np.float32)
+    outliers = normal.copy()
+    outliers[:, rng.choice(H, OUTLIERS, replace=False)] *= OUTLIER_SCALE
+    inputs = {"normal": f32_to_bf16(normal), "outliers": f32_to_bf16(outliers)}
+    ids = rng.permuted(np.tile(np.arange(E), (T, 1)), axis=1)[:, :k].astype(np.int64)
+    weights = rng.random((T, k), np.float32)
+    weights /= weights.sum(axis=1, keepdims=True)
+
+    layer = ExpertLayer(fmt, E, H, I, pool=PoolConfig(args.threads), isa=args.isa)
+    layer.allocate(np.ones(E, np.bool_))
+    references: dict[str, F64] = {name: np.zeros((T, H)) for name in inputs}
+    for e in range(E):
+        expert = random_expert(fmt, (args.seed, e), H, I)
+        layer.load(e, expert)
+        tokens, slots = np.nonzero(ids == e)
+        for name, x in inputs.items():
+            y = expert_output(fmt, expert, bf16_to_f32(x[tokens]).astype(np.float64))
+            references[name][tokens] += weights[tokens, slots, None].astype(np.float64) * y
+    errors = {}
+    for name, x in inputs.items():
+        out, reference = bf16_to_f32(layer.forward(x, ids, weights)), references[name]
+        rounded = bf16_to_f32(f32_to_bf16(reference.astype(np.float32)))
+        errors[name] = (relative_error(out, reference), relative_error(rounded, reference))
+    layer.close()
+    return errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (
+        ("hidden", 4096),
+        ("intermediate", 2048),
+        ("experts", 8),
+        ("top-k", 4),
+        ("tokens", 16),
+        ("threads", 1),
+        ("seed", 0),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--isa", help="instruction set tier; default: the best one")
+    args = parser.parse_args()
+    table = Table(title="relative l2 error against float64")
+    for heading in ("method", "tier", "inputs", "hybrid_moe", "bf16 floor"):
+        table.add_column(heading)
+    for fmt in FORMATS.values():
+        for name, (error, floor) in measure(fmt, args).items():
+            tier = choose_tier(args.isa).name
+            table.add_row(fmt.name, tier, name, f"{error:.5f}", f"{floor:.5f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
