@@ -16,8 +16,6 @@ from typing import Any
 PACKAGES = ("torch", "numpy", "numba", "llvmlite", "safetensors", "transformers", "sglang")
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
-CGROUPS = Path("/sys/fs/cgroup")
-SELF_CGROUP = Path("/proc/self/cgroup")
 CPUS = Path("/sys/devices/system/cpu")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -160,9 +158,11 @@ def read_cores() -> Cores:
 def memory_limit() -> int | None:
     """Bytes that the cgroup allows (v2 `memory.max`, v1 `limit_in_bytes`): the least of this
     process's group and those above it, None for no limit."""
+    from hybrid_moe.cpu_kernels.pool.topology import cgroup_folders
+
     limits = [
         limit
-        for folder in _memory_cgroups()
+        for folder in cgroup_folders("memory")
         for name in ("memory.max", "memory.limit_in_bytes")
         if (limit := _integer(folder / name)) is not None and limit < 1 << 60
     ]
@@ -221,21 +221,6 @@ def _physical_cores() -> int | None:
         for path in CPUS.glob("cpu[0-9]*")
     } - {""}
     return len(siblings) or None
-
-
-def _memory_cgroups() -> list[Path]:
-    """Folders of this process's memory cgroup and of those above it, v1 and v2."""
-    folders: list[Path] = []
-    for line in _lines(SELF_CGROUP):
-        _, controllers, path = line.strip().split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        # v1 mounts the controller in its own folder; v2 (no name) is the mount or `unified`
-        roots = [CGROUPS / "memory"] if controllers else [CGROUPS, CGROUPS / "unified"]
-        parts = [part for part in path.split("/") if part]
-        for root in roots:
-            folders.extend(root.joinpath(*parts[:depth]) for depth in range(len(parts) + 1))
-    return folders
 
 
 def _integer(path: Path) -> int | None:

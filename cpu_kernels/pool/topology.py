@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 
 _NODES = Path("/sys/devices/system/node")
-_CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-_CGROUP1_QUOTA = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
-_CGROUP1_PERIOD = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+_CGROUPS = Path("/sys/fs/cgroup")
+_SELF_CGROUP = Path("/proc/self/cgroup")
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
@@ -27,20 +26,51 @@ def allowed_cpus() -> tuple[int, ...]:
     return tuple(sorted(os.sched_getaffinity(0)))
 
 
+def cgroup_folders(controller: str) -> list[Path]:
+    """Folders of this process's cgroup for `controller` and of those above it, v1 and v2.
+
+    A limit may stand in any of them; the tightest holds.
+    """
+    folders: list[Path] = []
+    for line in _lines(_SELF_CGROUP):
+        _, controllers, path = line.strip().split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        # v1 mounts a controller in its own folder; v2 (no name) is the mount or `unified`
+        roots = [_CGROUPS / controller] if controllers else [_CGROUPS, _CGROUPS / "unified"]
+        parts = [part for part in path.split("/") if part]
+        for root in roots:
+            folders.extend(root.joinpath(*parts[:depth]) for depth in range(len(parts) + 1))
+    return folders
+
+
 def cgroup_cpu_limit() -> float | None:
-    """Processors' worth of time that the cgroup grants, or None where there is no quota."""
+    """Processors' worth of time that the cgroups grant, or None where there is no quota."""
+    limits = [
+        limit for folder in cgroup_folders("cpu") if (limit := _quota_of(folder)) is not None
+    ]
+    return min(limits, default=None)
+
+
+def _quota_of(folder: Path) -> float | None:
+    words = " ".join(_lines(folder / "cpu.max")).split() or [
+        word
+        for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        for word in _lines(folder / name)
+    ]
     try:
-        if _CGROUP_CPU_MAX.exists():
-            quota, period = _CGROUP_CPU_MAX.read_text().split()
-        elif _CGROUP1_QUOTA.exists():
-            quota, period = _CGROUP1_QUOTA.read_text(), _CGROUP1_PERIOD.read_text()
-        else:
-            return None
-        if quota.strip() in ("max", "-1"):
-            return None
-        return int(quota) / int(period)
-    except (OSError, ValueError):
-        return None  # an unreadable or foreign cgroup file is no limit that we could honour
+        quota, period = (int(word) for word in words)
+    except ValueError:  # absent, or "max", or of a kind that we do not know
+        return None
+    return quota / period if quota > 0 < period else None
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a file of /proc or /sys; none where it is absent or hidden from this process."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def usable_cores() -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_moe import doctor
+from hybrid_moe.cpu_kernels.pool import topology
 
 
 def test_report_of_this_machine() -> None:
@@ -75,8 +76,8 @@ def test_memory_limit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (mount / relative).parent.mkdir(parents=True, exist_ok=True)
         (mount / relative).write_text(content + "\n")
     (tmp_path / "self").write_text(membership)
-    monkeypatch.setattr(doctor, "CGROUPS", mount)
-    monkeypatch.setattr(doctor, "SELF_CGROUP", tmp_path / "self")
+    monkeypatch.setattr(topology, "_CGROUPS", mount)
+    monkeypatch.setattr(topology, "_SELF_CGROUP", tmp_path / "self")
     assert doctor.memory_limit() == expected
 
 
