@@ -1,0 +1,282 @@
+"""Run a tier's code on a processor that lacks its instructions.
+
+A tier's instructions appear in the IR as calls of LLVM's target intrinsics. `emulated(tier)` is the
+same tier (same lowerings, same register tiles) whose finished IR calls, in place of each intrinsic,
+a function with the same signature that computes it from generic LLVM operations, after Intel's
+Software Developer's Manual, volume 2. So what runs in the tests is the code that the tier emits, up
+to the instruction selection of the last step. `test_emulation` holds every body against a NumPy
+model and, where the processor has it, against the instruction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from hybrid_moe.cpu_kernels.dsl.ops import Lowering
+from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, host_features
+
+PREFIX = "emulated."
+_FMA = 'declare <16 x float> @"llvm.fma.v16f32"(<16 x float>, <16 x float>, <16 x float>)'
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction and its emulation.
+
+    Attributes:
+        intrinsic: LLVM's name.
+        mnemonic: Intel's.
+        features: what a processor needs to have it.
+        result, operands: LLVM types, in the intrinsic's order.
+        body: the emulating function's blocks, over the operands %a, %b, %c.
+        needs: declarations that the body uses.
+    """
+
+    intrinsic: str
+    mnemonic: str
+    features: frozenset[str]
+    result: str
+    operands: tuple[str, ...]
+    body: str
+    needs: str = ""
+
+    @property
+    def definition(self) -> str:
+        parameters = ", ".join(
+            f"{kind} %{n}" for kind, n in zip(self.operands, "abc", strict=False)
+        )
+        head = f'define internal {self.result} @"{PREFIX}{self.intrinsic}"({parameters}) noinline'
+        return f"{head} {{\n{self.body}\n}}"
+
+
+def _mask(indices: Sequence[int]) -> str:
+    return f"<{len(indices)} x i32> <{', '.join(f'i32 {i}' for i in indices)}>"
+
+
+def _take(name: str, source: str, kind: str, indices: Sequence[int]) -> str:
+    return f"  %{name} = shufflevector {kind} %{source}, {kind} poison, {_mask(indices)}\n"
+
+
+def _pshufb(n: int) -> str:
+    """PSHUFB: within each 16 bytes, 0 where bit 7 of the index is set, else table[index & 15]."""
+    return f"""entry:
+  %table = alloca <{n} x i8>, align 64
+  %index = alloca <{n} x i8>, align 64
+  %out = alloca <{n} x i8>, align 64
+  store <{n} x i8> %a, ptr %table
+  store <{n} x i8> %b, ptr %index
+  br label %byte
+byte:
+  %i = phi i64 [ 0, %entry ], [ %next, %byte ]
+  %index_at = getelementptr i8, ptr %index, i64 %i
+  %control = load i8, ptr %index_at
+  %low = and i8 %control, 15
+  %within = zext i8 %low to i64
+  %lane = and i64 %i, -16
+  %from = or i64 %lane, %within
+  %table_at = getelementptr i8, ptr %table, i64 %from
+  %found = load i8, ptr %table_at
+  %zero = icmp slt i8 %control, 0
+  %value = select i1 %zero, i8 0, i8 %found
+  %out_at = getelementptr i8, ptr %out, i64 %i
+  store i8 %value, ptr %out_at
+  %next = add i64 %i, 1
+  %more = icmp ult i64 %next, {n}
+  br i1 %more, label %byte, label %done
+done:
+  %result = load <{n} x i8>, ptr %out
+  ret <{n} x i8> %result"""
+
+
+def _pmaddubsw(n: int) -> str:
+    """PMADDUBSW: a unsigned, b signed; the sum of two neighbouring products, saturated to int16."""
+    half = n // 2
+    wide = f"<{half} x i32>"
+    text = "entry:\n"
+    for parity, indices in enumerate((range(0, n, 2), range(1, n, 2))):
+        text += _take(f"a{parity}", "a", f"<{n} x i8>", indices)
+        text += _take(f"b{parity}", "b", f"<{n} x i8>", indices)
+        text += f"  %u{parity} = zext <{half} x i8> %a{parity} to {wide}\n"
+        text += f"  %s{parity} = sext <{half} x i8> %b{parity} to {wide}\n"
+        text += f"  %p{parity} = mul {wide} %u{parity}, %s{parity}\n"
+    most = ", ".join(["i32 32767"] * half)
+    least = ", ".join(["i32 -32768"] * half)
+    return text + (
+        f"  %sum = add {wide} %p0, %p1\n"
+        f"  %above = icmp sgt {wide} %sum, <{most}>\n"
+        f"  %capped = select <{half} x i1> %above, {wide} <{most}>, {wide} %sum\n"
+        f"  %below = icmp slt {wide} %capped, <{least}>\n"
+        f"  %kept = select <{half} x i1> %below, {wide} <{least}>, {wide} %capped\n"
+        f"  %result = trunc {wide} %kept to <{half} x i16>\n"
+        f"  ret <{half} x i16> %result"
+    )
+
+
+def _pmaddwd(n: int) -> str:
+    """PMADDWD: the sum of two neighbouring products of int16, modulo 2^32."""
+    half = n // 2
+    wide = f"<{half} x i32>"
+    text = "entry:\n"
+    for parity, indices in enumerate((range(0, n, 2), range(1, n, 2))):
+        for operand in "ab":
+            text += _take(f"{operand}{parity}", operand, f"<{n} x i16>", indices)
+            text += f"  %{operand}w{parity} = sext <{half} x i16> %{operand}{parity} to {wide}\n"
+        text += f"  %p{parity} = mul {wide} %aw{parity}, %bw{parity}\n"
+    return text + f"  %result = add {wide} %p0, %p1\n  ret {wide} %result"
+
+
+def _vpdpbusd() -> str:
+    """VPDPBUSD: a + four products of unsigned (b) by signed (c) bytes, modulo 2^32."""
+    wide = "<16 x i32>"
+    text = (
+        f"entry:\n  %bb = bitcast {wide} %b to <64 x i8>\n  %cb = bitcast {wide} %c to <64 x i8>\n"
+    )
+    total = "a"
+    for i in range(4):
+        text += _take(f"b{i}", "bb", "<64 x i8>", range(i, 64, 4))
+        text += _take(f"c{i}", "cb", "<64 x i8>", range(i, 64, 4))
+        text += f"  %u{i} = zext <16 x i8> %b{i} to {wide}\n"
+        text += f"  %s{i} = sext <16 x i8> %c{i} to {wide}\n"
+        text += f"  %p{i} = mul {wide} %u{i}, %s{i}\n"
+        text += f"  %t{i} = add {wide} %{total}, %p{i}\n"
+        total = f"t{i}"
+    return text + f"  ret {wide} %{total}"
+
+
+def _flush(name: str, source: str) -> str:
+    """%name = the float bits %source with subnormals replaced by zeros of their sign."""
+    wide = "<16 x i32>"
+
+    def all_lanes(value: int) -> str:
+        return f"<{', '.join([f'i32 {value}'] * 16)}>"
+
+    return (
+        f"  %{name}.exponent = and {wide} %{source}, {all_lanes(0x7F800000)}\n"
+        f"  %{name}.sign = and {wide} %{source}, {all_lanes(-0x80000000)}\n"
+        f"  %{name}.tiny = icmp eq {wide} %{name}.exponent, zeroinitializer\n"
+        f"  %{name}.bits = select <16 x i1> %{name}.tiny, {wide} %{name}.sign, {wide} %{source}\n"
+        f"  %{name} = bitcast {wide} %{name}.bits to <16 x float>\n"
+    )
+
+
+def _vdpbf16ps() -> str:
+    """VDPBF16PS: a + odd product, then + even product. Each is a fused multiply-add, rounded to
+    nearest even; subnormal operands are zero, subnormal results become zero."""
+    wide, floats = "<16 x i32>", "<16 x float>"
+    sixteen = f"<{', '.join(['i32 16'] * 16)}>"
+    upper = f"<{', '.join(['i32 -65536'] * 16)}>"
+    text = f"entry:\n  %acc.raw = bitcast {floats} %a to {wide}\n" + _flush("acc", "acc.raw")
+    for operand in "bc":
+        text += f"  %{operand}.odd = and {wide} %{operand}, {upper}\n"
+        text += f"  %{operand}.even = shl {wide} %{operand}, {sixteen}\n"
+        text += _flush(f"{operand}1", f"{operand}.odd") + _flush(f"{operand}0", f"{operand}.even")
+    old = "acc"
+    for parity in (1, 0):
+        text += (
+            f'  %f{parity} = call {floats} @"llvm.fma.v16f32"'
+            f"({floats} %b{parity}, {floats} %c{parity}, {floats} %{old})\n"
+            f"  %f{parity}.raw = bitcast {floats} %f{parity} to {wide}\n"
+        )
+        text += _flush(f"r{parity}", f"f{parity}.raw")
+        old = f"r{parity}"
+    return text + f"  ret {floats} %r0"
+
+
+def _bytes(bits: int) -> str:
+    return f"<{bits // 8} x i8>"
+
+
+def _words(bits: int) -> str:
+    return f"<{bits // 16} x i16>"
+
+
+def _instructions() -> list[Instruction]:
+    found = []
+    for bits, dot, suffix, features in (
+        (256, "avx2", ("pshuf.b", "pmadd.ub.sw", "pmadd.wd"), {"avx2"}),
+        (512, "avx512", ("pshuf.b.512", "pmaddubs.w.512", "pmaddw.d.512"), {"avx512bw"}),
+    ):
+        names = [f"llvm.x86.{dot}.{s}" for s in suffix]
+        needs = frozenset(features)
+        b, w, d = _bytes(bits), _words(bits), f"<{bits // 32} x i32>"
+        found += [
+            Instruction(names[0], "vpshufb", needs, b, (b, b), _pshufb(bits // 8)),
+            Instruction(names[1], "vpmaddubsw", needs, w, (b, b), _pmaddubsw(bits // 8)),
+            Instruction(names[2], "vpmaddwd", needs, d, (w, w), _pmaddwd(bits // 16)),
+        ]
+    d, f = "<16 x i32>", "<16 x float>"
+    vnni, bf16 = frozenset({"avx512vnni"}), frozenset({"avx512bf16"})
+    return [
+        *found,
+        Instruction("llvm.x86.avx512.vpdpbusd.512", "vpdpbusd", vnni, d, (d, d, d), _vpdpbusd()),
+        Instruction(
+            "llvm.x86.avx512bf16.dpbf16ps.512", "vdpbf16ps", bf16, f, (f, d, d), _vdpbf16ps(), _FMA
+        ),
+    ]
+
+
+INSTRUCTIONS: Mapping[str, Instruction] = {i.intrinsic: i for i in _instructions()}
+"""Every target intrinsic that a tier may call."""
+
+_DECLARATION = re.compile(
+    r'^declare (?P<result>[^@]+) @"(?P<name>llvm\.x86\.[^"]+)"\((?P<operands>.*)\)[^)\n]*$', re.M
+)
+
+
+def rewriter(emulate: Callable[[Instruction], bool]) -> Callable[[str], str]:
+    """A `Tier.rewrite` that emulates the instructions that `emulate` chooses."""
+
+    def rewrite(text: str) -> str:
+        definitions = []
+        for match in list(_DECLARATION.finditer(text)):
+            name = match["name"]
+            if name not in INSTRUCTIONS:
+                raise NotImplementedError(f"{name} has no emulation: add it to INSTRUCTIONS")
+            instruction = INSTRUCTIONS[name]
+            if not emulate(instruction):
+                continue
+            operands = tuple(re.sub(r' %"[^"]*"', "", match["operands"]).split(", "))
+            if (match["result"], operands) != (instruction.result, instruction.operands):
+                raise TypeError(f"{name} is declared as {match[0]!r}")
+            text = text.replace(match[0], "").replace(f'@"{name}"', f'@"{PREFIX}{name}"')
+            definitions.append(instruction.definition)
+            for line in instruction.needs.splitlines():
+                function = line[line.index("@") : line.index("(")]
+                if not re.search(rf"^declare .*{re.escape(function)}\(", text, re.M):
+                    definitions.append(line)
+        return "\n".join([text, *definitions])
+
+    return rewrite
+
+
+def all_lowerings(tier: Tier) -> dict[str, Lowering]:
+    """The tier's lowerings with those that it inherits."""
+    inherited = all_lowerings(tier.extends) if tier.extends else {}
+    return {**inherited, **tier.lowerings}
+
+
+def emulated(tier: Tier, features: frozenset[str] | None = None) -> Tier:
+    """`tier` for a processor with `features` (this one's by default)."""
+    host = host_features() if features is None else features
+    avx2 = TIERS["avx2"]
+    return dataclasses.replace(
+        tier,
+        name=f"{tier.name}_emulated",
+        features=frozenset(),
+        cpu=avx2.cpu if avx2.features <= host else "",
+        lowerings=all_lowerings(tier),
+        extends=None,
+        rewrite=rewriter(lambda instruction: not instruction.features <= host),
+    )
+
+
+def runnable(tier: Tier) -> Tier:
+    """`tier` itself where this processor can run it, else its emulation."""
+    return tier if tier.all_features <= host_features() else emulated(tier)
+
+
+RUNNABLE: Mapping[str, Tier] = {name: runnable(tier) for name, tier in TIERS.items()}
+"""Every tier by name, in a form that runs here."""

@@ -1,0 +1,92 @@
+"""Bit-exact NumPy models of the instructions that tiers use, after Intel's SDM, volume 2.
+
+They share nothing with the IR bodies in `emulation`: NumPy's own integers, and for the fused
+multiply-add float64 with rounding to odd (Boldo and Melquiond, "Emulation of FMA and correctly
+rounded sums", IEEE TC 57, 2008), which makes the second rounding harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+def vpshufb(table: Array, index: Array) -> Array:
+    """uint8 [16 n], uint8 [16 n]"""
+    lanes, picks = table.reshape(-1, 16), index.reshape(-1, 16)
+    found = np.take_along_axis(lanes, (picks % 16).astype(np.int64), axis=1)
+    return np.where(picks >= 128, 0, found).astype(np.uint8).reshape(-1)
+
+
+def vpmaddubsw(a: Array, b: Array) -> Array:
+    """uint8 [n], uint8 [n] (read as int8) -> int16 [n / 2]"""
+    products = a.astype(np.int64) * b.view(np.int8).astype(np.int64)
+    return products.reshape(-1, 2).sum(axis=1).clip(-(2**15), 2**15 - 1).astype(np.int16)
+
+
+def vpmaddwd(a: Array, b: Array) -> Array:
+    """int16 [n], int16 [n] -> int32 [n / 2]"""
+    sums = (a.astype(np.int64) * b.astype(np.int64)).reshape(-1, 2).sum(axis=1)
+    return (sums % 2**32).astype(np.uint32).view(np.int32)
+
+
+def vpdpbusd(accumulator: Array, a: Array, b: Array) -> Array:
+    """int32 [n], int32 [n] (four unsigned bytes each), int32 [n] (four signed) -> int32 [n]"""
+    products = a.view(np.uint8).astype(np.int64) * b.view(np.int8).astype(np.int64)
+    sums = accumulator.astype(np.int64) + products.reshape(-1, 4).sum(axis=1)
+    return (sums % 2**32).astype(np.uint32).view(np.int32)
+
+
+def flush(x: Array) -> Array:
+    """Subnormals become zeros of their sign."""
+    tiny = np.abs(x) < np.float32(2.0**-126)
+    return np.where(tiny, np.copysign(np.float32(0), x), x).astype(np.float32)
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """float32 a * b + c in one rounding to nearest even, where a * b is exact in float64."""
+    with np.errstate(all="ignore"):
+        p, c64 = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+        s = p + c64
+        back = s - c64
+        error = (c64 - (s - back)) + (p - back)
+        bits = s.view(np.int64)
+        inexact = np.isfinite(s) & (error != 0) & (bits % 2 == 0)
+        away = (error > 0) == (s > 0)
+        odd = np.where(inexact, bits + np.where(away, 1, -1), bits).view(np.float64)
+        return odd.astype(np.float32)
+
+
+def bf16_pairs(pair: Array) -> tuple[Array, Array]:
+    """int32 [n] -> float32 (even, odd), the bf16 of the lower and of the upper half."""
+    wide = (pair.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return wide[0::2], wide[1::2]
+
+
+def vdpbf16ps(accumulator: Array, w: Array, x: Array) -> Array:
+    """float32 [n], int32 [n], int32 [n] (two bf16 each) -> float32 [n]; the upper half first"""
+    total = flush(accumulator)
+    for a, b in zip(reversed(bf16_pairs(w)), reversed(bf16_pairs(x)), strict=True):
+        total = flush(fma(flush(a), flush(b), total))
+    return total
+
+
+def pair_dot_fused(accumulator: Array, w: Array, x: Array) -> Array:
+    """The same sums by two ordinary fused multiply-adds (VFMADD), which keep subnormals."""
+    (w0, w1), (x0, x1) = bf16_pairs(w), bf16_pairs(x)
+    return fma(w0, x0, fma(w1, x1, accumulator))
+
+
+MODELS: Mapping[str, Callable[..., Array]] = {
+    "vpshufb": vpshufb,
+    "vpmaddubsw": vpmaddubsw,
+    "vpmaddwd": vpmaddwd,
+    "vpdpbusd": vpdpbusd,
+    "vdpbf16ps": vdpbf16ps,
+}
+"""Mnemonic -> model."""

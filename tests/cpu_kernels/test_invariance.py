@@ -1,0 +1,244 @@
+"""Bits do not depend on luck: one token's output, whatever surrounds it."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
+from hybrid_moe.cpu_kernels.kernels.library import kernel_set
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.memory import Arena
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.pool.group import group_for
+from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+from hybrid_moe.formats import FORMATS, MXFP4, WeightFormat
+from hybrid_moe.tensors import ExpertTensors, Matrix
+from tests.cpu_kernels.cases import Array, Case, from_bf16, random_batch
+from tests.cpu_kernels.emulation import RUNNABLE
+
+TOP_K = 2
+LONG = (1120, 64)
+"""35 groups of hidden inputs: more than one chunk of unpacked weights in every format."""
+
+Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+TierNames = pytest.mark.parametrize("name", TIERS)
+TwoCores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
+
+
+@functools.lru_cache(maxsize=32)
+def _layer(fmt_name: str, name: str) -> tuple[Case, ExpertLayer]:
+    case = Case.random(FORMATS[fmt_name], *LONG, E=3, bias=True)
+    return case, case.layer(RUNNABLE[name])
+
+
+def _batch(tokens: int) -> tuple[Array, Array, Array]:
+    return random_batch(tokens, LONG[0], 3, TOP_K)
+
+
+@functools.lru_cache(maxsize=32)
+def _alone(fmt_name: str, name: str, tokens: int) -> Array:
+    """Each token's output when it is the only one."""
+    _, layer = _layer(fmt_name, name)
+    x, ids, weights = _batch(tokens)
+    rows = [layer.forward(x[t : t + 1], ids[t : t + 1], weights[t : t + 1]) for t in range(tokens)]
+    return np.concatenate(rows)
+
+
+@TierNames
+@Formats
+def test_the_long_batch_takes_the_other_path(fmt: WeightFormat, name: str) -> None:
+    """Without this the next tests would compare a path with itself."""
+    kernels = kernel_set(fmt.name, RUNNABLE[name])
+    _, ids, _ = _batch(64)
+    assert np.bincount(ids.ravel()).min() > kernels.direct_limit >= 1
+
+
+@TierNames
+@Formats
+def test_one_token_or_many(fmt: WeightFormat, name: str) -> None:
+    _, layer = _layer(fmt.name, name)
+    assert np.array_equal(layer.forward(*_batch(64)), _alone(fmt.name, name, 64))
+
+
+@Formats
+@settings(max_examples=40)
+@given(data=st.data())
+def test_neighbours_and_order(fmt: WeightFormat, data: st.DataObject) -> None:
+    """Any selection of tokens in any order, repetitions included."""
+    _, layer = _layer(fmt.name, "avx2" if RUNNABLE["avx2"] is TIERS["avx2"] else "portable")
+    name = layer.tier.name
+    x, ids, weights = _batch(24)
+    rows = data.draw(st.lists(st.integers(0, 23), min_size=1, max_size=70))
+    out = layer.forward(x[rows], ids[rows], weights[rows])
+    assert np.array_equal(out, _alone(fmt.name, name, 24)[rows])
+
+
+@Formats
+def test_ignored_slots_do_not_change_bits(fmt: WeightFormat) -> None:
+    _, layer = _layer(fmt.name, "portable")
+    x, ids, weights = _batch(9)
+    padded = np.full((9, 5), -1, np.int64)
+    padded[:, 1], padded[:, 4] = ids[:, 0], ids[:, 1]
+    wide = np.full((9, 5), np.nan, np.float32)
+    wide[:, 1], wide[:, 4] = weights[:, 0], weights[:, 1]
+    assert np.array_equal(layer.forward(x, padded, wide), layer.forward(x, ids, weights))
+
+
+_NODE = min(numa_nodes())
+CONFIGS = [
+    PoolConfig(threads, pools, (_NODE,) * pools)
+    for threads, pools in ((1, 1), (2, 1), (2, 2), (3, 2), (4, 4))
+    if threads <= usable_cores()
+]
+
+
+@TwoCores
+@pytest.mark.parametrize("shape", [(96, 64), (32, 32), (352, 160)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 40, 130])
+@Formats
+def test_threads_and_pools(fmt: WeightFormat, tokens: int, shape: tuple[int, int]) -> None:
+    """Two pools share even a single block of 32 rows: then one of them has none."""
+    case = Case.random(fmt, *shape, bias=True)
+    batch = random_batch(tokens, case.H, case.E, 3)
+    first, *others = [case.layer(pool=config).forward(*batch) for config in CONFIGS]
+    assert others
+    for out in others:
+        assert np.array_equal(out, first)
+
+
+@TwoCores
+def test_pools_hold_each_weight_once() -> None:
+    case = Case.random(MXFP4, 352, 160)
+    whole = case.layer(pool=CONFIGS[0])
+    assert case.layer(pool=PoolConfig(2, 2, (_NODE, _NODE))).nbytes == whole.nbytes
+
+
+# memory that a job did not write
+
+
+@TierNames
+@pytest.mark.parametrize("shape", [(32, 32), (96, 160)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+@Formats
+def test_uninitialised_memory_is_never_read(
+    fmt: WeightFormat,
+    tokens: int,
+    shape: tuple[int, int],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All bits of packed padding and of workspaces are one (NaN) before they are written."""
+    case = Case.random(fmt, *shape)
+    batch = random_batch(tokens, case.H, case.E, 3)
+    expected = case.layer(RUNNABLE[name]).forward(*batch)
+    map_memory = Arena.__init__
+    poisoned: list[int] = []
+
+    def map_poisoned(self: Arena, nbytes: int, numa_node: int | None = None) -> None:
+        map_memory(self, nbytes, numa_node)
+        self.bytes[:] = 0xFF
+        poisoned.append(nbytes)
+
+    monkeypatch.setattr(Arena, "__init__", map_poisoned)
+    group_for(PoolConfig(1)).idle.clear()  # memory of earlier jobs would be used again
+    layer = case.layer(RUNNABLE[name])
+    packed = len(poisoned)
+    assert np.array_equal(layer.forward(*batch), expected)
+    assert packed and len(poisoned) > packed
+    group_for(PoolConfig(1)).idle.clear()
+
+
+# how the checkpoint lay in memory
+
+
+def _strided(array: Array) -> Array:
+    """The same rows, every other row of a larger array."""
+    wide = np.full((2 * len(array), array.shape[1] + 8), 255, array.dtype)
+    wide[::2, :-8] = array
+    return wide[::2, :-8]
+
+
+def _transposed(array: Array) -> Array:
+    """The same values, columns contiguous."""
+    return np.asfortranarray(array)
+
+
+def _reversed(array: Array) -> Array:
+    """The same rows, stored last to first."""
+    return np.ascontiguousarray(array[::-1])[::-1]
+
+
+@pytest.mark.parametrize("view", [_strided, _transposed, _reversed])
+@Formats
+def test_packing_takes_any_strides(fmt: WeightFormat, view) -> None:  # type: ignore[no-untyped-def]
+    case = Case.random(fmt, 96, 64, E=2)
+    batch = random_batch(5, case.H, case.E, 2)
+
+    def seen(matrix: Matrix) -> Matrix:
+        scales = None if matrix.scales is None else view(matrix.scales)
+        return Matrix(view(matrix.codes), scales, matrix.bias)
+
+    layer = ExpertLayer(fmt, 2, 96, 64, pool=PoolConfig(1))
+    layer.allocate(np.ones(2, bool))
+    for index, expert in enumerate(case.experts):
+        # gate as it is, up and down as views: the two halves of a strip differ in strides
+        layer.load(index, ExpertTensors(expert.gate, seen(expert.up), seen(expert.down)))
+    assert np.array_equal(layer.forward(*batch), case.layer().forward(*batch))
+
+
+@Formats
+def test_packing_takes_interleaved_gate_and_up(fmt: WeightFormat) -> None:
+    """gpt-oss stores gate and up as the even and odd rows of one matrix."""
+    case = Case.random(fmt, 96, 64, E=1)
+    expert = case.experts[0]
+
+    def halves(gate: Array | None, up: Array | None) -> tuple[Array | None, Array | None]:
+        if gate is None or up is None:
+            return None, None
+        both = np.stack([gate, up], axis=1).reshape(2 * len(gate), -1)
+        return both[0::2], both[1::2]
+
+    codes = halves(expert.gate.codes, expert.up.codes)
+    scales = halves(expert.gate.scales, expert.up.scales)
+    gate, up = (Matrix(c, s) for c, s in zip(codes, scales, strict=True) if c is not None)
+    layer = ExpertLayer(fmt, 1, 96, 64, pool=PoolConfig(1))
+    layer.allocate(np.ones(1, bool))
+    layer.load(0, ExpertTensors(gate, up, expert.down))
+    batch = random_batch(5, 96, 1, 1)
+    assert np.array_equal(layer.forward(*batch), case.layer().forward(*batch))
+
+
+# the caller's floating-point environment
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+@Formats
+def test_flush_to_zero_in_the_caller(fmt: WeightFormat, tokens: int) -> None:
+    """torch.set_flush_denormal changes MXCSR of the calling thread, which works as worker 0."""
+    case = Case.random(fmt, 64, 64)
+    if fmt is MXFP4:  # weights of 2^127, or subnormal ones for the rest of the batch
+        case = case.with_scales(gate=254, up=254, down=127)
+        case.experts[1].gate.scales[...] = 0
+    else:
+        for expert in case.experts:
+            expert.gate.codes[...] += 120 << 7  # exponents raised by 120
+            expert.up.codes[...] += 120 << 7
+    x, ids, weights = random_batch(tokens, case.H, case.E, 3, scale=2.0**-130)
+    layer = case.layer()
+    expected = layer.forward(x, ids, weights)
+    assert (from_bf16(expected) != 0).any(axis=1).all(), "subnormal activations do matter here"
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        out = layer.forward(x, ids, weights)
+        tiny = torch.tensor([2.0**-126]) / 4
+        assert tiny.item() == 0, "the caller's mode is as it was"
+    finally:
+        torch.set_flush_denormal(False)
+    assert np.array_equal(out, expected)

@@ -1,0 +1,213 @@
+"""Every op on every tier does what its NumPy meaning says."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, Val
+from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS
+from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, available_tiers
+from tests.cpu_kernels.emulation import RUNNABLE
+from tests.cpu_kernels.models import Array, pair_dot_fused, vdpbf16ps
+from tests.cpu_kernels.test_emulation import EDGE_FLOATS
+from tests.cpu_kernels.toolbox import compile_kernel
+
+
+def _pair_dot_meaning(accumulator: Array, w: Array, x: Array) -> Array:
+    return OPS["pair_dot"].meaning(accumulator, w.view(np.uint16).reshape(-1, 2), x.view(np.uint16))
+
+
+PAIR_DOT_MODELS: Mapping[str, Callable[[Array, Array, Array], Array]] = {
+    "portable": _pair_dot_meaning,
+    "avx2": pair_dot_fused,
+    "avx512": pair_dot_fused,
+    "avx512_vnni": pair_dot_fused,
+    "avx512_bf16": vdpbf16ps,
+}
+"""Tier -> its pair_dot bit for bit; all agree where products and sums are normal."""
+
+TABLE = (7, 0, 255, 128, 1, 2, 3, 250, 127, 12, 200, 99, 5, 64, 31, 77)
+
+TierNames = pytest.mark.parametrize("name", TIERS)
+
+
+def _lookup16(emit: Emit, index: Val, out: Val) -> None:
+    emit.store(out, emit.op("lookup16", TABLE, emit.load(index, I8, 64)))
+
+
+def _byte_dots(emit: Emit, w: Val, x: Val, biases: Val, out: Val) -> None:
+    """One plane: bias, 8 byte_dots; as the upper plane beside itself as the lower."""
+    bias = emit.op("byte_dot_bias", emit.load(x, I8, 32))
+    emit.store(biases, bias)
+    total = emit.broadcast(emit.load(biases, I32), 16)
+    for quad in range(8):
+        weights = emit.load(w + 64 * quad, I8, 64)
+        total = emit.op("byte_dot", total, weights, emit.load(x + 4 * quad, I32))
+    zero = emit.splat(0, I32, 16)
+    emit.store(out, emit.op("byte_dot_total", zero, total))
+    emit.store(out + 64, emit.op("byte_dot_total", total, zero))
+    emit.store(out + 128, emit.op("byte_dot_total", total, total))
+
+
+def _pair_dot(emit: Emit, accumulator: Val, w: Val, x: Val, out: Val) -> None:
+    old, weights = emit.load(accumulator, F32, 16), emit.load(w, I32, 16)
+    emit.store(out, emit.op("pair_dot", old, weights, emit.load(x, I32)))
+
+
+def _scale_add(emit: Emit, accumulator: Val, a: Val, b: Val, out: Val) -> None:
+    operands = [emit.load(at, F32, 16) for at in (accumulator, a, b)]
+    emit.store(out, emit.op("scale_add", *operands))
+
+
+_KERNELS: Mapping[str, tuple[Callable[..., None], int]] = {
+    "lookup16": (_lookup16, 2),
+    "byte_dot": (_byte_dots, 4),
+    "pair_dot": (_pair_dot, 4),
+    "scale_add": (_scale_add, 4),
+}
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(op: str, name: str) -> Callable[..., None]:
+    body, arity = _KERNELS[op]
+    return compile_kernel(body, arity, RUNNABLE[name])
+
+
+def test_every_op_is_tested() -> None:
+    family = {"byte_dot_bias", "byte_dot_total"}  # tested together with byte_dot
+    assert set(OPS) == set(_KERNELS) | family, "a new op needs a test here"
+
+
+@TierNames
+def test_lowerings_are_of_known_ops(name: str) -> None:
+    assert set(TIERS[name].lowerings) <= set(OPS)
+
+
+@TierNames
+def test_lookup16(name: str) -> None:
+    rng = np.random.default_rng(1)
+    for index in (
+        np.arange(64, dtype=np.uint8) % 16,
+        *(rng.integers(0, 16, (20, 64), dtype=np.uint8)),
+    ):
+        out = np.zeros(64, np.uint8)
+        _kernel("lookup16", name)(index, out)
+        assert np.array_equal(out, OPS["lookup16"].meaning(TABLE, index))
+
+
+def _check_byte_dots(name: str, w: Array, x: Array) -> None:
+    out, bias = np.zeros((3, 16), np.int32), np.zeros(1, np.int32)
+    _kernel("byte_dot", name)(w, x, bias, out)
+    expected: Array = OPS["byte_dot_bias"].meaning(x) + np.zeros(16, np.int64)
+    for quad in range(8):
+        expected = OPS["byte_dot"].meaning(expected, w[quad], x[4 * quad : 4 * quad + 4])
+    total = OPS["byte_dot_total"].meaning
+    for row, (high, low) in zip(
+        out, ((0, expected), (expected, 0), (expected, expected)), strict=True
+    ):
+        assert np.array_equal(row, total(high, low))
+    plain = (w.astype(np.int64) - BYTE_DOT_OFFSET).transpose(1, 0, 2).reshape(16, 32) @ x
+    assert np.array_equal(expected, plain), "the bias takes the offset back"
+
+
+def _as_quads(w: Array) -> Array:
+    """[16 rows, 32 inputs] -> [8 quads, 16 rows, 4]."""
+    return np.ascontiguousarray(w.reshape(16, 8, 4).transpose(1, 0, 2))
+
+
+@TierNames
+@pytest.mark.parametrize("x", [-128, -127, -1, 0, 1, 127])
+@pytest.mark.parametrize("w", [0, 1, 12, 23, 24])
+def test_byte_dot_at_the_ends_of_its_range(name: str, w: int, x: int) -> None:
+    """All of one sign: the largest sums that the contract allows."""
+    _check_byte_dots(name, np.full((8, 16, 4), w, np.uint8), np.full(32, x, np.int8))
+    signs = np.where(np.arange(32) % 2, 0, x).astype(np.int8)
+    _check_byte_dots(name, np.full((8, 16, 4), w, np.uint8), signs)
+
+
+@TierNames
+@given(seed=st.integers(0, 2**32 - 1), sparse=st.booleans())
+def test_byte_dot(name: str, seed: int, sparse: bool) -> None:
+    rng = np.random.default_rng(seed)
+    w = rng.integers(0, 25, (16, 32), dtype=np.uint8)
+    x = rng.integers(-128, 128, 32).astype(np.int8)
+    if sparse:  # aligned signs: sums near the ends, where 16-bit halves would overflow
+        w = np.where(rng.random((16, 32)) < 0.8, np.where(x > 0, 24, 0), w).astype(np.uint8)
+    _check_byte_dots(name, _as_quads(w), x)
+
+
+def _random_bf16(rng: np.random.Generator, n: int, spread: int) -> Array:
+    values = rng.standard_normal(n) * 2.0 ** rng.integers(-spread, spread + 1, n)
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _pair_dot_of(name: str, accumulator: Array, w: Array, x: Array) -> Array:
+    out = np.zeros(16, np.float32)
+    _kernel("pair_dot", name)(accumulator, w, x, out)
+    return out
+
+
+def _assert_same_floats(got: Array, expected: Array) -> None:
+    same = (got.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(got) & np.isnan(expected))
+    assert same.all(), (got, expected)
+
+
+@TierNames
+@given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0, 4, 20]))
+def test_pair_dot_of_normal_values(name: str, seed: int, spread: int) -> None:
+    """Where products and sums are normal every tier has the bits of the meaning."""
+    rng = np.random.default_rng(seed)
+    w, x = _random_bf16(rng, 32, spread).reshape(16, 2), _random_bf16(rng, 2, spread)
+    accumulator = (rng.standard_normal(16) * 2.0 ** rng.integers(-spread, spread + 1, 16)).astype(
+        np.float32
+    )
+    expected = OPS["pair_dot"].meaning(accumulator, w, x)
+    _assert_same_floats(_pair_dot_of(name, accumulator, w, x), expected)
+
+
+def test_pair_dot_adds_the_odd_product_first() -> None:
+    w = np.tile(np.array([0x3F80, 0xCB80], np.uint16), (16, 1))  # 1, -2^24
+    x = np.array([0x3F80, 0x3F80], np.uint16)
+    accumulator = np.full(16, 2.0**24, np.float32)
+    assert OPS["pair_dot"].meaning(accumulator, w, x).tolist() == [1.0] * 16
+
+
+@TierNames
+@given(seed=st.integers(0, 2**32 - 1))
+def test_pair_dot_of_any_bits(name: str, seed: int) -> None:
+    """Subnormals, infinities, NaN and overflow: as the model of the tier's instructions says."""
+    rng = np.random.default_rng(seed)
+    special = (EDGE_FLOATS.view(np.uint32) >> 16).astype(np.uint16)
+    bits = rng.integers(0, 2**16, 34).astype(np.uint16)
+    mixed = np.where(rng.random(34) < 0.5, rng.choice(special, 34), bits).view(np.int32)
+    w, x = mixed[:16].copy(), mixed[16:].copy()
+    accumulator = rng.choice(EDGE_FLOATS, 16)
+    every_lane = x if name == "portable" else np.repeat(x, 16)
+    expected = PAIR_DOT_MODELS[name](accumulator, w, every_lane)
+    _assert_same_floats(_pair_dot_of(name, accumulator, w, x), expected)
+
+
+@TierNames
+@given(seed=st.integers(0, 2**32 - 1), shift=st.integers(-149, 127))
+def test_scale_add(name: str, seed: int, shift: int) -> None:
+    """Subnormal and overflowing products too: the bits of E8M0's ends depend on them."""
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal(16).astype(np.float32)
+    b = np.full(16, 2.0**shift, np.float32)
+    wide = np.ldexp(rng.standard_normal(16), shift + rng.integers(-3, 4, 16))
+    accumulator = wide.clip(-3.4e38, 3.4e38).astype(np.float32)
+    out = np.zeros(16, np.float32)
+    _kernel("scale_add", name)(accumulator, a, b, out)
+    _assert_same_floats(out, OPS["scale_add"].meaning(accumulator, a, b))
+
+
+def test_usable_tiers_are_tested_natively() -> None:
+    for report in available_tiers():
+        tier: Tier = RUNNABLE[report.tier.name]
+        assert (tier is report.tier) == report.usable

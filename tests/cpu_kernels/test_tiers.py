@@ -1,0 +1,246 @@
+"""Choosing a tier, adding one, and what the compiler makes of each."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hybrid_moe.cpu_kernels
+from hybrid_moe.cpu_kernels.dsl import tiers
+from hybrid_moe.cpu_kernels.dsl.emit import Emit, Val, build_module
+from hybrid_moe.cpu_kernels.dsl.ops import OPS
+from hybrid_moe.cpu_kernels.dsl.tiers import (
+    AVX2,
+    AVX512,
+    AVX512_BF16,
+    AVX512_VNNI,
+    PORTABLE,
+    TIERS,
+    Tier,
+    available_tiers,
+    choose_tier,
+)
+from hybrid_moe.cpu_kernels.jit.compile import assembly
+from hybrid_moe.cpu_kernels.kernels.library import functions_of
+from hybrid_moe.formats import FORMATS, WeightFormat
+from tests.cpu_kernels.cases import Case, random_batch
+
+_AVX2 = AVX2.all_features
+_AVX512 = AVX512.all_features
+_VNNI = AVX512_VNNI.all_features
+_BF16 = AVX512_BF16.all_features
+
+
+def _host(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
+    monkeypatch.setattr(tiers, "host_features", lambda: features)
+
+
+@pytest.mark.parametrize(
+    ("features", "tier"),
+    [
+        (frozenset(), PORTABLE),
+        (frozenset({"sse4.2", "avx"}), PORTABLE),
+        (frozenset({"avx2"}), PORTABLE),  # without fma
+        (_AVX2, AVX2),
+        (_AVX2 | {"avx512f"}, AVX2),
+        (_AVX512, AVX512),
+        (_AVX512 - {"avx512bw"}, AVX2),
+        (_VNNI, AVX512_VNNI),
+        (_BF16, AVX512_BF16),
+        (_BF16 - {"avx512vnni"}, AVX512),
+        (_BF16 - {"fma"}, PORTABLE),
+        (_BF16 | {"amx-int8", "avx10.1"}, AVX512_BF16),
+        (frozenset({"neon", "dotprod"}), PORTABLE),
+    ],
+    ids=lambda value: value.name if isinstance(value, Tier) else None,
+)
+def test_the_most_capable_tier_is_chosen(
+    features: frozenset[str], tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _host(monkeypatch, features)
+    assert choose_tier() is tier
+    assert [r.tier for r in available_tiers()] == list(TIERS.values())
+    for report in available_tiers():
+        assert report.usable == (report.tier.all_features <= features)
+        assert set(report.missing) == report.tier.all_features - features
+
+
+def test_the_environment_forces_a_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    _host(monkeypatch, _BF16)
+    for spelling in ("avx2", "AVX2"):
+        monkeypatch.setenv("HYBRID_MOE_ISA", spelling)
+        assert choose_tier() is AVX2
+        assert choose_tier("portable") is PORTABLE, "an argument is nearer than the environment"
+    monkeypatch.setenv("HYBRID_MOE_ISA", "")
+    assert choose_tier() is AVX512_BF16
+
+
+@pytest.mark.parametrize("source", ["isa=", "HYBRID_MOE_ISA="])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("avx512_bf16", ["lacks", "avx512bf16", "avx512f", "usable here: portable, avx2"]),
+        ("sse9", ["no such tier", "portable", "avx512_vnni"]),
+    ],
+)
+def test_a_tier_that_cannot_be(
+    name: str, words: list[str], source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _host(monkeypatch, _AVX2)
+    if source != "isa=":
+        monkeypatch.setenv("HYBRID_MOE_ISA", name)
+    with pytest.raises(ValueError, match=re.escape(f"{source}{name}")) as caught:
+        choose_tier(name if source == "isa=" else None)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_tiers_inherit() -> None:
+    assert AVX512_BF16.lowering("lookup16") == AVX512.lowering("lookup16")
+    assert AVX512_BF16.lowering("byte_dot") == AVX512_VNNI.lowering("byte_dot")
+    assert AVX512.lowering("byte_dot") != AVX2.lowering("byte_dot")
+    assert PORTABLE.lowering("pair_dot") == OPS["pair_dot"].lower
+    assert AVX2.all_features < AVX512.all_features < _VNNI < _BF16
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+def test_a_new_tier_is_one_row(fmt: WeightFormat) -> None:
+    """Registers of another width and one lowering: no kernel or driver has to know."""
+    used: Counter[str] = Counter()
+
+    def counted(emit: Emit, accumulator: Val, a: Val, b: Val) -> Val:
+        used["scale_add"] += 1
+        return OPS["scale_add"].lower(emit, accumulator, a, b)
+
+    def counted_pairs(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+        used["pair_dot"] += 1
+        return OPS["pair_dot"].lower(emit, accumulator, w, x)
+
+    fake = Tier(
+        "fake",
+        frozenset(),
+        "",
+        vector_bits=1024,
+        registers=10,
+        lowerings={"scale_add": counted, "pair_dot": counted_pairs},
+        extends=PORTABLE,
+    )
+    case = Case.random(fmt, 96, 64, bias=True)
+    for tokens in (1, 3, 50):
+        batch = random_batch(tokens, case.H, case.E, 3)
+        assert np.array_equal(
+            case.layer(fake).forward(*batch), case.layer(PORTABLE).forward(*batch)
+        )
+    assert used
+
+
+def test_a_rewrite_sees_the_finished_text() -> None:
+    seen: list[str] = []
+
+    def rewrite(text: str) -> str:
+        seen.append(text)
+        return text + "\n; rewritten"
+
+    tier = dataclasses.replace(PORTABLE, name="rewriting", rewrite=rewrite)
+    text = build_module([("f", 1, lambda emit, _: None)], tier, "rewritten")
+    assert text == seen[0] + "\n; rewritten" and "define void" in text
+
+
+# no kernel and no driver knows a tier
+
+_ROOT = Path(hybrid_moe.cpu_kernels.__path__[0])
+_FILES = sorted(p for room in ("kernels", "drivers") for p in (_ROOT / room).glob("*.py"))
+_FORBIDDEN = re.compile(
+    r"(?i)\b(portable|avx\w*|sse\d?|vnni|amx\w*|neon|zmm|ymm|v?pshufb|v?pmaddubsw|vpdpbusd"
+    r"|v?dpbf16ps|llvm\.x86\.[\w.]+)\b"
+)
+_BASELINE = {"llvm.x86.sse2.pause", "llvm.x86.sse.ldmxcsr", "llvm.x86.sse.stmxcsr"}
+"""Instructions that every x86-64 processor has, used by the drivers."""
+
+
+def _words_of_code(path: Path) -> list[str]:
+    """Names, attributes, imports and strings of a module, without its docstrings."""
+    tree = ast.parse(path.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = set()
+    for node in ast.walk(tree):
+        for statement in getattr(node, "body", []) if isinstance(node, documented) else []:
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                docstrings.add(id(statement.value))
+    words = []
+    for node in ast.walk(tree):
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, str) and id(node) not in docstrings and name != "type_comment":
+                words.append(value)
+    return words
+
+
+def test_the_search_finds_names() -> None:
+    for text in ("avx2", "llvm.x86.avx512.vpdpbusd.512", "AVX512", "if tier == portable"):
+        assert _FORBIDDEN.search(text)
+    for text in ("report", "assert", "messenger"):
+        assert not _FORBIDDEN.search(text)
+
+
+@pytest.mark.parametrize("path", _FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_no_kernel_names_a_tier(path: Path) -> None:
+    words = set(_words_of_code(path)) - _BASELINE
+    assert [word for word in words if _FORBIDDEN.search(word)] == []
+
+
+def test_kernels_are_found() -> None:
+    assert {"dot", "encode", "epilogue", "worker"} <= {path.stem for path in _FILES}
+
+
+# what the compiler makes of it
+
+
+def _functions(fmt: str, tier: Tier) -> dict[str, str]:
+    """Function -> its assembly."""
+    text = assembly(build_module(functions_of(fmt, tier), tier, "assembly"), tier.target)
+    parts = re.split(r"^(\w+):$", text, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "tier", "kernel", "instructions"),
+    [
+        ("MXFP4", AVX2, "direct", {"vpmaddubsw": "ymm", "vpshufb": "ymm", "vpmaddwd": "ymm"}),
+        ("MXFP4", AVX2, "tiled", {"vpmaddubsw": "ymm"}),
+        ("MXFP4", AVX512, "direct", {"vpmaddubsw": "zmm", "vpshufb": "zmm", "vpmaddwd": "zmm"}),
+        ("MXFP4", AVX512, "tiled", {"vpmaddubsw": "zmm"}),
+        ("MXFP4", AVX512_VNNI, "direct", {"vpdpbusd": "zmm", "vpshufb": "zmm"}),
+        ("MXFP4", AVX512_VNNI, "tiled", {"vpdpbusd": "zmm"}),
+        ("MXFP4", AVX512_BF16, "direct", {"vpdpbusd": "zmm", "vpshufb": "zmm"}),
+        ("MXFP4", AVX512_BF16, "tiled", {"vpdpbusd": "zmm"}),
+        ("BF16", AVX2, "direct", {"vfmadd": "ymm"}),
+        ("BF16", AVX512, "direct", {"vfmadd": "zmm"}),
+        ("BF16", AVX512_BF16, "direct", {"vdpbf16ps": "zmm"}),
+    ],
+    ids=lambda value: value.name if isinstance(value, Tier) else None,
+)
+def test_instructions(fmt: str, tier: Tier, kernel: str, instructions: dict[str, str]) -> None:
+    """Dot kernels of every tile size contain the instructions that the tier is named for."""
+    functions = _functions(fmt, tier)
+    dots = [body for name, body in functions.items() if re.fullmatch(kernel + r"\d+", name)]
+    assert dots
+    for body in dots:
+        for mnemonic, register in instructions.items():
+            lines = [line for line in body.splitlines() if mnemonic in line]
+            assert any(f"%{register}" in line for line in lines), mnemonic
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_portable_code_needs_nothing(name: str) -> None:
+    """Each tier's code stays within its registers: no wider ones, and none for `portable`."""
+    text = "\n".join(_functions("MXFP4", TIERS[name]).values())
+    widths = {128: "xmm", 256: "ymm", 512: "zmm"}
+    for bits, register in widths.items():
+        assert (f"%{register}" in text) or bits != TIERS[name].vector_bits
+        assert (f"%{register}" not in text) or bits <= TIERS[name].vector_bits

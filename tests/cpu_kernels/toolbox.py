@@ -1,0 +1,65 @@
+"""Compile a kernel body for a tier and call it on NumPy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid_moe.cpu_kernels.dsl.emit import KernelBody, build_module
+from hybrid_moe.cpu_kernels.dsl.tiers import Tier
+from hybrid_moe.cpu_kernels.jit.compile import compile_functions
+
+Array = npt.NDArray[Any]
+
+
+def callable_at(address: int, arity: int) -> Callable[..., None]:
+    """A compiled kernel as a function of addresses (arrays are taken by theirs) and integers."""
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arity)(address)
+
+    def call(*arguments: Any) -> None:
+        function(*[a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments])
+
+    return call
+
+
+def compile_kernel(body: KernelBody, arity: int, tier: Tier) -> Callable[..., None]:
+    """Compile one kernel whose parameters are `arity` integers."""
+    text = build_module([("kernel", arity, body)], tier, "test")
+    return callable_at(compile_functions(text, tier.target, ["kernel"], "test")["kernel"], arity)
+
+
+def aligned(shape: Any, dtype: Any, fill: int = 0) -> Array:
+    """An array on a 64-byte boundary, every byte `fill`."""
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.full(nbytes + 64, fill, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def aligned_copy(array: Array) -> Array:
+    out = aligned(array.shape, array.dtype)
+    out[...] = array
+    return out
+
+
+def run_script(
+    code: str, timeout: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a fresh interpreter that can import the tests; it must not hang."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
