@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import platform
+import weakref
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,19 @@ def _libc() -> ctypes.CDLL:
 @functools.lru_cache(maxsize=8)
 def _warn_once(message: str) -> None:
     logger.warning(message)
+
+
+_live: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_inherited: list[mmap.mmap] = []
+
+
+def _keep_inherited() -> None:
+    """In a forked child: never unmap the parent's arenas. They are not mapped there (DONTFORK), and
+    the addresses may be somebody else's by the time a garbage collector would unmap them."""
+    _inherited.extend(_live)
+
+
+os.register_at_fork(after_in_child=_keep_inherited)
 
 
 class Arena:
@@ -60,6 +74,7 @@ class Arena:
                 mapping.madvise(getattr(mmap, advice))
             except (AttributeError, OSError) as error:
                 _warn_once(f"{advice} is not available: {error}")
+        _live.add(mapping)
         raw = np.frombuffer(mapping, np.uint8)
         start = -raw.ctypes.data % HUGE_PAGE
         self.bytes: npt.NDArray[np.uint8] = raw[start : start + nbytes]

@@ -76,9 +76,13 @@ def write(key: str, payload: bytes) -> None:
     directory = cache_directory()
     if not _usable(directory):
         return
+    temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=directory, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
             file.write(hashlib.sha256(payload).digest() + payload)
-        Path(file.name).replace(directory / f"{key}.o")
+        temporary.replace(directory / f"{key}.o")
     except OSError as error:
         logger.warning("cannot write the kernel cache: %s", error)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,18 +105,30 @@ def assembly(ir_text: str, target: Target) -> str:
         return str(machine.emit_assembly(_parse(ir_text, machine)))
 
 
-def emit_object(ir_text: str, target: Target, label: str) -> bytes:
-    """Object code for this IR, from the cache when it is there."""
-    key = hashlib.sha256(f"{target.key}\n{ir_text}".encode()).hexdigest()
+def emit_object(
+    ir_text: str | Callable[[], str], target: Target, label: str, key: str | None = None
+) -> bytes:
+    """Object code for this IR, from the cache when it is there.
+
+    Args:
+        ir_text: the IR, or what makes it; called only if it is needed.
+        key: what shapes the object, where that is known without the IR; default: the IR itself.
+    """
+    if callable(ir_text):
+        make = functools.lru_cache(maxsize=1)(ir_text)
+    else:
+        make = functools.partial(str, ir_text)
+    digest = hashlib.sha256(f"{target.key}\n{key or make()}".encode()).hexdigest()
     dump = dump_request()
     if dump is not None:
-        _dump(ir_text, target, label, *dump)
-    payload = cache.read(key)
+        _dump(make(), target, label, *dump)
+    payload = cache.read(digest)
     if payload is None:
+        text = make()
         with _compile_lock:
             machine = _machine(target)
-            payload = bytes(machine.emit_object(_parse(ir_text, machine)))
-        cache.write(key, payload)
+            payload = bytes(machine.emit_object(_parse(text, machine)))
+        cache.write(digest, payload)
         logger.debug("compiled %s for %s", label, target.cpu)
     return payload
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from hybrid_moe.cpu_kernels.jit import cache
 from hybrid_moe.cpu_kernels.jit.compile import Target, emit_object, load_object
 
 logger = logging.getLogger(__name__)
@@ -44,21 +43,15 @@ def compile_drivers(modules: Sequence[str], entries: Mapping[str, str]) -> Mappi
         entries: exported name -> "module:function". Each function takes and returns int64 only.
     """
     target = Target(cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten())
-    key = hashlib.sha256(
-        "|".join(
-            [
-                target.key,
-                platform.python_version(),
-                metadata.version("numba"),
-                _source_digest(modules),
-                repr(sorted(entries.items())),
-            ]
-        ).encode()
-    ).hexdigest()
-    payload = cache.read(key)
-    if payload is None:
-        payload = emit_object(_drivers_ir(entries), target, "drivers")
-        cache.write(key, payload)
+    key = "|".join(
+        [
+            platform.python_version(),
+            metadata.version("numba"),
+            _source_digest(modules),
+            repr(sorted(entries.items())),
+        ]
+    )
+    payload = emit_object(lambda: _drivers_ir(entries), target, "drivers", key)
     return load_object(payload, list(entries))
 
 

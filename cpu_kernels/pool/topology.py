@@ -46,17 +46,13 @@ def cgroup_folders(controller: str) -> list[Path]:
 
 def cgroup_cpu_limit() -> float | None:
     """Processors' worth of time that the cgroups grant, or None where there is no quota."""
-    limits = [
-        limit for folder in cgroup_folders("cpu") if (limit := _quota_of(folder)) is not None
-    ]
+    limits = [limit for folder in cgroup_folders("cpu") if (limit := _quota_of(folder)) is not None]
     return min(limits, default=None)
 
 
 def _quota_of(folder: Path) -> float | None:
     words = " ".join(_lines(folder / "cpu.max")).split() or [
-        word
-        for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        for word in _lines(folder / name)
+        word for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us") for word in _lines(folder / name)
     ]
     try:
         quota, period = (int(word) for word in words)
