@@ -9,7 +9,7 @@ TREE := build/tree/hybrid_moe
 MODEL := examples/tiny_moe/model
 PROMPT ?= The old man looked out of the window and
 
-.PHONY: demo test lint format install install-dev wheel bench clean
+.PHONY: demo test lint format install install-dev wheel bench bench-load bench-peers clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -53,6 +53,13 @@ wheel: install-dev
 
 bench: install
 	$(BIN)/python bench/moe_layer.py
+
+bench-load: install
+	$(BIN)/python bench/load.py
+
+# KT_PYTHON: a Python that has kt-kernel. GGML_LIB: a folder with libggml-base.so and libggml-cpu.so.
+bench-peers: install
+	$(BIN)/python bench/peers.py $(if $(KT_PYTHON),--kt-python $(KT_PYTHON)) $(if $(GGML_LIB),--ggml-lib $(GGML_LIB))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -37,7 +37,7 @@ def random_matrix(fmt: WeightFormat, rng: np.random.Generator, N: int, K: int) -
     return Matrix(codes, scales)
 
 
-def random_expert(fmt: WeightFormat, seed: tuple[int, int], H: int, I: int) -> ExpertTensors:  # noqa: E741
+def random_expert(fmt: WeightFormat, seed: tuple[int, int], H: int, I: int) -> ExpertTensors:
     """Made anew from its seed when it is needed, so that one expert at a time is in memory."""
     rng = np.random.default_rng(seed)
     shapes = ((I, H), (I, H), (H, I))
@@ -62,7 +62,7 @@ def relative_error(y: npt.NDArray[Any], reference: F64) -> float:
 
 def measure(fmt: WeightFormat, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """Name of the inputs -> (error of the kernels, error of the rounded float64 result)."""
-    H, I, E, k, T = args.hidden, args.intermediate, args.experts, args.top_k, args.tokens  # noqa: E741
+    H, I, E, k, T = args.hidden, args.intermediate, args.experts, args.top_k, args.tokens
     rng = np.random.default_rng(args.seed)
     normal = rng.standard_normal((T, H), np.float32)
     outliers = normal.copy()

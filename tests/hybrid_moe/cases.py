@@ -20,7 +20,7 @@ SIZES = {
     "hidden_size": 64,
     "moe_intermediate_size": 96,
 }
-E, K, H, I = 8, 3, 64, 96  # noqa: E741
+E, K, H, I = 8, 3, 64, 96
 
 
 @dataclass

@@ -1,0 +1,216 @@
+"""Speed and memory of loading a checkpoint into packed experts.
+
+    python bench/load.py [--experts 64] [--threads N] [--directory DIR]
+
+Writes one layer of a DeepSeek-V4-style MXFP4 checkpoint (shape A) and loads it from the page cache
+in fresh processes. Memory that no process has used for a while can be much slower to get than to
+fill (a virtual machine's host may have to find it first). So each round first measures, in another
+process, how fast the system hands out memory, and loads twice: "again" loads into memory that the
+first load has just given back, where reading and packing are all that is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from problem import SHAPES, SOURCES, random_experts
+
+_PROJECTIONS = {"gate": "w1", "up": "w3", "down": "w2"}
+_EXPERTS_PER_SHARD = 32
+_PAGE = 4096
+
+
+def write_checkpoint(directory: Path, experts: int) -> None:
+    """`experts` of shape A under DeepSeek-V4's names and dtypes, in shards with an index."""
+    import torch
+    from safetensors.torch import save_file
+
+    sources = random_experts(SHAPES["A"], "MXFP4")
+    weight_map: dict[str, str] = {}
+    for first in range(0, experts, _EXPERTS_PER_SHARD):
+        tensors = {}
+        for expert in range(first, min(first + _EXPERTS_PER_SHARD, experts)):
+            for ours, theirs in _PROJECTIONS.items():
+                matrix = sources[expert % SOURCES][ours]
+                assert matrix.scales is not None
+                stem = f"layers.0.ffn.experts.{expert}.{theirs}"
+                codes, scales = (torch.from_numpy(a.copy()) for a in (matrix.codes, matrix.scales))
+                tensors[f"{stem}.weight"] = codes.view(torch.int8)
+                tensors[f"{stem}.scale"] = scales.view(torch.float8_e8m0fnu)
+        name = f"model-{first // _EXPERTS_PER_SHARD:05d}.safetensors"
+        save_file(tensors, directory / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def read_once(directory: Path) -> None:
+    """Bring the files into the page cache, 16 MiB at a time."""
+    buffer = bytearray(16 << 20)
+    for file in sorted(directory.glob("*.safetensors")):
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+
+
+def first_touch(nbytes: int) -> float:
+    """GB/s at which the system hands out anonymous memory, huge pages where it has them."""
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    view = np.frombuffer(memory, np.uint8)
+    start = time.perf_counter()
+    view[::_PAGE] = 1
+    return nbytes / (time.perf_counter() - start) / 1e9
+
+
+class PeakMemory:
+    """Highest resident anonymous memory of this process, sampled by a thread (bytes)."""
+
+    def __init__(self, interval: float = 0.002) -> None:
+        self.peak = self.now()
+        self._interval = interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    @staticmethod
+    def now() -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError("/proc/self/status has no RssAnon: Linux 4.5 or later is needed")
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self._interval):
+            self.peak = max(self.peak, self.now())
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak = max(self.peak, self.now())
+
+
+def load(directory: Path, threads: int) -> dict[str, Any]:
+    """Load the layer in this process, a fresh one, twice, and report."""
+    begin = time.perf_counter()
+    from hybrid_moe.cpu_kernels.layer import ExpertLayer
+    from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+    from hybrid_moe.formats import MXFP4
+    from hybrid_moe.loaders import Checkpoint, load_layer
+
+    imported = time.perf_counter()
+    shape = SHAPES["A"]
+
+    def once() -> tuple[int, float]:
+        """Packed bytes, seconds."""
+        start = time.perf_counter()
+        source = Checkpoint.open(directory).layer(0)
+        layer = ExpertLayer(
+            MXFP4, source.num_experts, shape.hidden, shape.intermediate, pool=PoolConfig(threads)
+        )
+        wanted = np.ones(source.num_experts, bool)
+        layer.allocate(wanted)
+        identity = np.arange(source.num_experts)
+        load_layer(source, identity, wanted, layer.load, fmt=MXFP4, threads=threads)
+        seconds = time.perf_counter() - start
+        nbytes = layer.nbytes
+        layer.close()
+        return nbytes, seconds
+
+    baseline = PeakMemory.now()
+    with PeakMemory() as memory:
+        packed, seconds = once()
+    _, again = once()
+    return {
+        "import_s": imported - begin,
+        "load_s": seconds,
+        "GBps": packed / seconds / 1e9,
+        "again_GBps": packed / again / 1e9,
+        "packed_bytes": packed,
+        "peak_anonymous_bytes": memory.peak - baseline,
+        "peak_over_packed": (memory.peak - baseline) / packed,
+    }
+
+
+def in_fresh_process(*arguments: str) -> dict[str, Any]:
+    """Run this file with `arguments`; its last line is JSON."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    answer: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return answer
+
+
+def benchmark(directory: Path, experts: int, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """Rounds of (hand out memory, load), each in a process of its own."""
+    write_checkpoint(directory, experts)
+    results = []
+    for _ in range(rounds):
+        read_once(directory)
+        nbytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        touch = in_fresh_process("--touch", str(nbytes))
+        results.append(
+            {**touch, **in_fresh_process("--load", str(directory), f"--threads={threads}")}
+        )
+    return results
+
+
+def main() -> None:
+    from common import processor, receipt, write_receipt
+    from rich.console import Console
+    from rich.table import Table
+
+    from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--directory", help="where to write the checkpoint; a temporary one if not given"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the receipt there")
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    parser.add_argument("--touch", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.touch:
+        print(json.dumps({"first_touch_GBps": first_touch(args.touch)}))
+        return
+    if args.load:
+        print(json.dumps(load(Path(args.load), args.threads)))
+        return
+    with tempfile.TemporaryDirectory(dir=args.directory) as name:
+        points = benchmark(Path(name), args.experts, args.threads, args.rounds)
+    table = Table(title=f"loading MXFP4 from the page cache, {args.threads} threads, {processor()}")
+    for column in ("round", "system hands out", "load", "again", "peak memory"):
+        table.add_column(column, justify="right")
+    for number, p in enumerate(points, 1):
+        table.add_row(
+            str(number),
+            f"{p['first_touch_GBps']:.2f} GB/s",
+            f"{p['GBps']:.2f} GB/s",
+            f"{p['again_GBps']:.2f} GB/s",
+            f"{p['peak_over_packed']:.3f} x packed",
+        )
+    Console(width=120).print(table)
+    packed = points[0]["packed_bytes"] / 1e9
+    print(f"{packed:.3f} GB packed. Peak of anonymous memory, less what was there after import.")
+    write_receipt(args.json, receipt("load", points, threads=args.threads))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Workers of `bench/peers.py`: one library per process, one interface."""

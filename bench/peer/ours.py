@@ -1,0 +1,28 @@
+"""hybrid_moe, through the layer that its wrapper uses."""
+
+from __future__ import annotations
+
+from common import make_layer
+from problem import Array, Batch, Shape, bf16_values
+
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from peer.interface import Peer
+
+
+class Ours(Peer):
+    def __init__(self, shape: Shape, method: str, threads: int, max_tokens: int) -> None:
+        self._layer = make_layer(shape, method, PoolConfig(threads), plain=True)
+
+    @property
+    def label(self) -> str:
+        return f"hybrid_moe ({self._layer.tier.name})"
+
+    def prepare(self, batches: list[Batch]) -> None:
+        self._batches = batches
+
+    def call(self, index: int) -> None:
+        batch = self._batches[index]
+        self._y = self._layer.forward(batch.x, batch.ids, batch.weights)
+
+    def output(self) -> Array:
+        return bf16_values(self._y)

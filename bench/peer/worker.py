@@ -1,0 +1,104 @@
+"""A process that holds one library and does what `bench/peers.py` tells it over a pipe.
+
+Commands are JSON lines on standard input, answers JSON lines on standard output; whatever the
+library prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from disturbance import OtherLoad
+from problem import SHAPES, batches_for, random_batches, random_experts, reference
+
+from peer.interface import Peer, UnavailableError
+
+_PR_SET_PDEATHSIG = 1
+
+PEERS = {
+    "ours": ("peer.ours", "Ours"),
+    "kt-kernel": ("peer.kt", "KtKernel"),
+    "torch": ("peer.torch_eager", "TorchEager"),
+    "ggml": ("peer.ggml", "Ggml"),
+}
+
+
+class Worker:
+    """Answers commands; `setup` comes first."""
+
+    def __init__(self, name: str) -> None:
+        module, self._class_name = PEERS[name]
+        self._module = module
+        self._peer: Peer | None = None
+
+    def setup(self, shape: str, method: str, threads: int, max_tokens: int) -> dict[str, Any]:
+        """Load the layer."""
+        self._shape, self._method = SHAPES[shape], method
+        peer = getattr(importlib.import_module(self._module), self._class_name)
+        self._peer = peer(self._shape, method, threads, max_tokens)
+        assert self._peer is not None
+        return {"label": self._peer.label}
+
+    def prepare(self, tokens: int, seed: int) -> dict[str, Any]:
+        """Get inputs ready and warm up; answers with the seconds of the first call."""
+        assert self._peer is not None
+        self._batches = random_batches(self._shape, tokens, batches_for(tokens), seed)
+        self._peer.prepare(self._batches)
+        start = time.perf_counter()
+        self._peer.call(0)
+        self._next = 1
+        return {"seconds": time.perf_counter() - start}
+
+    def run(self, seconds: float, least: int) -> dict[str, Any]:
+        """Time calls; the first is a warm-up, since the process was stopped until now."""
+        assert self._peer is not None
+        samples: list[float] = []
+        others = OtherLoad()
+        begin = time.perf_counter()
+        while len(samples) <= least or time.perf_counter() - begin < seconds:
+            start = time.perf_counter()
+            self._peer.call(self._next % len(self._batches))
+            samples.append(time.perf_counter() - start)
+            self._next += 1
+        return {"samples": samples[1:], "others": others.share()}
+
+    def error(self, tokens: int, seed: int, outliers: int) -> dict[str, Any]:
+        """||y - reference|| / ||reference|| against float64 on the dequantized weights."""
+        assert self._peer is not None
+        batch = random_batches(self._shape, tokens, 1, seed, outliers)[0]
+        expected = reference(random_experts(self._shape, self._method), batch)
+        self._peer.prepare([batch])
+        self._peer.call(0)
+        difference = self._peer.output().astype(np.float64) - expected
+        return {"error": float(np.linalg.norm(difference) / np.linalg.norm(expected))}
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends: it may be stopped by then."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    _end_with_parent()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    worker = Worker(sys.argv[1])
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            answer = getattr(worker, command.pop("op"))(**command)
+        except (UnavailableError, ImportError) as reason:
+            answer = {"unavailable": str(reason)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

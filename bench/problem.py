@@ -1,0 +1,166 @@
+"""What every benchmark computes: shapes, random routing, random weights, a float64 reference.
+
+NumPy only, so that a peer's worker can run in an environment that has nothing else of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+
+SOURCES = 4
+"""Distinct random experts; the others are copies of them at addresses of their own."""
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+SCALE_GROUP = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One MoE layer: hidden H, intermediate I, experts E, top-k, and gpt-oss's options.
+
+    `experts` is what a benchmark allocates: enough to be far larger than any cache.
+    """
+
+    name: str
+    model: str
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    biased: bool = False
+    limit: float = 0.0
+    alpha: float = 0.0
+
+    @property
+    def weights_per_expert(self) -> int:
+        return 3 * self.hidden * self.intermediate
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-accumulates of a call."""
+        return tokens * self.top_k * self.weights_per_expert
+
+    @property
+    def matrices(self) -> Mapping[str, tuple[int, int]]:
+        """Output rows and inputs of each projection."""
+        H, I = self.hidden, self.intermediate
+        return {"gate": (I, H), "up": (I, H), "down": (H, I)}
+
+
+SHAPES: Mapping[str, Shape] = MappingProxyType(
+    {
+        s.name: s
+        for s in (
+            Shape("A", "DeepSeek-V4-Flash", 4096, 2048, 64, 6),
+            Shape("B", "Qwen3-30B-A3B", 2048, 768, 128, 8),
+            Shape("C", "gpt-oss-20b", 2880, 2880, 32, 4, biased=True, limit=7.0, alpha=1.702),
+            Shape("D", "DeepSeek-V3", 7168, 2048, 24, 8),
+            Shape("small", "accuracy only", 1024, 512, 8, 4),
+        )
+    }
+)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A random matrix: MXFP4 as nibbles [N, K/2] with E8M0 bytes [N, K/32], BF16 as bits [N, K]."""
+
+    codes: Array
+    scales: Array | None
+
+    def dequantize(self) -> Array:
+        """float64 [N, K]."""
+        if self.scales is None:
+            return bf16_values(self.codes).astype(np.float64)
+        nibbles = np.stack([self.codes & 15, self.codes >> 4], -1).reshape(len(self.codes), -1)
+        values = np.array([*E2M1, *(-v for v in E2M1)])[nibbles]
+        return values * np.repeat(2.0 ** (self.scales.astype(np.float64) - 127), SCALE_GROUP, 1)
+
+
+def bf16_bits(x: Array) -> npt.NDArray[np.uint16]:
+    """float32 -> bf16 bits, to nearest even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded: npt.NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return rounded
+
+
+def bf16_values(bits: Array) -> npt.NDArray[np.float32]:
+    """bf16 bits -> float32."""
+    values: npt.NDArray[np.float32] = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values
+
+
+def random_experts(shape: Shape, method: str) -> list[dict[str, Codes]]:
+    """`SOURCES` experts of valid random codes, the same for every caller.
+
+    Raises:
+        ValueError: this module cannot make weights of `method`.
+    """
+    rng = np.random.default_rng(11)
+
+    def matrix(N: int, K: int) -> Codes:
+        if method == "MXFP4":
+            codes = np.frombuffer(rng.bytes(N * K // 2), np.uint8).reshape(N, K // 2)
+            return Codes(codes, rng.integers(119, 122, (N, K // SCALE_GROUP), dtype=np.uint8))
+        if method == "BF16":
+            return Codes(bf16_bits(rng.standard_normal((N, K), dtype=np.float32) / 50), None)
+        raise ValueError(f"no random weights of {method}: MXFP4 and BF16 can be made")
+
+    return [{name: matrix(*size) for name, size in shape.matrices.items()} for _ in range(SOURCES)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one call: x bf16 bits [T, H], ids int64 [T, k] distinct, weights float32 [T, k]."""
+
+    x: npt.NDArray[np.uint16]
+    ids: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+
+    @property
+    def distinct_experts(self) -> int:
+        return len(np.unique(self.ids))
+
+
+def random_batches(
+    shape: Shape, tokens: int, count: int, seed: int, outliers: int = 0
+) -> list[Batch]:
+    """`count` batches; every token of every batch draws its experts anew.
+
+    Args:
+        outliers: this many channels of x are 40 times as large as the others.
+    """
+    rng = np.random.default_rng((seed, tokens))
+    batches = []
+    for _ in range(count):
+        x = rng.standard_normal((tokens, shape.hidden), dtype=np.float32)
+        x[:, rng.permutation(shape.hidden)[:outliers]] *= 40
+        ids = np.argsort(rng.random((tokens, shape.experts)), axis=1)[:, : shape.top_k]
+        weights = rng.random((tokens, shape.top_k), dtype=np.float32)
+        weights /= weights.sum(1, keepdims=True)
+        batches.append(Batch(bf16_bits(x), np.ascontiguousarray(ids, np.int64), weights))
+    return batches
+
+
+def batches_for(tokens: int) -> int:
+    """Different batches per point: with one token each touches few experts, so take many."""
+    return 64 if tokens == 1 else 16 if tokens <= 16 else 4
+
+
+def reference(experts: list[dict[str, Codes]], batch: Batch) -> Array:
+    """float64 [T, H]: plain SwiGLU experts on the dequantized weights."""
+    x = bf16_values(batch.x).astype(np.float64)
+    dense = [{name: codes.dequantize() for name, codes in expert.items()} for expert in experts]
+    y = np.zeros_like(x)
+    for token, slot in np.ndindex(batch.ids.shape):
+        w = dense[batch.ids[token, slot] % len(dense)]
+        gate, up = w["gate"] @ x[token], w["up"] @ x[token]
+        y[token] += batch.weights[token, slot] * (w["down"] @ (gate / (1 + np.exp(-gate)) * up))
+    return y
