@@ -87,6 +87,7 @@ class ExpertLayer:
         self._arenas: list[Arena] = []
         self._slots_of: npt.NDArray[np.int64] = np.full(num_experts, -1, np.int64)
         self._loaded: npt.NDArray[np.bool_] = np.zeros(num_experts, np.bool_)
+        self._has_experts = False
         self._descriptor: Slots | None = None
         self._group: PoolGroup | None = None
         self._closed = False
@@ -164,6 +165,7 @@ class ExpertLayer:
             self._biases[name, expert] = kept
             self._bias_tables[name][expert] = kept.ctypes.data
         self._loaded[expert] = True
+        self._has_experts = True
 
     @property
     def loaded(self) -> npt.NDArray[np.bool_]:
@@ -287,7 +289,7 @@ class ExpertLayer:
         """The threads and the descriptor; the first pass starts and builds them."""
         if self._closed:
             raise RuntimeError("this layer is closed")
-        if not self._loaded.any():
+        if not self._has_experts:
             raise RuntimeError("no expert of this layer has been loaded")
         self._check_process()
         if self._group is None:
