@@ -246,7 +246,9 @@ class _Meter:
     def __init__(self, total: int, progress: bool | Progress) -> None:
         self._total, self._done, self._lock = total, 0, threading.Lock()
         self._call = progress if callable(progress) else None
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=progress is not True)
+        self._bar = tqdm(
+            total=total, unit="B", unit_scale=True, disable=None if progress is True else True
+        )
 
     def __enter__(self) -> _Meter:
         return self

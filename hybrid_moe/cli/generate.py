@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,8 @@ def generate(
 
     from hybrid_moe.integrations.transformers import from_pretrained
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     started = perf_counter()
     loaded = from_pretrained(model, method=method, threads=threads, pools=pools)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)

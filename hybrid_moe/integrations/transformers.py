@@ -78,7 +78,9 @@ def offload(
             raise ValueError(
                 f"{specs[name].where} is on the meta device: it has no weights to move"
             )
-    for name in tqdm(list(found), desc="Packing experts", unit="layer", disable=not progress):
+    for name in tqdm(
+        list(found), desc="Packing experts", unit="layer", disable=None if progress else True
+    ):
         experts = HybridExperts(specs[name])
         fill(experts.allocate(options), found.pop(name), specs[name], options.fmt)
         replace_module(model, name, experts)
@@ -144,7 +146,7 @@ def from_pretrained(
         sources = [experts_source(checkpoint, n, m.spec) for n, m in experts.items()]
         pairs = zip(sources, experts.values(), strict=True)
         for source, module in tqdm(
-            pairs, "Loading experts", len(sources), unit="layer", disable=not progress
+            pairs, "Loading experts", len(sources), unit="layer", disable=None if progress else True
         ):
             load_experts(source, module, options)
         _refuse_saving(model)
