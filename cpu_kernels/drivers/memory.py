@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -271,12 +273,24 @@ def call9(
     return _call_kernel(9)
 
 
-driver = njit(
-    nogil=True,
-    error_model="numpy",
-    no_cpython_wrapper=True,
-    no_cfunc_wrapper=True,
-    _nrt=False,
-    boundscheck=False,
-)
-"""Decorator of drivers: no interpreter, no reference counts, no exceptions."""
+_RETURNS = {"int": types.int64, "bool": types.boolean, "None": types.void}
+
+
+def driver(function: Callable[..., Any]) -> Any:
+    """Decorator of drivers: no interpreter, no reference counts, no exceptions.
+
+    The signature comes from the annotations (every parameter an int64). Left to itself, Numba
+    would compile a function anew for each combination of literal arguments.
+    """
+    parameters = inspect.signature(function).parameters
+    returns = _RETURNS[function.__annotations__["return"]]
+    signature = returns(*[types.int64] * len(parameters))
+    return njit(
+        [signature],
+        nogil=True,
+        error_model="numpy",
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+        _nrt=False,
+        boundscheck=False,
+    )(function)

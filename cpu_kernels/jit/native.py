@@ -64,9 +64,7 @@ def _drivers_ir(entries: Mapping[str, str]) -> str:
         module_name, _, function_name = path.partition(":")
         driver = getattr(importlib.import_module(module_name), function_name)
         arity = len(inspect.signature(driver.py_func).parameters)
-        signature = types.int64(*[types.int64] * arity)
-        driver.compile(signature)
-        compiled = driver.overloads[signature.args]
+        compiled = driver.overloads[(types.int64,) * arity]
         modules.append(
             (compiled.library.get_llvm_str(), exported, compiled.fndesc.llvm_func_name, arity)
         )
