@@ -114,10 +114,7 @@ def emit_object(
         ir_text: the IR, or what makes it; called only if it is needed.
         key: what shapes the object, where that is known without the IR; default: the IR itself.
     """
-    if callable(ir_text):
-        make = functools.lru_cache(maxsize=1)(ir_text)
-    else:
-        make = functools.partial(str, ir_text)
+    make = functools.lru_cache(maxsize=1)(ir_text if callable(ir_text) else lambda: str(ir_text))
     digest = hashlib.sha256(f"{target.key}\n{key or make()}".encode()).hexdigest()
     dump = dump_request()
     if dump is not None:
