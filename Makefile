@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TREE := build/tree/hybrid_moe
 MODEL := examples/tiny_moe/model
-PROMPT ?= The old man looked out of the window and
+PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
 
 .PHONY: demo test lint format install install-dev wheel bench bench-load bench-peers clean
 
@@ -27,7 +27,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 demo: install
-	$(BIN)/hybrid-moe generate --model $(MODEL) --prompt "$(PROMPT)" --max-new-tokens 120
+	$(BIN)/hybrid-moe generate --model $(MODEL) --prompt "$(PROMPT)" --max-new-tokens 120 --temperature 0.7 --seed 2
 
 test: install-dev
 	$(BIN)/python -m pytest
