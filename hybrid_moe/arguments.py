@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +36,16 @@ UNSUPPORTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
 )
 """kt-kernel's options without an equivalent here: name -> (default, why it cannot be changed)."""
 
+LARGEST: Mapping[str, int] = MappingProxyType(
+    {
+        "num_experts": 1 << 16,
+        "num_experts_per_tok": 1 << 16,
+        "hidden_size": 1 << 20,
+        "moe_intermediate_size": 1 << 20,
+    }
+)
+"""Far above any model. A slip of the finger must not make tables that fill the memory."""
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -58,9 +69,11 @@ class LayerShape:
         """Raise `ValueError` unless a layer of these sizes can exist in `fmt`."""
         if self.layer_idx < 0:
             raise ValueError(f"layer_idx is {self.layer_idx}, must be 0 or more")
-        for name in ("num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
+        for name, largest in LARGEST.items():
+            if not 1 <= getattr(self, name) <= largest:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, must be 1 or more and at most {largest}"
+                )
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok is {self.num_experts_per_tok}, "
@@ -84,11 +97,35 @@ def integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, not {value!r}") from None
 
 
+def integers(name: str, item: str, values: Any) -> list[int]:
+    """`values` as ints, or `TypeError` naming the argument or one `item` of it."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of integers, not {values!r}")
+    return [integer(item, value) for value in values]
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a float, or `TypeError` naming the argument; text and bool are no numbers here."""
+    if isinstance(value, (str, bytes, bool)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} must be a number, not {value!r}") from error
+
+
+def tier_name(isa: Any) -> str | None:
+    """`isa` if it is text or None; which tiers there are, the layer knows."""
+    if isa is None or isinstance(isa, str):
+        return isa
+    raise TypeError(f"isa must be the name of a tier or None, not {isa!r}")
+
+
 def refuse_unsupported(given: Mapping[str, Any]) -> None:
     """Raise `ValueError` for the first option of `UNSUPPORTED` that is not at its default."""
     for name, value in given.items():
         default, why = UNSUPPORTED[name]
-        if value != default:
+        if not isinstance(value, (type(default), Number)) or value != default:
             raise ValueError(f"{name}={value!r} is not supported ({why}); leave it at {default!r}")
 
 
@@ -96,8 +133,13 @@ def existing_path(weight_path: str | os.PathLike[str] | None) -> Path | None:
     """The checkpoint's path, resolved; `FileNotFoundError` if it is given and does not exist."""
     if weight_path is None:
         return None
-    path = Path(weight_path).expanduser()
-    if not path.exists():
+    if not isinstance(weight_path, (str, os.PathLike)):
+        raise TypeError(f"weight_path must be a path or None, not {type(weight_path).__name__}")
+    try:
+        path = Path(weight_path).expanduser()
+    except RuntimeError as error:  # "~name" without such a user
+        raise FileNotFoundError(f"weight_path {str(weight_path)!r}: {error}") from error
+    if not str(weight_path) or not path.exists():
         raise FileNotFoundError(
             f"weight_path {str(weight_path)!r} does not exist; "
             "it must be a checkpoint's directory or file"
@@ -139,6 +181,8 @@ def check_mask(mask: Any, num_experts: int) -> None:
             f"gpu_experts_mask must be a bool tensor [{num_experts}] or None, not "
             f"{type(mask).__name__}; a number of experts is given as num_gpu_experts="
         )
+    if mask.layout is not torch.strided or mask.is_meta:
+        raise ValueError("gpu_experts_mask must be an ordinary tensor, not a sparse or a meta one")
     if mask.dtype != torch.bool:
         raise TypeError(f"gpu_experts_mask must be torch.bool, not {mask.dtype}")
     if tuple(mask.shape) != (num_experts,):
@@ -190,7 +234,7 @@ def deferred_experts(value: Any, shape: LayerShape) -> int:
 
 def batch_sizes(sizes: Any) -> list[int]:
     """Batch sizes as a sorted list of distinct positive ints."""
-    checked = sorted({integer("a capture batch size", size) for size in sizes})
+    checked = sorted(set(integers("capture_bs", "a capture batch size", sizes)))
     if checked and checked[0] < 1:
         raise ValueError(f"a capture batch size is {checked[0]}, must be 1 or more")
     return checked
@@ -205,5 +249,5 @@ def pool_config(threads: Any, pools: Any, numa_nodes: Any) -> PoolConfig:
     pools = 1 if pools is None else integer("threadpool_count", pools)
     nodes = None
     if numa_nodes is not None:
-        nodes = tuple(integer("a NUMA node", node) for node in numa_nodes)
+        nodes = tuple(integers("numa_nodes", "a NUMA node", numa_nodes))
     return PoolConfig(threads=threads, pools=pools, numa_nodes=nodes)

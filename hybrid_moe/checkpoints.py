@@ -1,39 +1,71 @@
 """Open checkpoints, one for each path, shared by the layers that read from it.
 
-A checkpoint's index is scanned once for all layers, not once for each.
+A checkpoint's index is scanned once for all layers, not once for each. It is scanned again when a
+file has changed since: offsets of an older file would read garbage from a newer one.
 """
 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from hybrid_moe.arguments import LayerShape
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.layer import LayerSource
+from hybrid_moe.loaders.safetensors import INDEX_NAME
 from hybrid_moe.tensors import CheckpointError
 
-_open: dict[Path, Checkpoint] = {}
+Stamp = tuple[tuple[int, int, int] | None, ...]
+"""Inode, size and time of change of each file; None for a file that does not exist."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint, the files it was read from, and their stamp at that time."""
+
+    checkpoint: Checkpoint
+    files: tuple[Path, ...]
+    stamp: Stamp
+
+
+_open: dict[Path, _Opened] = {}
 _lock = threading.Lock()
 
 
 def checkpoint_at(path: Path) -> Checkpoint:
-    """The checkpoint at the resolved `path`, opened if it is not yet.
+    """The checkpoint at the resolved `path`, opened if it is not yet or has changed since.
 
     Raises:
         CheckpointError: it is damaged, or no checkpoint.
     """
     with _lock:
-        if path not in _open:
-            _open[path] = Checkpoint.open(path)
-        return _open[path]
+        opened = _open.get(path)
+        if opened is None or _stamp(opened.files) != opened.stamp:
+            checkpoint = Checkpoint.open(path)
+            shards = {tensor.file for tensor in checkpoint.index.tensors.values()}
+            # the folder itself, since files come and go
+            files = (path, path / "config.json", path / INDEX_NAME, *sorted(shards))
+            opened = _open[path] = _Opened(checkpoint, files, _stamp(files))
+        return opened.checkpoint
+
+
+def _stamp(files: tuple[Path, ...]) -> Stamp:
+    return tuple(_stamp_of(file) for file in files)
+
+
+def _stamp_of(file: Path) -> tuple[int, int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def release() -> None:
-    """Forget all open checkpoints; a later load opens them anew."""
+    """Forget all open checkpoints; a later load opens them anew. Files close as soon as no load
+    reads from them."""
     with _lock:
-        for checkpoint in _open.values():
-            checkpoint.close()
         _open.clear()
 
 

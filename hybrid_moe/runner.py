@@ -141,6 +141,8 @@ class LayerRunner:
             raise RuntimeError(
                 f"layer {index} has no submission: call submit_forward before sync_forward"
             )
+        if not isinstance(hidden, torch.Tensor):
+            raise TypeError(f"hidden_states must be a tensor, not {type(hidden).__name__}")
         expected = (pending.tokens, self._shape.hidden_size)
         if tuple(hidden.shape) != expected or hidden.device != pending.device:
             raise ValueError(

@@ -104,6 +104,8 @@ def check_call(
     for name, tensor in (("hidden_states", hidden), ("topk_ids", ids), ("topk_weights", weights)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, not sparse or nested")
     if hidden.dtype != torch.bfloat16:
         raise TypeError(
             f"hidden_states has dtype {hidden.dtype}, must be torch.bfloat16: "

@@ -46,8 +46,14 @@ def check_stacked(
         given = projections[name]
         N, K = (H, I) if name == "down" else (I, H)
         for part, tensor in (("proj", given.weight), ("scale", given.scale), ("bias", given.bias)):
-            if tensor is not None and not isinstance(tensor, torch.Tensor):
+            if tensor is None and part != "proj":
+                continue
+            if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name}_{part} must be a tensor, not {type(tensor).__name__}")
+            if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+                raise TypeError(f"{name}_{part} must be a dense tensor with values, not meta")
+            if part == "bias" and tensor.dtype not in FLOAT_TYPES:
+                raise TypeError(f"{name}_bias has dtype {tensor.dtype}, must be a float type")
         weight = given.weight
         coded = weight.dtype in (torch.uint8, torch.int8) and fmt.scale is not None
         if not coded and weight.dtype not in FLOAT_TYPES:

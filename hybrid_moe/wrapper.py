@@ -115,7 +115,10 @@ class KTMoEWrapper:
             }
         )
         self.format = format_named(method)
-        self.activation = Activation(limit=float(swiglu_limit), alpha=float(swiglu_alpha))
+        self.activation = Activation(
+            limit=arguments.number("swiglu_limit", swiglu_limit),
+            alpha=arguments.number("swiglu_alpha", swiglu_alpha),
+        )
         self.shape = arguments.LayerShape(
             *(
                 arguments.integer(name, value)
@@ -138,7 +141,7 @@ class KTMoEWrapper:
         self.weight_path = arguments.existing_path(weight_path)
         self.pool = arguments.pool_config(cpuinfer_threads, threadpool_count, numa_nodes)
         self.strict = strict
-        self._isa = isa
+        self._isa = arguments.tier_name(isa)
         self._layer = self._new_layer()  # holds no memory yet; checks sizes and isa
         self._runner: LayerRunner | None = None
         self._chain = Chain.join((self.weight_path, self.hidden_size, self.pool), self)

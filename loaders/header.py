@@ -110,8 +110,11 @@ def read_header(file: Path) -> list[TensorInfo]:
     """The tensors of one safetensors file, in the order of their data.
 
     Raises:
-        CheckpointError: the file is truncated, or its header is not a valid one.
+        CheckpointError: no regular file (to open a pipe would wait for its writer), or it is
+            truncated, or its header is not a valid one.
     """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no regular file; a safetensors file is needed here")
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(8)

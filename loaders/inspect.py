@@ -115,8 +115,8 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointSummary:
     config = checkpoint.text_config
     return CheckpointSummary(
         path=str(checkpoint.index.path),
-        model_type=checkpoint.config.get("model_type"),
-        architectures=tuple(checkpoint.config.get("architectures") or ()),
+        model_type=next(iter(_strings(checkpoint.config.get("model_type"))), None),
+        architectures=_strings(checkpoint.config.get("architectures")),
         scheme=checkpoint.keys_of(checkpoint.layers[0]).scheme.name if checkpoint.layers else None,
         moe_layers=checkpoint.layers,
         num_layers=_first_int(config, "num_hidden_layers"),
@@ -143,6 +143,12 @@ def _ram(layers: list[LayerSource]) -> dict[str, int]:
         for name, fmt in FORMATS.items()
         if layers and all(can_encode(layer.stored, fmt) for layer in layers)
     }
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    """A string, or the strings in a list; nothing of other values that a file may hold."""
+    given = value if isinstance(value, list) else [value]
+    return tuple(item for item in given if isinstance(item, str))
 
 
 def _first_int(config: Mapping[str, object], *names: str) -> int | None:

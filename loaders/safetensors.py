@@ -197,7 +197,7 @@ def _read_weight_map(index_file: Path) -> Mapping[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_file}: weight_map is no table of tensors and files")
     for key, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise CheckpointError(f"{index_file}: {key} is in {name!r}, which is no file name")
     return weight_map
 

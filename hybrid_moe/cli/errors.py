@@ -19,8 +19,9 @@ Result = TypeVar("Result")
 EXTRAS = {"transformers": "transformers", "tokenizers": "transformers", "gguf": "gguf"}
 """Module -> the extra of this package that installs it."""
 
-USER_ERRORS = (OSError, ValueError, NotImplementedError, ImportError)
-"""Missing files, damaged checkpoints, impossible settings, unsupported models, missing extras."""
+USER_ERRORS = (OSError, ValueError, NotImplementedError, ImportError, MemoryError)
+"""Missing files, damaged checkpoints, impossible settings, unsupported models, missing extras,
+models larger than the memory."""
 
 
 @dataclass
@@ -43,6 +44,8 @@ def readable(command: Callable[Parameters, Result]) -> Callable[Parameters, Resu
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
             return command(*args, **kwargs)
+        except BrokenPipeError:  # `... | head`: the reader has enough, which is no error
+            raise
         except USER_ERRORS as error:
             if settings.debug:
                 raise

@@ -26,22 +26,25 @@ def generate(
     pools: Annotated[int, typer.Option(help="Worker pools, one per NUMA node.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling, where temperature is above 0.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**63 - 1, help="Of the sampling, where temperature is above 0."),
+    ] = 0,
 ) -> None:
     """Continue a prompt with the model's experts on the CPU."""
     import torch
     import transformers
 
-    from hybrid_moe.integrations.transformers import from_pretrained
+    from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
+    from hybrid_moe.integrations.transformers import check_directory, from_pretrained
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     started = perf_counter()
+    check_directory(model)
+    choose_tier()  # a tier that HYBRID_MOE_ISA names wrongly is told before minutes of loading
+    tokenizer, inputs = tokenize(model, prompt)
     loaded = from_pretrained(model, method=method, threads=threads, pools=pools)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].shape[1] == 0:
-        raise ValueError("the prompt is empty: give at least one token to continue")
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -61,6 +64,33 @@ def generate(
         )
     typer.echo("")
     typer.echo(clock.summary(inputs["input_ids"].shape[1]), err=True)
+
+
+def tokenize(model: Path, prompt: str) -> tuple[Any, Any]:
+    """The checkpoint's tokenizer, and the prompt as its tokens.
+
+    Raises:
+        ValueError: no usable tokenizer, or the prompt has no tokens.
+    """
+    import transformers
+
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one token to continue")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is no valid UTF-8") from None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the tokenizer in {model} cannot be loaded: {error}") from error
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError(
+            f"the tokenizer in {model} makes no token of the prompt; are its files "
+            "(tokenizer.json, tokenizer_config.json) there?"
+        )
+    return tokenizer, inputs
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -55,7 +55,8 @@ def model_facts(summary: CheckpointSummary) -> dict[str, str]:
         "family": summary.model_type or "unknown (no config.json)",
         "architectures": ", ".join(summary.architectures) or "unknown",
         "layers": f"{layers}, with experts: {_layers(summary.moe_layers)}",
-        "experts": f"{summary.num_experts} per layer, {summary.experts_per_token} per token",
+        "experts": f"{summary.num_experts} per layer, "
+        f"{summary.experts_per_token or 'an unknown number'} per token",
         "sizes": f"hidden {summary.hidden}, intermediate {summary.intermediate}",
         "names": summary.scheme or "no experts under a known name",
         "formats": "; ".join(f"{n}: layers {_layers(ls)}" for n, ls in summary.formats.items()),

@@ -125,11 +125,7 @@ def from_pretrained(
     from hybrid_moe.integrations.loading import experts_source, load_experts, load_skeleton
     from hybrid_moe.loaders import Checkpoint
 
-    path = Path(directory)
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} is not a directory: pass the folder of a downloaded checkpoint"
-        )
+    path = check_directory(directory)
     if "experts_implementation" in kwargs:
         raise ValueError(
             "hybrid_moe.from_pretrained always runs experts through hybrid_moe: "
@@ -153,6 +149,16 @@ def from_pretrained(
     finally:
         checkpoint.close()
     return model
+
+
+def check_directory(directory: str | Path) -> Path:
+    """The folder as a path; `FileNotFoundError` where there is none."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is not a directory: pass the folder of a downloaded checkpoint"
+        )
+    return path
 
 
 def first_layer(checkpoint: Checkpoint) -> LayerSource:

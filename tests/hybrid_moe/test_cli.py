@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +135,38 @@ def test_errors_are_one_paragraph(checkpoint: Path, tmp_path: Path) -> None:
         lines = [line for line in result.stderr.splitlines() if line.startswith("hybrid-moe: ")]
         assert len(lines) == 1 and message in lines[0]
         assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "prompt", "env", "message"),
+    [
+        (lambda d: [f.unlink() for f in d.glob("token*")], "x", {}, "makes no token of the prompt"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), "x", {}, "tokenizer in .* cannot be"),
+        (lambda d: None, "\udcff", {}, "the prompt is no valid UTF-8"),
+        (lambda d: None, "x", {"HYBRID_MOE_ISA": "quantum"}, "HYBRID_MOE_ISA=quantum: no such"),
+    ],
+)
+def test_generate_finds_what_is_wrong_before_it_loads(
+    checkpoint: Path, tmp_path: Path, damage: Any, prompt: str, env: dict[str, str], message: str
+) -> None:
+    directory = shutil.copytree(checkpoint, tmp_path / "model")
+    damage(directory)
+    result = run("generate", "--model", directory, "--prompt", prompt, env=env)
+    assert result.exit_code == 2, result.output
+    assert re.search(f"^hybrid-moe: .*{message}", result.stderr, re.MULTILINE)
+    assert "ready" not in result.stderr
+
+
+def test_a_reader_that_has_enough_is_no_error(checkpoint: Path) -> None:
+    program = (
+        "import os, sys\nfrom hybrid_moe.cli import main\n"
+        "reader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 1)\n"
+        "sys.argv = ['hybrid-moe', 'generate', '--prompt', 'x', '--max-new-tokens', '4',\n"
+        f"            '--threads', '1', '--model', {str(checkpoint)!r}]\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Broken pipe" not in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("arguments", "env"), [(["--debug"], {}), ([], {"HYBRID_MOE_DEBUG": "1"})])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,14 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit_index(lambda index: index["weight_map"].update(a="../model-1.safetensors")),
         r"a is in '\.\./model-1\.safetensors', which is no file name",
     ),
+    "index names no file": (
+        edit_index(lambda index: index["weight_map"].update(a="")),
+        r"a is in '', which is no file name",
+    ),
+    "index names the folder above": (
+        edit_index(lambda index: index["weight_map"].update(a="..")),
+        r"a is in '\.\.', which is no file name",
+    ),
     "index names the wrong shard": (
         edit_index(lambda index: index["weight_map"].update(a="model-2.safetensors")),
         r"a: .*says that it is in .*model-2\.safetensors, but it is not",
@@ -189,6 +198,25 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
             (path / INDEX_NAME).unlink(),
         ),
         r"b: in .*model-1\.safetensors and again in .*model-3\.safetensors",
+    ),
+    "pipe as a shard": (
+        lambda path: (
+            (path / INDEX_NAME).unlink(),
+            (path / "model-1.safetensors").unlink(),
+            os.mkfifo(path / "model-1.safetensors"),
+        ),
+        r"model-1\.safetensors: no regular file",
+    ),
+    "folder as a shard": (
+        lambda path: ((path / INDEX_NAME).unlink(), (path / "x.safetensors").mkdir()),
+        r"x\.safetensors: no regular file",
+    ),
+    "dangling link": (
+        lambda path: (
+            (path / INDEX_NAME).unlink(),
+            (path / "x.safetensors").symlink_to(path / "gone"),
+        ),
+        r"x\.safetensors: no regular file",
     ),
     "no shards": (
         lambda path: [file.unlink() for file in path.iterdir()],
