@@ -51,7 +51,7 @@ def check_stacked(
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name}_{part} must be a tensor, not {type(tensor).__name__}")
             if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
-                raise TypeError(f"{name}_{part} must be a dense tensor with values, not meta")
+                raise TypeError(f"{name}_{part} must be a dense tensor, not sparse or meta")
             if part == "bias" and tensor.dtype not in FLOAT_TYPES:
                 raise TypeError(f"{name}_bias has dtype {tensor.dtype}, must be a float type")
         weight = given.weight
