@@ -42,7 +42,7 @@ lint: install-dev
 	rm -rf build/tree && $(MAKE) --no-print-directory $(TREE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd build && MYPYPATH=$(CURDIR)/build/tree $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p hybrid_moe
+	cd build && MYPYPATH=$(CURDIR)/build/tree $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p hybrid_moe
 
 format: install-dev
 	$(BIN)/ruff check --fix .

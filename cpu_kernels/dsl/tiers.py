@@ -215,8 +215,8 @@ AVX512_BF16 = Tier(
 TIERS: Mapping[str, Tier] = MappingProxyType(
     {t.name: t for t in (PORTABLE, AVX2, AVX512, AVX512_VNNI, AVX512_BF16)}
 )
-"""Every tier, least capable first. The place of AMX, which extends AVX512_BF16, is at the end: a dot
-kernel asks for its tile ops as it asks for `byte_dot` and `pair_dot` now."""
+"""Every tier, least capable first. The place of AMX, which extends AVX512_BF16, is at the end: a
+dot kernel will ask for its tile ops as it asks for `byte_dot` and `pair_dot` now."""
 
 
 @dataclass(frozen=True)
