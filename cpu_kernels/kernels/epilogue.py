@@ -76,7 +76,7 @@ def activate(encoding: Encoding) -> KernelBody:
                 up = emit.load(sums + at + 64, F32, 16, align=64)
                 gate = gate + emit.load(gate_bias + 64 * index, F32, 16, align=4)
                 up = up + emit.load(up_bias + 64 * index, F32, 16, align=4)
-                gate = (gate > limit).select(limit_like(emit, limit), gate)
+                gate = (gate > limit).select(limit, gate)
                 up = clamp(up, -limit, limit)
                 glu = gate / (exp(-(gate * alpha)) + 1.0)
                 halves.append(to_bf16(glu * (up + offset)))
@@ -85,10 +85,6 @@ def activate(encoding: Encoding) -> KernelBody:
             encoding.store(emit, h, row, group, groups)
 
     return body
-
-
-def limit_like(emit: Emit, limit: Val) -> Val:
-    return emit.broadcast(limit, 16)
 
 
 def combine(
