@@ -204,6 +204,11 @@ class Emit:
     def i64(self, value: int) -> Val:
         return self.splat(value, I64)
 
+    def opaque(self, value: Val) -> Val:
+        """The same scalar, but the optimizer no longer knows what it is."""
+        kind = ir.FunctionType(value.ir.type, [value.ir.type])
+        return Val(self, self.builder.asm(kind, "", "=r,0", [value.ir], False))
+
     # memory
 
     def load(self, address: Val, element: ir.Type, lanes: int = 1, align: int = 1) -> Val:

@@ -24,7 +24,8 @@ _E2M1_BYTES = tuple(int(2 * v) + BYTE_DOT_OFFSET for v in E2M1_VALUES)
 
 MXFP4_GROUP_BYTES = 512
 MXFP4_UNPACKED_GROUP_BYTES = 1024
-BF16_GROUP_BYTES = 2048
+BF16_PAIR_BYTES = 128  # two inputs of 32 rows
+BF16_GROUP_BYTES = GROUP // 2 * BF16_PAIR_BYTES
 
 
 class _Sums:
@@ -157,16 +158,25 @@ def bf16_dot(tokens: int) -> KernelBody:
             memory.clear(tokens)
         slots = [(t, p) for t in range(tokens) for p in range(PANELS)]
         total = {slot: emit.var(memory.load(*slot)) for slot in slots}
-        with emit.loop(begin, end) as group:
-            at = codes + (group - begin) * BF16_GROUP_BYTES
-            inputs = [r + group * (2 * GROUP) for r in row]
+        # Both panels read the same inputs. Seen as equal, the loads would be kept in registers that
+        # the accumulators need (12 tokens: 24 of 32); behind an unknown zero each is an operand of
+        # the instruction that uses it.
+        unknown_zero = emit.opaque(emit.i64(0))
+        # A few pairs per turn of the loop: within a block the compiler chooses the order, and over
+        # a whole group it takes token by token, with all weights of the group in registers.
+        unrolled = max(1, 8 // tokens)
+        first = begin * (GROUP // 2)
+        with emit.loop(first, end * (GROUP // 2), step=unrolled) as pair:
+            at = codes + (pair - first) * BF16_PAIR_BYTES
+            inputs = [r + pair * 4 for r in row]
             if tokens == 1:
-                _prefetch(emit, at, BF16_GROUP_BYTES)
-            for pair in range(GROUP // 2):
+                _prefetch(emit, at, unrolled * BF16_PAIR_BYTES)
+            for i in range(unrolled):
                 for panel in range(PANELS):
-                    w = emit.load(at + 64 * (PANELS * pair + panel), I32, 16, align=64)
+                    w = emit.load(at + (BF16_PAIR_BYTES * i + 64 * panel), I32, 16, align=64)
                     for t in range(tokens):
-                        x = emit.load(inputs[t] + 4 * pair, I32, align=4)
+                        at_x = inputs[t] + 4 * i
+                        x = emit.load(at_x + unknown_zero if panel else at_x, I32, align=4)
                         old = total[t, panel].get()
                         total[t, panel].set(emit.op("pair_dot", old, w, x))
         for slot in slots:
