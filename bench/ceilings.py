@@ -9,15 +9,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
-import os
-import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 
+from hybrid_moe.cpu_kernels.bandwidth import repetitions_per_second
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, available_tiers, choose_tier
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
@@ -122,35 +120,18 @@ def peak_macs(op: DotOp, threads: int, tier: Tier | None = None, seconds: float 
 def _run(op: DotOp, tile: Tile, threads: int, tier: Tier, seconds: float) -> float:
     """Multiply-accumulates per second of one tile."""
     kernel = _compiled(op, tile, tier)
-    cpus = PoolConfig(threads).worker_cpus()
     # ones (bf16) and small bytes: no subnormals, no NaN
     pattern = 0x3F803F80 if op.is_float else 0x01010101
     words = np.full((_ACTIVATION_WINDOW + 4096) // 4, pattern, np.int32)
     aligned = words.ctypes.data + -words.ctypes.data % 64
     steps_per_call = 20_000
     macs_per_call = steps_per_call * tile.accumulators * ROWS * op.inputs
-    calls = [0] * threads
-    barrier = threading.Barrier(threads + 1)
-    stop = threading.Event()
+    outs = [np.zeros(16 * tile.accumulators, np.int32) for _ in range(threads)]
 
-    def work(index: int) -> None:
-        os.sched_setaffinity(0, {cpus[index]})
-        out = np.zeros(16 * tile.accumulators, np.int32)
-        barrier.wait()
-        while not stop.is_set():
-            kernel(aligned, aligned + 1024, steps_per_call, out.ctypes.data)
-            calls[index] += 1
+    def call(thread: int) -> None:
+        kernel(aligned, aligned + 1024, steps_per_call, outs[thread].ctypes.data)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
-    for worker in workers:
-        worker.start()
-    barrier.wait()
-    begin = time.perf_counter()
-    time.sleep(seconds)
-    stop.set()
-    for worker in workers:
-        worker.join()
-    return sum(calls) * macs_per_call / (time.perf_counter() - begin)
+    return repetitions_per_second(PoolConfig(threads), call, seconds) * macs_per_call
 
 
 def mac_ceiling(method: str, threads: int, tier: Tier | None = None) -> float:

@@ -200,10 +200,10 @@ class ExpertLayer:
         slots[f.L_BLOCKS] = self._blocks.ctypes.data
         slots[f.L_STRIPS] = self._strips.ctypes.data
         for base, layout in (
-            (f.L_GU_GROUPS, self.gate_up_layout),
-            (f.L_DN_GROUPS, self.down_layout),
+            (f.L_GU_LAYOUT, self.gate_up_layout),
+            (f.L_DN_LAYOUT, self.down_layout),
         ):
-            slots[base : base + 5] = (
+            slots[base : base + f.LAYOUT_SLOTS] = (
                 layout.groups,
                 layout.code_bytes_per_group,
                 layout.scale_bytes_per_group,

@@ -36,19 +36,20 @@ L_GATE_UP = 18  # int64 [pools][E]: address of the pool's gate/up strips, 0 = no
 L_DOWN = 19
 L_BLOCKS = 20  # int64 [pools + 1]: first 32-row block of the intermediate of each pool
 L_STRIPS = 21  # int64 [pools + 1]: first strip of the hidden rows of each pool
-L_GU_GROUPS = 22  # hidden / 32, then the layout of gate/up strips
-L_GU_CODE_BYTES = 23
-L_GU_SCALE_BYTES = 24
-L_GU_SCALE_OFFSET = 25
-L_GU_STRIP_BYTES = 26
-L_DN_GROUPS = 27  # intermediate / 32, then the layout of down strips
-L_DN_CODE_BYTES = 28
-L_DN_SCALE_BYTES = 29
-L_DN_SCALE_OFFSET = 30
-L_DN_STRIP_BYTES = 31
+L_GU_LAYOUT = 22  # of gate/up strips, LAYOUT_SLOTS slots
+L_DN_LAYOUT = 27  # of down strips
 L_DIRECT = 32  # MAX_SIZES pairs (tokens, kernel), descending, ending with 1
 L_TILED = L_DIRECT + 2 * MAX_SIZES
 LAYER_SLOTS = L_TILED + 2 * MAX_SIZES
+
+# A strip layout within a layer (`panels.StripLayout`), relative to L_GU_LAYOUT or L_DN_LAYOUT.
+
+LAYOUT_GROUPS = 0  # K / 32
+LAYOUT_CODE_BYTES = 1  # of a group
+LAYOUT_SCALE_BYTES = 2  # of a group
+LAYOUT_SCALE_OFFSET = 3
+LAYOUT_STRIP_BYTES = 4
+LAYOUT_SLOTS = 5
 
 # Job: one forward of one layer. It lives in a slot of the group's ring and is reused, so every
 # claim word carries the job's sequence number.

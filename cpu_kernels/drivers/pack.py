@@ -6,11 +6,6 @@ from hybrid_moe.cpu_kernels.drivers.memory import driver, load8, load32, store8,
 
 
 @driver
-def _word(address: int) -> int:
-    return load32(address)
-
-
-@driver
 def pack_strips(
     out: int,
     first_strip: int,
@@ -52,7 +47,7 @@ def pack_strips(
                     continue
                 source = codes + row * code_stride
                 for w in range(words):
-                    store32(at + 128 * w, _word(source + 4 * w))
+                    store32(at + 128 * w, load32(source + 4 * w))
                 source = scales + row * scale_stride
                 for g in range(scales_per_row):
                     store8(to + scale_offset + 32 * g + 16 * panel + lane, load8(source + g))

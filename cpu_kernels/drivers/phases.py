@@ -76,11 +76,11 @@ def dot_strips(
     chunk of K at a time: its codes are unpacked once into the cache, and a tile of tokens meets
     all strips before the next tile, so that the tokens too are read once for all strips.
     """
-    groups = get(layer, layout)
-    code_bytes = get(layer, layout + 1)
-    scale_bytes = get(layer, layout + 2)
-    scale_offset = get(layer, layout + 3)
-    strip_bytes = get(layer, layout + 4)
+    groups = get(layer, layout + f.LAYOUT_GROUPS)
+    code_bytes = get(layer, layout + f.LAYOUT_CODE_BYTES)
+    scale_bytes = get(layer, layout + f.LAYOUT_SCALE_BYTES)
+    scale_offset = get(layer, layout + f.LAYOUT_SCALE_OFFSET)
+    strip_bytes = get(layer, layout + f.LAYOUT_STRIP_BYTES)
     if count <= get(layer, f.L_DIRECT_LIMIT):
         kernels = layer + 8 * f.L_DIRECT
         for s in range(strips):
@@ -140,7 +140,7 @@ def gate_up_task(job: int, layer: int, pool: int, task: int, scratch: int) -> No
     count = load32(get(job, f.J_ACTIVE_START) + 4 * index + 4) - start
     experts = get(layer, f.L_EXPERTS)
     base = load64(get(layer, f.L_GATE_UP) + 8 * (pool * experts + expert))
-    strip_bytes = get(layer, f.L_GU_STRIP_BYTES)
+    strip_bytes = get(layer, f.L_GU_LAYOUT + f.LAYOUT_STRIP_BYTES)
     gate_bias = load64(get(layer, f.L_GATE_BIAS) + 8 * expert)
     up_bias = load64(get(layer, f.L_UP_BIAS) + 8 * expert)
     rows = get(job, f.J_PAIR_X) + 8 * start
@@ -152,7 +152,7 @@ def gate_up_task(job: int, layer: int, pool: int, task: int, scratch: int) -> No
     while block < end:
         blocks = min(f.MAX_STRIPS // 2, end - block)
         strip = base + 2 * (block - first_block) * strip_bytes
-        dot_strips(layer, f.L_GU_GROUPS, strip, 2 * blocks, rows, count, sums, sums_bytes, unpacked)
+        dot_strips(layer, f.L_GU_LAYOUT, strip, 2 * blocks, rows, count, sums, sums_bytes, unpacked)
         for b in range(blocks):
             call9(
                 get(layer, f.L_ACTIVATE),
@@ -161,7 +161,7 @@ def gate_up_task(job: int, layer: int, pool: int, task: int, scratch: int) -> No
                 count,
                 h_rows,
                 block + b,
-                get(layer, f.L_DN_GROUPS),
+                get(layer, f.L_DN_LAYOUT + f.LAYOUT_GROUPS),
                 gate_bias + 128 * (block + b),
                 up_bias + 128 * (block + b),
                 get(layer, f.L_PARAMETERS),
@@ -178,7 +178,7 @@ def down_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
     end = min(last_strip, begin + per_task)
     tokens = get(job, f.J_TOKENS)
     experts = get(layer, f.L_EXPERTS)
-    strip_bytes = get(layer, f.L_DN_STRIP_BYTES)
+    strip_bytes = get(layer, f.L_DN_LAYOUT + f.LAYOUT_STRIP_BYTES)
     sums = scratch + get(job, f.J_SCRATCH_SUMS)
     sums_bytes = get(job, f.J_SUMS_BYTES)
     unpacked = scratch + get(job, f.J_SCRATCH_UNPACKED)
@@ -193,7 +193,7 @@ def down_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
         rows = get(job, f.J_PAIR_H) + 8 * start
         codes = base + (begin - first_strip) * strip_bytes
         dot_strips(
-            layer, f.L_DN_GROUPS, codes, end - begin, rows, count, sums, sums_bytes, unpacked
+            layer, f.L_DN_LAYOUT, codes, end - begin, rows, count, sums, sums_bytes, unpacked
         )
         for strip in range(begin, end):
             call6(

@@ -168,7 +168,7 @@ def encode_tokens(job: int, layer: int, begin: int, end: int) -> None:
         get(job, f.J_X_ROWS) + begin * row_bytes,
         row_bytes,
         end - begin,
-        get(layer, f.L_GU_GROUPS),
+        get(layer, f.L_GU_LAYOUT + f.LAYOUT_GROUPS),
     )
 
 

@@ -132,7 +132,6 @@ def participate(group: int, sequence: int, pool: int, worker: int, deadline: int
     job = ring_slot(group, sequence)
     for phase in range(f.PHASES):
         take_tasks(group, job, sequence, phase, pool, worker, deadline)
-        spins = 0
         while not phase_is_done(job, sequence, phase):
             if load_acquire(group + 8 * f.G_COMPLETED) >= sequence:
                 return
@@ -141,7 +140,6 @@ def participate(group: int, sequence: int, pool: int, worker: int, deadline: int
             if load_acquire(group + 8 * f.G_STOP) != 0:
                 return
             pause()
-            spins += 1
 
 
 @driver
