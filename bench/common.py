@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 from disturbance import ATTEMPTS, DISTURBED, OtherLoad
 from problem import SHAPES, SOURCES, Codes, Shape, random_experts
@@ -23,9 +17,21 @@ from hybrid_moe.cpu_kernels.bandwidth import ReadProbe
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats import format_named
+from hybrid_moe.receipt import processor, receipt, write_receipt
 from hybrid_moe.tensors import ExpertTensors, Matrix
+
+__all__ = [
+    "Timing",
+    "make_layer",
+    "parse_list",
+    "parse_shapes",
+    "processor",
+    "receipt",
+    "time_beside_bandwidth",
+    "time_calls",
+    "write_receipt",
+]
 
 
 def parse_list(text: str) -> list[str]:
@@ -39,36 +45,6 @@ def parse_shapes(text: str) -> list[Shape]:
     if unknown:
         raise SystemExit(f"unknown shape {unknown[0]}: there are {', '.join(SHAPES)}")
     return [SHAPES[name] for name in parse_list(text)]
-
-
-def processor() -> str:
-    """The processor's name, LLVM's name of its family, and how many cores we may use."""
-    name = "unknown processor"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model"):
-            name = value.strip()
-            break
-    return f"{name} ({llvm.get_host_cpu_name()}), {usable_cores()} cores"
-
-
-def receipt(bench: str, points: Sequence[dict[str, Any]], **facts: Any) -> dict[str, Any]:
-    """A measurement as it is stored: what ran, where, with which versions."""
-    packages = ("hybrid-moe", "llvmlite", "numba", "numpy")
-    return {
-        "bench": bench,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "processor": processor(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        **facts,
-        "points": list(points),
-    }
-
-
-def write_receipt(path: str | None, document: dict[str, Any]) -> None:
-    """Write JSON where the user asked for it."""
-    if path:
-        Path(path).write_text(json.dumps(document, indent=1) + "\n")
 
 
 def make_layer(

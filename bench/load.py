@@ -209,7 +209,7 @@ def main() -> None:
     Console(width=120).print(table)
     packed = points[0]["packed_bytes"] / 1e9
     print(f"{packed:.3f} GB packed. Peak of anonymous memory, less what was there after import.")
-    write_receipt(args.json, receipt("load", points, threads=args.threads))
+    write_receipt(args.json, receipt("load", points=points, threads=args.threads))
 
 
 if __name__ == "__main__":

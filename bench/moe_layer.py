@@ -1,17 +1,20 @@
 """Speed of one MoE layer on the CPU, beside the ceilings of this machine and these seconds.
 
     python bench/moe_layer.py --methods MXFP4,BF16 --shapes A --tokens 1,4,16,64,256,1024
+    python bench/moe_layer.py --tiers all --threads 1,2 --tokens 1,1024
 
-Each point is the median call of `ExpertLayer.forward`; every call routes every token anew, over
-more experts than any cache holds. The read bandwidth is measured just before and just after it.
+Points are methods x shapes x tokens x threads x ISA tiers; tiers that this processor lacks are
+listed as skipped. Each point is the median call of `ExpertLayer.forward`; every call routes every
+token anew, over more experts than any cache holds. The read bandwidth is measured just before and
+just after it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import asdict, dataclass
 
-from ceilings import mac_ceiling
 from common import (
     make_layer,
     parse_list,
@@ -26,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_moe.cpu_kernels.bandwidth import ReadProbe
+from hybrid_moe.cpu_kernels.ceilings import mac_ceiling, usable_tiers
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -99,10 +103,10 @@ def measure(
 def table(points: list[Point]) -> Table:
     """The points as a rich table."""
     shown = Table(title=f"one MoE layer on {processor()}")
-    for name in ("method", "shape"):
+    for name in ("method", "shape", "tier"):
         shown.add_column(name)
     for name in (
-        "tokens", "ms", "GB/s of weights", "read GB/s now", "% of read",
+        "threads", "tokens", "ms", "GB/s of weights", "read GB/s now", "% of read",
         "GMAC/s", "ceiling", "% of ceiling", "tokens/s", "others",
     ):  # fmt: skip
         shown.add_column(name, justify="right")
@@ -110,6 +114,8 @@ def table(points: list[Point]) -> Table:
         shown.add_row(
             p.method,
             p.shape,
+            p.isa,
+            str(p.threads),
             str(p.tokens),
             f"{p.ms:.3f}",
             f"{p.weight_bandwidth:.2f}",
@@ -124,29 +130,33 @@ def table(points: list[Point]) -> Table:
     return shown
 
 
-def run(
-    methods: list[str],
-    shapes: list[Shape],
-    tokens: list[int],
-    threads: int,
-    tier: Tier,
-    seconds: float,
-    console: Console,
-) -> list[Point]:
+@dataclass(frozen=True)
+class Series:
+    """What to measure: every combination."""
+
+    methods: list[str]
+    shapes: list[Shape]
+    tokens: list[int]
+    threads: list[int]
+    tiers: list[Tier]
+    seconds: float
+
+
+def run(series: Series, console: Console) -> list[Point]:
     """All points; one layer is in memory at a time."""
-    pool = PoolConfig(threads)
-    probe = ReadProbe(threads)
     points = []
-    for method in methods:
-        ceiling = mac_ceiling(method, threads, tier)
-        for shape in shapes:
+    for threads, tier, method in itertools.product(series.threads, series.tiers, series.methods):
+        pool = PoolConfig(threads)
+        probe = ReadProbe(pool)
+        ceiling = mac_ceiling(method, pool, tier)
+        for shape in series.shapes:
             layer = make_layer(shape, method, pool, tier)
-            for count in tokens:
-                points.append(measure(layer, shape, count, seconds, probe, ceiling))
-                p = points[-1]
+            for count in series.tokens:
+                p = measure(layer, shape, count, series.seconds, probe, ceiling)
+                points.append(p)
                 console.log(
-                    f"{method} {shape.name}, {count} tokens: {p.ms:.2f} ms, "
-                    f"{p.weight_bandwidth:.1f} of {p.read_bandwidth:.1f} GB/s, "
+                    f"{method} {shape.name}, {tier.name}, {threads} threads, {count} tokens: "
+                    f"{p.ms:.2f} ms, {p.weight_bandwidth:.1f} of {p.read_bandwidth:.1f} GB/s, "
                     f"{p.rate:.0f} of {p.rate_ceiling:.0f} GMAC/s"
                 )
             layer.close()
@@ -160,28 +170,36 @@ def main() -> None:
     parser.add_argument("--methods", default="MXFP4,BF16")
     parser.add_argument("--shapes", default="A", help="rows of the shapes table, A to D")
     parser.add_argument("--tokens", default="1,4,16,64,256,1024")
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--isa", help="an ISA tier; the best one that runs here by default")
+    parser.add_argument("--threads", default=str(usable_cores()), help="with commas")
+    parser.add_argument("--tiers", help="ISA tiers with commas, or `all`; default: the best one")
     parser.add_argument("--seconds", type=float, default=1.5, help="time of each point")
     parser.add_argument("--json", metavar="FILE", help="write the receipt there")
     args = parser.parse_args()
-    console = Console(width=120)
-    points = run(
+    console = Console(width=140)
+    if args.tiers is None:
+        tiers, skipped = [choose_tier()], {}
+    else:
+        tiers, skipped = usable_tiers([] if args.tiers == "all" else parse_list(args.tiers))
+    for name, missing in skipped.items():
+        console.print(f"skipped: {name} needs {missing}")
+    series = Series(
         parse_list(args.methods),
         parse_shapes(args.shapes),
         [int(t) for t in parse_list(args.tokens)],
-        args.threads,
-        choose_tier(args.isa),
+        [int(t) for t in parse_list(args.threads)],
+        tiers,
         args.seconds,
-        console,
     )
+    points = run(series, console)
     console.print(table(points))
     console.print(
-        f"{args.threads} threads, ISA tier {points[0].isa}. Ceilings: read bandwidth measured "
-        "around each point with as many threads; peak of the tier's dot product alone. "
-        "Others: share of the processors that other processes and guests had meanwhile."
+        "Ceilings: read bandwidth measured around each point with as many threads; peak of the "
+        "tier's dot product alone. Others: share of the processors that other processes and guests "
+        "had meanwhile."
     )
-    write_receipt(args.json, receipt("moe_layer", [asdict(p) for p in points]))
+    write_receipt(
+        args.json, receipt("moe_layer", points=[asdict(p) for p in points], skipped=skipped)
+    )
 
 
 if __name__ == "__main__":

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from hybrid_moe.cpu_kernels.kernels.probe import reader
+from hybrid_moe.cpu_kernels.drivers.fields import MAX_POOLS
+from hybrid_moe.cpu_kernels.kernels.probe import BYTES_PER_STEP, reader
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
+
+BLOCK = 4 << 20
+"""Bytes read in a row where blocks come in random order: about a projection of a small expert."""
+
+_LEAST_BUFFER = 512 << 20
+_BLOCKS_PER_THREAD = 8
+_CACHES = Path("/sys/devices/system/cpu")
+_UNITS = {"K": 10, "M": 20, "G": 30}
 
 
 def repetitions_per_second(
@@ -49,35 +62,83 @@ def repetitions_per_second(
     return sum(calls) / (time.perf_counter() - begin)
 
 
+def on_all_nodes(threads: int) -> PoolConfig:
+    """`threads` spread over every NUMA node that this process may use, a pool on each."""
+    return PoolConfig(threads, pools=min(threads, len(numa_nodes()), MAX_POOLS))
+
+
+def cache_bytes() -> int:
+    """Bytes of all third-level caches of the machine, 0 where the kernel does not tell."""
+    caches = {}
+    for level in _CACHES.glob("cpu[0-9]*/cache/index*/level"):
+        if level.read_text().strip() == "3":
+            size = re.fullmatch(r"(\d+)([KMG])", (level.parent / "size").read_text().strip())
+            shared_by = (level.parent / "shared_cpu_list").read_text().strip()
+            if size:
+                caches[shared_by] = int(size[1]) << _UNITS[size[2]]
+    return sum(caches.values())
+
+
 class ReadProbe:
-    """Reads a buffer far larger than the caches with `threads` pinned threads.
+    """Reads buffers far larger than the caches with pinned threads.
+
+    Every pool of `config` has a buffer on its own NUMA node, and every thread its part of it.
 
     Args:
-        threads: how many read at once, each its own part.
-        nbytes: size of the buffer.
+        config: threads and where they run; a number spreads them over all nodes.
+        nbytes: of all buffers together; default: far beyond the caches.
+        block: bytes that are read in a row, a multiple of 512.
+
+    Raises:
+        ValueError: `nbytes` is less than a block per thread, or `block` no multiple of 512.
     """
 
-    def __init__(self, threads: int, nbytes: int = 512 << 20) -> None:
-        self._config = PoolConfig(threads)
-        self._arena = Arena(nbytes)
-        self._arena.bytes[:] = 1  # untouched pages would all be the one zero page
+    def __init__(
+        self, config: PoolConfig | int, nbytes: int | None = None, block: int = BLOCK
+    ) -> None:
+        self._config = on_all_nodes(config) if isinstance(config, int) else config
+        threads = self._config.threads
+        if nbytes is None:
+            nbytes = max(_LEAST_BUFFER, 4 * cache_bytes(), threads * _BLOCKS_PER_THREAD * block)
+        blocks = nbytes // threads // block
+        if blocks < 1 or block % BYTES_PER_STEP:
+            raise ValueError(
+                f"{nbytes} bytes in blocks of {block} for {threads} threads: each thread needs a "
+                f"block, and a block is a multiple of {BYTES_PER_STEP} bytes"
+            )
+        self._bytes_per_call = blocks * block
+        self._block = block
+        several = len(numa_nodes()) > 1
+        self._arenas = []
+        self._in_order: list[npt.NDArray[np.int64]] = []
+        for node, members in zip(self._config.nodes, self._config.threads_per_pool, strict=True):
+            arena = Arena(members * self._bytes_per_call, node if several else None)
+            arena.bytes[:] = 1  # untouched pages would all be the one zero page
+            self._arenas.append(arena)
+            starts = arena.address + block * np.arange(members * blocks, dtype=np.int64)
+            self._in_order += list(starts.reshape(members, blocks))
+        rng = np.random.default_rng(0)
+        self._at_random = [rng.permutation(starts) for starts in self._in_order]
         self._read = reader()
 
-    def measure(self, seconds: float = 0.2) -> float:
-        """GB/s over about `seconds` of reading."""
-        threads = self._config.threads
-        share = self._arena.nbytes // threads // (8 * 512) * (8 * 512)
-        outs = [np.zeros(16, np.int32) for _ in range(threads)]
+    def measure(self, seconds: float = 0.2, at_random: bool = False) -> float:
+        """GB/s over about `seconds` of reading.
 
-        def read(index: int) -> None:
-            start = self._arena.address + index * share
-            for part in range(8):
-                self._read(start + part * (share // 8), share // 8, outs[index].ctypes.data)
+        Args:
+            at_random: each thread reads its blocks in random order, as experts are read.
+        """
+        tables = self._at_random if at_random else self._in_order
+        outs = [np.zeros(16, np.int32) for _ in tables]
 
-        return repetitions_per_second(self._config, read, seconds) * share / 1e9
+        def read(thread: int) -> None:
+            table = tables[thread]
+            self._read(table.ctypes.data, len(table), self._block, outs[thread].ctypes.data)
+
+        rate = repetitions_per_second(self._config, read, seconds)
+        return rate * self._bytes_per_call / 1e9
 
 
 def measure_read_bandwidth(threads: int, seconds: float = 0.5) -> float:
-    """Median of three measurements, GB/s."""
+    """Median of three measurements, GB/s, `threads` spread over the NUMA nodes."""
     probe = ReadProbe(threads)
     return float(np.median([probe.measure(seconds / 3) for _ in range(3)]))

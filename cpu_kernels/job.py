@@ -13,6 +13,7 @@ from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.panels import STRIP_ROWS, round_up
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
 
+MOST_BLOCK_TOKENS = 32  # of any dot kernel (kernels.tile_dot)
 _TASKS_PER_WORKER = 12
 _INLINE_ENCODE_TOKENS = 4
 _ENCODE_TOKENS_PER_TASK = 16
@@ -52,8 +53,9 @@ class JobShape:
 
     @property
     def sums_bytes(self) -> int:
-        """float32 [most tokens of one expert][32]; an expert may get every pair."""
-        return 4 * STRIP_ROWS * max(1, self.pairs)
+        """float32 [most tokens of one expert][32]; an expert may get every pair, and a matrix unit
+        writes whole blocks."""
+        return 4 * STRIP_ROWS * round_up(max(1, self.pairs), MOST_BLOCK_TOKENS)
 
     @property
     def worker_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,14 @@ from hybrid_moe.cpu_kernels.pack import pack_gate_up, pack_rows
 from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, group_for
-from hybrid_moe.cpu_kernels.slots import JobSlot, SlotReport, SlotScratch
+from hybrid_moe.cpu_kernels.slots import JobSlot, LiveMask, SlotReport, SlotScratch
+from hybrid_moe.cpu_kernels.unpack import unpack_gate_up, unpack_rows
 from hybrid_moe.formats import WeightFormat
 from hybrid_moe.tensors import ExpertTensors, check_matrix
 
 MAX_TOKENS_PER_JOB = 2048
 """Larger batches are cut: scratch grows with tokens x k, and 2048 already amortise unpacking."""
 
-_CHUNK_BYTES = 16 << 10  # codes unpacked at a time: half of a 32 KiB L1
 
 
 def _shares(units: int, parts: tuple[int, ...]) -> npt.NDArray[np.int64]:
@@ -94,6 +95,7 @@ class ExpertLayer:
         self._pid = os.getpid()
         self._job_shapes: dict[tuple[int, int], JobShape] = {}
         self._job_slots: weakref.WeakSet[JobSlot] = weakref.WeakSet()
+        self._live_masks: dict[int, LiveMask] = {}
 
     # loading
 
@@ -167,6 +169,41 @@ class ExpertLayer:
         self._loaded[expert] = True
         self._has_experts = True
 
+    def check_readable(self, expert: int) -> None:
+        """Raise unless `unpack(expert)` can succeed: see there."""
+        if self._closed:
+            raise RuntimeError("this layer is closed")
+        self._check_process()
+        if not 0 <= expert < self.num_experts or not self._loaded[expert]:
+            raise IndexError(f"expert {expert} is not loaded in this layer")
+
+    def unpack(self, expert: int) -> ExpertTensors:
+        """A copy of a loaded expert, bit for bit as `load` was given it. Thread-safe.
+
+        Raises:
+            IndexError: it is not loaded. RuntimeError: closed, or this is a forked child.
+        """
+        self.check_readable(expert)
+        slot, gate_up, down = int(self._slots_of[expert]), [], []
+        for pool, arena in enumerate(self._arenas):
+            size = self.expert_nbytes(pool)
+            packed = arena.bytes[slot * size : (slot + 1) * size]
+            split = int(self._down[pool, expert] - self._gate_up[pool, expert])
+            gate_up.append(packed[:split].reshape(-1, self.gate_up_layout.nbytes))
+            down.append(packed[split:].reshape(-1, self.down_layout.nbytes))
+        gate, up = unpack_gate_up(
+            np.concatenate(gate_up), self.gate_up_layout, self.fmt, self.intermediate
+        )
+        matrices = {"gate": gate, "up": up}
+        matrices["down"] = unpack_rows(
+            np.concatenate(down), self.down_layout, self.fmt, self.hidden
+        )
+        for name, matrix in matrices.items():
+            bias = self._biases[name, expert]
+            if bias is not self._no_bias:
+                matrices[name] = replace(matrix, bias=bias.copy())
+        return ExpertTensors(**matrices)
+
     @property
     def loaded(self) -> npt.NDArray[np.bool_]:
         """Which experts are packed (bool [E], a copy)."""
@@ -185,13 +222,15 @@ class ExpertLayer:
         slots[f.L_COMBINE] = kernels.combine
         slots[f.L_CLEAR] = kernels.clear
         slots[f.L_FINISH] = kernels.finish
+        slots[f.L_ENTER] = kernels.enter
+        slots[f.L_LEAVE] = kernels.leave
         slots[f.L_UNPACK] = kernels.unpack
         slots[f.L_CHUNK_GROUP_BYTES] = kernels.chunk_group_bytes
         slots[f.L_DIRECT_LIMIT] = kernels.direct_limit
         slots[f.L_PARAMETERS] = self._parameters.ctypes.data
         slots[f.L_X_ROW_BYTES] = kernels.encoding.row_bytes(self.gate_up_layout.groups)
         slots[f.L_H_ROW_BYTES] = kernels.encoding.row_bytes(self.down_layout.groups)
-        slots[f.L_CHUNK_GROUPS] = max(1, _CHUNK_BYTES // kernels.chunk_group_bytes)
+        slots[f.L_CHUNK_GROUPS] = kernels.chunk_groups
         slots[f.L_GATE_BIAS] = self._bias_tables["gate"].ctypes.data
         slots[f.L_UP_BIAS] = self._bias_tables["up"].ctypes.data
         slots[f.L_DOWN_BIAS] = self._bias_tables["down"].ctypes.data
@@ -211,8 +250,8 @@ class ExpertLayer:
                 layout.nbytes,
             )
         for base, table in ((f.L_DIRECT, kernels.direct), (f.L_TILED, kernels.tiled)):
-            pairs = [word for size in sorted(table, reverse=True) for word in (size, table[size])]
-            slots[base : base + len(pairs)] = pairs
+            words = [word for dot in table for word in (dot.least, dot.most, dot.address)]
+            slots[base : base + len(words)] = words
         return slots
 
     # forward
@@ -313,7 +352,7 @@ class ExpertLayer:
         weights: int,
         skip: int,
         out: int,
-        count_ignored: bool,
+        ignored_ids: int,
         scratch: SlotScratch,
     ) -> JobSlot:
         """A job over fixed buffers that compiled host functions post and await (CUDA streams).
@@ -321,18 +360,21 @@ class ExpertLayer:
         Args:
             tokens, top_k: T and k.
             x, out: addresses of bf16 [T, H]. ids: of int64 [T, k]. weights: of float32 [T, k].
-            skip: address of bool [E], read at each post.
-            count_ignored: whether ids out of range appear in `slot_report`.
+            skip: address of bool [E], the layer's live mask: each post takes a snapshot of it.
+            ignored_ids: what ids out of range mean, `fields.IDS_*`.
             scratch: of `slot_shape(tokens, top_k)`.
         """
         group, descriptor = self._ready()
         group.start_background_worker()
-        slot = JobSlot(group, scratch, count_ignored, owned=(self, self._arenas, descriptor))
+        if skip not in self._live_masks:
+            self._live_masks[skip] = LiveMask(skip, self.num_experts)
+        owned = (self, self._arenas, descriptor)
+        slot = JobSlot(group, scratch, self._live_masks[skip], ignored_ids, owned)
         job = slot.template
         job[f.J_LAYER] = self._descriptor_address
         job[f.J_TOKENS] = tokens
         job[f.J_X], job[f.J_IDS], job[f.J_WEIGHTS] = x, ids, weights
-        job[f.J_SKIP], job[f.J_OUT] = skip, out
+        job[f.J_OUT] = out
         self._job_slots.add(slot)
         return slot
 

@@ -1,7 +1,7 @@
-"""Jobs over fixed buffers, posted and awaited by compiled host functions of a CUDA stream.
+"""Jobs over fixed buffers that a GPU's stream posts and awaits, see `drivers.host`.
 
 A captured CUDA graph replays addresses, so everything that one points at lives as long as its
-slot: the template of the job, the scratch, and the descriptor that both functions get.
+slot: the template of the job, the scratch, and the descriptor that compiled code gets.
 """
 
 from __future__ import annotations
@@ -17,6 +17,22 @@ from hybrid_moe.cpu_kernels.job import JobShape
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
 
+TIMEOUT_S = 60.0
+"""A pool that completes no job for so long is taken for dead: far above any batch's time."""
+
+_FAULTS: Slots = np.zeros(1, np.int64)
+
+_REASONS = {
+    f.ERROR_TIMEOUT: "the CPU workers completed nothing for {timeout:g} s",
+    f.ERROR_STUCK: "the CPU workers were still busy with a job that had been given up",
+    f.ERROR_STOPPED: "the CPU workers have been stopped",
+}
+
+
+def faults() -> int:
+    """How many runs of slots have gone wrong in this process; reading it costs nothing."""
+    return int(_FAULTS[0])
+
 
 class SlotScratch:
     """What a run works in. Slots whose runs never overlap share it: those of all layers of a
@@ -27,38 +43,85 @@ class SlotScratch:
         self.template = shape.template(self.workspace)
 
 
+class LiveMask:
+    """The mask of a layer that others change at any time, as its latest launch has seen it.
+
+    Args:
+        live: address of bool [E].
+        experts: E.
+    """
+
+    def __init__(self, live: int, experts: int) -> None:
+        self._block: Slots = np.zeros(f.K_SLOTS + -(-experts // 8), np.int64)
+        self._block[f.K_LIVE] = live
+        self._block[f.K_EXPERTS] = experts
+        self.address = int(self._block.ctypes.data)
+        self.snapshot = self.address + 8 * f.K_SLOTS
+
+
 class JobSlot:
     """One reusable job.
 
+    Args:
+        group: its workers.
+        scratch: shared with slots whose runs never overlap with this one's.
+        mask: the layer's.
+        ignored_ids: what ids out of range mean, `fields.IDS_*`.
+        owned: kept alive.
+        timeout: seconds, see `TIMEOUT_S`.
+
     Attributes:
-        post_fn: address of `void(void *)` that reads the mask, routes and posts the job; it waits
-            only while the ring of jobs is full.
+        post_fn: address of `void(void *)` that takes a snapshot of the mask, routes and posts the
+            job; it waits only while the ring of jobs is full.
         wait_fn: address of `void(void *)` that returns when the latest run has ended.
-        user_data: argument of both.
+        user_data: argument of both, and what a stream writes into a mailbox.
         template: the job's slots, to be filled in before the first post.
     """
 
     def __init__(
-        self, group: PoolGroup, scratch: SlotScratch, count_ignored: bool, owned: object
+        self,
+        group: PoolGroup,
+        scratch: SlotScratch,
+        mask: LiveMask,
+        ignored_ids: int,
+        owned: object,
+        timeout: float = TIMEOUT_S,
     ) -> None:
         functions = drivers.addresses()
         self.post_fn = functions["post_host"]
         self.wait_fn = functions["wait_host"]
         self.template = scratch.template.copy()
-        self._owned = (group, scratch, owned)
+        self.template[f.J_SKIP] = mask.snapshot
+        self._owned = (group, scratch, mask, owned)
+        self._timeout = timeout
         self._host: Slots = np.zeros(f.HOST_SLOTS, np.int64)
         self._host[f.H_GROUP] = group.address
         self._host[f.H_TEMPLATE] = self.template.ctypes.data
-        self._host[f.H_COUNT_IGNORED] = int(count_ignored)
+        self._host[f.H_IGNORED_IDS] = ignored_ids
+        self._host[f.H_TIMEOUT_NS] = int(timeout * 1e9)
+        self._host[f.H_FAULTS] = _FAULTS.ctypes.data
+        self._host[f.H_DUMP] = scratch.template[f.J_X]  # inputs of other jobs lie there
+        self._host[f.H_MASK] = mask.address
         self.user_data = int(self._host.ctypes.data)
-        self._reported = np.zeros(2, np.int64)
+        self._reported = np.zeros(3, np.int64)
 
-    def news(self) -> tuple[int, int, int]:
-        """(ids out of range, runs with a missing expert, such an expert) since the last call."""
-        totals = self._host[[f.H_IGNORED, f.H_MISSING]]
-        ignored, missing = (totals - self._reported).tolist()
+    @property
+    def epoch(self) -> int:
+        """Changes of the layer's mask that launches had seen when the latest run was launched."""
+        return int(self._host[f.H_EPOCH])
+
+    def news(self) -> SlotReport:
+        """What went wrong since the last call."""
+        totals = self._host[[f.H_IGNORED, f.H_MISSING, f.H_ERRORS]]
+        ignored, missing, errors = (totals - self._reported).tolist()
         self._reported = totals
-        return ignored, missing, int(self._host[f.H_MISSING_EXPERT])
+        reason = _REASONS[int(self._host[f.H_ERROR])] if errors else None
+        return SlotReport(
+            ignored,
+            missing,
+            int(self._host[f.H_MISSING_EXPERT]) if missing else -1,
+            reason.format(timeout=self._timeout) if reason is not None else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +132,7 @@ class SlotReport:
         ignored: ids out of range, of slots that count them.
         missing: runs that met an expert that is neither loaded nor skipped; their output is NaN.
         missing_expert: such an expert, or -1.
-        error: a worker's error, or None.
+        error: why a run was given up, or None; its output is NaN.
     """
 
     ignored: int
@@ -81,5 +144,9 @@ class SlotReport:
     def gather(cls, slots: Iterable[JobSlot]) -> SlotReport:
         """The sum over `slots`."""
         news = [slot.news() for slot in slots]
-        lost = [expert for _, missing, expert in news if missing]
-        return cls(sum(n[0] for n in news), sum(n[1] for n in news), lost[0] if lost else -1)
+        return cls(
+            sum(n.ignored for n in news),
+            sum(n.missing for n in news),
+            next((n.missing_expert for n in news if n.missing), -1),
+            next((n.error for n in news if n.error is not None), None),
+        )

@@ -11,16 +11,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hybrid_moe import faults
 from hybrid_moe.arguments import LayerShape
+from hybrid_moe.cpu_kernels.drivers.fields import IDS_COUNT, IDS_FAULT, IDS_PASS
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.deferral import Chain, split_deferred
-from hybrid_moe.staging import Stager, Stream
+from hybrid_moe.staging import StagedJob, Stager
+from hybrid_moe.stream import Stream
 from hybrid_moe.submission import Launched, NothingToDo, check_call, submit_direct
 
 logger = logging.getLogger(__name__)
 
-Launch = Callable[[torch.Tensor], Launched]
-"""Starts the experts of some ids [B, k] (others are -1) on the batch of a submission."""
+Launch = Callable[[torch.Tensor, bool], Launched]
+"""Starts the experts of some ids [B, k] (others are -1) on the batch of a submission; True for those
+that another layer collects."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,21 @@ class Placement:
     Attributes:
         skip: bool [E], experts on the GPU.
         missing: bool [E], experts that are neither there nor loaded; None if there are none.
+        epoch: changes of the mask so far.
     """
 
     skip: npt.NDArray[np.bool_]
     missing: npt.NDArray[np.bool_] | None
+    epoch: int
 
     @classmethod
-    def of(cls, mask: npt.NDArray[np.bool_], resident: npt.NDArray[np.bool_]) -> Placement:
+    def of(
+        cls, mask: npt.NDArray[np.bool_], resident: npt.NDArray[np.bool_], epoch: int
+    ) -> Placement:
         """The placement of a live mask, which is copied."""
         skip = mask.copy()
         missing = ~(skip | resident)
-        return cls(skip, missing if missing.any() else None)
+        return cls(skip, missing if missing.any() else None, epoch)
 
 
 class LayerRunner:
@@ -90,11 +98,24 @@ class LayerRunner:
         self._resident, self._chain = resident, chain
         self._deferred, self._strict = deferred, strict
         self._mask_view: npt.NDArray[np.bool_] = mask.numpy()  # shares its memory
-        self._placement = Placement.of(self._mask_view, resident)
+        self._placement = Placement.of(self._mask_view, resident, 0)
+        self._staged: StagedJob | None = None
         self._pending: Pending | None = None
         self._stager: Stager | None = None
         self._told_last = False
         self.ignored_ids = 0
+        faults.attach(self)
+
+    @property
+    def layer_idx(self) -> int:
+        """Index of the layer in the model."""
+        return self._shape.layer_idx
+
+    @property
+    def mask_epoch(self) -> int:
+        """How often the mask had changed when the latest run took its snapshot. On CUDA tensors
+        that is when the stream reaches the submission: ask when the step's results have arrived."""
+        return self._placement.epoch if self._staged is None else self._staged.slot.epoch
 
     def submit(
         self,
@@ -166,7 +187,7 @@ class LayerRunner:
                 return output.add_(earlier)
             stream.add(output, earlier)
         if stream is not None:
-            self._raise_reported()
+            self._raise_reported(stream)
         return output
 
     def close(self) -> None:
@@ -176,7 +197,7 @@ class LayerRunner:
             if job is not None:
                 job.discard()
         self._chain.leave(self._shape.layer_idx)
-        self._stager = None
+        self._stager = self._staged = None
 
     def _following(self) -> int | None:
         """The layer that deferred experts go to; None if this one defers nothing."""
@@ -200,22 +221,23 @@ class LayerRunner:
     ) -> Launch:
         """How experts start on this batch."""
         if not self._resident.any():
-            return lambda ids: NothingToDo(hidden)
+            return lambda ids, later: NothingToDo(hidden)
         if stream is not None:
             return self._cuda_launcher(hidden, weights, stream)
-        return lambda ids: submit_direct(self._layer, hidden, ids, weights, skip)
+        self._staged = None
+        return lambda ids, later: submit_direct(self._layer, hidden, ids, weights, skip)
 
     def _launch(
         self, launch: Launch, ids: torch.Tensor, weights: torch.Tensor, following: int | None
     ) -> Launched:
         """Start the experts of `ids`, the deferrable ones as a job of their own."""
         if following is None:
-            return launch(ids)
+            return launch(ids, False)
         protected = self._shape.num_experts_per_tok - self._deferred
         now, later = split_deferred(ids, weights, protected, self._shape.num_experts)
-        job = launch(now)
+        job = launch(now, False)
         try:
-            self._chain.defer(self._shape.layer_idx, following, launch(later))
+            self._chain.defer(self._shape.layer_idx, following, launch(later, True))
         except BaseException:
             job.discard()
             raise
@@ -225,7 +247,8 @@ class LayerRunner:
         """The mask as it is now. It seldom changes, so the last snapshot is kept."""
         now = self._mask_view.tobytes()
         if now != self._placement.skip.tobytes():
-            self._placement = Placement.of(np.frombuffer(now, np.bool_), self._resident)
+            epoch = self._placement.epoch + 1
+            self._placement = Placement.of(np.frombuffer(now, np.bool_), self._resident, epoch)
         return self._placement
 
     def _check_ids(self, ids: torch.Tensor, placement: Placement) -> Exception | None:
@@ -261,9 +284,9 @@ class LayerRunner:
         """The caller's stream on a GPU, None on the CPU."""
         if device.type == "cpu":
             return None
-        from hybrid_moe.cuda import CudaStream
+        from hybrid_moe.cuda import cuda_stream
 
-        return CudaStream(device, handle or 0)
+        return cuda_stream(device, handle or 0)
 
     def _cuda_launcher(self, hidden: torch.Tensor, weights: torch.Tensor, stream: Stream) -> Launch:
         """How experts start on CUDA tensors. Nobody waits here: ids out of range are found by the
@@ -276,19 +299,32 @@ class LayerRunner:
         stager = self._stager
         if stager is None:
             stager = self._stager = Stager(self._layer, self._mask)
-        self._raise_reported()
-        count = not self._deferred
-        return lambda ids: stager.submit(stream, hidden, ids, weights, count_ignored=count)
+        self._raise_reported(stream)
+        ignored = IDS_PASS if self._deferred else IDS_FAULT if self._strict else IDS_COUNT
 
-    def _raise_reported(self) -> None:
-        """Raise what workers have reported about runs that the host did not wait for."""
+        def launch(ids: torch.Tensor, later: bool) -> StagedJob:
+            job = stager.submit(stream, hidden, ids, weights, ignored_ids=ignored, join=later)
+            self._staged = job
+            return job
+
+        return launch
+
+    def _raise_reported(self, stream: Stream) -> None:
+        """Raise what workers have reported about runs that the host did not wait for. Not during a
+        capture, which has nothing to do with them."""
+        if not stream.capturing() and (error := self.take_error()) is not None:
+            raise error
+
+    def take_error(self) -> Exception | None:
+        """What workers have met in runs that have ended since the last call; never waits."""
         if self._stager is None:
-            return
+            return None
         report = self._stager.report()
         self.ignored_ids += report.ignored
         if report.error is not None:
-            raise RuntimeError(f"layer {self._shape.layer_idx}: {report.error}")
+            return RuntimeError(f"layer {self._shape.layer_idx}: {report.error}")
         if report.missing:
-            raise self._not_loaded(report.missing_expert)
+            return self._not_loaded(report.missing_expert)
         if report.ignored and self._strict:
-            raise self._out_of_range(report.ignored)
+            return self._out_of_range(report.ignored)
+        return None

@@ -17,7 +17,7 @@ from hybrid_moe.arguments import LayerShape
 if TYPE_CHECKING:
     from hybrid_moe.cpu_kernels.job import Job
     from hybrid_moe.cpu_kernels.layer import ExpertLayer
-    from hybrid_moe.staging import Stream
+    from hybrid_moe.stream import Stream
 
 ID_TYPES = (torch.int64, torch.int32)
 

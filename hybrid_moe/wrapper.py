@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from hybrid_moe import arguments, checkpoints
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.deferral import Chain, split_deferred
+from hybrid_moe.export import ExpertWriter
 from hybrid_moe.formats import format_named
 from hybrid_moe.loaders.load import load_layer
 from hybrid_moe.runner import LayerRunner
@@ -317,6 +318,7 @@ class KTMoEWrapper:
             self._layer.close()
             self._layer = self._new_layer()
             raise
+        self._writer = ExpertWriter(self._layer, self.shape)
         self._runner = LayerRunner(
             self._layer,
             self.shape,
@@ -398,11 +400,61 @@ class KTMoEWrapper:
         """(immediate, deferred) ids, see `hybrid_moe.deferral.split_deferred`."""
         return split_deferred(expert_ids, expert_scores, protected_k, self.num_experts)
 
+    # Prefill of whole layers on GPUs --------------------------------------------------------------
+
+    def submit_write_weight_scale_to_buffer(
+        self,
+        gpu_tp_count: int,
+        expert_id: int,
+        w13_weight_ptrs: list[int],
+        w13_scale_ptrs: list[int],
+        w2_weight_ptrs: list[int],
+        w2_scale_ptrs: list[int],
+    ) -> None:
+        """Start writing one expert into host buffers, cut for tensor parallel ranks.
+
+        Args:
+            gpu_tp_count: n ranks; I / n must be a multiple of the format's group.
+            expert_id: an id of `topk_ids` whose expert is loaded here.
+            w13_weight_ptrs: for each rank the address of [2 I/n, H] weights as the checkpoint
+                codes them (MXFP4: H/2 bytes a row): its rows of gate, then those of up.
+            w13_scale_ptrs: of bfloat16 [2 I/n, H/group]; zeros where the format has no scales.
+            w2_weight_ptrs, w2_scale_ptrs: of [H, I/n] and bfloat16 [H, I/n/group].
+
+        The buffers are complete after `sync_write_weight_scale_to_buffer`. Nobody can check what
+        lies at an address: too small a buffer is written beyond its end.
+
+        Raises:
+            RuntimeError: not loaded. IndexError: this expert is not (the mask put it on the GPU).
+            TypeError, ValueError: the number of ranks, or of pointers, or a null pointer.
+        """
+        self._loaded_runner()
+        self._writer.submit(
+            gpu_tp_count,
+            expert_id,
+            {
+                "w13_weight_ptrs": w13_weight_ptrs,
+                "w13_scale_ptrs": w13_scale_ptrs,
+                "w2_weight_ptrs": w2_weight_ptrs,
+                "w2_scale_ptrs": w2_scale_ptrs,
+            },
+        )
+
+    def sync_write_weight_scale_to_buffer(self) -> None:
+        """Wait until every expert submitted for writing is written.
+
+        Raises:
+            RuntimeError: not loaded; a write failed.
+        """
+        self._loaded_runner()
+        self._writer.sync()
+
     def close(self) -> None:
         """Free the weights. The wrapper cannot be used afterwards."""
         if self._runner is not None:
             self._runner.close()
             self._runner = None
+            self._writer.close()
         self._layer.close()
 
     # The process --------------------------------------------------------------------------------
@@ -427,14 +479,3 @@ class KTMoEWrapper:
     def force_release_loader() -> None:
         """Close the checkpoints that were opened for loading; a later load opens them anew."""
         checkpoints.release()
-
-    def submit_write_weight_scale_to_buffer(self, *args: object, **kwargs: object) -> NoReturn:
-        """Raises `NotImplementedError`: whole-layer prefill on the GPU is not available."""
-        raise NotImplementedError(
-            "writing experts to GPU buffers (prefill of whole layers on the GPU) is not available: "
-            "run the server without a GPU prefill threshold"
-        )
-
-    def sync_write_weight_scale_to_buffer(self) -> NoReturn:
-        """Raises `NotImplementedError`, see `submit_write_weight_scale_to_buffer`."""
-        self.submit_write_weight_scale_to_buffer()

@@ -1,32 +1,50 @@
 """Compiled loops around the kernels: packing, routing, the three phases of a layer, workers.
 
-Everything here but `fields` is written for Numba and imported only when the object cache is cold.
+Everything here but `fields` is compiled, and imported only when the object cache is cold.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Mapping
 
-_MODULES = tuple(
-    f"hybrid_moe.cpu_kernels.drivers.{name}"
-    for name in ("fields", "memory", "route", "phases", "worker", "pack")
-)
+import llvmlite.binding as llvm
+
+from hybrid_moe.cpu_kernels.jit.compile import Target, compile_functions
+from hybrid_moe.cpu_kernels.jit.sources import source_key
 
 _ENTRIES = {
-    "launch": "hybrid_moe.cpu_kernels.drivers.worker:launch",
-    "work": "hybrid_moe.cpu_kernels.drivers.worker:work",
-    "help_until": "hybrid_moe.cpu_kernels.drivers.worker:help_until",
-    "wake_all": "hybrid_moe.cpu_kernels.drivers.worker:wake_all",
-    "pack_strips": "hybrid_moe.cpu_kernels.drivers.pack:pack_strips",
-    "post_host": "hybrid_moe.cpu_kernels.drivers.worker:post_host",
-    "wait_host": "hybrid_moe.cpu_kernels.drivers.worker:wait_host",
+    "launch": "worker",
+    "work": "worker",
+    "help_until": "worker",
+    "wake_all": "worker",
+    "post_host": "host",
+    "wait_host": "host",
+    "watch": "host",
+    "watch_once": "host",
+    "pack_strips": "pack",
 }
+"""Driver that Python calls -> its module here."""
 
 
 @functools.lru_cache(maxsize=1)
 def addresses() -> Mapping[str, int]:
-    """Address of every driver, compiled on first use or taken from the object cache."""
-    from hybrid_moe.cpu_kernels.jit.native import compile_drivers
+    """Address of every driver that Python calls, compiled on first use or from the object cache.
 
-    return compile_drivers(_MODULES, _ENTRIES)
+    Each takes and returns int64 only.
+    """
+    target = Target(cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten())
+    return compile_functions(
+        drivers_ir, target, list(_ENTRIES), "drivers", sources=source_key("drivers"), program=True
+    )
+
+
+def drivers_ir() -> str:
+    """The IR of all drivers."""
+    from hybrid_moe.cpu_kernels.jit.translate import translate  # needed on a cold cache only
+
+    modules = {
+        name: importlib.import_module(f"{__name__}.{module}") for name, module in _ENTRIES.items()
+    }
+    return translate({name: getattr(module, name) for name, module in modules.items()})

@@ -12,6 +12,13 @@ MAX_STRIPS = 4  # strips that share one pass over the tokens
 LINE_SLOTS = 8  # int64 slots of a cache line
 
 
+# A dot kernel in the tables of a layer.
+
+DOT_LEAST = 0  # tokens that it may be called with
+DOT_MOST = 1
+DOT_ADDRESS = 2
+DOT_SLOTS = 3
+
 # Layer: constant once its experts are loaded.
 
 L_EXPERTS = 0
@@ -38,9 +45,11 @@ L_BLOCKS = 20  # int64 [pools + 1]: first 32-row block of the intermediate of ea
 L_STRIPS = 21  # int64 [pools + 1]: first strip of the hidden rows of each pool
 L_GU_LAYOUT = 22  # of gate/up strips, LAYOUT_SLOTS slots
 L_DN_LAYOUT = 27  # of down strips
-L_DIRECT = 32  # MAX_SIZES pairs (tokens, kernel), descending, ending with 1
-L_TILED = L_DIRECT + 2 * MAX_SIZES
-LAYER_SLOTS = L_TILED + 2 * MAX_SIZES
+L_ENTER = 32  # what a thread calls before its first and
+L_LEAVE = 33  # after its last task of a job, or 0
+L_DIRECT = 34  # MAX_SIZES dot kernels, those for most tokens first; the last takes 1
+L_TILED = L_DIRECT + DOT_SLOTS * MAX_SIZES
+LAYER_SLOTS = L_TILED + DOT_SLOTS * MAX_SIZES
 
 # A strip layout within a layer (`panels.StripLayout`), relative to L_GU_LAYOUT or L_DN_LAYOUT.
 
@@ -111,6 +120,7 @@ G_SLEEPERS = 4 * LINE_SLOTS
 G_WAITERS = 5 * LINE_SLOTS
 G_STOP = 6 * LINE_SLOTS
 G_LOCK = 6 * LINE_SLOTS + 1  # 1 while somebody fills the next ring slot
+G_ABANDONED = 6 * LINE_SLOTS + 2  # newest job whose waiter gave up: the pool is stuck until then
 G_SPIN = 7 * LINE_SLOTS  # pauses before a worker sleeps
 G_FUTEX = G_SPIN + 1  # number of the futex system call
 G_TIMEOUT_NS = G_SPIN + 2  # of one sleep
@@ -118,14 +128,56 @@ G_TIMESPEC = G_SPIN + 3  # struct timespec for it
 G_RING = 8 * LINE_SLOTS
 GROUP_SLOTS = G_RING + RING * JOB_SLOTS
 
-# Host-function descriptor of the CUDA path: what a captured graph replays.
+# Descriptor of a job slot of the CUDA path: what a captured graph replays.
 
 H_GROUP = 0
 H_TEMPLATE = 1  # a job descriptor that each launch copies into the ring
-H_COUNT_IGNORED = 2  # 1: ids out of range add to H_IGNORED
+H_IGNORED_IDS = 2  # what ids out of range mean, one of:
+IDS_PASS, IDS_COUNT, IDS_FAULT = range(3)  # nothing, add to H_IGNORED, are a fault as well
 H_SEQUENCE = 3  # of the latest launch; 0 when it was not published
 H_IGNORED = 4  # counters that only grow
 H_MISSING = 5
 H_MISSING_EXPERT = 6
 H_FOUND = 7  # ids out of range of the latest launch
-HOST_SLOTS = 8
+H_TIMEOUT_NS = 8  # without any job of the group completed
+H_FAULTS = 9  # address of the process's word that grows at every fault
+H_ERRORS = 10  # runs that failed
+H_ERROR = 11  # why the latest of them did, one of:
+ERROR_TIMEOUT, ERROR_STUCK, ERROR_STOPPED = range(1, 4)
+H_DUMP = 12  # where a job that nobody waits for any more writes its output
+H_MASK = 13  # address of the layer's mask, K_SLOTS slots and uint8 [E]
+H_EPOCH = 14  # of the mask in the latest launch
+HOST_SLOTS = 16
+
+# The mask of a layer as its latest launch saw it.
+
+K_LOCK = 0
+K_EPOCH = 1  # grows by one at every launch that finds the mask changed
+K_LIVE = 2  # address of uint8 [E] that others change
+K_EXPERTS = 3
+K_SLOTS = 4  # and the bytes
+
+# Mailbox: two words in pinned memory through which a GPU's stream hands over jobs.
+
+M_POSTED = 0  # the GPU writes the address of a job slot; the watcher clears it
+M_DONE = 1  # the watcher writes 1; the GPU clears it
+MAILBOX_SLOTS = LINE_SLOTS  # a cache line each
+
+# Watcher: the thread that reads mailboxes.
+
+W_STOP = 0
+W_COUNT = 1  # entries in use, released after an entry is filled in
+W_FUTEX = 2
+W_HOT_NS = 3  # how long to spin after the last sign of life,
+W_NAP = 4  # struct timespec of the naps that follow
+W_WORD = 6  # futex word of the naps
+W_ENTRIES = 8
+W_CAPACITY = 1024
+
+E_MAILBOX = 0  # address, or 0: unused
+E_HOST = 1  # job slot under way, or 0
+E_SEQUENCE = 2  # its number, or 0 while the ring has no room
+E_SEEN = 3  # G_COMPLETED when the pool last made progress
+E_DEADLINE = 4  # nanoseconds
+ENTRY_SLOTS = 8
+WATCHER_SLOTS = W_ENTRIES + W_CAPACITY * ENTRY_SLOTS

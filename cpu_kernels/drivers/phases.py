@@ -16,7 +16,7 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     call3,
     call4,
     call6,
-    call7,
+    call8,
     call9,
     driver,
     load32,
@@ -37,19 +37,20 @@ def dot_tokens(
     end: int,
     groups: int,
 ) -> None:
-    """Dot `count` rows by the largest kernels that fit; `kernels` is a descending (M, address)."""
+    """Dot `count` rows by the largest kernels that fit, from a table in descending order."""
     done = 0
-    size = 0
+    kernel = kernels
     while done < count:
-        tokens = load64(kernels + 16 * size)
-        if count - done < tokens:
-            size += 1
+        if count - done < get(kernel, f.DOT_LEAST):
+            kernel += 8 * f.DOT_SLOTS
             continue
-        call7(
-            load64(kernels + 16 * size + 8),
+        tokens = min(count - done, get(kernel, f.DOT_MOST))
+        call8(
+            get(kernel, f.DOT_ADDRESS),
             codes,
             scales,
             rows + 8 * done,
+            tokens,
             sums + 128 * done,
             begin,
             end,
@@ -91,7 +92,7 @@ def dot_strips(
             )
         return
     kernels = layer + 8 * f.L_TILED
-    tile = load64(kernels)
+    tile = get(kernels, f.DOT_MOST)
     unpack = get(layer, f.L_UNPACK)
     chunk = get(layer, f.L_CHUNK_GROUPS)
     chunk_bytes = chunk * get(layer, f.L_CHUNK_GROUP_BYTES)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.drivers.memory import (
+    call0,
     compare_swap,
     driver,
     fence,
@@ -20,7 +21,6 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     pause,
     restore_float_environment,
     set_float_environment,
-    store32,
     store64,
     store_release,
     system_call,
@@ -96,20 +96,41 @@ def complete(group: int, sequence: int) -> None:
 
 
 @driver
+def enter(layer: int) -> int:
+    """Make the thread ready for the layer's kernels. Returns what undoes it, or 0."""
+    if get(layer, f.L_ENTER) != 0:
+        call0(get(layer, f.L_ENTER))
+    return get(layer, f.L_LEAVE)
+
+
+@driver
 def take_tasks(
-    group: int, job: int, sequence: int, phase: int, pool: int, worker: int, deadline: int
-) -> None:
+    group: int,
+    job: int,
+    sequence: int,
+    phase: int,
+    pool: int,
+    worker: int,
+    deadline: int,
+    leave: int,
+) -> int:
     """Run tasks of a phase until there are none to claim; whoever ends the last phase's last task
-    completes the job. `deadline` (0: none) bounds how long the caller stays away from Python."""
+    completes the job. `deadline` (0: none) bounds how long the caller stays away from Python.
+
+    Returns what the thread must call when it leaves the job (0: nothing). It enters at its first
+    task, since only a claimed task keeps the job's layer where it is; `leave` is not 0 if it has.
+    """
     done = job + 8 * (f.J_DONE + phase * f.LINE_SLOTS)
     while True:
         if deadline != 0 and nanoseconds() > deadline:
-            return
+            return leave
         if load_acquire(group + 8 * f.G_STOP) != 0:
-            return
+            return leave
         task = claim(job, sequence, phase, pool)
         if task < 0:
-            return
+            return leave
+        if leave == 0:
+            leave = enter(get(job, f.J_LAYER))
         total = get(job, f.J_TOTAL + phase)
         run_task(job, phase, pool, task, worker)
         finished = fetch_add(done, 1) + 1
@@ -127,19 +148,31 @@ def phase_is_done(job: int, sequence: int, phase: int) -> bool:
 
 
 @driver
+def wait_for_phase(group: int, job: int, sequence: int, phase: int, deadline: int) -> bool:
+    """Whether the phase is over, so that the next may begin: not after the deadline or a stop, and
+    not if the whole job is."""
+    while not phase_is_done(job, sequence, phase):
+        if load_acquire(group + 8 * f.G_COMPLETED) >= sequence:
+            return False
+        if deadline != 0 and nanoseconds() > deadline:
+            return False
+        if load_acquire(group + 8 * f.G_STOP) != 0:
+            return False
+        pause()
+    return True
+
+
+@driver
 def participate(group: int, sequence: int, pool: int, worker: int, deadline: int) -> None:
     """Work on one job until it is complete (or the deadline)."""
     job = ring_slot(group, sequence)
+    leave = 0
     for phase in range(f.PHASES):
-        take_tasks(group, job, sequence, phase, pool, worker, deadline)
-        while not phase_is_done(job, sequence, phase):
-            if load_acquire(group + 8 * f.G_COMPLETED) >= sequence:
-                return
-            if deadline != 0 and nanoseconds() > deadline:
-                return
-            if load_acquire(group + 8 * f.G_STOP) != 0:
-                return
-            pause()
+        leave = take_tasks(group, job, sequence, phase, pool, worker, deadline, leave)
+        if not wait_for_phase(group, job, sequence, phase, deadline):
+            break
+    if leave != 0:
+        call0(leave)
 
 
 @driver
@@ -249,14 +282,6 @@ def unlock_ring(group: int) -> int:
 
 
 @driver
-def fill_nan(job: int) -> None:
-    """Make the output of a job that cannot run NaN, so that nobody takes it for a result."""
-    pairs = get(job, f.J_TOKENS) * get(get(job, f.J_LAYER), f.L_HIDDEN) // 2
-    for i in range(pairs):
-        store32(get(job, f.J_OUT) + 4 * i, 0x7FC07FC0)
-
-
-@driver
 def launch(group: int, template: int, found: int) -> int:
     """Copy a job into the ring, route and publish it.
 
@@ -278,29 +303,3 @@ def launch(group: int, template: int, found: int) -> int:
         publish(group, job)
     unlock_ring(group)
     return sequence if missing == 0 else 1 - missing
-
-
-@driver
-def post_host(host: int) -> int:
-    """Body of a CUDA host function: launch the template job of a `HOST` descriptor."""
-    template = get(host, f.H_TEMPLATE)
-    sequence = launch(get(host, f.H_GROUP), template, host + 8 * f.H_FOUND)
-    if get(host, f.H_COUNT_IGNORED) != 0:
-        put(host, f.H_IGNORED, get(host, f.H_IGNORED) + get(host, f.H_FOUND))
-    if sequence <= 0:
-        fill_nan(template)
-        put(host, f.H_MISSING_EXPERT, -sequence)
-        put(host, f.H_MISSING, get(host, f.H_MISSING) + 1)
-    put(host, f.H_SEQUENCE, max(sequence, 0))
-    return 0
-
-
-@driver
-def wait_host(host: int) -> int:
-    """Body of a CUDA host function: return when the latest launch is complete."""
-    group = get(host, f.H_GROUP)
-    sequence = get(host, f.H_SEQUENCE)
-    while help_until(group, sequence, 0, 0, 0) == 0:
-        if load_acquire(group + 8 * f.G_STOP) != 0:
-            return 0
-    return 0

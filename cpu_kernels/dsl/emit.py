@@ -226,6 +226,13 @@ class Emit:
         kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), I32, I32, I32])
         self.call("llvm.prefetch.p0", kind, [pointer, *hint])
 
+    def scratch(self, nbytes: int, align: int = 64) -> Val:
+        """Address of memory on the stack, for the duration of the kernel's call."""
+        with self.builder.goto_entry_block():
+            slot = self.builder.alloca(ir.ArrayType(I8, nbytes))
+            slot.align = align
+            return Val(self, self.builder.ptrtoint(slot, I64))
+
     # control flow
 
     def var(self, initial: Val) -> Var:

@@ -3,7 +3,7 @@
 Every op has one meaning in NumPy, exact or with a stated bound, and a default lowering in generic
 LLVM vectors that any processor can run. A tier replaces a lowering by its own instructions and
 keeps the meaning. Lanes: a panel has 16 output rows, so 32-bit values come in vectors of 16 and
-bytes in vectors of 64 (four inputs of each row).
+bytes in vectors of 64 (four inputs of each row). Ops on whole blocks are in `tiles`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, Val
 from hybrid_moe.formats import Array
 
-Lowering = Callable[..., Val]
+Lowering = Callable[..., Any]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from types import MappingProxyType
 
 import llvmlite.binding as llvm
 
+from hybrid_moe.cpu_kernels.dsl import amx
 from hybrid_moe.cpu_kernels.dsl.emit import I8, I16, I32, Emit, Val, vector
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, Lowering, fused, unpack_pair
+from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
 from hybrid_moe.cpu_kernels.jit.compile import Target
 
 
@@ -31,6 +33,7 @@ class Tier:
         vector_bits: width of a register.
         registers: how many there are; kernels size their register tiles by it.
         lowerings: op name -> lowering, over those of `extends`.
+        tiles: it has a matrix unit, so kernels of tile ops are worth running.
         rewrite: applied to the finished IR text (tests run a tier's IR on other processors).
     """
 
@@ -41,6 +44,7 @@ class Tier:
     registers: int
     lowerings: Mapping[str, Lowering] = field(default_factory=dict, hash=False)
     extends: Tier | None = None
+    tiles: bool = False
     rewrite: Callable[[str], str] | None = None
 
     def lowering(self, op: str) -> Lowering:
@@ -50,7 +54,7 @@ class Tier:
             if op in tier.lowerings:
                 return tier.lowerings[op]
             tier = tier.extends
-        return OPS[op].lower
+        return TILE_OPS[op].lower if op in TILE_OPS else OPS[op].lower
 
     @property
     def all_features(self) -> frozenset[str]:
@@ -139,6 +143,14 @@ def _pair_dot_fused(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     return fused(emit, w_even, x_even, fused(emit, w_odd, x_odd, accumulator))
 
 
+def _byte_dot_avx_vnni(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+    """VPDPBUSD in its VEX form, which processors without AVX-512 have too."""
+    kind, broadcast = vector(I32, 8), emit.broadcast(x, 8)
+    pairs = zip(_pieces(accumulator, 2), _pieces(w.bits(I32), 2), strict=True)
+    name = "llvm.x86.avx512.vpdpbusd.256"
+    return _join([emit.intrinsic(name, kind, a, part, broadcast) for a, part in pairs])
+
+
 def _byte_dot_vnni(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     kind = vector(I32, 16)
     operands = (accumulator, w.bits(I32), emit.broadcast(x, 16))
@@ -181,6 +193,17 @@ AVX2 = Tier(
     lowerings=_wide_lowerings(_YMM),
 )
 
+AVX2_VNNI = Tier(
+    "avx2_vnni",
+    frozenset({"avxvnni"}),
+    "x86-64-v3",
+    vector_bits=256,
+    registers=16,
+    lowerings={name: OPS[name].lower for name in ("byte_dot_bias", "byte_dot_total")}
+    | {"byte_dot": _byte_dot_avx_vnni},
+    extends=AVX2,
+)
+
 AVX512 = Tier(
     "avx512",
     frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}),
@@ -212,11 +235,21 @@ AVX512_BF16 = Tier(
     extends=AVX512_VNNI,
 )
 
-TIERS: Mapping[str, Tier] = MappingProxyType(
-    {t.name: t for t in (PORTABLE, AVX2, AVX512, AVX512_VNNI, AVX512_BF16)}
+AMX = Tier(
+    "amx",
+    frozenset({"amx-tile", "amx-int8", "amx-bf16"}),
+    "x86-64-v4",
+    vector_bits=512,
+    registers=32,
+    lowerings=amx.LOWERINGS,
+    extends=AVX512_BF16,
+    tiles=True,
 )
-"""Every tier, least capable first. The place of AMX, which extends AVX512_BF16, is at the end: a
-dot kernel will ask for its tile ops as it asks for `byte_dot` and `pair_dot` now."""
+
+TIERS: Mapping[str, Tier] = MappingProxyType(
+    {t.name: t for t in (PORTABLE, AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, AMX)}
+)
+"""Every tier, least capable first."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +266,10 @@ class TierReport:
 
 @functools.lru_cache(maxsize=1)
 def host_features() -> frozenset[str]:
-    """Features that this processor and operating system offer (CPUID and XCR0, through LLVM)."""
-    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+    """Features that this processor and operating system offer (CPUID and XCR0, through LLVM; tile
+    registers only where the system grants them)."""
+    found = frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+    return found if not AMX.features <= found or amx.permitted() else found - AMX.features
 
 
 def available_tiers() -> list[TierReport]:

@@ -1,9 +1,9 @@
 """Content-addressed store of compiled objects on disk.
 
-A file is SHA-256(payload) followed by the payload, a relocatable object. Nothing is unpickled.
-The directory is ours alone (mode 0700, owner checked), because the objects in it are executed.
-Writers rename a finished temporary file over the final name, so concurrent processes see whole
-files only; a file that fails its digest is rebuilt.
+A file is SHA-256(payload) followed by the payload: a relocatable object, or the name of one (see
+`jit.compile`). Nothing is unpickled. The directory is ours alone (mode 0700, owner checked),
+because the objects in it are executed. Writers rename a finished temporary file over the final
+name, so concurrent processes see whole files only; a file that fails its digest is rebuilt.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def _usable(directory: Path) -> bool:
     return True
 
 
-def read(key: str) -> bytes | None:
-    """The payload stored under `key`, or None if there is none or it is damaged."""
+def read(name: str) -> bytes | None:
+    """The payload of the entry `name`, or None if there is none or it is damaged."""
     directory = cache_directory()
     if not _usable(directory):
         return None
     try:
-        blob = (directory / f"{key}.o").read_bytes()
+        blob = (directory / name).read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -66,13 +66,13 @@ def read(key: str) -> bytes | None:
         return None
     digest, payload = blob[:_DIGEST_BYTES], blob[_DIGEST_BYTES:]
     if hashlib.sha256(payload).digest() != digest:
-        logger.warning("kernel cache entry %s is damaged and will be rebuilt", key)
+        logger.warning("kernel cache entry %s is damaged and will be rebuilt", name)
         return None
     return payload
 
 
-def write(key: str, payload: bytes) -> None:
-    """Store `payload` under `key`; a failure is logged and costs a compilation next time."""
+def write(name: str, payload: bytes) -> None:
+    """Store `payload` as entry `name`; a failure is logged and costs a compilation next time."""
     directory = cache_directory()
     if not _usable(directory):
         return
@@ -81,7 +81,7 @@ def write(key: str, payload: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=directory, suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)
             file.write(hashlib.sha256(payload).digest() + payload)
-        temporary.replace(directory / f"{key}.o")
+        temporary.replace(directory / name)
     except OSError as error:
         logger.warning("cannot write the kernel cache: %s", error)
         if temporary is not None:

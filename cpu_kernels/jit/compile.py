@@ -1,7 +1,9 @@
 """LLVM IR text -> machine code in memory, through the object cache.
 
 The key of a cached object is the hash of all that shapes it: the final IR, the target's CPU and
-feature strings, the LLVM version and our ABI number. MCJIT only links what is already compiled.
+feature strings, the LLVM version, this file (it chooses the passes) and our ABI number. Building
+the IR in Python takes longer than all else in a warm start, so a second kind of entry maps the
+sources that the IR comes from to the object's key. MCJIT only links what is already compiled.
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ _compile_lock = threading.Lock()  # LLVM's contexts as llvmlite uses them are no
 _keep_alive: list[llvm.ExecutionEngine] = []  # code is never unloaded: workers may be inside it
 
 
+@functools.lru_cache(maxsize=1)
+def _this_file() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Target:
     """What LLVM compiles for. `cpu` and `features` in LLVM's own spelling."""
@@ -40,7 +47,8 @@ class Target:
     @property
     def key(self) -> str:
         version = ".".join(map(str, llvm.llvm_version_info))
-        return f"{ABI}|{version}|{llvm.get_default_triple()}|{self.cpu}|{self.features}"
+        triple = llvm.get_default_triple()
+        return f"{ABI}|{_this_file()}|{version}|{triple}|{self.cpu}|{self.features}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -114,53 +122,77 @@ def optimize(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
     passes.run(module, builder)
 
 
-def _parse(ir_text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
+def optimize_program(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
+    """The compiler's usual -O2, which inlines: for modules of many small functions."""
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    builder.getModulePassManager().run(module, builder)
+
+
+def _parse(ir_text: str, machine: llvm.TargetMachine, program: bool = False) -> llvm.ModuleRef:
     module = llvm.parse_assembly(ir_text)
     module.triple = machine.triple
     module.verify()
-    optimize(module, machine)
+    (optimize_program if program else optimize)(module, machine)
     return module
 
 
-def assembly(ir_text: str, target: Target) -> str:
-    """The assembly that `target` gets for this IR."""
+def assembly(ir_text: str, target: Target, program: bool = False) -> str:
+    """The assembly that `target` gets for this IR; `program` as in `emit_object`."""
     with _compile_lock:
         machine = _machine(target)
-        module = _parse(ir_text, machine)
+        module = _parse(ir_text, machine, program)
         with _in_written_order():
             return str(machine.emit_assembly(module))
 
 
 def emit_object(
-    ir_text: str | Callable[[], str], target: Target, label: str, key: str | None = None
+    ir_text: str | Callable[[], str],
+    target: Target,
+    label: str,
+    *,
+    sources: str | None = None,
+    program: bool = False,
 ) -> bytes:
     """Object code for this IR, from the cache when it is there.
 
     Args:
         ir_text: the IR, or what makes it; called only if it is needed.
-        key: what shapes the object, where that is known without the IR; default: the IR itself.
+        sources: what determines the IR, where that is known without making it.
+        program: `optimize_program` instead of `optimize`.
     """
     make = functools.lru_cache(maxsize=1)(ir_text if callable(ir_text) else lambda: str(ir_text))
-    digest = hashlib.sha256(f"{target.key}\n{key or make()}".encode()).hexdigest()
+    shape = f"{target.key}|{program}"
     dump = dump_request()
     if dump is not None:
-        _dump(make(), target, label, *dump)
-    payload = cache.read(digest)
+        _dump(make(), target, label, *dump, program)
+    index = None if sources is None else f"{_digest(shape, sources)}.index"
+    known = None if index is None else cache.read(index)
+    name = f"{_digest(shape, make())}.o" if known is None else known.decode()
+    payload = cache.read(name)
     if payload is None:
         text = make()
+        name = f"{_digest(shape, text)}.o"
         with _compile_lock:
             machine = _machine(target)
-            module = _parse(text, machine)
+            module = _parse(text, machine, program)
             with _in_written_order():
                 payload = bytes(machine.emit_object(module))
-        cache.write(digest, payload)
+        cache.write(name, payload)
         logger.debug("compiled %s for %s", label, target.cpu)
+    if index is not None and known != name.encode():
+        cache.write(index, name.encode())
     return payload
 
 
-def _dump(ir_text: str, target: Target, label: str, kind: str, directory: Path) -> None:
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _dump(
+    ir_text: str, target: Target, label: str, kind: str, directory: Path, program: bool
+) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    text, suffix = (ir_text, "ll") if kind == "ir" else (assembly(ir_text, target), "s")
+    text, suffix = (ir_text, "ll") if kind == "ir" else (assembly(ir_text, target, program), "s")
     (directory / f"{label}.{suffix}").write_text(text)
 
 
@@ -182,10 +214,17 @@ def load_object(payload: bytes, names: Sequence[str]) -> Mapping[str, int]:
 
 
 def compile_functions(
-    ir_text: str, target: Target, names: Sequence[str], label: str
+    ir_text: str | Callable[[], str],
+    target: Target,
+    names: Sequence[str],
+    label: str,
+    *,
+    sources: str | None = None,
+    program: bool = False,
 ) -> Mapping[str, int]:
-    """Compile (or fetch) and load; returns the address of each function in `names`."""
+    """Compile (or fetch) and load: address of each of `names`. Arguments as of `emit_object`."""
     try:
-        return load_object(emit_object(ir_text, target, label), names)
+        payload = emit_object(ir_text, target, label, sources=sources, program=program)
+        return load_object(payload, names)
     except RuntimeError as error:
         raise RuntimeError(f"{label}: {error}") from error

@@ -1,11 +1,12 @@
 """Dot kernels: one strip of weights times the rows of a few tokens.
 
-    kernel(codes, scales, rows, sums, begin, end, groups)
+    kernel(codes, scales, rows, count, sums, begin, end, groups)
 
-adds, for tokens t < M, groups begin..end-1 of the products of the strip's 32 rows with the encoded
-row at address rows[t] (int64 [M]) to sums (float32 [M][32]); `begin` 0 starts from zero. `codes`
-and `scales` point at group `begin`. Sums run over groups in ascending order whatever M, chunking
-and source, so a token's bits do not depend on how a call is cut.
+adds, for tokens t < count, groups begin..end-1 of the products of the strip's 32 rows with the
+encoded row at address rows[t] (int64 [count]) to sums (float32 [count][32]); `begin` 0 starts from
+zero. `codes` and `scales` point at group `begin`. The kernels here are for one count M each. Sums
+run over groups in ascending order whatever M, chunking and source, so a token's bits do not depend
+on how a call is cut.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS
 from hybrid_moe.formats import E2M1_VALUES
 
 PANELS = 2
-_E2M1_BYTES = tuple(int(2 * v) + BYTE_DOT_OFFSET for v in E2M1_VALUES)
-"""E2M1 doubled is an integer in -12..12; plus 12 it is unsigned, as byte_dot wants it."""
+E2M1_DOUBLED = tuple(int(2 * v) for v in E2M1_VALUES)
+"""Integers in -12..12. Plus 12 they are unsigned, as byte_dot wants its weights."""
 
 MXFP4_GROUP_BYTES = 512
 MXFP4_UNPACKED_GROUP_BYTES = 1024
@@ -51,14 +52,15 @@ class _Sums:
                 self.store(token, panel, zero)
 
 
-def _decode_word(emit: Emit, word: Val) -> tuple[Val, Val]:
-    """64 bytes of packed codes -> weights of the even and of the odd inputs, doubled, plus 12."""
+def _decode_word(emit: Emit, word: Val, offset: int) -> tuple[Val, Val]:
+    """64 bytes of packed codes -> weights of the even and of the odd inputs: doubled, + offset."""
+    table = tuple((weight + offset) & 255 for weight in E2M1_DOUBLED)
     low = (word & 0x0F0F0F0F).bits(I8)
     high = ((word >> 4) & 0x0F0F0F0F).bits(I8)
-    return emit.op("lookup16", _E2M1_BYTES, low), emit.op("lookup16", _E2M1_BYTES, high)
+    return emit.op("lookup16", table, low), emit.op("lookup16", table, high)
 
 
-def _scales(emit: Emit, address: Val) -> Val:
+def mxfp4_scales(emit: Emit, address: Val) -> Val:
     """16 E8M0 bytes -> float32. Byte 0 is 2^-127, whose bits are 0x00400000 and not 0."""
     bits = emit.load(address, I8, 16, align=16).zext(I32) << 23
     return (bits < 0x00400000).select(0x00400000, bits).bits(F32)
@@ -72,11 +74,13 @@ def mxfp4_dot(tokens: int, unpacked: bool) -> KernelBody:
         codes: Val,
         scales: Val,
         rows: Val,
+        count: Val,
         sums: Val,
         begin: Val,
         end: Val,
         groups: Val,
     ) -> None:
+        del count
         row = [emit.load(rows + 8 * t, I64) for t in range(tokens)]
         total = _Sums(emit, sums)
         with emit.when(begin.equals(0)):
@@ -88,7 +92,7 @@ def mxfp4_dot(tokens: int, unpacked: bool) -> KernelBody:
             plane = [r + group * PLANE_BYTES for r in row]
             meta = [r + groups * PLANE_BYTES + group * META_BYTES for r in row]
             if not unpacked:
-                _prefetch(emit, at, MXFP4_GROUP_BYTES)
+                prefetch(emit, at, MXFP4_GROUP_BYTES)
             # a loop, not two copies: the copies' equal loads of x would be kept in registers that
             # the accumulators need
             with emit.loop(0, emit.i64(PANELS)) as panel:
@@ -100,7 +104,7 @@ def mxfp4_dot(tokens: int, unpacked: bool) -> KernelBody:
                         x_low = emit.load(plane[t] + (32 + 4 * quad), I32, align=4)
                         high[t] = emit.op("byte_dot", high[t], w, x_high)
                         low[t] = emit.op("byte_dot", low[t], w, x_low)
-                scale = _scales(emit, scale_at + panel * 16)
+                scale = mxfp4_scales(emit, scale_at + panel * 16)
                 for t in range(tokens):
                     exact = emit.op("byte_dot_total", high[t], low[t]).to_float()
                     product = exact * emit.load(meta[t], F32, align=4)
@@ -110,32 +114,40 @@ def mxfp4_dot(tokens: int, unpacked: bool) -> KernelBody:
     return body
 
 
-def _prefetch(emit: Emit, at: Val, nbytes: int, ahead: int = 4096) -> None:
+def prefetch(emit: Emit, at: Val, nbytes: int, ahead: int = 4096) -> None:
     """Fetch the lines of one group, `ahead` bytes on: a hardware prefetcher stops at the end of a
     4 KiB page. One token, Zen 3: a sixth faster than without, 5 % faster than 2048 bytes ahead."""
     for line in range(0, nbytes, 64):
         emit.prefetch(at + (ahead + line))
 
 
-def _weights(emit: Emit, at: Val, unpacked: bool) -> Iterator[tuple[int, Val]]:
+def _weights(
+    emit: Emit, at: Val, unpacked: bool, offset: int = BYTE_DOT_OFFSET
+) -> Iterator[tuple[int, Val]]:
     """(quad, 64 weight bytes) of one panel and group; a quad is four inputs of 16 rows."""
     if unpacked:
         for quad in range(8):
             yield quad, emit.load(at + 64 * PANELS * quad, I8, 64, align=64)
         return
     for word in range(4):
-        even, odd = _decode_word(emit, emit.load(at + 64 * PANELS * word, I32, 16, align=64))
+        codes = emit.load(at + 64 * PANELS * word, I32, 16, align=64)
+        even, odd = _decode_word(emit, codes, offset)
         yield 2 * word, even
         yield 2 * word + 1, odd
 
 
-def mxfp4_unpack(emit: Emit, codes: Val, out: Val, count: Val) -> None:
-    """Kernel (codes, out, count): groups of packed codes -> weight bytes [group][quad][panel]."""
-    with emit.loop(0, count) as group:
-        at, to = codes + group * MXFP4_GROUP_BYTES, out + group * MXFP4_UNPACKED_GROUP_BYTES
-        for panel in range(PANELS):
-            for quad, w in _weights(emit, at + 64 * panel, unpacked=False):
-                emit.store(to + 64 * (PANELS * quad + panel), w, align=64)
+def mxfp4_unpack(offset: int) -> KernelBody:
+    """Kernel (codes, out, count): groups of packed codes -> weight bytes [group][quad][panel],
+    doubled, plus `offset`."""
+
+    def body(emit: Emit, codes: Val, out: Val, count: Val) -> None:
+        with emit.loop(0, count) as group:
+            at, to = codes + group * MXFP4_GROUP_BYTES, out + group * MXFP4_UNPACKED_GROUP_BYTES
+            for panel in range(PANELS):
+                for quad, w in _weights(emit, at + 64 * panel, unpacked=False, offset=offset):
+                    emit.store(to + 64 * (PANELS * quad + panel), w, align=64)
+
+    return body
 
 
 def bf16_dot(tokens: int) -> KernelBody:
@@ -146,12 +158,13 @@ def bf16_dot(tokens: int) -> KernelBody:
         codes: Val,
         scales: Val,
         rows: Val,
+        count: Val,
         sums: Val,
         begin: Val,
         end: Val,
         groups: Val,
     ) -> None:
-        del scales, groups
+        del scales, count, groups
         row = [emit.load(rows + 8 * t, I64) for t in range(tokens)]
         memory = _Sums(emit, sums)
         with emit.when(begin.equals(0)):
@@ -170,7 +183,7 @@ def bf16_dot(tokens: int) -> KernelBody:
             at = codes + (pair - first) * BF16_PAIR_BYTES
             inputs = [r + pair * 4 for r in row]
             if tokens == 1:
-                _prefetch(emit, at, unrolled * BF16_PAIR_BYTES)
+                prefetch(emit, at, unrolled * BF16_PAIR_BYTES)
             for i in range(unrolled):
                 for panel in range(PANELS):
                     w = emit.load(at + (BF16_PAIR_BYTES * i + 64 * panel), I32, 16, align=64)

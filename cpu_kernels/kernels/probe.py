@@ -6,28 +6,34 @@ import ctypes
 import functools
 from collections.abc import Callable
 
-from hybrid_moe.cpu_kernels.dsl.emit import I32, Emit, Val, build_module
+from hybrid_moe.cpu_kernels.dsl.emit import I32, I64, Emit, Val, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 
-_BYTES_PER_STEP = 512
+BYTES_PER_STEP = 512
 
 
-def read(emit: Emit, address: Val, nbytes: Val, out: Val) -> None:
-    """Kernel: sum of all 32-bit words of a range (a multiple of 512 bytes), 16 lanes to `out`."""
+def read_blocks(emit: Emit, table: Val, count: Val, nbytes: Val, out: Val) -> None:
+    """Kernel: sum of all 32-bit words of `count` blocks, 16 lanes to `out`.
+
+    `table` is int64 [count], the addresses of blocks of `nbytes` (a multiple of 512) each: the
+    order of reading is the table's, and no Python runs between blocks.
+    """
     sums = [emit.var(emit.splat(0, I32, 16)) for _ in range(4)]
-    with emit.loop(0, nbytes, _BYTES_PER_STEP) as at:
-        for line in range(_BYTES_PER_STEP // 64):
-            total = sums[line % len(sums)]
-            total.set(total.get() + emit.load(address + at + 64 * line, I32, 16, align=64))
-            emit.prefetch(address + at + (64 * line + 4096))
+    with emit.loop(0, count) as block:
+        address = emit.load(table + block * 8, I64, align=8)
+        with emit.loop(0, nbytes, BYTES_PER_STEP) as at:
+            for line in range(BYTES_PER_STEP // 64):
+                total = sums[line % len(sums)]
+                total.set(total.get() + emit.load(address + at + 64 * line, I32, 16, align=64))
+                emit.prefetch(address + at + (64 * line + 4096))
     emit.store(out, (sums[0].get() + sums[1].get()) + (sums[2].get() + sums[3].get()), align=4)
 
 
 @functools.lru_cache(maxsize=1)
-def reader() -> Callable[[int, int, int], None]:
+def reader() -> Callable[[int, int, int, int], None]:
     """The compiled kernel as a Python callable that releases the GIL."""
     tier = choose_tier()
-    text = build_module([("read", 3, read)], tier, "probe")
-    address = compile_functions(text, tier.target, ["read"], "probe")["read"]
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(address)
+    text = build_module([("read_blocks", 4, read_blocks)], tier, "probe")
+    address = compile_functions(text, tier.target, ["read_blocks"], "probe")["read_blocks"]
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(address)

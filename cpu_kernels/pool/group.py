@@ -33,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 Slots = npt.NDArray[np.int64]
 
-_SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
+FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
+"""Of the system call, by machine."""
+
 _TIMEOUT_NS = 50_000_000  # Ctrl-C is seen at least this often
 _SPIN_PAUSES = 1_000  # about 50 us: torch's own threads want the cores when we are idle
 _LAST_SEQUENCE = 1 << 62
@@ -66,7 +68,7 @@ class PoolGroup:
         self._block = Arena(8 * f.GROUP_SLOTS)
         self._slots: Slots = self._block.bytes.view(np.int64)
         self.address = self._block.address
-        futex = _SYS_FUTEX.get(platform.machine())
+        futex = FUTEX_NUMBERS.get(platform.machine())
         if futex is None:
             raise NotImplementedError(f"no worker pools on {platform.machine()} yet")
         self._slots[f.G_SPIN] = _SPIN_PAUSES

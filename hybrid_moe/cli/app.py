@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from hybrid_moe.cli.bench import bench
 from hybrid_moe.cli.convert import convert
 from hybrid_moe.cli.doctor import doctor
 from hybrid_moe.cli.errors import readable, settings
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 for command in (generate, convert, inspect, doctor):
     app.command()(readable(command))
+app.add_typer(bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

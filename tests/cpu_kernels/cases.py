@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.activation import Activation
-from hybrid_moe.cpu_kernels.dsl.tiers import Tier
+from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats import BF16, MXFP4, WeightFormat
@@ -23,6 +23,12 @@ Array = npt.NDArray[Any]
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 ACTIVATION_ERROR = {MXFP4.name: FIXED_POINT_ERROR, BF16.name: 0.0}
 """Format -> what its encoding of activations may lose (kernels/encode.py)."""
+
+
+def has_portable_bits(fmt: WeightFormat, tier: str) -> bool:
+    """Whether the tier has the bits of `portable` where weights, activations and sums are normal
+    numbers. Only a matrix unit adds bf16 products in another order (dsl/tiles.py)."""
+    return not (TIERS[tier].tiles and fmt.name == BF16.name)
 
 
 def to_bf16(x: Array) -> npt.NDArray[np.uint16]:

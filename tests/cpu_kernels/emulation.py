@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybrid_moe.cpu_kernels.dsl.ops import Lowering
-from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, host_features
+from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, available_tiers, host_features
+from tests.cpu_kernels.amx import amx_tier
 
 PREFIX = "emulated."
 _FMA = 'declare <16 x float> @"llvm.fma.v16f32"(<16 x float>, <16 x float>, <16 x float>)'
@@ -128,18 +129,16 @@ def _pmaddwd(n: int) -> str:
     return text + f"  %result = add {wide} %p0, %p1\n  ret {wide} %result"
 
 
-def _vpdpbusd() -> str:
+def _vpdpbusd(n: int) -> str:
     """VPDPBUSD: a + four products of unsigned (b) by signed (c) bytes, modulo 2^32."""
-    wide = "<16 x i32>"
-    text = (
-        f"entry:\n  %bb = bitcast {wide} %b to <64 x i8>\n  %cb = bitcast {wide} %c to <64 x i8>\n"
-    )
+    wide, narrow = f"<{n // 4} x i32>", f"<{n} x i8>"
+    text = f"entry:\n  %bb = bitcast {wide} %b to {narrow}\n  %cb = bitcast {wide} %c to {narrow}\n"
     total = "a"
     for i in range(4):
-        text += _take(f"b{i}", "bb", "<64 x i8>", range(i, 64, 4))
-        text += _take(f"c{i}", "cb", "<64 x i8>", range(i, 64, 4))
-        text += f"  %u{i} = zext <16 x i8> %b{i} to {wide}\n"
-        text += f"  %s{i} = sext <16 x i8> %c{i} to {wide}\n"
+        text += _take(f"b{i}", "bb", narrow, range(i, n, 4))
+        text += _take(f"c{i}", "cb", narrow, range(i, n, 4))
+        text += f"  %u{i} = zext <{n // 4} x i8> %b{i} to {wide}\n"
+        text += f"  %s{i} = sext <{n // 4} x i8> %c{i} to {wide}\n"
         text += f"  %p{i} = mul {wide} %u{i}, %s{i}\n"
         text += f"  %t{i} = add {wide} %{total}, %p{i}\n"
         total = f"t{i}"
@@ -207,11 +206,14 @@ def _instructions() -> list[Instruction]:
             Instruction(names[1], "vpmaddubsw", needs, w, (b, b), _pmaddubsw(bits // 8)),
             Instruction(names[2], "vpmaddwd", needs, d, (w, w), _pmaddwd(bits // 16)),
         ]
+    for bits, features in ((256, {"avxvnni"}), (512, {"avx512vnni"})):
+        name, d = f"llvm.x86.avx512.vpdpbusd.{bits}", f"<{bits // 32} x i32>"
+        needs, body = frozenset(features), _vpdpbusd(bits // 8)
+        found.append(Instruction(name, "vpdpbusd", needs, d, (d, d, d), body))
     d, f = "<16 x i32>", "<16 x float>"
-    vnni, bf16 = frozenset({"avx512vnni"}), frozenset({"avx512bf16"})
+    bf16 = frozenset({"avx512bf16"})
     return [
         *found,
-        Instruction("llvm.x86.avx512.vpdpbusd.512", "vpdpbusd", vnni, d, (d, d, d), _vpdpbusd()),
         Instruction(
             "llvm.x86.avx512bf16.dpbf16ps.512", "vdpbf16ps", bf16, f, (f, d, d), _vdpbf16ps(), _FMA
         ),
@@ -274,9 +276,31 @@ def emulated(tier: Tier, features: frozenset[str] | None = None) -> Tier:
 
 
 def runnable(tier: Tier) -> Tier:
-    """`tier` itself where this processor can run it, else its emulation."""
-    return tier if tier.all_features <= host_features() else emulated(tier)
+    """`tier` itself where this processor can run it, else its emulation.
+
+    A tier with a matrix unit stands on the best vectors of this processor: what it inherits is
+    tested with the tiers that it inherits it from.
+    """
+    if tier.all_features <= host_features():
+        return tier
+    if tier.tiles:
+        usable = [r.tier for r in available_tiers() if r.usable and not r.tier.tiles]
+        return amx_tier(usable[-1])
+    return emulated(tier)
 
 
 RUNNABLE: Mapping[str, Tier] = {name: runnable(tier) for name, tier in TIERS.items()}
 """Every tier by name, in a form that runs here."""
+
+
+def _quick(name: str) -> Tier:
+    tier = RUNNABLE[name]
+    if not tier.tiles or tier is TIERS[name]:
+        return tier
+    base = [r.tier for r in available_tiers() if r.usable and not r.tier.tiles][-1]
+    return dataclasses.replace(base, name=f"{base.name}_with_tiles", tiles=True)
+
+
+QUICK: Mapping[str, Tier] = {name: _quick(name) for name in TIERS}
+"""The same, but a matrix unit that this processor lacks is the generic lowering of its ops, which
+is compiled: for tests of what kernels and drivers make of many tokens."""

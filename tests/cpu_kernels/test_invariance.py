@@ -14,81 +14,20 @@ from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
+from hybrid_moe.cpu_kernels.panels import GROUP
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.formats import FORMATS, MXFP4, WeightFormat
 from hybrid_moe.tensors import ExpertTensors, Matrix
 from tests.cpu_kernels.cases import Array, Case, from_bf16, random_batch
-from tests.cpu_kernels.emulation import RUNNABLE
+from tests.cpu_kernels.emulation import QUICK, RUNNABLE
 
-TOP_K = 2
-LONG = (1120, 64)
-"""35 groups of hidden inputs: more than one chunk of unpacked weights in every format."""
-
-Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
-TierNames = pytest.mark.parametrize("name", TIERS)
-TwoCores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
-
-
-@functools.lru_cache(maxsize=32)
-def _layer(fmt_name: str, name: str) -> tuple[Case, ExpertLayer]:
-    case = Case.random(FORMATS[fmt_name], *LONG, E=3, bias=True)
-    return case, case.layer(RUNNABLE[name])
-
-
-def _batch(tokens: int) -> tuple[Array, Array, Array]:
-    return random_batch(tokens, LONG[0], 3, TOP_K)
-
-
-@functools.lru_cache(maxsize=32)
-def _alone(fmt_name: str, name: str, tokens: int) -> Array:
-    """Each token's output when it is the only one."""
-    _, layer = _layer(fmt_name, name)
-    x, ids, weights = _batch(tokens)
-    rows = [layer.forward(x[t : t + 1], ids[t : t + 1], weights[t : t + 1]) for t in range(tokens)]
-    return np.concatenate(rows)
-
-
-@TierNames
-@Formats
-def test_the_long_batch_takes_the_other_path(fmt: WeightFormat, name: str) -> None:
-    """Without this the next tests would compare a path with itself."""
-    kernels = kernel_set(fmt.name, RUNNABLE[name])
-    _, ids, _ = _batch(64)
-    assert np.bincount(ids.ravel()).min() > kernels.direct_limit >= 1
-
-
-@TierNames
-@Formats
-def test_one_token_or_many(fmt: WeightFormat, name: str) -> None:
-    _, layer = _layer(fmt.name, name)
-    assert np.array_equal(layer.forward(*_batch(64)), _alone(fmt.name, name, 64))
-
-
-@Formats
-@settings(max_examples=40)
-@given(data=st.data())
-def test_neighbours_and_order(fmt: WeightFormat, data: st.DataObject) -> None:
-    """Any selection of tokens in any order, repetitions included."""
-    _, layer = _layer(fmt.name, "avx2" if RUNNABLE["avx2"] is TIERS["avx2"] else "portable")
-    name = layer.tier.name
-    x, ids, weights = _batch(24)
-    rows = data.draw(st.lists(st.integers(0, 23), min_size=1, max_size=70))
-    out = layer.forward(x[rows], ids[rows], weights[rows])
-    assert np.array_equal(out, _alone(fmt.name, name, 24)[rows])
-
-
-@Formats
-def test_ignored_slots_do_not_change_bits(fmt: WeightFormat) -> None:
-    _, layer = _layer(fmt.name, "portable")
-    x, ids, weights = _batch(9)
-    padded = np.full((9, 5), -1, np.int64)
-    padded[:, 1], padded[:, 4] = ids[:, 0], ids[:, 1]
-    wide = np.full((9, 5), np.nan, np.float32)
-    wide[:, 1], wide[:, 4] = weights[:, 0], weights[:, 1]
-    assert np.array_equal(layer.forward(x, padded, wide), layer.forward(x, ids, weights))
-
+TOKENS = 12
+"""Distinct tokens; batches repeat them."""
+SHAPES = ((1120, 64), (512, 544))
+"""Groups of inputs, of gate/up and of down: 35, 2, 16, 17. A chunk of unpacked weights has 8 or 16
+groups: several chunks, a part of one, whole chunks, and one group more."""
 
 _NODE = min(numa_nodes())
 CONFIGS = [
@@ -96,6 +35,86 @@ CONFIGS = [
     for threads, pools in ((1, 1), (2, 1), (2, 2), (3, 2), (4, 4))
     if threads <= usable_cores()
 ]
+
+Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+TierNames = pytest.mark.parametrize("name", TIERS)
+TwoCores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
+
+
+@functools.lru_cache(maxsize=None)
+def _case(fmt_name: str, shape: tuple[int, int]) -> Case:
+    return Case.random(FORMATS[fmt_name], *shape, E=3, bias=True)
+
+
+@functools.lru_cache(maxsize=None)
+def _layer(
+    fmt_name: str, name: str, shape: tuple[int, int] = SHAPES[0], pool: PoolConfig = CONFIGS[0]
+) -> ExpertLayer:
+    return _case(fmt_name, shape).layer(QUICK[name], pool)
+
+
+def _batch(shape: tuple[int, int], rows: Array) -> tuple[Array, Array, Array]:
+    """Tokens `rows` of the twelve. All choose expert 0, and 1 or 2 or nothing, in either slot."""
+    x, _, weights = random_batch(TOKENS, shape[0], 3, 2)
+    ids = np.stack([np.zeros(TOKENS, np.int64), np.array([1, 2, -1] * (TOKENS // 3))], axis=1)
+    ids[::2] = ids[::2, ::-1]
+    return x[rows], ids[rows], weights[rows]
+
+
+@functools.lru_cache(maxsize=None)
+def _alone(fmt_name: str, name: str, shape: tuple[int, int]) -> Array:
+    """Each token's output when it is the only one."""
+    layer = _layer(fmt_name, name, shape)
+    return np.concatenate([layer.forward(*_batch(shape, np.array([t]))) for t in range(TOKENS)])
+
+
+def _edges(fmt_name: str, name: str) -> list[int]:
+    """Numbers of tokens of one expert on either side of whatever a pass decides by."""
+    kernels = kernel_set(fmt_name, QUICK[name])
+    limits = {kernels.direct_limit, *(dot.most for dot in (*kernels.direct, *kernels.tiled))}
+    limits |= {2 * max(limits), kernels.direct_limit + kernels.tiled[0].most}
+    return sorted({count for limit in limits for count in (limit - 1, limit, limit + 1) if count})
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@TierNames
+@Formats
+def test_one_token_or_many(fmt: WeightFormat, name: str, shape: tuple[int, int]) -> None:
+    """A token alone, and with so many that its expert takes any other kernel, path or chunk."""
+    kernels = kernel_set(fmt.name, QUICK[name])
+    edges = _edges(fmt.name, name)
+    assert edges[0] == 1 <= kernels.direct_limit < edges[-1]
+    assert max(shape) // GROUP > kernels.chunk_groups
+    layer, alone = _layer(fmt.name, name, shape), _alone(fmt.name, name, shape)
+    rng = np.random.default_rng(4)
+    for count in edges:
+        rows = rng.integers(0, TOKENS, count)
+        assert np.array_equal(layer.forward(*_batch(shape, rows)), alone[rows]), count
+
+
+@TierNames
+@Formats
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_batch_on_any_pool(fmt: WeightFormat, name: str, data: st.DataObject) -> None:
+    """Any selection of tokens in any order, repetitions included, on any number of threads."""
+    shape, pool = data.draw(st.sampled_from(SHAPES)), data.draw(st.sampled_from(CONFIGS))
+    count = data.draw(st.sampled_from(_edges(fmt.name, name)) | st.integers(1, 70))
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    rows = np.random.default_rng(seed).integers(0, TOKENS, count)
+    out = _layer(fmt.name, name, shape, pool).forward(*_batch(shape, rows))
+    assert np.array_equal(out, _alone(fmt.name, name, shape)[rows])
+
+
+@Formats
+def test_ignored_slots_do_not_change_bits(fmt: WeightFormat) -> None:
+    layer = _layer(fmt.name, "portable")
+    x, ids, weights = random_batch(9, SHAPES[0][0], 3, 2)
+    padded = np.full((9, 5), -1, np.int64)
+    padded[:, 1], padded[:, 4] = ids[:, 0], ids[:, 1]
+    wide = np.full((9, 5), np.nan, np.float32)
+    wide[:, 1], wide[:, 4] = weights[:, 0], weights[:, 1]
+    assert np.array_equal(layer.forward(x, padded, wide), layer.forward(x, ids, weights))
 
 
 @TwoCores

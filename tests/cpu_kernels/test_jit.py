@@ -1,7 +1,8 @@
-"""The object cache, dumps, and a start without a compiler."""
+"""The object cache, its index by sources, dumps, and a start without a compiler."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -11,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.dsl.emit import I32, Emit, Val, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
-from hybrid_moe.cpu_kernels.jit import cache, compile, native
-from hybrid_moe.cpu_kernels.jit.compile import Target, compile_functions
+from hybrid_moe.cpu_kernels.jit import cache, compile, sources
+from hybrid_moe.cpu_kernels.jit.compile import Target, compile_functions, emit_object
+from hybrid_moe.cpu_kernels.kernels import library
 from tests.cpu_kernels.toolbox import callable_at, run_script
 
 TARGET = PORTABLE.target
@@ -199,6 +200,157 @@ def test_a_function_that_is_not_there(directory: Path) -> None:
         compile_functions(_text(1), TARGET, ["answer", "nothing"], "label")
 
 
+# the index: sources -> object
+
+
+def _object(value: int, key: str, made: list[int] | None = None) -> bytes:
+    """The object of `_text(value)`, looked up by `key`; `made` collects what had to be made."""
+
+    def make() -> str:
+        if made is not None:
+            made.append(value)
+        return _text(value)
+
+    return emit_object(make, TARGET, "answer", sources=key)
+
+
+def _names(directory: Path) -> tuple[set[str], set[str]]:
+    """Objects and index entries."""
+    objects, entries = ({p.name for p in directory.glob(f"*.{end}")} for end in ("o", "index"))
+    return objects, entries
+
+
+def test_known_sources_need_no_ir(directory: Path, compilations: list[str]) -> None:
+    made: list[int] = []
+    first = _object(1, "one", made)
+    assert _object(1, "one", made) == _object(2, "one", made) == first and made == [1]
+    assert _object(2, "two", made) != first and made == [1, 2]
+    objects, entries = _names(directory)
+    assert len(compilations) == len(objects) == len(entries) == 2
+
+
+def test_other_sources_of_the_same_ir_share_its_object(
+    directory: Path, compilations: list[str]
+) -> None:
+    """A comment that changes does not cost a compilation."""
+    made: list[int] = []
+    assert _object(1, "before", made) == _object(1, "after", made)
+    assert made == [1, 1]
+    assert emit_object(_text(1), TARGET, "answer") == _object(1, "after", made)
+    objects, entries = _names(directory)
+    assert (len(compilations), len(objects), len(entries)) == (1, 1, 2)
+
+
+def test_the_index_is_per_target_and_pass_list(directory: Path) -> None:
+    made: list[int] = []
+    _object(1, "key", made)
+    for target, program in (
+        (Target("x86-64-v2" if TARGET.cpu == "" else ""), False),
+        (TARGET, True),
+    ):
+        index = set(_names(directory)[1])
+        emit_object(lambda: _text(1), target, "answer", sources="key", program=program)
+        assert len(_names(directory)[1] - index) == 1
+
+
+@pytest.mark.parametrize("which", ["index", "o", "both"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
+def test_a_damaged_index(damage: str, which: str, directory: Path, compilations: list[str]) -> None:
+    """The right object comes back, and the cache is whole again."""
+    made: list[int] = []
+    good = _object(3, "key", made)
+    whole = {path: path.read_bytes() for path in directory.iterdir()}
+    for path, blob in whole.items():
+        if which in ("both", path.suffix[1:]):
+            bad = {"flip": blob[:-2] + bytes([blob[-2] ^ 1]) + blob[-1:], "truncate": blob[:40]}
+            path.unlink() if damage == "remove" else path.write_bytes(bad.get(damage, b""))
+    assert _object(3, "key", made) == good
+    assert made == [3, 3]
+    assert len(compilations) == (1 if which == "index" else 2)
+    assert {path: path.read_bytes() for path in directory.iterdir()} == whole
+
+
+def test_an_index_entry_of_an_object_that_is_gone(directory: Path) -> None:
+    """It is replaced, whatever it names."""
+    good = _object(3, "key")
+    (entry,) = directory.glob("*.index")
+    right = entry.read_bytes()
+    cache.write(entry.name, b"0" * 64 + b".o")
+    assert _object(3, "key") == good and entry.read_bytes() == right
+
+
+def test_the_source_digest(tmp_path: Path) -> None:
+    """It changes with every file of the package and with its name, and with nothing else."""
+    package = tmp_path / "package"
+    (package / "room").mkdir(parents=True)
+    files = [package / "a.py", package / "room" / "b.py", tmp_path / "formats.py"]
+    for file in files:
+        file.write_text("A = 1\n")
+
+    def digest(before: float = 2e12) -> str | None:
+        sources.source_digest.cache_clear()
+        return sources.source_digest(package, files[-1], before)
+
+    seen = {digest()}
+    (package / "notes.txt").write_text("no source")
+    assert {digest()} == seen
+    for file in files:
+        file.write_text("A = 2\n")
+        assert digest() not in seen
+        seen.add(digest())
+    files[0].rename(package / "c.py")
+    assert digest() not in seen | {None}
+    assert digest(before=0) is None, "a file has changed since it was imported"
+    files[-1].unlink()
+    assert digest() is None
+
+
+def test_the_digest_covers_what_is_imported() -> None:
+    """Every module that takes part in making IR is among the hashed files."""
+    result = run_script(
+        """
+import sys
+from pathlib import Path
+import hybrid_moe.cpu_kernels.kernels.library
+from hybrid_moe.cpu_kernels.drivers import drivers_ir
+from hybrid_moe.cpu_kernels.jit import sources
+drivers_ir()
+for name, module in sorted(sys.modules.items()):
+    if name.startswith("hybrid_moe"):
+        file = Path(module.__file__)
+        if sources._PACKAGE not in file.parents and file != sources._FORMATS:
+            print(name)
+"""
+    )
+    assert result.returncode == 0, result.stderr
+    others = {"hybrid_moe", "hybrid_moe.integrations", "hybrid_moe.integrations.import_hook"}
+    assert set(result.stdout.split()) <= others
+
+
+def test_a_tier_that_only_has_a_name_of_ours(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests change tiers: another tier of the same name never gets the cached kernels."""
+    monkeypatch.setattr(library, "source_key", lambda what: f"the same sources|{what}")
+    library.kernel_set.cache_clear()
+    library.kernel_set("MXFP4", PORTABLE)
+    before = _names(directory)
+    assert [len(names) for names in before] == [1, 1]
+
+    def forgets(emit: Emit, accumulator: Val, a: Val, b: Val) -> Val:
+        return accumulator
+
+    other = dataclasses.replace(PORTABLE, lowerings={"scale_add": forgets})
+    library.kernel_set("MXFP4", other)
+    library.kernel_set("MXFP4", dataclasses.replace(PORTABLE, rewrite=lambda text: text + "\n"))
+    objects, entries = _names(directory)
+    assert len(objects) == 3 and entries == before[1]
+    library.kernel_set.cache_clear()
+    monkeypatch.setattr(library, "build_module", None)  # the real one needs no IR
+    library.kernel_set("MXFP4", PORTABLE)
+    library.kernel_set.cache_clear()
+
+
 # dumps
 
 
@@ -217,9 +369,14 @@ def test_dump(
 ) -> None:
     """Also of what comes out of the cache."""
     assert _answer(9) == 9
+    _object(9, "key")
     monkeypatch.setenv("HYBRID_MOE_DUMP", f"{kind}{separator}{tmp_path / 'new' / 'dumps'}")
+    dump = tmp_path / "new" / "dumps" / f"answer.{suffix}"
     assert _answer(9) == 9
-    assert content in (tmp_path / "new" / "dumps" / f"answer.{suffix}").read_text()
+    assert content in dump.read_text()
+    dump.unlink()
+    _object(9, "key")
+    assert content in dump.read_text()
 
 
 @pytest.mark.parametrize("value", ["asm", "obj dumps", "ir:", "yes"])
@@ -267,35 +424,20 @@ def test_concurrent_processes_with_an_empty_cache(tmp_path: Path) -> None:
     assert results[0][0] == results[1][0] == third.stdout != ""
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == entries
     assert "compiled" not in third.stderr
-    assert all(path.suffix == ".o" for path in entries)
+    assert {path.suffix for path in entries} <= {".o", ".index"}
 
 
-def test_a_cached_start_imports_no_compiler() -> None:
-    """Numba's front end takes longer to import than everything else together."""
-    drivers.addresses()  # the cache is warm from here on
-    result = run_script(
-        """
+def test_a_cached_start_imports_no_compiler(tmp_path: Path) -> None:
+    """Neither what translates drivers nor their sources."""
+    script = """
 import sys
 from hybrid_moe.cpu_kernels import drivers, layer
 assert set(drivers.addresses()) >= {"work", "pack_strips"}
 assert all(drivers.addresses().values())
-print([name for name in sys.modules if name.split(".")[0] in ("numba", "torch")])
+heavy = {"numba", "torch", "hybrid_moe.cpu_kernels.jit.translate", drivers.__name__ + ".worker"}
+print(sorted(heavy & set(sys.modules)))
 """
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "[]"
-
-
-def test_a_changed_driver_is_compiled_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The key covers the source of every driver module."""
-    monkeypatch.syspath_prepend(tmp_path)
-    module = tmp_path / "some_driver.py"
-    module.write_text("A = 1\n")
-    first = native._source_digest(["some_driver"])
-    assert native._source_digest(["some_driver"]) == first
-    module.write_text("A = 2\n")
-    assert native._source_digest(["some_driver"]) != first
-    with pytest.raises((RuntimeError, ModuleNotFoundError), match="no_such_driver"):
-        native._source_digest(["no_such_driver"])
+    runs = [run_script(script, HYBRID_MOE_CACHE_DIR=str(tmp_path / "cache")) for _ in range(2)]
+    assert [run.returncode for run in runs] == [0, 0], runs
+    assert "translate" in runs[0].stdout
+    assert runs[1].stdout.strip() == "[]"

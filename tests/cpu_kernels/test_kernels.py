@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I16, Emit, Val
-from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
+from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.kernels import encode, epilogue
-from hybrid_moe.cpu_kernels.kernels.library import KernelSet, kernel_set
+from hybrid_moe.cpu_kernels.kernels.library import DotKernel, KernelSet, kernel_set
 from hybrid_moe.cpu_kernels.pack import pack_gate_up, pack_rows
-from hybrid_moe.cpu_kernels.panels import LINE, STRIP_ROWS, strip_layout
+from hybrid_moe.cpu_kernels.panels import LINE, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.formats import FORMATS, MXFP4, WeightFormat, f32_to_bf16
 from hybrid_moe.tensors import Matrix
 from tests.cpu_kernels.cases import Array, decode, from_bf16, random_matrix, to_bf16
@@ -101,12 +102,12 @@ def _kernels(fmt_name: str, name: str) -> KernelSet:
     return kernel_set(fmt_name, RUNNABLE[name])
 
 
-def _encode(fmt: WeightFormat, name: str, x: Array) -> Array:
+def _encode(kernels: KernelSet, x: Array) -> Array:
     """bf16 bits [T, K] -> encoded rows, uint8 [T, row bytes]."""
     T, K = x.shape
     groups = K // 32
-    rows = aligned((T, _kernels(fmt.name, name).encoding.row_bytes(groups)), np.uint8, fill=0xFF)
-    call = callable_at(_kernels(fmt.name, name).encode, 6)
+    rows = aligned((T, kernels.encoding.row_bytes(groups)), np.uint8, fill=0xFF)
+    call = callable_at(kernels.encode, 6)
     call(np.ascontiguousarray(x), 2 * K, rows, rows.shape[1], T, groups)
     return rows
 
@@ -131,7 +132,7 @@ def test_encoding_keeps_its_bounds(name: str, seed: int, spread: int) -> None:
     centre = int(rng.integers(-100, 80))
     exponents = centre + rng.integers(-spread, spread + 1, (3, 96))
     x = to_bf16(np.ldexp(rng.standard_normal((3, 96)), exponents))
-    q, factors = _decode_rows(_encode(MXFP4, name, x), 3)
+    q, factors = _decode_rows(_encode(_kernels(MXFP4.name, name), x), 3)
     exact = from_bf16(x).reshape(3, 3, 32)
     decoded = q * 2.0 * factors[..., None].astype(np.float64)
     largest = np.abs(exact).max(axis=-1, keepdims=True)
@@ -149,7 +150,7 @@ def test_encoding_of_special_groups(name: str) -> None:
     x[2] = 0x0001  # the smallest subnormal
     x[3] = 0x7F7F  # the largest number
     x[4, 5], x[5, 31], x[6, 0] = 0x7FC0, 0x7F80, 0xFF80
-    q, factors = _decode_rows(_encode(MXFP4, name, x), 1)
+    q, factors = _decode_rows(_encode(_kernels(MXFP4.name, name), x), 1)
     assert (q[:2] == 0).all() and np.isfinite(factors[:4]).all()
     decoded = q * 2.0 * factors[..., None].astype(np.float64)
     for row in (2, 3):
@@ -160,7 +161,7 @@ def test_encoding_of_special_groups(name: str) -> None:
 @TierNames
 def test_bf16_rows_are_the_activations(name: str) -> None:
     x = np.arange(3 * 64, dtype=np.uint16).reshape(3, 64) * 341
-    rows = _encode(FORMATS["BF16"], name, x)
+    rows = _encode(_kernels("BF16", name), x)
     assert np.array_equal(rows.view(np.uint16), x)
 
 
@@ -244,25 +245,48 @@ def _integer_case(
     return matrix, to_bf16(rng.integers(-60, 61, (T, K)))
 
 
+@contextmanager
+def _entered(kernels: KernelSet) -> Iterator[None]:
+    """What a worker does before and after its part of a job."""
+    if kernels.enter:
+        callable_at(kernels.enter, 0)()
+    yield
+    if kernels.leave:
+        callable_at(kernels.leave, 0)()
+
+
+def _calls(table: Sequence[DotKernel]) -> list[tuple[DotKernel, int]]:
+    """Every kernel with the fewest and the most tokens that it takes, and one between."""
+    return [
+        (dot, count)
+        for dot in table
+        for count in sorted({dot.least, (dot.least + dot.most) // 2, dot.most})
+    ]
+
+
 @TierNames
 @Formats
 def test_dot_kernels(fmt: WeightFormat, name: str) -> None:
+    check_dot_kernels(fmt, RUNNABLE[name])
+
+
+def check_dot_kernels(fmt: WeightFormat, tier: Tier) -> None:
     """Every kernel of every tile size, whole and in chunks, on sums that are exact."""
-    kernels = _kernels(fmt.name, name)
+    kernels = kernel_set(fmt.name, tier)
     layout = strip_layout(fmt, 160)
     rng = np.random.default_rng(2)
-    most = max(max(kernels.direct), max(kernels.tiled))
+    most = max(dot.most for dot in (*kernels.direct, *kernels.tiled))
     matrix, x = _integer_case(fmt, rng, most, 160)
     strip = aligned((layout.nbytes,), np.uint8)
     pack_rows(strip.ctypes.data, range(1), layout, matrix, 32)
     expected = from_bf16(x) @ decode(fmt, matrix).T
-    rows = _encode(fmt, name, x)
+    rows = _encode(kernels, x)
     addresses = rows.ctypes.data + rows.shape[1] * np.arange(most, dtype=np.int64)
-    assert 1 in kernels.direct and 1 in kernels.tiled
+    assert kernels.direct[-1].least == kernels.tiled[-1].least == 1
     for cuts in ([0, 5], [0, 2, 3, 5]):
         for table, unpack in ((kernels.direct, 0), (kernels.tiled, kernels.unpack)):
-            for size, address in table.items():
-                sums = aligned((size, 32), np.float32, fill=0xFF)
+            for dot, count in _calls(table):
+                sums = aligned((round_up(count, 32), 32), np.float32, fill=0xFF)
                 for begin, end in itertools.pairwise(cuts):
                     codes = strip.ctypes.data + begin * layout.code_bytes_per_group
                     scales = layout.scale_offset + begin * layout.scale_bytes_per_group
@@ -270,6 +294,8 @@ def test_dot_kernels(fmt: WeightFormat, name: str) -> None:
                     if unpack:
                         callable_at(unpack, 3)(codes, unpacked, end - begin)
                         codes = unpacked.ctypes.data
-                    call = callable_at(address, 7)
-                    call(codes, strip.ctypes.data + scales, addresses, sums, begin, end, 5)
-                assert np.array_equal(sums, expected[:size]), (size, bool(unpack), cuts)
+                    scales += strip.ctypes.data
+                    call = callable_at(dot.address, 8)
+                    with _entered(kernels):
+                        call(codes, scales, addresses, count, sums, begin, end, 5)
+                assert np.array_equal(sums[:count], expected[:count]), (count, bool(unpack), cuts)

@@ -15,7 +15,14 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats import BF16, FORMATS, MXFP4, WeightFormat
 from hybrid_moe.tensors import CheckpointError
-from tests.cpu_kernels.cases import Array, Case, from_bf16, random_batch, to_bf16
+from tests.cpu_kernels.cases import (
+    Array,
+    Case,
+    from_bf16,
+    has_portable_bits,
+    random_batch,
+    to_bf16,
+)
 from tests.cpu_kernels.emulation import RUNNABLE
 from tests.reference import assert_within
 
@@ -43,15 +50,15 @@ def _portable_bits(fmt_name: str, shape: tuple[int, int], tokens: int) -> Array:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 @Formats
 def test_forward(fmt: WeightFormat, shape: tuple[int, int], name: str) -> None:
-    """Within the bound of the reference; and the bits of the portable tier, for these weights and
-    sums are normal numbers."""
+    """Within the bound of the reference; and the bits of the portable tier."""
     case, layer = _layer(fmt.name, name, shape)
     for tokens in TOKENS:
         batch = random_batch(tokens, case.H, case.E, TOP_K)
         out = layer.forward(*batch)
         assert out.shape == (tokens, case.H) and out.dtype == np.uint16
         assert_within(from_bf16(out), case.reference(*batch))
-        assert np.array_equal(out, _portable_bits(fmt.name, shape, tokens))
+        if has_portable_bits(fmt, name):
+            assert np.array_equal(out, _portable_bits(fmt.name, shape, tokens))
 
 
 @TierNames

@@ -26,6 +26,7 @@ def _pair_dot_meaning(accumulator: Array, w: Array, x: Array) -> Array:
 PAIR_DOT_MODELS: Mapping[str, Callable[[Array, Array, Array], Array]] = {
     "portable": _pair_dot_meaning,
     "avx2": pair_dot_fused,
+    "avx2_vnni": pair_dot_fused,
     "avx512": pair_dot_fused,
     "avx512_vnni": pair_dot_fused,
     "avx512_bf16": vdpbf16ps,

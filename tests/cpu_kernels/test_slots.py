@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.slots import SlotScratch
@@ -50,13 +51,13 @@ class Buffers:
             np.zeros((T, H), np.uint16),
         )
 
-    def slot(self, layer: ExpertLayer, *, count_ignored: bool = True):
+    def slot(self, layer: ExpertLayer, *, ignored_ids: int = f.IDS_COUNT):
         at = {name: getattr(self, name).ctypes.data for name in ("x", "ids", "weights", "skip")}
         return layer.job_slot(
             tokens=T,
             top_k=K,
             out=self.out.ctypes.data,
-            count_ignored=count_ignored,
+            ignored_ids=ignored_ids,
             scratch=SlotScratch(layer.slot_shape(T, K)),
             **at,
         )
@@ -100,15 +101,15 @@ def test_several_slots_may_be_posted_before_any_wait() -> None:
         np.testing.assert_array_equal(run.out, layer.forward(run.x, run.ids, run.weights))
 
 
-@pytest.mark.parametrize("count_ignored", [True, False])
-def test_ignored_ids_are_reported_once(count_ignored: bool) -> None:
+@pytest.mark.parametrize("ignored_ids", [f.IDS_COUNT, f.IDS_PASS])
+def test_ignored_ids_are_reported_once(ignored_ids: int) -> None:
     layer = _layer(np.ones(E, bool))
     buffers = Buffers.random(3)
     buffers.ids[0] = (-1, E, 2)
-    slot = buffers.slot(layer, count_ignored=count_ignored)
+    slot = buffers.slot(layer, ignored_ids=ignored_ids)
     _replay(slot)
     _replay(slot)
-    assert layer.slot_report().ignored == (4 if count_ignored else 0)
+    assert layer.slot_report().ignored == (4 if ignored_ids == f.IDS_COUNT else 0)
     assert layer.slot_report().ignored == 0
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_moe.placement import generate_gpu_experts_masks
+from hybrid_moe.placement import STRATEGIES, generate_gpu_experts_masks, place_experts
 
 
 @given(
@@ -64,3 +66,75 @@ def test_ties_are_deterministic() -> None:
 def test_bad_input(freq: torch.Tensor, total: int, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         generate_gpu_experts_masks(freq, total)
+
+
+MODEL = st.tuples(
+    st.integers(1, 7), st.integers(1, 6), st.integers(0, 50), st.integers(0, 8), st.integers(1, 3)
+)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "frequency"])
+@given(MODEL)
+def test_strategies_place_exactly_so_many_experts_of_moe_layers(
+    strategy: str, model: tuple[int, int, int, int, int]
+) -> None:
+    layers, E, total, first, every = model
+    freq = None
+    if strategy == "frequency":
+        freq = torch.rand(layers, E, generator=torch.Generator().manual_seed(total))
+    masks = place_experts(
+        strategy,
+        layers,
+        E,
+        total,
+        first_k_dense_replace=first,
+        moe_layer_freq=every,
+        activation_freq=freq,
+    )
+    moe = [i for i in range(layers) if i >= first and i % every == 0]
+    dense = [i for i in range(layers) if i not in moe]
+    assert masks.dtype == torch.bool and masks.shape == (layers, E)
+    assert masks[dense].all()
+    assert int(masks[moe].sum()) == min(total, len(moe) * E)
+    counts = masks[moe].sum(1).tolist()
+    if strategy == "uniform":
+        assert counts == sorted(counts, reverse=True)
+        assert not counts or max(counts) - min(counts) <= 1
+    if strategy == "front-loading":
+        assert sum(0 < count < E for count in counts) <= 1
+        assert counts == sorted(counts, reverse=True)
+    if strategy in ("uniform", "front-loading"):  # the first ids of each layer
+        assert all(row.tolist() == sorted(row.tolist(), reverse=True) for row in masks[moe])
+    if freq is not None and moe:
+        chosen, others = freq[moe][masks[moe]], freq[moe][~masks[moe]]
+        assert not chosen.numel() or not others.numel() or chosen.min() >= others.max()
+
+
+def test_random_placement_is_the_same_at_each_call_and_that_of_sglang_kt() -> None:
+    masks = place_experts("random", 4, 5, 6, first_k_dense_replace=1)
+    assert torch.equal(masks, place_experts("random", 4, 5, 6, first_k_dense_replace=1))
+    positions = [(layer, expert) for layer in range(1, 4) for expert in range(5)]
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(42))[:6].tolist()
+    assert {tuple(p) for p in masks[1:].nonzero().tolist()} == {
+        (layer - 1, expert) for layer, expert in (positions[i] for i in order)
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("best", 2, 4, 1), {}, ValueError, "unknown strategy 'best': there are frequency, "),
+        (("frequency", 2, 4, 1), {}, ValueError, "activation_freq is missing"),
+        (("uniform", 2, 4, 1), {"activation_freq": torch.ones(2, 4)}, ValueError, "is given"),
+        (("frequency", 2, 4, 1), {"activation_freq": torch.ones(3, 4)}, ValueError, r"\(3, 4\)"),
+        (("uniform", 0, 4, 1), {}, ValueError, "num_layers is 0, must be 1 or more"),
+        (("uniform", 2, 4, -1), {}, ValueError, "num_gpu_experts is -1"),
+        (("uniform", 2, 4, 1), {"moe_layer_freq": 0}, ValueError, "moe_layer_freq is 0"),
+        (("uniform", 2, 4, 0.5), {}, TypeError, "num_gpu_experts must be an integer"),
+    ],
+)
+def test_bad_strategy_arguments(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        place_experts(*arguments, **options)

@@ -172,13 +172,6 @@ def test_capture_batch_sizes_belong_to_the_process() -> None:
         KTMoEWrapper.set_capture_batch_sizes(before)
 
 
-def test_whole_layer_prefill_is_refused_by_name() -> None:
-    with pytest.raises(NotImplementedError, match="GPU prefill"):
-        wrapper().submit_write_weight_scale_to_buffer(1, 0, [], [], [], [])
-    with pytest.raises(NotImplementedError, match="GPU prefill"):
-        wrapper().sync_write_weight_scale_to_buffer()
-
-
 def test_caches_can_be_cleared_at_any_time() -> None:
     KTMoEWrapper.clear_buffer_cache()
     KTMoEWrapper.force_release_loader()

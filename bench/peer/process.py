@@ -1,0 +1,56 @@
+"""A library in a process of its own, which runs only while it answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peer.find import Place
+
+
+class WorkerProcess:
+    """Starts `peer.worker`; stopped (SIGSTOP) between questions, since idle threads may spin."""
+
+    def __init__(self, name: str, place: Place, threads: int) -> None:
+        self.name = name
+        self.label = name
+        # a file, since a pipe that nobody reads fills up
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [place.python, "-m", "peer.worker", name],
+            cwd=Path(__file__).resolve().parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=dict(os.environ, OMP_NUM_THREADS=str(threads)) | place.variables,
+        )
+
+    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """Wake the worker, wait for its answer, stop it.
+
+        Raises:
+            RuntimeError: the process ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.send_signal(signal.SIGCONT)
+        self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            self._errors.seek(0)
+            raise RuntimeError(f"{self.name} ended with {status}: {self._errors.read()[-500:]}")
+        self._process.send_signal(signal.SIGSTOP)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()

@@ -1,0 +1,251 @@
+"""Fork-join: how long an empty job takes, between spinning threads and from sleep.
+
+    python bench/pool.py --threads 2
+
+An empty job routes no token (all ids -1), so what is left is the launch, the tasks' bookkeeping,
+the barriers and the wait. All samples are taken in compiled code; what Python adds to a forward
+pass of the same batch is a column of its own. Four cases:
+
+    hot     jobs follow each other; idle workers spin
+    asleep  every worker sleeps on the futex before each job
+    caller works   the submitter is worker 0 (CPU tensors): whoever is first takes the tasks
+    handed over    the submitter only waits, so another thread must see the job, run it and be seen
+
+The ceiling of a job that is handed over is a bare signal between two threads: a store that the
+other sees and answers ("hot"), or a futex wake and the answer of the thread that slept ("asleep").
+Layer "tiny" has one task for each thread and nothing else; on layer "A" the token's row is encoded
+and a row of zeros written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import fork_join
+import numpy as np
+import numpy.typing as npt
+from common import make_layer, parse_list, processor, receipt, write_receipt
+from problem import SHAPES, Shape
+from rich.console import Console
+from rich.table import Table
+
+from hybrid_moe.cpu_kernels import drivers
+from hybrid_moe.cpu_kernels.jit.native import compile_drivers
+from hybrid_moe.cpu_kernels.job import StagedJob
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.pool.group import PoolGroup
+from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+
+Samples = npt.NDArray[np.int64]
+
+_ARITY = {"fork_join": 7, "ask": 5, "answer": 4}
+_FUTEX = {"x86_64": 202, "aarch64": 98}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One case. Microseconds; `signal_us` is the bare signal where a thread has to answer,
+    `python_us` what Python adds to a forward pass."""
+
+    job: str
+    threads: int
+    state: str
+    caller: str
+    median_us: float
+    p99_us: float
+    signal_us: float | None
+    python_us: float | None
+
+    @property
+    def ceiling_share(self) -> float | None:
+        """The part of the time that no thread pool could avoid, 0 to 1."""
+        return None if self.signal_us is None else self.signal_us / self.median_us
+
+
+def summary(samples: Samples) -> tuple[float, float]:
+    """Median and 99th percentile of nanoseconds, in microseconds."""
+    median, late = np.percentile(samples, (50, 99)) / 1e3
+    return float(median), float(late)
+
+
+@contextmanager
+def pinned(cpu: int) -> Iterator[None]:
+    """The calling thread on one processor, where no worker is."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def compiled() -> dict[str, Callable[..., int]]:
+    """The loops of `fork_join.py` as Python callables that release the GIL."""
+    modules = (*drivers._MODULES, "fork_join")
+    addresses = compile_drivers(modules, {name: f"fork_join:{name}" for name in _ARITY})
+    return {
+        name: ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arity)(addresses[name])
+        for name, arity in _ARITY.items()
+    }
+
+
+def bare_signal(loops: dict[str, Callable[..., int]], asleep: bool, count: int) -> Samples:
+    """Nanoseconds of a signal to a thread on another processor and back.
+
+    Raises:
+        ValueError: this process may use one processor only.
+    """
+    here, there = PoolConfig(2).worker_cpus()
+    words = np.zeros(fork_join.SIGNAL_WORDS + 8, np.int64)
+    at = words.ctypes.data + -words.ctypes.data % 64
+    samples = np.zeros(count, np.int64)
+    futex = _FUTEX[platform.machine()]
+
+    def answer() -> None:
+        os.sched_setaffinity(0, {there})  # 0 is this thread
+        loops["answer"](at, futex, int(asleep), count)
+
+    other = threading.Thread(target=answer)
+    other.start()
+    with pinned(here):
+        loops["ask"](at, futex, int(asleep), samples.ctypes.data, count)
+        other.join()
+    return samples
+
+
+def tiny_shape(threads: int) -> Shape:
+    """One task of the last phase for each thread, and nothing else."""
+    return Shape("tiny", "", hidden=32 * threads, intermediate=32, experts=1, top_k=1)
+
+
+def empty_batch(
+    layer: ExpertLayer,
+) -> tuple[npt.NDArray[np.uint16], Samples, npt.NDArray[np.float32]]:
+    """One token that is routed nowhere."""
+    x = np.zeros((1, layer.hidden), np.uint16)
+    return x, np.full((1, 1), -1, np.int64), np.ones((1, 1), np.float32)
+
+
+def time_jobs(
+    loops: dict[str, Callable[..., int]],
+    layer: ExpertLayer,
+    asleep: bool,
+    caller_works: bool,
+    count: int,
+) -> Samples:
+    """Nanoseconds of `count` empty jobs of the layer, in compiled code."""
+    x, ids, weights = empty_batch(layer)
+    layer.forward(x, ids, weights)  # starts the threads
+    group, descriptor = layer._ready()
+    job = StagedJob(layer.slot_shape(1, 1))
+    job.stage(x, ids, weights, None)
+    out = np.zeros_like(x)
+    template = job.address(int(descriptor.ctypes.data), out.ctypes.data)
+    found = np.zeros(1, np.int64)
+    samples = np.zeros(count, np.int64)
+    sleepers = sleeping_workers(group) if asleep else 0
+    arguments = (int(caller_works), sleepers, samples.ctypes.data, count)
+    with pinned(layer.pool.worker_cpus()[0]):
+        loops["fork_join"](group.address, template, found.ctypes.data, *arguments)
+    assert not out.any()
+    return samples
+
+
+def sleeping_workers(group: PoolGroup) -> int:
+    """Threads that sleep when the group is idle: all but a caller that works."""
+    return group.config.threads - int(group.caller_works)
+
+
+def time_python(layer: ExpertLayer, count: int) -> Samples:
+    """Nanoseconds of `ExpertLayer.forward` with the same empty batch, Python included."""
+    batch = empty_batch(layer)
+    samples = np.zeros(count, np.int64)
+    with pinned(layer.pool.worker_cpus()[0]):
+        for i in range(count):
+            begin = time.perf_counter_ns()
+            layer.forward(*batch)
+            samples[i] = time.perf_counter_ns() - begin
+    return samples
+
+
+def measure(threads: int, shapes: list[Shape], count: int) -> list[Point]:
+    """All cases of all shapes with one number of threads."""
+    loops = compiled()
+    states = {"hot": False, "asleep": True} if threads > 1 else {"hot": False}
+    callers = (
+        {"caller works": True, "handed over": False} if threads > 1 else {"caller works": True}
+    )
+    signals = {
+        state: summary(bare_signal(loops, asleep, count))[0]
+        for state, asleep in states.items()
+        if threads > 1
+    }
+    points = []
+    for shape in shapes:
+        one_expert = dataclasses.replace(shape, experts=1, top_k=1)
+        layer = make_layer(one_expert, "MXFP4", PoolConfig(threads))
+        for state, asleep in states.items():
+            for caller, works in callers.items():
+                time_jobs(loops, layer, asleep, works, max(1, count // 10))  # warm-up
+                median, late = summary(time_jobs(loops, layer, asleep, works, count))
+                python = None
+                if not asleep and works:
+                    python = summary(time_python(layer, count))[0] - median
+                signal = None if works else signals[state]
+                points.append(
+                    Point(shape.name, threads, state, caller, median, late, signal, python)
+                )
+        layer.close()
+    return points
+
+
+def table(points: list[Point]) -> Table:
+    """The points as a rich table."""
+    shown = Table(title=f"fork-join of an empty job, microseconds, {processor()}")
+    for name in ("layer", "state", "caller"):
+        shown.add_column(name)
+    for name in ("threads", "median", "p99", "bare signal", "% of it", "Python adds"):
+        shown.add_column(name, justify="right")
+    for p in points:
+        share = p.ceiling_share
+        shown.add_row(
+            p.job,
+            p.state,
+            p.caller,
+            str(p.threads),
+            f"{p.median_us:.2f}",
+            f"{p.p99_us:.2f}",
+            "" if p.signal_us is None else f"{p.signal_us:.2f}",
+            "" if share is None else f"{100 * share:.0f}",
+            "" if p.python_us is None else f"{p.python_us:.1f}",
+        )
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", default=str(usable_cores()), help="with commas")
+    parser.add_argument("--samples", type=int, default=2000, help="jobs of each case")
+    parser.add_argument("--json", metavar="FILE", help="write the receipt there")
+    args = parser.parse_args()
+    points = []
+    for threads in map(int, parse_list(args.threads)):
+        points += measure(threads, [tiny_shape(threads), SHAPES["A"]], args.samples)
+    Console(width=120).print(table(points))
+    write_receipt(args.json, receipt("pool", points=[asdict(p) for p in points]))
+
+
+if __name__ == "__main__":
+    main()

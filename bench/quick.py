@@ -1,0 +1,169 @@
+"""Is this machine slower at anything than it was? Under two minutes; ratios to the ceilings.
+
+    python bench/quick.py [--strict]
+
+Figures are shares of what the machine could do in the same seconds, so that they can be compared
+with stored ones (`docs/results`, same processor) although a shared host is never the same. Ends
+with 0 whatever it finds; with --strict, with 1 if a figure is slower by more than 15 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pool
+from common import make_layer, processor, receipt, write_receipt
+from moe_layer import measure
+from problem import SHAPES
+from rich.console import Console
+from rich.table import Table
+
+from hybrid_moe.cpu_kernels.bandwidth import ReadProbe
+from hybrid_moe.cpu_kernels.ceilings import mac_ceiling
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+SLOWER = 0.85
+"""A figure that is less than this part of the stored one is called slower."""
+
+DECODE_TOKENS, PREFILL_TOKENS = 1, 256
+LAYERS = (("MXFP4", "A"), ("BF16", "B"))
+
+_START = """
+import sys, time
+from hybrid_moe.cpu_kernels import drivers
+from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
+from hybrid_moe.cpu_kernels.kernels.library import kernel_set
+begin = time.perf_counter()
+for method in sys.argv[1:]:
+    kernel_set(method, choose_tier())
+drivers.addresses()
+print(time.perf_counter() - begin)
+"""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One thing that was measured; `unit` is shown, `higher_is_better` decides what slower is."""
+
+    name: str
+    value: float
+    unit: str
+    higher_is_better: bool
+
+
+def speed(now: Figure, stored: Figure) -> float:
+    """How fast `now` is beside `stored`: 1 the same, below 1 slower."""
+    ratio = now.value / stored.value
+    return ratio if now.higher_is_better else 1 / ratio
+
+
+def verdict(now: Figure, stored: Figure | None) -> str:
+    """A word for the table."""
+    if stored is None:
+        return "nothing stored"
+    relative = speed(now, stored)
+    return "SLOWER" if relative < SLOWER else "faster" if relative > 1 / SLOWER else "same"
+
+
+def stored_figures(folder: Path, machine: str) -> tuple[str | None, dict[str, Figure]]:
+    """Date and figures of the newest stored run on this processor; None where there is none."""
+    for path in sorted(folder.glob("*.json"), reverse=True):
+        document = json.loads(path.read_text())
+        if document["processor"] == machine and "quick" in document["benches"]:
+            points = document["benches"]["quick"]["points"]
+            return document["date"], {p["name"]: Figure(**p) for p in points}
+    return None, {}
+
+
+def layer_figures(threads: int, seconds: float) -> list[Figure]:
+    """Decode as a share of the read bandwidth, prefill as a share of the peak."""
+    config = PoolConfig(threads)
+    probe = ReadProbe(config)
+    figures = []
+    for method, name in LAYERS:
+        shape = SHAPES[name]
+        ceiling = mac_ceiling(method, config)
+        layer = make_layer(shape, method, config)
+        decode = measure(layer, shape, DECODE_TOKENS, seconds, probe, ceiling)
+        prefill = measure(layer, shape, PREFILL_TOKENS, seconds, probe, ceiling)
+        layer.close()
+        title = f"{method} {name}, {threads} threads"
+        figures += [
+            Figure(f"decode, {title}", 100 * decode.read_share, "% of read bandwidth", True),
+            Figure(f"prefill, {title}", 100 * prefill.rate_share, "% of peak", True),
+        ]
+    return figures
+
+
+def pool_figures(threads: int, samples: int) -> list[Figure]:
+    """Microseconds of an empty job that another thread runs."""
+    points = pool.measure(threads, [pool.tiny_shape(threads)], samples)
+    handed = [p for p in points if p.caller == "handed over" or threads == 1]
+    return [
+        Figure(f"fork-join, {p.state}, {threads} threads", p.median_us, "us", False) for p in handed
+    ]
+
+
+def start_figure(rounds: int = 3) -> Figure:
+    """Seconds in which a fresh process has its kernels from the object cache."""
+    command = [sys.executable, "-c", _START, *(method for method, _ in LAYERS)]
+    times = [
+        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        for _ in range(rounds + 1)
+    ]
+    return Figure("kernels from the cache", statistics.median(times[1:]), "s", False)
+
+
+def table(figures: Sequence[Figure], stored: dict[str, Figure], date: str | None) -> Table:
+    """Now beside stored."""
+    shown = Table(title=f"quick check, {processor()}")
+    shown.add_column("figure")
+    for name in ("now", f"stored {date}" if date else "stored", "speed", "verdict"):
+        shown.add_column(name, justify="right")
+    for figure in figures:
+        before = stored.get(figure.name)
+        word = verdict(figure, before)
+        shown.add_row(
+            f"{figure.name}, {figure.unit}",
+            f"{figure.value:.3g}",
+            "" if before is None else f"{before.value:.3g}",
+            "" if before is None else f"{speed(figure, before):.2f}",
+            f"[red]{word}[/]" if word == "SLOWER" else word,
+        )
+    return shown
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each point of a layer")
+    parser.add_argument("--strict", action="store_true", help="end with 1 if a figure is slower")
+    parser.add_argument("--json", metavar="FILE", help="write the receipt there")
+    args = parser.parse_args()
+    figures = [
+        *layer_figures(args.threads, args.seconds),
+        *pool_figures(args.threads, 500),
+        start_figure(),
+    ]
+    date, stored = stored_figures(RESULTS, processor())
+    Console(width=120).print(table(figures, stored, date))
+    document: dict[str, Any] = receipt("quick", points=[asdict(figure) for figure in figures])
+    write_receipt(args.json, document)
+    slower = any(verdict(figure, stored.get(figure.name)) == "SLOWER" for figure in figures)
+    return int(args.strict and slower)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

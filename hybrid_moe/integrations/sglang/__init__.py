@@ -1,0 +1,22 @@
+"""SGLang plugin: `--kt-*` on a stock SGLang runs the cold experts with this package.
+
+SGLang calls `register` (entry point group `sglang.srt.plugins`) in each of its processes.
+
+    plugin          whether to take over, and putting our names where SGLang looks
+    contract        what we rely on in SGLang, checked before anything is replaced
+    method          the layer's method: hot experts on the GPU, cold ones in `KTMoEWrapper`
+    gpu_experts     which experts of a layer are hot, and their slots on the GPU
+    slot_loading    SGLang's weight loaders, for experts that live in slots
+    expert_layer    what SGLang says about a layer, in `KTMoEWrapper`'s terms, or why not
+
+Nothing here imports SGLang before `register` runs.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Put this package's experts behind SGLang's `--kt-*` options; see `plugin.register`."""
+    from hybrid_moe.integrations.sglang.plugin import register as register_plugin
+
+    register_plugin()

@@ -1,0 +1,94 @@
+"""Which experts of a layer live on the GPU, and in which slot.
+
+The GPU's weights are tensors [slots, ...]; expert `hot[s]` has slot s. Router ids become slots
+through a table on the device, so any set of experts can be there, not only the first ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from hybrid_moe.placement_profile import read_profile
+
+PROFILE = "HYBRID_MOE_PLACEMENT"
+"""Environment variable: a placement profile, see `hybrid_moe.placement_profile`."""
+
+
+@dataclass(frozen=True)
+class GpuExperts:
+    """The hot experts of one layer.
+
+    Attributes:
+        num_experts: routed experts E.
+        hot: ids of the experts on the GPU, ascending; the place of an id is its slot.
+    """
+
+    num_experts: int
+    hot: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Slots."""
+        return len(self.hot)
+
+    @property
+    def all_hot(self) -> bool:
+        """Nothing is left for the CPU."""
+        return self.count == self.num_experts
+
+    @cached_property
+    def slot_of(self) -> dict[int, int]:
+        """Expert id -> slot."""
+        return {expert: slot for slot, expert in enumerate(self.hot)}
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """bool [E] on the CPU, True for hot experts."""
+        mask = torch.zeros(self.num_experts, dtype=torch.bool)
+        mask[list(self.hot)] = True
+        return mask
+
+    def slot_table(self, device: torch.device) -> torch.Tensor:
+        """int32 [E + 1]: the slot of each id, -1 for cold ones; the last entry is for ids that
+        name no expert."""
+        table = torch.full((self.num_experts + 1,), -1, dtype=torch.int32)
+        table[list(self.hot)] = torch.arange(self.count, dtype=torch.int32)
+        return table.to(device)
+
+    def to_slots(self, topk_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Ids of any shape as slots, -1 where the GPU has nothing to do; a new tensor.
+
+        Queues kernels only: safe under graph capture.
+        """
+        known = topk_ids.to(torch.int64).clamp(-1, self.num_experts)  # -1 is the last entry too
+        return table[known].to(topk_ids.dtype)
+
+
+def choose(
+    layer_idx: int,
+    num_experts: int,
+    num_gpu_experts: int | None,
+    environ: Mapping[str, str] = os.environ,
+) -> GpuExperts:
+    """The hot experts of a layer: the profile's, or the first `num_gpu_experts` (None for none).
+
+    Raises:
+        ValueError: a number outside 0..E, or a profile that is damaged or does not fit.
+        FileNotFoundError: the profile does not exist.
+    """
+    path = environ.get(PROFILE)
+    if path:
+        profile = read_profile(path)
+        return GpuExperts(num_experts, profile.experts_of(layer_idx, num_experts))
+    count = 0 if num_gpu_experts is None else num_gpu_experts
+    if not 0 <= count <= num_experts:
+        raise ValueError(
+            f"--kt-num-gpu-experts is {count}, must be between 0 and the {num_experts} experts of "
+            f"layer {layer_idx}"
+        )
+    return GpuExperts(num_experts, tuple(range(count)))
