@@ -9,7 +9,8 @@ TREE := build/tree/hybrid_moe
 MODEL := examples/tiny_moe/model
 PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
 
-.PHONY: demo test lint format install install-dev wheel bench bench-load bench-peers clean
+.PHONY: demo test lint format install install-dev wheel bench bench-ceilings bench-load bench-peers
+.PHONY: bench-peers-install bench-pool bench-quick bench-results clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -54,12 +55,42 @@ wheel: install-dev
 bench: install
 	$(BIN)/python bench/moe_layer.py
 
+bench-ceilings: install
+	$(BIN)/hybrid-moe bench ceilings
+
 bench-load: install
 	$(BIN)/python bench/load.py
 
-# KT_PYTHON: a Python that has kt-kernel. GGML_LIB: a folder with libggml-base.so and libggml-cpu.so.
+bench-pool: install
+	$(BIN)/python bench/pool.py
+
+# under two minutes: is anything slower than docs/results says of this processor?
+bench-quick: install
+	$(BIN)/python bench/quick.py
+
+# KT_PYTHON, GGML_LIB: where kt-kernel and ggml are, if not where bench-peers-install puts them
 bench-peers: install
-	$(BIN)/python bench/peers.py $(if $(KT_PYTHON),--kt-python $(KT_PYTHON)) $(if $(GGML_LIB),--ggml-lib $(GGML_LIB))
+	$(BIN)/python bench/peers.py --targets
+
+bench-peers-install: install
+	$(PIP) install -q --target build/peers/kt_kernel --no-deps kt-kernel gguf
+	$(PIP) install -q --target build/peers/ggml --no-deps llama-cpp-python
+
+# the whole series on an idle machine; its receipts become docs/results
+RECEIPTS := build/receipts
+PEER_THREADS ?= 1,2
+bench-results: install
+	mkdir -p $(RECEIPTS)
+	$(PIP) install -q -c constraints.txt -e ".[bench]"
+	$(BIN)/hybrid-moe bench ceilings --seconds 1 --json $(RECEIPTS)/ceilings.json
+	$(BIN)/python bench/pool.py --json $(RECEIPTS)/pool.json
+	$(BIN)/python bench/moe_layer.py --methods MXFP4 --shapes A,B,C,D --json $(RECEIPTS)/mxfp4.json
+	$(BIN)/python bench/moe_layer.py --methods BF16 --json $(RECEIPTS)/bf16.json
+	$(BIN)/python bench/moe_layer.py --methods MXFP4 --tiers others --tokens 1,64 --json $(RECEIPTS)/tiers.json
+	$(BIN)/python bench/peers.py --targets --threads $(PEER_THREADS) --longest-call 10 --json $(RECEIPTS)/peers.json
+	$(BIN)/python bench/load.py --json $(RECEIPTS)/load.json
+	$(BIN)/python bench/quick.py --json $(RECEIPTS)/quick.json
+	$(BIN)/python bench/report.py $(RECEIPTS)/*.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

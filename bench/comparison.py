@@ -106,8 +106,8 @@ def show(points: Sequence[Point], errors: Sequence[dict[str, Any]], console: Con
         table = Table(title="targets")
         for name in ("layer", "tokens", "measured of wanted", ""):
             table.add_column(name)
-        for layer, tokens, text, met in wanted:
-            table.add_row(layer, tokens, text, "met" if met else "[red]missed[/]")
+        for *row, met in wanted:
+            table.add_row(*row, "met" if met else "[red]missed[/]")
         console.print(table)
     if errors:
         table = Table(title="error ||y - reference|| / ||reference||, reference in float64")

@@ -163,6 +163,19 @@ def run(series: Series, console: Console) -> list[Point]:
     return points
 
 
+def wanted_tiers(text: str | None) -> tuple[list[Tier], dict[str, str]]:
+    """What --tiers means: tiers to measure, and what this processor lacks for the others.
+
+    Raises:
+        ValueError: no such tier.
+    """
+    best = choose_tier()
+    if text is None:
+        return [best], {}
+    tiers, skipped = usable_tiers([] if text in ("all", "others") else parse_list(text))
+    return [tier for tier in tiers if text != "others" or tier != best], skipped
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -171,15 +184,14 @@ def main() -> None:
     parser.add_argument("--shapes", default="A", help="rows of the shapes table, A to D")
     parser.add_argument("--tokens", default="1,4,16,64,256,1024")
     parser.add_argument("--threads", default=str(usable_cores()), help="with commas")
-    parser.add_argument("--tiers", help="ISA tiers with commas, or `all`; default: the best one")
+    parser.add_argument(
+        "--tiers", help="ISA tiers with commas, `all`, or `others`: all but the best; default: it"
+    )
     parser.add_argument("--seconds", type=float, default=1.5, help="time of each point")
     parser.add_argument("--json", metavar="FILE", help="write the receipt there")
     args = parser.parse_args()
     console = Console(width=140)
-    if args.tiers is None:
-        tiers, skipped = [choose_tier()], {}
-    else:
-        tiers, skipped = usable_tiers([] if args.tiers == "all" else parse_list(args.tiers))
+    tiers, skipped = wanted_tiers(args.tiers)
     for name, missing in skipped.items():
         console.print(f"skipped: {name} needs {missing}")
     series = Series(

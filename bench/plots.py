@@ -11,6 +11,7 @@ import matplotlib as mpl
 from comparison import OURS, PEERS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 Bench = dict[str, Any]
 
@@ -50,21 +51,32 @@ def _token_ticks(panel: Axes, tokens: set[int]) -> None:
     panel.minorticks_off()
 
 
-def _groups(points: list[dict[str, Any]], *names: str) -> dict[str, list[dict[str, Any]]]:
-    """Title -> points that agree in the fields `names`."""
+def _legend(figure: Figure, panels: list[Axes]) -> None:
+    """One for all panels, above them."""
+    handles: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=len(handles),
+        frameon=False,
+    )
+
+
+def _groups(points: list[dict[str, Any]], title: str) -> dict[str, list[dict[str, Any]]]:
+    """Points by what `title`, a format string over their fields, makes of them."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for p in points:
-        groups.setdefault(", ".join(str(p[name]) for name in names), []).append(p)
+        groups.setdefault(title.format(**p), []).append(p)
     return groups
 
 
 def shares(bench: Bench) -> Figure:
     """Our layer: percent of both ceilings over tokens."""
-    points = [
-        {**p, "on": f"{p['threads']} threads", "layer": f"{p['method']} {p['shape']}"}
-        for p in bench["points"]
-    ]
-    groups = _groups(points, "layer", "isa", "on")
+    groups = _groups(bench["points"], "{method} {shape}, {isa}, threads: {threads}")
     figure, panels = _panels(list(groups), "% of the ceiling")
     for panel, group in zip(panels, groups.values(), strict=False):
         tokens = [p["tokens"] for p in group]
@@ -77,17 +89,13 @@ def shares(bench: Bench) -> Figure:
         panel.axhline(100, color="#555555", linewidth=0.8, linestyle=":")
         panel.set_ylim(bottom=0)
         _token_ticks(panel, set(tokens))
-    panels[0].legend(fontsize=8, frameon=False)
+    _legend(figure, panels)
     return figure
 
 
 def times(bench: Bench) -> Figure:
     """All libraries: milliseconds per token over tokens."""
-    points = [
-        {**p, "on": f"{p['threads']} threads", "layer": f"{p['method']} {p['shape']}"}
-        for p in bench["points"]
-    ]
-    groups = _groups(points, "layer", "on")
+    groups = _groups(bench["points"], "{method} {shape}, threads: {threads}")
     figure, panels = _panels(list(groups), "ms per token")
     for panel, group in zip(panels, groups.values(), strict=False):
         for library in (OURS, *PEERS):
@@ -101,8 +109,10 @@ def times(bench: Bench) -> Figure:
                     label="hybrid_moe" if library == OURS else library,
                 )
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
         _token_ticks(panel, {p["tokens"] for p in group})
-        panel.legend(fontsize=8, frameon=False)
+    _legend(figure, panels)
     return figure
 
 

@@ -37,6 +37,7 @@ from common import make_layer, parse_list, processor, receipt, write_receipt
 from problem import SHAPES, Shape
 from rich.console import Console
 from rich.table import Table
+from targets import FORK_JOIN_US
 
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.jit.native import compile_drivers
@@ -243,7 +244,12 @@ def main() -> None:
     points = []
     for threads in map(int, parse_list(args.threads)):
         points += measure(threads, [tiny_shape(threads), SHAPES["A"]], args.samples)
-    Console(width=120).print(table(points))
+    console = Console(width=120)
+    console.print(table(points))
+    console.print(
+        f"Wanted of the tiny layer with two threads: at most {FORK_JOIN_US['hot']:g} us hot, "
+        f"{FORK_JOIN_US['asleep']:g} us from sleep."
+    )
     write_receipt(args.json, receipt("pool", points=[asdict(p) for p in points]))
 
 

@@ -105,8 +105,8 @@ def peers(bench: Bench) -> Iterator[str]:
     if wanted:
         yield markdown(
             ("target", "tokens", "measured of wanted", ""),
-            ((layer, tokens, text, "met" if met else "**missed**") for layer, tokens, text, met in wanted),
-        )  # fmt: skip
+            ((*row, "met" if met else "**missed**") for *row, met in wanted),
+        )
     if bench["errors"]:
         yield (
             "Error ‖y − reference‖ / ‖reference‖ against float64 on the same dequantized weights "

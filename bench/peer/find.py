@@ -6,6 +6,7 @@ Each is looked for where the user says, then in the interpreter that runs the be
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -23,23 +24,15 @@ class Place:
     variables: dict[str, str]
 
 
-def package_folder(name: str, folder: Path) -> Path | None:
-    """The folder of package `name`: in this interpreter, else in `folder`; None where in neither.
-
-    Nothing is imported.
-    """
-    spec = importlib.util.find_spec(name)
-    if spec is not None and spec.origin is not None:
-        return Path(spec.origin).parent
-    return folder / name if (folder / name).is_dir() else None
-
-
 def find_ggml(folder: str | None) -> Place | None:
     """The folder of ggml's shared libraries: `folder`, GGML_LIB, or llama-cpp-python's own."""
     named = folder or os.environ.get("GGML_LIB")
-    if named is None:
-        package = package_folder("llama_cpp", INSTALLED / "ggml")
-        named = str(package / "lib") if package else None
+    if not named:
+        spec = importlib.util.find_spec("llama_cpp")  # imports nothing
+        package = INSTALLED / "ggml" / "llama_cpp"
+        if spec is not None and spec.origin is not None:
+            package = Path(spec.origin).parent
+        named = str(package / "lib") if package.is_dir() else None
     return Place(sys.executable, {"GGML_LIB": str(Path(named).resolve())}) if named else None
 
 
@@ -48,9 +41,17 @@ def find_kt(python: str | None, folder: str | None) -> Place | None:
     python = python or os.environ.get("KT_PYTHON")
     if python:
         return Place(python, {})
-    if folder is None:
-        package = package_folder("kt_kernel", INSTALLED / "kt_kernel")
-        folder = str(package.parent) if package else None
-    if folder is None:
-        return None
-    return Place(sys.executable, {"PYTHONPATH": str(Path(folder).resolve())})
+    if folder is None and is_installed("kt-kernel"):
+        return Place(sys.executable, {})
+    if folder is None and (INSTALLED / "kt_kernel").is_dir():
+        folder = str(INSTALLED / "kt_kernel")
+    return Place(sys.executable, {"PYTHONPATH": str(Path(folder).resolve())}) if folder else None
+
+
+def is_installed(distribution: str) -> bool:
+    """Whether this interpreter has it; the module's name may be another distribution's."""
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -136,7 +136,9 @@ def set_float_environment(builder: ir.IRBuilder) -> Any:
     A caller may have set flush-to-zero (torch.set_flush_denormal); E8M0 scale 0 is a subnormal.
     """
     if not _X86:
-        return ir.Constant(I64, 0)
+        before = _call(builder, "llvm.aarch64.get.fpcr", I64, [])
+        _call(builder, "llvm.aarch64.set.fpcr", VOID, [ir.Constant(I64, 0)])
+        return before
     slot = _stack(builder, _I32)
     _call(builder, "llvm.x86.sse.stmxcsr", VOID, [slot])
     before = builder.zext(builder.load(slot), I64)
@@ -151,6 +153,8 @@ def restore_float_environment(builder: ir.IRBuilder, word: Any) -> None:
         slot = _stack(builder, _I32)
         builder.store(builder.trunc(word, _I32), slot)
         _call(builder, "llvm.x86.sse.ldmxcsr", VOID, [slot])
+    else:
+        _call(builder, "llvm.aarch64.set.fpcr", VOID, [word])
 
 
 def _kernel_call(arity: int) -> Any:

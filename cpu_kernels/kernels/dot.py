@@ -136,6 +136,11 @@ def _weights(
         yield 2 * word + 1, odd
 
 
+_NEXT_CHUNK = 8192
+"""Packed bytes of a chunk (kernels.formats.chunk_bytes): the next one comes from memory while this
+one is multiplied. 64 tokens, Zen 3: 4 % faster than without."""
+
+
 def mxfp4_unpack(offset: int) -> KernelBody:
     """Kernel (codes, out, count): groups of packed codes -> weight bytes [group][quad][panel],
     doubled, plus `offset`."""
@@ -143,6 +148,7 @@ def mxfp4_unpack(offset: int) -> KernelBody:
     def body(emit: Emit, codes: Val, out: Val, count: Val) -> None:
         with emit.loop(0, count) as group:
             at, to = codes + group * MXFP4_GROUP_BYTES, out + group * MXFP4_UNPACKED_GROUP_BYTES
+            prefetch(emit, at, MXFP4_GROUP_BYTES, _NEXT_CHUNK)
             for panel in range(PANELS):
                 for quad, w in _weights(emit, at + 64 * panel, unpacked=False, offset=offset):
                     emit.store(to + 64 * (PANELS * quad + panel), w, align=64)

@@ -1,0 +1,177 @@
+"""The aarch64 path, by the assembly that it gets: no such processor is needed.
+
+Kernels of the portable tier are generic LLVM vectors. Here LLVM compiles them for aarch64, and what
+it makes of them is counted: a vector that had no instruction there would show up as single lanes,
+as a call of a library function, or as scalar arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import llvmlite.binding as llvm
+import pytest
+
+from hybrid_moe.cpu_kernels.drivers import drivers_ir, memory
+from hybrid_moe.cpu_kernels.dsl.emit import build_module
+from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
+from hybrid_moe.cpu_kernels.jit.compile import optimize
+from hybrid_moe.cpu_kernels.kernels.library import functions_of
+from hybrid_moe.formats import FORMATS
+
+TRIPLE = "aarch64-unknown-linux-gnu"
+
+
+@functools.cache
+def _target() -> llvm.Target | None:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    try:
+        return llvm.Target.from_triple(TRIPLE)
+    except RuntimeError:
+        return None
+
+
+pytestmark = pytest.mark.skipif(_target() is None, reason="this LLVM cannot compile for aarch64")
+
+
+def _assembly(ir_text: str, features: str = "") -> Mapping[str, str]:
+    """Function -> its assembly, compiled as `jit.compile` does."""
+    target = _target()
+    assert target is not None
+    machine = target.create_target_machine(
+        features=features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
+    )
+    module = llvm.parse_assembly(ir_text)
+    module.triple = machine.triple
+    module.verify()
+    optimize(module, machine)
+    parts = re.split(r"^(\w[\w.]*):.*$", machine.emit_assembly(module), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@functools.cache
+def _kernels(fmt: str) -> Mapping[str, str]:
+    return _assembly(build_module(functions_of(fmt, PORTABLE), PORTABLE, "aarch64"))
+
+
+_VECTOR = re.compile(r"\bv\d+(\.\d*[bhsd])?\b|\bq\d+\b")
+_LANE_OUT = re.compile(r"^\s(?:[us]mov\s|f?mov\s+[wx]\d+, (?:v\d+\.|[bhsdq]\d))")
+_LANE_IN = re.compile(r"^\s(?:ins|mov)\s+v\d+\.(?:[bhs]\[|d\[\d\], x)")  # not: joining halves
+_CALL = re.compile(r"^\s(?:bl|blr)\s")
+_SCALAR_FLOAT = re.compile(r"^\sf\w+\s+[sd]\d+")
+
+
+@dataclass(frozen=True)
+class _Counts:
+    instructions: int
+    vector: int
+    lanes_out: int
+    lanes_in: int
+    scalar_floats: int
+
+
+def _count(text: str) -> _Counts:
+    lines = [line for line in text.splitlines() if re.match(r"\s[a-z]", line)]
+
+    def matching(pattern: re.Pattern[str]) -> int:
+        return sum(bool(pattern.search(line)) for line in lines)
+
+    return _Counts(
+        len(lines),
+        matching(_VECTOR),
+        matching(_LANE_OUT),
+        matching(_LANE_IN),
+        matching(_SCALAR_FLOAT),
+    )
+
+
+_NAMES = [(fmt, name) for fmt in FORMATS for name, _, _ in functions_of(fmt, PORTABLE)]
+Kernels = pytest.mark.parametrize(("fmt", "name"), _NAMES)
+
+_SCALARS = {
+    ("MXFP4", "encode"): (3, 4),
+    ("MXFP4", "activate"): (3, 5),
+    ("BF16", "activate"): (0, 1),
+}
+"""Kernel -> lanes that leave their vector, scalar instructions on floats. A group that is encoded in
+fixed point has a maximum and two biases, sums of lanes by nature, and a step made of two powers of
+two; the limit of the activation is negated once."""
+
+
+@Kernels
+def test_vectors_stay_vectors(fmt: str, name: str) -> None:
+    counts = _count(_kernels(fmt)[name])
+    lanes, floats = _SCALARS.get((fmt, name), (0, 0))
+    assert counts.vector > 0
+    assert counts.lanes_in == 0
+    assert counts.lanes_out <= lanes
+    assert counts.scalar_floats <= floats
+
+
+@Kernels
+def test_most_instructions_are_vector_instructions(fmt: str, name: str) -> None:
+    """Addresses, loop counters and prefetches are fewer than a third; a copy of rows (BF16's
+    encoding) and clearing are loops around two or four instructions."""
+    counts = _count(_kernels(fmt)[name])
+    if (fmt, name) == ("BF16", "encode") or name == "clear":
+        assert counts.vector >= 4
+    else:
+        assert 3 * counts.vector >= 2 * counts.instructions
+
+
+@Kernels
+def test_no_library_function_is_called(fmt: str, name: str) -> None:
+    assert not [line for line in _kernels(fmt)[name].splitlines() if _CALL.match(line)]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_kernels_hold_nothing_of_another_processor(fmt: str) -> None:
+    text = build_module(functions_of(fmt, PORTABLE), PORTABLE, "aarch64")
+    assert not re.findall(r"llvm\.(?:x86|aarch64)\.", text), "the portable tier names no processor"
+    assert not re.search(r"%[xyz]mm|%r[a-ds]", "".join(_kernels(fmt).values()))
+
+
+def test_the_counts_see_scalar_code() -> None:
+    """The same checks on a loop over single lanes, so that they can fail."""
+    text = """
+declare float @expf(float)
+define void @lanes(ptr %p) {
+  %v = load <4 x float>, ptr %p
+  %a = extractelement <4 x float> %v, i32 2
+  %b = call float @expf(float %a)
+  %c = fmul float %b, %a
+  %w = insertelement <4 x float> %v, float %c, i32 1
+  %i = bitcast <4 x float> %w to <4 x i32>
+  %x = extractelement <4 x i32> %i, i32 3
+  store <4 x float> %w, ptr %p
+  %q = getelementptr i8, ptr %p, i64 64
+  store i32 %x, ptr %q
+  ret void
+}"""
+    body = _assembly(text)["lanes"]
+    counts = _count(body)
+    assert counts.lanes_in and counts.scalar_floats
+    assert any(_CALL.match(line) for line in body.splitlines())
+
+
+# drivers
+
+
+def test_drivers_compile_for_aarch64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is particular to a processor is behind one switch: spin hint, control word of floats."""
+    monkeypatch.setattr(memory, "_X86", False)
+    text = drivers_ir()
+    assert set(re.findall(r"llvm\.(?:x86|aarch64)\.[\w.]+", text)) == {
+        "llvm.aarch64.hint",
+        "llvm.aarch64.get.fpcr",
+        "llvm.aarch64.set.fpcr",
+    }
+    code = "".join(_assembly(text).values())
+    for instruction in (r"\syield\b", r"\smrs\s+x\d+, FPCR", r"\smsr\s+FPCR, x"):
+        assert re.search(instruction, code)
+    called = set(re.findall(r"\sbl\s+(?!\.)(\w+)", code))
+    assert {"syscall", "clock_gettime"} <= called

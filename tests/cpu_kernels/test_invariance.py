@@ -41,12 +41,12 @@ TierNames = pytest.mark.parametrize("name", TIERS)
 TwoCores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _case(fmt_name: str, shape: tuple[int, int]) -> Case:
     return Case.random(FORMATS[fmt_name], *shape, E=3, bias=True)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _layer(
     fmt_name: str, name: str, shape: tuple[int, int] = SHAPES[0], pool: PoolConfig = CONFIGS[0]
 ) -> ExpertLayer:
@@ -61,7 +61,7 @@ def _batch(shape: tuple[int, int], rows: Array) -> tuple[Array, Array, Array]:
     return x[rows], ids[rows], weights[rows]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _alone(fmt_name: str, name: str, shape: tuple[int, int]) -> Array:
     """Each token's output when it is the only one."""
     layer = _layer(fmt_name, name, shape)
@@ -73,7 +73,7 @@ def _edges(fmt_name: str, name: str) -> list[int]:
     kernels = kernel_set(fmt_name, QUICK[name])
     limits = {kernels.direct_limit, *(dot.most for dot in (*kernels.direct, *kernels.tiled))}
     limits |= {2 * max(limits), kernels.direct_limit + kernels.tiled[0].most}
-    return sorted({count for limit in limits for count in (limit - 1, limit, limit + 1) if count})
+    return sorted({1, *(limit + i for limit in limits for i in (-1, 0, 1))} - {0})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

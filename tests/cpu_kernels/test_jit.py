@@ -333,21 +333,21 @@ def test_a_tier_that_only_has_a_name_of_ours(
     """Tests change tiers: another tier of the same name never gets the cached kernels."""
     monkeypatch.setattr(library, "source_key", lambda what: f"the same sources|{what}")
     library.kernel_set.cache_clear()
-    library.kernel_set("MXFP4", PORTABLE)
+    library.kernel_set("BF16", PORTABLE)
     before = _names(directory)
     assert [len(names) for names in before] == [1, 1]
 
-    def forgets(emit: Emit, accumulator: Val, a: Val, b: Val) -> Val:
+    def forgets(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
         return accumulator
 
-    other = dataclasses.replace(PORTABLE, lowerings={"scale_add": forgets})
-    library.kernel_set("MXFP4", other)
-    library.kernel_set("MXFP4", dataclasses.replace(PORTABLE, rewrite=lambda text: text + "\n"))
+    other = dataclasses.replace(PORTABLE, lowerings={"pair_dot": forgets})
+    library.kernel_set("BF16", other)
+    library.kernel_set("BF16", dataclasses.replace(PORTABLE, rewrite=lambda text: text + "\n"))
     objects, entries = _names(directory)
     assert len(objects) == 3 and entries == before[1]
     library.kernel_set.cache_clear()
     monkeypatch.setattr(library, "build_module", None)  # the real one needs no IR
-    library.kernel_set("MXFP4", PORTABLE)
+    library.kernel_set("BF16", PORTABLE)
     library.kernel_set.cache_clear()
 
 

@@ -1,0 +1,320 @@
+"""A small model on emulated streams: the project's own staging, compiled hand-over and kernels.
+
+Only the GPU and the threads are emulated. The workers and the thread that reads mailboxes are
+steps that the scheduler takes in its own time: `help_until` ends the oldest job, `watch_once` looks
+at all mailboxes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybrid_moe.arguments import LayerShape
+from hybrid_moe.buffers import BufferPool, Mailboxes
+from hybrid_moe.cpu_kernels import drivers
+from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.pool.group import PoolGroup
+from hybrid_moe.cpu_kernels.watcher import Watcher
+from hybrid_moe.deferral import Chain, split_deferred
+from hybrid_moe.formats import MXFP4
+from hybrid_moe.runner import LayerRunner
+from hybrid_moe.staging import Stager
+from hybrid_moe.tensors import ExpertTensors, Matrix
+from tests.streams.emulation import Device, EmulatedStream, Graph
+
+E, K, H, I = 4, 2, 32, 32
+INDICES = (0, 1, 3)
+"""Of the MoE layers: layer 2 is dense."""
+
+
+class ManualGroup(PoolGroup):
+    """A group without threads: jobs run when `work` is called."""
+
+    def __init__(self) -> None:
+        super().__init__(PoolConfig(1))
+        self.caller_works = False
+
+    def start_background_worker(self) -> None:
+        pass
+
+    def work(self) -> bool:
+        """End the oldest job; whether there was one."""
+        completed = int(self._slots[f.G_COMPLETED])
+        if int(self._slots[f.G_SUBMITTED]) == completed:
+            return False
+        assert self._help_until(self.address, completed + 1, 0, 0, 1) == 1
+        return True
+
+    def would_block(self, function: int, user_data: int) -> bool:
+        """Whether a host function would wait: for its job, or for room."""
+        host = (ctypes.c_int64 * f.HOST_SLOTS).from_address(user_data)
+        completed = int(self._slots[f.G_COMPLETED])
+        if function == drivers.addresses()["wait_host"]:
+            return completed < host[f.H_SEQUENCE]
+        return int(self._slots[f.G_SUBMITTED]) + 1 >= completed + f.RING
+
+
+class ManualWatcher(Watcher):
+    """A watcher without a thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._once = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(
+            drivers.addresses()["watch_once"]
+        )
+
+    def _seen(self) -> bytes:
+        used = int(self._block[f.W_COUNT]) * f.ENTRY_SLOTS
+        return self._block[f.W_ENTRIES : f.W_ENTRIES + used].tobytes()
+
+    def look(self) -> bool:
+        """Look once; whether that changed anything."""
+        before = self._seen()
+        self._once(self.address)
+        return self._seen() != before
+
+
+@functools.lru_cache(maxsize=1)
+def layers() -> tuple[ManualGroup, list[ExpertLayer]]:
+    """Layers with random experts, and the workers that they share."""
+    rng, group, made = np.random.default_rng(0), ManualGroup(), []
+    for _ in INDICES:
+        layer = ExpertLayer(MXFP4, E, H, I, pool=group.config)
+        layer._group = group
+        layer.allocate(np.ones(E, bool))
+        for expert in range(E):
+            matrices = (
+                Matrix(*MXFP4.encode(rng.standard_normal(shape).astype(np.float32)))
+                for shape in ((I, H), (I, H), (H, I))
+            )
+            layer.load(expert, ExpertTensors(*matrices))
+        made.append(layer)
+    return group, made
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """hidden bf16 [T, H], ids int64 [T, K] (some are nobody's), weights float32 [T, K]."""
+
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def random(tokens: int, seed: int) -> Inputs:
+        rng = torch.Generator().manual_seed(seed)
+        return Inputs(
+            torch.randn(tokens, H, generator=rng).to(torch.bfloat16),
+            torch.randint(-1, E, (tokens, K), generator=rng),
+            torch.rand(tokens, K, generator=rng) + 0.1,
+        )
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.hidden, self.ids, self.weights
+
+    def empty(self) -> Inputs:
+        """Tensors of the same shapes, full of garbage."""
+        return Inputs(
+            torch.full_like(self.hidden, float("nan")),
+            torch.full_like(self.ids, E + 7),
+            torch.full_like(self.weights, float("nan")),
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def part(layer: int, tokens: int, seed: int, mask: tuple[bool, ...], which: str, deferred: int) -> Any:
+    """What the experts of one job compute: all of them, those that run now, or those later."""
+    group, made = layers()
+    batch = Inputs.random(tokens, seed)
+    ids = batch.ids
+    if which != "all":
+        now, later = split_deferred(ids, batch.weights, K - deferred, E)
+        ids = now if which == "now" else later
+    job = made[layer].submit(
+        batch.hidden.view(torch.int16).numpy().view(np.uint16),
+        ids.numpy(),
+        batch.weights.numpy(),
+        np.array(mask),
+    )
+    while group.work():
+        pass
+    return torch.from_numpy(job.wait().view(np.int16)).view(torch.bfloat16)
+
+
+@dataclass
+class Check:
+    """A result [T, H], and what it must be once the streams have run."""
+
+    what: str
+    got: torch.Tensor
+    expected: Callable[[], torch.Tensor]
+
+
+@dataclass
+class Captured:
+    """A graph of one step, its inputs and outputs by layer."""
+
+    graph: Graph
+    tokens: int
+    inputs: list[Inputs]
+    outputs: list[torch.Tensor]
+
+
+class Model:
+    """Layers of a model that run steps on emulated streams.
+
+    Args:
+        seed: of the scheduler.
+        flags: whether jobs are handed over by flags.
+        channels: hardware queues.
+        deferred: experts per token that may come one layer later.
+        count: layers.
+        haste: how likely workers and watcher are to be next, compared with a stream.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        flags: bool = True,
+        channels: int | None = None,
+        deferred: int = 0,
+        count: int = len(INDICES),
+        haste: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
+        self.group, made = layers()
+        self.rng = random.Random(seed)
+        self.gpu = Device(
+            self.rng, channels=channels, would_block=self.group.would_block, has_flags=flags
+        )
+        self.watcher = ManualWatcher()
+        self.gpu.agents = [(haste[0], self.group.work), (haste[1], self.watcher.look)]
+        self.pool = BufferPool(Mailboxes(lambda: self.watcher))
+        self.mask = torch.zeros(E, dtype=torch.bool)
+        self.deferred, self.streams = deferred, [self.gpu.stream(0), self.gpu.stream(1)]
+        self._stream = self.streams[0]
+        self.checks: list[Check] = []
+        self.runners: list[LayerRunner] = []
+        chain = Chain()
+        self._members = [LayerShape(index, E, K, H, I) for index in INDICES[:count]]
+        for shape, layer in zip(self._members, made, strict=False):
+            chain._members[shape.layer_idx] = shape
+            runner: Any = LayerRunner(
+                layer,
+                shape,
+                self.mask,
+                np.ones(E, bool),
+                chain,
+                deferred=deferred if shape is not self._members[-1] else 0,
+                strict=False,
+            )
+            runner._stager = Stager(layer, self.mask, self.pool)
+            runner._stream = lambda device, handle: self._stream
+            self.runners.append(runner)
+        self.masked: tuple[bool, ...] = (False,) * E
+
+    def on(self, stream: EmulatedStream) -> None:
+        """Calls go to `stream` from now on."""
+        self._stream = stream
+
+    def fill(self, stream: EmulatedStream, given: Inputs, values: Inputs) -> None:
+        """Queue: the GPU computes the inputs."""
+        with stream:
+            for target, source in zip(given.tensors, values.tensors, strict=True):
+                target.copy_(source)
+
+    def clobber(self, stream: EmulatedStream, given: Inputs) -> None:
+        """Queue: the GPU uses the inputs' memory for something else."""
+        with stream:
+            given.hidden.fill_(float("nan"))
+            given.ids.fill_(E + 9)
+            given.weights.fill_(float("nan"))
+
+    def forward(
+        self, at: int, given: Inputs, stream: EmulatedStream, collector: EmulatedStream
+    ) -> torch.Tensor:
+        """One layer: submitted on one stream, collected on another or the same."""
+        self.on(stream)
+        self.runners[at].submit(*given.tensors, 1)
+        self.clobber(stream, given)
+        if not stream.capturing():
+            self.gpu.run_some(self.rng.randrange(12))
+        self.on(collector)
+        return self.runners[at].sync(given.hidden, 1)
+
+    def expect(self, at: int, tokens: int, seed: int) -> Callable[[], torch.Tensor]:
+        """What layer `at` gives when each layer gets the batch of `seed + its place`."""
+        mask, deferred = self.masked, self.deferred
+        defers = deferred > 0 and at < len(self.runners) - 1
+
+        def compute() -> torch.Tensor:
+            own = part(at, tokens, seed + at, mask, "now" if defers else "all", deferred)
+            if deferred == 0 or at == 0:
+                return own
+            return own + part(at - 1, tokens, seed + at - 1, mask, "later", deferred)
+
+        return compute
+
+    def step(self, tokens: int, seed: int, stream: int = 0, collector: int | None = None) -> None:
+        """An eager step through all layers."""
+        on = self.streams[stream]
+        collect = on if collector is None else self.streams[collector]
+        for at in range(len(self.runners)):
+            values = Inputs.random(tokens, seed + at)
+            given = values.empty()
+            self.fill(on, given, values)
+            got = self.forward(at, given, on, collect)
+            self.checks.append(Check(f"eager, layer {at}", got, self.expect(at, tokens, seed)))
+
+    def capture(self, tokens: int, stream: int = 0) -> Captured:
+        """A step captured as a graph; like torch, with all streams at rest."""
+        self.gpu.run()
+        on = self.streams[stream]
+        inputs = [Inputs.random(tokens, 0).empty() for _ in self.runners]
+        with self.gpu.capture(on) as graph:
+            outputs = [self.forward(at, given, on, on) for at, given in enumerate(inputs)]
+        return Captured(graph, tokens, inputs, outputs)
+
+    def replay(self, captured: Captured, seed: int, stream: int = 0) -> None:
+        """Queue new inputs, the graph, and a look at its outputs."""
+        on = self.streams[stream]
+        for at, given in enumerate(captured.inputs):
+            self.fill(on, given, Inputs.random(captured.tokens, seed + at))
+        captured.graph.launch(on)
+        for at, output in enumerate(captured.outputs):
+            with on:
+                got = output.clone()
+            expected = self.expect(at, captured.tokens, seed)
+            self.checks.append(Check(f"replay, layer {at}", got, expected))
+
+    def set_mask(self, mask: tuple[bool, ...], stream: int = 0) -> None:
+        """Queue a change of the mask, in the order of the stream."""
+        self.masked = mask
+        values = torch.tensor(mask)
+        with self.streams[stream]:
+            self.mask.copy_(values)
+
+    def verify(self) -> None:
+        """Run everything; all results are right, bit for bit, and nothing is left behind."""
+        self.gpu.run()
+        for check in self.checks:
+            torch.testing.assert_close(
+                check.got, check.expected(), rtol=0, atol=0, msg=lambda m, c=check: f"{c.what}: {m}"
+            )
+        for page in self.gpu.allocated:
+            if page.shape[-1] == f.MAILBOX_SLOTS and page.dtype == torch.int64:
+                assert not page.any(), "a flag is left"
+        for runner in self.runners:
+            assert runner.take_error() is None
