@@ -46,7 +46,8 @@ def random_expert(fmt: WeightFormat, seed: tuple[int, int], H: int, I: int) -> E
 
 def product(fmt: WeightFormat, matrix: Matrix, x: F64) -> F64:
     """x [T, K] times the dequantized matrix [N, K], in float64."""
-    return x @ fmt.dequantize(matrix.codes, matrix.scales).astype(np.float64).T
+    y: F64 = x @ fmt.dequantize(matrix.codes, matrix.scales).astype(np.float64).T
+    return y
 
 
 def expert_output(fmt: WeightFormat, expert: ExpertTensors, x: F64) -> F64:

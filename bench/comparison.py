@@ -35,7 +35,8 @@ def by_point(points: Iterable[Point]) -> dict[Key, dict[str, Point]]:
 def read_share(point: Point) -> float:
     """Weights read per second over the read bandwidth of the same seconds, median of rounds."""
     rounds = zip(point["rounds_ms"], point["read_bandwidths"], strict=True)
-    return statistics.median(point["weight_bytes"] / ms / 1e6 / read for ms, read in rounds)
+    shares = [point["weight_bytes"] / ms / 1e6 / read for ms, read in rounds]
+    return float(statistics.median(shares))
 
 
 def peak_share(point: Point) -> float:

@@ -1,6 +1,6 @@
 """Compiled loops of `bench/pool.py`: empty jobs, and the bare signals that bound them.
 
-Compiled like the drivers of the package (`cpu_kernels/jit/native.py`), so that no Python runs
+Compiled like the drivers of the package (`cpu_kernels/jit/translate.py`), so that no Python runs
 between two samples.
 """
 

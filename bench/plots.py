@@ -19,7 +19,7 @@ COLORS = {OURS: "#0072b2", "kt-kernel": "#d55e00", "ggml": "#009e73", "torch": "
 READ_COLOR, PEAK_COLOR = "#0072b2", "#d55e00"
 _COLUMNS = 3
 
-_STYLE = {
+_STYLE: Any = {
     "svg.hashsalt": "hybrid_moe",  # the same points give the same file
     "svg.fonttype": "none",
     "font.size": 9,

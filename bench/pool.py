@@ -22,15 +22,17 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import functools
 import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import fork_join
+import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
 from common import make_layer, parse_list, processor, receipt, write_receipt
@@ -39,8 +41,9 @@ from rich.console import Console
 from rich.table import Table
 from targets import FORK_JOIN_US
 
-from hybrid_moe.cpu_kernels import drivers
-from hybrid_moe.cpu_kernels.jit.native import compile_drivers
+from hybrid_moe.cpu_kernels.jit.compile import Target, compile_functions
+from hybrid_moe.cpu_kernels.jit.driver import Driver
+from hybrid_moe.cpu_kernels.jit.translate import translate
 from hybrid_moe.cpu_kernels.job import StagedJob
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -49,7 +52,7 @@ from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 
 Samples = npt.NDArray[np.int64]
 
-_ARITY = {"fork_join": 7, "ask": 5, "answer": 4}
+LOOPS = ("fork_join", "ask", "answer")
 _FUTEX = {"x86_64": 202, "aarch64": 98}
 
 
@@ -90,17 +93,21 @@ def pinned(cpu: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def compiled() -> dict[str, Callable[..., int]]:
+@functools.lru_cache(maxsize=1)
+def compiled() -> Mapping[str, Callable[..., int]]:
     """The loops of `fork_join.py` as Python callables that release the GIL."""
-    modules = (*drivers._MODULES, "fork_join")
-    addresses = compile_drivers(modules, {name: f"fork_join:{name}" for name in _ARITY})
+    target = Target(cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten())
+    loops: dict[str, Driver] = {name: getattr(fork_join, name) for name in LOOPS}
+    addresses = compile_functions(translate(loops), target, LOOPS, "fork_join", program=True)
     return {
-        name: ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arity)(addresses[name])
-        for name, arity in _ARITY.items()
+        name: ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(loop.parameters))(
+            addresses[name]
+        )
+        for name, loop in loops.items()
     }
 
 
-def bare_signal(loops: dict[str, Callable[..., int]], asleep: bool, count: int) -> Samples:
+def bare_signal(loops: Mapping[str, Callable[..., int]], asleep: bool, count: int) -> Samples:
     """Nanoseconds of a signal to a thread on another processor and back.
 
     Raises:
@@ -138,7 +145,7 @@ def empty_batch(
 
 
 def time_jobs(
-    loops: dict[str, Callable[..., int]],
+    loops: Mapping[str, Callable[..., int]],
     layer: ExpertLayer,
     asleep: bool,
     caller_works: bool,

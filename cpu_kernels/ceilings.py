@@ -294,11 +294,9 @@ def read_places(threads: int) -> dict[str, PoolConfig]:
     return {"1 thread": PoolConfig(1), "all threads": on_all_nodes(threads), **nodes}
 
 
-def read_ceiling(
-    where: str, pool: PoolConfig, seconds: float = 0.5, nbytes: int | None = None
-) -> ReadCeiling:
+def read_ceiling(where: str, pool: PoolConfig, seconds: float = 0.5) -> ReadCeiling:
     """Medians of three measurements in either order, taken in turn."""
-    probe = ReadProbe(pool, nbytes) if nbytes is None else ReadProbe(pool, nbytes, block=64 << 10)
+    probe = ReadProbe(pool)
     orders: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(3):
         for at_random, speeds in orders.items():

@@ -21,13 +21,12 @@ from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, round_up, strip_lay
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, group_for
 from hybrid_moe.cpu_kernels.slots import JobSlot, LiveMask, SlotReport, SlotScratch
-from hybrid_moe.cpu_kernels.unpack import unpack_gate_up, unpack_rows
+from hybrid_moe.cpu_kernels.unpack import RunAll, unpack_gate_up, unpack_rows
 from hybrid_moe.formats import WeightFormat
 from hybrid_moe.tensors import ExpertTensors, check_matrix
 
 MAX_TOKENS_PER_JOB = 2048
 """Larger batches are cut: scratch grows with tokens x k, and 2048 already amortise unpacking."""
-
 
 
 def _shares(units: int, parts: tuple[int, ...]) -> npt.NDArray[np.int64]:
@@ -177,27 +176,33 @@ class ExpertLayer:
         if not 0 <= expert < self.num_experts or not self._loaded[expert]:
             raise IndexError(f"expert {expert} is not loaded in this layer")
 
-    def unpack(self, expert: int) -> ExpertTensors:
+    def unpack(self, expert: int, run_all: RunAll = map) -> ExpertTensors:
         """A copy of a loaded expert, bit for bit as `load` was given it. Thread-safe.
+
+        Args:
+            expert: id.
+            run_all: runs the copies; an executor's `map` runs them on its threads.
 
         Raises:
             IndexError: it is not loaded. RuntimeError: closed, or this is a forked child.
         """
         self.check_readable(expert)
-        slot, gate_up, down = int(self._slots_of[expert]), [], []
+        slot, strips = int(self._slots_of[expert]), []
         for pool, arena in enumerate(self._arenas):
             size = self.expert_nbytes(pool)
             packed = arena.bytes[slot * size : (slot + 1) * size]
             split = int(self._down[pool, expert] - self._gate_up[pool, expert])
-            gate_up.append(packed[:split].reshape(-1, self.gate_up_layout.nbytes))
-            down.append(packed[split:].reshape(-1, self.down_layout.nbytes))
-        gate, up = unpack_gate_up(
-            np.concatenate(gate_up), self.gate_up_layout, self.fmt, self.intermediate
+            strips.append((packed[:split], packed[split:]))
+        gate_up, down = (
+            (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(-1, layout.nbytes)
+            for parts, layout in zip(
+                zip(*strips, strict=True), (self.gate_up_layout, self.down_layout), strict=True
+            )
         )
+        fmt = self.fmt
+        gate, up = unpack_gate_up(gate_up, self.gate_up_layout, fmt, self.intermediate, run_all)
         matrices = {"gate": gate, "up": up}
-        matrices["down"] = unpack_rows(
-            np.concatenate(down), self.down_layout, self.fmt, self.hidden
-        )
+        matrices["down"] = unpack_rows(down, self.down_layout, fmt, self.hidden, run_all)
         for name, matrix in matrices.items():
             bias = self._biases[name, expert]
             if bias is not self._no_bias:

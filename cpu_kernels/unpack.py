@@ -7,18 +7,26 @@ file is read twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import numpy as np
 
 from hybrid_moe.cpu_kernels.panels import PANEL_ROWS, StripLayout
 from hybrid_moe.formats import Array, WeightFormat
 from hybrid_moe.tensors import Matrix
 
+RunAll = Callable[[Callable[[slice], None], Iterable[slice]], Iterable[Any]]
+"""`map`, or that of an executor: copies need no GIL, so threads share them."""
+
+_STRIPS_PER_COPY = 4  # of 35 to 70 KB each at a model's sizes
+
 
 def unpack_gate_up(
-    strips: Array, layout: StripLayout, fmt: WeightFormat, rows: int
+    strips: Array, layout: StripLayout, fmt: WeightFormat, rows: int, run_all: RunAll
 ) -> tuple[Matrix, Matrix]:
     """The gate and up matrices in strips uint8 [S, layout.nbytes], without biases."""
-    codes, scales = _panels(strips, layout, fmt)
+    codes, scales = _panels(strips, layout, fmt, run_all)
     gate, up = (
         _matrix(codes[:, panel], None if scales is None else scales[:, panel], rows)
         for panel in range(2)
@@ -26,22 +34,33 @@ def unpack_gate_up(
     return gate, up
 
 
-def unpack_rows(strips: Array, layout: StripLayout, fmt: WeightFormat, rows: int) -> Matrix:
+def unpack_rows(
+    strips: Array, layout: StripLayout, fmt: WeightFormat, rows: int, run_all: RunAll
+) -> Matrix:
     """The matrix in strips uint8 [S, layout.nbytes], without its bias."""
-    return _matrix(*_panels(strips, layout, fmt), rows)
+    return _matrix(*_panels(strips, layout, fmt, run_all), rows)
 
 
-def _panels(strips: Array, layout: StripLayout, fmt: WeightFormat) -> tuple[Array, Array | None]:
+def _panels(
+    strips: Array, layout: StripLayout, fmt: WeightFormat, run_all: RunAll
+) -> tuple[Array, Array | None]:
     """Codes [S, 2, 16, units] and scales [S, 2, 16, K/group]; axis 1 is the panel."""
     S = len(strips)
     words = strips[:, : layout.scale_offset].view(np.uint32)
-    codes = words.reshape(S, layout.words, 2, PANEL_ROWS).transpose(0, 2, 3, 1)
-    codes = np.ascontiguousarray(codes).view(fmt.code_dtype)
+    words = words.reshape(S, layout.words, 2, PANEL_ROWS)
+    codes = np.empty((S, 2, PANEL_ROWS, layout.words), np.uint32)
+
+    def copy(part: slice) -> None:
+        codes[part] = words[part].transpose(0, 2, 3, 1)
+
+    parts = (slice(at, at + _STRIPS_PER_COPY) for at in range(0, S, _STRIPS_PER_COPY))
+    list(run_all(copy, parts))
     if fmt.scale is None:
-        return codes, None
+        return codes.view(fmt.code_dtype), None
     end = layout.scale_offset + layout.groups * layout.scale_bytes_per_group
     scales = strips[:, layout.scale_offset : end].reshape(S, -1, 2, PANEL_ROWS)
-    return codes, np.ascontiguousarray(scales.transpose(0, 2, 3, 1)).view(fmt.scale.dtype)
+    scales = np.ascontiguousarray(scales.transpose(0, 2, 3, 1)).view(fmt.scale.dtype)
+    return codes.view(fmt.code_dtype), scales
 
 
 def _matrix(codes: Array, scales: Array | None, rows: int) -> Matrix:

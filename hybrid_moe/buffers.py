@@ -117,7 +117,7 @@ class Mailboxes:
         if self._idle:
             return self._idle.pop()
         if not self._blank:
-            page = stream.pinned((_MAILBOXES_PER_PAGE, MAILBOX_SLOTS), torch.int64).zero_()
+            page = stream.pinned((_MAILBOXES_PER_PAGE, MAILBOX_SLOTS), torch.int64)
             self._blank = [(row.data_ptr(), page) for row in page]
         address, page = self._blank.pop()
         if not self._answerer().add(address, page):

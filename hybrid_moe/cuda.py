@@ -191,8 +191,8 @@ class CudaStream:
             return bool(torch.cuda.is_current_stream_capturing())
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """New page-locked host memory."""
-        return relaxed(lambda: torch.empty(shape, dtype=dtype, pin_memory=True))
+        """New zeroed page-locked host memory."""
+        return relaxed(lambda: torch.zeros(shape, dtype=dtype, pin_memory=True))
 
     def to_host(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy of `source` on the device, in the dtype of pinned `target`."""

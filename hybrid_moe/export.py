@@ -17,6 +17,7 @@ import ctypes
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,13 @@ def _addresses(name: str, pointers: Any) -> list[int]:
 
 
 class ExpertWriter:
-    """Writes a layer's experts, one after the other, on a thread of its own."""
+    """Writes a layer's experts one after the other, on threads of its own: one that keeps the
+    order, and as many as the layer's pools have to copy."""
 
     def __init__(self, layer: ExpertLayer, shape: LayerShape) -> None:
         self._layer, self._shape = layer, shape
-        self._thread: ThreadPoolExecutor | None = None
+        self._order: ThreadPoolExecutor | None = None
+        self._copiers: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
 
     def submit(self, gpu_tp_count: Any, expert_id: Any, pointers: dict[str, Any]) -> None:
@@ -85,9 +88,12 @@ class ExpertWriter:
             )
         buffers = Buffers.checked(ranks, fmt, pointers)
         self._layer.check_readable(expert)
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="hybrid-moe-export")
-        self._pending.append(self._thread.submit(self._write, ranks, expert, buffers))
+        if self._order is None or self._copiers is None:
+            threads = self._layer.pool.threads
+            self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="hybrid-moe-copy")
+            self._order = ThreadPoolExecutor(1, thread_name_prefix="hybrid-moe-export")
+        write = partial(self._write, self._copiers, ranks, expert, buffers)
+        self._pending.append(self._order.submit(write))
 
     def sync(self) -> None:
         """Wait for all that was submitted; raise the first error."""
@@ -98,13 +104,16 @@ class ExpertWriter:
             future.result()
 
     def close(self) -> None:
-        """Wait, and end the thread."""
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread, self._pending = None, []
+        """Wait, and end the threads."""
+        for executor in (self._order, self._copiers):
+            if executor is not None:
+                executor.shutdown()
+        self._order, self._copiers, self._pending = None, None, []
 
-    def _write(self, ranks: int, expert: int, buffers: Buffers) -> None:
-        tensors, fmt = self._layer.unpack(expert), self._layer.fmt
+    def _write(
+        self, copiers: ThreadPoolExecutor, ranks: int, expert: int, buffers: Buffers
+    ) -> None:
+        tensors, fmt = self._layer.unpack(expert, copiers.map), self._layer.fmt
         I = self._shape.moe_intermediate_size // ranks
         for r in range(ranks):
             rows = slice(r * I, (r + 1) * I)
@@ -135,6 +144,6 @@ def _columns(matrix: Matrix, rank: int, ranks: int) -> tuple[Array, Array | None
 def _copy(address: int, parts: list[Array]) -> None:
     """Write `parts`, one behind the other, to `address`."""
     for part in parts:
-        target = np.frombuffer((ctypes.c_uint8 * part.nbytes).from_address(address), part.dtype)
-        np.copyto(target.reshape(part.shape), part)
+        memory = memoryview((ctypes.c_uint8 * part.nbytes).from_address(address))
+        np.copyto(np.ndarray(part.shape, part.dtype, memory), part)
         address += part.nbytes

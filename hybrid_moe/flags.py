@@ -74,7 +74,7 @@ def try_flags(device: torch.device) -> None:
     if code != 0 or not able.value:
         raise TrialError("the GPU has no 64-bit stream memory operations")
     stream = new_stream(device)
-    words = stream.pinned((2,), torch.int64).zero_()
+    words = stream.pinned((2,), torch.int64)
     _kept.append(words)
 
     def queue(on: CudaStream) -> None:

@@ -43,7 +43,7 @@ class Stream(AbstractContextManager[None], Protocol):
         """Whether a graph is being captured from this stream."""
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """New page-locked host memory that the GPU reaches too; allowed under capture."""
+        """New zeroed page-locked host memory that the GPU reaches too; allowed under capture."""
 
     def to_host(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy `source` on the device, in the dtype of pinned `target`. Where its memory may be

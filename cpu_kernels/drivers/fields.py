@@ -1,7 +1,7 @@
 """Slots of the descriptors that Python fills in and compiled drivers read.
 
-A descriptor is an array of int64; a slot holds an integer or an address. Python and Numba both
-import these constants, so there is one list of them.
+A descriptor is an array of int64; a slot holds an integer or an address. Python and drivers
+both import these constants, so there is one list of them.
 """
 
 from __future__ import annotations

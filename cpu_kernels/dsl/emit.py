@@ -151,6 +151,21 @@ class Val:
         return self.shuffle(range(2 * self.lanes), other)
 
 
+def pieces(value: Val, count: int) -> list[Val]:
+    """Split into `count` (a power of two) vectors of equal length."""
+    if count == 1:
+        return [value]
+    low, high = value.halves()
+    return pieces(low, count // 2) + pieces(high, count // 2)
+
+
+def join(values: list[Val]) -> Val:
+    """The lanes of all, in order; a power of two of vectors of equal length."""
+    while len(values) > 1:
+        values = [values[i].concat(values[i + 1]) for i in range(0, len(values), 2)]
+    return values[0]
+
+
 class Var:
     """A mutable variable; LLVM turns it back into SSA form."""
 
@@ -204,11 +219,6 @@ class Emit:
     def i64(self, value: int) -> Val:
         return self.splat(value, I64)
 
-    def opaque(self, value: Val) -> Val:
-        """The same scalar, but the optimizer no longer knows what it is."""
-        kind = ir.FunctionType(value.ir.type, [value.ir.type])
-        return Val(self, self.builder.asm(kind, "", "=r,0", [value.ir], False))
-
     # memory
 
     def load(self, address: Val, element: ir.Type, lanes: int = 1, align: int = 1) -> Val:
@@ -232,6 +242,12 @@ class Emit:
             slot = self.builder.alloca(ir.ArrayType(I8, nbytes))
             slot.align = align
             return Val(self, self.builder.ptrtoint(slot, I64))
+
+    def fence(self) -> None:
+        """No load or store moves across this point, and none is merged with one beyond it. Emits
+        nothing; within a straight piece of code the compiler else chooses the order."""
+        kind = ir.FunctionType(ir.VoidType(), [])
+        self.builder.asm(kind, "", "~{memory}", [], True)
 
     # control flow
 

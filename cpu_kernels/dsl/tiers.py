@@ -15,8 +15,8 @@ from types import MappingProxyType
 
 import llvmlite.binding as llvm
 
-from hybrid_moe.cpu_kernels.dsl import amx
-from hybrid_moe.cpu_kernels.dsl.emit import I8, I16, I32, Emit, Val, vector
+from hybrid_moe.cpu_kernels.dsl import amx, neon
+from hybrid_moe.cpu_kernels.dsl.emit import I8, I16, I32, Emit, Val, join, pieces, vector
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, Lowering, fused, unpack_pair
 from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
 from hybrid_moe.cpu_kernels.jit.compile import Target
@@ -75,20 +75,6 @@ class Tier:
         return self.rewrite(ir_text) if self.rewrite else ir_text
 
 
-def _pieces(value: Val, count: int) -> list[Val]:
-    """Split into `count` vectors of equal length."""
-    if count == 1:
-        return [value]
-    low, high = value.halves()
-    return _pieces(low, count // 2) + _pieces(high, count // 2)
-
-
-def _join(values: list[Val]) -> Val:
-    while len(values) > 1:
-        values = [values[i].concat(values[i + 1]) for i in range(0, len(values), 2)]
-    return values[0]
-
-
 @dataclass(frozen=True)
 class _Wide:
     """Names of x86's byte instructions at one register width."""
@@ -102,8 +88,8 @@ class _Wide:
         """PSHUFB looks 16 bytes up in every 128-bit lane, so the table is repeated."""
         n = self.bits // 8
         repeated = emit.constant(list(table) * (n // 16), I8)
-        parts = _pieces(index, index.lanes // n)
-        return _join([emit.intrinsic(self.pshufb, vector(I8, n), repeated, p) for p in parts])
+        parts = pieces(index, index.lanes // n)
+        return join([emit.intrinsic(self.pshufb, vector(I8, n), repeated, p) for p in parts])
 
     def byte_dot(self, emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
         """PMADDUBSW sums two products into 16 bits (at most 2 * 24 * 128: no saturation); the
@@ -112,19 +98,19 @@ class _Wide:
         broadcast = emit.broadcast(x, n // 4).bits(I8)
         sums = [
             emit.intrinsic(self.pmaddubsw, vector(I16, n // 2), part, broadcast)
-            for part in _pieces(w, w.lanes // n)
+            for part in pieces(w, w.lanes // n)
         ]
-        return (accumulator.bits(I16) + _join(sums)).bits(I32)
+        return (accumulator.bits(I16) + join(sums)).bits(I32)
 
     def byte_dot_total(self, emit: Emit, high: Val, low: Val) -> Val:
         """PMADDWD adds the halves and multiplies the upper plane by its 256 at once."""
         n = self.bits // 16
         totals = []
         for plane, weight in ((high, 256), (low, 1)):
-            parts = _pieces(plane.bits(I16), 32 // n)
+            parts = pieces(plane.bits(I16), 32 // n)
             factor = emit.splat(weight, I16, n)
             totals.append(
-                _join([emit.intrinsic(self.pmaddwd, vector(I32, n // 2), p, factor) for p in parts])
+                join([emit.intrinsic(self.pmaddwd, vector(I32, n // 2), p, factor) for p in parts])
             )
         return totals[0] + totals[1]
 
@@ -146,9 +132,9 @@ def _pair_dot_fused(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
 def _byte_dot_avx_vnni(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     """VPDPBUSD in its VEX form, which processors without AVX-512 have too."""
     kind, broadcast = vector(I32, 8), emit.broadcast(x, 8)
-    pairs = zip(_pieces(accumulator, 2), _pieces(w.bits(I32), 2), strict=True)
+    pairs = zip(pieces(accumulator, 2), pieces(w.bits(I32), 2), strict=True)
     name = "llvm.x86.avx512.vpdpbusd.256"
-    return _join([emit.intrinsic(name, kind, a, part, broadcast) for a, part in pairs])
+    return join([emit.intrinsic(name, kind, a, part, broadcast) for a, part in pairs])
 
 
 def _byte_dot_vnni(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
@@ -183,6 +169,25 @@ def _wide_lowerings(wide: _Wide) -> dict[str, Lowering]:
 
 
 PORTABLE = Tier("portable", frozenset(), "", vector_bits=128, registers=16)
+
+NEON = Tier(
+    "neon",
+    frozenset({"neon"}),
+    "",
+    vector_bits=128,
+    registers=32,
+    lowerings={**neon.LOWERINGS, "pair_dot": _pair_dot_fused},
+)
+
+NEON_DOTPROD = Tier(
+    "neon_dotprod",
+    frozenset({"dotprod"}),
+    "",
+    vector_bits=128,
+    registers=32,
+    lowerings=neon.SDOT_LOWERINGS,
+    extends=NEON,
+)
 
 AVX2 = Tier(
     "avx2",
@@ -246,9 +251,11 @@ AMX = Tier(
     tiles=True,
 )
 
-TIERS: Mapping[str, Tier] = MappingProxyType(
-    {t.name: t for t in (PORTABLE, AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, AMX)}
+_ALL = (
+    *(PORTABLE, NEON, NEON_DOTPROD),
+    *(AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, AMX),
 )
+TIERS: Mapping[str, Tier] = MappingProxyType({t.name: t for t in _ALL})
 """Every tier, least capable first."""
 
 
@@ -269,6 +276,7 @@ def host_features() -> frozenset[str]:
     """Features that this processor and operating system offer (CPUID and XCR0, through LLVM; tile
     registers only where the system grants them)."""
     found = frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+    found |= neon.unreported_features()
     return found if not AMX.features <= found or amx.permitted() else found - AMX.features
 
 

@@ -11,6 +11,7 @@ on how a call is cut.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, I64, Emit, KernelBody, Val
@@ -177,27 +178,24 @@ def bf16_dot(tokens: int) -> KernelBody:
             memory.clear(tokens)
         slots = [(t, p) for t in range(tokens) for p in range(PANELS)]
         total = {slot: emit.var(memory.load(*slot)) for slot in slots}
-        # Both panels read the same inputs. Seen as equal, the loads would be kept in registers that
-        # the accumulators need (12 tokens: 24 of 32); behind an unknown zero each is an operand of
-        # the instruction that uses it.
-        unknown_zero = emit.opaque(emit.i64(0))
-        # A few pairs per turn of the loop: within a block the compiler chooses the order, and over
-        # a whole group it takes token by token, with all weights of the group in registers.
-        unrolled = max(1, 8 // tokens)
+        # Fences keep the order: a load of weights, then its dots. Without them the compiler goes
+        # token by token with all weights of a turn in registers, or keeps the inputs, which both
+        # panels read, in registers that the accumulators need (12 tokens: 24 of 32); so each input
+        # is an operand of the instruction that uses it. A turn takes several pairs because it also
+        # moves the pointers.
+        unrolled = max(2, 8 // tokens)
         first = begin * (GROUP // 2)
         with emit.loop(first, end * (GROUP // 2), step=unrolled) as pair:
             at = codes + (pair - first) * BF16_PAIR_BYTES
             inputs = [r + pair * 4 for r in row]
             if tokens == 1:
                 prefetch(emit, at, unrolled * BF16_PAIR_BYTES)
-            for i in range(unrolled):
-                for panel in range(PANELS):
-                    w = emit.load(at + (BF16_PAIR_BYTES * i + 64 * panel), I32, 16, align=64)
-                    for t in range(tokens):
-                        at_x = inputs[t] + 4 * i
-                        x = emit.load(at_x + unknown_zero if panel else at_x, I32, align=4)
-                        old = total[t, panel].get()
-                        total[t, panel].set(emit.op("pair_dot", old, w, x))
+            for i, panel in itertools.product(range(unrolled), range(PANELS)):
+                w = emit.load(at + (BF16_PAIR_BYTES * i + 64 * panel), I32, 16, align=64)
+                for t in range(tokens):
+                    x = emit.load(inputs[t] + 4 * i, I32, align=4)
+                    total[t, panel].set(emit.op("pair_dot", total[t, panel].get(), w, x))
+                emit.fence()
         for slot in slots:
             memory.store(*slot, total[slot].get())
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,25 +39,28 @@ def ceilings(
     from hybrid_moe.receipt import receipt, write_receipt
 
     threads = threads or usable_cores()
-    if json is not None:
-        json.touch()  # a file that cannot be written is told before the time is spent
     chosen, skipped = c.usable_tiers(_names(tiers))
-    places = c.read_places(threads)
-    peaks = [(tier, op) for tier in chosen for op in c.MAC_OPS.values()]
     console = Console(stderr=True)
+    steps: list[Callable[[], ReadCeiling | MacCeiling | None]] = [
+        *(partial(c.read_ceiling, *place, seconds) for place in c.read_places(threads).items()),
+        *(
+            partial(c.mac_ceilings, tier, op, threads, seconds)
+            for tier in chosen
+            for op in c.MAC_OPS.values()
+        ),
+    ]
+    if json is not None:
+        json.open("a").close()  # what cannot be written is told before the time is spent
     progress = track(
-        [*places.items(), *peaks],
+        steps,
         "measuring",
         console=console,
         transient=True,
         disable=silent or not console.is_terminal,
     )
-    reads, macs = [], []
-    for first, second in progress:
-        if isinstance(first, str):
-            reads.append(c.read_ceiling(first, second, seconds))
-        elif (row := c.mac_ceilings(first, second, threads, seconds)) is not None:
-            macs.append(row)
+    rows = [step() for step in progress]
+    reads = [row for row in rows if isinstance(row, c.ReadCeiling)]
+    macs = [row for row in rows if isinstance(row, c.MacCeiling)]
     show_reads(reads)
     show_peaks(macs, threads)
     for tier_name, missing in skipped.items():
@@ -81,26 +85,28 @@ def show_reads(rows: Sequence[ReadCeiling]) -> None:
 
 
 def show_peaks(rows: Sequence[MacCeiling], threads: int) -> None:
-    """Print the peak rates and what they mean for each format."""
+    """Print the peak rates, what is left of them for each format, and why."""
+    from hybrid_moe.cpu_kernels.ceilings import USES
+
     grid(
         "Peak multiply-accumulates, 10^9 a second: no layer can prefill faster",
         ("tier", "op", "1 thread", f"{threads} thread{'s' * (threads > 1)}", "of a format"),
         [
-            (r.tier, r.op, f"{r.one_thread:.1f}", f"{r.all_threads:.1f}", _meaning(r.op, r.formats))
+            (
+                r.tier,
+                r.op,
+                f"{r.one_thread:.1f}",
+                f"{r.all_threads:.1f}",
+                ", ".join(f"{name} {rate:.1f}" for name, rate in r.formats.items()),
+            )
             for r in rows
         ],
     )
-
-
-def _meaning(op: str, formats: Mapping[str, float]) -> str:
-    from hybrid_moe.cpu_kernels.ceilings import USES
-
-    return "; ".join(
-        f"{name} {rate:.1f} ({use.why})"
-        for name, rate in formats.items()
-        for use in USES[name]
-        if use.op == op
-    )
+    measured = {row.op for row in rows}
+    for name, uses in USES.items():
+        for use in uses:
+            if use.op in measured:
+                typer.echo(f"{name} by {use.op}: {use.why}")
 
 
 def _names(text: str | None) -> list[str]:

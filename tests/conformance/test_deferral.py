@@ -5,6 +5,8 @@ Layers run in order, as in a model; SGLang gives the last one a deferral of 0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from .kit import Batch, Kit, Weights, assert_close, mask_of
 
 
-def _layers(kit: Kit, deferred: int, indices: tuple[int, ...] = (0, 1, 2)) -> list[object]:
+def _layers(kit: Kit, deferred: int, indices: tuple[int, ...] = (0, 1, 2)) -> list[Any]:
     """Loaded wrappers of these layers, the last one without deferral."""
     counts = [deferred] * (len(indices) - 1) + [0]
     return [
@@ -88,7 +90,7 @@ def test_deferred_inputs_may_be_changed_in_place_right_after_submit(kit: Kit) ->
     expected = _total(kit.weights[:2], [one, two])
     outputs = []
     for wrapper, batch in ((first, one), (second, two)):
-        wrapper.submit_forward(*batch.args, kit.stream)  # type: ignore[attr-defined]
+        wrapper.submit_forward(*batch.args, kit.stream)
         batch.ids.fill_(-1)
         batch.hidden.fill_(1e4)
         outputs.append(kit.sync(wrapper, batch.hidden))

@@ -3,9 +3,10 @@
 A tier's instructions appear in the IR as calls of LLVM's target intrinsics. `emulated(tier)` is the
 same tier (same lowerings, same register tiles) whose finished IR calls, in place of each intrinsic,
 a function with the same signature that computes it from generic LLVM operations, after Intel's
-Software Developer's Manual, volume 2. So what runs in the tests is the code that the tier emits, up
-to the instruction selection of the last step. `test_emulation` holds every body against a NumPy
-model and, where the processor has it, against the instruction.
+Software Developer's Manual, volume 2, and Arm's Architecture Reference Manual, chapter C7. So what
+runs in the tests is the code that the tier emits, up to the instruction selection of the last step.
+`test_emulation` holds every body against a NumPy model and, where the processor has it, against the
+instruction.
 """
 
 from __future__ import annotations
@@ -145,6 +146,46 @@ def _vpdpbusd(n: int) -> str:
     return text + f"  ret {wide} %{total}"
 
 
+def _tbl() -> str:
+    """TBL: table[index], or 0 for an index beyond its 16 bytes."""
+    return _pshufb(16).replace(
+        "%zero = icmp slt i8 %control, 0", "%zero = icmp ugt i8 %control, 15"
+    )
+
+
+def _pairwise_halves(kind: str, n: int) -> str:
+    """ADDP: sums of neighbours of a, then of b, modulo the lane."""
+    both, wide = f"<{2 * n} x {kind}>", f"<{n} x {kind}>"
+    return (
+        f"entry:\n  %ab = shufflevector {wide} %a, {wide} %b, {_mask(range(2 * n))}\n"
+        + _take("even", "ab", both, range(0, 2 * n, 2))
+        + _take("odd", "ab", both, range(1, 2 * n, 2))
+        + f"  %result = add {wide} %even, %odd\n  ret {wide} %result"
+    )
+
+
+def _saddlp() -> str:
+    """SADDLP: sums of neighbours, in lanes of twice the width."""
+    text = "entry:\n"
+    for parity in range(2):
+        text += _take(f"h{parity}", "a", "<8 x i16>", range(parity, 8, 2))
+        text += f"  %w{parity} = sext <4 x i16> %h{parity} to <4 x i32>\n"
+    return text + "  %result = add <4 x i32> %w0, %w1\n  ret <4 x i32> %result"
+
+
+def _sdot() -> str:
+    """SDOT: a + four products of signed bytes, modulo 2^32."""
+    text, total = "entry:\n", "a"
+    for i in range(4):
+        for operand in "bc":
+            text += _take(f"{operand}{i}", operand, "<16 x i8>", range(i, 16, 4))
+            text += f"  %{operand}w{i} = sext <4 x i8> %{operand}{i} to <4 x i32>\n"
+        text += f"  %p{i} = mul <4 x i32> %bw{i}, %cw{i}\n"
+        text += f"  %t{i} = add <4 x i32> %{total}, %p{i}\n"
+        total = f"t{i}"
+    return text + f"  ret <4 x i32> %{total}"
+
+
 def _flush(name: str, source: str) -> str:
     """%name = the float bits %source with subnormals replaced by zeros of their sign."""
     wide = "<16 x i32>"
@@ -210,6 +251,15 @@ def _instructions() -> list[Instruction]:
         name, d = f"llvm.x86.avx512.vpdpbusd.{bits}", f"<{bits // 32} x i32>"
         needs, body = frozenset(features), _vpdpbusd(bits // 8)
         found.append(Instruction(name, "vpdpbusd", needs, d, (d, d, d), body))
+    b, w, d = "<16 x i8>", "<8 x i16>", "<4 x i32>"
+    for suffix, mnemonic, feature, result, operands, body in (
+        ("tbl1.v16i8", "tbl", "neon", b, (b, b), _tbl()),
+        ("addp.v8i16", "addp", "neon", w, (w, w), _pairwise_halves("i16", 8)),
+        ("saddlp.v4i32.v8i16", "saddlp", "neon", d, (w,), _saddlp()),
+        ("sdot.v4i32.v16i8", "sdot", "dotprod", d, (d, b, b), _sdot()),
+    ):
+        name, needs = f"llvm.aarch64.neon.{suffix}", frozenset({feature})
+        found.append(Instruction(name, mnemonic, needs, result, operands, body))
     d, f = "<16 x i32>", "<16 x float>"
     bf16 = frozenset({"avx512bf16"})
     return [
@@ -224,7 +274,9 @@ INSTRUCTIONS: Mapping[str, Instruction] = {i.intrinsic: i for i in _instructions
 """Every target intrinsic that a tier may call."""
 
 _DECLARATION = re.compile(
-    r'^declare (?P<result>[^@]+) @"(?P<name>llvm\.x86\.[^"]+)"\((?P<operands>.*)\)[^)\n]*$', re.M
+    r'^declare (?P<result>[^@]+) @"(?P<name>llvm\.(?:x86|aarch64)\.[^"]+)"'
+    r"\((?P<operands>.*)\)[^)\n]*$",
+    re.M,
 )
 
 

@@ -1,4 +1,5 @@
-"""Bit-exact NumPy models of the instructions that tiers use, after Intel's SDM, volume 2.
+"""Bit-exact NumPy models of the instructions that tiers use, after Intel's SDM, volume 2, and Arm's
+Architecture Reference Manual, chapter C7.
 
 They share nothing with the IR bodies in `emulation`: NumPy's own integers, and for the fused
 multiply-add float64 with rounding to odd (Boldo and Melquiond, "Emulation of FMA and correctly
@@ -38,6 +39,29 @@ def vpmaddwd(a: Array, b: Array) -> Array:
 def vpdpbusd(accumulator: Array, a: Array, b: Array) -> Array:
     """int32 [n], int32 [n] (four unsigned bytes each), int32 [n] (four signed) -> int32 [n]"""
     products = a.view(np.uint8).astype(np.int64) * b.view(np.int8).astype(np.int64)
+    sums = accumulator.astype(np.int64) + products.reshape(-1, 4).sum(axis=1)
+    return (sums % 2**32).astype(np.uint32).view(np.int32)
+
+
+def tbl(table: Array, index: Array) -> Array:
+    """uint8 [16], uint8 [16]"""
+    return np.where(index < 16, table[index % 16], 0).astype(np.uint8)
+
+
+def addp(a: Array, b: Array) -> Array:
+    """int16 [n], int16 [n] -> int16 [n]"""
+    sums = np.concatenate([a, b]).astype(np.int64).reshape(-1, 2).sum(axis=1)
+    return (sums % 2**16).astype(np.uint16).view(np.int16)
+
+
+def saddlp(a: Array) -> Array:
+    """int16 [n] -> int32 [n / 2]"""
+    return a.astype(np.int32).reshape(-1, 2).sum(axis=1, dtype=np.int32)
+
+
+def sdot(accumulator: Array, a: Array, b: Array) -> Array:
+    """int32 [n], uint8 [4 n], uint8 [4 n] (both read as int8) -> int32 [n]"""
+    products = a.view(np.int8).astype(np.int64) * b.view(np.int8).astype(np.int64)
     sums = accumulator.astype(np.int64) + products.reshape(-1, 4).sum(axis=1)
     return (sums % 2**32).astype(np.uint32).view(np.int32)
 
@@ -87,6 +111,10 @@ MODELS: Mapping[str, Callable[..., Array]] = {
     "vpmaddubsw": vpmaddubsw,
     "vpmaddwd": vpmaddwd,
     "vpdpbusd": vpdpbusd,
+    "tbl": tbl,
+    "addp": addp,
+    "saddlp": saddlp,
+    "sdot": sdot,
     "vdpbf16ps": vdpbf16ps,
 }
 """Mnemonic -> model."""

@@ -1,14 +1,15 @@
 """The aarch64 path, by the assembly that it gets: no such processor is needed.
 
-Kernels of the portable tier are generic LLVM vectors. Here LLVM compiles them for aarch64, and what
-it makes of them is counted: a vector that had no instruction there would show up as single lanes,
-as a call of a library function, or as scalar arithmetic.
+LLVM compiles the kernels of the portable tier and of aarch64's own for it, and what it makes of
+them is counted: a generic vector that has no instruction there would show up as single lanes, as a
+call of a library function, or as scalar arithmetic.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,8 +17,9 @@ import llvmlite.binding as llvm
 import pytest
 
 from hybrid_moe.cpu_kernels.drivers import drivers_ir, memory
+from hybrid_moe.cpu_kernels.dsl import neon
 from hybrid_moe.cpu_kernels.dsl.emit import build_module
-from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
+from hybrid_moe.cpu_kernels.dsl.tiers import NEON, NEON_DOTPROD, PORTABLE, Tier
 from hybrid_moe.cpu_kernels.jit.compile import optimize
 from hybrid_moe.cpu_kernels.kernels.library import functions_of
 from hybrid_moe.formats import FORMATS
@@ -54,8 +56,8 @@ def _assembly(ir_text: str, features: str = "") -> Mapping[str, str]:
 
 
 @functools.cache
-def _kernels(fmt: str) -> Mapping[str, str]:
-    return _assembly(build_module(functions_of(fmt, PORTABLE), PORTABLE, "aarch64"))
+def _kernels(fmt: str, tier: Tier) -> Mapping[str, str]:
+    return _assembly(build_module(functions_of(fmt, tier), tier, "aarch64"), tier.target.features)
 
 
 _VECTOR = re.compile(r"\bv\d+(\.\d*[bhsd])?\b|\bq\d+\b")
@@ -89,22 +91,26 @@ def _count(text: str) -> _Counts:
     )
 
 
-_NAMES = [(fmt, name) for fmt in FORMATS for name, _, _ in functions_of(fmt, PORTABLE)]
-Kernels = pytest.mark.parametrize(("fmt", "name"), _NAMES)
+_TIERS = (PORTABLE, NEON, NEON_DOTPROD)
+Kernels = pytest.mark.parametrize(
+    ("fmt", "tier", "name"),
+    [(fmt, t, name) for fmt in FORMATS for t in _TIERS for name, _, _ in functions_of(fmt, t)],
+    ids=lambda value: value.name if isinstance(value, Tier) else value,
+)
 
 _SCALARS = {
-    ("MXFP4", "encode"): (3, 4),
+    ("MXFP4", "encode"): (3, 5),
     ("MXFP4", "activate"): (3, 5),
     ("BF16", "activate"): (0, 1),
 }
-"""Kernel -> lanes that leave their vector, scalar instructions on floats. A group that is encoded in
-fixed point has a maximum and two biases, sums of lanes by nature, and a step made of two powers of
-two; the limit of the activation is negated once."""
+"""Kernel -> lanes that leave their vector, scalar instructions on floats. A group that is encoded
+in fixed point has a maximum and two biases, reductions by nature, and a step that is the product of
+two powers of two, or NaN; the limit of the activation is negated once."""
 
 
 @Kernels
-def test_vectors_stay_vectors(fmt: str, name: str) -> None:
-    counts = _count(_kernels(fmt)[name])
+def test_vectors_stay_vectors(fmt: str, tier: Tier, name: str) -> None:
+    counts = _count(_kernels(fmt, tier)[name])
     lanes, floats = _SCALARS.get((fmt, name), (0, 0))
     assert counts.vector > 0
     assert counts.lanes_in == 0
@@ -113,10 +119,10 @@ def test_vectors_stay_vectors(fmt: str, name: str) -> None:
 
 
 @Kernels
-def test_most_instructions_are_vector_instructions(fmt: str, name: str) -> None:
+def test_most_instructions_are_vector_instructions(fmt: str, tier: Tier, name: str) -> None:
     """Addresses, loop counters and prefetches are fewer than a third; a copy of rows (BF16's
     encoding) and clearing are loops around two or four instructions."""
-    counts = _count(_kernels(fmt)[name])
+    counts = _count(_kernels(fmt, tier)[name])
     if (fmt, name) == ("BF16", "encode") or name == "clear":
         assert counts.vector >= 4
     else:
@@ -124,15 +130,56 @@ def test_most_instructions_are_vector_instructions(fmt: str, name: str) -> None:
 
 
 @Kernels
-def test_no_library_function_is_called(fmt: str, name: str) -> None:
-    assert not [line for line in _kernels(fmt)[name].splitlines() if _CALL.match(line)]
+def test_no_library_function_is_called(fmt: str, tier: Tier, name: str) -> None:
+    assert not [line for line in _kernels(fmt, tier)[name].splitlines() if _CALL.match(line)]
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_kernels_hold_nothing_of_another_processor(fmt: str) -> None:
+def test_portable_kernels_name_no_processor(fmt: str) -> None:
     text = build_module(functions_of(fmt, PORTABLE), PORTABLE, "aarch64")
-    assert not re.findall(r"llvm\.(?:x86|aarch64)\.", text), "the portable tier names no processor"
-    assert not re.search(r"%[xyz]mm|%r[a-ds]", "".join(_kernels(fmt).values()))
+    assert not re.findall(r"llvm\.(?:x86|aarch64)\.", text)
+    assert not re.search(r"%[xyz]mm|%r[a-ds]", "".join(_kernels(fmt, PORTABLE).values()))
+
+
+@pytest.mark.parametrize(
+    ("tier", "kernel", "counts"),
+    [
+        # 8 vectors of weight bytes a panel, of 4 registers each, meet two planes
+        (NEON, "direct1", {"smull": 128, "addp": 64, "sadalp": 64}),
+        (NEON, "tiled1", {"smull": 128, "addp": 64, "sadalp": 64}),
+        (NEON_DOTPROD, "direct1", {"sdot": 64}),
+        (NEON_DOTPROD, "tiled3", {"sdot": 3 * 64}),
+        (NEON, "unpack", {"tbl": 64}),
+        (NEON_DOTPROD, "unpack", {"tbl": 64}),
+    ],
+    ids=lambda value: value.name if isinstance(value, Tier) else None,
+)
+def test_a_group_takes_the_instructions_of_its_tier(
+    tier: Tier, kernel: str, counts: dict[str, int]
+) -> None:
+    found = Counter(re.findall(r"^\s([a-z]\w*)", _kernels("MXFP4", tier)[kernel], re.M))
+    assert {mnemonic: found[mnemonic] + found[f"{mnemonic}2"] for mnemonic in counts} == counts
+
+
+@pytest.mark.parametrize("hwcap", [0, 1 << 20, 0xFFFFFFFF])
+def test_dotprod_is_read_from_the_system(hwcap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Libc:
+        class getauxval:  # noqa: N801
+            restype: object
+            argtypes: object
+
+            def __new__(cls, key: int) -> int:  # type: ignore[misc]
+                asked.append(key)
+                return hwcap
+
+    monkeypatch.setattr(neon.ctypes, "CDLL", lambda name: Libc)
+    monkeypatch.setattr(neon.platform, "machine", lambda: "aarch64")
+    assert neon.unreported_features() == ({"dotprod"} if hwcap & (1 << 20) else set())
+    assert asked == [16], "AT_HWCAP"
+    monkeypatch.setattr(neon.platform, "machine", lambda: "x86_64")
+    assert neon.unreported_features() == set()
 
 
 def test_the_counts_see_scalar_code() -> None:

@@ -19,6 +19,8 @@ from hybrid_moe.cpu_kernels.dsl.tiers import (
     AVX512,
     AVX512_BF16,
     AVX512_VNNI,
+    NEON,
+    NEON_DOTPROD,
     PORTABLE,
     TIERS,
     Tier,
@@ -57,7 +59,9 @@ def _host(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
         (_BF16 - {"avx512vnni"}, AVX512),
         (_BF16 - {"fma"}, PORTABLE),
         (_BF16 | {"amx-int8", "avx10.1"}, AVX512_BF16),
-        (frozenset({"neon", "dotprod"}), PORTABLE),
+        (frozenset({"neon"}), NEON),
+        (frozenset({"neon", "dotprod"}), NEON_DOTPROD),
+        (frozenset({"dotprod"}), PORTABLE),
     ],
     ids=lambda value: value.name if isinstance(value, Tier) else None,
 )
@@ -108,6 +112,7 @@ def test_tiers_inherit() -> None:
     assert AVX512.lowering("byte_dot") != AVX2.lowering("byte_dot")
     assert AVX2_VNNI.lowering("byte_dot") != AVX2.lowering("byte_dot")
     assert AVX2_VNNI.lowering("lookup16") == AVX2.lowering("lookup16")
+    assert NEON_DOTPROD.lowering("lookup16") == NEON.lowering("lookup16")
     assert AVX512.extends is AVX2, "a processor with AVX-512 need not have the VEX form"
     assert PORTABLE.lowering("pair_dot") == OPS["pair_dot"].lower
     assert AVX2.all_features < AVX512.all_features < _VNNI < _BF16
@@ -220,7 +225,9 @@ def test_instructions(fmt: str, tier: Tier, kernel: str, instructions: dict[str,
             assert any(f"%{register}" in line for line in lines), mnemonic
 
 
-@pytest.mark.parametrize("name", TIERS)
+@pytest.mark.parametrize(
+    "name", [name for name, t in TIERS.items() if "neon" not in t.all_features]
+)
 def test_portable_code_needs_nothing(name: str) -> None:
     """Each tier's code stays within its registers: no wider ones, and none for `portable`."""
     text = "\n".join(_functions("MXFP4", TIERS[name]).values())

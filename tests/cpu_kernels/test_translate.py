@@ -407,6 +407,8 @@ def test_every_driver_is_reached() -> None:
         ("a.b = 1", "drivers have no `a.b = 1`"),
         ("a = b = 1", "drivers have no"),
         ("a, b = pair", "drivers have no"),
+        ("a, pair[0] = 1, 2", "drivers have no"),
+        ("a, b = 1, 2, 3", "drivers have no"),
         ("for i in range(0, a, 2):\n        a = 1", "drivers have no `for i in range(0, a, 2)"),
         ("for i in [1, 2]:\n        a = 1", "drivers have no"),
         ("while a:\n        a = 0\n    else:\n        a = 1", "drivers have no"),

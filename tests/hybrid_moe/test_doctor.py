@@ -45,9 +45,11 @@ def test_next_tier_s_lack_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None
     from hybrid_moe.cpu_kernels.dsl import tiers
 
     monkeypatch.delenv("HYBRID_MOE_ISA", raising=False)
-    monkeypatch.setattr(tiers, "host_features", lambda: frozenset({"avx2", "fma", "avx512f"}))
+    monkeypatch.setattr(
+        tiers, "host_features", lambda: frozenset({"avx2", "fma", "avxvnni", "avx512f"})
+    )
     isa = doctor.read_isa()
-    assert isa.chosen == "avx2"
+    assert isa.chosen == "avx2_vnni"
     assert "avx512, needs avx512bw" in isa.reason and "avx512f," not in isa.reason
 
 

@@ -1,4 +1,4 @@
-"""The repository's small model as SGLang can load it: experts in BF16, an output layer of its own."""
+"""The repository's small model as SGLang can load it: BF16 experts, an output layer of its own."""
 
 from __future__ import annotations
 

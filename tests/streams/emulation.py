@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cpu")
@@ -59,6 +59,11 @@ class Node:
     name: str
     make: Callable[[], Step]
     after: frozenset[Node]
+    before: list[Node] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for other in self.after:
+            other.before.append(self)
 
 
 @dataclass(eq=False)
@@ -74,19 +79,24 @@ class Graph:
         stream.push("replay", self._replay)
 
     def _replay(self) -> Step:
-        left = {node: node.make() for node in self.nodes}
+        steps = {node: node.make() for node in self.nodes}
+        missing = {node: len(node.after) for node in self.nodes}
+        ready = [node for node, count in missing.items() if count == 0]
 
         def step() -> str:
-            ready = [node for node in left if not any(other in left for other in node.after)]
             self.device.rng.shuffle(ready)
             for node in ready:
-                outcome = left[node]()
-                if outcome == DONE:
-                    del left[node]
-                    return ADVANCED if left else DONE
+                outcome = steps[node]()
                 if outcome == ADVANCED:
                     return ADVANCED
-            return BLOCKED if left else DONE
+                if outcome == DONE:
+                    ready.remove(node)
+                    for other in node.before:
+                        missing[other] -= 1
+                        if missing[other] == 0:
+                            ready.append(other)
+                    return ADVANCED if ready else DONE
+            return BLOCKED if ready else DONE
 
         return step
 
@@ -348,7 +358,8 @@ class EmulatedStream:
     # memory
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        self.gpu.allocated.append(torch.zeros(shape, dtype=dtype))
+        with _disable_current_modes():  # the host's memory, now
+            self.gpu.allocated.append(torch.zeros(shape, dtype=dtype))
         return self.gpu.allocated[-1]
 
     def to_host(self, target: torch.Tensor, source: torch.Tensor) -> None:

@@ -164,9 +164,9 @@ class Check:
 
 @dataclass
 class Captured:
-    """A graph of one step, its inputs and outputs by layer."""
+    """A step as graphs that are replayed one after the other, its inputs and outputs by layer."""
 
-    graph: Graph
+    graphs: list[Graph]
     tokens: int
     inputs: list[Inputs]
     outputs: list[torch.Tensor]
@@ -278,21 +278,29 @@ class Model:
             got = self.forward(at, given, on, collect)
             self.checks.append(Check(f"eager, layer {at}", got, self.expect(at, tokens, seed)))
 
-    def capture(self, tokens: int, stream: int = 0) -> Captured:
-        """A step captured as a graph; like torch, with all streams at rest."""
+    def capture(self, tokens: int, pieces: bool = False, stream: int = 0) -> Captured:
+        """A captured step; like torch, with all streams at rest.
+
+        Args:
+            pieces: one graph for each layer, as breakable graphs have it, instead of one for all.
+        """
         self.gpu.run()
         on = self.streams[stream]
         inputs = [Inputs.random(tokens, 0).empty() for _ in self.runners]
-        with self.gpu.capture(on) as graph:
-            outputs = [self.forward(at, given, on, on) for at, given in enumerate(inputs)]
-        return Captured(graph, tokens, inputs, outputs)
+        graphs, outputs = [], []
+        for places in [[at] for at in range(len(inputs))] if pieces else [range(len(inputs))]:
+            with self.gpu.capture(on) as graph:
+                outputs += [self.forward(at, inputs[at], on, on) for at in places]
+            graphs.append(graph)
+        return Captured(graphs, tokens, inputs, outputs)
 
     def replay(self, captured: Captured, seed: int, stream: int = 0) -> None:
         """Queue new inputs, the graph, and a look at its outputs."""
         on = self.streams[stream]
         for at, given in enumerate(captured.inputs):
             self.fill(on, given, Inputs.random(captured.tokens, seed + at))
-        captured.graph.launch(on)
+        for graph in captured.graphs:
+            graph.launch(on)
         for at, output in enumerate(captured.outputs):
             with on:
                 got = output.clone()

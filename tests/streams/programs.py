@@ -17,7 +17,8 @@ class Program:
     """A model, and what is done with it.
 
     Attributes:
-        actions: ("step", tokens, stream, collector), ("graph", tokens, replays) or ("mask", bits).
+        actions: ("step", tokens, stream, collector), ("graph", tokens, pieces, replays) or
+            ("mask", bits).
     """
 
     seed: int
@@ -46,11 +47,10 @@ class Program:
             match action:
                 case ("step", int(tokens), int(stream), collector):
                     model.step(tokens, seed, stream, collector)  # type: ignore[arg-type]
-                case ("graph", int(tokens), int(replays)):
-                    graphs.append(model.capture(tokens))
+                case ("graph", int(tokens), bool(pieces), int(replays)):
+                    graphs.append(model.capture(tokens, pieces))
                     for turn in range(replays):
-                        # graphs take turns on one stream, which may be another than the captured
-                        which = graphs[(turn + len(graphs)) % len(graphs)]
+                        which = graphs[-1 - turn % len(graphs)]  # they take turns
                         model.replay(which, (seed + turn) % 24)
                         model.gpu.run_some(model.rng.randrange(20))
                 case ("mask", int(bits)):
@@ -67,26 +67,21 @@ def _actions(deferred: int) -> st.SearchStrategy[tuple[object, ...]]:
     collector = st.none() if deferred else st.sampled_from([None, 0, 1])
     return st.one_of(
         st.tuples(st.just("step"), sizes, st.sampled_from([0, 1]), collector),
-        st.tuples(st.just("graph"), sizes, st.integers(3, 5)),
+        st.tuples(st.just("graph"), sizes, st.booleans(), st.integers(3, 5)),
         st.tuples(st.just("mask"), st.integers(0, 2**E - 1)),
     )
 
 
 @st.composite
-def programs(draw: st.DrawFn) -> Program:
-    """Any program."""
-    deferred = draw(st.integers(0, K_DEFERRED))
+def programs(draw: st.DrawFn, *, flags: bool, deferred: int) -> Program:
+    """Any program for this way of handing over and so many deferred experts."""
     speeds = st.sampled_from([0.02, 1.0, 30.0])
     return Program(
         seed=draw(st.integers(0, 2**32 - 1)),
-        flags=draw(st.booleans()),
+        flags=flags,
         channels=draw(st.sampled_from([None, 1, 2])),
         deferred=deferred,
         count=draw(st.integers(1, len(INDICES))),
         haste=(draw(speeds), draw(speeds)),
         actions=tuple(draw(st.lists(_actions(deferred), min_size=1, max_size=5))),
     )
-
-
-K_DEFERRED = 1
-"""Most deferred experts per token; the models have two."""

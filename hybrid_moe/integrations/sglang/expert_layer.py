@@ -76,8 +76,8 @@ def swiglu_of(config: Any) -> tuple[float, float]:
 
     def refuse(what: str) -> UnsupportedLayerError:
         return UnsupportedLayerError(
-            f"--kt-*: layer {config.layer_id} has {what}; the CPU's experts compute SwiGLU, clamped "
-            "or not, with the routing weight on the output"
+            f"--kt-*: layer {config.layer_id} has {what}; the experts on the CPU compute SwiGLU, "
+            "clamped or not, with the routing weight on the output"
         )
 
     if config.activation != "silu":

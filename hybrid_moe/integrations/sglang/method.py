@@ -79,9 +79,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             self.experts = GpuExperts(num_experts, tuple(range(num_experts)))
         else:
             expert_layer.check_server(layer)
-            self.experts = gpu_experts.choose(
-                config.layer_idx, num_experts, config.num_gpu_experts
-            )
+            self.experts = gpu_experts.choose(config.layer_idx, num_experts, config.num_gpu_experts)
         if not self.experts.all_hot:
             self._spec = expert_layer.describe(
                 layer, num_experts, extra_weight_attrs.get("moe_intermediate_size")

@@ -1,7 +1,7 @@
 """Whether to take over from kt-kernel in this SGLang, and doing it.
 
-SGLang looks for `kt_kernel.KTMoEWrapper` at import, long before plugins run, and keeps what it found
-in module globals. So the globals are set, and `FusedMoE` gets our `KTEPWrapperMethod`.
+SGLang looks for `kt_kernel.KTMoEWrapper` at import, long before plugins run, and keeps what it
+found in module globals. So the globals are set, and `FusedMoE` gets our `KTEPWrapperMethod`.
 
 Only `FusedMoE` gets it. Model files keep SGLang's class, for they use it in one way: where a
 layer's method is an instance of it, some of them (in some of their paths) multiply the layer's
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "HYBRID_MOE_SGLANG"
 """Environment variable: 1 takes over even where kt-kernel is installed, 0 never does."""
+
+UPSTREAM_METHOD = f"{contract.KT_MODULE}.KTEPWrapperMethod"
+OUR_METHOD = "hybrid_moe.integrations.sglang.method.KTEPWrapperMethod"
 
 COMPAT_DISTRIBUTION = "hybrid-moe-kt-compat"
 """Our own distribution of the import name `kt_kernel`: no reason to stand back."""
@@ -80,10 +83,10 @@ def register() -> None:
         ValueError: the environment variable's value.
     """
     decision = decide(os.environ, installed_kt_kernel())
-    version = contract.installed_version()
     if not decision.take_over:
-        logger.info("hybrid_moe leaves SGLang's --kt-* options alone: %s", decision.reason)
+        _announce(UPSTREAM_METHOD, f"hybrid_moe leaves --kt-* to others: {decision.reason}")
         return
+    version = contract.installed_version()
     untested = contract.untested(version)
     if untested is not None:
         logger.warning("%s", untested)
@@ -93,9 +96,23 @@ def register() -> None:
         _refuse(error)
         raise
     _install()
-    logger.info(
-        "hybrid_moe serves SGLang %s's --kt-* options: %s", version or "(?)", decision.reason
-    )
+    _announce(OUR_METHOD, f"hybrid_moe serves --kt-* of SGLang {version}: {decision.reason}")
+
+
+def _announce(method: str, line: str) -> None:
+    """Log a line when the first layer with `--kt-*` is made: SGLang sets up logging only after
+    plugins have run, and who does not use these options need not hear of them."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    told = False
+
+    def tell(*args: object, **kwargs: object) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            logger.info("%s", line)
+
+    HookRegistry.register(f"{method}.__init__", tell, HookType.BEFORE)
 
 
 def _install() -> None:

@@ -1,0 +1,340 @@
+"""The MXFP4 decode kernel by steps: variants that `docs/kernels.md` derives, each a few lines.
+
+A variant multiplies one strip of 32 rows with one token:
+
+    body(emit, strip, rows, sums, groups)
+
+`strip` holds 32 rows x `groups` groups of 32 codes, then their scales, 544 bytes a group in either
+layout: as a checkpoint stores them (codes [32][K / 2], scales [32][K / 32]), or as panels.
+`rows` is the address of one address, the token's encoded row; `sums` is float32 [32].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, I64, Emit, KernelBody, Val, vector
+from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, fused
+from hybrid_moe.cpu_kernels.dsl.tiers import Tier
+from hybrid_moe.cpu_kernels.kernels.dot import (
+    E2M1_DOUBLED,
+    MXFP4_GROUP_BYTES,
+    MXFP4_UNPACKED_GROUP_BYTES,
+    PANELS,
+    mxfp4_dot,
+    mxfp4_scales,
+    mxfp4_unpack,
+)
+from hybrid_moe.cpu_kernels.kernels.encode import META_BYTES, PLANE_BYTES
+from hybrid_moe.cpu_kernels.panels import STRIP_ROWS
+from hybrid_moe.formats import Array
+
+GROUP_BYTES = MXFP4_GROUP_BYTES + STRIP_ROWS
+"""Codes and scales of a group of 32 inputs, of all rows of a strip."""
+
+Body = Callable[[Emit, Val, Val, Val, Val], None]
+_LINE_GROUPS = 4  # a cache line of a row's codes: 128 weights, four scales
+_PANELS_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """One variant.
+
+    Attributes:
+        name: what changed.
+        body: the kernel.
+        by_rows: it reads the checkpoint's layout; else panels.
+        encode: float32 x [K] -> its encoded row; None: the library's 15-bit fixed point.
+        trips: turns of its loops over one strip, outermost first, as (for K / 32 groups) a list.
+        without: ops that fall back to their generic lowering.
+        strips: how many strips one call of `body` takes.
+        x86: it names an instruction.
+    """
+
+    name: str
+    body: Body
+    by_rows: bool
+    encode: Callable[[Array], Array] | None
+    trips: Callable[[int], Sequence[int]]
+    without: tuple[str, ...] = ()
+    strips: int = 1
+    x86: bool = False
+
+    def tier(self, tier: Tier) -> Tier:
+        """`tier` as this step may use it."""
+        generic = {name: OPS[name].lower for name in self.without}
+        return dataclasses.replace(tier, lowerings=generic, extends=tier) if generic else tier
+
+
+def sweep(body: Body, tokens: int = 1, strips: int = 1) -> KernelBody:
+    """Kernel (at, rows, sums, count, strip_bytes, groups): `count` strips, one after the other."""
+
+    def kernel(
+        emit: Emit, at: Val, rows: Val, sums: Val, count: Val, strip_bytes: Val, groups: Val
+    ) -> None:
+        with emit.loop(0, count, step=strips) as strip:
+            out = sums + strip * (4 * STRIP_ROWS * tokens)
+            body(emit, at + strip * strip_bytes, rows, out, groups)
+
+    return kernel
+
+
+def _nibbles(codes: Val) -> tuple[Val, Val]:
+    """64 bytes of codes -> those of the even and of the odd inputs, a byte each."""
+    words = codes.bits(I32)
+    return (words & 0x0F0F0F0F).bits(I8), ((words >> 4) & 0x0F0F0F0F).bits(I8)
+
+
+def _decode(emit: Emit, codes: Val, offset: int = 0) -> list[Val]:
+    table = tuple((weight + offset) & 255 for weight in E2M1_DOUBLED)
+    return [emit.op("lookup16", table, index) for index in _nibbles(codes)]
+
+
+def _store_sum(emit: Emit, at: Val, lanes: Val) -> None:
+    """The horizontal sum that rows end with."""
+    while lanes.ir.type.count > 1:
+        low, high = lanes.halves()
+        lanes = low + high
+    emit.store(at, lanes, align=4)
+
+
+def rows_in_floats(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+    """Weights become float32: four groups of one row at a time, 8 weights an instruction."""
+    x = emit.load(rows, I64)
+    scales = strip + groups * MXFP4_GROUP_BYTES
+    with emit.loop(0, emit.i64(STRIP_ROWS)) as row:
+        total = emit.var(emit.splat(0.0, F32, 16))
+        with emit.loop(0, groups, step=_LINE_GROUPS) as group:
+            at = row * groups + group
+            decoded = _decode(emit, emit.load(strip + at * 16, I8, 64, align=64))
+            for g in range(_LINE_GROUPS):
+                product = emit.splat(0.0, F32, 16)
+                for odd, weights in enumerate(decoded):
+                    w = weights.shuffle(range(16 * g, 16 * g + 16)).sext(I32).to_float()
+                    inputs = emit.load(x + group * 128 + (128 * g + 64 * odd), F32, 16, align=64)
+                    product = fused(emit, w, inputs, product)
+                scale = (emit.load(scales + at + g, I8).zext(I32) << 23).bits(F32)
+                total.set(fused(emit, product, emit.broadcast(scale, 16), total.get()))
+        _store_sum(emit, sums + row * 4, total.get())
+
+
+def encode_rows_in_floats(x: Array) -> Array:
+    """The row's even inputs, then its odd ones, by groups; halved, as weights are doubled."""
+    pairs = x.reshape(-1, 16, 2).transpose(0, 2, 1)
+    return (pairs / 2).astype(np.float32)
+
+
+def _products(emit: Emit, w: Val, x: Val) -> Val:
+    """64 unsigned bytes x 64 signed ones -> 32 sums of two (PMADDUBSW)."""
+    pairs = zip(w.halves(), x.halves(), strict=True)
+    name, kind = "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16)
+    low, high = (emit.intrinsic(name, kind, a, b) for a, b in pairs)
+    return low.concat(high)
+
+
+def _times(emit: Emit, sums: Val, factor: int) -> Val:
+    """32 sums of 16 bits -> 16 of 32 bits, times `factor` (PMADDWD)."""
+    name, kind = "llvm.x86.avx2.pmadd.wd", vector(I32, 8)
+    factors = emit.splat(factor, I16, 16)
+    low, high = (emit.intrinsic(name, kind, half, factors) for half in sums.halves())
+    return low.concat(high)
+
+
+def rows_in_integers(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+    """Weights stay bytes: 32 products an instruction, but each group of each row is converted."""
+    x = emit.load(rows, I64)
+    scales = strip + groups * MXFP4_GROUP_BYTES
+    four_each = [lane // 4 for lane in range(16)]
+    with emit.loop(0, emit.i64(STRIP_ROWS)) as row:
+        total = emit.var(emit.splat(0.0, F32, 16))
+        with emit.loop(0, groups, step=_LINE_GROUPS) as group:
+            at = row * groups + group
+            weights = _decode(emit, emit.load(strip + at * 16, I8, 64, align=64), BYTE_DOT_OFFSET)
+            inputs = x + (group >> 2) * 384
+            plane = [emit.load(inputs + 64 * i, I8, 64, align=64) for i in range(4)]
+            high = _products(emit, weights[0], plane[0]) + _products(emit, weights[1], plane[1])
+            low = _products(emit, weights[0], plane[2]) + _products(emit, weights[1], plane[3])
+            exact = _times(emit, high, 256) + _times(emit, low, 1)
+            exact = exact + emit.load(inputs + 256, I32, 16, align=64)
+            product = exact.to_float() * emit.load(inputs + 320, F32, 16, align=64)
+            scale = (emit.load(scales + at, I8, 4).zext(I32) << 23).bits(F32).shuffle(four_each)
+            total.set(fused(emit, product, scale, total.get()))
+        _store_sum(emit, sums + row * 4, total.get())
+
+
+def _fixed15(x: Array) -> tuple[Array, Array]:
+    """float32 x [K] -> integers [groups, 32] and the factor [groups] of each group."""
+    groups = x.reshape(-1, 32).astype(np.float64)
+    exponent = np.frexp(np.abs(groups).max(1))[1] - 1
+    q = np.round(np.ldexp(groups, 13 - exponent[:, None])).astype(np.int64)
+    return q, np.ldexp(1.0, exponent - 14)
+
+
+def encode_rows_in_integers(x: Array) -> Array:
+    """For every four groups 384 bytes: high even, high odd, low even, low odd [4][16], the bias in
+    one of the four lanes of a group, the factor in all."""
+    q, factor = _fixed15(x)
+    low = (q + 128) % 256 - 128
+    planes = np.stack([(q - low) >> 8, low])  # [plane, group, input]
+    lanes = planes.reshape(2, -1, _LINE_GROUPS, 16, 2).transpose(1, 0, 4, 2, 3)
+    bias = np.zeros((len(factor), 4), np.int32)
+    bias[:, 0] = -BYTE_DOT_OFFSET * q.sum(1)
+    parts = (
+        lanes.astype(np.int8),
+        bias,
+        np.repeat(factor.astype(np.float32), 4),
+    )
+    return np.concatenate([_line_bytes(part, len(factor)) for part in parts], axis=1)
+
+
+def _line_bytes(part: Array, groups: int) -> Array:
+    return np.ascontiguousarray(part).view(np.uint8).reshape(groups // _LINE_GROUPS, -1)
+
+
+def panels_in_floats(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+    """A lane is a row: one scale vector serves 16 rows, activations are broadcast."""
+    x = emit.load(rows, I64)
+    scales = strip + groups * MXFP4_GROUP_BYTES
+    _clear(emit, sums, PANELS)
+    with emit.loop(0, groups) as group, emit.loop(0, emit.i64(PANELS)) as panel:
+        product = emit.splat(0.0, F32, 16)
+        for word in range(4):
+            at = strip + group * MXFP4_GROUP_BYTES + panel * 64 + 128 * word
+            decoded = _decode(emit, emit.load(at, I8, 64, align=64))
+            for i in range(8):
+                w = ((decoded[i % 2].bits(I32) << (24 - 8 * (i // 2))).sar(24)).to_float()
+                value = emit.load(x + group * 128 + (32 * word + 4 * i), F32, align=4)
+                product = fused(emit, w, emit.broadcast(value, 16), product)
+        scale = mxfp4_scales(emit, scales + group * STRIP_ROWS + panel * 16)
+        _add(emit, sums + panel * 64, product, scale)
+
+
+def encode_panels_in_floats(x: Array) -> Array:
+    """In order; halved, as weights are doubled."""
+    return (x / 2).astype(np.float32)
+
+
+def _clear(emit: Emit, sums: Val, panels: int) -> None:
+    for panel in range(panels):
+        emit.store(sums + 64 * panel, emit.splat(0.0, F32, 16), align=64)
+
+
+def _add(emit: Emit, at: Val, product: Val, scale: Val) -> None:
+    old = emit.load(at, F32, 16, align=64)
+    emit.store(at, emit.op("scale_add", old, product, scale), align=64)
+
+
+def _byte_dots(
+    emit: Emit, at: Val, scale_at: Val, x: Val, group: Val, groups: Val, total: Val
+) -> None:
+    """One panel, one group: both planes of 32 inputs against 16 rows."""
+    plane = x + group * PLANE_BYTES
+    meta = x + groups * PLANE_BYTES + group * META_BYTES
+    high = emit.broadcast(emit.load(meta + 4, I32, align=4), 16)
+    low = emit.broadcast(emit.load(meta + 8, I32, align=4), 16)
+    for word in range(4):
+        codes = emit.load(at + 64 * PANELS * word, I8, 64, align=64)
+        for odd, w in enumerate(_decode(emit, codes, BYTE_DOT_OFFSET)):
+            quad = plane + 4 * (2 * word + odd)
+            high = emit.op("byte_dot", high, w, emit.load(quad, I32, align=4))
+            low = emit.op("byte_dot", low, w, emit.load(quad + 32, I32, align=4))
+    exact = emit.op("byte_dot_total", high, low).to_float()
+    _add(emit, total, exact * emit.load(meta, F32, align=4), mxfp4_scales(emit, scale_at))
+
+
+def panels_in_integers(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+    """Bytes and lanes: 32 products an instruction, one conversion for 512 weights."""
+    x = emit.load(rows, I64)
+    scales = strip + groups * MXFP4_GROUP_BYTES
+    _clear(emit, sums, PANELS)
+    with emit.loop(0, groups) as group, emit.loop(0, emit.i64(PANELS)) as panel:
+        at = strip + group * MXFP4_GROUP_BYTES + panel * 64
+        scale_at = scales + group * STRIP_ROWS + panel * 16
+        _byte_dots(emit, at, scale_at, x, group, groups, sums + panel * 64)
+
+
+def eight_streams(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+    """The same, but group by group through eight neighbouring strips at once."""
+    x = emit.load(rows, I64)
+    nbytes = groups * GROUP_BYTES
+    _clear(emit, sums, PANELS * _PANELS_TOGETHER)
+    with (
+        emit.loop(0, groups) as group,
+        emit.loop(0, emit.i64(_PANELS_TOGETHER)) as s,
+        emit.loop(0, emit.i64(PANELS)) as panel,
+    ):
+        codes = strip + s * nbytes
+        at = codes + group * MXFP4_GROUP_BYTES + panel * 64
+        scale_at = codes + groups * MXFP4_GROUP_BYTES + group * STRIP_ROWS + panel * 16
+        total = sums + s * (4 * STRIP_ROWS) + panel * 64
+        _byte_dots(emit, at, scale_at, x, group, groups, total)
+
+
+def direct(tokens: int, most: int) -> Body:
+    """The library's kernels over packed codes, `most` tokens at a time: the first of them bring a
+    strip from memory, the others find it in the cache."""
+
+    def body(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+        scales, zero = strip + groups * MXFP4_GROUP_BYTES, emit.i64(0)
+        with emit.loop(0, emit.i64(tokens), step=most) as t:
+            to = sums + t * (4 * STRIP_ROWS)
+            mxfp4_dot(most, unpacked=False)(
+                emit, strip, scales, rows + t * 8, zero, to, zero, groups, groups
+            )
+
+    return body
+
+
+def unpacked(tokens: int, most: int, chunk: int) -> Body:
+    """The library's kernels for many tokens: `chunk` groups are decoded once, then multiplied."""
+
+    def body(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+        scales, memory = strip + groups * MXFP4_GROUP_BYTES, emit.scratch(chunk * _UNPACKED)
+        with emit.loop(0, groups, step=chunk) as begin:
+            end = (groups < begin + chunk).select(groups, begin + chunk)
+            mxfp4_unpack(BYTE_DOT_OFFSET)(
+                emit, strip + begin * MXFP4_GROUP_BYTES, memory, end - begin
+            )
+            with emit.loop(0, emit.i64(tokens), step=most) as t:
+                to, scale_at = sums + t * (4 * STRIP_ROWS), scales + begin * STRIP_ROWS
+                mxfp4_dot(most, unpacked=True)(
+                    emit, memory, scale_at, rows + t * 8, end, to, begin, end, groups
+                )
+
+    return body
+
+
+_UNPACKED = MXFP4_UNPACKED_GROUP_BYTES
+
+
+def _row_trips(groups: int) -> Sequence[int]:
+    return (STRIP_ROWS, groups // _LINE_GROUPS)
+
+
+def _panel_trips(groups: int) -> Sequence[int]:
+    return (groups, PANELS)
+
+
+_FLOAT_ROWS = (rows_in_floats, True, encode_rows_in_floats, _row_trips)
+
+STEPS: Mapping[str, Step] = {
+    step.name: step
+    for step in (
+        Step("rows, floats, selects", *_FLOAT_ROWS, without=("lookup16",)),
+        Step("rows, floats, lookup", *_FLOAT_ROWS),
+        Step("panels, floats", panels_in_floats, False, encode_panels_in_floats, _panel_trips),
+        Step("rows, integers", rows_in_integers, True, encode_rows_in_integers, _row_trips, x86=True),
+        Step("panels, integers", panels_in_integers, False, None, _panel_trips),
+        Step(
+            "eight strips at once", eight_streams, False, None,
+            lambda groups: (groups, _PANELS_TOGETHER, PANELS), strips=_PANELS_TOGETHER,
+        ),
+        Step("prefetch: the kernel", direct(1, 1), False, None, lambda g: (1, *_panel_trips(g))),
+    )
+}  # fmt: skip
+"""In the order of the derivation."""

@@ -1,0 +1,8 @@
+"""The benchmarks are scripts in a folder that is not installed: make their modules importable."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))

@@ -1,0 +1,72 @@
+"""Small receipts of every benchmark, as the benchmarks write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def machine(bench: str, **facts: Any) -> dict[str, Any]:
+    """A receipt of one processor and day."""
+    versions = {"hybrid-moe": "0.1.0"}
+    return {"bench": bench, "date": "2026-01-02", "processor": "P (x), 2 cores",
+            "versions": versions, **facts}  # fmt: skip
+
+
+def layer_point(**changes: Any) -> dict[str, Any]:
+    """2 ms for 40 MB: 20 of 25 GB/s; 50 of 100 GMAC/s."""
+    point = {"method": "MXFP4", "shape": "A", "tokens": 1, "threads": 2, "isa": "avx2", "ms": 2.0,
+             "weight_bandwidth": 20.0, "read_bandwidth": 25.0, "rate": 50.0, "rate_ceiling": 100.0,
+             "tokens_per_s": 500.0}  # fmt: skip
+    return {**point, **changes}
+
+
+def peer_point(
+    library: str, ms: list[float], faster: float | None, **changes: Any
+) -> dict[str, Any]:
+    """Rounds of `ms`; a call reads 40 MB, and 25 GB/s could be read."""
+    point = {
+        "library": library,
+        "label": f"{library} 1.0",
+        "method": "MXFP4",
+        "shape": "A",
+        "tokens": 1,
+        "threads": 2,
+        "rounds_ms": ms,
+        "read_bandwidths": [25.0] * len(ms),
+        "weight_bytes": 40e6,
+        "macs": 100e6,
+        "our_ceiling": 100e9,
+        "spare_cores": 0,
+        "ours_is_faster": faster,
+        "ms": sorted(ms)[len(ms) // 2],
+        "read_bandwidth": 25.0,
+    }
+    return {**point, **changes}
+
+
+def pool_point(**changes: Any) -> dict[str, Any]:
+    """A job that is handed over."""
+    point = {"job": "tiny", "threads": 2, "state": "hot", "caller": "handed over",
+             "median_us": 0.5, "p99_us": 1.0, "signal_us": 0.2, "python_us": None}  # fmt: skip
+    return {**point, **changes}
+
+
+def every_bench() -> list[dict[str, Any]]:
+    """One receipt of each benchmark that the report knows."""
+    peers = [peer_point("ours", [2.0, 2.0], 1.0), peer_point("ggml", [3.0, 5.0], 2.0)]
+    errors = [{"library": "ours", "label": "ours 1.0", "method": "MXFP4", "normal": 0.0023,
+               "outliers": 0.0024}]  # fmt: skip
+    load = {"first_touch_GBps": 1.0, "GBps": 2.0, "again_GBps": 3.0, "peak_over_packed": 1.01,
+            "packed_bytes": 10**9}  # fmt: skip
+    read = {"where": "1 thread", "threads": 1, "in_order": 12.5, "at_random": 11.5}
+    peak = {"tier": "avx2", "op": "byte_dot", "threads": 2, "one_thread": 60.0,
+            "all_threads": 120.0, "formats": {"MXFP4": 60.0}}  # fmt: skip
+    quick = {"name": "decode", "value": 90.0, "unit": "%", "higher_is_better": True}
+    return [
+        machine("ceilings", threads=2, reads=[read], peaks=[peak], skipped={"amx": "amx-tile"}),
+        machine("moe_layer", points=[layer_point(), layer_point(tokens=64)], skipped={}),
+        machine("peers", points=peers, errors=errors),
+        machine("pool", points=[pool_point(), pool_point(caller="caller works", signal_us=None)]),
+        machine("load", points=[load], threads=2),
+        machine("quick", points=[quick]),
+    ]

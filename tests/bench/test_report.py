@@ -1,0 +1,119 @@
+"""Receipts become one stored document, a page and pictures."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report
+import sections
+from common import write_receipt
+
+from tests.bench.receipts import every_bench, layer_point, machine
+
+
+def rows_of(text: str, heading: str) -> list[list[str]]:
+    """Cells of the first table after a heading, without its header."""
+    lines = text.split(heading, 1)[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_join_concatenates_points_and_merges_tables() -> None:
+    first = machine("moe_layer", points=[layer_point()], skipped={"amx": "a"}, note="x")
+    second = machine("moe_layer", points=[layer_point(tokens=4)], skipped={"avx512": "b"}, note="y")
+    document = report.join([first, {**second, "date": "2026-01-03"}])
+    bench = document["benches"]["moe_layer"]
+    assert [p["tokens"] for p in bench["points"]] == [1, 4]
+    assert bench["skipped"] == {"amx": "a", "avx512": "b"} and bench["note"] == "y"
+    assert document["date"] == "2026-01-03"
+    assert len(first["points"]) == 1, "joining changed a receipt"
+
+
+def test_join_refuses_two_machines() -> None:
+    other = machine("pool", points=[]) | {"processor": "Q"}
+    with pytest.raises(SystemExit, match="different processors"):
+        report.join([machine("pool", points=[]), other])
+
+
+def test_store_keeps_what_was_not_measured_again(tmp_path: Path) -> None:
+    report.store(report.join(every_bench()), tmp_path)
+    again = machine("moe_layer", points=[layer_point(ms=1.0)], skipped={})
+    path = report.store(report.join([again]), tmp_path)
+    assert path.name == "2026-01-02-p-x-2-cores.json" and list(tmp_path.glob("*.json")) == [path]
+    benches = json.loads(path.read_text())["benches"]
+    assert [p["ms"] for p in benches["moe_layer"]["points"]] == [1.0]
+    assert set(benches) == {receipt["bench"] for receipt in every_bench()}
+
+
+def test_every_benchmark_has_a_section() -> None:
+    assert set(sections.SECTIONS) == {receipt["bench"] for receipt in every_bench()}
+
+
+def test_page(tmp_path: Path) -> None:
+    report.store(report.join(every_bench()), tmp_path)
+    report.render(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "P (x), 2 cores, 2026-01-02" in text
+    assert rows_of(text, "### Ceilings")[0] == ["1 thread", "1", "12.5", "11.5"]
+    layer = rows_of(text, "### One MoE layer")[0]
+    assert layer[5] == "80" and layer[8] == "50", "shares of read bandwidth and of peak"
+    peers = rows_of(text, "### Beside other libraries")[0]
+    assert peers[5] == "80" and peers[7] == "50" and peers[9].endswith("(2.00 x)")
+    assert "| MXFP4 A | 1 | read 80 % of 85 % | **missed** |" in text
+    assert "| MXFP4 A | 1 | ggml 2.00 x of 1.60 x | met |" in text
+    assert rows_of(text, "### Fork-join")[1][4] == "", "nobody has to answer"
+
+
+def test_newest_first(tmp_path: Path) -> None:
+    for date in ("2026-01-02", "2026-03-04"):
+        write_receipt(tmp_path / f"{date}-p.json", report.join(every_bench()) | {"date": date})
+    report.render(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.index("2026-03-04") < text.index("2026-01-02")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("results")
+    report.store(report.join(every_bench()), folder)
+    report.render(folder)
+    return folder
+
+
+def test_pictures_are_on_the_page(pictures: Path) -> None:
+    drawn = sorted(path.name for path in pictures.glob("*.svg"))
+    assert len(drawn) == 2
+    text = (pictures / "README.md").read_text()
+    assert all(f"]({name})" in text for name in drawn)
+
+
+@pytest.mark.parametrize(
+    ("bench", "shown"),
+    [
+        ("moe-layer", ["MXFP4 A, avx2, threads: 2", "read bandwidth", "tokens", "64"]),
+        ("peers", ["MXFP4 A, threads: 2", "hybrid_moe", "ggml", "ms per token"]),
+    ],
+)
+def test_picture(pictures: Path, bench: str, shown: list[str]) -> None:
+    root: Any = ET.parse(next(pictures.glob(f"*-{bench}.svg"))).getroot()
+    texts = {
+        "".join(element.itertext()).strip() for element in root.iter() if "text" in element.tag
+    }
+    assert set(shown) <= texts
+
+
+def test_the_same_points_draw_the_same_file(pictures: Path, tmp_path: Path) -> None:
+    report.store(report.join(every_bench()), tmp_path)
+    report.render(tmp_path)
+    for path in pictures.glob("*.svg"):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()

@@ -1,0 +1,112 @@
+"""SGLang's real `FusedMoE` with `--kt-*`, built in the test's process from a tiny checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt import runtime_context
+from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
+from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+from tests.families import FamilyFixture
+from tests.reference import Evaluation, evaluate
+
+LAYER = 1
+SINGLE = {
+    "tp_size": 1, "tp_rank": 0, "moe_ep_size": 1, "moe_ep_rank": 0, "moe_tp_size": 1,
+    "moe_tp_rank": 0, "moe_dp_size": 1, "tp_group": None,
+}  # fmt: skip
+
+
+@contextmanager
+def server_options(fixture: FamilyFixture, gpu_experts: int | None, **options: Any) -> Iterator[None]:
+    """SGLang configured as by a command line with `--kt-*`; `parallel_*` override its ranks."""
+    parallel = {k.removeprefix("parallel_"): options.pop(k) for k in list(options) if "parallel_" in k}
+    context = runtime_context.get_context()
+    with ExitStack() as stack:
+        stack.enter_context(
+            context.override_server_args(
+                model_path=str(fixture.directory),
+                device="cpu",
+                kt_weight_path=str(fixture.directory),
+                kt_method="MXFP4",
+                kt_num_gpu_experts=gpu_experts,
+                kt_cpuinfer=1,
+                kt_threadpool_count=1,
+                **options,
+            )
+        )
+        stack.enter_context(runtime_context.get_parallel().override(**{**SINGLE, **parallel}))
+        yield
+
+
+def new_layer(fixture: FamilyFixture, **options: Any) -> Any:
+    """A `FusedMoE` for layer `LAYER` of the checkpoint."""
+    return fused_moe.FusedMoE(
+        num_experts=fixture.num_experts,
+        hidden_size=fixture.hidden,
+        intermediate_size=fixture.intermediate,
+        layer_id=LAYER,
+        top_k=2,
+        params_dtype=torch.bfloat16,
+        **options,
+    )
+
+
+def load(layer: Any, fixture: FamilyFixture) -> None:
+    """Hand every expert to the layer's loaders as SGLang's models do, then finish loading."""
+    values = fixture.layers[LAYER]
+    for shard, param, stacked in (
+        ("w1", layer.w13_weight, values.gate),
+        ("w3", layer.w13_weight, values.up),
+        ("w2", layer.w2_weight, values.down),
+    ):
+        for expert, value in enumerate(stacked):
+            tensor = torch.from_numpy(value).bfloat16()
+            param.weight_loader(
+                param, tensor, f"experts.{shard}_weight", shard_id=shard, expert_id=expert
+            )
+    finish(layer)
+
+
+def finish(layer: Any) -> None:
+    """What SGLang's model loader does after all weights."""
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of a layer."""
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def random(cls, fixture: FamilyFixture, tokens: int, seed: int = 0) -> Batch:
+        """Distinct experts for each token; the last token is padding (id -1)."""
+        rng = np.random.default_rng(seed)
+        ids = np.stack([rng.permutation(fixture.num_experts)[:2] for _ in range(tokens)])
+        ids[-1] = -1
+        x = torch.from_numpy(rng.standard_normal((tokens, fixture.hidden))).bfloat16()
+        weights = torch.from_numpy(rng.random((tokens, 2))).float()
+        return cls(x, torch.from_numpy(ids), weights)
+
+    def through(self, layer: Any) -> torch.Tensor:
+        """The layer's output. The batch itself stays as it is."""
+        topk = StandardTopKOutput(self.weights.clone(), self.ids.clone(), torch.empty(0))
+        output: torch.Tensor = layer(self.x.clone(), topk)
+        return output
+
+    def expected(self, fixture: FamilyFixture, **options: Any) -> Evaluation:
+        """What all experts together must give."""
+        v = fixture.layers[LAYER]
+        return evaluate(
+            self.x.double().numpy(), self.ids.numpy(), self.weights.numpy(), v.gate, v.up, v.down,
+            gate_bias=v.gate_bias, up_bias=v.up_bias, down_bias=v.down_bias, **options,
+        )  # fmt: skip

@@ -1,0 +1,187 @@
+"""`python -m sglang.launch_server --kt-*`: an unmodified SGLang server over its OpenAI endpoint.
+
+Minutes of starting servers, so only with HYBRID_MOE_TEST_SERVER=1 (`make test-sglang`).
+
+The server without `--kt-*` computes the same weights in BF16 with SGLang's own code. Its greedy
+tokens are the reference. BF16 sums in another order differ by some 0.02 nats; where the reference
+itself prefers a token by less than `TIE` nats, either choice is right, and the texts part there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.sglang.model import EXPERTS, LAYERS, MXFP4_MODEL, TOP_K, write_bf16_copy
+from tests.sglang.server import SHIMS, Answer, Server
+
+if os.environ.get("HYBRID_MOE_TEST_SERVER") != "1":
+    pytest.skip("starts SGLang servers: make test-sglang", allow_module_level=True)
+
+sys.path.append(str(SHIMS))
+from hybrid_moe_sglang_shims import COUNTERS, HOT, Counters  # noqa: E402
+
+TIE = 0.1
+TOKENS = 32
+PROMPTS = (
+    "Emma was surprised to see Mr. Knightley in the garden, and",
+    "It is a truth universally acknowledged, that a single man",
+    "Elizabeth could not but",
+    "The whole party were in raptures with the prospect of a ball at the Crown; and Mrs. Weston,",
+    "My dear sister,",
+    "He had been gone only a quarter of an hour, when",
+    "Fanny",
+    "There was no being displeased with such an encourager, for his admiration made him discern a "
+    "likeness before it was possible.",
+)
+LOAD_REQUESTS, LOAD_CLIENTS, LOAD_TOKENS = 300, 32, 6
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Experts on the "GPU" of a test: the first `count`, or those of a profile."""
+
+    name: str
+    hot: dict[int, list[int]]
+    profile: bool = False
+
+
+def first(count: int) -> dict[int, list[int]]:
+    return {layer: list(range(count)) for layer in range(LAYERS)}
+
+
+PLACEMENTS = (
+    Placement("none", first(0)),
+    Placement("first five", first(5)),
+    Placement("profile", {0: [2, 3, 11], 1: [], 2: [0, 15], 3: list(range(1, 16))}, profile=True),
+    Placement("all", first(EXPERTS)),
+)
+
+
+class KtServer(Server):
+    """A server with `--kt-*`, and what its workers counted."""
+
+    def __init__(self, model: Path, folder: Path, placement: Placement) -> None:
+        self.counters = folder / "counters"
+        environment = {
+            COUNTERS: str(self.counters),
+            HOT: json.dumps({str(layer): ids for layer, ids in placement.hot.items()}),
+        }
+        options = ["--kt-weight-path", str(MXFP4_MODEL), "--kt-method", "MXFP4"]
+        options += ["--kt-cpuinfer", "2", "--kt-threadpool-count", "1"]
+        if placement.profile:
+            profile = folder / "placement.json"
+            profile.write_text(environment[HOT])
+            environment["HYBRID_MOE_PLACEMENT"] = str(profile)
+        else:
+            options += ["--kt-num-gpu-experts", str(len(placement.hot[0]))]
+        super().__init__(model, options, environment, folder / "log")
+
+    def counted(self) -> dict[str, int]:
+        return Counters(self.counters).read()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bf16_copy(tmp_path_factory.mktemp("model") / "bf16")
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
+    """What SGLang writes on its own."""
+    log = tmp_path_factory.mktemp("alone") / "log"
+    with Server(model, [], {}, log) as server:
+        answers = server.complete_all(PROMPTS, TOKENS, clients=1)
+        assert "hybrid_moe serves" not in server.printed()
+    return answers
+
+
+@pytest.fixture(scope="module", params=PLACEMENTS, ids=lambda placement: placement.name)
+def served(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Placement, KtServer]]:
+    """A running server for each placement."""
+    folder = tmp_path_factory.mktemp("served")
+    with KtServer(model, folder, request.param) as server:
+        yield request.param, server
+
+
+def assert_same(answer: Answer, reference: Answer) -> int:
+    """Equal tokens up to a tie of the reference; returns how many were compared."""
+    assert len(answer.tokens) == len(reference.tokens) == TOKENS
+    for i, (ours, theirs) in enumerate(zip(answer.tokens, reference.tokens, strict=True)):
+        if ours != theirs:
+            margin = reference.margins[i]
+            assert margin < TIE, f"token {i} is {ours!r}, not {theirs!r}, {margin:.3f} nats ahead"
+            return i
+    return TOKENS
+
+
+def assert_counted(placement: Placement, counted: dict[str, int], fed: int) -> None:
+    """Every cold pair ran in our workers, every hot one in SGLang's experts, none in both.
+
+    `fed`: tokens that the model has at least been given.
+    """
+    assert counted["wrong"] == 0
+    assert counted["worked"] == counted["cold"]
+    assert counted["cold"] + counted["hot"] == counted["chosen"]
+    assert counted["chosen"] >= fed * LAYERS * TOP_K
+    layers_with_cold = sum(len(ids) < EXPERTS for ids in placement.hot.values())
+    assert (counted["cold"] > 0) == (counted["calls"] > 0) == (layers_with_cold > 0)
+    assert (counted["hot"] > 0) == any(placement.hot.values())
+
+
+def test_greedy_tokens_are_those_without_kt(
+    served: tuple[Placement, KtServer], expected: list[Answer]
+) -> None:
+    placement, server = served
+    answers = server.complete_all(PROMPTS, TOKENS, clients=len(PROMPTS))  # all at once
+    compared = [assert_same(a, e) for a, e in zip(answers, expected, strict=True)]
+    print(f"\n{placement.name}: {sum(compared)} of {TOKENS * len(PROMPTS)} tokens compared, equal")
+    assert sum(compared) >= TOKENS * len(PROMPTS) // 2
+    counted = server.counted()
+    print(counted)
+    assert_counted(placement, counted, fed=len(PROMPTS) * (TOKENS - 1))
+    assert server.printed().count("hybrid_moe serves --kt-*") == 1
+
+
+def test_load_loses_nothing(served: tuple[Placement, KtServer]) -> None:
+    placement, server = served
+    before = server.counted()
+    prompts = [f"{PROMPTS[i % len(PROMPTS)]} {i}" for i in range(LOAD_REQUESTS)]
+    answers = server.complete_all(prompts, LOAD_TOKENS, clients=LOAD_CLIENTS)
+    assert [len(a.tokens) for a in answers] == [LOAD_TOKENS] * LOAD_REQUESTS
+    assert {a.finish for a in answers} == {"length"}
+    after = server.counted()
+    grown = {name: after[name] - before[name] for name in after}
+    print(f"\n{placement.name}: {LOAD_REQUESTS} requests, {grown}")
+    assert_counted(placement, grown, fed=LOAD_REQUESTS * LOAD_TOKENS)
+
+
+def test_killed_and_restarted(
+    model: Path, expected: list[Answer], tmp_path: Path
+) -> None:
+    """A server that dies under load answers as before when it is started again."""
+    placement = PLACEMENTS[2]
+    server = KtServer(model, tmp_path, placement)
+    with server, ThreadPoolExecutor(LOAD_CLIENTS) as clients:
+        running = [clients.submit(server.complete, PROMPTS[i % 8], 400) for i in range(32)]
+        while server.counted()["cold"] < 1000:
+            assert not all(request.done() for request in running)
+        server.kill()
+        broken = [request.exception(timeout=60) for request in running]
+    assert all(isinstance(error, requests.RequestException) for error in broken)
+    with server:
+        answers = server.complete_all(PROMPTS, TOKENS, clients=4)
+    compared = [assert_same(a, e) for a, e in zip(answers, expected, strict=True)]
+    assert sum(compared) >= TOKENS * len(PROMPTS) // 2
+    counted = server.counted()
+    assert counted["wrong"] == 0
