@@ -1,6 +1,7 @@
 # make demo   create .venv, install, generate text with the model in the repository
 # make test   the whole test suite
 # make lint   ruff and mypy
+# make test-sglang   SGLang in an environment of its own (2.8 GB), then real layers and servers
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ TREE := build/tree/hybrid_moe
 MODEL := examples/tiny_moe/model
 PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
 
-.PHONY: demo test lint format install install-dev wheel bench bench-ceilings bench-load bench-peers
+.PHONY: demo test test-sglang lint format install install-dev wheel bench bench-ceilings bench-load bench-peers
 .PHONY: bench-peers-install bench-pool bench-quick bench-results clean
 
 install: $(VENV)/.installed
@@ -32,6 +33,19 @@ demo: install
 
 test: install-dev
 	$(BIN)/python -m pytest
+
+# SGLang without its dependencies, which are kernels for GPUs; tests/sglang has what it needs.
+SGLANG_VENV ?= .venv-sglang
+SGLANG_PIP := $(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check
+$(SGLANG_VENV)/.installed: tests/sglang/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_PIP) install -q -r tests/sglang/requirements.txt
+	$(SGLANG_PIP) install -q --no-deps sglang==0.5.23
+	$(SGLANG_PIP) install -q -e .
+	touch $@
+
+test-sglang: $(SGLANG_VENV)/.installed
+	HYBRID_MOE_TEST_SERVER=1 $(SGLANG_VENV)/bin/python -m pytest tests/sglang --durations=15
 
 # Type checkers see neither package-dir nor import hooks: give them the package as one tree.
 $(TREE): pyproject.toml
@@ -78,7 +92,6 @@ bench-peers-install: install
 
 # the whole series on an idle machine; its receipts become docs/results
 RECEIPTS := build/receipts
-PEER_THREADS ?= 1,2
 bench-results: install
 	mkdir -p $(RECEIPTS)
 	$(PIP) install -q -c constraints.txt -e ".[bench]"
@@ -87,10 +100,10 @@ bench-results: install
 	$(BIN)/python bench/moe_layer.py --methods MXFP4 --shapes A,B,C,D --json $(RECEIPTS)/mxfp4.json
 	$(BIN)/python bench/moe_layer.py --methods BF16 --json $(RECEIPTS)/bf16.json
 	$(BIN)/python bench/moe_layer.py --methods MXFP4 --tiers others --tokens 1,64 --json $(RECEIPTS)/tiers.json
-	$(BIN)/python bench/peers.py --targets --threads $(PEER_THREADS) --longest-call 10 --json $(RECEIPTS)/peers.json
+	$(BIN)/python bench/peers.py --targets --longest-call 10 --json $(RECEIPTS)/peers.json
 	$(BIN)/python bench/load.py --json $(RECEIPTS)/load.json
 	$(BIN)/python bench/quick.py --json $(RECEIPTS)/quick.json
 	$(BIN)/python bench/report.py $(RECEIPTS)/*.json
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info

@@ -122,16 +122,16 @@ class Timing:
 
 
 def time_beside_bandwidth(
-    call: Callable[[int], object], seconds: float, probe: ReadProbe
+    call: Callable[[int], object], seconds: float, probe: ReadProbe, attempts: int = ATTEMPTS
 ) -> Timing:
     """Time calls between two measurements of the read bandwidth.
 
     Neighbours on the same memory controllers change the bandwidth by a factor of two within
     minutes, so a speed says little without the ceiling of its own seconds. A point in which others
-    were busy is measured again, and the least disturbed one is returned.
+    were busy is measured again, and the least disturbed of at most `attempts` is returned.
     """
     timings = []
-    for _ in range(ATTEMPTS):
+    for _ in range(attempts):
         before = probe.measure(0.15)
         others = OtherLoad()
         samples = time_calls(call, seconds)

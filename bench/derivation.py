@@ -125,8 +125,8 @@ def rows_in_floats(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) ->
 
 def encode_rows_in_floats(x: Array) -> Array:
     """The row's even inputs, then its odd ones, by groups; halved, as weights are doubled."""
-    pairs = x.reshape(-1, 16, 2).transpose(0, 2, 1)
-    return (pairs / 2).astype(np.float32)
+    pairs: Array = x.reshape(-1, 16, 2).transpose(0, 2, 1) / 2
+    return pairs.astype(np.float32)
 
 
 def _products(emit: Emit, w: Val, x: Val) -> Val:
@@ -147,6 +147,17 @@ def _times(emit: Emit, sums: Val, factor: int) -> Val:
 
 def rows_in_integers(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
     """Weights stay bytes: 32 products an instruction, but each group of each row is converted."""
+    _rows_in_integers(emit, strip, rows, sums, groups, ahead=0)
+
+
+def rows_with_prefetch(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+    """The same, a page ahead."""
+    _rows_in_integers(emit, strip, rows, sums, groups, ahead=4096)
+
+
+def _rows_in_integers(
+    emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val, ahead: int
+) -> None:
     x = emit.load(rows, I64)
     scales = strip + groups * MXFP4_GROUP_BYTES
     four_each = [lane // 4 for lane in range(16)]
@@ -154,6 +165,8 @@ def rows_in_integers(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) 
         total = emit.var(emit.splat(0.0, F32, 16))
         with emit.loop(0, groups, step=_LINE_GROUPS) as group:
             at = row * groups + group
+            if ahead:
+                emit.prefetch(strip + at * 16 + ahead)
             weights = _decode(emit, emit.load(strip + at * 16, I8, 64, align=64), BYTE_DOT_OFFSET)
             inputs = x + (group >> 2) * 384
             plane = [emit.load(inputs + 64 * i, I8, 64, align=64) for i in range(4)]
@@ -294,7 +307,10 @@ def unpacked(tokens: int, most: int, chunk: int) -> Body:
     """The library's kernels for many tokens: `chunk` groups are decoded once, then multiplied."""
 
     def body(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
-        scales, memory = strip + groups * MXFP4_GROUP_BYTES, emit.scratch(chunk * _UNPACKED)
+        scales, memory = (
+            strip + groups * MXFP4_GROUP_BYTES,
+            emit.scratch(chunk * MXFP4_UNPACKED_GROUP_BYTES),
+        )
         with emit.loop(0, groups, step=chunk) as begin:
             end = (groups < begin + chunk).select(groups, begin + chunk)
             mxfp4_unpack(BYTE_DOT_OFFSET)(
@@ -309,9 +325,6 @@ def unpacked(tokens: int, most: int, chunk: int) -> Body:
     return body
 
 
-_UNPACKED = MXFP4_UNPACKED_GROUP_BYTES
-
-
 def _row_trips(groups: int) -> Sequence[int]:
     return (STRIP_ROWS, groups // _LINE_GROUPS)
 
@@ -321,20 +334,24 @@ def _panel_trips(groups: int) -> Sequence[int]:
 
 
 _FLOAT_ROWS = (rows_in_floats, True, encode_rows_in_floats, _row_trips)
+_INTEGER_ROWS = (True, encode_rows_in_integers, _row_trips)
+
+KERNEL = Step("panels, integers, prefetch: the kernel", direct(1, 1), False, None, _panel_trips)
 
 STEPS: Mapping[str, Step] = {
     step.name: step
     for step in (
         Step("rows, floats, selects", *_FLOAT_ROWS, without=("lookup16",)),
         Step("rows, floats, lookup", *_FLOAT_ROWS),
-        Step("panels, floats", panels_in_floats, False, encode_panels_in_floats, _panel_trips),
-        Step("rows, integers", rows_in_integers, True, encode_rows_in_integers, _row_trips, x86=True),
+        Step("rows, integers", rows_in_integers, *_INTEGER_ROWS, x86=True),
         Step("panels, integers", panels_in_integers, False, None, _panel_trips),
+        KERNEL,
+        Step("panels, floats", panels_in_floats, False, encode_panels_in_floats, _panel_trips),
+        Step("rows, integers, prefetch", rows_with_prefetch, *_INTEGER_ROWS, x86=True),
         Step(
-            "eight strips at once", eight_streams, False, None,
+            "panels, integers, eight strips at once", eight_streams, False, None,
             lambda groups: (groups, _PANELS_TOGETHER, PANELS), strips=_PANELS_TOGETHER,
         ),
-        Step("prefetch: the kernel", direct(1, 1), False, None, lambda g: (1, *_panel_trips(g))),
     )
 }  # fmt: skip
-"""In the order of the derivation."""
+"""In the order of the derivation: five steps, then three ways beside it."""

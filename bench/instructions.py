@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -39,40 +40,86 @@ class Instruction:
         return self.is_vector_work and self.mnemonic.startswith(prefixes)
 
 
-def loop_weights(lines: Sequence[str], trips: Sequence[int]) -> list[int]:
-    """How often each line runs, for a function whose loops at depth d turn trips[d] times.
+@dataclass
+class _Block:
+    """Instructions between labels and jumps; `after` are the blocks that may run next."""
 
-    A loop is what lies between a label and the last jump back to it.
-    """
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := _LABEL.match(line))}
-    ends: dict[int, int] = {}
-    for i, line in enumerate(lines):
-        jump = re.match(r"^\tj\w+\s+(\.?\w+)", line)
-        if jump and labels.get(jump[1], i) < i:
-            ends[labels[jump[1]]] = i
-    weights = []
-    for i in range(len(lines)):
-        depth = sum(begin <= i <= end for begin, end in ends.items())
-        if depth > len(trips):
-            raise ValueError(f"a loop {depth} deep, {len(trips)} were announced")
-        weight = 1
-        for turns in trips[:depth]:
-            weight *= turns
-        weights.append(weight)
-    return weights
+    instructions: list[Instruction]
+    after: set[int]
+
+
+def _blocks(lines: Sequence[str]) -> list[_Block]:
+    """Basic blocks of a function, the first one its entry."""
+    parts: list[list[Instruction]] = [[]]
+    at: dict[str, int] = {}
+    for line in lines:
+        if label := _LABEL.match(line):
+            parts.append([])
+            at[label[1]] = len(parts) - 1
+        elif found := _INSTRUCTION.match(line.split("#", 1)[0].rstrip()):
+            parts[-1].append(Instruction(found[1], found[2] or ""))
+            if found[1].startswith("j"):
+                parts.append([])
+    blocks = []
+    for i, part in enumerate(parts):
+        last = part[-1] if part else Instruction("", "")
+        after = {at[last.operands]} if last.mnemonic.startswith("j") else set()
+        if last.mnemonic not in ("jmp", "retq") and i + 1 < len(parts):
+            after.add(i + 1)
+        blocks.append(_Block(part, after))
+    return blocks
+
+
+def _reached(blocks: Sequence[_Block], start: int, among: set[int]) -> set[int]:
+    """Blocks of `among` that may run some time after `start`."""
+    found: set[int] = set()
+    edge = [start]
+    while edge:
+        new = (blocks[edge.pop()].after & among) - found
+        found |= new
+        edge += new
+    return found
+
+
+def _loop_depths(blocks: Sequence[_Block], among: set[int]) -> dict[int, int]:
+    """How many loops each block is in. A loop is blocks that reach each other; those inside it are
+    what is left of it without the block where it is entered."""
+    reached = {i: _reached(blocks, i, among) for i in among}
+    depths = dict.fromkeys(among, 0)
+    seen: set[int] = set()
+    for i in sorted(among):
+        loop = {j for j in reached[i] if i in reached[j]}
+        if i in seen or not loop:
+            continue
+        seen |= loop
+        outside = set(range(len(blocks))) - loop
+        entries = {i for o in outside for i in blocks[o].after & loop}
+        for j, depth in _loop_depths(blocks, loop - entries).items():
+            depths[j] = depth + 1
+        for j in entries:
+            depths[j] = 1
+    return depths
 
 
 def count(assembly: str, function: str, trips: Sequence[int]) -> Counter[Instruction]:
-    """How often each instruction of `function` runs in one call."""
+    """How often each instruction of `function` runs in one call.
+
+    Args:
+        trips: turns of a loop that is 1, 2, ... deep; loops at one depth turn equally often.
+
+    Raises:
+        ValueError: the function has loops that are deeper.
+    """
     lines = assembly.splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith(f"{function}:"))
     end = next(i for i, line in enumerate(lines) if i > begin and line.startswith(".Lfunc_end"))
-    body = lines[begin:end]
+    blocks = _blocks(lines[begin:end])
     counts: Counter[Instruction] = Counter()
-    for line, weight in zip(body, loop_weights(body, trips), strict=True):
-        found = _INSTRUCTION.match(line.split("#", 1)[0].rstrip())
-        if found:
-            counts[Instruction(found[1], found[2] or "")] += weight
+    for i, depth in _loop_depths(blocks, set(range(len(blocks)))).items():
+        if depth > len(trips):
+            raise ValueError(f"a loop {depth} deep; trips has {len(trips)}")
+        for instruction in blocks[i].instructions:
+            counts[instruction] += math.prod(trips[:depth])
     return counts
 
 

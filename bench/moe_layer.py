@@ -24,6 +24,7 @@ from common import (
     time_beside_bandwidth,
     write_receipt,
 )
+from disturbance import ATTEMPTS
 from problem import Shape, batches_for, random_batches
 from rich.console import Console
 from rich.table import Table
@@ -71,15 +72,16 @@ def measure(
     seconds: float,
     probe: ReadProbe,
     ceiling: float,
+    attempts: int = ATTEMPTS,
 ) -> Point:
-    """One point."""
+    """One point; measured again while others are busy, `attempts` times at most."""
     batches = random_batches(shape, tokens, batches_for(tokens), seed=1)
 
     def call(index: int) -> None:
         batch = batches[index % len(batches)]
         layer.forward(batch.x, batch.ids, batch.weights)
 
-    timing = time_beside_bandwidth(call, seconds, probe)
+    timing = time_beside_bandwidth(call, seconds, probe, attempts)
     distinct = sum(batch.distinct_experts for batch in batches) / len(batches)
     touched = distinct * shape.weights_per_expert * layer.fmt.bits_per_weight / 8
     return Point(

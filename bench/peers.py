@@ -1,6 +1,6 @@
 """Our MoE layer against other libraries: same shapes, threads and random experts, in turn.
 
-    python bench/peers.py --targets --threads 1,2
+    python bench/peers.py --targets
     python bench/peers.py --methods MXFP4 --shapes A --tokens 1,64 --kt-python VENV/bin/python
 
 Each library runs in a process of its own that is stopped (SIGSTOP) while another one runs, since
@@ -182,10 +182,10 @@ def measure(
     nbytes = distinct * shape.weights_per_expert * format_named(method).bits_per_weight / 8
     points: dict[str, Point] = {}
     for worker in workers:
-        if not pace.expects(worker.name, distinct):
+        if worker.name != OURS and not pace.expects(worker.name, distinct):
             continue
         seconds = worker.ask("prepare", tokens=tokens, seed=bench.seed)["seconds"]
-        if pace.saw(worker.name, distinct, seconds):
+        if pace.saw(worker.name, distinct, seconds) or worker.name == OURS:
             points[worker.name] = Point(
                 worker.name, worker.label, method, shape.name, tokens, bench.threads,
                 weight_bytes=nbytes, macs=float(shape.macs(tokens)), our_ceiling=ceiling,
@@ -245,8 +245,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", default="1,4,16,64,256,1024")
     parser.add_argument("--libraries", default=",".join(NAMES))
     parser.add_argument(
-        "--threads", default=str(max(1, usable_cores() - 1)),
-        help="of each library, with commas; by default one core is spare, for kt-kernel",
+        "--threads", default=",".join(str(n) for n in (usable_cores() - 1, usable_cores()) if n),
+        help="of each library, with commas; default: all cores but one (for kt-kernel), and all",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.4, help="of each library and round")

@@ -2,9 +2,10 @@
 
     python bench/quick.py [--strict]
 
-Figures are shares of what the machine could do in the same seconds, so that they can be compared
-with stored ones (`docs/results`, same processor) although a shared host is never the same. Ends
-with 0 whatever it finds; with --strict, with 1 if a figure is slower by more than 15 %.
+A layer's figures are shares of what the machine could do in the same seconds, so that they can be
+compared with stored ones (`docs/results`, same processor) although a shared host is never the same;
+fork-join and the start from the object cache are times. Ends with 0 whatever it finds; with
+--strict, with 1 if a figure is slower by more than 15 %.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import pool
 from common import make_layer, processor, receipt, write_receipt
+from disturbance import DISTURBED
 from moe_layer import measure
 from problem import SHAPES
 from rich.console import Console
@@ -85,32 +87,45 @@ def stored_figures(folder: Path, machine: str) -> tuple[str | None, dict[str, Fi
     return None, {}
 
 
-def layer_figures(threads: int, seconds: float) -> list[Figure]:
-    """Decode as a share of the read bandwidth, prefill as a share of the peak."""
+def layer_figures(threads: int, seconds: float) -> tuple[list[Figure], float]:
+    """Decode as a share of the read bandwidth, prefill as a share of the peak.
+
+    Returns:
+        The figures, and the largest share of the processors that others had meanwhile.
+    """
     config = PoolConfig(threads)
     probe = ReadProbe(config)
     figures = []
+    others = 0.0
     for method, name in LAYERS:
         shape = SHAPES[name]
         ceiling = mac_ceiling(method, config)
         layer = make_layer(shape, method, config)
-        decode = measure(layer, shape, DECODE_TOKENS, seconds, probe, ceiling)
-        prefill = measure(layer, shape, PREFILL_TOKENS, seconds, probe, ceiling)
+        decode, prefill = (
+            measure(layer, shape, tokens, seconds, probe, ceiling, attempts=2)
+            for tokens in (DECODE_TOKENS, PREFILL_TOKENS)
+        )
         layer.close()
+        others = max(others, decode.others, prefill.others)
         title = f"{method} {name}, {threads} threads"
         figures += [
             Figure(f"decode, {title}", 100 * decode.read_share, "% of read bandwidth", True),
             Figure(f"prefill, {title}", 100 * prefill.rate_share, "% of peak", True),
         ]
-    return figures
+    return figures, others
 
 
-def pool_figures(threads: int, samples: int) -> list[Figure]:
-    """Microseconds of an empty job that another thread runs."""
-    points = pool.measure(threads, [pool.tiny_shape(threads)], samples)
-    handed = [p for p in points if p.caller == "handed over" or threads == 1]
+def pool_figures(threads: int, samples: int, rounds: int = 3) -> list[Figure]:
+    """Microseconds of an empty job that another thread runs: the least median of some rounds,
+    since a neighbour only ever adds to it. Nothing with one thread."""
+    medians: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for p in pool.measure(threads, [pool.tiny_shape(threads)], samples):
+            if p.caller == "handed over":
+                medians.setdefault(p.state, []).append(p.median_us)
     return [
-        Figure(f"fork-join, {p.state}, {threads} threads", p.median_us, "us", False) for p in handed
+        Figure(f"fork-join, {state}, {threads} threads", min(values), "us", False)
+        for state, values in medians.items()
     ]
 
 
@@ -148,17 +163,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each point of a layer")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each point of a layer")
     parser.add_argument("--strict", action="store_true", help="end with 1 if a figure is slower")
     parser.add_argument("--json", metavar="FILE", help="write the receipt there")
     args = parser.parse_args()
-    figures = [
-        *layer_figures(args.threads, args.seconds),
-        *pool_figures(args.threads, 500),
-        start_figure(),
-    ]
+    layers, others = layer_figures(args.threads, args.seconds)
+    figures = [*layers, *pool_figures(args.threads, 300), start_figure()]
     date, stored = stored_figures(RESULTS, processor())
-    Console(width=120).print(table(figures, stored, date))
+    console = Console(width=120)
+    console.print(table(figures, stored, date))
+    if others > DISTURBED:
+        console.print(f"Others had {100 * others:.0f} % of the processors: try again when idle.")
     document: dict[str, Any] = receipt("quick", points=[asdict(figure) for figure in figures])
     write_receipt(args.json, document)
     slower = any(verdict(figure, stored.get(figure.name)) == "SLOWER" for figure in figures)

@@ -84,7 +84,7 @@ def moe_layer(bench: Bench) -> Iterator[str]:
 def peers(bench: Bench) -> Iterator[str]:
     """Ours and theirs, with ratios; targets; errors."""
     points = bench["points"]
-    yield "### Beside other libraries\n\n`python bench/peers.py --targets --threads 1,2`\n"
+    yield "### Beside other libraries\n\n`python bench/peers.py --targets`\n"
     yield (
         "Libraries take turns in processes of their own, with the same number of threads; in "
         "brackets the median over rounds of their time over ours: below 1 we lose. kt-kernel runs "

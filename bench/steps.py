@@ -2,306 +2,159 @@
 
     python bench/steps.py
 
-One thread multiplies strips of 32 rows x 4096 inputs with one token: once a few strips that stay
-in the second-level cache, once 512 MiB that come from memory. Steps take turns, and each round
-reads memory and counts a core's cycles too, so that all columns are of the same seconds; figures
-are medians over rounds. Inputs are such that no addition rounds: before it is timed, each step's
-sums must equal those of float64, bit for bit.
+One thread multiplies strips of 32 rows x 4096 inputs with one token: once the same strip again and
+again, from the second-level cache, once a seventh of 512 MiB, from memory. Steps take turns.
+Before and after each the read bandwidth is measured, and the core's cycles are counted, so that all
+columns are of the same moment; figures are medians over rounds, of cycles from the cache the fewest
+(what else runs on a core only adds). Inputs are such that no addition rounds: before it is
+timed, each step's sums must equal those of float64, bit for bit.
+
+Further tables: several tokens that share the stream, in the library's two ways; the kernel on one
+thread and on two; its instructions on every x86 tier, whether this processor has it or not.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import functools
+import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from common import parse_list, processor, receipt, write_receipt
-from derivation import GROUP_BYTES, STEPS, Body, Step, direct, sweep, unpacked
-from instructions import count, fewest_cycles
-from llvmlite import ir
+from derivation import KERNEL, STEPS, Body, Step, direct, sweep, unpacked
+from instructions import Instruction, count, fewest_cycles
 from rich.console import Console
 from rich.table import Table
+from sweeps import GROUPS, LINES, STRIP_BYTES, Clock, K, Problem, Runner, seconds, step_runner
 
 from hybrid_moe.cpu_kernels.bandwidth import ReadProbe, repetitions_per_second
-from hybrid_moe.cpu_kernels.dsl.emit import I64, Emit, KernelBody, Val, build_module
+from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier
-from hybrid_moe.cpu_kernels.jit.compile import assembly, compile_functions
-from hybrid_moe.cpu_kernels.kernels.encode import FIXED15, encode_rows
+from hybrid_moe.cpu_kernels.jit.compile import assembly
 from hybrid_moe.cpu_kernels.kernels.formats import FORMAT_KERNELS
-from hybrid_moe.cpu_kernels.kernels.library import kernel_set, tile_sizes
-from hybrid_moe.cpu_kernels.memory import Arena, Workspace
-from hybrid_moe.cpu_kernels.pack import pack_rows
-from hybrid_moe.cpu_kernels.panels import STRIP_ROWS, strip_layout
+from hybrid_moe.cpu_kernels.kernels.library import functions_of, kernel_set, tile_sizes
+from hybrid_moe.cpu_kernels.panels import PANEL_ROWS, STRIP_ROWS
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats import MXFP4, Array
-from hybrid_moe.tensors import Matrix
+from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 
-K = 4096
-GROUPS = K // 32
-STRIP_BYTES = GROUPS * GROUP_BYTES
-LINES = STRIP_BYTES // 64
-_SOURCE_STRIPS = 64
-_CACHED_STRIPS = 4  # 278 KB
 TOKENS = (1, 2, 3, 6, 12, 24, 48)
-MOST_TOKENS = max(TOKENS)
+_REPEATS = 64
+_STRIPS = 1024
+"""Strips of one timing: 71 MB. Neighbours on the memory come and go: many short turns, not few."""
+_TURNS = 6
+_READ_BYTES = 128 << 20
 
-Call = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Random strips in both layouts, and what they give.
-
-    Attributes:
-        strips: strips in memory, copies of `_SOURCE_STRIPS`.
-        rows, panels: addresses of the first strip in the checkpoint's layout and as panels.
-        x: float32 [MOST_TOKENS, K], integers.
-        exact: float64 [_SOURCE_STRIPS, MOST_TOKENS, 32].
-        keep: owners of the memory.
-    """
-
-    strips: int
-    rows: int
-    panels: int
-    x: Array
-    exact: Array
-    keep: tuple[Arena, ...]
-
-    @staticmethod
-    def random(nbytes: int) -> Problem:
-        """About `nbytes` of strips in each layout.
-
-        Weights are multiples of 1/4 below 12, inputs integers below 128: sums of 4096 products
-        stay far below 2^22, so float32 holds every one of them.
-        """
-        rng = np.random.default_rng(5)
-        N = _SOURCE_STRIPS * STRIP_ROWS
-        codes = rng.integers(0, 256, (N, K // 2), np.uint8)
-        scales = rng.integers(126, 129, (N, GROUPS), np.uint8)
-        x = rng.integers(-127, 128, (MOST_TOKENS, K)).astype(np.float32)
-        exact = x.astype(np.float64) @ MXFP4.dequantize(codes, scales).astype(np.float64).T
-        strips = max(1, nbytes // STRIP_BYTES // _SOURCE_STRIPS) * _SOURCE_STRIPS
-        rows, panels = (Arena(strips * STRIP_BYTES) for _ in range(2))
-        first = _SOURCE_STRIPS * STRIP_BYTES
-        by_strip = (codes.reshape(_SOURCE_STRIPS, -1), scales.reshape(_SOURCE_STRIPS, -1))
-        rows.bytes[:first] = np.concatenate(by_strip, axis=1).reshape(-1)
-        every = range(_SOURCE_STRIPS)
-        pack_rows(panels.address, every, strip_layout(MXFP4, K), Matrix(codes, scales), N)
-        for arena in (rows, panels):
-            arena.bytes.reshape(-1, first)[1:] = arena.bytes[:first]
-        exact = exact.reshape(MOST_TOKENS, _SOURCE_STRIPS, STRIP_ROWS).transpose(1, 0, 2)
-        return Problem(strips, rows.address, panels.address, x, exact, (rows, panels))
+Point = dict[str, Any]
 
 
-class Runner:
-    """A compiled sweep over a problem's strips.
-
-    Args:
-        encode: x [K] -> its encoded row; None: the library's kernel.
-    """
-
-    def __init__(
-        self,
-        body: Body,
-        problem: Problem,
-        tier: Tier,
-        *,
-        tokens: int = 1,
-        by_rows: bool = False,
-        encode: Callable[[Array], Array] | None = None,
-        strips: int = 1,
-    ) -> None:
-        self._kernel = _compiled("sweep", 6, sweep(body, tokens, strips), tier)
-        self._at = problem.rows if by_rows else problem.panels
-        self._problem, self._tokens = problem, tokens
-        encoder = _library_encoder(tier) if encode is None else encode
-        encoded = [np.ascontiguousarray(encoder(x)).view(np.uint8) for x in problem.x[:tokens]]
-        memory = Workspace((encoded[0].nbytes + 64) * tokens + 64 * (tokens + 1))
-        pointers = np.zeros(tokens, np.int64)
-        for t, row in enumerate(encoded):
-            pointers[t] = memory.take(row.nbytes)
-            memory.view(int(pointers[t]), row.shape, np.uint8)[...] = row
-        self._rows = memory.take(8 * tokens)
-        memory.view(self._rows, (tokens,), np.int64)[...] = pointers
-        self._memory = memory
-        self._out = Arena(4 * STRIP_ROWS * tokens * problem.strips)
-
-    def run(self, first: int = 0, strips: int | None = None) -> None:
-        """Multiply `strips` strips (default all) from the one numbered `first`."""
-        out = self._out.address + first * 4 * STRIP_ROWS * self._tokens
-        at = self._at + first * STRIP_BYTES
-        todo = self._problem.strips if strips is None else strips
-        self._kernel(at, self._rows, out, todo, STRIP_BYTES, GROUPS)
-
-    def check(self) -> None:
-        """Raises `SystemExit` unless the sums are float64's."""
-        self._out.bytes[:] = 255
-        self.run()
-        got = self._out.bytes.view(np.float32).reshape(-1, self._tokens, STRIP_ROWS)
-        expected = self._problem.exact[:, : self._tokens]
-        for first in range(0, len(got), _SOURCE_STRIPS):
-            if not np.array_equal(got[first : first + _SOURCE_STRIPS], expected):
-                raise SystemExit("sums differ from float64")
+def _medians(samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
 
 
-def _compiled(name: str, arity: int, body: KernelBody, tier: Tier) -> Callable[..., None]:
-    text = build_module([(name, arity, body)], tier, "steps")
-    address = compile_functions(text, tier.target, [name], "steps")[name]
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arity)(address)
+def _counts(body: Body, tier: Tier, trips: Sequence[int], strips: int = 1) -> Counter[Instruction]:
+    """Instructions of one call of `body`."""
+    text = build_module([("sweep", 6, sweep(body, strips=strips))], tier, "steps")
+    return count(assembly(text, tier.target), "sweep", (1, *trips))
 
 
-def _library_encoder(tier: Tier) -> Callable[[Array], Array]:
-    kernel = _compiled("encode", 6, encode_rows(FIXED15), tier)
-
-    def encode(x: Array) -> Array:
-        source = (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-        row = np.zeros(FIXED15.row_bytes(GROUPS) + 64, np.uint8)
-        start = -row.ctypes.data % 64
-        kernel(source.ctypes.data, 0, row.ctypes.data + start, 0, 1, GROUPS)
-        return row[start : start + FIXED15.row_bytes(GROUPS)]
-
-    return encode
+def step_counts(step: Step, tier: Tier) -> Counter[Instruction]:
+    """Instructions of one call of a step."""
+    return _counts(step.body, step.tier(tier), step.trips(GROUPS), step.strips)
 
 
-def step_runner(step: Step, problem: Problem, tier: Tier) -> Runner:
-    """The compiled step."""
-    return Runner(
-        step.body, problem, step.tier(tier),
-        by_rows=step.by_rows, encode=step.encode, strips=step.strips,
-    )  # fmt: skip
-
-
-_CHAIN = 64
-
-
-def _chain(emit: Emit, turns: Val, out: Val) -> None:
-    """Additions that wait for each other: one a cycle."""
-    kind = ir.FunctionType(I64, [I64])
-    total = emit.var(turns)
-    with emit.loop(0, turns):
-        for _ in range(_CHAIN):
-            added = (total.get() + turns).ir
-            unknown = emit.builder.asm(kind, "", "=r,0", [added], False)  # else one product
-            total.set(Val(emit, unknown))
-    emit.store(out, total.get(), align=8)
-
-
-class Clock:
-    """The core's cycles in a second, by instructions of known latency."""
-
-    def __init__(self, tier: Tier) -> None:
-        self._kernel = _compiled("chain", 2, _chain, tier)
-        self._out = np.zeros(1, np.int64)
-
-    def measure(self, turns: int = 400_000) -> float:
-        return turns * _CHAIN / seconds(lambda: self._kernel(turns, self._out.ctypes.data))
-
-
-def seconds(call: Call) -> float:
-    """Of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def step_counts(step: Step, tier: Tier) -> Any:
-    """Instructions of one strip, with their numbers."""
-    own = step.tier(tier)
-    text = build_module([("sweep", 6, sweep(step.body, strips=step.strips))], own, "steps")
-    return count(assembly(text, own.target), "sweep", (1, *step.trips(GROUPS)))
-
-
-def measure_steps(problem: Problem, tier: Tier, rounds: int) -> list[dict[str, Any]]:
-    """One point for each step: medians over `rounds`, all steps in each."""
-    steps = [step for step in STEPS.values() if not step.x86 or tier.name != "portable"]
+def measure_steps(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
+    """One point for each step."""
+    steps = [s for s in STEPS.values() if not s.x86 or "avx2" in tier.all_features]
     runners = {step.name: step_runner(step, problem, tier) for step in steps}
     for runner in runners.values():
         runner.check()
-    probe, clock = ReadProbe(PoolConfig(1)), Clock(tier)
+    probe, clock = ReadProbe(PoolConfig(1), _READ_BYTES), Clock(tier)
+    part = min(problem.strips, _STRIPS)
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
-    for _ in range(rounds):
-        reads = [probe.measure(0.05)]
-        cycles = clock.measure()
-        now: dict[str, dict[str, float]] = {}
-        for step in steps:
-            run, cached = runners[step.name].run, max(_CACHED_STRIPS, step.strips)
-            run(0, cached)
-            inside = min(seconds(lambda run=run, n=cached: run(0, n)) for _ in range(5)) / cached
-            outside = seconds(run) / problem.strips
-            now[step.name] = {
-                "cycles_cached": inside * cycles / LINES,
-                "cycles": outside * cycles / LINES,
-                "GBps": STRIP_BYTES / outside / 1e9,
-            }
-        reads.append(probe.measure(0.05))
-        for name, sample in now.items():
-            samples[name].append(
-                {**sample, "read_GBps": statistics.mean(reads), "GHz": cycles / 1e9}
-            )
+    first = 0
+    for _ in range(rounds * _TURNS):
+        before = probe.measure(0)
+        for name, runner in runners.items():
+            Hz = clock.measure()
+            runner.repeat(_REPEATS)
+            cached = min(seconds(functools.partial(runner.repeat, _REPEATS)) for _ in range(5))
+            first = (first + part) % (problem.strips - part + 1)  # not what was just read
+            strip = seconds(functools.partial(runner.run, first, part)) / part
+            after = probe.measure(0)
+            read, speed = (before + after) / 2, STRIP_BYTES / strip / 1e9
+            before = after
+            samples[name].append({
+                "cached_ns": cached / _REPEATS * 1e9,
+                "cycles": strip * Hz / LINES,
+                "GBps": speed,
+                "share": 100 * speed / read,
+                "read_GBps": read,
+                "GHz": Hz / 1e9,
+            })  # fmt: skip
     return [_step_point(step, tier, samples[step.name]) for step in steps]
 
 
-def _medians(samples: list[dict[str, float]]) -> dict[str, float]:
-    ratios = [{**s, "share": s["GBps"] / s["read_GBps"]} for s in samples]
-    return {key: statistics.median(s[key] for s in ratios) for key in ratios[0]}
-
-
-def _step_point(step: Step, tier: Tier, samples: list[dict[str, float]]) -> dict[str, Any]:
-    counts = step_counts(step, tier)
-    lines = LINES * step.strips
+def _step_point(step: Step, tier: Tier, samples: Sequence[Mapping[str, float]]) -> Point:
+    counts, lines = step_counts(step, tier), LINES * step.strips
     limit, fewest = fewest_cycles(counts)
+    medians = _medians(samples)
     return {
         "step": step.name,
         "instructions": sum(counts.values()) / lines,
         "limit": limit,
         "cycles_counted": fewest / lines,
-        **_medians(samples),
+        **medians,
+        "cycles_cached": min(s["cached_ns"] for s in samples) * medians["GHz"] / LINES,
     }
 
 
-def measure_tokens(problem: Problem, tier: Tier, rounds: int) -> list[dict[str, Any]]:
+def measure_tokens(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
     """Both ways of the library for several tokens that share the stream."""
     sizes = tile_sizes(tier, FORMAT_KERNELS["MXFP4"].reserved_registers)
     chunk = kernel_set("MXFP4", tier).chunk_groups
-    runners: dict[tuple[str, int], Runner] = {}
+    runners: dict[tuple[int, str], Runner] = {}
     for tokens in TOKENS:
         most = max(size for size in sizes if tokens % size == 0)
-        bodies = {"direct": direct(tokens, most), "unpacked": unpacked(tokens, most, chunk)}
-        for way, body in bodies.items():
-            runners[way, tokens] = Runner(body, problem, tier, tokens=tokens)
+        for way, body in (
+            ("direct", direct(tokens, most)),
+            ("unpacked", unpacked(tokens, most, chunk)),
+        ):
+            runners[tokens, way] = Runner(body, problem, tier, tokens=tokens)
     for runner in runners.values():
         runner.check()
     probe = ReadProbe(PoolConfig(1))
-    part = min(problem.strips, 16 * _SOURCE_STRIPS)  # beyond the cache, and enough
-    samples: dict[tuple[str, int], list[dict[str, float]]] = {key: [] for key in runners}
-    for turn in range(rounds):
+    part = min(problem.strips, _STRIPS)
+    samples: dict[int, list[dict[str, float]]] = {tokens: [] for tokens in TOKENS}
+    first = 0
+    for _ in range(rounds):
         read = probe.measure(0.05)
-        first = turn * part % (problem.strips - part + 1)
-        for key, runner in runners.items():
-            once = seconds(lambda run=runner.run, at=first: run(at, part)) / part
-            samples[key].append({
-                "GBps": STRIP_BYTES / once / 1e9,
-                "GMACps": key[1] * STRIP_ROWS * K / once / 1e9,
+        for tokens in TOKENS:
+            speeds = {}
+            for way in ("direct", "unpacked"):
+                first = (first + part) % (problem.strips - part + 1)  # not what was just read
+                run = functools.partial(runners[tokens, way].run, first, part)
+                speeds[way] = part * STRIP_BYTES / seconds(run) / 1e9
+            macs = tokens * STRIP_ROWS * K / STRIP_BYTES
+            samples[tokens].append({
+                "GBps": max(speeds.values()),
+                "share": 100 * max(speeds.values()) / read,
+                "direct_GMACps": speeds["direct"] * macs,
+                "unpacked_GMACps": speeds["unpacked"] * macs,
                 "read_GBps": read,
             })  # fmt: skip
-    return [
-        {"way": way, "tokens": tokens, **_medians(samples[way, tokens])}
-        for way, tokens in runners
-    ]  # fmt: skip
+    return [{"tokens": tokens, **_medians(samples[tokens])} for tokens in TOKENS]
 
 
-def measure_threads(problem: Problem, tier: Tier, rounds: int) -> list[dict[str, Any]]:
-    """The kernel on one thread and on all, each on its own part."""
-    step = list(STEPS.values())[-1]
+def measure_threads(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
+    """The kernel on one thread and on two, each on its own part."""
     points = []
-    for threads in sorted({1, min(2, len(PoolConfig().worker_cpus()))}):
+    for threads in sorted({1, min(2, usable_cores())}):
         pool = PoolConfig(threads)
-        runners = [step_runner(step, problem, tier) for _ in range(threads)]
+        runners = [step_runner(KERNEL, problem, tier) for _ in range(threads)]
         probe, part = ReadProbe(pool), problem.strips // threads
 
         def read(thread: int, runners: list[Runner] = runners, part: int = part) -> None:
@@ -309,24 +162,85 @@ def measure_threads(problem: Problem, tier: Tier, rounds: int) -> list[dict[str,
 
         samples = []
         for _ in range(rounds):
-            before = probe.measure(0.1)
-            rate = repetitions_per_second(pool, read, 0.2) * part * STRIP_BYTES
-            ceiling = statistics.mean((before, probe.measure(0.1)))
-            samples.append({"GBps": rate / 1e9, "read_GBps": ceiling})
+            reads = [probe.measure(0.1)]
+            speed = repetitions_per_second(pool, read, 0.2) * part * STRIP_BYTES / 1e9
+            reads.append(probe.measure(0.1))
+            ceiling = statistics.mean(reads)
+            samples.append({"GBps": speed, "share": 100 * speed / ceiling, "read_GBps": ceiling})
         points.append({"threads": threads, **_medians(samples)})
     return points
 
 
-def count_tiers() -> Iterator[dict[str, Any]]:
-    """The kernel's instructions on every x86 tier, whether this processor has it or not."""
-    step = list(STEPS.values())[-1]
+def count_tiers() -> list[Point]:
+    """Instructions of the library's kernels: one token, and its largest tile on unpacked codes."""
+    points = []
     for tier in TIERS.values():
-        if tier.name != "portable":
-            yield {"tier": tier.name, "instructions": _per_line(step, tier)}
+        if platform.machine() == "x86_64" and "neon" not in tier.all_features:
+            one = step_counts(KERNEL, tier)
+            most, many = _tile_counts(tier)
+            points.append({
+                "tier": tier.name,
+                "instructions": sum(one.values()) / LINES,
+                "tile": most,
+                "tile_instructions": many / LINES / most,
+            })  # fmt: skip
+    return points
 
 
-def _per_line(step: Step, tier: Tier) -> float:
-    return sum(step_counts(step, tier).values()) / (LINES * step.strips)
+def _tile_counts(tier: Tier) -> tuple[int, float]:
+    """Tokens of the largest kernel on unpacked codes, and its instructions for a strip."""
+    functions = {name: body for name, _, body in functions_of("MXFP4", tier)}
+    kind = "block" if tier.tiles else "tiled"
+    most = max(int(name[len(kind) :]) for name in functions if name.startswith(kind))
+    name = f"{kind}{most}"
+    text = build_module([(name, 8, functions[name])], tier, "steps")
+    trips = (GROUPS, most if tier.tiles else STRIP_ROWS // PANEL_ROWS)
+    return most, sum(count(assembly(text, tier.target), name, trips).values())
+
+
+@dataclass(frozen=True)
+class Column:
+    """Heading, and decimals of a number."""
+
+    heading: str
+    decimals: int = 1
+
+
+COLUMNS: Mapping[str, Column] = {
+    "step": Column("step"),
+    "tokens": Column("tokens"),
+    "threads": Column("threads"),
+    "tier": Column("tier"),
+    "instructions": Column("instructions per 64 bytes", 0),
+    "cycles_counted": Column("cycles: counted"),
+    "cycles_cached": Column("from the cache"),
+    "cycles": Column("from memory"),
+    "GBps": Column("GB/s"),
+    "share": Column("% of read", 0),
+    "direct_GMACps": Column("GMAC/s, packed"),
+    "unpacked_GMACps": Column("unpacked"),
+    "tile": Column("tokens of a tile"),
+    "tile_instructions": Column("instructions per 64 bytes, token"),
+}
+"""Keys of points that tables show, in their order."""
+
+
+def show(console: Console, title: str, points: Sequence[Point]) -> None:
+    """A table of one part."""
+    keys = [key for key in COLUMNS if key in points[0]]
+    table = Table(title=title)
+    for key in keys:
+        table.add_column(COLUMNS[key].heading, justify="left" if key == "step" else "right")
+    for point in points:
+        table.add_row(
+            *(
+                f"{point[key]:.{COLUMNS[key].decimals}f}"
+                if isinstance(point[key], float)
+                else str(point[key])
+                for key in keys
+            )
+        )
+    console.print(table)
 
 
 def main() -> None:
@@ -340,33 +254,26 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write a receipt")
     args = parser.parse_args()
     tier = choose_tier(args.isa)
-    problem = Problem.random(args.mib << 20)
-    tables: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
+    problem = Problem.random(args.mib << 20, max(TOKENS))
+    parts: Mapping[str, Callable[[], list[Point]]] = {
         "steps": lambda: measure_steps(problem, tier, args.rounds),
         "tokens": lambda: measure_tokens(problem, tier, args.rounds),
         "threads": lambda: measure_threads(problem, tier, args.rounds),
-        "tiers": lambda: list(count_tiers()),
+        "tiers": count_tiers,
     }
+    unknown = [part for part in parse_list(args.parts) if part not in parts]
+    if unknown:
+        raise SystemExit(f"no part {unknown[0]}: there are {', '.join(parts)}")
     console = Console()
     console.print(f"{processor()}, tier {tier.name}")
     points = []
     for part in parse_list(args.parts):
-        rows = tables[part]()
-        show(console, part, rows)
-        points += [{"part": part, **row} for row in rows]
+        measured = parts[part]()
+        reads = [point["read_GBps"] for point in measured if "read_GBps" in point]
+        title = f"{part}; {statistics.median(reads):.1f} GB/s are read" if reads else part
+        show(console, title, measured)
+        points += [{"part": part, **point} for point in measured]
     write_receipt(args.json, receipt("steps", isa=tier.name, points=points))
-
-
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """A table with a column for each key."""
-    table = Table(title=title)
-    for key in rows[0]:
-        table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
-    for row in rows:
-        table.add_row(
-            *(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
-        )
-    console.print(table)
 
 
 if __name__ == "__main__":

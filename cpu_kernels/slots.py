@@ -6,6 +6,7 @@ slot: the template of the job, the scratch, and the descriptor that compiled cod
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,6 +33,15 @@ _REASONS = {
 def faults() -> int:
     """How many runs of slots have gone wrong in this process; reading it costs nothing."""
     return int(_FAULTS[0])
+
+
+_abandoned: list[object] = []
+
+
+def _keep_if_running(group: PoolGroup, host: Slots, memory: object) -> None:
+    """Keep the memory of a slot that is gone for a job that was given up and may still run."""
+    if int(host[f.H_ABANDONED]) > group.completed:
+        _abandoned.append(memory)
 
 
 class SlotScratch:
@@ -68,7 +78,6 @@ class JobSlot:
         mask: the layer's.
         ignored_ids: what ids out of range mean, `fields.IDS_*`.
         owned: kept alive.
-        timeout: seconds, see `TIMEOUT_S`.
 
     Attributes:
         post_fn: address of `void(void *)` that takes a snapshot of the mask, routes and posts the
@@ -85,7 +94,6 @@ class JobSlot:
         mask: LiveMask,
         ignored_ids: int,
         owned: object,
-        timeout: float = TIMEOUT_S,
     ) -> None:
         functions = drivers.addresses()
         self.post_fn = functions["post_host"]
@@ -93,16 +101,18 @@ class JobSlot:
         self.template = scratch.template.copy()
         self.template[f.J_SKIP] = mask.snapshot
         self._owned = (group, scratch, mask, owned)
-        self._timeout = timeout
+        self._timeout = TIMEOUT_S
         self._host: Slots = np.zeros(f.HOST_SLOTS, np.int64)
         self._host[f.H_GROUP] = group.address
         self._host[f.H_TEMPLATE] = self.template.ctypes.data
         self._host[f.H_IGNORED_IDS] = ignored_ids
-        self._host[f.H_TIMEOUT_NS] = int(timeout * 1e9)
+        self._host[f.H_TIMEOUT_NS] = int(TIMEOUT_S * 1e9)
         self._host[f.H_FAULTS] = _FAULTS.ctypes.data
         self._host[f.H_DUMP] = scratch.template[f.J_X]  # inputs of other jobs lie there
         self._host[f.H_MASK] = mask.address
         self.user_data = int(self._host.ctypes.data)
+        memory = (self._host, self.template, scratch, mask, owned)
+        weakref.finalize(self, _keep_if_running, group, self._host, memory).atexit = False
         self._reported = np.zeros(3, np.int64)
 
     @property

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "numpy", "numba", "llvmlite", "safetensors", "transformers", "sglang")
+PACKAGES = ("torch", "numpy", "llvmlite", "safetensors", "transformers", "sglang")
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
 CPUS = Path("/sys/devices/system/cpu")
@@ -125,7 +125,11 @@ def read_isa() -> Isa:
     from hybrid_moe.cpu_kernels.dsl import tiers
 
     reports = tiers.available_tiers()
-    rows = tuple(Tier(r.tier.name, tuple(r.missing)) for r in reports)
+    rows = tuple(
+        Tier(r.tier.name, tuple(r.missing))
+        for r in reports
+        if r.tier.machine in ("", platform.machine())
+    )
     forced = os.environ.get("HYBRID_MOE_ISA")
     try:
         chosen = tiers.choose_tier().name

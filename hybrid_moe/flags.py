@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -94,8 +95,15 @@ def try_flags(device: torch.device) -> None:
         words[1] = 1  # whatever happened, no stream stays behind waiting
 
 
+class Queryable(Protocol):
+    """An event of a stream."""
+
+    def query(self) -> bool:
+        """Whether the stream has come to it."""
+
+
 def exchange(
-    words: torch.Tensor, start: Callable[[], object], record: Callable[[], torch.cuda.Event]
+    words: torch.Tensor, start: Callable[[], object], record: Callable[[], Queryable]
 ) -> None:
     """One hand-over over two words: the stream's, and the host's answer.
 

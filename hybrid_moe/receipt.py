@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("hybrid-moe", "llvmlite", "numba", "numpy")
+PACKAGES = ("hybrid-moe", "llvmlite", "numpy")
 
 
 def processor() -> str:

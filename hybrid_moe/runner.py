@@ -23,7 +23,7 @@ from hybrid_moe.submission import Launched, NothingToDo, check_call, submit_dire
 logger = logging.getLogger(__name__)
 
 Launch = Callable[[torch.Tensor, bool], Launched]
-"""Starts the experts of some ids [B, k] (others are -1) on the batch of a submission; True for those
+"""Starts the experts of some ids [B, k] (others are -1) of a submission; True for those
 that another layer collects."""
 
 

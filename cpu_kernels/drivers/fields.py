@@ -147,6 +147,7 @@ ERROR_TIMEOUT, ERROR_STUCK, ERROR_STOPPED = range(1, 4)
 H_DUMP = 12  # where a job that nobody waits for any more writes its output
 H_MASK = 13  # address of the layer's mask, K_SLOTS slots and uint8 [E]
 H_EPOCH = 14  # of the mask in the latest launch
+H_ABANDONED = 15  # newest job that its waiter gave up
 HOST_SLOTS = 16
 
 # The mask of a layer as its latest launch saw it.

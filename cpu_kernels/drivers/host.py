@@ -74,6 +74,7 @@ def abandon(host: int, sequence: int, code: int) -> None:
     job = ring_slot(group, sequence)
     if get(job, f.J_SEQUENCE) == sequence:
         put(job, f.J_OUT, get(host, f.H_DUMP))
+    put(host, f.H_ABANDONED, sequence)
     fail(host, code)
 
 

@@ -297,7 +297,8 @@ class Emit:
 
     def op(self, name: str, *args: Any) -> Val:
         """An op whose lowering belongs to the tier; `ops` states what it means."""
-        return self.tier.lowering(name)(self, *args)
+        value: Val = self.tier.lowering(name)(self, *args)
+        return value
 
 
 KernelBody = Callable[..., None]

@@ -33,6 +33,7 @@ class Tier:
         vector_bits: width of a register.
         registers: how many there are; kernels size their register tiles by it.
         lowerings: op name -> lowering, over those of `extends`.
+        machine: `platform.machine()` of the processors that may have it; empty: any.
         tiles: it has a matrix unit, so kernels of tile ops are worth running.
         rewrite: applied to the finished IR text (tests run a tier's IR on other processors).
     """
@@ -44,6 +45,7 @@ class Tier:
     registers: int
     lowerings: Mapping[str, Lowering] = field(default_factory=dict, hash=False)
     extends: Tier | None = None
+    machine: str = "x86_64"
     tiles: bool = False
     rewrite: Callable[[str], str] | None = None
 
@@ -168,7 +170,7 @@ def _wide_lowerings(wide: _Wide) -> dict[str, Lowering]:
     }
 
 
-PORTABLE = Tier("portable", frozenset(), "", vector_bits=128, registers=16)
+PORTABLE = Tier("portable", frozenset(), "", vector_bits=128, registers=16, machine="")
 
 NEON = Tier(
     "neon",
@@ -177,6 +179,7 @@ NEON = Tier(
     vector_bits=128,
     registers=32,
     lowerings={**neon.LOWERINGS, "pair_dot": _pair_dot_fused},
+    machine="aarch64",
 )
 
 NEON_DOTPROD = Tier(
@@ -187,6 +190,7 @@ NEON_DOTPROD = Tier(
     registers=32,
     lowerings=neon.SDOT_LOWERINGS,
     extends=NEON,
+    machine="aarch64",
 )
 
 AVX2 = Tier(

@@ -74,7 +74,8 @@ class Tiles:
         """Where the generic lowering keeps register n: 16 rows, 64 bytes apart."""
         if self._memory is None:
             self._memory = self.emit.scratch(REGISTERS * REGISTER_BYTES)
-        return self._memory + REGISTER_BYTES * n
+        memory: Val = self._memory
+        return memory + REGISTER_BYTES * n
 
     def zero(self, n: int) -> None:
         self._op("tile_zero", n)

@@ -61,11 +61,11 @@ _LARGEST_TILE = 12
 """Tokens beyond which a wider tile gains nothing: a weight load is already shared by 24 dots."""
 
 
-def tile_sizes(tier: Tier, reserved: int) -> tuple[int, ...]:
+def tile_sizes(tier: Tier, reserved: int, largest: int = _LARGEST_TILE) -> tuple[int, ...]:
     """Token counts to make kernels for: the largest whose two accumulators each fit beside
     `reserved` registers for weights, activations and constants, then about halves down to 1."""
     fitting = (tier.registers - reserved) // (2 * tier.registers_per_panel)
-    sizes = [max(1, min(_LARGEST_TILE, fitting))]
+    sizes = [max(1, min(largest, fitting))]
     while sizes[-1] > 1:
         sizes.append((sizes[-1] + 1) // 2)
     return tuple(sizes)
@@ -74,7 +74,9 @@ def tile_sizes(tier: Tier, reserved: int) -> tuple[int, ...]:
 def functions_of(format_name: str, tier: Tier) -> list[tuple[str, int, KernelBody]]:
     """(name, arity, body) of every kernel of the format on the tier."""
     kernels = FORMAT_KERNELS[format_name]
-    sizes = tile_sizes(tier, kernels.reserved_registers)
+    blocks = kernels.tile if tier.tiles else None
+    few = blocks.pass_tokens if blocks else _LARGEST_TILE
+    sizes = tile_sizes(tier, kernels.reserved_registers, min(few, _LARGEST_TILE))
     functions: list[tuple[str, int, KernelBody]] = [
         ("encode", 6, encode.encode_rows(kernels.encoding)),
         ("activate", 9, epilogue.activate(kernels.encoding)),
@@ -82,7 +84,6 @@ def functions_of(format_name: str, tier: Tier) -> list[tuple[str, int, KernelBod
         ("clear", 2, epilogue.clear),
         ("finish", 4, epilogue.finish),
     ]
-    blocks = kernels.tile if tier.tiles else None
     if blocks is None or not blocks.always:
         functions += [(f"direct{m}", 8, kernels.direct(m)) for m in sizes]
     if blocks is not None:

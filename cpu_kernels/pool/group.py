@@ -175,6 +175,12 @@ class PoolGroup:
         while not self._advance(sequence):
             self.check_process()
 
+    @property
+    def completed(self) -> int:
+        """Number of the newest job that is complete."""
+        self._check_not_forked()  # the child has no mapping of the slots
+        return int(self._slots[f.G_COMPLETED])
+
     def is_complete(self, sequence: int) -> bool:
         self._check_not_forked()  # the child has no mapping of the slots
         return int(self._slots[f.G_COMPLETED]) >= sequence

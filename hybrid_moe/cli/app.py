@@ -12,6 +12,8 @@ from hybrid_moe.cli.doctor import doctor
 from hybrid_moe.cli.errors import readable, settings
 from hybrid_moe.cli.generate import generate
 from hybrid_moe.cli.inspect import inspect
+from hybrid_moe.cli.plan import plan
+from hybrid_moe.cli.serve import CONTEXT_SETTINGS, serve
 
 app = typer.Typer(
     name="hybrid-moe",
@@ -20,8 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, convert, inspect, doctor):
+for command in (generate, convert, inspect, plan, doctor):
     app.command()(readable(command))
+app.command(context_settings=CONTEXT_SETTINGS)(readable(serve))
 app.add_typer(bench, name="bench")
 
 

@@ -11,6 +11,7 @@ from hybrid_moe.cli.tables import facts, gib, ranges
 
 if TYPE_CHECKING:
     from hybrid_moe.doctor import Report
+    from hybrid_moe.integrations.sglang.report import SglangReport
 
 
 def doctor(
@@ -18,8 +19,14 @@ def doctor(
     bandwidth: Annotated[
         bool, typer.Option(help="Measure the memory's read bandwidth (takes seconds).")
     ] = True,
+    sglang: Annotated[
+        bool, typer.Option("--sglang", help="Show only whether the SGLang plugin fits SGLang.")
+    ] = False,
 ) -> None:
     """Show processor, chosen instruction set, cores, limits, memory and versions."""
+    if sglang:
+        doctor_sglang(json)
+        return
     from hybrid_moe.doctor import examine
 
     report = examine(measure_bandwidth=bandwidth)
@@ -31,6 +38,30 @@ def doctor(
     facts("Cores", core_facts(report))
     facts("Memory", memory_facts(report))
     facts("Versions", {name: v or "not installed" for name, v in report.versions.items()})
+
+
+def doctor_sglang(json: bool) -> None:
+    """Show what the plugin would do in this environment; exit code 1 if SGLang has changed."""
+    from hybrid_moe.integrations.sglang.report import examine
+
+    report = examine()
+    if json:
+        typer.echo(json_module.dumps(report.to_dict(), indent=2))
+    else:
+        facts("SGLang", sglang_facts(report))
+        facts("Relied on", {name: problem or "ok" for name, problem in report.problems.items()})
+    if report.broken:
+        raise typer.Exit(1)
+
+
+def sglang_facts(report: SglangReport) -> dict[str, str]:
+    """Version, and who serves `--kt-*`."""
+    return {
+        "version": report.version or "unknown",
+        "tested": report.tested,
+        **({"warning": report.warning} if report.warning else {}),
+        "--kt-*": f"{'hybrid_moe' if report.take_over else 'not hybrid_moe'}: {report.reason}",
+    }
 
 
 def processor_facts(report: Report) -> dict[str, str]:

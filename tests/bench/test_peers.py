@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from comparison import HEADER, comparison, peak_share, read_share, verdicts
 from peer import find
-from peers import Pace
+from peers import Pace, parse_arguments, series
 from targets import TARGETS, Target, target_for
 
 from tests.bench.receipts import peer_point
@@ -60,6 +60,19 @@ def test_each_point_has_one_target() -> None:
     assert len(set(keys)) == len(keys)
     assert all(target_for(*key) is target for key, target in zip(keys, TARGETS, strict=True))
     assert target_for("MXFP4", "A", 5) is None
+
+
+def test_series_of_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--targets"])
+    wanted = series(parse_arguments())
+    assert wanted["MXFP4", "A"] == [1, 4, 16, 64, 1024] and wanted["BF16", "A"] == [1, 1024]
+    assert sum(map(len, wanted.values())) == len(TARGETS)
+
+
+def test_series_of_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--methods", "MXFP4,BF16", "--shapes", "B", "--tokens", "2,8"]
+    monkeypatch.setattr(sys, "argv", ["peers.py", *options])
+    assert series(parse_arguments()) == {("MXFP4", "B"): [2, 8], ("BF16", "B"): [2, 8]}
 
 
 def test_pace_skips_what_will_be_too_slow() -> None:

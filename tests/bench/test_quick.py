@@ -57,7 +57,7 @@ def test_newest_of_the_same_processor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("strict", "status"), [(False, 0), (True, 1)])
 def test_exit_status(strict: bool, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quick, "layer_figures", lambda threads, seconds: [share(50)])
+    monkeypatch.setattr(quick, "layer_figures", lambda threads, seconds: ([share(50)], 0.0))
     monkeypatch.setattr(quick, "pool_figures", lambda threads, samples: [])
     monkeypatch.setattr(quick, "start_figure", lambda: time(1.0))
     stored = {"share": share(100), "time": time(1.0)}

@@ -18,7 +18,7 @@ import torch
 from .kit import LAYERS, Kit, Weights, write_checkpoint
 
 HERE = Path(__file__).parent
-TIMEOUT = 120
+TIMEOUT = 300
 """Seconds for one isolated clause, imports included; then it counts as hung."""
 
 OPTIONS = {

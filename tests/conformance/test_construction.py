@@ -65,6 +65,36 @@ def test_num_gpu_experts_without_a_mask_puts_the_first_ids_on_the_gpu(
     assert_close(kit.forward(wrapper, batch), kit.weights[0].forward(batch, skip={0, 1, 2}))
 
 
+def test_call_of_sglang_kt(kit: Kit) -> None:
+    """To the letter: a mask, NUMA nodes, and the clamp's options at zero."""
+    wrapper = kit.implementation(
+        layer_idx=0,
+        num_experts=E,
+        num_experts_per_tok=K,
+        hidden_size=H,
+        moe_intermediate_size=I,
+        gpu_experts_mask=mask_of(1, 4),
+        cpuinfer_threads=1,
+        threadpool_count=1,
+        numa_nodes=None,
+        weight_path=str(kit.folder),
+        chunked_prefill_size=CHUNK,
+        swiglu_limit=0.0,
+        swiglu_alpha=0.0,
+        method="MXFP4",
+        max_deferred_experts_per_token=0,
+    )
+    kit.made.append(wrapper)
+    wrapper.load_weights(torch.arange(E))
+    batch = kit.batch(4)
+    assert_close(kit.forward(wrapper, batch), kit.weights[0].forward(batch, skip={1, 4}))
+
+
+def test_unknown_keyword_is_refused_by_name(kit: Kit) -> None:
+    with pytest.raises(TypeError, match="no_such_option"):
+        kit.make(no_such_option=1)
+
+
 def test_mask_none_leaves_all_experts_on_the_cpu(kit: Kit) -> None:
     wrapper, batch = kit.load(gpu_experts_mask=None), kit.batch(4)
     assert_close(kit.forward(wrapper, batch), kit.weights[0].forward(batch))

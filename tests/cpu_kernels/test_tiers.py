@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -188,7 +190,8 @@ def test_kernels_are_found() -> None:
 # what the compiler makes of it
 
 
-def _functions(fmt: str, tier: Tier) -> dict[str, str]:
+@functools.cache
+def _functions(fmt: str, tier: Tier) -> Mapping[str, str]:
     """Function -> its assembly."""
     text = assembly(build_module(functions_of(fmt, tier), tier, "assembly"), tier.target)
     parts = re.split(r"^(\w+):$", text, flags=re.M)

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import random
 import weakref
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
-from hybrid_moe import cuda
+from hybrid_moe import cuda, flags
 from hybrid_moe.arguments import LayerShape
+from hybrid_moe.buffers import BufferPool
 from hybrid_moe.cpu_kernels.slots import SlotReport
 from hybrid_moe.deferral import Chain
 from hybrid_moe.runner import LayerRunner
-from hybrid_moe.staging import BUFFERS, BufferPool, Stager
-from tests.hybrid_moe.fake_stream import DEVICE, FakeMaker, FakeStream, job_of
+from hybrid_moe.staging import Stager
+from tests.hybrid_moe.fake_slots import FakeMaker, job_of
+from tests.streams.emulation import DEVICE, Device, EmulatedStream
 
 E, K, H = 6, 2, 32
-
-
-@pytest.fixture(autouse=True)
-def process_keeps_no_fake_buffers() -> Iterator[None]:
-    yield
-    BUFFERS.clear(lambda device: None)
 
 
 def batch(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,9 +41,11 @@ class Setup:
 
     def __post_init__(self) -> None:
         self.stager = Stager(self.maker, self.mask, self.pool)
+        self.gpu = Device(random.Random(0), has_flags=False)
+        self.gpu.python = self.maker.functions
 
-    def stream(self, handle: int = 1) -> FakeStream:
-        return FakeStream(self.maker.functions, handle)
+    def stream(self, handle: int = 1) -> EmulatedStream:
+        return self.gpu.stream(handle)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
@@ -55,7 +54,7 @@ def test_the_host_only_queues(tokens: int) -> None:
     stream, inputs = s.stream(), batch(tokens)
     result = s.stager.submit(stream, *inputs).result(stream)
     assert result.isnan().all() and not s.maker.log
-    stream.run()
+    s.gpu.run()
     assert torch.equal(result, job_of(*inputs))
     assert s.maker.log == [("post", 0), ("wait", 0)]
 
@@ -65,21 +64,24 @@ def test_inputs_are_captured_in_stream_order() -> None:
     stream, inputs = s.stream(), batch(3)
     expected = job_of(*inputs)
     job = s.stager.submit(stream, *inputs)
-    for tensor in inputs:  # the GPU overwrites them right after
-        stream.enqueue(tensor.zero_)
+    with stream:
+        for tensor in inputs:  # the GPU overwrites them right after
+            tensor.zero_()
     result = job.result(stream)
-    stream.run()
+    s.gpu.run()
     assert torch.equal(result, expected)
 
 
-def test_mask_is_read_when_the_job_is_posted() -> None:
+def test_mask_is_read_in_the_order_of_the_stream() -> None:
     s = Setup()
     stream, (hidden, ids, weights) = s.stream(), batch(3)
+    with stream:
+        s.mask.fill_(True)
     job = s.stager.submit(stream, hidden, ids, weights)
-    s.mask.fill_(True)
-    stream.queue.append(lambda: s.mask.fill_(False))
     result = job.result(stream)
-    stream.run()
+    with stream:
+        s.mask.fill_(False)
+    s.gpu.run()
     assert not result.any()
 
 
@@ -88,7 +90,7 @@ def test_host_may_run_ahead_with_other_sizes() -> None:
     stream = s.stream()
     batches = [batch(tokens, seed=tokens) for tokens in (3, 4, 3, 1)]
     results = [s.stager.submit(stream, *b).result(stream) for b in batches]
-    stream.run()
+    s.gpu.run()
     for b, result in zip(batches, results, strict=True):
         assert torch.equal(result, job_of(*b))
     assert s.pool.count() == (2, 0)  # capacities 4 and 1
@@ -121,19 +123,18 @@ def test_captured_graph_replays_on_new_inputs() -> None:
     s = Setup()
     stream, inputs = s.stream(), batch(2)
     s.stager.submit(stream, *inputs).result(stream)  # warm-up
-    stream.run()
-    allocated = len(stream.allocated)
-    stream.capture = True
-    result = s.stager.submit(stream, *inputs).result(stream)
-    stream.capture = False
-    assert len(stream.allocated) == allocated, "allocated under capture after a warm-up"
+    s.gpu.run()
+    allocated = len(s.gpu.allocated)
+    with s.gpu.capture(stream) as graph:
+        result = s.stager.submit(stream, *inputs).result(stream)
+    assert len(s.gpu.allocated) == allocated, "allocated under capture after a warm-up"
     for seed in range(3):
         for tensor, new in zip(inputs, batch(2, seed), strict=True):
             tensor.copy_(new)
-        stream.replay()
+        graph.launch(stream)
         eager = batch(2, seed + 10)
         between = s.stager.submit(stream, *eager).result(stream)
-        stream.run()
+        s.gpu.run()
         assert torch.equal(result, job_of(*inputs))
         assert torch.equal(between, job_of(*eager))
 
@@ -141,20 +142,24 @@ def test_captured_graph_replays_on_new_inputs() -> None:
 def test_captured_buffers_are_never_freed_or_used_eagerly() -> None:
     s = Setup()
     stream = s.stream()
-    stream.capture = True
-    captured = s.stager.submit(stream, *batch(2))
-    captured.result(stream)
-    second = s.stager.submit(stream, *batch(2))
-    assert second.buffers is captured.buffers  # one graph, one stream: one after the other
-    second.result(stream)
-    stream.capture = False
+    with s.gpu.capture(stream):
+        captured = s.stager.submit(stream, *batch(2))
+        captured.result(stream)
+        second = s.stager.submit(stream, *batch(2))
+        assert second.buffers is captured.buffers  # one graph, one stream: one after the other
+        second.result(stream)
+    other = s.stream(2)
+    with s.gpu.capture(other):
+        third = s.stager.submit(other, *batch(2))
+        assert third.buffers is not captured.buffers  # may be replayed at the same time
+        third.result(other)
     eager = s.stager.submit(stream, *batch(2))
-    assert eager.buffers is not captured.buffers
+    assert eager.buffers not in (captured.buffers, third.buffers)
     eager.result(stream)
     synchronized: list[torch.device] = []
     s.pool.clear(synchronized.append)
-    assert synchronized == [DEVICE] and s.pool.count() == (0, 1)
-    assert {key[0] for key in s.stager._slots} == {captured.buffers}
+    assert synchronized == [DEVICE] and s.pool.count() == (0, 2)
+    assert {key[0] for key in s.stager._slots} == {captured.buffers, third.buffers}
 
 
 def test_clear_keeps_what_is_under_way() -> None:
@@ -164,7 +169,7 @@ def test_clear_keeps_what_is_under_way() -> None:
     s.pool.clear(lambda device: None)
     assert len(s.stager._slots) == 1
     result = job.result(stream)
-    stream.run()
+    s.gpu.run()
     assert torch.equal(result, job_of(*inputs))
     assert s.pool.count() == (1, 0)
 
@@ -186,14 +191,26 @@ def test_slots_of_a_dropped_layer_live_until_the_gpu_is_idle(
 @pytest.mark.parametrize("captured_first", [False, True])
 def test_half_captured_call(captured_first: bool) -> None:
     s = Setup()
+    first, second = s.stream(1), s.stream(2)
+    with s.gpu.capture(first if captured_first else second):
+        job = s.stager.submit(first, *batch(2))
+        with pytest.raises(
+            RuntimeError, match="must either both be captured by a CUDA graph or neither"
+        ):
+            job.result(second)
+        if captured_first:
+            job.discard()
+    s.gpu.run()
+
+
+def test_discarding_a_captured_job_later_waits_for_nothing() -> None:
+    s = Setup()
     stream = s.stream()
-    stream.capture = captured_first
-    job = s.stager.submit(stream, *batch(2))
-    stream.capture = not captured_first
-    with pytest.raises(
-        RuntimeError, match="must either both be captured by a CUDA graph or neither"
-    ):
-        job.result(stream)
+    with s.gpu.capture(stream):
+        job = s.stager.submit(stream, *batch(2), join=True)
+    job.discard()
+    s.gpu.run()
+    assert s.pool.count() == (0, 0)  # a replay may still post into its buffers
 
 
 # The runner on streams ------------------------------------------------------------------------
@@ -210,7 +227,9 @@ class Model:
 
     def __post_init__(self) -> None:
         self.makers = [FakeMaker(H, E) for _ in range(self.layers)]
-        self.stream = FakeStream({k: v for m in self.makers for k, v in m.functions.items()})
+        self.gpu = Device(random.Random(0), has_flags=False)
+        self.gpu.python = {k: v for m in self.makers for k, v in m.functions.items()}
+        self.stream = self.gpu.stream()
         self.mask = torch.zeros(E, dtype=torch.bool)
         self.members = [LayerShape(i, E, K, H, 32) for i in range(self.layers)]
         chain = Chain()
@@ -227,6 +246,7 @@ class Model:
                 strict=self.strict,
             )
             runner._stream = lambda device, handle: self.stream
+            runner._stager = Stager(maker, self.mask, BufferPool())
             self.runners.append(runner)
 
     def forward(self, layer: int, inputs: Any) -> torch.Tensor:
@@ -242,10 +262,10 @@ def test_runner_defers_across_layers_on_a_stream() -> None:
     first = model.forward(0, (hidden, ids, weights))
     second = model.forward(1, (hidden, torch.tensor([[-1, -1]]), weights))
     assert first.isnan().all() and second.isnan().all()
-    model.stream.run()
+    model.gpu.run()
     assert set(first.flatten().tolist()) == {0.75 * 2}
     assert set(second.flatten().tolist()) == {0.25 * 4}
-    assert model.stream.entered == 0
+    assert not model.gpu.entered
 
 
 def test_runner_raises_what_workers_report() -> None:
@@ -342,7 +362,123 @@ def test_pinned_memory_is_allocated_in_relaxed_capture_mode(
         modes.append(runtime.mode)
         raise RuntimeError("no pinned memory left")
 
-    monkeypatch.setattr(torch, "empty", refuse)
+    monkeypatch.setattr(torch, "zeros", refuse)
     with pytest.raises(RuntimeError, match="no pinned memory left"):
         stream.pinned((2, 3), torch.int64)
     assert modes == [2] and runtime.mode == 0
+
+
+class FakeDriver:
+    """Remembers stream memory operations; `code` is what they return."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+        self.calls: list[tuple[object, ...]] = []
+
+    def cuMemHostGetDevicePointer_v2(self, box: Any, host: int, flags: int) -> int:  # noqa: N802
+        box._obj.value = host + 0x10000
+        return 0
+
+    def cuStreamWriteValue64_v2(self, *arguments: int) -> int:  # noqa: N802
+        self.calls.append(("write", *arguments))
+        return self.code
+
+    def cuStreamWaitValue64_v2(self, *arguments: int) -> int:  # noqa: N802
+        self.calls.append(("wait", *arguments))
+        return self.code
+
+    def cuGetErrorName(self, code: int, name: Any) -> int:  # noqa: N802
+        name._obj.value = b"CUDA_ERROR_NOT_SUPPORTED"
+        return 0
+
+
+def test_flags_go_to_the_device_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, stream = FakeDriver(), cuda_stream(monkeypatch, FakeRuntime())
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    cuda.device_address.cache_clear()
+    stream.write_value(0x40, 9)
+    stream.wait_value(0x48, 1)
+    assert driver.calls == [("write", 77, 0x10040, 9, 0), ("wait", 77, 0x10048, 1, 1)]
+    driver.code = 801
+    with pytest.raises(RuntimeError, match=r"WriteValue64 failed: CUDA_ERROR_NOT_SUPPORTED \(err"):
+        stream.write_value(0x40, 9)
+    cuda.device_address.cache_clear()
+
+
+# Whether memory flags work ----------------------------------------------------------------------
+
+
+@dataclass
+class Trial:
+    """Two words, and a stream that answers as `reaction` says at each query."""
+
+    posted: int = 7
+    waits: bool = True
+    hears: bool = True
+    clears: bool = True
+    words: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+
+    def start(self) -> None:
+        self.words[0] = self.posted
+
+    def record(self) -> Any:
+        return self
+
+    def query(self) -> bool:
+        answered = bool(self.words[1])
+        over = (answered and self.hears) if self.waits else True
+        if answered and over and self.clears:
+            self.words[1] = 0
+        return over
+
+
+def test_trial_of_flags() -> None:
+    trial = Trial()
+    for _ in range(3):
+        flags.exchange(trial.words, trial.start, trial.record)
+
+
+@pytest.mark.parametrize(
+    "defect,message",
+    [
+        ({"posted": 0}, "the host does not see"),
+        ({"waits": False}, "did not wait"),
+        ({"hears": False}, "does not see what the host writes"),
+        ({"clears": False}, "did not clear"),
+    ],
+)
+def test_trial_finds(defect: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags, "_PATIENCE_S", 0.01)
+    trial = Trial(**defect)
+    with pytest.raises(flags.TrialError, match=message):
+        flags.exchange(trial.words, trial.start, trial.record)
+
+
+def test_flags_are_tried_once_and_not_under_capture(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu, tried = torch.device("cuda", 3), []
+
+    def refuse(device: torch.device) -> None:
+        tried.append(device)
+        raise flags.TrialError("no 64-bit operations")
+
+    monkeypatch.setattr(flags, "_tried", {})
+    monkeypatch.setattr(flags, "try_flags", refuse)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    assert not flags.flags_work(gpu, may_try=False) and not tried
+    assert not flags.flags_work(gpu, may_try=True)
+    assert not flags.flags_work(gpu, may_try=True)
+    assert tried == [gpu]
+    (record,) = [r for r in caplog.records if r.name == "hybrid_moe.flags"]
+    assert record.getMessage() == (
+        "GPU 3: jobs are handed over by host functions, since memory flags do not work: no 64-bit "
+        "operations"
+    )
+
+
+def test_host_functions_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags, "_tried", {0: True})
+    assert flags.flags_work(torch.device("cuda", 0), may_try=True)
+    monkeypatch.setenv(flags.HANDOVER, "host")
+    assert not flags.flags_work(torch.device("cuda", 0), may_try=True)

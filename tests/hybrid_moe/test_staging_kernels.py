@@ -1,85 +1,94 @@
-"""The CUDA path on the real job slots: compiled host functions, called by a stream without CUDA.
-
-Everything but the driver is real: addresses, post and wait functions, worker threads.
-"""
+"""The CUDA path on the real job slots: compiled hand-over and worker threads, emulated streams."""
 
 from __future__ import annotations
 
-import ctypes
+import functools
+import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from hybrid_moe.staging import BUFFERS
+from hybrid_moe.buffers import BufferPool
+from hybrid_moe.faults import check_errors
+from hybrid_moe.staging import Stager
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, E, K, Weights, wrapper
-from tests.hybrid_moe.fake_stream import FakeStream
 from tests.reference import assert_within
+from tests.streams.emulation import Device, EmulatedStream
 
 WEIGHTS = Weights.random()
 
 
-class CompiledStream(FakeStream):
-    """Calls host functions by address, as the driver does."""
-
-    def host_function(self, function: int, user_data: int) -> None:
-        compiled = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
-        self.enqueue(lambda: compiled(user_data))
+def wait_for_threads() -> bool:
+    time.sleep(1e-5)
+    return True
 
 
-@pytest.fixture
-def stream() -> Iterator[CompiledStream]:
-    yield CompiledStream({})
-    BUFFERS.clear(lambda device: None)
+@pytest.fixture(params=[True, False], ids=["flags", "host functions"])
+def stream(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[EmulatedStream]:
+    monkeypatch.setattr("hybrid_moe.runner.Stager", functools.partial(Stager, pool=BufferPool()))
+    gpu = Device(random.Random(0), has_flags=request.param)
+    gpu.agents = [(1.0, wait_for_threads)]
+    stream = gpu.stream(1)
+    yield stream
+    assert not any(gpu._queues.values()), "slots that are gone could be posted"
 
 
-def on(stream: FakeStream, w: KTMoEWrapper) -> KTMoEWrapper:
+def run(stream: EmulatedStream) -> None:
+    """Until the stream has run."""
+    while stream.gpu.queue_of(stream.handle) or stream.gpu.queue_of(stream.side.handle):
+        stream.gpu.step()
+
+
+def on(stream: EmulatedStream, w: KTMoEWrapper) -> KTMoEWrapper:
     """A wrapper whose calls go to `stream`."""
     runner: Any = w._runner
     runner._stream = lambda device, handle: stream
     return w
 
 
-def loaded(stream: FakeStream, **arguments: Any) -> KTMoEWrapper:
+def loaded(stream: EmulatedStream, **arguments: Any) -> KTMoEWrapper:
     # numa_nodes: threads of its own, apart from those of callers that work
     return on(stream, WEIGHTS.load(wrapper(numa_nodes=[0], **arguments)))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 9])
-def test_stream_and_direct_calls_have_the_same_bits(stream: CompiledStream, tokens: int) -> None:
+def test_stream_and_direct_calls_have_the_same_bits(stream: EmulatedStream, tokens: int) -> None:
     batch = Batch.random(tokens)
     direct = WEIGHTS.load(wrapper()).forward(*batch.args)
     w = loaded(stream)
     queued = w.forward(*batch.args, 1)
-    stream.run()
+    run(stream)
     assert torch.equal(direct, queued)
 
 
-def test_graph_replays_on_new_inputs_and_a_new_mask(stream: CompiledStream) -> None:
+def test_graph_replays_on_new_inputs_and_a_new_mask(stream: EmulatedStream) -> None:
     w, given = loaded(stream), Batch.random(2)
-    stream.capture = True
-    result = w.forward(*given.args, 1)
-    stream.capture = False
+    with stream.gpu.capture(stream) as graph:
+        result = w.forward(*given.args, 1)
     for seed in range(3):
         new = Batch.random(2, seed=seed)
         for tensor, values in zip(given.args, new.args, strict=True):
             tensor.copy_(values)
         mask = torch.arange(E) % 3 == seed
         w.gpu_experts_mask = mask
-        stream.replay()
-        stream.run()
+        graph.launch(stream)
+        run(stream)
         assert_within(result.double().numpy(), WEIGHTS.expected(new, skip=mask.numpy()))
 
 
-def test_deferral(stream: CompiledStream) -> None:
+def test_deferral(stream: EmulatedStream) -> None:
     batch = Batch.random(2)
     first = loaded(stream, max_deferred_experts_per_token=1)
     second = loaded(stream, layer_idx=1)
     now = first.forward(*batch.args, 1)
     later = second.forward(batch.hidden, torch.full_like(batch.ids, -1), batch.weights, 1)
-    stream.run()
+    run(stream)
     expected = WEIGHTS.expected(batch)
     error = now.double().numpy() + later.double().numpy() - expected.value
     assert now.any() and later.any()
@@ -87,36 +96,74 @@ def test_deferral(stream: CompiledStream) -> None:
     assert first.ignored_ids == 0
 
 
-def test_ids_out_of_range_are_counted_when_they_are_known(stream: CompiledStream) -> None:
+def test_ids_out_of_range_are_counted_when_they_are_known(stream: EmulatedStream) -> None:
     w, batch = loaded(stream), Batch.random(2)
     batch.ids[0] = -1
     y = w.forward(*batch.args, 1)
-    stream.run()
+    run(stream)
     assert not y[0].any() and y[1].any()
     w.forward(*batch.args, 1)
     assert w.ignored_ids == K
+    run(stream)
 
 
-def test_strict_at_a_later_call(stream: CompiledStream) -> None:
+def test_strict_at_a_later_call(stream: EmulatedStream) -> None:
     w, batch = loaded(stream, strict=True), Batch.random(2)
     bad = batch.ids.clone()
     bad[0, 0] = E
     w.forward(batch.hidden, bad, batch.weights, 1)
-    stream.run()
+    run(stream)
     with pytest.raises(IndexError, match="1 of the ids"):
         w.forward(*batch.args, 1)
 
 
-def test_replay_that_needs_an_expert_that_is_nowhere(stream: CompiledStream) -> None:
+def test_replay_that_needs_an_expert_that_is_nowhere(stream: EmulatedStream) -> None:
     w, batch = loaded(stream, num_gpu_experts=1), Batch.random(2)
     batch.ids[0, 0], batch.ids[1] = 0, torch.tensor([2, 3, 4])
-    stream.capture = True
-    result = w.forward(*batch.args, 1)
-    stream.capture = False
+    with stream.gpu.capture(stream) as graph:
+        result = w.forward(*batch.args, 1)
+    graph.launch(stream)
+    run(stream)
+    assert not result.isnan().any()
+    check_errors()
     w.gpu_experts_mask[0] = False
-    stream.replay()
-    stream.run()
+    graph.launch(stream)
+    run(stream)
     assert result.isnan().all()
+    with pytest.raises(RuntimeError, match="layer 0: tokens are routed to expert 0"):
+        check_errors()
+    check_errors()  # the next batch starts clean
     w.gpu_experts_mask[0] = True
-    with pytest.raises(RuntimeError, match="tokens are routed to expert 0"):
+    graph.launch(stream)
+    run(stream)
+    assert not result.isnan().any()
+    check_errors()
+
+
+def test_errors_of_strict_layers_and_of_several(stream: EmulatedStream) -> None:
+    batch = Batch.random(2)
+    batch.ids[0, 0] = E
+    layers = [loaded(stream, strict=True, layer_idx=index) for index in range(3)]
+    lenient = loaded(stream, layer_idx=3)
+    for w in (*layers, lenient):
         w.forward(*batch.args, 1)
+    run(stream)
+    with pytest.raises(IndexError, match=r"layer 0: 1 of the ids .* \(and 2 more layers failed\)"):
+        check_errors()
+    check_errors()
+
+
+def test_epoch_of_the_mask_that_a_run_saw(stream: EmulatedStream) -> None:
+    w, batch = loaded(stream), Batch.random(2)
+    with stream.gpu.capture(stream) as graph:
+        w.forward(*batch.args, 1)
+    epochs = []
+    for change in (None, 1, None, 2, 3):
+        if change is not None:
+            with stream:  # in the order of the stream, like the GPU's own table of experts
+                w.gpu_experts_mask[change] = True
+        graph.launch(stream)
+        run(stream)
+        runner: Any = w._runner
+        epochs.append(runner.mask_epoch)
+    assert epochs == [0, 1, 1, 2, 3]

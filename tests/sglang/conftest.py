@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 
-from tests.sglang.server import SHIMS
+from tests.sglang.paths import SHIMS
 
 if importlib.util.find_spec("sglang") is not None:
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")

@@ -17,20 +17,28 @@ from tests.families import FamilyFixture
 from tests.reference import Evaluation, evaluate
 
 LAYER = 1
-SINGLE = {
-    "tp_size": 1, "tp_rank": 0, "moe_ep_size": 1, "moe_ep_rank": 0, "moe_tp_size": 1,
-    "moe_tp_rank": 0, "moe_dp_size": 1, "tp_group": None,
-}  # fmt: skip
+
+
+def tensor_parallel(rank: int, of: int) -> dict[str, Any]:
+    """SGLang's ranks in a group without processes behind it: nothing is communicated."""
+    return {
+        "tp_size": of, "tp_rank": rank, "attn_tp_size": of, "attn_tp_rank": rank,
+        "moe_tp_size": of, "moe_tp_rank": rank, "moe_ep_size": 1, "moe_ep_rank": 0,
+        "moe_dp_size": 1, "tp_group": None,
+    }  # fmt: skip
 
 
 @contextmanager
-def server_options(fixture: FamilyFixture, gpu_experts: int | None, **options: Any) -> Iterator[None]:
-    """SGLang configured as by a command line with `--kt-*`; `parallel_*` override its ranks."""
-    parallel = {k.removeprefix("parallel_"): options.pop(k) for k in list(options) if "parallel_" in k}
-    context = runtime_context.get_context()
+def server_options(
+    fixture: FamilyFixture,
+    gpu_experts: int | None,
+    ranks: dict[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[None]:
+    """SGLang configured as by a command line with `--kt-*` and `options`."""
     with ExitStack() as stack:
         stack.enter_context(
-            context.override_server_args(
+            runtime_context.get_context().override_server_args(
                 model_path=str(fixture.directory),
                 device="cpu",
                 kt_weight_path=str(fixture.directory),
@@ -41,7 +49,8 @@ def server_options(fixture: FamilyFixture, gpu_experts: int | None, **options: A
                 **options,
             )
         )
-        stack.enter_context(runtime_context.get_parallel().override(**{**SINGLE, **parallel}))
+        parallel = runtime_context.get_parallel()
+        stack.enter_context(parallel.override(**(ranks or tensor_parallel(0, of=1))))
         yield
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hybrid_moe.formats import MXFP4
+from tests.sglang.paths import MXFP4_MODEL
 
-MXFP4_MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe" / "model"
 LAYERS, EXPERTS, TOP_K = 4, 16, 4
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -18,17 +17,25 @@ from typing import Any
 
 import requests
 
-SHIMS = Path(__file__).parent / "shims"
-ROOT = Path(__file__).parents[2]
+from tests.sglang.paths import ROOT, SHIMS
+
 START_SECONDS = 600.0
 
-OPTIONS = (
-    "--device cpu --dtype bfloat16 --attention-backend torch_native --sampling-backend pytorch "
-    "--grammar-backend none --cuda-graph-backend-decode disabled "
-    "--cuda-graph-backend-prefill disabled --chunked-prefill-size 64 --max-total-tokens 4096 "
-    "--context-length 512 --max-running-requests 16 --disable-radix-cache --skip-server-warmup "
-    "--host 127.0.0.1"
-).split()
+OPTIONS: dict[str, str | int] = {
+    "--device": "cpu",
+    "--dtype": "bfloat16",
+    "--attention-backend": "torch_native",
+    "--sampling-backend": "pytorch",
+    "--grammar-backend": "none",
+    "--cuda-graph-backend-decode": "disabled",
+    "--cuda-graph-backend-prefill": "disabled",
+    "--chunked-prefill-size": 64,
+    "--max-total-tokens": 4096,
+    "--context-length": 512,
+    "--max-running-requests": 16,
+    "--host": "127.0.0.1",
+}
+SWITCHES = ("--disable-radix-cache", "--skip-server-warmup")
 
 
 @dataclass(frozen=True)
@@ -53,13 +60,13 @@ class Server:
 
     Args:
         model: the checkpoint that SGLang loads.
-        options: added to `OPTIONS`.
+        options: added to `OPTIONS`, by name.
         environment: added to the process's own, None removes.
         log: file for what it prints.
     """
 
     model: Path
-    options: Sequence[str]
+    options: Mapping[str, str | int]
     environment: Mapping[str, str]
     log: Path
     port: int = field(default_factory=lambda: free_port())
@@ -80,7 +87,8 @@ class Server:
     def start(self) -> None:
         """Start it and return when it answers."""
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model)]
-        command += [*OPTIONS, "--port", str(self.port), *self.options]
+        options = {**OPTIONS, "--port": self.port, **self.options}
+        command += [str(word) for option in options.items() for word in option] + [*SWITCHES]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HYBRID_MOE_")}
         if "HYBRID_MOE_CACHE_DIR" in os.environ:
             environment["HYBRID_MOE_CACHE_DIR"] = os.environ["HYBRID_MOE_CACHE_DIR"]
@@ -141,10 +149,10 @@ class Server:
             return list(pool.map(lambda prompt: self.complete(prompt, tokens), prompts))
 
     def _post(self, path: str, body: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        reply = requests.post(
-            f"http://127.0.0.1:{self.port}{path}", data=json.dumps(body), timeout=seconds
-        )
-        reply.raise_for_status()
+        url = f"http://127.0.0.1:{self.port}{path}"
+        reply = requests.post(url, json=body, timeout=seconds)
+        if not reply.ok:
+            raise RuntimeError(f"{path}: {reply.status_code}: {reply.text}")
         answer: dict[str, Any] = reply.json()
         return answer
 

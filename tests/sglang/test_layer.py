@@ -24,7 +24,15 @@ from hybrid_moe.integrations.sglang import method as method_module
 from hybrid_moe.integrations.sglang.expert_layer import UnsupportedLayerError
 from hybrid_moe.integrations.sglang.method import KTEPWrapperMethod
 from tests.families import FamilyFixture, write_family
-from tests.sglang.layers import LAYER, Batch, finish, load, new_layer, server_options
+from tests.sglang.layers import (
+    LAYER,
+    Batch,
+    finish,
+    load,
+    new_layer,
+    server_options,
+    tensor_parallel,
+)
 
 HOT = [(), (0,), (1, 3), (0, 1, 2, 3)]
 PARTS = 3.0
@@ -65,7 +73,9 @@ def options(qwen: FamilyFixture) -> Iterator[None]:
         yield
 
 
-def assert_close(output: torch.Tensor, batch: Batch, fixture: FamilyFixture, **options: Any) -> None:
+def assert_close(
+    output: torch.Tensor, batch: Batch, fixture: FamilyFixture, **options: Any
+) -> None:
     """Within what BF16 experts of SGLang, computed and rounded apart from ours, may differ by."""
     expected = batch.expected(fixture, **options)
     scale = np.abs(expected.value).max(axis=1, keepdims=True)
@@ -90,7 +100,9 @@ def test_models_do_not_take_the_method_for_upstreams() -> None:
 
 @pytest.mark.parametrize("hot", HOT, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 37])
-def test_any_set_of_hot_experts(qwen: FamilyFixture, place: Any, hot: tuple[int, ...], tokens: int) -> None:
+def test_any_set_of_hot_experts(
+    qwen: FamilyFixture, place: Any, hot: tuple[int, ...], tokens: int
+) -> None:
     place(*hot)
     with server_options(qwen, gpu_experts=None):
         layer = new_layer(qwen)
@@ -280,11 +292,8 @@ def test_padded_hidden_size(
 
 
 def test_only_rank_0_has_a_cpu_side(qwen: FamilyFixture) -> None:
-    ranks = {"parallel_tp_size": 3, "parallel_moe_tp_size": 3}
     for rank in (0, 2):
-        with server_options(
-            qwen, gpu_experts=2, parallel_tp_rank=rank, parallel_moe_tp_rank=rank, **ranks
-        ):
+        with server_options(qwen, gpu_experts=2, ranks=tensor_parallel(rank, of=3)):
             layer = new_layer(qwen)
             wrapper = layer.quant_method.wrapper
             assert (wrapper is not None) == (rank == 0)
@@ -295,18 +304,16 @@ def test_only_rank_0_has_a_cpu_side(qwen: FamilyFixture) -> None:
 
 
 def test_a_rank_without_experts_contributes_zero(qwen: FamilyFixture) -> None:
-    with server_options(
-        qwen, 0, parallel_tp_size=3, parallel_moe_tp_size=3, parallel_tp_rank=1,
-        parallel_moe_tp_rank=1,
-    ):  # fmt: skip
+    with server_options(qwen, gpu_experts=0, ranks=tensor_parallel(1, of=3)):
         layer = new_layer(qwen)
         load(layer, qwen)
         assert not Batch.random(qwen, 4).through(layer).any()
 
 
 def test_draft_models_stay_on_the_gpu(qwen: FamilyFixture) -> None:
-    with server_options(qwen, gpu_experts=0), runtime_context.get_flags().moe.override(
-        in_speculative_scope=True
+    with (
+        server_options(qwen, gpu_experts=0),
+        runtime_context.get_flags().moe.override(in_speculative_scope=True),
     ):
         layer = new_layer(qwen)
         load(layer, qwen)
@@ -326,11 +333,15 @@ def test_draft_models_stay_on_the_gpu(qwen: FamilyFixture) -> None:
         ({}, {"no_combine": True}, "no_combine"),
         ({}, {"gemm1_alpha": 1.7, "gemm1_clamp_limit": 7.0, "gemm1_beta": 2.0}, "gemm1_beta"),
         (
-            {"parallel_tp_size": 2, "parallel_moe_ep_size": 2},
+            {"ranks": tensor_parallel(0, of=2) | {"moe_tp_size": 1, "moe_ep_size": 2}},
             {},
             "--ep-size 2: use tensor parallelism only",
         ),
-        ({"parallel_tp_size": 2, "parallel_moe_dp_size": 2}, {}, "--moe-dp-size"),
+        (
+            {"ranks": tensor_parallel(0, of=2) | {"moe_tp_size": 1, "moe_dp_size": 2}},
+            {},
+            "--moe-dp-size",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -349,7 +360,7 @@ def test_routing_without_ids_is_refused(qwen: FamilyFixture, options: None) -> N
     load(layer, qwen)
     nothing = torch.empty(0)
     batch = StandardDispatchOutput(
-        torch.zeros(1, qwen.hidden), None, TritonKernelTopKOutput(*[nothing] * 4)
+        torch.zeros(1, qwen.hidden), None, TritonKernelTopKOutput(*[nothing] * 5)
     )
     with pytest.raises(UnsupportedLayerError, match="TritonKernelTopKOutput"):
         layer.quant_method.apply(layer, batch)

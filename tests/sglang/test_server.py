@@ -18,16 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import requests
 
-from tests.sglang.model import EXPERTS, LAYERS, MXFP4_MODEL, TOP_K, write_bf16_copy
-from tests.sglang.server import SHIMS, Answer, Server
+from tests.sglang.model import EXPERTS, LAYERS, TOP_K, write_bf16_copy
+from tests.sglang.paths import MXFP4_MODEL, SHIMS
 
 if os.environ.get("HYBRID_MOE_TEST_SERVER") != "1":
     pytest.skip("starts SGLang servers: make test-sglang", allow_module_level=True)
 
 sys.path.append(str(SHIMS))
-from hybrid_moe_sglang_shims import COUNTERS, HOT, Counters  # noqa: E402
+from hybrid_moe_sglang_shims import COUNTERS, FAULT, HOT, Counters
+
+from tests.sglang.server import Answer, Server
 
 TIE = 0.1
 TOKENS = 32
@@ -71,18 +72,24 @@ class KtServer(Server):
 
     def __init__(self, model: Path, folder: Path, placement: Placement) -> None:
         self.counters = folder / "counters"
+        self.fault = folder / "a fault for a test"
         environment = {
+            FAULT: str(self.fault),
             COUNTERS: str(self.counters),
             HOT: json.dumps({str(layer): ids for layer, ids in placement.hot.items()}),
         }
-        options = ["--kt-weight-path", str(MXFP4_MODEL), "--kt-method", "MXFP4"]
-        options += ["--kt-cpuinfer", "2", "--kt-threadpool-count", "1"]
+        options: dict[str, str | int] = {
+            "--kt-weight-path": str(MXFP4_MODEL),
+            "--kt-method": "MXFP4",
+            "--kt-cpuinfer": 2,
+            "--kt-threadpool-count": 1,
+        }
         if placement.profile:
             profile = folder / "placement.json"
             profile.write_text(environment[HOT])
             environment["HYBRID_MOE_PLACEMENT"] = str(profile)
         else:
-            options += ["--kt-num-gpu-experts", str(len(placement.hot[0]))]
+            options["--kt-num-gpu-experts"] = len(placement.hot[0])
         super().__init__(model, options, environment, folder / "log")
 
     def counted(self) -> dict[str, int]:
@@ -98,7 +105,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
     """What SGLang writes on its own."""
     log = tmp_path_factory.mktemp("alone") / "log"
-    with Server(model, [], {}, log) as server:
+    with Server(model, {}, {}, log) as server:
         answers = server.complete_all(PROMPTS, TOKENS, clients=1)
         assert "hybrid_moe serves" not in server.printed()
     return answers
@@ -106,9 +113,12 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answ
 
 @pytest.fixture(scope="module", params=PLACEMENTS, ids=lambda placement: placement.name)
 def served(
-    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    model: Path,
+    expected: list[Answer],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[Placement, KtServer]]:
-    """A running server for each placement."""
+    """A running server for each placement, after the one without `--kt-*` has ended."""
     folder = tmp_path_factory.mktemp("served")
     with KtServer(model, folder, request.param) as server:
         yield request.param, server
@@ -166,9 +176,25 @@ def test_load_loses_nothing(served: tuple[Placement, KtServer]) -> None:
     assert_counted(placement, grown, fed=LOAD_REQUESTS * LOAD_TOKENS)
 
 
-def test_killed_and_restarted(
-    model: Path, expected: list[Answer], tmp_path: Path
+def test_a_fault_fails_its_requests_and_the_server_survives(
+    served: tuple[Placement, KtServer], expected: list[Answer]
 ) -> None:
+    placement, server = served
+    if placement.name == "all":
+        pytest.skip("nothing runs on the CPU")
+    server.fault.touch()
+    with ThreadPoolExecutor(4) as clients:
+        running = [clients.submit(server.complete, PROMPTS[i], TOKENS) for i in range(4)]
+        errors = [request.exception() for request in running]
+    failed = [error for error in errors if error is not None]
+    assert failed and all("a fault for a test" in str(error) for error in failed)
+    for answer, reference in zip(
+        server.complete_all(PROMPTS[:2], TOKENS, 2), expected, strict=False
+    ):
+        assert_same(answer, reference)
+
+
+def test_killed_and_restarted(model: Path, expected: list[Answer], tmp_path: Path) -> None:
     """A server that dies under load answers as before when it is started again."""
     placement = PLACEMENTS[2]
     server = KtServer(model, tmp_path, placement)
@@ -178,7 +204,7 @@ def test_killed_and_restarted(
             assert not all(request.done() for request in running)
         server.kill()
         broken = [request.exception(timeout=60) for request in running]
-    assert all(isinstance(error, requests.RequestException) for error in broken)
+    assert all(isinstance(error, OSError) for error in broken)  # requests' errors are such
     with server:
         answers = server.complete_all(PROMPTS, TOKENS, clients=4)
     compared = [assert_same(a, e) for a, e in zip(answers, expected, strict=True)]

@@ -1,4 +1,4 @@
-"""A GPU's streams in process: everything is queued, and a seeded scheduler decides what happens next.
+"""A GPU's streams in process: work is queued, and a seeded scheduler decides what happens next.
 
 It keeps what CUDA promises and permutes the rest:
 
@@ -29,6 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cpu")
+SIDE_HANDLES = 1000
+"""Handles of streams that are created without one begin here."""
+
 DONE, ADVANCED, BLOCKED = "done", "advanced", "blocked"
 
 Step = Callable[[], str]
@@ -121,7 +124,9 @@ class _QueuedOperators(TorchDispatchMode):
         results = func(*args, **kwargs)  # for its shape
 
         def compute() -> None:
-            for old, new in zip(tree_leaves(results), tree_leaves(func(*args, **kwargs)), strict=True):
+            for old, new in zip(
+                tree_leaves(results), tree_leaves(func(*args, **kwargs)), strict=True
+            ):
                 old.copy_(new)
 
         for result in tree_leaves(results):
@@ -166,7 +171,7 @@ class Device:
     def stream(self, handle: int | None = None) -> EmulatedStream:
         """A new stream."""
         self._streams += 1
-        return EmulatedStream(self, handle if handle is not None else 1000 + self._streams)
+        return EmulatedStream(self, handle if handle is not None else SIDE_HANDLES + self._streams)
 
     def queue_of(self, handle: int) -> deque[tuple[str, Step]]:
         channel = handle if self.channels is None else handle % self.channels
@@ -225,7 +230,7 @@ class Device:
         stream.join(graph, frozenset())
         yield graph
         graph.open = False
-        loose = {node for node in graph.nodes} - _ancestors(stream.tail)
+        loose = set(graph.nodes) - _ancestors(stream.tail)
         stream.leave_capture()
         if loose:
             raise CaptureError(f"not joined: {sorted(node.name for node in loose)}")

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,9 @@ class Inputs:
 
 
 @functools.lru_cache(maxsize=4096)
-def part(layer: int, tokens: int, seed: int, mask: tuple[bool, ...], which: str, deferred: int) -> Any:
+def part(
+    layer: int, tokens: int, seed: int, mask: tuple[bool, ...], which: str, deferred: int
+) -> Any:
     """What the experts of one job compute: all of them, those that run now, or those later."""
     group, made = layers()
     batch = Inputs.random(tokens, seed)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from tests.streams.model import E, INDICES, Captured, Model
+from tests.streams.model import INDICES, Captured, E, Model
 
 SIZES = (1, 2, 3, 5)
 """Tokens; 3 and 5 share buffers with other sizes' capacities, and none is announced."""

@@ -7,6 +7,7 @@ SGLang calls `register` (entry point group `sglang.srt.plugins`) in each of its 
     method          the layer's method: hot experts on the GPU, cold ones in `KTMoEWrapper`
     gpu_experts     which experts of a layer are hot, and their slots on the GPU
     slot_loading    SGLang's weight loaders, for experts that live in slots
+    step_faults     a fault on the CPU fails the requests of its step, not the server
     expert_layer    what SGLang says about a layer, in `KTMoEWrapper`'s terms, or why not
 
 Nothing here imports SGLang before `register` runs.

@@ -114,6 +114,7 @@ def offers_only(*names: str) -> Callable[[Any], str | None]:
 
 _METHOD = f"{KT_MODULE}:KTEPWrapperMethod"
 _LAYER = f"{LAYER_MODULE}:FusedMoE"
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _LOAD = ("param", "loaded_weight", "weight_name", "shard_id")
 
 REQUIREMENTS: tuple[Requirement, ...] = (
@@ -228,6 +229,22 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     ),
     Requirement(
         "sglang.srt.layers.quantization.base_config:FusedMoEMethodBase", "the base of methods"
+    ),
+    Requirement(f"{_SCHEDULER}.run_batch", "knowing that a scheduler runs the steps"),
+    Requirement(
+        f"{_SCHEDULER}.process_batch_result",
+        "failing the requests of a step",
+        calls_with("batch", "result"),
+    ),
+    Requirement(
+        "sglang.srt.managers.schedule_batch:Req.__init__",
+        "dropping what a step gave",
+        uses("discard_output_reason", "skip_radix_cache_insert"),
+    ),
+    Requirement(
+        "sglang.srt.managers.schedule_batch:FINISH_ABORT",
+        "the answer to its requests",
+        called_with("message", "status_code"),
     ),
     Requirement(f"{GRAPH_MODULE}:KTRANSFORMERS_AVAILABLE", "announcing graph batch sizes"),
 )

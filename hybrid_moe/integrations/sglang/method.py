@@ -30,6 +30,7 @@ from hybrid_moe.integrations.sglang import expert_layer, gpu_experts
 from hybrid_moe.integrations.sglang.expert_layer import ExpertLayerSpec, UnsupportedLayerError
 from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts
 from hybrid_moe.integrations.sglang.slot_loading import physical_to_logical, slot_loader
+from hybrid_moe.integrations.sglang.step_faults import STEP_FAULTS
 from hybrid_moe.wrapper import KTMoEWrapper
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -124,7 +125,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             swiglu_alpha=spec.swiglu_alpha,
         )
 
-    def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
+    def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:
         """Let the wrapped method build its runner, for the slots and without the factor."""
         # Changed in place: layer, dispatcher and runner share this object, now and later.
         factor, moe_runner_config.routed_scaling_factor = (
@@ -142,7 +143,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if is_cuda() and not self.fuse_routed_scaling_factor_in_topk:
             self._factor = float(factor or 1.0)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Let the wrapped method finish its weights, and load the CPU's."""
         if self.experts.count:
             self.gpu_method.process_weights_after_loading(layer)
@@ -153,28 +154,26 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 torch.cuda.synchronize(device)  # frees what loading holds, before memory is taken
             self.wrapper.load_weights(physical_to_logical(layer, self.experts.num_experts))
 
-    def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
+    def restore_weights_before_loading(self, layer: Any) -> None:
         """As the wrapped method does; never reached with experts on the CPU (`RELOADING`)."""
         self.gpu_method.restore_weights_before_loading(layer)
 
-    def get_moe_runner_backend(self, layer: torch.nn.Module) -> Any:
+    def get_moe_runner_backend(self, layer: Any) -> Any:
         """The wrapped method's."""
         return self.gpu_method.get_moe_runner_backend(layer)
 
-    def get_moe_routing_method_type(self, layer: torch.nn.Module, requested_method: Any) -> Any:
+    def get_moe_routing_method_type(self, layer: Any, requested_method: Any) -> Any:
         """The wrapped method's."""
         return self.gpu_method.get_moe_routing_method_type(layer, requested_method)
 
     # Running ------------------------------------------------------------------------------------
 
-    def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
+    def apply(self, layer: Any, dispatch_output: Any) -> Any:
         """The layer on a batch: hot and cold experts at the same time, and their sum."""
         dispatch_output = with_standard_routing(dispatch_output)
         x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
         self.submit(x, topk)
-        output = self._hot_output(layer, dispatch_output)
-        if self.wrapper is not None:
-            output = self._add_cold(output, x)
+        output = self._with_cold(self._hot_output(layer, dispatch_output), x)
         if self._factor != 1.0:
             output *= self._factor
         return StandardCombineInput(hidden_states=output)
@@ -187,11 +186,11 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             x = x[:, : self._spec.hidden_size]
         self.wrapper.submit_forward(x, topk.topk_ids, topk.topk_weights, _stream_of(x))
 
-    def _hot_output(self, layer: torch.nn.Module, dispatch_output: Any) -> torch.Tensor | None:
+    def _hot_output(self, layer: Any, dispatch_output: Any) -> torch.Tensor | None:
         """The hot experts' share of the output; None if there are none."""
-        x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
         if not self.experts.count:
-            return None if self.wrapper is not None else torch.zeros_like(x)
+            return None
+        topk = dispatch_output.topk_output
         if not self.experts.all_hot:
             slots = self.experts.to_slots(topk.topk_ids, self._table)
             # A new object also drops ids that are packed together with their weights.
@@ -201,11 +200,16 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         output: torch.Tensor = combined.hidden_states
         return output
 
-    def _add_cold(self, hot: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-        """Wait for the cold experts and add their share to the hot ones'."""
-        assert self.wrapper is not None
+    def _with_cold(self, hot: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+        """The hot experts' share and, on the rank that has them, the cold ones'."""
+        if self.wrapper is None:
+            return torch.zeros_like(x) if hot is None else hot
         hidden = self._spec.hidden_size
-        cold = self.wrapper.sync_forward(x[:, :hidden], _stream_of(x))
+        try:
+            cold = self.wrapper.sync_forward(x[:, :hidden], _stream_of(x))
+        except (RuntimeError, IndexError) as error:
+            STEP_FAULTS.keep(error)
+            cold = torch.zeros_like(x[:, :hidden])  # the step's requests fail, whatever this is
         if hot is not None:
             hot[:, :hidden] += cold
             return hot

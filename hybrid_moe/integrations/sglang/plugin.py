@@ -116,10 +116,12 @@ def _announce(method: str, line: str) -> None:
 
 
 def _install() -> None:
-    """Set SGLang's globals."""
+    """Set SGLang's globals, and hook into its scheduler."""
+    from hybrid_moe.integrations.sglang import step_faults
     from hybrid_moe.integrations.sglang.method import KTEPWrapperMethod
     from hybrid_moe.wrapper import KTMoEWrapper
 
+    step_faults.install()
     for name in (contract.KT_MODULE, contract.GRAPH_MODULE):
         module = importlib.import_module(name)
         _set(module, KTMoEWrapper=KTMoEWrapper, KTRANSFORMERS_AVAILABLE=True)

@@ -29,6 +29,9 @@ COUNTERS = "HYBRID_MOE_TEST_COUNTERS"
 HOT = "HYBRID_MOE_TEST_HOT"
 """Environment variable: the test's list of hot experts, {layer: [ids]} as JSON."""
 
+FAULT = "HYBRID_MOE_TEST_FAULT"
+"""Environment variable: a file; when it appears, the next sync of a layer fails."""
+
 NAMES = (
     "calls",  # of a layer with cold experts
     "chosen",  # pairs that routers chose there
@@ -63,12 +66,28 @@ def register() -> None:
 
     native = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
     HookRegistry.register(native, honour_minus_one, HookType.AROUND)
+    if FAULT in os.environ:
+        sync = "hybrid_moe.wrapper.KTMoEWrapper.sync_forward"
+        HookRegistry.register(sync, fail_once(Path(os.environ[FAULT])), HookType.AROUND)
     if COUNTERS in os.environ:
         hot = {int(layer): ids for layer, ids in json.loads(os.environ[HOT]).items()}
         counting = PairCount(Counters(os.environ[COUNTERS]), hot)
         HookRegistry.register(f"{KT_METHOD}.apply", counting.around_apply, HookType.AROUND)
         HookRegistry.register(native, counting.before_native, HookType.BEFORE)
         watch_workers(counting.finished)
+
+
+def fail_once(file: Path) -> Callable[..., Any]:
+    """A `sync_forward` that works and then fails when `file` is there."""
+
+    def sync(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if file.exists():
+            file.unlink()
+            raise RuntimeError(file.name)
+        return output
+
+    return sync
 
 
 def honour_minus_one(

@@ -1,4 +1,4 @@
-"""A CUDA stream and job slots without CUDA: what is queued happens only when the stream runs.
+"""Job slots without kernels: Python in place of the compiled host functions.
 
 Addresses are real: the slots read and write the pinned buffers by address, as compiled code does.
 """
@@ -17,63 +17,7 @@ import torch
 from hybrid_moe.cpu_kernels.job import JobShape, capacity_for
 from hybrid_moe.cpu_kernels.slots import SlotReport
 
-DEVICE = torch.device("cpu")
 NOTHING = SlotReport(0, 0, -1, None)
-
-
-@dataclass(eq=False)
-class FakeStream:
-    """Queues; `run` executes. While `capture` is on, what is queued goes to `graph` instead."""
-
-    functions: dict[int, Callable[[int], None]]
-    handle: int = 1
-    device: torch.device = DEVICE
-    queue: list[Callable[[], Any]] = field(default_factory=list)
-    graph: list[Callable[[], Any]] = field(default_factory=list)
-    capture: bool = False
-    allocated: list[torch.Tensor] = field(default_factory=list)
-    entered: int = 0
-
-    def __enter__(self) -> None:
-        self.entered += 1
-
-    def __exit__(self, *error: object) -> None:
-        self.entered -= 1
-
-    def enqueue(self, work: Callable[[], Any]) -> None:
-        (self.graph if self.capture else self.queue).append(work)
-
-    def run(self) -> None:
-        """Execute all that is queued, in order."""
-        while self.queue:
-            self.queue.pop(0)()
-
-    def replay(self) -> None:
-        """Queue the captured graph."""
-        self.queue.extend(self.graph)
-
-    def capturing(self) -> bool:
-        return self.capture
-
-    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        self.allocated.append(torch.zeros(shape, dtype=dtype))
-        return self.allocated[-1]
-
-    def to_host(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        assert self.entered
-        self.enqueue(lambda: target.copy_(source))
-
-    def to_device(self, source: torch.Tensor) -> torch.Tensor:
-        assert self.entered
-        target = torch.full_like(source, float("nan"))
-        self.enqueue(lambda: target.copy_(source))
-        return target
-
-    def add(self, target: torch.Tensor, other: torch.Tensor) -> None:
-        self.enqueue(lambda: target.add_(other))
-
-    def host_function(self, function: int, user_data: int) -> None:
-        self.enqueue(lambda: self.functions[function](user_data))
 
 
 @dataclass
@@ -86,6 +30,7 @@ class FakeSlot:
     wait_fn: int
     posted: int = 0
     computed: int = 0
+    epoch: int = 0
 
 
 @dataclass
@@ -94,7 +39,7 @@ class FakeMaker:
 
     hidden: int
     experts: int
-    functions: dict[int, Callable[[int], None]] = field(default_factory=dict)
+    functions: dict[int, Callable[[int], object]] = field(default_factory=dict)
     slots: dict[int, FakeSlot] = field(default_factory=dict)
     report: SlotReport = NOTHING
     log: list[tuple[str, int]] = field(default_factory=list)

@@ -1,0 +1,125 @@
+"""The options that `plan` and `serve` share: the machine, and what it is to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from hybrid_moe.planning import CpuSpeeds, Plan
+
+GpuOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Memory of a GPU, or NxMEMORY: 24GB, 2x24GB. Repeatable. None: CPU only."),
+]
+RamOption = Annotated[
+    str | None, typer.Option(help="Memory of the machine, such as 64GB; default: this machine's.")
+]
+ContextOption = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of the longest request; default: 32768 at most.")
+]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Original checkpoint, where the other one was converted: SGLang reads all but the "
+        "CPU's experts from it."
+    ),
+]
+MethodOption = Annotated[
+    str | None, typer.Option(help="Format of the CPU's experts; default: what is stored.")
+]
+GpuExpertsOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Experts of each layer on the GPU; default: as many as fit."),
+]
+ProfileOption = Annotated[
+    Path | None, typer.Option(help="Placement profile: which experts are on the GPU.")
+]
+RequestsOption = Annotated[int, typer.Option(min=1, help="Requests at the same time.")]
+ChunkOption = Annotated[int, typer.Option(min=1, help="Tokens that are prefilled at once.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; default: one per available core.")
+]
+PoolsOption = Annotated[
+    int | None, typer.Option(min=1, help="Worker pools; default: one per NUMA node.")
+]
+CeilingsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Receipt of `hybrid-moe bench ceilings --json`; default: measure here, a second."
+    ),
+]
+RamBandwidthOption = Annotated[
+    float | None, typer.Option(min=0.001, help="GB/s that the memory gives, instead of measuring.")
+]
+GmacsOption = Annotated[
+    float | None,
+    typer.Option(min=0.001, help="10^9 multiply-accumulates a second, with --ram-bandwidth."),
+]
+GpuBandwidthOption = Annotated[
+    float | None, typer.Option(min=0.001, help="GB/s of a GPU's memory; default: by its size.")
+]
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Values of the shared options, by their names."""
+
+    gpu: list[str] | None
+    ram: str | None
+    context: int | None
+    base: Path | None
+    method: str | None
+    gpu_experts: int | None
+    profile: Path | None
+    requests: int
+    chunk: int
+    threads: int | None
+    pools: int | None
+    ceilings: Path | None
+    ram_bandwidth: float | None
+    gmacs: float | None
+    gpu_bandwidth: float | None
+
+    def plan(self, directory: Path) -> Plan:
+        """Plan the model in `directory`; measures the ceilings if none were given."""
+        from hybrid_moe import planning
+        from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+        from hybrid_moe.placement_profile import read_profile
+        from hybrid_moe.planning import machine
+
+        gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
+        model = planning.read_model(directory, self.base, self.method)
+        threads = self.threads or usable_cores()
+        request = planning.Request(
+            gpus=gpus,
+            ram=planning.parse_size(self.ram) if self.ram else machine.memory_of_this_machine(),
+            context=self.context or min(model.max_context or 32768, 32768),
+            requests=self.requests if gpus else 1,
+            chunk=self.chunk,
+            threads=threads,
+            pools=self.pools or min(threads, len(numa_nodes())),
+            cpu=self._speeds(threads),
+            num_gpu_experts=self.gpu_experts,
+            profile=read_profile(self.profile) if self.profile else None,
+            huge_pages=machine.huge_pages_here(),
+        )
+        return planning.make_plan(model, request)
+
+    def _speeds(self, threads: int) -> CpuSpeeds:
+        from hybrid_moe.formats import FORMATS
+        from hybrid_moe.planning import machine
+
+        if (self.ram_bandwidth is None) != (self.gmacs is None):
+            raise ValueError("--ram-bandwidth and --gmacs describe one machine: give both")
+        if self.ram_bandwidth is not None and self.gmacs is not None:
+            if self.ceilings is not None:
+                raise ValueError("give --ceilings, or --ram-bandwidth and --gmacs, not both")
+            macs = dict.fromkeys(FORMATS, self.gmacs * 1e9)
+            return machine.CpuSpeeds(self.ram_bandwidth * 1e9, macs, "as given")
+        if self.ceilings is not None:
+            return machine.read_receipt(self.ceilings)
+        return machine.measure_cpu(threads)

@@ -1,0 +1,99 @@
+"""`hybrid-moe plan`: what a model needs on a machine and how fast it will be, before loading."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hybrid_moe.cli import machine_options as o
+from hybrid_moe.cli.tables import facts, gib, grid
+
+if TYPE_CHECKING:
+    from hybrid_moe.planning import Plan, Prediction
+
+
+_TERMS = ("what", "time", "amount and speed")
+
+
+def plan(
+    directory: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    gpu: o.GpuOption = None,
+    ram: o.RamOption = None,
+    context: o.ContextOption = None,
+    base: o.BaseOption = None,
+    method: o.MethodOption = None,
+    gpu_experts: o.GpuExpertsOption = None,
+    profile: o.ProfileOption = None,
+    requests: o.RequestsOption = 4,
+    chunk: o.ChunkOption = 2048,
+    threads: o.ThreadsOption = None,
+    pools: o.PoolsOption = None,
+    ceilings: o.CeilingsOption = None,
+    ram_bandwidth: o.RamBandwidthOption = None,
+    gmacs: o.GmacsOption = None,
+    gpu_bandwidth: o.GpuBandwidthOption = None,
+    json: Annotated[Path | None, typer.Option(help="Write the plan there.")] = None,
+) -> None:
+    """Show what goes where, whether it fits, how fast it will be, and what limits it.
+
+    Reads headers and configuration only. Exits with 2 where the model does not fit.
+    """
+    options = o.MachineOptions(
+        gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
+        ceilings, ram_bandwidth, gmacs, gpu_bandwidth,
+    )  # fmt: skip
+    made = options.plan(directory)
+    if json is not None:
+        json.write_text(json_module.dumps(made.to_dict(), indent=1) + "\n")
+    show(made)
+    made.check()
+
+
+def show(plan: Plan) -> None:
+    """Print a plan."""
+    from hybrid_moe.planning.plan import GPU, RAM
+
+    model, request = plan.model, plan.request
+    experts = f"{model.num_experts} in each of {len(model.layers)} layers, {model.top_k} per token"
+    facts(
+        str(model.path),
+        {
+            "family": model.family,
+            "experts": f"{experts}, {gib(model.layers[0].packed)} each as {model.method.name}",
+            "context": f"{request.context} tokens",
+            "CPU": f"{request.cpu.read / 1e9:.1f} GB/s, "
+            f"{request.cpu.macs[model.method.name] / 1e9:.0f} GMAC/s ({request.cpu.source}); "
+            f"{request.threads} threads in {request.pools} pools",
+            **{f"GPU {i}": _gpu(g.nbytes, g.bandwidth, g.source)
+               for i, g in enumerate(request.gpus)},
+        },
+    )  # fmt: skip
+    rows = [
+        (part.name, part.place, gib(part.nbytes), "assumed: " * part.assumed + part.note)
+        for part in plan.parts
+    ]
+    for place, size in ((GPU, request.room if request.gpus else 0), (RAM, request.ram)):
+        if plan.nbytes(place):
+            rows.append((f"all, of {gib(size)}", place, gib(plan.nbytes(place)), ""))
+    grid("Memory", ("part", "place", "size", "how"), rows)
+    for title, prediction in (("Decode", plan.decode), ("Prefill", plan.prefill)):
+        _show_prediction(title, prediction)
+    for note in plan.notes:
+        typer.echo(f"note: {note}")
+
+
+def _gpu(nbytes: int, bandwidth: float, source: str) -> str:
+    return f"{gib(nbytes)}, {bandwidth / 1e9:.0f} GB/s ({source})"
+
+
+def _show_prediction(title: str, prediction: Prediction) -> None:
+    rows = [(term.name, _time(term.seconds), term.why) for term in prediction.terms]
+    grid(f"{title}: {prediction.tokens_per_second:.1f} tok/s predicted", _TERMS, rows)
+    typer.echo(f"limit: {prediction.limit}\nwould help: {prediction.help}")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"

@@ -1,0 +1,102 @@
+"""A worker's fault fails the requests of its step, with its message; the server goes on.
+
+An exception inside a forward pass ends SGLang's scheduler, and a graph replay raises none: its
+output is NaN. So a fault is kept until the step's results are about to be processed, and then the
+step's requests are ended by SGLang's own means (`discard_output_reason`): their output is dropped
+and their KV cache, which may hold NaN, never becomes another request's prefix.
+
+Schedulers of tensor parallel ranks decide alike without talking, and only rank 0 would know of a
+fault. There it still ends the server.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from hybrid_moe.faults import check_errors
+
+logger = logging.getLogger(__name__)
+
+SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+
+
+class StepFaults:
+    """The faults of one scheduler process.
+
+    Attributes:
+        alone: a scheduler runs the steps, and it is its model's only rank.
+    """
+
+    def __init__(self, check: Callable[[], None] = check_errors) -> None:
+        self.alone = False
+        self._check = check
+        self._kept: Exception | None = None
+        self._told: Exception | None = None
+        self._failing_until = -1
+
+    def keep(self, error: Exception) -> None:
+        """Keep what a forward pass met; raises it where nothing could be done about it."""
+        if not self.alone:
+            raise error
+        self._kept = self._kept or error
+
+    def before_step(self, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        """Before `Scheduler.run_batch`."""
+        from sglang.srt.runtime_context import get_parallel
+
+        self.alone = get_parallel().tp_size == 1
+
+    def before_results(self, scheduler: Any, batch: Any, result: Any) -> None:
+        """Before `Scheduler.process_batch_result`: end the requests of steps with a fault.
+
+        Later steps may be under way already, on the same requests or on others, and nobody knows
+        which of them met the fault: all of them fail.
+        """
+        copied = getattr(result, "copy_done", None)
+        if copied is not None:
+            copied.synchronize()
+        error = self._take()
+        if error is not None:
+            self._told, self._failing_until = error, scheduler.forward_ct
+            logger.error("a step of hybrid_moe's experts failed: %s", error)
+        if self._told is not None and batch.forward_iter <= self._failing_until:
+            for request in batch.reqs:
+                end(request, f"hybrid_moe: {self._told}")
+
+    def _take(self) -> Exception | None:
+        """The fault since the last results, if any."""
+        kept, self._kept = self._kept, None
+        try:
+            self._check()
+        except (RuntimeError, IndexError) as error:
+            if not self.alone:
+                raise
+            return kept or error
+        return kept
+
+
+def end(request: Any, message: str) -> None:
+    """Let SGLang drop what the request's step gave, and answer with an error."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    request.discard_output_reason = FINISH_ABORT(
+        message, status_code=HTTPStatus.INTERNAL_SERVER_ERROR
+    )
+    request.skip_radix_cache_insert = True
+
+
+STEP_FAULTS = StepFaults()
+"""Of this process."""
+
+
+def install() -> None:
+    """Hook into SGLang's scheduler."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(f"{SCHEDULER}.run_batch", STEP_FAULTS.before_step, HookType.BEFORE)
+    HookRegistry.register(
+        f"{SCHEDULER}.process_batch_result", STEP_FAULTS.before_results, HookType.BEFORE
+    )

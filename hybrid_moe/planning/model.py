@@ -1,0 +1,208 @@
+"""What the headers and `config.json` say about a model: bytes of each part, experts of each layer.
+
+Nothing but headers is read. A model may lie in two checkpoints: one that the experts on the CPU
+are read from, and a base from which the serving engine reads everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, strip_layout
+from hybrid_moe.formats import BF16, WeightFormat, format_named
+from hybrid_moe.loaders import Checkpoint, LayerSource
+from hybrid_moe.loaders.convert import CONFIG_KEY
+from hybrid_moe.loaders.header import TensorInfo
+from hybrid_moe.loaders.inspect import part_of
+from hybrid_moe.tensors import CheckpointError
+
+DRAFT = "draft layers"
+EMBEDDINGS = "embeddings"
+
+_LOOKED_UP = ("embed", "wte", "tid2eid")
+"""In keys of tables of which a token reads one row."""
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """The routed experts of one layer.
+
+    Attributes:
+        layer: its number, dense layers counted.
+        num_experts: E.
+        packed: bytes of one expert in panels.
+        bias: bytes of one expert's biases, held as float32.
+        on_gpu: bytes of one expert on a GPU, as the serving engine stores it.
+        weights: of one expert; as many multiply-accumulates for a token.
+    """
+
+    layer: int
+    num_experts: int
+    packed: int
+    bias: int
+    on_gpu: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as its headers describe it. Sizes are in bytes.
+
+    Attributes:
+        path: checkpoint of the CPU's experts.
+        base: checkpoint of everything else; `path` where no other was given.
+        family: `model_type` of `config.json`.
+        config: the language model's part of `config.json`.
+        method: format of the CPU's experts.
+        gpu_format: format of experts on a GPU.
+        hidden, intermediate, top_k: H, I and k.
+        layers: experts of each layer that has some.
+        parts: part -> bytes, without routed experts.
+        read_per_token: bytes of these that every token reads.
+        weights_per_token: weights that each token of a prompt meets: those, without the output
+            layer, which only its last token needs.
+        bytes_16bit: of all of them where a runtime turns smaller floats into BF16; draft layers
+            left out.
+        read_per_token_16bit: of what every token reads, likewise.
+        has_bias: experts have biases.
+        hot_possible: a serving engine can read experts for the GPU from `base`. Not from what
+            `hybrid-moe convert` wrote: no engine knows that format.
+    """
+
+    path: Path
+    base: Path
+    family: str
+    config: Mapping[str, Any]
+    method: WeightFormat
+    gpu_format: str
+    hidden: int
+    intermediate: int
+    top_k: int
+    layers: tuple[LayerExperts, ...]
+    parts: Mapping[str, int]
+    read_per_token: int
+    weights_per_token: int
+    bytes_16bit: int
+    read_per_token_16bit: int
+    has_bias: bool
+    hot_possible: bool
+
+    @property
+    def num_experts(self) -> int:
+        """E of the first layer; layers agree in every known model."""
+        return self.layers[0].num_experts
+
+    @property
+    def max_context(self) -> int | None:
+        """Tokens that the model was made for."""
+        value = self.config.get("max_position_embeddings")
+        return value if isinstance(value, int) else None
+
+
+def packed_nbytes(fmt: WeightFormat, hidden: int, intermediate: int) -> int:
+    """Bytes of one expert in panels, over all pools; biases are apart."""
+    gate_up, down = strip_layout(fmt, hidden), strip_layout(fmt, intermediate)
+    return 2 * (intermediate // GROUP) * gate_up.nbytes + (hidden // STRIP_ROWS) * down.nbytes
+
+
+def read_model(path: Path, base: Path | None = None, method: str | None = None) -> Model:
+    """Describe the model at `path`.
+
+    Args:
+        path: checkpoint of the experts for the CPU.
+        base: checkpoint of everything else and of the experts for the GPU; None is `path` itself,
+            unless that was converted.
+        method: format for the CPU; None is what `path` stores.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        CheckpointError: a checkpoint is damaged, has no experts, or the two differ.
+        ValueError: the experts do not become `method`, or `config.json` lacks something.
+    """
+    checkpoint = Checkpoint.open(path)
+    rest = checkpoint if base is None else Checkpoint.open(base)
+    if not checkpoint.config:
+        raise ValueError(f"{path} has no config.json: without it nothing can be planned")
+    if not checkpoint.layers:
+        raise CheckpointError(f"{path} has no routed experts under a known name")
+    sources = [checkpoint.layer(number) for number in checkpoint.layers]
+    first = sources[0]
+    fmt = first.format if method is None else format_named(method)
+    for source in sources:
+        source.check_format(fmt)
+    hot_possible = CONFIG_KEY not in rest.config
+    tensors = {k: t for k, t in rest.index.tensors.items() if k not in rest.expert_keys}
+    parts: Counter[str] = Counter()
+    for key, tensor in tensors.items():
+        parts[part_of(key)] += tensor.nbytes
+    kept = {k: t for k, t in tensors.items() if part_of(k) != DRAFT}
+    read = _read_by_a_token(kept)
+    return Model(
+        path=path,
+        base=base or path,
+        family=str(checkpoint.config.get("model_type", "unknown")),
+        config=checkpoint.text_config,
+        method=fmt,
+        gpu_format=(rest.layer(first.layer).format if hot_possible else BF16).name,
+        hidden=first.hidden,
+        intermediate=first.intermediate,
+        top_k=_top_k(checkpoint),
+        layers=tuple(_layer(source, rest.layer(source.layer), fmt) for source in sources),
+        parts=dict(parts.most_common()),
+        read_per_token=sum(t.nbytes for t in read),
+        weights_per_token=sum(
+            math.prod(t.shape) for t in read if not _is_scale(t) and part_of(t.key) != EMBEDDINGS
+        ),
+        bytes_16bit=sum(map(_in_16_bits, kept.values())),
+        read_per_token_16bit=sum(map(_in_16_bits, read)),
+        has_bias=first.has_bias,
+        hot_possible=hot_possible,
+    )
+
+
+def _layer(source: LayerSource, base: LayerSource, fmt: WeightFormat) -> LayerExperts:
+    H, I = source.hidden, source.intermediate
+    base.check_sizes(source.num_experts, H, I)
+    return LayerExperts(
+        layer=source.layer,
+        num_experts=source.num_experts,
+        packed=packed_nbytes(fmt, H, I),
+        bias=4 * (2 * I + H) if source.has_bias else 0,
+        on_gpu=base.expert_nbytes,
+        weights=3 * H * I,
+    )
+
+
+def _top_k(checkpoint: Checkpoint) -> int:
+    for name in ("num_experts_per_tok", "experts_per_token", "moe_topk"):
+        value = checkpoint.text_config.get(name)
+        if isinstance(value, int):
+            return value
+    raise ValueError(f"config.json of {checkpoint.index.path} lacks num_experts_per_tok")
+
+
+def _read_by_a_token(tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+    """The tensors that a token reads whole. Tied embeddings are also the output layer."""
+    tied = not any("lm_head" in key or key.startswith("head.") for key in tensors)
+    return [
+        tensor
+        for key, tensor in tensors.items()
+        if part_of(key) != "vision and audio"
+        and (tied or not any(word in key for word in _LOOKED_UP))
+    ]
+
+
+def _is_scale(tensor: TensorInfo) -> bool:
+    return tensor.key.endswith(("scale", "scale_inv"))
+
+
+def _in_16_bits(tensor: TensorInfo) -> int:
+    """Bytes where 8-bit floats become BF16 and their scales disappear."""
+    if tensor.dtype.startswith("F8") or tensor.dtype == "F4":
+        return 0 if _is_scale(tensor) else 2 * math.prod(tensor.shape)
+    return tensor.nbytes

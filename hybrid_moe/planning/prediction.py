@@ -1,0 +1,161 @@
+"""Tokens per second from ceilings: what a token reads and computes, over how fast that goes.
+
+Decode reads every active weight once for a token; prefill reads every expert once for a chunk and
+multiplies. Experts on CPU and GPU work at the same time, so the slower of the two counts. The
+shares of the ceilings that are reached are measured on the CPU (docs/results) and assumed on GPUs.
+Attention over the context is counted as reading a half full KV cache; its arithmetic is not.
+Without a profile of the routing, all experts are taken to be equally likely.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hybrid_moe.planning.gpu_share import Placement
+from hybrid_moe.planning.kv_cache import KvCache
+from hybrid_moe.planning.machine import CpuSpeeds, Gpu
+from hybrid_moe.planning.model import Model
+
+READ_SHARE = 0.85
+"""Of the read bandwidth, at one token: 0.82 to 1.01 in docs/results."""
+
+MAC_SHARE = 0.65
+"""Of the peak multiply-accumulates, at 256 to 2048 tokens: 0.62 to 0.87 in docs/results."""
+
+GPU_READ_SHARE, GPU_FLOP_SHARE = 0.75, 0.4
+"""Assumed, of a GPU's data sheet."""
+
+TORCH_SHARE = 0.5
+"""Assumed, of the CPU's ceilings in what torch computes beside the experts."""
+
+HANDOVER_S = 50e-6
+"""Assumed for each layer with experts on the CPU: copies both ways, flags, wake-up."""
+
+_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6))
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the time: what it is, seconds, and the amount over the speed in words."""
+
+    name: str
+    seconds: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted speed.
+
+    Attributes:
+        tokens_per_second: of one request.
+        terms: where the time goes; terms that overlap are all listed.
+        limit: the longest term in words.
+        help: what would make it faster.
+    """
+
+    tokens_per_second: float
+    terms: tuple[Term, ...]
+    limit: str
+    help: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+_HELP = {
+    "RAM bandwidth": "more experts on the GPU, faster memory or more memory channels",
+    "CPU arithmetic": "more cores, or a processor with AVX-512 or AMX; more experts on the GPU",
+    "GPU bandwidth": "a GPU with faster memory, or more GPUs",
+    "GPU arithmetic": "a faster GPU, or more GPUs",
+    "RAM bandwidth, rest": "a GPU, which takes everything but the routed experts",
+    "CPU arithmetic, rest": "a GPU, which takes everything but the routed experts",
+    "hand-over": "nothing yet: this is the assumed price of each layer's way to the CPU and back",
+}
+"""By the name of the term that limits."""
+
+
+def predict_decode(
+    model: Model, placement: Placement, cpu: CpuSpeeds, gpus: tuple[Gpu, ...], cache: KvCache
+) -> Prediction:
+    """Speed of one token at a time, the context half full."""
+    k = model.top_k
+    cold = sum(k * placement.cold_share(layer) * layer.packed for layer in model.layers)
+    terms = [_read("RAM bandwidth", "experts", cold, cpu.read * READ_SHARE)]
+    if not gpus:
+        rest = model.read_per_token_16bit + cache.per_gpu() / 2
+        terms.append(_read("RAM bandwidth, rest", "the rest", rest, cpu.read * TORCH_SHARE))
+        return _prediction(terms, terms[0].seconds + terms[1].seconds, 1)
+    speed = min(gpu.bandwidth for gpu in gpus) * GPU_READ_SHARE
+    hot = sum(k * (1 - placement.cold_share(layer)) * layer.on_gpu for layer in model.layers)
+    rest = model.read_per_token / len(gpus) + cache.per_gpu(len(gpus)) / 2
+    terms.append(_read("GPU bandwidth", "weights and cache", rest + hot / len(gpus), speed))
+    terms.append(_handover(model, placement))
+    seconds = rest / speed + terms[-1].seconds
+    return _prediction(terms, seconds + max(terms[0].seconds, hot / len(gpus) / speed), 1)
+
+
+def predict_prefill(
+    model: Model, placement: Placement, cpu: CpuSpeeds, gpus: tuple[Gpu, ...], tokens: int
+) -> Prediction:
+    """Speed of a chunk of `tokens`."""
+    k, name = model.top_k, model.method.name
+    pairs = [tokens * k * placement.cold_share(layer) for layer in model.layers]
+    macs = sum(p * layer.weights for p, layer in zip(pairs, model.layers, strict=True))
+    touched = sum(
+        placement.cold(layer) * layer.packed * _met(tokens * k, layer.num_experts)
+        for layer in model.layers
+    )
+    compute = _compute("CPU arithmetic", "experts", macs, cpu.macs[name] * MAC_SHARE, "MAC")
+    read = _read("RAM bandwidth", "experts", touched, cpu.read * READ_SHARE)
+    cold = max(compute.seconds, read.seconds)
+    if not gpus:
+        rest = _compute(
+            "CPU arithmetic, rest", "the rest", tokens * model.weights_per_token,
+            cpu.macs["BF16"] * TORCH_SHARE, "MAC",
+        )  # fmt: skip
+        return _prediction([compute, read, rest], cold + rest.seconds, tokens)
+    speed = sum(gpu.flops for gpu in gpus) * GPU_FLOP_SHARE
+    hot = 2 * sum(
+        tokens * k * (1 - placement.cold_share(layer)) * layer.weights for layer in model.layers
+    )
+    rest_flops = 2.0 * tokens * model.weights_per_token
+    gpu = _compute("GPU arithmetic", "experts and the rest", rest_flops + hot, speed, "FLOP")
+    handover = _handover(model, placement)
+    seconds = rest_flops / speed + max(cold, hot / speed) + handover.seconds
+    return _prediction([compute, read, gpu, handover], seconds, tokens)
+
+
+def _met(draws: int, experts: int) -> float:
+    """Share of the experts that at least one of so many random draws meets."""
+    return 1 - (1 - 1 / experts) ** draws
+
+
+def _read(name: str, what: str, nbytes: float, speed: float) -> Term:
+    return Term(name, nbytes / speed, f"{_si(nbytes, 'B')} of {what} at {_si(speed, 'B/s')}")
+
+
+def _compute(name: str, what: str, count: float, speed: float, unit: str) -> Term:
+    why = f"{_si(count, unit)} of {what} at {_si(speed, f'{unit}/s')}"
+    return Term(name, count / speed, why)
+
+
+def _si(value: float, unit: str) -> str:
+    """1.9e9, "B" -> "1.9 GB"; from 100 on without a fraction."""
+    prefix, size = next((row for row in _PREFIXES if value >= row[1]), _PREFIXES[-1])
+    return f"{value / size:.{0 if value >= 100 * size else 1}f} {prefix}{unit}"
+
+
+def _handover(model: Model, placement: Placement) -> Term:
+    layers = sum(placement.cold(layer) > 0 for layer in model.layers)
+    why = f"{layers} layers x {HANDOVER_S * 1e6:g} us"
+    return Term("hand-over", layers * HANDOVER_S, why)
+
+
+def _prediction(terms: list[Term], seconds: float, tokens: int) -> Prediction:
+    longest = max(terms, key=lambda term: term.seconds)
+    limit = f"{longest.name}: {longest.why}"
+    kept = tuple(term for term in terms if term.seconds > 0)
+    return Prediction(tokens / seconds, kept, limit, _HELP[longest.name])

@@ -1,0 +1,137 @@
+"""The SGLang command that carries a plan out."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hybrid_moe.formats import MXFP4
+from hybrid_moe.placement_profile import PlacementProfile
+from hybrid_moe.planning.kv_cache import PAGE, kind_of
+from hybrid_moe.planning.plan import GPU, Plan
+
+INSTALL = 'pip install "hybrid-moe[sglang]"'
+
+PLACEMENT_VARIABLE = "HYBRID_MOE_PLACEMENT"
+"""The plugin's variable: the file of a placement profile."""
+
+_CPU_FLAGS = (
+    "--device", "cpu", "--dtype", "bfloat16", "--attention-backend", "torch_native",
+    "--sampling-backend", "pytorch", "--grammar-backend", "none",
+    "--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled",
+)  # fmt: skip
+"""SGLang without a GPU: PyTorch's own kernels, no graphs."""
+
+_RESERVED = (
+    "--model-path", "--model", "--kt-weight-path", "--kt-method", "--kt-num-gpu-experts",
+    "--context-length", "--tp", "--tp-size", "--tensor-parallel-size", "--mem-fraction-static",
+    "--max-total-tokens", "--max-running-requests", "--chunked-prefill-size",
+    "--swa-full-tokens-ratio",
+)  # fmt: skip
+"""Flags that the plan decides: given again, the plan would no longer be what runs."""
+
+
+@dataclass(frozen=True)
+class ServerCommand:
+    """A command line and what its environment needs beside the present one."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """As a shell takes it, an option on each line."""
+        lines: list[str] = [f"{name}={shlex.quote(v)}" for name, v in self.environment.items()]
+        head = [*lines, *map(shlex.quote, self.arguments[:3])]
+        options: list[list[str]] = []
+        for word in self.arguments[3:]:
+            if word.startswith("--") or not options:
+                options.append([])
+            options[-1].append(shlex.quote(word))
+        return " \\\n    ".join([" ".join(head), *(" ".join(option) for option in options)])
+
+
+def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()) -> ServerCommand:
+    """The command for a plan that fits.
+
+    Args:
+        python: the interpreter that has SGLang.
+        extra: further flags for SGLang, appended.
+
+    Raises:
+        DoesNotFitError: the plan does not fit.
+        ValueError: SGLang cannot run this model on the CPU alone, or `extra` has a flag that the
+            plan decides.
+    """
+    plan.check()
+    _check_extra(extra)
+    model, request = plan.model, plan.request
+    flags = [
+        ("--model-path", str(model.base)),
+        ("--kt-weight-path", str(model.path)),
+        ("--kt-method", model.method.name),
+        ("--kt-cpuinfer", request.threads),
+        ("--kt-threadpool-count", request.pools),
+        ("--kt-num-gpu-experts", plan.placement.most),
+        ("--context-length", request.context),
+        ("--max-total-tokens", -(-plan.cache.tokens // PAGE) * PAGE),
+        ("--max-running-requests", request.requests),
+        ("--chunked-prefill-size", request.chunk),
+    ]
+    words = [word for name, value in flags for word in (name, str(value))]
+    words.append("--disable-shared-experts-fusion")
+    words += _gpu_flags(plan) if request.gpus else _cpu_flags(plan)
+    profile = plan.placement.profile
+    environment = {} if profile is None else _profile_environment(profile)
+    return ServerCommand((python, "-m", "sglang.launch_server", *words, *extra), environment)
+
+
+def require_sglang() -> None:
+    """Raise `ImportError` in words where SGLang is not installed."""
+    if importlib.util.find_spec("sglang") is None:
+        raise ImportError(f"sglang is not installed: {INSTALL}")
+
+
+def static_fraction(plan: Plan) -> float:
+    """Share of a GPU's memory that may hold weights and cache: all but what is kept free for
+    activations, graphs and the CUDA context. `--max-total-tokens` bounds the cache within it."""
+    kept = sum(part.nbytes for part in plan.parts if part.place == GPU and part.assumed)
+    return math.floor(1000 * (1 - kept / plan.request.room)) / 1000
+
+
+def _gpu_flags(plan: Plan) -> list[str]:
+    words = ["--mem-fraction-static", f"{static_fraction(plan):.3f}"]
+    if len(plan.request.gpus) > 1:
+        words += ["--tp-size", str(len(plan.request.gpus))]
+    # Marlin and Triton skip ids of -1 (experts that are elsewhere) and tell which expert is whose
+    runner = "marlin" if plan.model.gpu_format == MXFP4.name else "triton"
+    words += ["--moe-runner-backend", runner]
+    if plan.cache.window_ratio is not None:
+        words += ["--swa-full-tokens-ratio", f"{plan.cache.window_ratio:.3f}"]
+    return words
+
+
+def _cpu_flags(plan: Plan) -> list[str]:
+    kind = kind_of(plan.model.config)
+    if kind != "gqa":
+        raise ValueError(
+            f"SGLang has no attention kernel for {plan.model.family} on the CPU: give it a --gpu, "
+            f"or run `hybrid-moe generate --model {plan.model.path}`, which uses Transformers"
+        )
+    return [*_CPU_FLAGS]
+
+
+def _profile_environment(profile: PlacementProfile) -> dict[str, str]:
+    return {PLACEMENT_VARIABLE: str(profile.path)}
+
+
+def _check_extra(extra: Sequence[str]) -> None:
+    for word in extra:
+        if word.partition("=")[0] in _RESERVED:
+            raise ValueError(
+                f"{word.partition('=')[0]} is decided by the plan: use the options of "
+                "`hybrid-moe serve`, before the --"
+            )

@@ -1,0 +1,20 @@
+"""A machine that exists nowhere, with round figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hybrid_moe.planning import CpuSpeeds, Request, parse_gpus
+
+GIB = 1 << 30
+CPU = CpuSpeeds(80e9, {"MXFP4": 1000e9, "BF16": 1000e9}, "as given")
+
+
+def request(*gpus: str, **changes: Any) -> Request:
+    """A request for a machine with 16 threads and much memory."""
+    default = Request(
+        gpus=parse_gpus(gpus), ram=1 << 40, context=8192, requests=4, chunk=2048, threads=16,
+        pools=1, cpu=CPU,
+    )  # fmt: skip
+    return replace(default, **changes)
