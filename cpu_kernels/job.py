@@ -15,7 +15,7 @@ from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
 
 MOST_BLOCK_TOKENS = 32  # of any dot kernel (kernels.tile_dot)
 _TASKS_PER_WORKER = 12
-_INLINE_ENCODE_TOKENS = 4
+INLINE_ENCODE_TOKENS = 4
 _ENCODE_TOKENS_PER_TASK = 16
 _EXACT_CAPACITY = 8
 
@@ -102,7 +102,7 @@ class JobShape:
         job[f.J_SCRATCH_UNPACKED] = f.MAX_STRIPS * self.sums_bytes
         job[f.J_SCRATCH_OUT] = f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
         job[f.J_ENCODE_TOKENS] = _ENCODE_TOKENS_PER_TASK
-        job[f.J_INLINE_ENCODE] = int(self.capacity <= _INLINE_ENCODE_TOKENS)
+        job[f.J_INLINE_ENCODE] = int(self.capacity <= INLINE_ENCODE_TOKENS)
         job[f.J_TARGET_TASKS] = _TASKS_PER_WORKER * self.workers
         return job
 

@@ -90,6 +90,11 @@ class Chain:
             chain._members[layer.layer_idx] = layer
             return chain
 
+    @property
+    def has_deferred(self) -> bool:
+        """Whether any layer waits for what another has deferred to it."""
+        return bool(self._deferred)
+
     def after(self, layer_idx: int) -> int | None:
         """Index of the next living layer, or None for the last one."""
         return min((i for i in self._members if i > layer_idx), default=None)

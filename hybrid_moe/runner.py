@@ -15,10 +15,18 @@ from hybrid_moe import faults
 from hybrid_moe.arguments import LayerShape
 from hybrid_moe.cpu_kernels.drivers.fields import IDS_COUNT, IDS_FAULT, IDS_PASS
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.small import SMALL_TOKENS
 from hybrid_moe.deferral import Chain, split_deferred
 from hybrid_moe.staging import StagedJob, Stager
 from hybrid_moe.stream import Stream
-from hybrid_moe.submission import Launched, NothingToDo, check_call, submit_direct
+from hybrid_moe.submission import (
+    Launched,
+    NothingToDo,
+    SmallJob,
+    check_call,
+    is_plain,
+    submit_direct,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,19 +35,19 @@ Launch = Callable[[torch.Tensor, bool], Launched]
 that another layer collects."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pending:
     """A submission that waits for its sync.
 
     Attributes:
-        tokens: B.
+        shape: of the batch, (B, H).
         device: of the batch.
         job: this layer's experts; None with a `fault`.
         incoming: what the layer before has deferred.
         fault: what sync will raise.
     """
 
-    tokens: int
+    shape: torch.Size
     device: torch.device
     job: Launched | None
     incoming: Launched | None
@@ -97,6 +105,12 @@ class LayerRunner:
         self._layer, self._shape, self._mask = layer, shape, mask
         self._resident, self._chain = resident, chain
         self._deferred, self._strict = deferred, strict
+        self._mask_address = mask.data_ptr()
+        self._small_calls = set[tuple[tuple[int, int], tuple[int, int]]]()
+        """Shapes of hidden states and ids that `ExpertLayer.small` takes."""
+        if resident.any() and not deferred:
+            H, k = shape.hidden_size, shape.num_experts_per_tok
+            self._small_calls = {((B, H), (B, k)) for B in range(1, SMALL_TOKENS + 1)}
         self._mask_view: npt.NDArray[np.bool_] = mask.numpy()  # shares its memory
         self._placement = Placement.of(self._mask_view, resident, 0)
         self._staged: StagedJob | None = None
@@ -131,6 +145,14 @@ class LayerRunner:
                 f"layer {index} has a submission already: call sync_forward before the next "
                 "submit_forward"
             )
+        if (
+            is_plain(hidden, ids, weights)
+            and (hidden.shape, ids.shape) in self._small_calls
+            and weights.shape == ids.shape
+            and not self._chain.has_deferred
+        ):
+            self._submit_small(hidden, ids, weights)
+            return
         check_call(hidden, ids, weights, self._shape)
         placement = self._placed()
         following = self._following()
@@ -153,7 +175,33 @@ class LayerRunner:
             if incoming is not None:
                 incoming.discard()
             raise
-        self._pending = Pending(hidden.shape[0], hidden.device, job, incoming, fault)
+        self._pending = Pending(hidden.shape, hidden.device, job, incoming, fault)
+
+    def _submit_small(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """`submit` for tensors that need neither checks nor copies."""
+        self._placed()
+        self._staged = None
+        out, (tokens, k) = torch.empty_like(hidden), ids.shape
+        running = self._layer.small(
+            tokens,
+            k,
+            hidden.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            self._mask_address,
+            out.data_ptr(),
+            out,
+        )
+        fault: Exception | None = None
+        if running.missing >= 0:
+            fault = self._not_loaded(running.missing)
+        if running.ignored:
+            self.ignored_ids += running.ignored
+            if self._strict:
+                fault = self._out_of_range(running.ignored)
+        self._pending = Pending(out.shape, out.device, SmallJob(running, out), None, fault)
 
     def sync(self, hidden: torch.Tensor, cuda_stream: int | None) -> torch.Tensor:
         """See `KTMoEWrapper.sync_forward`."""
@@ -164,16 +212,17 @@ class LayerRunner:
             )
         if not isinstance(hidden, torch.Tensor):
             raise TypeError(f"hidden_states must be a tensor, not {type(hidden).__name__}")
-        expected = (pending.tokens, self._shape.hidden_size)
-        if tuple(hidden.shape) != expected or hidden.device != pending.device:
+        if hidden.shape != pending.shape or hidden.device != pending.device:
             raise ValueError(
                 f"hidden_states has shape {tuple(hidden.shape)} on {hidden.device}, but "
-                f"{expected} on {pending.device} was submitted"
+                f"{tuple(pending.shape)} on {pending.device} was submitted"
             )
         self._pending = None
-        stream = self._stream(hidden.device, cuda_stream)
+        stream = self._stream(pending.device, cuda_stream)
         try:
             if pending.fault is not None:
+                if pending.job is not None:
+                    pending.job.discard()
                 raise pending.fault
             assert pending.job is not None
             output = pending.job.result(stream)

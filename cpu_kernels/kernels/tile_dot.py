@@ -1,7 +1,7 @@
 """Dot kernels for a matrix unit: a strip times up to 16 or 32 tokens, block by block.
 
-Same call and same sums as in `dot`, for any count from 1 to M: rows of a block beyond `count` are
-computed from zeros and their sums, which the caller has room for, mean nothing.
+Same call and same sums as in `dot`, for any count from 1 to M. Sums of a block beyond `count`,
+which the caller has room for, mean nothing.
 
 A block of activations is gathered from the tokens' rows: 16 x 64 bytes per group of 32 inputs, 16
 loads and stores beside 32 (MXFP4: 64) cycles of the matrix unit. Packed rows of BF16 are B
@@ -12,6 +12,9 @@ by vector: exact sums, so the bits are those of `dot`. BF16 sums in the order of
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, I64, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.dsl.tiles import (
@@ -42,22 +45,44 @@ MXFP4_CONFIG = TileConfig((_PLANE, _PLANE, _QUADS, _QUADS, _WHOLE, _WHOLE, _WHOL
 BF16_CONFIG = TileConfig((_WHOLE,) * 8)
 
 
+_UNROLLED = 4
+"""Tokens per turn of the loops beside the matrix unit, which else are longer than its products."""
+
+
 class _Block:
-    """Encoded rows of up to `most` tokens, one group at a time: 64 bytes of each."""
+    """Encoded rows of up to `most` tokens, one group at a time: 64 bytes of each.
+
+    Attributes:
+        count: the caller's, rounded up to whole turns; the tokens added repeat the first one.
+        base: address of the gathered rows, 64 bytes apart.
+    """
 
     def __init__(self, emit: Emit, rows: Val, count: Val, most: int) -> None:
-        self._emit, self._rows, self._count = emit, rows, count
+        self._emit = emit
+        self.count = (count + (_UNROLLED - 1)) & -_UNROLLED
         self.base = emit.scratch(most * ROW_BYTES)
-        with emit.loop(0, emit.i64(most)) as token:  # tokens beyond `count` stay zero
+        self._rows = emit.scratch(most * 8)
+        with emit.loop(0, emit.i64(most)) as token:
+            row = emit.load(rows + (token < count).select(token, 0) * 8, I64, align=8)
+            emit.store(self._rows + token * 8, row, align=8)
+            # a register is loaded whole: what is not gathered is zero
             emit.store(self.base + token * ROW_BYTES, emit.splat(0, I8, ROW_BYTES), align=64)
+
+    @contextmanager
+    def tokens(self) -> Iterator[list[tuple[Val, Val]]]:
+        """A loop over (token, address of its row), some at a time."""
+        emit = self._emit
+        with emit.loop(0, self.count, step=_UNROLLED) as first:
+            turn = [first + i for i in range(_UNROLLED)]
+            yield [(token, emit.load(self._rows + token * 8, I64, align=8)) for token in turn]
 
     def gather(self, group: Val) -> None:
         """Fetch the tokens' bytes of a group."""
         emit = self._emit
-        with emit.loop(0, self._count) as token:
-            row = emit.load(self._rows + token * 8, I64, align=8)
-            values = emit.load(row + group * ROW_BYTES, I8, ROW_BYTES, align=64)
-            emit.store(self.base + token * ROW_BYTES, values, align=64)
+        with self.tokens() as turn:
+            for token, row in turn:
+                values = emit.load(row + group * ROW_BYTES, I8, ROW_BYTES, align=64)
+                emit.store(self.base + token * ROW_BYTES, values, align=64)
 
 
 def mxfp4_tile_dot(
@@ -75,7 +100,7 @@ def mxfp4_tile_dot(
     tiles = Tiles(emit, MXFP4_CONFIG)
     block = _Block(emit, rows, count, ROWS)
     totals = emit.scratch(2 * PANELS * REGISTER_BYTES)  # of [panel][plane], as registers
-    with emit.when(begin.equals(0)), emit.loop(0, count) as token:
+    with emit.when(begin.equals(0)), emit.loop(0, block.count) as token:
         for panel in range(PANELS):
             at = sums + token * _SUMS_STRIDE + 64 * panel
             emit.store(at, emit.splat(0.0, F32, 16), align=64)
@@ -95,17 +120,17 @@ def mxfp4_tile_dot(
             tiles.store(4 + n, totals + REGISTER_BYTES * n, stride)
         scale_at = scales + (group - begin) * STRIP_ROWS
         scale = [mxfp4_scales(emit, scale_at + 16 * panel) for panel in range(PANELS)]
-        with emit.loop(0, count) as token:
-            row = emit.load(rows + token * 8, I64, align=8)
-            factor = emit.load(row + groups * PLANE_BYTES + group * META_BYTES, F32, align=4)
-            for panel in range(PANELS):
-                planes = totals + token * ROW_BYTES + 2 * REGISTER_BYTES * panel
-                high = emit.load(planes, I32, 16, align=64)
-                low = emit.load(planes + REGISTER_BYTES, I32, 16, align=64)
-                product = ((high << 8) + low).to_float() * factor
-                to = sums + token * _SUMS_STRIDE + 64 * panel
-                old = emit.load(to, F32, 16, align=64)
-                emit.store(to, emit.op("scale_add", old, product, scale[panel]), align=64)
+        with block.tokens() as turn:
+            for token, row in turn:
+                factor = emit.load(row + groups * PLANE_BYTES + group * META_BYTES, F32, align=4)
+                for panel in range(PANELS):
+                    planes = totals + token * ROW_BYTES + 2 * REGISTER_BYTES * panel
+                    high = emit.load(planes, I32, 16, align=64)
+                    low = emit.load(planes + REGISTER_BYTES, I32, 16, align=64)
+                    product = ((high << 8) + low).to_float() * factor
+                    to = sums + token * _SUMS_STRIDE + 64 * panel
+                    old = emit.load(to, F32, 16, align=64)
+                    emit.store(to, emit.op("scale_add", old, product, scale[panel]), align=64)
 
 
 def bf16_tile_dot(most: int) -> KernelBody:

@@ -67,6 +67,7 @@ class PoolGroup:
         self._lock = threading.Lock()
         self._block = Arena(8 * f.GROUP_SLOTS)
         self._slots: Slots = self._block.bytes.view(np.int64)
+        self._words = memoryview(self._slots)  # the same, quicker to read one by one
         self.address = self._block.address
         futex = FUTEX_NUMBERS.get(platform.machine())
         if futex is None:
@@ -120,7 +121,7 @@ class PoolGroup:
     def check_process(self) -> None:
         """Raise in a forked child, where the workers do not exist, and after `stop`."""
         self._check_not_forked()
-        if self._slots[f.G_STOP]:
+        if self._words[f.G_STOP]:
             raise RuntimeError("the worker threads of hybrid_moe have been stopped")
 
     def _check_not_forked(self) -> None:
@@ -137,26 +138,35 @@ class PoolGroup:
             job: address of its slots, which are copied into the ring.
             owned: kept alive until the job is complete, even if nobody waits for it.
         """
+        sequence, ignored = self.launch(job, owned)
+        if sequence <= 0:
+            return Submission(0, 0, -sequence)
+        return Submission(sequence, ignored, -1)
+
+    def launch(self, job: int, owned: object) -> tuple[int, int]:
+        """`submit` without the names: the job's number, or -expert for a missing one; and the
+        number of ids out of range."""
         self.check_process()
         with self._lock:
             while self._pending() >= f.RING - 2:  # a host function may take one slot meanwhile
-                self._advance(int(self._slots[f.G_COMPLETED]) + 1)
-            self._forget_completed()
+                self._advance(self.completed + 1)
+            if self._in_flight:
+                self._forget_completed()
             # owned before it starts: an interrupt between the two lines must not free its memory
             key = next(self._keys)
             self._in_flight[key] = (_LAST_SEQUENCE, owned)
             sequence = self._launch(self.address, job, self._found_at)
             if sequence <= 0:
                 del self._in_flight[key]
-                return Submission(0, 0, -int(sequence))
-            self._in_flight[key] = (sequence, owned)
-            return Submission(sequence, int(self._found[0]), -1)
+            else:
+                self._in_flight[key] = (sequence, owned)
+            return sequence, int(self._found[0])
 
     def _pending(self) -> int:
-        return int(self._slots[f.G_SUBMITTED]) - int(self._slots[f.G_COMPLETED])
+        return self._words[f.G_SUBMITTED] - self._words[f.G_COMPLETED]
 
     def _forget_completed(self) -> None:
-        completed = int(self._slots[f.G_COMPLETED])
+        completed = self._words[f.G_COMPLETED]
         for key in [k for k, (s, _) in self._in_flight.items() if s <= completed]:
             del self._in_flight[key]
 
@@ -179,11 +189,11 @@ class PoolGroup:
     def completed(self) -> int:
         """Number of the newest job that is complete."""
         self._check_not_forked()  # the child has no mapping of the slots
-        return int(self._slots[f.G_COMPLETED])
+        return self._words[f.G_COMPLETED]
 
     def is_complete(self, sequence: int) -> bool:
         self._check_not_forked()  # the child has no mapping of the slots
-        return int(self._slots[f.G_COMPLETED]) >= sequence
+        return self._words[f.G_COMPLETED] >= sequence
 
     def stop(self) -> None:
         """Stop the threads; bounded, since a daemon thread may not hold up the exit."""

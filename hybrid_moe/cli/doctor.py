@@ -49,7 +49,8 @@ def doctor_sglang(json: bool) -> None:
         typer.echo(json_module.dumps(report.to_dict(), indent=2))
     else:
         facts("SGLang", sglang_facts(report))
-        facts("Relied on", {name: problem or "ok" for name, problem in report.problems.items()})
+        broken = {name: problem for name, problem in report.problems.items() if problem}
+        facts(f"{len(broken)} of {len(report.problems)} things relied on have changed", broken)
     if report.broken:
         raise typer.Exit(1)
 

@@ -23,7 +23,7 @@ from tests.cpu_kernels.cases import (
     random_batch,
     to_bf16,
 )
-from tests.cpu_kernels.emulation import RUNNABLE
+from tests.cpu_kernels.emulation import QUICK, RUNNABLE
 from tests.reference import assert_within
 
 SHAPES = [(32, 32), (96, 64), (64, 160), (352, 96)]
@@ -37,7 +37,7 @@ TierNames = pytest.mark.parametrize("name", TIERS)
 @functools.lru_cache(maxsize=64)
 def _layer(fmt_name: str, name: str, shape: tuple[int, int]) -> tuple[Case, ExpertLayer]:
     case = Case.random(FORMATS[fmt_name], *shape)
-    return case, case.layer(RUNNABLE[name])
+    return case, case.layer(QUICK[name])
 
 
 @functools.lru_cache(maxsize=64)

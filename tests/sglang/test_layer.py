@@ -116,6 +116,20 @@ def test_any_set_of_hot_experts(
         assert_close(batch.through(layer), batch, qwen)
 
 
+def test_codes_are_not_taken_for_weights(qwen: FamilyFixture, options: None) -> None:
+    layer = new_layer(qwen)
+    codes = torch.zeros(qwen.intermediate, qwen.hidden // 2, dtype=torch.uint8)
+
+    def give(expert: int) -> None:
+        layer.w13_weight.weight_loader(
+            layer.w13_weight, codes, "experts.w13_weight", shard_id="w1", expert_id=expert
+        )
+
+    give(3)  # a cold one: SGLang has no use for it
+    with pytest.raises(ValueError, match=r"uint8 codes, .*--kt-num-gpu-experts 0"):
+        give(1)
+
+
 def test_the_first_experts_by_default(qwen: FamilyFixture, options: None) -> None:
     layer = new_layer(qwen)
     load(layer, qwen)

@@ -52,7 +52,8 @@ class ManualGroup(PoolGroup):
         completed = int(self._slots[f.G_COMPLETED])
         if int(self._slots[f.G_SUBMITTED]) == completed:
             return False
-        assert self._help_until(self.address, completed + 1, 0, 0, 1) == 1
+        while self._help_until(self.address, completed + 1, 0, 0, 1) == 0:
+            continue  # it gives up after some time, for the sake of Ctrl-C
         return True
 
     def would_block(self, function: int, user_data: int) -> bool:

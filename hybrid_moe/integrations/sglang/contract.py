@@ -230,7 +230,14 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     Requirement(
         "sglang.srt.layers.quantization.base_config:FusedMoEMethodBase", "the base of methods"
     ),
-    Requirement(f"{_SCHEDULER}.run_batch", "knowing that a scheduler runs the steps"),
+    Requirement(
+        f"{_SCHEDULER}.run_batch", "steps and their numbers", uses("forward_ct", "forward_iter")
+    ),
+    Requirement(
+        "sglang.srt.managers.schedule_batch:ScheduleBatch",
+        "the requests of a step",
+        has_fields("reqs", "forward_iter"),
+    ),
     Requirement(
         f"{_SCHEDULER}.process_batch_result",
         "failing the requests of a step",

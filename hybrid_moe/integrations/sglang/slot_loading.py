@@ -47,6 +47,7 @@ def slot_loader(layer: Any, experts: GpuExperts, original: WeightLoader) -> Weig
             # A parameter that every rank has whole is indexed by id, the others by slot.
             at = physical if everywhere else experts.slot_of.get(physical)
             if at is not None:
+                _check_not_packed(layer, param, loaded_weight, weight_name)
                 layer._weight_loader_impl(
                     param=param,
                     loaded_weight=loaded_weight,
@@ -65,6 +66,18 @@ def physical_to_logical(layer: Any, num_experts: int) -> torch.Tensor:
         return torch.arange(num_experts)
     mapping: torch.Tensor = metadata.physical_to_logical_map_cpu[layer.layer_id]
     return mapping.to(torch.int64).contiguous()
+
+
+def _check_not_packed(
+    layer: Any, param: torch.nn.Parameter, loaded: torch.Tensor, weight_name: str
+) -> None:
+    """Codes of a quantized checkpoint must not be cast to weights."""
+    if param.dtype.is_floating_point and loaded.dtype in (torch.uint8, torch.int8):
+        raise ValueError(
+            f"{weight_name} of layer {layer.layer_id} is {loaded.dtype} codes, but SGLang's method "
+            f"for the experts on the GPU takes {param.dtype} weights: give the unquantized "
+            "checkpoint as --model-path, or keep all experts on the CPU (--kt-num-gpu-experts 0)"
+        )
 
 
 def _hot_rows(

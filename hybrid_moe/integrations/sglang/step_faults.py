@@ -62,7 +62,7 @@ class StepFaults:
         if error is not None:
             self._told, self._failing_until = error, scheduler.forward_ct
             logger.error("a step of hybrid_moe's experts failed: %s", error)
-        if self._told is not None and batch.forward_iter <= self._failing_until:
+        if self._told is not None and (batch.forward_iter or 0) <= self._failing_until:
             for request in batch.reqs:
                 end(request, f"hybrid_moe: {self._told}")
 

@@ -1,0 +1,208 @@
+"""The SGLang command that a plan becomes, and the `plan` and `serve` commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hybrid_moe.cli import app
+from hybrid_moe.integrations.sglang.gpu_experts import PROFILE
+from hybrid_moe.placement_profile import read_profile, write_profile
+from hybrid_moe.planning import DoesNotFitError, Model, make_plan, read_model
+from hybrid_moe.planning.plan import GPU
+from hybrid_moe.planning.serving import ServerCommand, server_command
+from tests.hybrid_moe.planning.cases import GIB, request
+from tests.hybrid_moe.planning.conftest import Fake
+
+MACHINE = ("--ram-bandwidth", "80", "--gmacs", "1000", "--threads", "16", "--pools", "1")
+EVERYWHERE = {
+    "--kt-method": "MXFP4", "--kt-cpuinfer": "16", "--kt-threadpool-count": "1",
+    "--context-length": "8192", "--max-total-tokens": "8192", "--max-running-requests": "4",
+    "--chunked-prefill-size": "2048", "--disable-shared-experts-fusion": "",
+}  # fmt: skip
+
+
+def run(*arguments: object, **options: Any) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments], **options)
+
+
+def flags(command: ServerCommand) -> dict[str, str]:
+    """Flag -> its value, "" for a switch."""
+    assert command.arguments[1:3] == ("-m", "sglang.launch_server")
+    found: dict[str, str] = {}
+    for word in command.arguments[3:]:
+        if word.startswith("--"):
+            assert word not in found, f"{word} twice"
+            found[word] = ""
+        else:
+            found[list(found)[-1]] = word
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ("16GB", {"--moe-runner-backend": "marlin", "--swa-full-tokens-ratio": "0.844"}),
+        ("2x16GB", {"--tp-size": "2", "--moe-runner-backend": "marlin",
+                    "--swa-full-tokens-ratio": "0.844"}),
+    ],
+)  # fmt: skip
+def test_flags_on_gpus(gpt_oss: Model, gpus: str, expected: dict[str, str]) -> None:
+    plan = make_plan(gpt_oss, request(gpus))
+    found = flags(server_command(plan))
+    assert found.pop("--model-path") == found.pop("--kt-weight-path") == str(gpt_oss.path)
+    assert found.pop("--kt-num-gpu-experts") == str(plan.placement.most) != "0"
+    fraction = float(found.pop("--mem-fraction-static"))
+    assert found == EVERYWHERE | expected
+    static = sum(p.nbytes for p in plan.parts if p.place == GPU and not p.assumed)
+    assert static <= fraction * plan.request.room + GIB / 32
+    ratio = float(found["--swa-full-tokens-ratio"])
+    assert plan.cache.window_tokens is not None
+    assert ratio * plan.cache.tokens >= plan.cache.window_tokens
+
+
+def test_original_and_converted(fake: Fake) -> None:
+    model = read_model(fake("Qwen3-30B-A3B-MXFP4"), fake("Qwen3-30B-A3B"))
+    found = flags(server_command(make_plan(model, request("24GB"))))
+    assert found["--model-path"] == str(fake("Qwen3-30B-A3B"))
+    assert found["--kt-weight-path"] == str(fake("Qwen3-30B-A3B-MXFP4"))
+    assert (found["--kt-method"], found["--moe-runner-backend"]) == ("MXFP4", "triton")
+
+
+def test_on_the_cpu_alone(fake: Fake, gpt_oss: Model) -> None:
+    model = read_model(fake("Qwen3-30B-A3B-MXFP4"))
+    found = flags(server_command(make_plan(model, request())))
+    assert found["--device"] == "cpu" and found["--kt-num-gpu-experts"] == "0"
+    assert not {"--mem-fraction-static", "--moe-runner-backend"} & found.keys()
+    with pytest.raises(ValueError, match=r"no attention kernel for gpt_oss on the CPU.*generate"):
+        server_command(make_plan(gpt_oss, request()))
+
+
+def test_a_profile_goes_through_the_environment(gpt_oss: Model, tmp_path: Path) -> None:
+    file = tmp_path / "hot experts.json"
+    write_profile(file, {layer.layer: [1, 2] for layer in gpt_oss.layers})
+    plan = make_plan(gpt_oss, request("24GB", profile=read_profile(file)))
+    command = server_command(plan)
+    assert command.environment == {PROFILE: str(file)}
+    assert command.text.startswith(f"{PROFILE}='{file}' python -m sglang.launch_server \\\n    --")
+    assert flags(command)["--kt-num-gpu-experts"] == "2"
+
+
+def test_what_does_not_fit_is_not_served(gpt_oss: Model) -> None:
+    with pytest.raises(DoesNotFitError, match="GPU memory"):
+        server_command(make_plan(gpt_oss, request("2GB")))
+
+
+@pytest.mark.parametrize("flag", ["--context-length=5", "--tp", "--kt-method", "--model-path"])
+def test_flags_that_the_plan_decides(gpt_oss: Model, flag: str) -> None:
+    with pytest.raises(ValueError, match=f"{flag.partition('=')[0]} is decided by the plan"):
+        server_command(make_plan(gpt_oss, request("24GB")), extra=[flag, "2"])
+
+
+def test_sglang_knows_every_flag(fake: Fake, gpt_oss: Model) -> None:
+    server_args = pytest.importorskip("sglang.srt.server_args")
+    qwen = read_model(fake("Qwen3-30B-A3B-MXFP4"))
+    for plan in (make_plan(gpt_oss, request("2x24GB")), make_plan(qwen, request())):
+        parser = argparse.ArgumentParser()
+        server_args.ServerArgs.add_cli_args(parser)
+        parser.parse_args(server_command(plan).arguments[3:])
+
+
+# The commands -----------------------------------------------------------------------------------
+
+
+def test_plan_prints_and_writes(fake: Fake, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    result = run("plan", fake("gpt-oss-20b"), "--gpu", "16GB", "--ram", "64GB", "--context", 4096,
+                 "--gpu-experts", 8, *MACHINE, "--json", file, env={"COLUMNS": "120"})  # fmt: skip
+    assert result.exit_code == 0, result.output
+    document = json.loads(file.read_text())
+    for fact in (
+        "gpt_oss", "32 in each of 24 layers, 4 per token", "80.0 GB/s, 1000 GMAC/s (as given)",
+        f"{document['gpu_experts']['0']} per layer", "all, of 16.00 GiB", "all, of 64.00 GiB",
+        f"Decode: {document['decode']['tokens_per_second']:.1f} tok/s predicted",
+        "limit: RAM bandwidth", "would help: more experts on the GPU",
+    ):  # fmt: skip
+        assert fact in result.stdout, fact
+
+
+def test_plan_shows_what_does_not_fit_and_fails(fake: Fake) -> None:
+    result = run("plan", fake("gpt-oss-20b"), "--ram", "4GB", *MACHINE)
+    assert result.exit_code == 2
+    assert "routed experts" in result.stdout
+    assert "hybrid-moe: memory is too small by" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "big"], 'size "big"'),
+        (["--ram", "x"], 'size "x"'),
+        (["--gpu-experts", "3"], "need a GPU"),
+        (["--method", "INT3"], "unknown method"),
+        (["--profile", "/nowhere"], "/nowhere"),
+        (["--ceilings", "/nowhere", *MACHINE], "not both"),
+    ],
+)
+def test_mistakes_are_one_paragraph(fake: Fake, arguments: list[str], message: str) -> None:
+    machine = [] if MACHINE[0] in arguments else MACHINE
+    result = run("plan", fake("gpt-oss-20b"), *arguments, *machine)
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_half_a_machine(fake: Fake) -> None:
+    result = run("plan", fake("gpt-oss-20b"), "--ram-bandwidth", 80)
+    assert result.exit_code == 2 and "give both" in result.stderr
+
+
+def test_serve_prints_the_command(fake: Fake) -> None:
+    result = run("serve", "--model", fake("gpt-oss-20b"), "--gpu", "16GB", *MACHINE, "--dry-run",
+                 "--", "--port", "4000")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("python -m sglang.launch_server \\\n    --model-path ")
+    assert result.stdout.endswith("    --port 4000\n")
+    assert "computed, not measured" in result.stderr
+
+
+def test_serve_without_sglang(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run("serve", "--model", fake("gpt-oss-20b"), "--gpu", "16GB", *MACHINE)
+    assert result.exit_code == 2
+    assert 'sglang is not installed: pip install "hybrid-moe[sglang]"' in result.stderr
+
+
+def test_serve_becomes_the_server(gpt_oss: Model, tmp_path: Path) -> None:
+    """With a stand-in for SGLang that prints what it was given and fails."""
+    package = tmp_path / "sglang"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "launch_server.py").write_text(
+        f"import os, sys\nprint('SERVER', os.getpid(), os.environ['{PROFILE}'], *sys.argv[1:])\n"
+        "sys.exit(7)\n"
+    )
+    profile = tmp_path / "hot.json"
+    write_profile(profile, {layer.layer: [0] for layer in gpt_oss.layers})
+    arguments = ("serve", "--model", gpt_oss.path, "--gpu", "24GB", "--profile", profile, *MACHINE,
+                 "--", "--port", "1")  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from hybrid_moe.cli import main; main()", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    out, error = process.communicate()
+    assert process.returncode == 7, error
+    server = re.search(r"^SERVER (\d+) (\S+) (.*)$", out, re.MULTILINE)
+    assert server is not None
+    assert int(server[1]) == process.pid  # the same process: signals reach the server
+    assert server[2] == str(profile)
+    assert "--kt-num-gpu-experts 1" in server[3] and server[3].endswith("--port 1")
