@@ -47,13 +47,12 @@ from hybrid_moe.cpu_kernels.jit.translate import translate
 from hybrid_moe.cpu_kernels.job import StagedJob
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.pool.group import PoolGroup
+from hybrid_moe.cpu_kernels.pool.group import FUTEX_NUMBERS, PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 
 Samples = npt.NDArray[np.int64]
 
 LOOPS = ("fork_join", "ask", "answer")
-_FUTEX = {"x86_64": 202, "aarch64": 98}
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def bare_signal(loops: Mapping[str, Callable[..., int]], asleep: bool, count: in
     words = np.zeros(fork_join.SIGNAL_WORDS + 8, np.int64)
     at = words.ctypes.data + -words.ctypes.data % 64
     samples = np.zeros(count, np.int64)
-    futex = _FUTEX[platform.machine()]
+    futex = FUTEX_NUMBERS[platform.machine()]
 
     def answer() -> None:
         os.sched_setaffinity(0, {there})  # 0 is this thread

@@ -37,6 +37,7 @@ from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier
 from hybrid_moe.cpu_kernels.jit.compile import assembly
 from hybrid_moe.cpu_kernels.kernels.formats import FORMAT_KERNELS
 from hybrid_moe.cpu_kernels.kernels.library import functions_of, kernel_set, tile_sizes
+from hybrid_moe.cpu_kernels.kernels.tile_dot import TURN
 from hybrid_moe.cpu_kernels.panels import PANEL_ROWS, STRIP_ROWS
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
@@ -177,25 +178,25 @@ def count_tiers() -> list[Point]:
     for tier in TIERS.values():
         if platform.machine() == "x86_64" and "neon" not in tier.all_features:
             one = step_counts(KERNEL, tier)
-            most, many = _tile_counts(tier)
+            most, many = tile_counts(tier)
             points.append({
                 "tier": tier.name,
                 "instructions": sum(one.values()) / LINES,
                 "tile": most,
-                "tile_instructions": many / LINES / most,
+                "tile_instructions": sum(many.values()) / LINES / most,
             })  # fmt: skip
     return points
 
 
-def _tile_counts(tier: Tier) -> tuple[int, float]:
+def tile_counts(tier: Tier) -> tuple[int, Counter[Instruction]]:
     """Tokens of the largest kernel on unpacked codes, and its instructions for a strip."""
     functions = {name: body for name, _, body in functions_of("MXFP4", tier)}
     kind = "block" if tier.tiles else "tiled"
     most = max(int(name[len(kind) :]) for name in functions if name.startswith(kind))
     name = f"{kind}{most}"
     text = build_module([(name, 8, functions[name])], tier, "steps")
-    trips = (GROUPS, most if tier.tiles else STRIP_ROWS // PANEL_ROWS)
-    return most, sum(count(assembly(text, tier.target), name, trips).values())
+    trips = (GROUPS, most // TURN if tier.tiles else STRIP_ROWS // PANEL_ROWS)
+    return most, count(assembly(text, tier.target), name, trips)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ and memory were free.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -27,7 +29,11 @@ from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 
 ROWS = 16
 _WINDOW = 2048  # bytes of activations: well inside a first-level cache
-_STEPS_PER_CALL = 20_000
+_LEAST_STEPS = 20_000
+_LEAST_CALL = 2e-4
+_LEAST_CALL_PER_THREAD = 2e-5
+"""Seconds: threads take turns at the few lines of Python between two calls of machine code, which
+would else hold back the peak of many of them."""
 _UNROLL = 4
 _TWO_PLANES = "activations in two 8-bit planes: two byte products a product"
 
@@ -226,10 +232,23 @@ def _run(op: MacOp, kernel: PeakKernel, pool: PoolConfig, tier: Tier, seconds: f
     aligned = words.ctypes.data + -words.ctypes.data % 64
     outs = [np.zeros(kernel.out_bytes, np.uint8) for _ in range(pool.threads)]
 
-    def call(thread: int) -> None:
-        function(aligned, aligned + 1024, _STEPS_PER_CALL, outs[thread].ctypes.data)
+    def call(steps: int, thread: int) -> None:
+        function(aligned, aligned + 1024, steps, outs[thread].ctypes.data)
 
-    return repetitions_per_second(pool, call, seconds) * _STEPS_PER_CALL * kernel.macs_per_step
+    steps = _enough_steps(call, pool.threads)
+    calls_per_second = repetitions_per_second(pool, functools.partial(call, steps), seconds)
+    return calls_per_second * steps * kernel.macs_per_step
+
+
+def _enough_steps(call: Callable[[int, int], None], threads: int) -> int:
+    """Steps whose time makes what surrounds `call(steps, thread)` small."""
+    steps = _LEAST_STEPS
+    while True:
+        begin = time.perf_counter()
+        call(steps, 0)
+        if time.perf_counter() - begin >= max(_LEAST_CALL, _LEAST_CALL_PER_THREAD * threads):
+            return steps
+        steps *= 2
 
 
 def mac_ceiling(

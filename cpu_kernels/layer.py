@@ -20,8 +20,8 @@ from hybrid_moe.cpu_kernels.pack import pack_gate_up, pack_rows
 from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, group_for
-from hybrid_moe.cpu_kernels.small import SmallJob, SmallPass, SmallShape, small_shape
 from hybrid_moe.cpu_kernels.slots import JobSlot, LiveMask, SlotReport, SlotScratch
+from hybrid_moe.cpu_kernels.small import SmallJob, SmallPass, fill, idle_jobs
 from hybrid_moe.cpu_kernels.unpack import RunAll, unpack_gate_up, unpack_rows
 from hybrid_moe.formats import WeightFormat
 from hybrid_moe.tensors import ExpertTensors, check_matrix
@@ -94,7 +94,7 @@ class ExpertLayer:
         self._closed = False
         self._pid = os.getpid()
         self._job_shapes: dict[tuple[int, int], JobShape] = {}
-        self._small_shapes: dict[tuple[int, int], SmallShape] = {}
+        self._small_jobs: dict[int, list[SmallJob]] = {}  # by tokens
         self._job_slots: weakref.WeakSet[JobSlot] = weakref.WeakSet()
         self._live_masks: dict[int, LiveMask] = {}
 
@@ -330,20 +330,21 @@ class ExpertLayer:
         for. The inputs may change as soon as this returns.
 
         Args:
-            tokens, top_k: T and k.
+            tokens, top_k: T and k; always the same k.
             x: of bf16 [T, H]. ids: of int64 [T, k]. weights: of float32 [T, k]. skip: of bool [E].
             out: of bf16 [T, H], written until `wait()` returns.
             owned: whatever holds `out`, kept alive until then.
         """
-        group, descriptor = self._ready()
-        shape = self._small_shapes.get((tokens, top_k))
-        if shape is None:
-            shape = small_shape(self._job_shape(descriptor, tokens, top_k))
-            self._small_shapes[tokens, top_k] = shape
-        job = group.idle.borrow(shape, SmallJob)
-        call = (tokens, x, ids, weights, skip, out)
-        owned = (self, self._arenas, descriptor, owned)
-        return SmallPass(group, job, self._descriptor_address, call, owned)
+        group, descriptor, idle = self._group, self._descriptor, self._small_jobs.get(tokens)
+        if group is None or descriptor is None or idle is None:
+            group, descriptor = self._ready()
+            idle = self._small_jobs[tokens] = idle_jobs(self._job_shape(descriptor, tokens, top_k))
+        try:
+            job = idle.pop()
+        except IndexError:
+            job = SmallJob(self._job_shape(descriptor, tokens, top_k))
+        fill(job, self._descriptor_address, tokens, x, ids, weights, skip, out)
+        return SmallPass(group, job, idle, (self, self._arenas, descriptor, owned))
 
     def _job_shape(self, descriptor: Slots, tokens: int, top_k: int) -> JobShape:
         key = (capacity_for(tokens), top_k)

@@ -1,12 +1,13 @@
 """Passes of a few tokens on raw addresses: what a decode step on CPU tensors pays in Python.
 
 Up to SMALL_TOKENS tokens are routed and encoded while they are submitted, so nothing has to be
-copied first, and what remains is one call of compiled code to start and one to wait.
+copied first, and what remains is one call of compiled code to start and one to wait. This is the
+only place where a microsecond of Python counts; hence the plain lists and few calls.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import os
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.job import INLINE_ENCODE_TOKENS as SMALL_TOKENS
@@ -14,37 +15,29 @@ from hybrid_moe.cpu_kernels.job import JobShape
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 
-__all__ = ["SMALL_TOKENS", "SmallJob", "SmallPass", "SmallShape"]
-
-
-@dataclass(frozen=True)
-class SmallShape(JobShape):
-    """The shape of a job whose inputs are elsewhere. Equal ones are the same object."""
-
-
-_shapes: dict[SmallShape, SmallShape] = {}
-
-
-def small_shape(shape: JobShape) -> SmallShape:
-    """The small shape of these sizes."""
-    values = {field.name: getattr(shape, field.name) for field in fields(JobShape)}
-    small = SmallShape(**values)
-    return _shapes.setdefault(small, small)
+__all__ = ["SMALL_TOKENS", "SmallJob", "SmallPass", "idle_jobs"]
 
 
 class SmallJob:
-    """Memory of one pass."""
+    """Memory of one pass whose inputs are elsewhere."""
 
-    def __init__(self, shape: SmallShape) -> None:
-        self.shape = shape
+    __slots__ = ("_template", "_workspace", "address", "slots")
+
+    def __init__(self, shape: JobShape) -> None:
         self._workspace = Workspace(shape.nbytes)
         self._template = shape.template(self._workspace)
-        self.slots = memoryview(self._template)
+        self.slots = self._template.data
         self.address = int(self._template.ctypes.data)
 
-    @property
-    def nbytes(self) -> int:
-        return self._workspace.nbytes
+
+_idle: dict[JobShape, list[SmallJob]] = {}
+os.register_at_fork(after_in_child=_idle.clear)  # the child has no mapping of their memory
+
+
+def idle_jobs(shape: JobShape) -> list[SmallJob]:
+    """Jobs of this shape that nobody uses; all layers share them. As many as were ever under way
+    at the same time."""
+    return _idle.setdefault(shape, [])
 
 
 class SmallPass:
@@ -55,40 +48,40 @@ class SmallPass:
         missing: an expert that is neither loaded nor skipped, so that nothing runs; or -1.
     """
 
-    __slots__ = ("_group", "_job", "_sequence", "ignored", "missing")
+    __slots__ = ("_group", "_idle", "_job", "_sequence", "ignored", "missing")
 
     def __init__(
-        self,
-        group: PoolGroup,
-        job: SmallJob,
-        descriptor: int,
-        call: tuple[int, int, int, int, int, int],
-        owned: object,
+        self, group: PoolGroup, job: SmallJob, idle: list[SmallJob], owned: object
     ) -> None:
-        """Start `job` for a layer's descriptor.
+        """Start `job`, whose slots are filled in.
 
         Args:
-            call: T, and the addresses of x, ids, weights, skip and out, see `ExpertLayer.small`.
+            idle: where the job goes afterwards.
             owned: kept alive until the pass is over.
         """
-        slots = job.slots
-        slots[f.J_LAYER] = descriptor
-        (
-            slots[f.J_TOKENS],
-            slots[f.J_X],
-            slots[f.J_IDS],
-            slots[f.J_WEIGHTS],
-            slots[f.J_SKIP],
-            slots[f.J_OUT],
-        ) = call
-        self._group, self._job = group, job
+        self._group, self._job, self._idle = group, job, idle
         self._sequence, self.ignored = group.launch(job.address, (owned, job))
-        self.missing = -1 if self._sequence > 0 else -self._sequence
-        if self.missing >= 0:
-            group.idle.give_back(job)
+        self.missing = -1
+        if self._sequence <= 0:
+            self.missing = -self._sequence
+            idle.append(job)
 
     def wait(self) -> None:
         """Return when the output is there, working on it meanwhile. To be called once."""
-        if self.missing < 0:
+        if self._sequence > 0:
             self._group.wait(self._sequence)
-            self._group.idle.give_back(self._job)
+            self._idle.append(self._job)
+
+
+def fill(
+    job: SmallJob, layer: int, tokens: int, x: int, ids: int, weights: int, skip: int, out: int
+) -> None:
+    """Fill in a job's slots, see `ExpertLayer.small`."""
+    slots = job.slots
+    slots[f.J_LAYER] = layer
+    slots[f.J_TOKENS] = tokens
+    slots[f.J_X] = x
+    slots[f.J_IDS] = ids
+    slots[f.J_WEIGHTS] = weights
+    slots[f.J_SKIP] = skip
+    slots[f.J_OUT] = out

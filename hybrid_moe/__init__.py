@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "KTMoEWrapper": "hybrid_moe.wrapper",
+    "check_errors": "hybrid_moe.faults",
     "generate_gpu_experts_masks": "hybrid_moe.placement",
     "from_pretrained": "hybrid_moe.integrations.transformers",
     "offload": "hybrid_moe.integrations.transformers",
@@ -23,6 +24,7 @@ _LAZY = {
 __all__ = [
     "KTMoEWrapper",
     "__version__",
+    "check_errors",
     "from_pretrained",
     "generate_gpu_experts_masks",
     "offload",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from hybrid_moe.faults import check_errors
     from hybrid_moe.integrations.transformers import from_pretrained, offload, register
     from hybrid_moe.placement import generate_gpu_experts_masks
     from hybrid_moe.wrapper import KTMoEWrapper

@@ -107,7 +107,7 @@ class Mailboxes:
     def __init__(self, answerer: Callable[[], Answerer] = _watcher) -> None:
         self._answerer = answerer
         self._idle: list[Mailbox] = []
-        self._blank: list[tuple[int, torch.Tensor]] = []  # addresses that nobody watches, and their page
+        self._blank: list[tuple[int, torch.Tensor]] = []  # not yet watched, with their page
         self._full = False
 
     def take(self, stream: Stream) -> Mailbox | None:

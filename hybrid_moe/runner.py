@@ -15,14 +15,13 @@ from hybrid_moe import faults
 from hybrid_moe.arguments import LayerShape
 from hybrid_moe.cpu_kernels.drivers.fields import IDS_COUNT, IDS_FAULT, IDS_PASS
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.cpu_kernels.small import SMALL_TOKENS
+from hybrid_moe.cpu_kernels.small import SMALL_TOKENS, SmallPass
 from hybrid_moe.deferral import Chain, split_deferred
 from hybrid_moe.staging import StagedJob, Stager
 from hybrid_moe.stream import Stream
 from hybrid_moe.submission import (
     Launched,
     NothingToDo,
-    SmallJob,
     check_call,
     is_plain,
     submit_direct,
@@ -35,7 +34,7 @@ Launch = Callable[[torch.Tensor, bool], Launched]
 that another layer collects."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pending:
     """A submission that waits for its sync.
 
@@ -115,6 +114,7 @@ class LayerRunner:
         self._placement = Placement.of(self._mask_view, resident, 0)
         self._staged: StagedJob | None = None
         self._pending: Pending | None = None
+        self._small: tuple[SmallPass, torch.Tensor] | None = None
         self._stager: Stager | None = None
         self._told_last = False
         self.ignored_ids = 0
@@ -140,7 +140,7 @@ class LayerRunner:
     ) -> None:
         """See `KTMoEWrapper.submit_forward`."""
         index = self._shape.layer_idx
-        if self._pending is not None:
+        if self._pending is not None or self._small is not None:
             raise RuntimeError(
                 f"layer {index} has a submission already: call sync_forward before the next "
                 "submit_forward"
@@ -177,9 +177,7 @@ class LayerRunner:
             raise
         self._pending = Pending(hidden.shape, hidden.device, job, incoming, fault)
 
-    def _submit_small(
-        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> None:
+    def _submit_small(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """`submit` for tensors that need neither checks nor copies."""
         self._placed()
         self._staged = None
@@ -194,35 +192,45 @@ class LayerRunner:
             out.data_ptr(),
             out,
         )
-        fault: Exception | None = None
+        self._small = running, out
+        self.ignored_ids += running.ignored
+
+    def _sync_small(self, hidden: torch.Tensor, running: SmallPass, out: torch.Tensor) -> None:
+        """The other half of `_submit_small`."""
+        if type(hidden) is not torch.Tensor or not hidden.is_cpu or hidden.shape != out.shape:
+            self._check_sync(hidden, out.shape, out.device)
+        self._small = None
+        running.wait()
+        if running.ignored and self._strict:
+            raise self._out_of_range(running.ignored)
         if running.missing >= 0:
-            fault = self._not_loaded(running.missing)
-        if running.ignored:
-            self.ignored_ids += running.ignored
-            if self._strict:
-                fault = self._out_of_range(running.ignored)
-        self._pending = Pending(out.shape, out.device, SmallJob(running, out), None, fault)
+            raise self._not_loaded(running.missing)
+
+    def _check_sync(self, hidden: torch.Tensor, shape: torch.Size, device: torch.device) -> None:
+        """Raise unless `hidden` looks like the batch that was submitted."""
+        if not isinstance(hidden, torch.Tensor):
+            raise TypeError(f"hidden_states must be a tensor, not {type(hidden).__name__}")
+        if hidden.shape != shape or hidden.device != device:
+            raise ValueError(
+                f"hidden_states has shape {tuple(hidden.shape)} on {hidden.device}, but "
+                f"{tuple(shape)} on {device} was submitted"
+            )
 
     def sync(self, hidden: torch.Tensor, cuda_stream: int | None) -> torch.Tensor:
         """See `KTMoEWrapper.sync_forward`."""
-        index, pending = self._shape.layer_idx, self._pending
+        if (small := self._small) is not None:
+            self._sync_small(hidden, *small)
+            return small[1]
+        pending = self._pending
         if pending is None:
             raise RuntimeError(
-                f"layer {index} has no submission: call submit_forward before sync_forward"
+                f"layer {self.layer_idx} has no submission: call submit_forward before sync_forward"
             )
-        if not isinstance(hidden, torch.Tensor):
-            raise TypeError(f"hidden_states must be a tensor, not {type(hidden).__name__}")
-        if hidden.shape != pending.shape or hidden.device != pending.device:
-            raise ValueError(
-                f"hidden_states has shape {tuple(hidden.shape)} on {hidden.device}, but "
-                f"{tuple(pending.shape)} on {pending.device} was submitted"
-            )
+        self._check_sync(hidden, pending.shape, pending.device)
         self._pending = None
         stream = self._stream(pending.device, cuda_stream)
         try:
             if pending.fault is not None:
-                if pending.job is not None:
-                    pending.job.discard()
                 raise pending.fault
             assert pending.job is not None
             output = pending.job.result(stream)
@@ -241,6 +249,9 @@ class LayerRunner:
 
     def close(self) -> None:
         """End what is under way."""
+        small, self._small = self._small, None
+        if small is not None:
+            small[0].wait()
         pending, self._pending = self._pending, None
         for job in (pending.job, pending.incoming) if pending is not None else ():
             if job is not None:

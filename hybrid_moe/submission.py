@@ -17,7 +17,6 @@ from hybrid_moe.arguments import LayerShape
 if TYPE_CHECKING:
     from hybrid_moe.cpu_kernels.job import Job
     from hybrid_moe.cpu_kernels.layer import ExpertLayer
-    from hybrid_moe.cpu_kernels.small import SmallPass
     from hybrid_moe.stream import Stream
 
 _Tensor = torch.Tensor
@@ -52,28 +51,6 @@ class DirectJob:
     def discard(self) -> None:
         """Wait, and drop the output."""
         self.job.wait()
-
-
-class SmallJob:
-    """A job of a few tokens on CPU tensors."""
-
-    __slots__ = ("_out", "_running")
-
-    def __init__(self, running: SmallPass, out: torch.Tensor) -> None:
-        self._running, self._out = running, out
-
-    @property
-    def tokens(self) -> int:
-        return int(self._out.shape[0])
-
-    def result(self, stream: Stream | None = None) -> torch.Tensor:
-        """Wait for the output."""
-        self._running.wait()
-        return self._out
-
-    def discard(self) -> None:
-        """Wait, and drop the output."""
-        self._running.wait()
 
 
 @dataclass(frozen=True)
@@ -118,18 +95,22 @@ def submit_direct(
 def is_plain(hidden: Any, ids: Any, weights: Any) -> bool:
     """Whether compiled code may read a call's tensors as they are: on the CPU, contiguous, and of
     the types that it works with. Their shapes are not looked at."""
-    for tensor, dtype in ((hidden, _BF16), (ids, _INT64), (weights, _FLOAT32)):
-        if not (
-            type(tensor) is _Tensor
-            and tensor.dtype is dtype
-            and tensor.is_cpu
-            and tensor.layout is _STRIDED
-            and not tensor.is_nested
-            and not tensor.requires_grad
-            and tensor.is_contiguous()
-        ):
-            return False
-    return not (hidden.is_neg() or weights.is_neg())
+    return (
+        type(hidden) is type(ids) is type(weights) is _Tensor
+        and hidden.dtype is _BF16
+        and ids.dtype is _INT64
+        and weights.dtype is _FLOAT32
+        and hidden.is_cpu
+        and ids.is_cpu
+        and weights.is_cpu
+        and hidden.layout is ids.layout is weights.layout is _STRIDED
+        and not (hidden.is_nested or ids.is_nested or weights.is_nested)
+        and not (hidden.requires_grad or weights.requires_grad)
+        and not (hidden.is_neg() or weights.is_neg())
+        and hidden.is_contiguous()
+        and ids.is_contiguous()
+        and weights.is_contiguous()
+    )
 
 
 def check_call(

@@ -182,7 +182,9 @@ class KTMoEWrapper:
     @property
     def gpu_experts_mask(self) -> torch.Tensor:
         """bool [E] on the CPU: experts that the GPU computes. Change it in place; assignment copies
-        into it. Every submission works on the mask as it was when it was submitted."""
+        into it. Every submission works on the mask as it was when it was submitted; on CUDA
+        tensors: when its stream came to it, so that a non-blocking copy from the GPU on that stream
+        changes the mask together with what the GPU itself goes by."""
         return self._mask
 
     @gpu_experts_mask.setter
@@ -194,6 +196,12 @@ class KTMoEWrapper:
     def num_gpu_experts(self) -> int:
         """Experts that the mask puts on the GPU now."""
         return int(self._mask.sum())
+
+    @property
+    def mask_epoch(self) -> int:
+        """How many changes of the mask the latest run had seen; 0 before the first. On CUDA tensors
+        it is known when the run's results have arrived."""
+        return 0 if self._runner is None else self._runner.mask_epoch
 
     @property
     def loaded(self) -> bool:
@@ -353,7 +361,8 @@ class KTMoEWrapper:
                 deferred experts are called out of order.
             TypeError, ValueError: a tensor's dtype, shape or device; the message names it.
         """
-        self._loaded_runner().submit(hidden_states, topk_ids, topk_weights, cuda_stream)
+        runner = self._runner or self._loaded_runner()
+        runner.submit(hidden_states, topk_ids, topk_weights, cuda_stream)
 
     def sync_forward(
         self, hidden_states: torch.Tensor, cuda_stream: int | None = None
@@ -372,7 +381,7 @@ class KTMoEWrapper:
                 the GPU by the mask nor loaded; a worker failed.
             IndexError: `strict`, and ids were out of range.
         """
-        return self._loaded_runner().sync(hidden_states, cuda_stream)
+        return (self._runner or self._loaded_runner()).sync(hidden_states, cuda_stream)
 
     def forward(
         self,

@@ -173,7 +173,8 @@ def _dot_pairs(tiles: Tiles, c: int, a: int, b: int) -> None:
 def dot_bytes_meaning(c: Array, a: Array, b: Array) -> Array:
     """int64 [M, N], int8 [M, K], int8 [K / 4, N, 4] -> int64 [M, N]."""
     by_input = b.transpose(0, 2, 1).reshape(-1, b.shape[1]).astype(np.int64)
-    return c + a.astype(np.int64) @ by_input
+    total: Array = c + a.astype(np.int64) @ by_input
+    return total
 
 
 def dot_pairs_meaning(c: Array, a: Array, b: Array) -> Array:

@@ -28,13 +28,10 @@ logger = logging.getLogger(__name__)
 ABI = 3
 """Raise when the meaning of an address or descriptor that compiled code sees changes."""
 
+_THIS_FILE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # as imported
+
 _compile_lock = threading.Lock()  # LLVM's contexts as llvmlite uses them are not thread-safe
 _keep_alive: list[llvm.ExecutionEngine] = []  # code is never unloaded: workers may be inside it
-
-
-@functools.lru_cache(maxsize=1)
-def _this_file() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Target:
     def key(self) -> str:
         version = ".".join(map(str, llvm.llvm_version_info))
         triple = llvm.get_default_triple()
-        return f"{ABI}|{_this_file()}|{version}|{triple}|{self.cpu}|{self.features}"
+        return f"{ABI}|{_THIS_FILE}|{version}|{triple}|{self.cpu}|{self.features}"
 
 
 @functools.lru_cache(maxsize=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 import platform
 import time
 from pathlib import Path
@@ -17,32 +18,53 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[1]
 _FORMATS = Path(hybrid_moe.formats.__file__)
-_LOADED_BEFORE = time.time() - 2.0
-"""Modules of this package are imported together, within this time."""
+_START_FIELD = 19  # of /proc/PID/stat behind the name, in clock ticks since the system started
+
+
+def process_start() -> float:
+    """When this process started, in seconds since the epoch; 0 where the system does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    ticks = int(fields[_START_FIELD]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks)
+
+
+_BEFORE = process_start() - 1.0  # clocks are coarse
+"""Whatever is imported was read later than this."""
 
 
 def source_key(what: str) -> str | None:
     """What determines the IR of `what`, a name that says which functions of this package make it.
 
-    None if files have changed since they were imported: what runs here is not what is there.
+    None if files have changed since the process started: what runs here may not be what is there.
     """
-    digest = source_digest(_PACKAGE, _FORMATS, _LOADED_BEFORE)
+    digest = source_digest(_PACKAGE, _FORMATS, _BEFORE)
     return None if digest is None else f"{digest}|{what}"
 
 
-@functools.lru_cache(maxsize=4)
 def source_digest(package: Path, module: Path, before: float) -> str | None:
     """Hash of all Python files of a package and one more, none of them changed after `before`.
 
     A whole package, because a list of the files that matter would be wrong one day.
     """
-    versions = f"{platform.python_version()} {llvmlite.__version__}"
-    digest = hashlib.sha256(versions.encode())
-    files = [*sorted(package.rglob("*.py")), module]
-    for file in files:
-        if not file.is_file() or file.stat().st_mtime > before:
+    files = (*sorted(package.rglob("*.py")), module)
+    if len(files) == 1 or not all(file.is_file() for file in files):
+        return None
+    digest = _content_digest(files)
+    for file in files:  # once they are read; by ctime, since copies and installers set mtime
+        if file.stat().st_ctime > before:
             logger.debug("%s is new: compiled code is looked up by its IR", file)
             return None
+    return digest
+
+
+@functools.lru_cache(maxsize=4)
+def _content_digest(files: tuple[Path, ...]) -> str:
+    versions = f"{platform.python_version()} {llvmlite.__version__}"
+    digest = hashlib.sha256(versions.encode())
+    for file in files:
         text = file.read_bytes()
         digest.update(f"\0{file.name} {len(text)}\0".encode() + text)
-    return digest.hexdigest() if len(files) > 1 else None
+    return digest.hexdigest()

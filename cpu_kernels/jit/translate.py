@@ -2,9 +2,10 @@
 
 A driver assigns to names, loops (`while`, `for ... in range`), branches, returns, and calls `min`,
 `max`, intrinsics and other drivers. Globals are integers, or modules that hold them. A value is an
-int64 that wraps around, or a truth value. Quotients and remainders round down, as in Python;
-dividing by zero gives 0, since compiled workers cannot raise. Shifts are by 0 to 63, the right one
-keeps the sign. Everything else in a driver is an error that names the line.
+int64 that wraps around, or a truth value; `and` and `or` of integers are conditions, not values.
+Quotients and remainders round down, as in Python; dividing by zero gives 0, since compiled workers
+cannot raise. Shifts are by 0 to 63, the right one keeps the sign. Everything else in a driver is an
+error that names the line.
 
 Numba would take these sources too, but types and lowers them in 2.5 s, where this takes 0.2 s and a
 cold start may take 5 (AMD EPYC, Zen 3).
@@ -239,10 +240,19 @@ class _Translation:
         return self.builder.zext(value, I64) if value.type == I1 else value
 
     def truth(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.BoolOp):
+            return self.short_circuit(isinstance(node.op, ast.And), node.values, self.truth)
         value = self.value(node)
         if value.type == I1:
             return value
         return self.builder.icmp_signed("!=", value, ir.Constant(I64, 0))
+
+    def flag(self, node: ast.expr) -> Any:
+        """A truth value; not an integer, of which Python's `and` and `or` return either one."""
+        value = self.value(node)
+        if value.type != I1:
+            raise self.error(node, f"`{ast.unparse(node)}` is not a truth value")
+        return value
 
     def value(self, node: ast.expr) -> Any:
         match node:
@@ -262,7 +272,7 @@ class _Translation:
                 operands = self.integer(left), self.integer(right)
                 return self.builder.icmp_signed(_COMPARE[type(how)], *operands)
             case ast.BoolOp(op=how, values=values):
-                return self.short_circuit(isinstance(how, ast.And), values)
+                return self.short_circuit(isinstance(how, ast.And), values, self.flag)
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 branches = (lambda: self.integer(body)), (lambda: self.integer(orelse))
                 return self.choose(self.truth(test), *branches)
@@ -290,14 +300,16 @@ class _Translation:
             result.add_incoming(value, block)
         return result
 
-    def short_circuit(self, conjunction: bool, values: list[ast.expr]) -> Any:
-        """`and`, `or` as truth values: a later operand is evaluated only if it matters."""
-        first = self.truth(values[0])
+    def short_circuit(
+        self, conjunction: bool, values: list[ast.expr], evaluate: Callable[[ast.expr], Any]
+    ) -> Any:
+        """`and`, `or` as a truth value: a later operand is evaluated only if it matters."""
+        first = evaluate(values[0])
         if len(values) == 1:
             return first
 
         def rest() -> Any:
-            return self.short_circuit(conjunction, values[1:])
+            return self.short_circuit(conjunction, values[1:], evaluate)
 
         def known() -> Any:
             return ir.Constant(I1, not conjunction)
@@ -329,6 +341,8 @@ class _Translation:
         value = self.known(node)
         if not isinstance(value, int):
             raise self.error(node, f"`{ast.unparse(node)}` is not an integer")
+        if not -(2**63) <= value < 2**63:
+            raise self.error(node, f"`{ast.unparse(node)}` takes more than 64 bits")
         return ir.Constant(I1 if isinstance(value, bool) else I64, int(value))
 
     def known(self, node: ast.expr) -> Any:
@@ -336,9 +350,11 @@ class _Translation:
         match node:
             case ast.Constant(value=value):
                 return value
+            case ast.Name(id=name) if name in self.locals:
+                pass
             case ast.Name(id=name) if name in self.globals:
                 return self.globals[name]
-            case ast.Name(id=name) if name not in self.locals and hasattr(builtins, name):
+            case ast.Name(id=name) if hasattr(builtins, name):
                 return getattr(builtins, name)
             case ast.Attribute(value=owner, attr=name) if hasattr(self.known(owner), name):
                 return getattr(self.known(owner), name)

@@ -44,8 +44,7 @@ _QUADS = TileShape(GROUP // 4, ROW_BYTES)
 MXFP4_CONFIG = TileConfig((_PLANE, _PLANE, _QUADS, _QUADS, _WHOLE, _WHOLE, _WHOLE, _WHOLE))
 BF16_CONFIG = TileConfig((_WHOLE,) * 8)
 
-
-_UNROLLED = 4
+TURN = 4
 """Tokens per turn of the loops beside the matrix unit, which else are longer than its products."""
 
 
@@ -59,7 +58,7 @@ class _Block:
 
     def __init__(self, emit: Emit, rows: Val, count: Val, most: int) -> None:
         self._emit = emit
-        self.count = (count + (_UNROLLED - 1)) & -_UNROLLED
+        self.count = (count + (TURN - 1)) & -TURN
         self.base = emit.scratch(most * ROW_BYTES)
         self._rows = emit.scratch(most * 8)
         with emit.loop(0, emit.i64(most)) as token:
@@ -72,8 +71,8 @@ class _Block:
     def tokens(self) -> Iterator[list[tuple[Val, Val]]]:
         """A loop over (token, address of its row), some at a time."""
         emit = self._emit
-        with emit.loop(0, self.count, step=_UNROLLED) as first:
-            turn = [first + i for i in range(_UNROLLED)]
+        with emit.loop(0, self.count, step=TURN) as first:
+            turn = [first + i for i in range(TURN)]
             yield [(token, emit.load(self._rows + token * 8, I64, align=8)) for token in turn]
 
     def gather(self, group: Val) -> None:

@@ -34,7 +34,7 @@ class IdleJobs(Generic[T]):
         """An idle job of this shape, or a new one."""
         with self._lock:
             for index in range(len(self._jobs) - 1, -1, -1):
-                if (idle := self._jobs[index].shape) is shape or idle == shape:
+                if self._jobs[index].shape == shape:
                     return self._jobs.pop(index)
         return make(shape)
 

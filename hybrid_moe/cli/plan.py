@@ -66,7 +66,7 @@ def show(plan: Plan) -> None:
             "context": f"{request.context} tokens",
             "CPU": f"{request.cpu.read / 1e9:.1f} GB/s, "
             f"{request.cpu.macs[model.method.name] / 1e9:.0f} GMAC/s ({request.cpu.source}); "
-            f"{request.threads} threads in {request.pools} pools",
+            f"{request.threads} threads, pools: {request.pools}",
             **{f"GPU {i}": _gpu(g.nbytes, g.bandwidth, g.source)
                for i, g in enumerate(request.gpus)},
         },

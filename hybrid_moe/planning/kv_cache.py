@@ -30,18 +30,20 @@ class CacheRow:
         layers: how many.
         tokens: entries of each.
         nbytes: bytes of an entry.
-        divided: GPUs share the heads; else each has all of it.
+        heads: KV heads, which GPUs share; where there are more GPUs than heads, some have the same.
+            0: each has all of it.
     """
 
     what: str
     layers: int
     tokens: int
     nbytes: float
-    divided: bool = False
+    heads: int = 0
 
     def per_gpu(self, gpus: int) -> int:
         """Bytes on one of so many GPUs."""
-        return round(self.layers * self.tokens * self.nbytes / (gpus if self.divided else 1))
+        parts = min(gpus, self.heads) or 1
+        return round(self.layers * self.tokens * self.nbytes / parts)
 
     @property
     def formula(self) -> str:
@@ -155,11 +157,11 @@ def transformers_cache(config: Mapping[str, Any], context: int) -> KvCache:
 
 def _gqa_row(config: Mapping[str, Any], what: str, layers: int, tokens: int) -> CacheRow:
     """2 (key, value) x KV heads x head size x 2 bytes."""
-    heads = config.get("num_key_value_heads") or _number(config, "num_attention_heads")
+    heads = int(config.get("num_key_value_heads") or _number(config, "num_attention_heads"))
     size = config.get("head_dim")
     if not size:
         size = _number(config, "hidden_size") // _number(config, "num_attention_heads")
-    return CacheRow(what, layers, tokens, 2 * _BF16 * int(heads) * int(size), divided=True)
+    return CacheRow(what, layers, tokens, 2 * _BF16 * heads * int(size), heads)
 
 
 def _mla_entry(config: Mapping[str, Any]) -> int:

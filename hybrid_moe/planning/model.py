@@ -136,6 +136,7 @@ def read_model(path: Path, base: Path | None = None, method: str | None = None) 
     for source in sources:
         source.check_format(fmt)
     hot_possible = CONFIG_KEY not in rest.config
+    stored = sources if base is None else [rest.layer(source.layer) for source in sources]
     tensors = {k: t for k, t in rest.index.tensors.items() if k not in rest.expert_keys}
     parts: Counter[str] = Counter()
     for key, tensor in tensors.items():
@@ -148,11 +149,11 @@ def read_model(path: Path, base: Path | None = None, method: str | None = None) 
         family=str(checkpoint.config.get("model_type", "unknown")),
         config=checkpoint.text_config,
         method=fmt,
-        gpu_format=(rest.layer(first.layer).format if hot_possible else BF16).name,
+        gpu_format=(stored[0].format if hot_possible else BF16).name,
         hidden=first.hidden,
         intermediate=first.intermediate,
         top_k=_top_k(checkpoint),
-        layers=tuple(_layer(source, rest.layer(source.layer), fmt) for source in sources),
+        layers=tuple(_layer(*pair, fmt) for pair in zip(sources, stored, strict=True)),
         parts=dict(parts.most_common()),
         read_per_token=sum(t.nbytes for t in read),
         weights_per_token=sum(

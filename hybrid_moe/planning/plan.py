@@ -313,6 +313,8 @@ def _notes(model: Model, request: Request) -> list[str]:
         notes.append(f"the model was made for {limit} tokens, fewer than --context")
     if request.gpus:
         notes.append("no GPU has run this yet: GPU figures are computed, not measured")
+    else:
+        notes.append("everything is for Transformers, as `hybrid-moe generate` runs it")
     return notes
 
 

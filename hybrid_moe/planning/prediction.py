@@ -17,8 +17,9 @@ from hybrid_moe.planning.kv_cache import KvCache
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu
 from hybrid_moe.planning.model import Model
 
-READ_SHARE = 0.85
-"""Of the read bandwidth, at one token: 0.82 to 1.01 in docs/results."""
+READ_SHARE = 0.8
+"""Of the read bandwidth, at one token: 0.82 to 1.01 in docs/results; 0.78 for experts of 2.5 MB
+through `KTMoEWrapper`."""
 
 MAC_SHARE = 0.65
 """Of the peak multiply-accumulates, at 256 to 2048 tokens: 0.62 to 0.87 in docs/results."""
@@ -29,8 +30,9 @@ GPU_READ_SHARE, GPU_FLOP_SHARE = 0.75, 0.4
 TORCH_SHARE = 0.5
 """Assumed, of the CPU's ceilings in what torch computes beside the experts."""
 
-HANDOVER_S = 50e-6
-"""Assumed for each layer with experts on the CPU: copies both ways, flags, wake-up."""
+HANDOVER_S = 100e-6
+"""For each layer with experts on the CPU: the wake-up of workers that sleep while attention runs,
+and the wrapper. Measured with CPU tensors; assumed to be no more with a GPU's copies and flags."""
 
 _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6))
 
@@ -72,7 +74,7 @@ _HELP = {
     "GPU arithmetic": "a faster GPU, or more GPUs",
     "RAM bandwidth, rest": "a GPU, which takes everything but the routed experts",
     "CPU arithmetic, rest": "a GPU, which takes everything but the routed experts",
-    "hand-over": "nothing yet: this is the assumed price of each layer's way to the CPU and back",
+    "hand-over": "all experts of a layer on the GPU: this is the price of each layer on the CPU",
 }
 """By the name of the term that limits."""
 
@@ -87,7 +89,8 @@ def predict_decode(
     if not gpus:
         rest = model.read_per_token_16bit + cache.per_gpu() / 2
         terms.append(_read("RAM bandwidth, rest", "the rest", rest, cpu.read * TORCH_SHARE))
-        return _prediction(terms, terms[0].seconds + terms[1].seconds, 1)
+        terms.append(_handover(model, placement))
+        return _prediction(terms, sum(term.seconds for term in terms), 1)
     speed = min(gpu.bandwidth for gpu in gpus) * GPU_READ_SHARE
     hot = sum(k * (1 - placement.cold_share(layer)) * layer.on_gpu for layer in model.layers)
     rest = model.read_per_token / len(gpus) + cache.per_gpu(len(gpus)) / 2

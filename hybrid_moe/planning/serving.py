@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hybrid_moe.formats import MXFP4
-from hybrid_moe.placement_profile import PlacementProfile
 from hybrid_moe.planning.kv_cache import PAGE, kind_of
 from hybrid_moe.planning.plan import GPU, Plan
 
@@ -24,6 +23,9 @@ _CPU_FLAGS = (
     "--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled",
 )  # fmt: skip
 """SGLang without a GPU: PyTorch's own kernels, no graphs."""
+
+_CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
+"""SGLang's variable: without it, it looks for a GPU."""
 
 _RESERVED = (
     "--model-path", "--model", "--kt-weight-path", "--kt-method", "--kt-num-gpu-experts",
@@ -85,7 +87,9 @@ def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()
     words.append("--disable-shared-experts-fusion")
     words += _gpu_flags(plan) if request.gpus else _cpu_flags(plan)
     profile = plan.placement.profile
-    environment = {} if profile is None else _profile_environment(profile)
+    environment = {} if profile is None else {PLACEMENT_VARIABLE: str(profile.path)}
+    if not request.gpus:
+        environment[_CPU_ENGINE] = "1"
     return ServerCommand((python, "-m", "sglang.launch_server", *words, *extra), environment)
 
 
@@ -122,10 +126,6 @@ def _cpu_flags(plan: Plan) -> list[str]:
             f"or run `hybrid-moe generate --model {plan.model.path}`, which uses Transformers"
         )
     return [*_CPU_FLAGS]
-
-
-def _profile_environment(profile: PlacementProfile) -> dict[str, str]:
-    return {PLACEMENT_VARIABLE: str(profile.path)}
 
 
 def _check_extra(extra: Sequence[str]) -> None:

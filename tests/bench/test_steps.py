@@ -127,6 +127,16 @@ def test_the_kernel_multiplies_as_often_as_derived() -> None:
     assert limit == "vector pipes" and cycles > 4 * lines
 
 
+@X86
+@pytest.mark.parametrize("name", [t.name for t in TIERS.values() if t.machine != "aarch64"])
+def test_the_turns_of_a_tile_are_right(name: str) -> None:
+    """Every token's sums of a group are converted once, whatever the loops look like."""
+    tier = TIERS[name]
+    tokens, counts = steps.tile_counts(tier)
+    conversions = sum(n for i, n in counts.items() if i.mnemonic.endswith("cvtdq2ps"))
+    assert conversions == tokens * 2 * tier.registers_per_panel * GROUPS
+
+
 def test_a_clock_ticks() -> None:
     assert Clock(choose_tier()).measure(turns=1000) > 1e7
 

@@ -110,6 +110,21 @@ def test_peak_is_none_only_where_the_tier_lacks_the_op(op: MacOp) -> None:
     assert (row is None) == (peak is None)
 
 
+@pytest.mark.parametrize(("threads", "expected"), [(1, 320_000), (96, 2_560_000)])
+def test_calls_outlast_the_python_between_them(
+    threads: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor of a nanosecond a step."""
+    now = 0.0
+
+    def call(steps: int, thread: int) -> None:
+        nonlocal now
+        now += 1e-9 * steps
+
+    monkeypatch.setattr(ceilings.time, "perf_counter", lambda: now)
+    assert ceilings._enough_steps(call, threads) == expected
+
+
 @pytest.mark.parametrize("method", FORMAT_KERNELS)
 def test_every_format_has_a_ceiling(method: str) -> None:
     assert all(use.op in MAC_OPS for use in USES[method])

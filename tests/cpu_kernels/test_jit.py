@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -288,7 +289,7 @@ def test_the_source_digest(tmp_path: Path) -> None:
         file.write_text("A = 1\n")
 
     def digest(before: float = 2e12) -> str | None:
-        sources.source_digest.cache_clear()
+        sources._content_digest.cache_clear()
         return sources.source_digest(package, files[-1], before)
 
     seen = {digest()}
@@ -305,11 +306,41 @@ def test_the_source_digest(tmp_path: Path) -> None:
     assert digest() is None
 
 
+def test_a_file_that_took_the_place_of_an_imported_one(tmp_path: Path) -> None:
+    """Archives and installers keep the time of a file's content; its place is new all the same."""
+    package, module = tmp_path / "package", tmp_path / "formats.py"
+    package.mkdir()
+    for file in (package / "a.py", module):
+        file.write_text("A = 1\n")
+    imported = max(file.stat().st_ctime for file in (package / "a.py", module))
+    assert sources.source_digest(package, module, imported) is not None
+    time.sleep(0.02)  # more than a tick of the clock of files
+    (package / "new.py").write_text("A = 2\n")
+    os.utime(package / "new.py", (0, 0))
+    (package / "new.py").rename(package / "a.py")
+    assert sources.source_digest(package, module, imported) is None
+
+
+def test_when_the_process_started() -> None:
+    """Before anything was imported, and not when the machine started."""
+    script = """
+import time
+before = time.time()
+from hybrid_moe.cpu_kernels.jit import sources
+print(before - sources.process_start())
+"""
+    begin = time.time()
+    result = run_script(script)
+    assert result.returncode == 0, result.stderr
+    assert -0.1 <= float(result.stdout) <= time.time() - begin + 0.1
+
+
 def test_the_digest_covers_what_is_imported() -> None:
     """Every module that takes part in making IR is among the hashed files."""
     result = run_script(
         """
 import sys
+import time
 from pathlib import Path
 import hybrid_moe.cpu_kernels.kernels.library
 from hybrid_moe.cpu_kernels.drivers import drivers_ir

@@ -78,12 +78,21 @@ def test_a_forked_child_may_load_its_own(threads: int) -> None:
     """What the message advises works, also when the parent has threads of that configuration."""
     _run(
         """
+x, ids, weights = map(np.ascontiguousarray, batch)
+def small(layer):
+    out = np.zeros_like(x[:1])
+    at = [array.ctypes.data for array in (x, ids, weights)]
+    layer.small(1, ids.shape[1], *at, 0, out.ctypes.data, out).wait()
+    return out
 expected = layer.forward(*batch)
+assert np.array_equal(small(layer), expected[:1])
 def child():
     own = case.layer(pool=PoolConfig(threads))
     assert np.array_equal(own.forward(*batch), expected)
+    assert np.array_equal(small(own), expected[:1])
 assert in_child(child) == 0
 assert np.array_equal(layer.forward(*batch), expected)
+assert np.array_equal(small(layer), expected[:1])
 """,
         threads,
     )

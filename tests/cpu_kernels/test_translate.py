@@ -103,7 +103,8 @@ def compare(a: int, b: int) -> int:
 def logic(a: int, b: int) -> int:
     if (a > 0 and b > 0) or a == b:
         return 1
-    return 2 if (a and not b) else 3
+    either = a < 0 or b < 0
+    return either + 2 if (a and not b) else either
 
 
 OPERATORS = [
@@ -390,7 +391,7 @@ def test_routing(tokens: int) -> None:
 def test_every_driver_is_reached() -> None:
     """What a driver module defines is part of the compiled program, under its own name."""
     text = drivers.drivers_ir()
-    for module in ("worker", "route", "phases", "pack"):
+    for module in ("worker", "route", "phases", "pack", "host"):
         found = vars(importlib.import_module(f"{drivers.__name__}.{module}"))
         mine = [value for value in found.values() if isinstance(value, Driver)]
         assert mine
@@ -420,6 +421,10 @@ def test_every_driver_is_reached() -> None:
         ("a = a / 2", "drivers have no Div"),
         ("a **= 2", "drivers have no Pow"),
         ("a = 1.5", "`1.5` is not an integer"),
+        ("a = 1 << a if a else 0x8000000000000000", "takes more than 64 bits"),
+        ("a = a or 3", "`a` is not a truth value"),
+        ("a = a > 1 and (a < 9 or a)", "`a` is not a truth value"),
+        ("a = f.RING\n    f = a", "`f` is not known"),
         ("a = nothing", "`nothing` is not known"),
         ("a = len(a)", "`len` is neither driver nor intrinsic"),
         ("a = max(a, key=a)", "by position"),
@@ -441,6 +446,7 @@ def test_what_is_not_a_driver(
     path.write_text(
         "from __future__ import annotations\n"
         "from hybrid_moe.cpu_kernels.drivers.memory import driver, store64\n"
+        "from hybrid_moe.cpu_kernels.drivers import fields as f\n"
         "pair = 1, 2\n\n\n"
         f"@driver\ndef some(a: int) -> int:\n    {body}\n"
     )

@@ -6,6 +6,7 @@ and remembers what was asked of it.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,6 +48,20 @@ class FakeJob:
             skip=absent,
         )
         return y.astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+@dataclass
+class FakePass:
+    """See `hybrid_moe.cpu_kernels.small.SmallPass`."""
+
+    job: FakeJob
+    out: Any
+    ignored: int
+    missing: int
+
+    def wait(self) -> None:
+        if self.missing < 0:
+            self.out[:] = self.job.wait()
 
 
 class FakeExpertLayer:
@@ -118,6 +133,35 @@ class FakeExpertLayer:
         )
         self.jobs.append(job)
         return job
+
+    def small(
+        self,
+        tokens: int,
+        top_k: int,
+        x: int,
+        ids: int,
+        weights: int,
+        skip: int,
+        out: int,
+        owned: object,
+    ) -> FakePass:
+        def at(address: int, dtype: Any, *shape: int) -> Any:
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            buffer = (ctypes.c_char * size).from_address(address)
+            return np.frombuffer(buffer, dtype).reshape(shape)
+
+        given = at(ids, np.int64, tokens, top_k)
+        masked = at(skip, np.bool_, self.E)
+        valid = (given >= 0) & (given < self.E)
+        lost = valid & ~(self.resident | masked)[np.where(valid, given, 0)]
+        job = self.submit(
+            at(x, np.uint16, tokens, self.H),
+            given,
+            at(weights, np.float32, tokens, top_k),
+            masked,
+        )
+        missing = int(given[lost][0]) if lost.any() else -1
+        return FakePass(job, at(out, np.uint16, tokens, self.H), int((~valid).sum()), missing)
 
     def close(self) -> None:
         self.closed = True

@@ -208,7 +208,7 @@ def test_version() -> None:
 def test_help_imports_nothing_heavy() -> None:
     program = (
         "import sys\nfrom typer.testing import CliRunner\nfrom hybrid_moe.cli import app\n"
-        "for words in ([], ['generate'], ['inspect']):\n"
+        "for words in ([], ['generate'], ['inspect'], ['plan'], ['serve']):\n"
         "    assert CliRunner().invoke(app, [*words, '--help']).exit_code == 0\n"
         "heavy = {'torch', 'transformers', 'llvmlite'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -246,6 +246,7 @@ class Model:
                 strict=self.strict,
             )
             runner._stream = lambda device, handle: self.stream
+            runner._small_calls = set()  # for tensors on the CPU
             runner._stager = Stager(maker, self.mask, BufferPool())
             self.runners.append(runner)
 

@@ -92,12 +92,12 @@ class Batch(NamedTuple):
 
 class Upstream:
     def apply(self, layer: Any, dispatch_output: Any) -> None:
-        helper(layer, weight_loader=dispatch_output)
+        callee(layer, weight_loader=dispatch_output)
 
     def _private(self) -> None: ...
 
 
-def helper(layer: Any, weight_loader: Any = None) -> None: ...
+def callee(layer: Any, weight_loader: Any = None) -> None: ...
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def helper(layer: Any, weight_loader: Any = None) -> None: ...
         ("Upstream.apply", contract.calls_with("layer"), "expected (layer)"),
         ("Upstream.apply", contract.called_with("layer", "dispatch_output"), None),
         ("Upstream.apply", contract.called_with("layer"), "missing a required argument"),
-        ("helper", contract.called_with("layer"), None),
-        ("helper", contract.called_with("layer", "stream"), "unexpected keyword argument"),
-        ("Upstream.apply", contract.uses("helper", "weight_loader"), None),
+        ("callee", contract.called_with("layer"), None),
+        ("callee", contract.called_with("layer", "stream"), "unexpected keyword argument"),
+        ("Upstream.apply", contract.uses("callee", "weight_loader"), None),
         ("Upstream.apply", contract.uses("is_draft"), "no use of is_draft"),
         ("Upstream", contract.offers_only("apply", "submit"), None),
         ("Upstream", contract.offers_only("submit"), "methods that ours lacks: apply"),

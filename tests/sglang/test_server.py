@@ -3,9 +3,9 @@
 Minutes of starting servers, so only with HYBRID_MOE_TEST_SERVER=1 (`make test-sglang`).
 
 The server without `--kt-*` computes the same weights in BF16 with SGLang's own code. Its greedy
-tokens are the reference. BF16 sums in another order move them by hundredths of a nat; where the
-reference itself prefers a token by less than `TIE` nats, either choice is right, and the texts part
-there. Until then the distance to the second best token must agree as well, token by token.
+tokens are the reference. Where it prefers a token by less than `TIE` nats, either choice is right,
+and the texts part there; until then the distance to the second best token must agree within `TIE`
+as well, token by token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from hybrid_moe_sglang_shims import COUNTERS, FAULT, HOT, Counters
 
 from tests.sglang.server import Answer, Server
 
-TIE = 0.1
+TIE = 0.2
+"""Nats. BF16 arithmetic moves these distances by up to 0.10 against float32 in the same texts (256
+tokens of Transformers, eager experts), and here two BF16 computations are compared."""
+
 TOKENS = 32
 PROMPTS = (
     "Emma was surprised to see Mr. Knightley in the garden, and",

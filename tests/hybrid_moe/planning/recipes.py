@@ -86,6 +86,7 @@ def checkpoints() -> Iterator[None]:
             os.chdir(before)
 
 
+@cache
 def run(command: str) -> str:
     """The output of a `hybrid-moe` command, its errors last."""
     arguments = shlex.split(f"{command} {CPU}")
@@ -93,7 +94,7 @@ def run(command: str) -> str:
     if result.exit_code not in (0, 2):
         raise RuntimeError(f"{command}: {result.output}") from result.exception
     text = "\n".join(line.rstrip() for line in result.stdout.splitlines())
-    return text + ("\n" + result.stderr.strip() if result.exit_code else "")
+    return f"{text}\n{result.stderr.strip()}" if result.exit_code else text
 
 
 def page(recipe: Recipe) -> str:
@@ -102,9 +103,9 @@ def page(recipe: Recipe) -> str:
     lines = [
         f"# {name}",
         "",
-        "Written by `python -m tests.hybrid_moe.planning.recipes`; see [sglang.md](../sglang.md) "
-        "for the processor",
-        "that is planned for and for what the figures mean. No GPU has run these yet.",
+        "Written by `python -m tests.hybrid_moe.planning.recipes`. What the figures mean is in",
+        "[sglang.md](../sglang.md); no GPU has run these yet. Both commands were also given the",
+        f"processor that is planned for: `{CPU}`.",
     ]
     if recipe.original:
         convert = f"hybrid-moe convert --model {recipe.original} --out {recipe.model}"

@@ -80,7 +80,9 @@ def test_original_and_converted(fake: Fake) -> None:
 
 def test_on_the_cpu_alone(fake: Fake, gpt_oss: Model) -> None:
     model = read_model(fake("Qwen3-30B-A3B-MXFP4"))
-    found = flags(server_command(make_plan(model, request())))
+    command = server_command(make_plan(model, request()))
+    assert command.environment == {"SGLANG_USE_CPU_ENGINE": "1"}
+    found = flags(command)
     assert found["--device"] == "cpu" and found["--kt-num-gpu-experts"] == "0"
     assert not {"--mem-fraction-static", "--moe-runner-backend"} & found.keys()
     with pytest.raises(ValueError, match=r"no attention kernel for gpt_oss on the CPU.*generate"):

@@ -1,0 +1,105 @@
+"""The hand-over on a real GPU, in both ways. Run where there is one:
+
+python -m pytest tests/streams/test_cuda.py
+HYBRID_MOE_HANDOVER=host python -m pytest tests/streams/test_cuda.py
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from hybrid_moe import check_errors
+from hybrid_moe.flags import HANDOVER, try_flags
+from hybrid_moe.wrapper import KTMoEWrapper
+from tests.hybrid_moe.cases import Batch, Weights, wrapper
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+WEIGHTS = [Weights.random(seed=seed) for seed in range(3)]
+
+
+@pytest.fixture(params=["flags", "host"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.environ.get(HANDOVER, request.param) != request.param:
+        pytest.skip(f"{HANDOVER} asks for the other way")
+    monkeypatch.setenv(HANDOVER, request.param)
+    KTMoEWrapper.clear_buffer_cache()  # buffers keep the way that they were made for
+
+
+def layers(deferred: int = 0) -> list[KTMoEWrapper]:
+    # numa_nodes: threads of its own, apart from those of callers that work
+    return [
+        weights.load(wrapper(layer_idx=i, numa_nodes=[0], max_deferred_experts_per_token=deferred))
+        for i, weights in enumerate(WEIGHTS)
+    ]
+
+
+def on_gpu(batch: Batch) -> Batch:
+    return Batch(batch.hidden.cuda(), batch.ids.cuda(), batch.weights.cuda())
+
+
+def forward(w: KTMoEWrapper, batch: Batch) -> torch.Tensor:
+    """As a server does: the inputs are overwritten right after the submission."""
+    stream = torch.cuda.current_stream().cuda_stream
+    given = Batch(*(t.clone() for t in batch.args))
+    w.submit_forward(*given.args, stream)
+    given.hidden.fill_(float("nan"))
+    given.ids.fill_(-1)
+    given.weights.zero_()
+    return w.sync_forward(batch.hidden, stream)
+
+
+def test_memory_flags_work() -> None:
+    try_flags(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_eager(tokens: int) -> None:
+    for w in layers():
+        for seed in range(20):
+            batch = Batch.random(tokens, seed=seed)
+            assert torch.equal(forward(w, on_gpu(batch)).cpu(), w.forward(*batch.args))
+    check_errors()
+
+
+@pytest.mark.parametrize("deferred", [0, 1])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_graph(tokens: int, deferred: int) -> None:
+    """Replays have the bits of eager steps, on new inputs and with eager steps in between."""
+    model = layers(deferred)
+    static = [on_gpu(Batch.random(tokens)) for _ in model]
+
+    def step() -> list[torch.Tensor]:
+        return [forward(w, batch) for w, batch in zip(model, static, strict=True)]
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    for seed in range(10):
+        for at, batch in enumerate(static):
+            for target, value in zip(batch.args, Batch.random(tokens, seed + at).args, strict=True):
+                target.copy_(value)
+        expected = step()
+        graph.replay()
+        for output, eager in zip(outputs, expected, strict=True):
+            assert torch.equal(output, eager)
+    check_errors()
+
+
+def test_graphs_of_many_sizes_never_announced() -> None:
+    w, graphs = layers()[0], []
+    for tokens in (1, 2, 3, 5, 8, 13):
+        batch = on_gpu(Batch.random(tokens))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = forward(w, batch)
+        graphs.append((graph, batch, output))
+    for _ in range(3):
+        for graph, batch, output in reversed(graphs):
+            graph.replay()
+            assert torch.equal(output, forward(w, batch))
+    check_errors()
