@@ -10,10 +10,11 @@ prediction   tokens per second, and what limits them
 serving      the SGLang command that carries the plan out
 """
 
+from hybrid_moe.planning.fitting import make_plan
 from hybrid_moe.planning.gpu_share import Placement
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu, parse_gpus, parse_size
 from hybrid_moe.planning.model import Model, read_model
-from hybrid_moe.planning.plan import DoesNotFitError, Part, Plan, Request, make_plan
+from hybrid_moe.planning.plan import DoesNotFitError, Part, Plan, Request
 from hybrid_moe.planning.prediction import Prediction, Term
 
 __all__ = [

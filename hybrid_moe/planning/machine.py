@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -159,12 +158,3 @@ def huge_pages_here() -> bool:
     from hybrid_moe.doctor import huge_page_state
 
     return huge_page_state() in ("always", "madvise")
-
-
-def to_json(value: Any) -> Any:
-    """Values that `json` does not know, for `json.dump(default=...)`."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -13,6 +13,7 @@ report in the job they finished. The totals lie in a file that the test maps (`C
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Callable
@@ -153,23 +154,20 @@ def pairs_per_expert(ids: torch.Tensor, num_experts: int) -> npt.NDArray[np.int6
 def watch_workers(finished: Callable[[npt.NDArray[np.int64]], None]) -> None:
     """Call `finished` with the pairs per expert of each job that hybrid_moe's workers complete.
 
-    Read from the job's slots in the ring when the job is complete and before its memory is used
-    again: routing as the workers saw it, and that every task of both matrix phases was done.
+    Read from the job's slots in the ring when somebody has waited for the job and before its
+    memory is used again: routing as the workers saw it, and that every task of both matrix phases
+    was done. Whatever way a batch takes on the CPU, it is waited for there.
     """
     from hybrid_moe.cpu_kernels.drivers import fields as f
-    from hybrid_moe.cpu_kernels.job import Job
+    from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 
-    original = Job.wait
+    original = PoolGroup.wait
 
-    def wait(self: Job) -> Any:
-        group = self._group
-        parts = list(self._parts)
-        for part in parts:
-            group.wait(part.sequence)
-            finished(pairs_of_job(group, part.sequence, part.job.shape.experts))
-        return original(self)
+    def wait(self: PoolGroup, sequence: int) -> None:
+        original(self, sequence)
+        finished(pairs_of_job(self, sequence))
 
-    def pairs_of_job(group: Any, sequence: int, experts: int) -> npt.NDArray[np.int64]:
+    def pairs_of_job(group: PoolGroup, sequence: int) -> npt.NDArray[np.int64]:
         start = f.G_RING + (sequence % f.RING) * f.JOB_SLOTS
         slots = group._slots[start : start + f.JOB_SLOTS]
         if slots[f.J_SEQUENCE] != sequence:
@@ -181,15 +179,14 @@ def watch_workers(finished: Callable[[npt.NDArray[np.int64]], None]) -> None:
         active = int(slots[f.J_ACTIVE])
         ids = int32_at(int(slots[f.J_ACTIVE_EXPERT]), active)
         starts = int32_at(int(slots[f.J_ACTIVE_START]), active + 1)
+        experts = ctypes.c_int64.from_address(int(slots[f.J_LAYER]) + 8 * f.L_EXPERTS).value
         pairs = np.zeros(experts, np.int64)
         pairs[ids] = np.diff(starts)
         return pairs
 
-    Job.wait = wait  # type: ignore[method-assign]
+    PoolGroup.wait = wait  # type: ignore[method-assign]
 
 
 def int32_at(address: int, count: int) -> npt.NDArray[np.int32]:
     """A copy of int32 [count] in this process's memory."""
-    import ctypes
-
     return np.array((ctypes.c_int32 * count).from_address(address), np.int32)
