@@ -284,11 +284,16 @@ def main() -> None:
                 points += measure(bench, workers, SHAPES[shape], method, count, pace, ceiling)
             for worker in workers:
                 worker.close()
+            if points:  # the series takes long: what is measured is kept if it is stopped
+                write_receipt(args.json, receipt("peers", points=rows(points), errors=errors))
     if not points:
         raise SystemExit("no library could run")
-    documents = [{**asdict(p), "ms": p.ms, "read_bandwidth": p.read_bandwidth} for p in points]
-    show(documents, errors, console)
-    write_receipt(args.json, receipt("peers", points=documents, errors=errors))
+    show(rows(points), errors, console)
+
+
+def rows(points: list[Point]) -> list[dict[str, Any]]:
+    """The points as a receipt stores them."""
+    return [{**asdict(p), "ms": p.ms, "read_bandwidth": p.read_bandwidth} for p in points]
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def profile_of_masks(masks: torch.Tensor, layers: Sequence[int]) -> dict[int, li
         raise ValueError(
             f"masks have shape {tuple(masks.shape)}, must be [{len(layers)} layers, experts]"
         )
-    return {layer: row.nonzero().flatten().tolist() for layer, row in zip(layers, masks, strict=True)}
+    pairs = zip(layers, masks, strict=True)
+    return {layer: row.nonzero().flatten().tolist() for layer, row in pairs}
 
 
 def _layer(file: Path, key: str) -> int:
@@ -96,9 +97,7 @@ def _experts(file: Path, key: str, value: Any) -> tuple[int, ...]:
         raise ValueError(f"{file}: layer {key} must have a list of expert ids, not {value!r}")
     for expert in value:
         if isinstance(expert, bool) or not isinstance(expert, int) or expert < 0:
-            raise ValueError(
-                f"{file}: layer {key} has {expert!r}, must be an expert id"
-            )
+            raise ValueError(f"{file}: layer {key} has {expert!r}, must be an expert id")
     if len(set(value)) != len(value):
         twice = next(expert for expert in value if value.count(expert) > 1)
         raise ValueError(f"{file}: layer {key} has expert {twice} twice")
