@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from columns import COLUMNS
 from comparison import HEADER, by_point, comparison, labels, verdicts
 from targets import FORK_JOIN_US, OUR_ERROR
 
@@ -185,8 +186,20 @@ def quick(bench: Bench) -> Iterator[str]:
     )
 
 
+def steps(bench: Bench) -> Iterator[str]:
+    """The tables of docs/kernels.md."""
+    yield "### The decode kernel, step by step\n\n`python bench/steps.py`, see docs/kernels.md\n"
+    for part in dict.fromkeys(p["part"] for p in bench["points"]):
+        points = [p for p in bench["points"] if p["part"] == part]
+        keys = [key for key in COLUMNS if key in points[0]]
+        yield markdown(
+            tuple(COLUMNS[key].heading for key in keys),
+            (tuple(COLUMNS[key].text(p[key]) for key in keys) for p in points),
+        )
+
+
 SECTIONS: Mapping[str, Callable[[Bench], Iterator[str]]] = MappingProxyType(
-    {s.__name__: s for s in (ceilings, moe_layer, peers, pool, load, quick)}
+    {s.__name__: s for s in (ceilings, moe_layer, peers, pool, load, steps, quick)}
 )
 """Benchmark, as its receipt names it -> its section, in the order of the page."""
 

@@ -21,9 +21,9 @@ import platform
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from columns import COLUMNS
 from common import parse_list, processor, receipt, write_receipt
 from derivation import KERNEL, STEPS, Body, Step, direct, sweep, unpacked
 from instructions import Instruction, count, fewest_cycles
@@ -199,33 +199,6 @@ def tile_counts(tier: Tier) -> tuple[int, Counter[Instruction]]:
     return most, count(assembly(text, tier.target), name, trips)
 
 
-@dataclass(frozen=True)
-class Column:
-    """Heading, and decimals of a number."""
-
-    heading: str
-    decimals: int = 1
-
-
-COLUMNS: Mapping[str, Column] = {
-    "step": Column("step"),
-    "tokens": Column("tokens"),
-    "threads": Column("threads"),
-    "tier": Column("tier"),
-    "instructions": Column("instructions per 64 bytes", 0),
-    "cycles_counted": Column("cycles: counted"),
-    "cycles_cached": Column("from the cache"),
-    "cycles": Column("from memory"),
-    "GBps": Column("GB/s"),
-    "share": Column("% of read", 0),
-    "direct_GMACps": Column("GMAC/s, packed"),
-    "unpacked_GMACps": Column("unpacked"),
-    "tile": Column("tokens of a tile"),
-    "tile_instructions": Column("instructions per 64 bytes, token"),
-}
-"""Keys of points that tables show, in their order."""
-
-
 def show(console: Console, title: str, points: Sequence[Point]) -> None:
     """A table of one part."""
     keys = [key for key in COLUMNS if key in points[0]]
@@ -233,14 +206,7 @@ def show(console: Console, title: str, points: Sequence[Point]) -> None:
     for key in keys:
         table.add_column(COLUMNS[key].heading, justify="left" if key == "step" else "right")
     for point in points:
-        table.add_row(
-            *(
-                f"{point[key]:.{COLUMNS[key].decimals}f}"
-                if isinstance(point[key], float)
-                else str(point[key])
-                for key in keys
-            )
-        )
+        table.add_row(*(COLUMNS[key].text(point[key]) for key in keys))
     console.print(table)
 
 

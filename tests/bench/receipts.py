@@ -62,11 +62,14 @@ def every_bench() -> list[dict[str, Any]]:
     peak = {"tier": "avx2", "op": "byte_dot", "threads": 2, "one_thread": 60.0,
             "all_threads": 120.0, "formats": {"MXFP4": 60.0}}  # fmt: skip
     quick = {"name": "decode", "value": 90.0, "unit": "%", "higher_is_better": True}
+    step = {"part": "steps", "step": "panels", "cycles": 7.25, "GBps": 14.5, "share": 87.0}
+    tile = {"part": "tiers", "tier": "amx", "instructions": 17.0}
     return [
         machine("ceilings", threads=2, reads=[read], peaks=[peak], skipped={"amx": "amx-tile"}),
         machine("moe_layer", points=[layer_point(), layer_point(tokens=64)], skipped={}),
         machine("peers", points=peers, errors=errors),
         machine("pool", points=[pool_point(), pool_point(caller="caller works", signal_us=None)]),
         machine("load", points=[load], threads=2),
+        machine("steps", points=[step, tile], isa="avx2"),
         machine("quick", points=[quick]),
     ]
