@@ -10,7 +10,7 @@ TREE := build/tree/hybrid_moe
 MODEL := examples/tiny_moe/model
 PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
 
-.PHONY: demo test test-sglang lint format install install-dev wheel bench bench-ceilings bench-load bench-peers
+.PHONY: demo test sglang test-sglang test-sglang-classes lint format install install-dev wheel bench bench-ceilings bench-load bench-peers
 .PHONY: bench-peers-install bench-pool bench-quick bench-results clean
 
 install: $(VENV)/.installed
@@ -44,7 +44,13 @@ $(SGLANG_VENV)/.installed: tests/sglang/requirements.txt pyproject.toml
 	$(SGLANG_PIP) install -q -e .
 	touch $@
 
-test-sglang: $(SGLANG_VENV)/.installed
+sglang: $(SGLANG_VENV)/.installed
+
+# SGLang's own classes in one process: no servers.
+test-sglang-classes: sglang
+	$(SGLANG_VENV)/bin/python -m pytest tests/sglang
+
+test-sglang: sglang
 	HYBRID_MOE_TEST_SERVER=1 $(SGLANG_VENV)/bin/python -m pytest tests/sglang --durations=15
 
 # Type checkers see neither package-dir nor import hooks: give them the package as one tree.
