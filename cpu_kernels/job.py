@@ -10,10 +10,9 @@ import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.memory import Workspace
-from hybrid_moe.cpu_kernels.panels import STRIP_ROWS, round_up
+from hybrid_moe.cpu_kernels.panels import MOST_BLOCK_TOKENS, STRIP_ROWS, round_up
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
 
-MOST_BLOCK_TOKENS = 32  # of any dot kernel (kernels.tile_dot)
 _TASKS_PER_WORKER = 12
 INLINE_ENCODE_TOKENS = 4
 _ENCODE_TOKENS_PER_TASK = 16

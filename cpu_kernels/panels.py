@@ -25,6 +25,8 @@ STRIP_ROWS = 32
 GROUP = 32
 """Inputs per step of a kernel: the activations' group, and MXFP4's."""
 LINE = 64
+MOST_BLOCK_TOKENS = 32
+"""Tokens of the largest block that a matrix unit's kernel writes whole; sums have room for it."""
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -243,22 +243,29 @@ def advance(entry: int, host: int) -> None:
 
 
 @driver
+def host_under_way(entry: int) -> int:
+    """The job slot that the entry's mailbox is busy with, which may have just been posted; or 0."""
+    mailbox = load_acquire(entry + 8 * f.E_MAILBOX)
+    if mailbox == 0:
+        return 0
+    host = get(entry, f.E_HOST)
+    if host == 0:
+        host = load_acquire(mailbox + 8 * f.M_POSTED)
+        if host != 0:
+            accept(entry, host)
+    return host
+
+
+@driver
 def watch_once(watcher: int) -> int:
     """Look at every mailbox once; how many of them are in use at the moment."""
     busy = 0
     for i in range(load_acquire(watcher + 8 * f.W_COUNT)):
         entry = watcher + 8 * (f.W_ENTRIES + i * f.ENTRY_SLOTS)
-        mailbox = load_acquire(entry + 8 * f.E_MAILBOX)
-        if mailbox == 0:
-            continue
-        host = get(entry, f.E_HOST)
-        if host == 0:
-            host = load_acquire(mailbox + 8 * f.M_POSTED)
-            if host == 0:
-                continue
-            accept(entry, host)
-        advance(entry, host)
-        busy += 1
+        host = host_under_way(entry)
+        if host != 0:
+            advance(entry, host)
+            busy += 1
     return busy
 
 
@@ -267,15 +274,9 @@ def release_all(watcher: int) -> None:
     """Fail what is under way, so that no stream waits for a watcher that is gone."""
     for i in range(load_acquire(watcher + 8 * f.W_COUNT)):
         entry = watcher + 8 * (f.W_ENTRIES + i * f.ENTRY_SLOTS)
-        mailbox = load_acquire(entry + 8 * f.E_MAILBOX)
-        if mailbox == 0:
-            continue
-        host = get(entry, f.E_HOST)
+        host = host_under_way(entry)
         if host == 0:
-            host = load_acquire(mailbox + 8 * f.M_POSTED)
-            if host == 0:
-                continue
-            accept(entry, host)
+            continue
         if get(entry, f.E_SEQUENCE) == 0:
             fail(host, f.ERROR_STOPPED)
         else:

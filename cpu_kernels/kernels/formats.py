@@ -11,6 +11,7 @@ from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
 from hybrid_moe.cpu_kernels.dsl.tiles import TileConfig
 from hybrid_moe.cpu_kernels.kernels import dot, tile_dot
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15, Encoding
+from hybrid_moe.cpu_kernels.panels import MOST_BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ class TileKernels:
     unpack: KernelBody | None
     always: bool
     pass_tokens: int
+
+    def __post_init__(self) -> None:
+        if max(self.dots) > MOST_BLOCK_TOKENS:
+            raise ValueError(
+                f"a block of {max(self.dots)} tokens is beyond the sums' room for "
+                f"{MOST_BLOCK_TOKENS}: raise panels.MOST_BLOCK_TOKENS"
+            )
 
 
 @dataclass(frozen=True)

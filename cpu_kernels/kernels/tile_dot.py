@@ -33,6 +33,7 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
     prefetch,
 )
 from hybrid_moe.cpu_kernels.kernels.encode import META_BYTES, PLANE_BYTES
+from hybrid_moe.cpu_kernels.kernels.epilogue import clear
 from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS
 
 _SUMS_STRIDE = 4 * STRIP_ROWS
@@ -99,10 +100,8 @@ def mxfp4_tile_dot(
     tiles = Tiles(emit, MXFP4_CONFIG)
     block = _Block(emit, rows, count, ROWS)
     totals = emit.scratch(2 * PANELS * REGISTER_BYTES)  # of [panel][plane], as registers
-    with emit.when(begin.equals(0)), emit.loop(0, block.count) as token:
-        for panel in range(PANELS):
-            at = sums + token * _SUMS_STRIDE + 64 * panel
-            emit.store(at, emit.splat(0.0, F32, 16), align=64)
+    with emit.when(begin.equals(0)):
+        clear(emit, sums, block.count)
     stride, panels_stride = emit.i64(ROW_BYTES), emit.i64(_PANELS_STRIDE)
     with emit.loop(begin, end) as group:
         at = codes + (group - begin) * MXFP4_UNPACKED_GROUP_BYTES
