@@ -35,10 +35,10 @@ def ceilings(
     from rich.progress import track
 
     from hybrid_moe.cpu_kernels import ceilings as c
-    from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+    from hybrid_moe.cpu_kernels.pool.config import PoolConfig
     from hybrid_moe.receipt import receipt, write_receipt
 
-    threads = threads or usable_cores()
+    threads = PoolConfig.choose(threads).threads
     chosen, skipped = c.usable_tiers(_names(tiers))
     console = Console(stderr=True)
     steps: list[Callable[[], ReadCeiling | MacCeiling | None]] = [

@@ -87,13 +87,13 @@ class MachineOptions:
     def plan(self, directory: Path) -> Plan:
         """Plan the model in `directory`; measures the ceilings if none were given."""
         from hybrid_moe import planning
-        from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+        from hybrid_moe.cpu_kernels.pool.config import PoolConfig, default_pools
         from hybrid_moe.placement_profile import read_profile
         from hybrid_moe.planning import machine
 
         gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
         model = planning.read_model(directory, self.base, self.method)
-        threads = self.threads or usable_cores()
+        threads = self.threads or PoolConfig.choose(pools=self.pools).threads
         request = planning.Request(
             gpus=gpus,
             ram=planning.parse_size(self.ram) if self.ram else machine.memory_of_this_machine(),
@@ -101,7 +101,7 @@ class MachineOptions:
             requests=self.requests if gpus else 1,
             chunk=self.chunk,
             threads=threads,
-            pools=self.pools or min(threads, len(numa_nodes())),
+            pools=self.pools or default_pools(threads),
             cpu=self._speeds(threads),
             num_gpu_experts=self.gpu_experts,
             profile=read_profile(self.profile) if self.profile else None,

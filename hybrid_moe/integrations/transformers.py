@@ -41,7 +41,7 @@ def offload(
     model: Model,
     method: str = "MXFP4",
     threads: int | None = None,
-    pools: int = 1,
+    pools: int | None = None,
     *,
     progress: bool = True,
 ) -> Model:
@@ -56,7 +56,7 @@ def offload(
         model: a Transformers model with experts on any device (not meta).
         method: weight format of the panels.
         threads: worker threads over all pools; None for one per available core.
-        pools: worker pools, one per NUMA node.
+        pools: worker pools; None for one per NUMA node.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -96,7 +96,7 @@ def from_pretrained(
     directory: str | Path,
     method: str | None = "MXFP4",
     threads: int | None = None,
-    pools: int = 1,
+    pools: int | None = None,
     *,
     progress: bool = True,
     **kwargs: Any,
@@ -111,7 +111,7 @@ def from_pretrained(
         method: weight format of the panels, None for the one that the checkpoint stores. BF16
             experts are quantised while loading if it is another.
         threads: worker threads over all pools; None for one per available core.
-        pools: worker pools, one per NUMA node.
+        pools: worker pools; None for one per NUMA node.
         progress: show a progress bar on stderr.
         **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...).
 
@@ -172,7 +172,7 @@ def first_layer(checkpoint: Checkpoint) -> LayerSource:
     return checkpoint.layer(checkpoint.layers[0])
 
 
-def _checked(method: str, threads: int | None, pools: int) -> ExpertsOptions:
+def _checked(method: str, threads: int | None, pools: int | None) -> ExpertsOptions:
     """The options, refused here rather than after a model has been loaded."""
     options = ExpertsOptions(method, threads, pools)
     options.pool_config()
