@@ -163,7 +163,7 @@ def read_cores() -> Cores:
     cpuset = topology.allowed_cpus()
     chosen = PoolConfig.choose()
     return Cores(
-        online=psutil.cpu_count() or len(cpuset),
+        online=_told(psutil.cpu_count) or len(cpuset),
         physical=_told(lambda: psutil.cpu_count(logical=False)),
         cpuset=cpuset,
         quota=topology.cgroup_cpu_limit(),

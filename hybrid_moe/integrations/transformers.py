@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
+from hybrid_moe.find_model import find_model
 from hybrid_moe.integrations.import_hook import INTERFACES, NAME, register_in
 from hybrid_moe.integrations.options import ExpertsOptions
 from hybrid_moe.tensors import CheckpointError
@@ -107,7 +108,8 @@ def from_pretrained(
     of the packed experts and of everything else, once. `state_dict()` lacks the experts.
 
     Args:
-        directory: a checkpoint in Transformers' layout, or in its family's published one.
+        directory: a checkpoint in Transformers' layout, or in its family's published one; or the
+            id of one in the Hugging Face hub's cache.
         method: weight format of the panels, None for the one that the checkpoint stores. BF16
             experts are quantised while loading if it is another.
         threads: worker threads over all pools; None for one per available core.
@@ -152,8 +154,8 @@ def from_pretrained(
 
 
 def check_directory(directory: str | Path) -> Path:
-    """The folder as a path; `FileNotFoundError` where there is none."""
-    path = Path(directory)
+    """The model's folder, see `find_model`; `FileNotFoundError` where there is none."""
+    path = find_model(directory)
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path} is not a directory: pass the folder of a downloaded checkpoint"

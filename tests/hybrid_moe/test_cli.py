@@ -12,21 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from typer.testing import CliRunner
 
 import hybrid_moe
-from hybrid_moe.cli import app
 from hybrid_moe.cli.errors import explain
 from hybrid_moe.cli.tables import gib, ranges
 from hybrid_moe.integrations.transformers import from_pretrained
 from hybrid_moe.tensors import CheckpointError
 from tests.hybrid_moe.checkpoints import edit_tensors, save
+from tests.hybrid_moe.command import CHARACTERS, PROMPT, run, write_model
 from tests.hybrid_moe.tiny_models import build, greedy
-
-PROMPT = "Hello there"
-CHARACTERS = ["<unk>", *map(chr, range(32, 127))]
 
 
 @pytest.fixture(autouse=True)
@@ -36,20 +30,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3-MoE with a tokenizer of single characters."""
-    directory = save(build("qwen3_moe"), tmp_path_factory.mktemp("model"))
-    tokenizer = Tokenizer(
-        models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    fast.save_pretrained(directory)
-    return directory
-
-
-def run(*arguments: object, **options: Any) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments], **options)
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 def text_of(tokens: list[int]) -> str:
