@@ -27,11 +27,13 @@ def console(stderr: bool = False) -> Console:
     return made
 
 
-def make_streams_safe() -> None:
-    """Let no output fail because of the terminal's encoding, or because a stream is closed.
+def make_output_safe() -> None:
+    """Let no output fail because of the terminal's encoding or width, or of a closed stream.
 
     What an encoding cannot express is written as an escape (`\\u4f60`).
     """
+    if os.environ.get("COLUMNS") == "0":  # Rich would print nothing at all
+        del os.environ["COLUMNS"]
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the caller: `>&-`
