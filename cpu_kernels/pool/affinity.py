@@ -43,13 +43,10 @@ def bound_to() -> int | None:
 
 def bind_thread(cpus: Iterable[int]) -> None:
     """Let the calling thread run on `cpus` only; where that is refused, it runs as before."""
-    wanted = sorted(cpus)
     try:
-        os.sched_setaffinity(0, wanted)  # 0 is this thread
+        os.sched_setaffinity(0, cpus)  # 0 is this thread
     except OSError as error:
-        sysfiles.warn_once(
-            f"worker threads are not bound to processors: {error.strerror} ({wanted})"
-        )
+        sysfiles.warn_once(f"worker threads are not bound to processors: {error.strerror}")
 
 
 def _mask_of(pid: int) -> frozenset[int]:

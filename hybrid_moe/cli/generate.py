@@ -47,6 +47,7 @@ def generate(
         import transformers
 
         from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
+        from hybrid_moe.cpu_kernels.pool.config import PoolConfig
         from hybrid_moe.integrations.transformers import check_directory, from_pretrained
         from hybrid_moe.loaders import inspect_checkpoint
 
@@ -63,8 +64,9 @@ def generate(
             tokenizer, inputs = tokenize(path, prompt)
             steps.begin("loading the model", spin=False)  # which shows bars of its own
             loaded = from_pretrained(path, method=method, threads=threads, pools=pools)
-            if threads is not None:
-                torch.set_num_threads(threads)
+        workers = PoolConfig.choose(threads, pools).threads
+        # PyTorch counts processors, whatever a cgroup's quota says of their time
+        torch.set_num_threads(threads or min(workers, torch.get_num_threads()))
         steps.begin("compiling kernels")
         with torch.inference_mode():
             loaded(input_ids=inputs["input_ids"][:, :1])
@@ -92,12 +94,12 @@ def headline(model: str, summary: CheckpointSummary, loaded: Any) -> str:
     """What runs, in one line: the model, its experts, their format, the tier and the threads."""
     from hybrid_moe.integrations.hybrid_experts import HybridExperts
 
-    layers = [m.layer for m in loaded.modules() if isinstance(m, HybridExperts)]
-    first = layers[0]
+    experts = [module for module in loaded.modules() if isinstance(module, HybridExperts)]
+    first = next(module.layer for module in experts if module.layer is not None)
     per_token = summary.experts_per_token or "an unknown number"
     threads, pools = first.pool.threads, first.pool.pools
     return (
-        f"{model}: {summary.model_type}, {len(layers)} layers of {first.num_experts} experts, "
+        f"{model}: {summary.model_type}, {len(experts)} layers of {first.num_experts} experts, "
         f"{per_token} per token, {first.fmt.name}; tier {first.tier.name}; "
         f"{threads} thread{'s' * (threads > 1)}" + (f" in {pools} pools" if pools > 1 else "")
     )

@@ -17,7 +17,7 @@ ModelOption = Annotated[str, typer.Option(help=f"The model: {WHAT}.", metavar="M
 ModelArgument = Annotated[str, typer.Argument(help=f"{WHAT}.".capitalize(), metavar="MODEL")]
 
 
-def routing_problem(path: Path, num_experts: int, top_k: int | None) -> str | None:
+def routing_problem(path: Path, num_experts: int | None, top_k: int | None) -> str | None:
     """What is wrong with the number of experts that a token takes, None if nothing is."""
     if top_k is None or not num_experts or 1 <= top_k <= num_experts:
         return None

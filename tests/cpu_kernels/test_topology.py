@@ -238,8 +238,8 @@ def test_without_affinity_calls(
     with caplog.at_level(logging.WARNING):
         assert [topology.allowed_cpus() for _ in range(3)] == [(0, 1, 2, 3)] * 3
         assert affinity.bound_to() is None
-        for _ in range(3):
-            affinity.bind_thread((1,))
+        for cpu in range(3):
+            affinity.bind_thread((cpu,))
     assert len(caplog.records) == 2
     (tmp_path / "sys/devices/system/cpu/online").unlink()
     monkeypatch.setattr(affinity.os, "cpu_count", lambda: None)
