@@ -19,6 +19,7 @@ import pytest
 from hybrid_moe import loaders
 from hybrid_moe.cli.errors import explain
 from hybrid_moe.cpu_kernels import ceilings
+from hybrid_moe.cpu_kernels.jit import sources
 from hybrid_moe.cpu_kernels.pool import sysfiles
 from tests.hybrid_moe.command import PROMPT, run, write_model
 from tests.machines import Machine
@@ -179,6 +180,49 @@ def test_plan_and_inspect_see_a_routing_that_cannot_be(model: Path, tmp_path: Pa
     for command, code in (("inspect", 1), ("plan", 2), ("serve", 2)):
         result = run(*COMMANDS[command](directory, tmp_path))
         assert result.exit_code == code and "take 9 experts of 8" in result.stderr
+
+
+SANDBOX = """
+import os, sys
+from pathlib import Path
+import psutil
+
+def refuse(*arguments):
+    raise OSError(38, "Function not implemented")
+
+def read(path, *arguments, **options):
+    hidden = str(path).startswith(("/proc/", "/sys/"))
+    return refuse() if hidden else read_text(path, *arguments, **options)
+
+read_text, Path.read_text = Path.read_text, read
+os.sched_setaffinity = refuse
+if sys.argv[1] != "generate":  # PyTorch itself makes this call, and nothing catches it
+    os.sched_getaffinity = refuse
+psutil.PROCFS_PATH = "/nowhere"
+from hybrid_moe.cli import main
+main()
+"""
+"""From the first import on, as a sandbox would be."""
+
+
+@pytest.mark.parametrize("command", ["generate", "doctor", "plan"])
+def test_a_start_in_a_sandbox(command: str, model: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", SANDBOX, *map(str, COMMANDS[command](model, tmp_path))]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.strip()
+    times = done.stderr.count("the affinity mask cannot be read")
+    assert times == (command != "generate")
+
+
+@pytest.mark.parametrize("stat", [None, "", "1 (x) S 1 2", "1 (x) S " + "y " * 40])
+def test_a_process_start_that_is_not_told(
+    stat: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then every source counts as changed, and machine code is found by its IR."""
+    refuse = _refuse(OSError(errno.EACCES, "Permission denied"))
+    monkeypatch.setattr(Path, "read_text", refuse if stat is None else lambda path: stat)
+    assert sources.process_start() == 0.0
 
 
 # streams ----------------------------------------------------------------------------------------
