@@ -66,8 +66,8 @@ def place(
     Args:
         pools: nodes of each pool; two pools have the same nodes or none in common.
         shared: others run on these processors, too.
-        caller: the processor that the calling thread is bound to. It acts as worker 0, so no other
-            worker of its pool is given that processor.
+        caller: the processor that the calling thread is bound to. It acts as worker 0, which is
+            given that core if its pool has it.
 
     Raises:
         ValueError: threads for nodes that have fewer processors.
@@ -87,9 +87,10 @@ def place(
         members = [pool for pool, own in enumerate(pools) if own == nodes]
         turns = sorted((turn, pool) for pool in members for turn in range(counts[pool]))
         cpus = [cpu for level in rounds[nodes] for cpu in level][: len(turns)]
-        if caller in cpus and caller is not None and 0 in members:
-            at = next(i for i, (_, pool) in enumerate(turns) if pool == 0)
-            other = cpus.index(caller)
+        if 0 in members:
+            at = next(i for i, (_, pool) in enumerate(turns) if pool == 0)  # worker 0
+            callers = next((core.cpus for core in cores if caller in core.cpus), ())
+            other = next((i for i, cpu in enumerate(cpus) if cpu in callers), at)
             cpus[at], cpus[other] = cpus[other], cpus[at]
         common = _mask(cores, len(turns), shared)
         for (_, pool), cpu in zip(turns, cpus, strict=True):

@@ -219,6 +219,18 @@ def test_a_bound_caller_keeps_its_processor(
     assert cpus[0] == bound_to and sorted(cpus) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("bound_to", range(8))
+def test_a_bound_caller_keeps_its_core(
+    bound_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever thread of the core it is bound to, no other worker is on that core."""
+    Machine({0: "0-7"}, core=lambda cpu: cpu % 4).pretend(tmp_path, monkeypatch)
+    masks = {0: {bound_to}}
+    monkeypatch.setattr(affinity.os, "sched_getaffinity", lambda pid: masks.get(pid, {*range(8)}))
+    cpus = PoolConfig.choose().worker_cpus()
+    assert cpus[0] % 4 == bound_to % 4 and {cpu % 4 for cpu in cpus[1:]} == {*range(4)} - {cpus[0]}
+
+
 def test_a_worker_of_a_bound_thread_is_not_bound_with_it() -> None:
     """Threads inherit the mask of the one that starts them."""
     masks = PoolConfig.choose(1).worker_masks()
