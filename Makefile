@@ -28,7 +28,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e ".[transformers,dev]"
 	touch $@
 
-demo: install
+demo:
+	@test -e $(VENV)/.installed || echo "installing PyTorch, Transformers and hybrid_moe into $(VENV): minutes, once"
+	@$(MAKE) --no-print-directory install
 	$(BIN)/hybrid-moe generate --model $(MODEL) --prompt "$(PROMPT)" --max-new-tokens 120 --temperature 0.7 --seed 2
 
 test: install-dev

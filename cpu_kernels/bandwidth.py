@@ -2,49 +2,47 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.cpu_kernels.drivers.fields import MAX_POOLS
 from hybrid_moe.cpu_kernels.kernels.probe import BYTES_PER_STEP, reader
 from hybrid_moe.cpu_kernels.memory import Arena
+from hybrid_moe.cpu_kernels.pool import sysfiles
+from hybrid_moe.cpu_kernels.pool.affinity import bind_thread
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 
 BLOCK = 4 << 20
 """Bytes read in a row where blocks come in random order: about a projection of a small expert."""
 
 _LEAST_BUFFER = 512 << 20
 _BLOCKS_PER_THREAD = 8
-_CACHES = Path("/sys/devices/system/cpu")
+_CPUS = "sys/devices/system/cpu"
 _UNITS = {"K": 10, "M": 20, "G": 30}
 
 
 def repetitions_per_second(
     config: PoolConfig, repeat: Callable[[int], None], seconds: float
 ) -> float:
-    """Calls of `repeat(thread)` per second, all threads together, each on its own processor.
+    """Calls of `repeat(thread)` per second, all threads together, placed as workers are.
 
     Args:
-        config: how many threads, and where a pool of this configuration would pin them.
+        config: how many threads, and which processors a pool of this configuration would give them.
         repeat: a call that releases the GIL; a call under way when the time is up still counts,
             as does its time.
         seconds: when to stop.
     """
-    cpus = config.worker_cpus()
-    calls = [0] * len(cpus)
-    barrier = threading.Barrier(len(cpus) + 1)
+    masks = config.worker_masks()
+    calls = [0] * len(masks)
+    barrier = threading.Barrier(len(masks) + 1)
     stop = threading.Event()
 
     def work(thread: int) -> None:
-        os.sched_setaffinity(0, {cpus[thread]})  # 0 is this thread
+        bind_thread(masks[thread])
         barrier.wait()
         while True:  # at least once, however late the system lets this thread run
             repeat(thread)
@@ -52,7 +50,7 @@ def repetitions_per_second(
             if stop.is_set():
                 return
 
-    workers = [threading.Thread(target=work, args=(thread,)) for thread in range(len(cpus))]
+    workers = [threading.Thread(target=work, args=(thread,)) for thread in range(len(masks))]
     for worker in workers:
         worker.start()
     barrier.wait()
@@ -64,19 +62,15 @@ def repetitions_per_second(
     return sum(calls) / (time.perf_counter() - begin)
 
 
-def on_all_nodes(threads: int) -> PoolConfig:
-    """`threads` spread over every NUMA node that this process may use, a pool on each."""
-    return PoolConfig(threads, pools=min(threads, len(numa_nodes()), MAX_POOLS))
-
-
 def cache_bytes() -> int:
     """Bytes of all third-level caches of the machine, 0 where the kernel does not tell."""
     caches = {}
-    for level in _CACHES.glob("cpu[0-9]*/cache/index*/level"):
-        if level.read_text().strip() == "3":
-            size = re.fullmatch(r"(\d+)([KMG])", (level.parent / "size").read_text().strip())
-            shared_by = (level.parent / "shared_cpu_list").read_text().strip()
-            if size:
+    for cpu in sysfiles.numbered(_CPUS, "cpu"):
+        for index in sysfiles.numbered(f"{_CPUS}/cpu{cpu}/cache", "index"):
+            cache = f"{_CPUS}/cpu{cpu}/cache/index{index}"
+            size = re.fullmatch(r"(\d+)([KMG])", sysfiles.read(f"{cache}/size").strip())
+            if size and sysfiles.integer(f"{cache}/level") == 3:
+                shared_by = sysfiles.read(f"{cache}/shared_cpu_list")
                 caches[shared_by] = int(size[1]) << _UNITS[size[2]]
     return sum(caches.values())
 
@@ -87,7 +81,7 @@ class ReadProbe:
     Every pool of `config` has a buffer on its own NUMA node, and every thread its part of it.
 
     Args:
-        config: threads and where they run; a number spreads them over all nodes.
+        config: threads and where they run; a number places them as a model's workers.
         nbytes: of all buffers together; default: far beyond the caches.
         block: bytes that are read in a row, a multiple of 512.
 
@@ -98,7 +92,7 @@ class ReadProbe:
     def __init__(
         self, config: PoolConfig | int, nbytes: int | None = None, block: int = BLOCK
     ) -> None:
-        self._config = on_all_nodes(config) if isinstance(config, int) else config
+        self._config = PoolConfig.choose(config) if isinstance(config, int) else config
         threads = self._config.threads
         if nbytes is None:
             nbytes = max(_LEAST_BUFFER, 4 * cache_bytes(), threads * _BLOCKS_PER_THREAD * block)
@@ -110,11 +104,11 @@ class ReadProbe:
             )
         self._bytes_per_call = blocks * block
         self._block = block
-        several = len(numa_nodes()) > 1
         self._arenas = []
         self._in_order: list[npt.NDArray[np.int64]] = []
-        for node, members in zip(self._config.nodes, self._config.threads_per_pool, strict=True):
-            arena = Arena(members * self._bytes_per_call, node if several else None)
+        pools = zip(self._config.memory_nodes, self._config.threads_per_pool, strict=True)
+        for node, members in pools:
+            arena = Arena(members * self._bytes_per_call, node)
             arena.bytes[:] = 1  # untouched pages would all be the one zero page
             self._arenas.append(arena)
             starts = arena.address + block * np.arange(members * blocks, dtype=np.int64)

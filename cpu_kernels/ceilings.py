@@ -18,14 +18,14 @@ from types import MappingProxyType
 
 import numpy as np
 
-from hybrid_moe.cpu_kernels.bandwidth import ReadProbe, on_all_nodes, repetitions_per_second
+from hybrid_moe.cpu_kernels.bandwidth import ReadProbe, repetitions_per_second
 from hybrid_moe.cpu_kernels.dsl import tiles
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, available_tiers, choose_tier
 from hybrid_moe.cpu_kernels.dsl.tiles import Tiles
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 
 ROWS = 16
 _WINDOW = 2048  # bytes of activations: well inside a first-level cache
@@ -261,7 +261,7 @@ def mac_ceiling(
     """
     if method not in USES:
         raise ValueError(f"no ceiling known for {method}: add how it multiplies to USES")
-    config = on_all_nodes(pool) if isinstance(pool, int) else pool
+    config = PoolConfig.choose(pool) if isinstance(pool, int) else pool
     tier = tier or choose_tier()
     rates = [
         rate / use.per_product
@@ -306,11 +306,10 @@ class MacCeiling:
 
 def read_places(threads: int) -> dict[str, PoolConfig]:
     """What `ReadCeiling.where` means: who reads, and where."""
-    nodes = {
-        f"node {node}": PoolConfig(min(len(cpus), usable_cores()), 1, (node,))
-        for node, cpus in numa_nodes().items()
-    }
-    return {"1 thread": PoolConfig(1), "all threads": on_all_nodes(threads), **nodes}
+    alone = {node: PoolConfig.choose(numa_nodes=(node,)) for node in numa_nodes()}
+    one = PoolConfig(1, numa_nodes=(min(alone),))
+    nodes = {f"node {node}": pool for node, pool in alone.items()}
+    return {"1 thread": one, "all threads": PoolConfig.choose(threads), **nodes}
 
 
 def read_ceiling(where: str, pool: PoolConfig, seconds: float = 0.5) -> ReadCeiling:
@@ -326,7 +325,8 @@ def read_ceiling(where: str, pool: PoolConfig, seconds: float = 0.5) -> ReadCeil
 def mac_ceilings(tier: Tier, op: MacOp, threads: int, seconds: float = 0.5) -> MacCeiling | None:
     """The op's peak on one and on all threads; None where the tier does not have it."""
     peaks = [
-        peak_macs(op, pool, tier, seconds / 2) for pool in (PoolConfig(1), on_all_nodes(threads))
+        peak_macs(op, pool, tier, seconds / 2)
+        for pool in (PoolConfig(1), PoolConfig.choose(threads))
     ]
     one, every = (None if peak is None else peak / 1e9 for peak in peaks)
     if one is None or every is None:

@@ -125,8 +125,7 @@ class ExpertLayer:
         self._pid = os.getpid()
         chosen = np.flatnonzero(resident)
         self._slots_of[chosen] = np.arange(len(chosen))
-        nodes = self.pool.nodes if self.pool.pools > 1 else (None,)
-        for pool, node in enumerate(nodes):
+        for pool, node in enumerate(self.pool.memory_nodes):
             self._arenas.append(Arena(len(chosen) * self.expert_nbytes(pool), node))
         width = round_up(max(self.hidden, self.intermediate), STRIP_ROWS)
         self._no_bias = np.zeros(width, np.float32)

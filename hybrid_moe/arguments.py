@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats import WeightFormat
 
 UNSUPPORTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
@@ -243,11 +242,11 @@ def batch_sizes(sizes: Any) -> list[int]:
 def pool_config(threads: Any, pools: Any, numa_nodes: Any) -> PoolConfig:
     """The worker pools of `cpuinfer_threads`, `threadpool_count` and `numa_nodes`.
 
-    None stands for all available cores, one pool, and nodes 0, 1, ...
+    None stands for one thread per available core, one pool per NUMA node, and every node.
     """
-    threads = usable_cores() if threads is None else integer("cpuinfer_threads", threads)
-    pools = 1 if pools is None else integer("threadpool_count", pools)
+    threads = None if threads is None else integer("cpuinfer_threads", threads)
+    pools = None if pools is None else integer("threadpool_count", pools)
     nodes = None
     if numa_nodes is not None:
         nodes = tuple(integers("numa_nodes", "a NUMA node", numa_nodes))
-    return PoolConfig(threads=threads, pools=pools, numa_nodes=nodes)
+    return PoolConfig.choose(threads, pools, nodes)

@@ -1,23 +1,26 @@
 """What this machine offers to hybrid_moe: processor, tiers, cores and limits, memory, versions.
 
-Plain data, gathered from /proc, /sys and the package metadata; `hybrid-moe doctor` prints it. A
-fact that the kernel does not tell (a container hides files) is None, never a guess.
+Plain data, from psutil, /proc, /sys and the package metadata; `hybrid-moe doctor` prints it. A fact
+that the kernel does not tell (a container hides files) is None, never a guess.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from hybrid_moe.cpu_kernels.pool import sysfiles
+
+logger = logging.getLogger(__name__)
+Fact = TypeVar("Fact")
 
 PACKAGES = ("torch", "numpy", "llvmlite", "safetensors", "transformers", "sglang")
-CPUINFO = Path("/proc/cpuinfo")
-MEMINFO = Path("/proc/meminfo")
-CPUS = Path("/sys/devices/system/cpu")
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,10 @@ class Cores:
         physical: cores of the machine, None if the kernel does not tell.
         cpuset: ids that this process may run on.
         quota: processors' worth of time that the cgroup allows, None for no limit.
-        available: the most threads that a pool may have: the cpuset, cut to the quota.
+        available: the most threads that pools may have: the cpuset, cut to the quota.
         numa_nodes: node id -> its logical processors in the cpuset.
+        threads, pools: what is used where nothing else is asked for.
+        bound: whether these threads have a processor each, see `cpu_kernels/pool/placement.py`.
     """
 
     online: int
@@ -59,14 +64,18 @@ class Cores:
     quota: float | None
     available: int
     numa_nodes: dict[int, tuple[int, ...]]
+    threads: int
+    pools: int
+    bound: bool
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of RAM; `limit` is the cgroup's (None for none); state of transparent huge pages."""
+    """Bytes of RAM, None where nothing tells; `limit` is the cgroup's (None for none); state of
+    transparent huge pages."""
 
-    total: int
-    available: int
+    total: int | None
+    available: int | None
     limit: int | None
     huge_pages: str | None
 
@@ -99,14 +108,14 @@ def examine(measure_bandwidth: bool = True) -> Report:
         isa=read_isa(),
         cores=cores,
         memory=read_memory(),
-        bandwidth=read_bandwidth(cores.available) if measure_bandwidth else {},
+        bandwidth=read_bandwidth(cores.threads) if measure_bandwidth else {},
         versions=read_versions(),
     )
 
 
 def processor_name() -> str:
     """The processor's name as the kernel reports it."""
-    for line in _lines(CPUINFO):
+    for line in sysfiles.lines("proc/cpuinfo"):
         key, _, value = line.partition(":")
         if key.strip() in ("model name", "Processor", "cpu model"):
             return value.strip()
@@ -145,46 +154,48 @@ def read_isa() -> Isa:
 
 
 def read_cores() -> Cores:
-    """Processors and their limits."""
+    """Processors, their limits, and the worker threads that they get."""
+    import psutil
+
     from hybrid_moe.cpu_kernels.pool import topology
+    from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 
     cpuset = topology.allowed_cpus()
+    chosen = PoolConfig.choose()
     return Cores(
-        online=os.cpu_count() or len(cpuset),
-        physical=_physical_cores(),
+        online=_told(psutil.cpu_count) or len(cpuset),
+        physical=_told(lambda: psutil.cpu_count(logical=False)),
         cpuset=cpuset,
         quota=topology.cgroup_cpu_limit(),
         available=topology.usable_cores(),
         numa_nodes=topology.numa_nodes(),
+        threads=chosen.threads,
+        pools=chosen.pools,
+        bound=chosen.placement.bound,
     )
-
-
-def memory_limit() -> int | None:
-    """Bytes that the cgroup allows (v2 `memory.max`, v1 `limit_in_bytes`): the least of this
-    process's group and those above it, None for no limit."""
-    from hybrid_moe.cpu_kernels.pool.topology import cgroup_folders
-
-    limits = [
-        limit
-        for folder in cgroup_folders("memory")
-        for name in ("memory.max", "memory.limit_in_bytes")
-        if (limit := _integer(folder / name)) is not None and limit < 1 << 60
-    ]
-    return min(limits, default=None)
 
 
 def read_memory() -> Memory:
     """RAM, its limit, huge pages."""
-    amounts = dict(line.split(":", 1) for line in _lines(MEMINFO) if ":" in line)
-    kib = {name: int(amounts[name].split()[0]) for name in ("MemTotal", "MemAvailable")}
+    import psutil
+
+    from hybrid_moe.cpu_kernels.pool.cgroups import memory_limit
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of figures that are not asked for
+        state = _told(psutil.virtual_memory)
+    total = _told(lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return Memory(
-        kib["MemTotal"] << 10, kib["MemAvailable"] << 10, memory_limit(), huge_page_state()
+        total=state.total if state else total,
+        available=state.available if state else None,
+        limit=memory_limit(),
+        huge_pages=huge_page_state(),
     )
 
 
 def huge_page_state() -> str | None:
     """The selected word of "always [madvise] never"."""
-    for word in "".join(_lines(HUGE_PAGES)).split():
+    for word in sysfiles.read("sys/kernel/mm/transparent_hugepage/enabled").split():
         if word.startswith("["):
             return word.strip("[]")
     return None
@@ -219,24 +230,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _physical_cores() -> int | None:
-    siblings = {
-        "".join(_lines(path / "topology" / "thread_siblings_list")).strip()
-        for path in CPUS.glob("cpu[0-9]*")
-    } - {""}
-    return len(siblings) or None
-
-
-def _integer(path: Path) -> int | None:
+def _told(ask: Callable[[], Fact]) -> Fact | None:
+    """What the system answers, None where it hides the files that the answer is in."""
     try:
-        return int("".join(_lines(path)))
-    except ValueError:  # absent, or the word "max"
+        return ask()
+    except (OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+        logger.debug("the system does not tell: %s", error)
         return None
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines of a file of /proc or /sys; none where it is absent or hidden from this process."""
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []

@@ -42,15 +42,15 @@ class KTMoEWrapper:
         moe_intermediate_size: I, whole, a multiple of 32.
         gpu_experts_mask: bool [E], True for experts that the GPU computes and that are skipped
             here; None for none (or for what `num_gpu_experts` says).
-        cpuinfer_threads: worker threads over all pools; None for all available cores.
-        threadpool_count: worker pools, one per NUMA node; None for 1.
+        cpuinfer_threads: worker threads over all pools; None for one per available core.
+        threadpool_count: worker pools; None for one per NUMA node.
         weight_path: the checkpoint's directory or file; None if the weights come by
             `load_weights_from_tensors`.
         chunked_prefill_size: accepted and not needed: calls may have any number of tokens.
         max_deferred_experts_per_token: experts per token that may arrive one MoE layer later, see
             `hybrid_moe.deferral`; None for 0.
         method: weight format, see `hybrid_moe.formats.FORMATS`.
-        numa_nodes: NUMA node of each pool; None for 0, 1, ...
+        numa_nodes: NUMA node of each pool; None spreads them over every node.
         num_gpu_experts: the first so many ids are on the GPU; the older form of the mask.
         swiglu_limit: clamps gate to at most this and up to +- this before SwiGLU; 0 for no clamp.
         swiglu_alpha: above 0, gate * sigmoid(alpha * gate) * (up + 1) (gpt-oss) instead of

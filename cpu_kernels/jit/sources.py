@@ -25,9 +25,9 @@ def process_start() -> float:
     """When this process started, in seconds since the epoch; 0 where the system does not tell."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        ticks = int(fields[_START_FIELD]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):  # hidden, of another form, or no such constant
         return 0.0
-    ticks = int(fields[_START_FIELD]) / os.sysconf("SC_CLK_TCK")
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks)
 
 

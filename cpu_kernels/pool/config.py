@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hybrid_moe.cpu_kernels.drivers.fields import MAX_POOLS
-from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+from hybrid_moe.cpu_kernels.pool.affinity import bound_to
+from hybrid_moe.cpu_kernels.pool.placement import Placement, place, spread_pools
+from hybrid_moe.cpu_kernels.pool.topology import cores_of, numa_nodes, usable_cores
+
+
+def default_pools(threads: int) -> int:
+    """One pool per NUMA node that this process may use; `MAX_POOLS` at most: of more nodes,
+    neighbours share a pool."""
+    return max(1, min(threads, len(numa_nodes()), MAX_POOLS))
+
+
+def _nodes_here() -> dict[int, tuple[int, ...]]:
+    return numa_nodes()  # under a name that no argument hides
 
 
 @dataclass(frozen=True)
@@ -16,15 +28,43 @@ class PoolConfig:
         threads: worker threads over all pools.
         pools: number of pools; each holds a share of every expert's output rows.
         numa_nodes: node of each pool; None spreads pools over the nodes this process may use.
+        placement: where that puts pools and threads on this machine (`placement.py` has the rules).
 
     Raises:
-        ValueError: fewer threads than pools, more threads than usable cores, an unknown node, or
-            a list of another length than `pools`.
+        ValueError: fewer threads than pools, more threads than usable processors (of the process,
+            or of the named nodes), an unknown node, or a list of another length than `pools`.
     """
 
     threads: int
     pools: int = 1
     numa_nodes: tuple[int, ...] | None = None
+    placement: Placement = field(init=False, repr=False, compare=False)
+
+    @classmethod
+    def choose(
+        cls,
+        threads: int | None = None,
+        pools: int | None = None,
+        numa_nodes: tuple[int, ...] | None = None,
+    ) -> PoolConfig:
+        """The configuration of this machine: what is None is chosen. Every door to the kernels
+        comes through here, and so do `plan`, `doctor` and `bench ceilings`.
+
+        Args:
+            threads: None for one per physical core of the nodes, no more than the cgroup's quota.
+            pools: None for one per NUMA node (`default_pools`).
+            numa_nodes: None for every node.
+        """
+        nodes = _nodes_here()
+        if numa_nodes is not None:
+            nodes = {node: cpus for node, cpus in nodes.items() if node in numa_nodes}
+        usable = usable_cores()
+        if threads is None:
+            cores = sum(map(len, cores_of(nodes).values()))
+            threads = max(1, min(max(cores, pools or 1), usable))
+        if pools is None:
+            pools = default_pools(threads) if numa_nodes is None else len(numa_nodes)
+        return cls(threads, pools, numa_nodes)
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.pools < 1:
@@ -33,17 +73,29 @@ class PoolConfig:
             )
         if self.pools > MAX_POOLS:
             raise ValueError(f"{self.pools} pools: at most {MAX_POOLS} are supported")
+        nodes = numa_nodes()
+        self._check_nodes(sorted(nodes))
         if self.threads < self.pools:
             raise ValueError(
                 f"{self.threads} threads for {self.pools} pools: every pool needs a thread"
             )
-        cores = usable_cores()
-        if self.threads > cores:
+        usable = usable_cores()
+        if self.threads > usable:
             raise ValueError(
-                f"{self.threads} threads, but this process may use {cores} cores "
+                f"{self.threads} threads, but this process may use {usable} cores "
                 "(affinity mask and cgroup quota); use at most that many"
             )
-        known = sorted(numa_nodes())
+        machine = cores_of(nodes)
+        homes = (
+            spread_pools(machine, self.pools)
+            if self.numa_nodes is None
+            else tuple((node,) for node in self.numa_nodes)
+        )
+        shared = usable < sum(map(len, nodes.values()))
+        placement = place(machine, self.threads, homes, shared, bound_to())
+        object.__setattr__(self, "placement", placement)  # the class is frozen
+
+    def _check_nodes(self, known: list[int]) -> None:
         if self.numa_nodes is None:
             return
         if len(self.numa_nodes) != self.pools:
@@ -56,31 +108,31 @@ class PoolConfig:
             raise ValueError(f"unknown NUMA node {unknown[0]}: this process may use {known}")
 
     @property
-    def nodes(self) -> tuple[int, ...]:
-        """The NUMA node of each pool."""
-        if self.numa_nodes is not None:
-            return self.numa_nodes
-        known = sorted(numa_nodes())
-        return tuple(known[p % len(known)] for p in range(self.pools))
+    def nodes(self) -> tuple[int | None, ...]:
+        """The NUMA node of each pool, None for a pool on several."""
+        return tuple(own[0] if len(own) == 1 else None for own in self.placement.pools)
+
+    @property
+    def memory_nodes(self) -> tuple[int | None, ...]:
+        """The node that each pool's memory is bound to; None for first touch: the pool is on
+        several nodes, or there is one only."""
+        return self.nodes if len(numa_nodes()) > 1 else (None,) * self.pools
 
     @property
     def threads_per_pool(self) -> tuple[int, ...]:
-        """Threads of each pool; the remainder goes to the first ones."""
-        whole, rest = divmod(self.threads, self.pools)
-        return tuple(whole + (p < rest) for p in range(self.pools))
+        """Threads of each pool: equal shares (the remainder goes to the first ones), as far as the
+        pools' nodes have cores."""
+        pools = self.worker_pools()
+        return tuple(pools.count(pool) for pool in range(self.pools))
 
     def worker_pools(self) -> tuple[int, ...]:
         """Pool of each worker; worker 0 is in pool 0."""
-        return tuple(p for p, n in enumerate(self.threads_per_pool) for _ in range(n))
+        return tuple(worker.pool for worker in self.placement.workers)
 
     def worker_cpus(self) -> tuple[int, ...]:
-        """Processor that each worker is pinned to. Pools on one node take turns on its list."""
-        nodes = numa_nodes()
-        taken = dict.fromkeys(nodes, 0)
-        cpus = []
-        for pool in self.worker_pools():
-            node = self.nodes[pool]
-            choices = nodes[node]
-            cpus.append(choices[taken[node] % len(choices)])
-            taken[node] += 1
-        return tuple(cpus)
+        """A processor for each worker, no two the same: for threads that must have one each."""
+        return tuple(worker.cpu for worker in self.placement.workers)
+
+    def worker_masks(self) -> tuple[tuple[int, ...], ...]:
+        """Processors that each worker may run on: what pools bind their threads to."""
+        return tuple(worker.mask for worker in self.placement.workers)

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.memory import Arena
+from hybrid_moe.cpu_kernels.pool.affinity import bind_thread
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.idle import IdleJobs
 
@@ -88,7 +89,7 @@ class PoolGroup:
         self._wake_all = _function("wake_all", 1)
         self._work = _function("work", 3)
         self._pools = config.worker_pools()
-        self._cpus = config.worker_cpus()
+        self._masks = config.worker_masks()
         self.caller_works = True
         self._background_lock = threading.Lock()
         self._threads = [self._start(worker) for worker in range(1, config.threads)]
@@ -101,10 +102,7 @@ class PoolGroup:
         return thread
 
     def _run(self, worker: int) -> None:
-        try:
-            os.sched_setaffinity(0, {self._cpus[worker]})  # 0 is this thread
-        except OSError as error:
-            logger.warning("worker %d is not pinned: %s", worker, error)
+        bind_thread(self._masks[worker])
         while self._work(self.address, self._pools[worker], worker) == 0:
             continue
 

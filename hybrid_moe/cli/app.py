@@ -14,6 +14,7 @@ from hybrid_moe.cli.generate import generate
 from hybrid_moe.cli.inspect import inspect
 from hybrid_moe.cli.plan import plan
 from hybrid_moe.cli.serve import CONTEXT_SETTINGS, serve
+from hybrid_moe.cli.terminal import make_output_safe
 
 app = typer.Typer(
     name="hybrid-moe",
@@ -53,4 +54,5 @@ def root(
 
 def main() -> None:
     """Entry point of the `hybrid-moe` script."""
+    make_output_safe()
     app()

@@ -12,6 +12,7 @@ import typer
 
 from hybrid_moe.cli.errors import readable
 from hybrid_moe.cli.tables import grid
+from hybrid_moe.cli.terminal import console
 
 if TYPE_CHECKING:
     from hybrid_moe.cpu_kernels.ceilings import MacCeiling, ReadCeiling
@@ -31,16 +32,15 @@ def ceilings(
     silent: Annotated[bool, typer.Option("--silent", help="No progress bar.")] = False,
 ) -> None:
     """Measure read bandwidths and peak multiply-accumulate rates: the ceilings of every figure."""
-    from rich.console import Console
     from rich.progress import track
 
     from hybrid_moe.cpu_kernels import ceilings as c
-    from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+    from hybrid_moe.cpu_kernels.pool.config import PoolConfig
     from hybrid_moe.receipt import receipt, write_receipt
 
-    threads = threads or usable_cores()
+    threads = PoolConfig.choose(threads).threads
     chosen, skipped = c.usable_tiers(_names(tiers))
-    console = Console(stderr=True)
+    progress_console = console(stderr=True)
     steps: list[Callable[[], ReadCeiling | MacCeiling | None]] = [
         *(partial(c.read_ceiling, *place, seconds) for place in c.read_places(threads).items()),
         *(
@@ -54,9 +54,9 @@ def ceilings(
     progress = track(
         steps,
         "measuring",
-        console=console,
+        console=progress_console,
         transient=True,
-        disable=silent or not console.is_terminal,
+        disable=silent or not progress_console.is_terminal,
     )
     rows = [step() for step in progress]
     reads = [row for row in rows if isinstance(row, c.ReadCeiling)]

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from hybrid_moe.cli.models import ModelOption
+
 
 def convert(
-    model: Annotated[Path, typer.Option(help="Folder of the checkpoint to convert.")],
+    model: ModelOption,
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],
     method: Annotated[str, typer.Option(help="Weight format of the experts.")] = "MXFP4",
     threads: Annotated[
@@ -17,7 +19,9 @@ def convert(
     ] = None,
 ) -> None:
     """Quantise a checkpoint's experts; everything else is copied."""
+    from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+    from hybrid_moe.find_model import find_model
     from hybrid_moe.loaders import convert_checkpoint
 
-    convert_checkpoint(model, out, method, threads=threads)
+    convert_checkpoint(find_model(model), out, method, threads=threads or usable_cores())
     typer.echo(f"wrote {out}", err=True)

@@ -84,6 +84,8 @@ def core_facts(report: Report) -> dict[str, str]:
         "cpuset": f"{len(cores.cpuset)} ({ranges(cores.cpuset)})",
         "cgroup quota": "none" if cores.quota is None else f"{cores.quota:g} processors",
         "available": f"{cores.available} threads",
+        "default": f"{cores.threads} threads, pools: {cores.pools}, "
+        + ("one processor each" if cores.bound else "placed by the system within their node"),
         **{f"NUMA node {node}": ranges(cpus) for node, cpus in cores.numa_nodes.items()},
     }
 
@@ -92,8 +94,8 @@ def memory_facts(report: Report) -> dict[str, str]:
     """Sizes, limit, huge pages, and the bandwidths that were measured."""
     memory = report.memory
     return {
-        "total": gib(memory.total),
-        "available": gib(memory.available),
+        "total": _amount(memory.total),
+        "available": _amount(memory.available),
         "cgroup limit": "none" if memory.limit is None else gib(memory.limit),
         "transparent huge pages": memory.huge_pages or "unknown",
         **{
@@ -101,6 +103,10 @@ def memory_facts(report: Report) -> dict[str, str]:
             for threads, speed in report.bandwidth.items()
         },
     }
+
+
+def _amount(nbytes: int | None) -> str:
+    return "unknown" if nbytes is None else gib(nbytes)
 
 
 def _tier(missing: tuple[str, ...]) -> str:

@@ -1,12 +1,15 @@
-"""Errors of the user's making as one paragraph instead of a traceback.
+"""Errors as one paragraph instead of a traceback.
 
-Exit codes: 0 done, 2 an error that the message explains, 130 interrupted; anything else is a bug
-and shows its traceback.
+Exit codes: 0 done, 1 an error that nobody foresaw, 2 an error that the message explains, 130
+interrupted. `--debug` or HYBRID_MOE_DEBUG=1 leaves exceptions as they are.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -16,12 +19,20 @@ import typer
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-EXTRAS = {"transformers": "transformers", "tokenizers": "transformers", "gguf": "gguf"}
+EXTRAS = {
+    "transformers": "transformers",
+    "tokenizers": "transformers",
+    "accelerate": "transformers",
+    "huggingface_hub": "transformers",
+    "gguf": "gguf",
+}
 """Module -> the extra of this package that installs it."""
 
 USER_ERRORS = (OSError, ValueError, NotImplementedError, ImportError, MemoryError)
 """Missing files, damaged checkpoints, impossible settings, unsupported models, missing extras,
 models larger than the memory."""
+
+_FOR_TYPER = (typer.Exit, typer.Abort, typer.BadParameter)
 
 
 @dataclass
@@ -35,22 +46,23 @@ settings = Settings()
 
 
 def readable(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Wrap a subcommand so that `USER_ERRORS` print one paragraph on stderr and exit with 2.
-
-    `--debug` or HYBRID_MOE_DEBUG=1 leaves them as they are.
-    """
+    """Wrap a subcommand so that an error is one paragraph on stderr, and output is complete."""
 
     @functools.wraps(command)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
-            return command(*args, **kwargs)
-        except BrokenPipeError:  # `... | head`: the reader has enough, which is no error
+            result = command(*args, **kwargs)
+            sys.stdout.flush()  # a full disk must not go unnoticed
+            return result
+        except (BrokenPipeError, *_FOR_TYPER):  # `... | head`: the reader has enough, no error
             raise
-        except USER_ERRORS as error:
+        except Exception as error:
             if settings.debug:
                 raise
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
+                _drop_output()
             typer.echo(f"hybrid-moe: {explain(error)}", err=True)
-            raise typer.Exit(2) from error
+            raise typer.Exit(2 if isinstance(error, USER_ERRORS) else 1) from error
 
     return wrapped
 
@@ -61,6 +73,21 @@ def explain(error: BaseException) -> str:
         extra = EXTRAS.get(error.name.partition(".")[0])
         if extra is not None:
             return f'{error.name} is not installed: pip install "hybrid-moe[{extra}]"'
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror}"
+    message = " ".join(str(error).split())
+    if isinstance(error, USER_ERRORS):
+        return message or type(error).__name__
+    return (
+        f"{type(error).__name__}{': ' * bool(message)}{message} (nobody foresaw this: "
+        "HYBRID_MOE_DEBUG=1 shows where it happened)"
+    )
+
+
+def _drop_output() -> None:
+    """What is still buffered cannot be written: the interpreter's end must not try again."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # no file is behind it: then nothing is tried
+        return

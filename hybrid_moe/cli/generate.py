@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hybrid_moe.cli.models import ModelOption, blaming, routing_problem
+from hybrid_moe.cli.terminal import Steps, console
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hybrid_moe.loaders import CheckpointSummary
+
 
 def generate(
-    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
+    model: ModelOption,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     method: Annotated[
         str | None,
@@ -23,7 +27,9 @@ def generate(
     threads: Annotated[
         int | None, typer.Option(help="Worker threads; default: one per available core.")
     ] = None,
-    pools: Annotated[int, typer.Option(help="Worker pools, one per NUMA node.")] = 1,
+    pools: Annotated[
+        int | None, typer.Option(help="Worker pools; default: one per NUMA node.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[
@@ -31,39 +37,82 @@ def generate(
         typer.Option(min=0, max=2**63 - 1, help="Of the sampling, where temperature is above 0."),
     ] = 0,
 ) -> None:
-    """Continue a prompt with the model's experts on the CPU."""
-    import torch
-    import transformers
+    """Continue a prompt with the model's experts on the CPU.
 
-    from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
-    from hybrid_moe.integrations.transformers import check_directory, from_pretrained
+    The text goes to stdout; what is being done, and how fast it was, to stderr.
+    """
+    with Steps() as steps:
+        steps.begin("importing PyTorch and Transformers")
+        import torch
+        import transformers
 
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    started = perf_counter()
-    check_directory(model)
-    choose_tier()  # a tier that HYBRID_MOE_ISA names wrongly is told before minutes of loading
-    tokenizer, inputs = tokenize(model, prompt)
-    loaded = from_pretrained(model, method=method, threads=threads, pools=pools)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling["temperature"] = temperature
-    clock = streamer_class()(tokenizer, lambda text: typer.echo(text, nl=False))
-    with torch.inference_mode():
-        loaded(input_ids=inputs["input_ids"][:, :1])  # compiles the kernels, outside the clock
-        typer.echo(f"ready in {perf_counter() - started:.1f} s", err=True)
-        loaded.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            streamer=clock,
-            pad_token_id=pad_token(tokenizer),
-            **sampling,
-        )
-    typer.echo("")
-    typer.echo(clock.summary(inputs["input_ids"].shape[1]), err=True)
+        from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
+        from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+        from hybrid_moe.integrations.transformers import check_directory, from_pretrained
+        from hybrid_moe.loaders import inspect_checkpoint
+
+        if not steps.console.is_terminal:
+            transformers.utils.logging.disable_progress_bar()
+        steps.begin("reading the configuration")
+        path = check_directory(model)
+        choose_tier()  # a tier that HYBRID_MOE_ISA names wrongly is told before minutes of loading
+        summary = inspect_checkpoint(path)
+        problem = routing_problem(path, summary.num_experts, summary.experts_per_token)
+        if problem is not None:
+            raise ValueError(problem)
+        with blaming(f"Transformers cannot use the configuration in {path}"):
+            tokenizer, inputs = tokenize(path, prompt)
+            steps.begin("loading the model", spin=False)  # which shows bars of its own
+            loaded = from_pretrained(path, method=method, threads=threads, pools=pools)
+        workers = PoolConfig.choose(threads, pools).threads
+        # PyTorch counts processors, whatever a cgroup's quota says of their time
+        torch.set_num_threads(threads or min(workers, torch.get_num_threads()))
+        steps.begin("compiling kernels")
+        with torch.inference_mode():
+            loaded(input_ids=inputs["input_ids"][:, :1])
+        steps.end()
+        steps.say(f"{headline(model, summary, loaded)}; ready in {steps.seconds:.1f} s", "bold")
+        torch.manual_seed(seed)
+        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            sampling["temperature"] = temperature
+        steps.begin("first token")
+        clock = streamer_class()(tokenizer, text_writer(), steps.end)
+        with torch.inference_mode():
+            loaded.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                streamer=clock,
+                pad_token_id=pad_token(tokenizer),
+                **sampling,
+            )
+        typer.echo("")
+        steps.say(clock.summary(inputs["input_ids"].shape[1]), "dim")
+
+
+def headline(model: str, summary: CheckpointSummary, loaded: Any) -> str:
+    """What runs, in one line: the model, its experts, their format, the tier and the threads."""
+    from hybrid_moe.integrations.hybrid_experts import HybridExperts
+
+    experts = [module for module in loaded.modules() if isinstance(module, HybridExperts)]
+    first = next(module.layer for module in experts if module.layer is not None)
+    per_token = summary.experts_per_token or "an unknown number"
+    threads, pools = first.pool.threads, first.pool.pools
+    return (
+        f"{model}: {summary.model_type}, {len(experts)} layers of {first.num_experts} experts, "
+        f"{per_token} per token, {first.fmt.name}; tier {first.tier.name}; "
+        f"{threads} thread{'s' * (threads > 1)}" + (f" in {pools} pools" if pools > 1 else "")
+    )
+
+
+def text_writer() -> Callable[[str], None]:
+    """Writes pieces of the answer to stdout: in colour on a terminal, else as they are."""
+    screen = console()
+    if not screen.is_terminal:
+        return lambda text: typer.echo(text, nl=False)
+    from rich.text import Text
+
+    return lambda text: screen.print(Text(text, "green"), end="", soft_wrap=True)
 
 
 def tokenize(model: Path, prompt: str) -> tuple[Any, Any]:
@@ -104,15 +153,21 @@ def streamer_class() -> type[Any]:
     from transformers import TextStreamer
 
     class ClockedStreamer(TextStreamer):  # type: ignore[misc]
-        """Gives finished words to `write` and notes when tokens arrive."""
+        """Gives finished words to `write` and notes when tokens arrive; `begin` is called before
+        the first one is written."""
 
-        def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        def __init__(
+            self, tokenizer: Any, write: Callable[[str], None], begin: Callable[[], None]
+        ) -> None:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
             self.write = write
+            self.begin = begin
             self.times: list[float] = []  # of the prompt, then of each token
 
         def put(self, value: Any) -> None:
             self.times.append(perf_counter())
+            if len(self.times) == 2:  # the first is the prompt
+                self.begin()
             super().put(value)
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hybrid_moe.cli.models import ModelArgument, routing_problem
 from hybrid_moe.cli.tables import facts, gib, grid, ranges
 
 if TYPE_CHECKING:
@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    model: ModelArgument,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show family, layers, experts, formats, bytes of each part and the memory needed.
 
     Exits with 1 where the checkpoint has layers that cannot be loaded.
     """
+    from hybrid_moe.find_model import find_model
     from hybrid_moe.loaders import inspect_checkpoint
 
-    summary = inspect_checkpoint(directory)
+    path = find_model(model)
+    summary = inspect_checkpoint(path)
+    routing = routing_problem(path, summary.num_experts, summary.experts_per_token)
+    if routing is not None:
+        summary = replace(summary, problems=(*summary.problems, routing))
     if json:
         typer.echo(json_module.dumps(asdict(summary), indent=2))
     else:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hybrid_moe.cli.models import routing_problem
+
 if TYPE_CHECKING:
     from hybrid_moe.planning import CpuSpeeds, Plan
 
@@ -22,10 +24,11 @@ ContextOption = Annotated[
     int | None, typer.Option(min=1, help="Tokens of the longest request; default: 32768 at most.")
 ]
 BaseOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
+        metavar="MODEL",
         help="Original checkpoint, where the other one was converted: SGLang reads all but the "
-        "CPU's experts from it."
+        "CPU's experts from it.",
     ),
 ]
 MethodOption = Annotated[
@@ -71,7 +74,7 @@ class MachineOptions:
     gpu: list[str] | None
     ram: str | None
     context: int | None
-    base: Path | None
+    base: str | None
     method: str | None
     gpu_experts: int | None
     profile: Path | None
@@ -84,16 +87,21 @@ class MachineOptions:
     gmacs: float | None
     gpu_bandwidth: float | None
 
-    def plan(self, directory: Path) -> Plan:
-        """Plan the model in `directory`; measures the ceilings if none were given."""
+    def plan(self, named: str | Path) -> Plan:
+        """Plan a model, see `find_model`; measures the ceilings if none were given."""
         from hybrid_moe import planning
-        from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+        from hybrid_moe.cpu_kernels.pool.config import PoolConfig, default_pools
+        from hybrid_moe.find_model import find_model
         from hybrid_moe.placement_profile import read_profile
         from hybrid_moe.planning import machine
 
         gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
-        model = planning.read_model(directory, self.base, self.method)
-        threads = self.threads or usable_cores()
+        path, base = find_model(named), find_model(self.base) if self.base else None
+        model = planning.read_model(path, base, self.method)
+        problem = routing_problem(model.path, model.num_experts, model.top_k)
+        if problem is not None:
+            raise ValueError(problem)
+        threads = self.threads or PoolConfig.choose(pools=self.pools).threads
         request = planning.Request(
             gpus=gpus,
             ram=planning.parse_size(self.ram) if self.ram else machine.memory_of_this_machine(),
@@ -101,7 +109,7 @@ class MachineOptions:
             requests=self.requests if gpus else 1,
             chunk=self.chunk,
             threads=threads,
-            pools=self.pools or min(threads, len(numa_nodes())),
+            pools=self.pools or default_pools(threads),
             cpu=self._speeds(threads),
             num_gpu_experts=self.gpu_experts,
             profile=read_profile(self.profile) if self.profile else None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hybrid_moe.cli import machine_options as o
+from hybrid_moe.cli.models import ModelArgument
 from hybrid_moe.cli.tables import facts, gib, grid
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _TERMS = ("what", "time", "amount and speed")
 
 
 def plan(
-    directory: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    model: ModelArgument,
     gpu: o.GpuOption = None,
     ram: o.RamOption = None,
     context: o.ContextOption = None,
@@ -45,7 +46,7 @@ def plan(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
         ceilings, ram_bandwidth, gmacs, gpu_bandwidth,
     )  # fmt: skip
-    made = options.plan(directory)
+    made = options.plan(model)
     if json is not None:
         json.write_text(json_module.dumps(made.to_dict(), indent=1) + "\n")
     show(made)

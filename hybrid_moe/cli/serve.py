@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hybrid_moe.cli import machine_options as o
+from hybrid_moe.cli.models import ModelOption
 
 if TYPE_CHECKING:
     from hybrid_moe.planning.serving import ServerCommand
@@ -20,7 +20,7 @@ CONTEXT_SETTINGS = {"allow_extra_args": True}
 
 def serve(
     rest: typer.Context,
-    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
+    model: ModelOption,
     gpu: o.GpuOption = None,
     ram: o.RamOption = None,
     context: o.ContextOption = None,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from hybrid_moe.cli.terminal import console
+
 
 def facts(title: str, rows: Mapping[str, str]) -> None:
     """Print a titled list of names and values."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -17,12 +18,11 @@ def facts(title: str, rows: Mapping[str, str]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(Text(name), Text(value))  # Text: brackets are no markup
-    Console().print(table, highlight=False)
+    console().print(table)
 
 
 def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table with a header; all columns but the first are right-aligned."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -31,7 +31,7 @@ def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> N
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    Console().print(table, highlight=False)
+    console().print(table)
 
 
 def gib(nbytes: int) -> str:

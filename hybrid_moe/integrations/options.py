@@ -22,12 +22,12 @@ class ExpertsOptions:
     Attributes:
         method: name of a weight format, see `hybrid_moe.formats.FORMATS`.
         threads: worker threads over all pools; None for one per available core.
-        pools: worker pools, one per NUMA node.
+        pools: worker pools; None for one per NUMA node.
     """
 
     method: str = "BF16"
     threads: int | None = None
-    pools: int = 1
+    pools: int | None = None
 
     @property
     def fmt(self) -> WeightFormat:
@@ -37,10 +37,8 @@ class ExpertsOptions:
     def pool_config(self) -> PoolConfig:
         """The worker pools. Raises ValueError where this machine cannot have them."""
         from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-        from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 
-        threads = usable_cores() if self.threads is None else self.threads
-        return PoolConfig(threads=threads, pools=self.pools)
+        return PoolConfig.choose(self.threads, self.pools)
 
     @classmethod
     def of(cls, config: Any) -> ExpertsOptions:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
+from hybrid_moe.find_model import find_model
 from hybrid_moe.integrations.import_hook import INTERFACES, NAME, register_in
 from hybrid_moe.integrations.options import ExpertsOptions
 from hybrid_moe.tensors import CheckpointError
@@ -41,7 +42,7 @@ def offload(
     model: Model,
     method: str = "MXFP4",
     threads: int | None = None,
-    pools: int = 1,
+    pools: int | None = None,
     *,
     progress: bool = True,
 ) -> Model:
@@ -56,7 +57,7 @@ def offload(
         model: a Transformers model with experts on any device (not meta).
         method: weight format of the panels.
         threads: worker threads over all pools; None for one per available core.
-        pools: worker pools, one per NUMA node.
+        pools: worker pools; None for one per NUMA node.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -96,7 +97,7 @@ def from_pretrained(
     directory: str | Path,
     method: str | None = "MXFP4",
     threads: int | None = None,
-    pools: int = 1,
+    pools: int | None = None,
     *,
     progress: bool = True,
     **kwargs: Any,
@@ -107,11 +108,12 @@ def from_pretrained(
     of the packed experts and of everything else, once. `state_dict()` lacks the experts.
 
     Args:
-        directory: a checkpoint in Transformers' layout, or in its family's published one.
+        directory: a checkpoint in Transformers' layout, or in its family's published one; or the
+            id of one in the Hugging Face hub's cache.
         method: weight format of the panels, None for the one that the checkpoint stores. BF16
             experts are quantised while loading if it is another.
         threads: worker threads over all pools; None for one per available core.
-        pools: worker pools, one per NUMA node.
+        pools: worker pools; None for one per NUMA node.
         progress: show a progress bar on stderr.
         **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...).
 
@@ -152,8 +154,8 @@ def from_pretrained(
 
 
 def check_directory(directory: str | Path) -> Path:
-    """The folder as a path; `FileNotFoundError` where there is none."""
-    path = Path(directory)
+    """The model's folder, see `find_model`; `FileNotFoundError` where there is none."""
+    path = find_model(directory)
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path} is not a directory: pass the folder of a downloaded checkpoint"
@@ -172,7 +174,7 @@ def first_layer(checkpoint: Checkpoint) -> LayerSource:
     return checkpoint.layer(checkpoint.layers[0])
 
 
-def _checked(method: str, threads: int | None, pools: int) -> ExpertsOptions:
+def _checked(method: str, threads: int | None, pools: int | None) -> ExpertsOptions:
     """The options, refused here rather than after a model has been loaded."""
     options = ExpertsOptions(method, threads, pools)
     options.pool_config()

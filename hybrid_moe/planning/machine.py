@@ -116,9 +116,9 @@ def _gpu(nbytes: int, bandwidth: float | None) -> Gpu:
 def measure_cpu(threads: int, seconds: float = 0.3) -> CpuSpeeds:
     """Measure this machine: about four times `seconds`, and 512 MiB of memory meanwhile."""
     from hybrid_moe.cpu_kernels import ceilings
-    from hybrid_moe.cpu_kernels.bandwidth import on_all_nodes
+    from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 
-    read = ceilings.read_ceiling("all threads", on_all_nodes(threads), seconds)
+    read = ceilings.read_ceiling("all threads", PoolConfig.choose(threads), seconds)
     macs = {name: ceilings.mac_ceiling(name, threads, seconds=seconds) for name in ceilings.USES}
     return CpuSpeeds(read.at_random * 1e9, macs, f"measured here with {threads} threads")
 
@@ -146,11 +146,18 @@ def read_receipt(file: Path) -> CpuSpeeds:
 
 
 def memory_of_this_machine() -> int:
-    """Bytes of RAM that a process may use here: all of it, or what the cgroup allows."""
+    """Bytes of RAM that a process may use here: all of it, or what the cgroup allows.
+
+    Raises:
+        ValueError: the system tells neither.
+    """
     from hybrid_moe.doctor import read_memory
 
     memory = read_memory()
-    return memory.total if memory.limit is None else min(memory.total, memory.limit)
+    amounts = [amount for amount in (memory.total, memory.limit) if amount is not None]
+    if not amounts:
+        raise ValueError("this system does not tell how much memory it has: say it with --ram")
+    return min(amounts)
 
 
 def huge_pages_here() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hybrid_moe.cpu_kernels.drivers.fields import MAX_POOLS
 from hybrid_moe.placement_profile import PlacementProfile
 from hybrid_moe.planning.gpu_share import Placement
 from hybrid_moe.planning.kv_cache import KvCache
@@ -54,6 +55,11 @@ class Request:
         for name in ("context", "requests", "chunk", "threads", "pools"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
+        if self.pools > min(self.threads, MAX_POOLS):
+            raise ValueError(
+                f"{self.pools} pools for {self.threads} threads: every pool needs a thread, and "
+                f"at most {MAX_POOLS} pools are supported"
+            )
         if self.num_gpu_experts and self.profile is not None:
             raise ValueError("give a number of experts for the GPU or a profile, not both")
         if not self.gpus and (self.num_gpu_experts or self.profile is not None):

@@ -17,7 +17,9 @@ from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE, Tier, available_tiers
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.kernels.formats import FORMAT_KERNELS
 from hybrid_moe.cpu_kernels.kernels.probe import reader
+from hybrid_moe.cpu_kernels.pool import sysfiles
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 
 STEPS = 64
 TIERS = [report.tier for report in available_tiers() if report.usable]
@@ -63,11 +65,11 @@ def test_probe_refuses_sizes_that_it_cannot_read(nbytes: int, block: int) -> Non
 def test_shared_caches_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for cpu, shared in enumerate(("0-1", "0-1", "2-3", "2-3")):
         for index, (level, size) in enumerate((("1", "32K"), ("3", "16M"))):
-            folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
+            folder = tmp_path / "sys/devices/system/cpu" / f"cpu{cpu}" / "cache" / f"index{index}"
             folder.mkdir(parents=True)
             for name, text in (("level", level), ("size", size), ("shared_cpu_list", shared)):
                 (folder / name).write_text(text + "\n")
-    monkeypatch.setattr(bandwidth, "_CACHES", tmp_path)
+    monkeypatch.setattr(sysfiles, "ROOT", tmp_path)
     assert bandwidth.cache_bytes() == 32 << 20
 
 
@@ -159,7 +161,7 @@ def test_tiers_that_do_not_run_here_are_told() -> None:
 def test_places_cover_the_machine() -> None:
     places = ceilings.read_places(1)
     assert list(places)[:2] == ["1 thread", "all threads"]
-    assert len(places) == 2 + len(bandwidth.numa_nodes())
+    assert len(places) == 2 + len(numa_nodes())
     row = ceilings.read_ceiling("1 thread", places["1 thread"], seconds=0.006)
     assert row.where == "1 thread" and row.threads == 1
     assert row.in_order > 0 and row.at_random > 0

@@ -48,15 +48,16 @@ def test_configurations_that_cannot_be(arguments: dict[str, object], message: st
 
 
 def test_threads_are_spread_over_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "usable_cores", lambda: 8)
+    monkeypatch.setattr(config_module, "usable_cores", lambda: 6)
     monkeypatch.setattr(config_module, "numa_nodes", lambda: {0: (0, 1, 2, 3), 2: (8, 9)})
     config = PoolConfig(5, 2)
     assert config.nodes == (0, 2)
     assert config.threads_per_pool == (3, 2)
     assert config.worker_pools() == (0, 0, 0, 1, 1)
     assert config.worker_cpus() == (0, 1, 2, 8, 9)
-    same_node = PoolConfig(4, 2, (2, 2))
-    assert same_node.worker_cpus() == (8, 9, 8, 9)
+    assert PoolConfig(2, 2, (2, 2)).worker_cpus() == (8, 9)
+    with pytest.raises(ValueError, match=r"4 threads for NUMA node 2, where .* may use 2"):
+        PoolConfig(4, 2, (2, 2))
     with pytest.raises(ValueError, match="unknown NUMA node 1"):
         PoolConfig(4, 2, (0, 1))
 
@@ -223,6 +224,7 @@ def test_idle_workers_wake_for_every_job(layer: ExpertLayer) -> None:
 def test_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system puts workers aside at any point; a late one finds another job in its slot."""
     monkeypatch.setattr(config_module, "usable_cores", lambda: 8)
+    monkeypatch.setattr(config_module, "numa_nodes", lambda: {_NODE: tuple(range(8))})
     config = PoolConfig(5, 2, (_NODE, _NODE))
     group = group_module.PoolGroup(config)
     try:

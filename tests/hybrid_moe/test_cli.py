@@ -12,21 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from typer.testing import CliRunner
 
 import hybrid_moe
-from hybrid_moe.cli import app
 from hybrid_moe.cli.errors import explain
 from hybrid_moe.cli.tables import gib, ranges
+from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
 from hybrid_moe.integrations.transformers import from_pretrained
 from hybrid_moe.tensors import CheckpointError
 from tests.hybrid_moe.checkpoints import edit_tensors, save
+from tests.hybrid_moe.command import CHARACTERS, PROMPT, run, write_model
 from tests.hybrid_moe.tiny_models import build, greedy
-
-PROMPT = "Hello there"
-CHARACTERS = ["<unk>", *map(chr, range(32, 127))]
+from tests.machines import Machine
 
 
 @pytest.fixture(autouse=True)
@@ -36,20 +32,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3-MoE with a tokenizer of single characters."""
-    directory = save(build("qwen3_moe"), tmp_path_factory.mktemp("model"))
-    tokenizer = Tokenizer(
-        models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    fast.save_pretrained(directory)
-    return directory
-
-
-def run(*arguments: object, **options: Any) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments], **options)
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 def text_of(tokens: list[int]) -> str:
@@ -68,6 +51,36 @@ def test_generate_streams_the_greedy_text(checkpoint: Path, method: str | None) 
     assert result.stdout == text_of(greedy(model, ids, 12)) + "\n"
     assert f"prefill {len(PROMPT)} tokens" in result.stderr
     assert "decode 11 tokens" in result.stderr and "tok/s" in result.stderr
+
+
+def test_generate_says_what_it_does(checkpoint: Path) -> None:
+    """Steps and what runs on stderr, the text alone on stdout; in colour on a terminal."""
+    words = ("generate", "--model", checkpoint, "--prompt", PROMPT, "--threads", 1,
+             "--max-new-tokens", 12)  # fmt: skip
+    plain, coloured = run(*words), run(*words, env={"FORCE_COLOR": "1", "COLUMNS": "200"})
+    lines = plain.stderr.splitlines()
+    steps = [line.rpartition(":")[0] for line in lines if re.fullmatch(r".*: \d+\.\d s", line)]
+    assert steps == ["importing PyTorch and Transformers", "reading the configuration",
+                     "loading the model", "compiling kernels", "first token"]  # fmt: skip
+    headline = next(line for line in lines if "ready in" in line)
+    for fact in (str(checkpoint), "qwen3_moe", "2 layers of 8 experts, 3 per token", "BF16",
+                 f"tier {choose_tier().name}", "1 thread;"):  # fmt: skip
+        assert fact in headline
+    assert "\x1b" not in plain.output
+    assert "\x1b[32m" in coloured.stdout and "\x1b[1m" in coloured.stderr
+    assert re.sub(r"\x1b\[\d*m", "", coloured.stdout) == plain.stdout
+
+
+def test_generate_keeps_pytorch_within_the_quota(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("generate", "--model", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 1)
+    Machine({0: "0-7"}, quota=1.0).pretend(tmp_path, monkeypatch)
+    for before, given, after in ((4, (), 1), (1, (), 1), (4, ("--threads", 1), 1)):
+        torch.set_num_threads(before)
+        result = run(*words, *given)
+        assert result.exit_code == 0, result.output
+        assert torch.get_num_threads() == after
 
 
 def test_generate_samples_by_seed(checkpoint: Path) -> None:

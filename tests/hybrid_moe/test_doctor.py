@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from hybrid_moe import doctor
-from hybrid_moe.cpu_kernels.pool import topology
+from hybrid_moe.planning.machine import memory_of_this_machine
+from tests.machines import Machine
 
 
 def test_report_of_this_machine() -> None:
@@ -73,14 +74,32 @@ CGROUPS = {
 @pytest.mark.parametrize("name", CGROUPS)
 def test_memory_limit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     membership, files, expected = CGROUPS[name]
-    mount = tmp_path / "cgroup"
-    for relative, content in files.items():
-        (mount / relative).parent.mkdir(parents=True, exist_ok=True)
-        (mount / relative).write_text(content + "\n")
-    (tmp_path / "self").write_text(membership)
-    monkeypatch.setattr(topology, "_CGROUPS", mount)
-    monkeypatch.setattr(topology, "_SELF_CGROUP", tmp_path / "self")
-    assert doctor.memory_limit() == expected
+    limits = {f"sys/fs/cgroup/{file}": content + "\n" for file, content in files.items()}
+    machine = Machine({0: "0"}, files={"proc/self/cgroup": membership, **limits})
+    machine.pretend(tmp_path, monkeypatch)
+    memory = doctor.read_memory()
+    assert memory.limit == expected
+    assert (memory.total, memory.available) == (4 << 20, 2 << 20)
+    assert memory_of_this_machine() == (4 << 20 if expected is None else expected)
+
+
+@pytest.mark.parametrize("text", [None, "", "MemTotal: much\n", "Cached: 0 kB\n"])
+def test_memory_that_is_not_told(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The C library may know the total; if not, nobody does, and the option is named."""
+    Machine({0: "0"}, files={"proc/meminfo": text}).pretend(tmp_path, monkeypatch)
+    pages = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(doctor.os, "sysconf", pages.__getitem__)
+    assert doctor.read_memory().total == 4096000 and doctor.read_memory().available is None
+
+    def refuse(name: str) -> int:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(doctor.os, "sysconf", refuse)
+    assert doctor.read_memory().total is None
+    with pytest.raises(ValueError, match="--ram"):
+        memory_of_this_machine()
 
 
 @pytest.mark.parametrize(
@@ -89,13 +108,12 @@ def test_memory_limit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_huge_pages(
     content: str | None, state: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if content is not None:
-        (tmp_path / "enabled").write_text(content)
-    monkeypatch.setattr(doctor, "HUGE_PAGES", tmp_path / "enabled")
+    name = "sys/kernel/mm/transparent_hugepage/enabled"
+    Machine({0: "0"}, files={name: content}).pretend(tmp_path, monkeypatch)
     assert doctor.huge_page_state() == state
 
 
 def test_processor_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Fast CPU: 9000\n")
-    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
+    text = "processor\t: 0\nmodel name\t: Fast CPU: 9000\n"
+    Machine({0: "0"}, files={"proc/cpuinfo": text}).pretend(tmp_path, monkeypatch)
     assert doctor.processor_name() == "Fast CPU: 9000"
