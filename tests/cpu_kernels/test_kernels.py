@@ -162,7 +162,15 @@ def test_encoding_of_special_groups(name: str) -> None:
 def test_bf16_rows_are_the_activations(name: str) -> None:
     x = np.arange(3 * 64, dtype=np.uint16).reshape(3, 64) * 341
     rows = _encode(_kernels("BF16", name), x)
-    assert np.array_equal(rows.view(np.uint16), x)
+    assert np.array_equal(rows.view(np.uint16)[:, :64], x)
+
+
+@given(st.integers(1, 4096), st.sampled_from([encode.FIXED15, encode.BF16_PAIRS]))
+def test_neighbouring_rows_share_no_cache_set(groups: int, encoding: encode.Encoding) -> None:
+    """The same bytes of 64 rows lie in all 64 sets of a first level cache (4 KiB a way)."""
+    row = encoding.row_bytes(groups)
+    assert row % LINE == 0 and 0 <= row - groups * encoding.group_bytes < 16 * LINE
+    assert len({i * row // LINE % 64 for i in range(64)}) == 64
 
 
 # packing
