@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from hybrid_moe.formats import Array, WeightFormat, format_named
 from hybrid_moe.loaders.checkpoint import Checkpoint
+from hybrid_moe.loaders.files import INDEX_NAME
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layer import LayerSource
 from hybrid_moe.loaders.naming import scheme_named
 from hybrid_moe.loaders.parallel import for_each
-from hybrid_moe.loaders.safetensors import INDEX_NAME, ReadBuffer
+from hybrid_moe.loaders.safetensors import ReadBuffer
 from hybrid_moe.loaders.writer import PlannedTensor, ShardedWriter
 from hybrid_moe.tensors import ExpertTensors, Matrix
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from hybrid_moe.formats import Array
+from hybrid_moe.loaders.files import INDEX_NAME
 from hybrid_moe.loaders.header import STORAGE_TYPES
-from hybrid_moe.loaders.safetensors import INDEX_NAME
 
 PARTIAL = ".partial"
 """Ending of a file that is being written."""
