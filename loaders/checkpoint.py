@@ -15,6 +15,8 @@ from hybrid_moe.loaders.regular import Stamp, read_json, stamp_of
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.tensors import CheckpointError
 
+CONFIG_NAME = "config.json"
+
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Names under which `config.json` states the number of routed experts."""
 
@@ -120,7 +122,7 @@ class Checkpoint:
 
 
 def _read_config(path: Path) -> tuple[Mapping[str, Any], Mapping[Path, Stamp | None]]:
-    file = path / "config.json"
+    file = path / CONFIG_NAME
     if not path.is_dir():
         return {}, {}
     if not file.exists() and not file.is_symlink():

@@ -28,8 +28,11 @@ INDEX_NAME = "model.safetensors.index.json"
 _CONSOLIDATED = "consolidated.safetensors"
 _SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
 _NAME_BYTES = 255  # of a file's name on Linux
-_FOREIGN = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.h5")
+FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.h5")
 """Weights that this package does not read."""
+
+ADAPTER = "adapter_"
+"""Beginning of the names of an adapter's files, which is no part of the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -145,13 +148,13 @@ def _shards_beside(single: Path) -> list[Path]:
 
 def _loose_files(path: Path) -> list[Path]:
     """Files of a checkpoint without standard names; adapters and consolidated copies are none."""
-    none = ("adapter_", Path(_CONSOLIDATED).stem)
+    none = (ADAPTER, Path(_CONSOLIDATED).stem)
     return [file for file in _visible(path, "*.safetensors") if not file.name.startswith(none)]
 
 
 def _others(path: Path) -> str:
     """What there is instead, for the message."""
-    found = next((f for pattern in _FOREIGN for f in _visible(path, pattern)), None)
+    found = next((f for pattern in FOREIGN_WEIGHTS for f in _visible(path, pattern)), None)
     if found is None:
         return ""
     return (
