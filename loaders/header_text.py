@@ -38,6 +38,8 @@ def walk(text: str, visit: Callable[[str, Any], None]) -> None:
             raise ValueError(f"key {shortened(key)} is longer than {MAX_KEY_LENGTH} characters")
         seen.add(key)
         if key == _METADATA:
+            if text.startswith("null", at):
+                return at + 4
             return _object(text, at, lambda _, value: _string(text, value)[1])
         entry, end = _entry(key, text[at : at + MAX_ENTRY_LENGTH])
         visit(key, entry)
