@@ -148,7 +148,12 @@ def read_tensors(stream: BinaryIO, size: int, file: Path) -> list[TensorInfo]:
             f"{file}: truncated: the header should end at byte {8 + length}, the file has {size}"
         )
     with _one_large_header if length > _LARGE_HEADER else nullcontext():
-        return _parse(stream.read(length), 8 + length, size, file)
+        try:
+            return _parse(stream.read(length), 8 + length, size, file)
+        except CheckpointError as error:
+            problem = str(error)
+    # raised anew: an exception keeps the frames that it came through, and they the header's text
+    raise CheckpointError(problem)
 
 
 def _parse(content: bytes, data_start: int, size: int, file: Path) -> list[TensorInfo]:

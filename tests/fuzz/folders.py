@@ -24,7 +24,7 @@ from hybrid_moe.tensors import CheckpointError
 
 REASONS = {
     "shard of the index is missing": "this shard is missing",
-    "damaged index": r"index(\.fp16)?\.json: (damaged|no JSON object|weight_map is|.* is in .*no file)",
+    "damaged index": r"index.*\.json: (damaged|no JSON object|weight_map is|.* no file name)",
     "index at odds with a shard": "says that it is in .* but it is not",
     "damaged file": "truncated|too few|damaged|no safetensors|belong to no tensor",
 }
