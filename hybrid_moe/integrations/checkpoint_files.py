@@ -9,7 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hybrid_moe.loaders import Checkpoint
+import numpy as np
+
+from hybrid_moe.formats import Array
+from hybrid_moe.loaders import Checkpoint, SafetensorsIndex
 from hybrid_moe.tensors import CheckpointError
 
 _OTHER_WEIGHTS = {
@@ -40,9 +43,23 @@ def open_checkpoint(path: Path, kwargs: dict[str, Any]) -> Checkpoint:
     checkpoint = Checkpoint.open(path, variant=kwargs.get("variant"))
     for key, last in checkpoint.index.stale.items():
         chosen = checkpoint.index.info(key).file
-        if key not in checkpoint.expert_keys and last.name > chosen.name:
+        if key in checkpoint.expert_keys or last.name < chosen.name:
+            continue  # Transformers takes the last
+        if not _same(checkpoint.index, SafetensorsIndex.open(last), key):
             raise CheckpointError(
                 f"{key}: the index says that it is in {chosen}, Transformers would read the copy "
                 f"in {last}: remove one of them"
             )
     return checkpoint
+
+
+def _same(one: SafetensorsIndex, other: SafetensorsIndex, key: str) -> bool:
+    """Whether both hold the same tensor under `key`."""
+    left, right = one.info(key), other.info(key)
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    return bool(np.array_equal(_bytes(one.read(key)), _bytes(other.read(key))))
+
+
+def _bytes(array: Array) -> Array:
+    return array.reshape(-1).view(np.uint8)
