@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from json import JSONDecodeError, JSONDecoder
-from json.decoder import scanstring
 from typing import Any, NoReturn
 
 from hybrid_moe.loaders.regular import MAX_KEY_LENGTH, is_utf8, shortened
@@ -69,7 +68,8 @@ def _object(text: str, at: int, member: Callable[[str, int], int]) -> int:
 
 def _string(text: str, at: int) -> tuple[str, int]:
     """The JSON string that begins at `at`, and its end."""
-    value, end = scanstring(text, _past(text, at, '"', "a string is missing"), True)
+    _past(text, at, '"', "a string is missing")
+    value, end = _decoder.raw_decode(text, at)
     if not is_utf8(value):
         raise ValueError(f"a string that is no Unicode at character {at}: {shortened(value)}")
     return value, end
