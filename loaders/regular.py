@@ -64,6 +64,14 @@ def open_regular(file: Path) -> tuple[int, Stamp]:
     return descriptor, stamp(status)
 
 
+def check_no_pipes(folder: Path) -> None:
+    """Raise `CheckpointError` where a file in `folder` is a pipe, a socket or a device: other
+    libraries open what they look for there, and would wait for ever."""
+    for file in sorted(folder.iterdir()):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise CheckpointError(f"{file}: no regular file")
+
+
 def check_no_pointer(start: bytes, file: Path) -> None:
     """Raise `CheckpointError` where a file that starts so is a pointer of git-lfs."""
     if start.startswith(_LFS_POINTER):

@@ -153,12 +153,20 @@ def from_pretrained(
 
 
 def check_directory(directory: str | Path) -> Path:
-    """The folder as a path; `FileNotFoundError` where there is none."""
+    """The folder as a path, before Transformers opens files in it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it has a pipe.
+    """
+    from hybrid_moe.loaders.regular import check_no_pipes
+
     path = Path(directory)
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path} is not a directory: pass the folder of a downloaded checkpoint"
         )
+    check_no_pipes(path)
     return path
 
 

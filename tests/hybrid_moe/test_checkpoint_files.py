@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hybrid_moe.integrations.transformers import from_pretrained, offload
+from hybrid_moe.integrations.transformers import check_directory, from_pretrained, offload
 from hybrid_moe.loaders.files import INDEX_NAME
 from hybrid_moe.tensors import CheckpointError
 from tests.hybrid_moe.checkpoints import save
@@ -156,3 +158,14 @@ def test_pytorch_files_alone(tmp_path: Path) -> None:
     (folder / SINGLE).unlink()
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is not read"):
         ours(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", SINGLE, INDEX_NAME])
+def test_a_pipe_is_told_before_anything_waits_for_it(name: str, tmp_path: Path) -> None:
+    folder = save(build("qwen3_moe"), tmp_path / "qwen")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: no regular file"):
+        ours(folder)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: no regular file"):
+        check_directory(folder)  # where `generate` begins, before it loads a tokenizer
