@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -51,19 +52,23 @@ class Report:
 
 
 def run(first: int, count: int, seed: int, folder: Path, most_failures: int = 10) -> Report:
-    """Try inputs `first` to `first + count - 1` of `seed`; `folder` is for files."""
+    """Try inputs `first` to `first + count - 1` of `seed`; `folder` is for files.
+
+    Ctrl-C ends it with the report of what has been tried.
+    """
     report = Report()
     started = perf_counter()
-    for number in range(first, first + count):
-        rng = Random(f"{seed} {number}")
-        kind, check = _check_of(number, rng, folder)
-        report.inputs[kind] += 1
-        try:
-            report.accepted[kind] += check()
-        except Exception:
-            report.failures.append((number, kind, traceback.format_exc()))
-            if len(report.failures) == most_failures:
-                break
+    with suppress(KeyboardInterrupt):
+        for number in range(first, first + count):
+            rng = Random(f"{seed} {number}")
+            kind, check = _check_of(number, rng, folder)
+            report.inputs[kind] += 1
+            try:
+                report.accepted[kind] += check()
+            except Exception:
+                report.failures.append((number, kind, traceback.format_exc()))
+                if len(report.failures) == most_failures:
+                    break
     report.seconds = perf_counter() - started
     return report
 
