@@ -75,6 +75,8 @@ def generate(rng: Random) -> Case:
     config: dict[str, object] = {"num_hidden_layers": layers}
     for name in rng.sample(("num_experts", "num_local_experts", "n_routed_experts"), 1):
         config[name] = E
+    if scheme.fused:  # whose experts say where gate and up lie
+        config["model_type"] = "gpt_oss"
     damages = rng.choice((0, 0, 1, 1, 2, 3))
     for _ in range(damages):
         if rng.random() < 0.15:
