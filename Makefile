@@ -115,3 +115,10 @@ bench-results: install
 
 clean:
 	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info
+
+# for hours: the modules of tests/fuzz, with other inputs each time unless SEED is given
+FUZZ_INPUTS ?= 100000000
+SEED ?= $(shell date +%s)
+.PHONY: fuzz
+fuzz: install-dev
+	$(BIN)/python -m tests.fuzz.loaders --inputs $(FUZZ_INPUTS) --seed $(SEED)

@@ -7,29 +7,14 @@ file has changed since: offsets of an older file would read garbage from a newer
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 from hybrid_moe.arguments import LayerShape
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.layer import LayerSource
-from hybrid_moe.loaders.safetensors import INDEX_NAME
 from hybrid_moe.tensors import CheckpointError
 
-Stamp = tuple[tuple[int, int, int] | None, ...]
-"""Inode, size and time of change of each file; None for a file that does not exist."""
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A checkpoint, the files it was read from, and their stamp at that time."""
-
-    checkpoint: Checkpoint
-    files: tuple[Path, ...]
-    stamp: Stamp
-
-
-_open: dict[Path, _Opened] = {}
+_open: dict[Path, Checkpoint] = {}
 _lock = threading.Lock()
 
 
@@ -37,29 +22,27 @@ def checkpoint_at(path: Path) -> Checkpoint:
     """The checkpoint at the resolved `path`, opened if it is not yet or has changed since.
 
     Raises:
-        CheckpointError: it is damaged, or no checkpoint.
+        CheckpointError: it is damaged, or no checkpoint, or the directory holds two.
     """
     with _lock:
-        opened = _open.get(path)
-        if opened is None or _stamp(opened.files) != opened.stamp:
+        checkpoint = _open.get(path)
+        if checkpoint is None or not checkpoint.is_current:
             checkpoint = Checkpoint.open(path)
-            shards = {tensor.file for tensor in checkpoint.index.tensors.values()}
-            # the folder itself, since files come and go
-            files = (path, path / "config.json", path / INDEX_NAME, *sorted(shards))
-            opened = _open[path] = _Opened(checkpoint, files, _stamp(files))
-        return opened.checkpoint
+            _check_alone(checkpoint)
+            _open[path] = checkpoint
+        return checkpoint
 
 
-def _stamp(files: tuple[Path, ...]) -> Stamp:
-    return tuple(_stamp_of(file) for file in files)
-
-
-def _stamp_of(file: Path) -> tuple[int, int, int] | None:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def _check_alone(checkpoint: Checkpoint) -> None:
+    """The engine reads the rest of the model by rules of its own: where a single file and shards
+    lie in one directory, Transformers takes the file and SGLang the shards."""
+    rival = checkpoint.index.rival
+    if rival is not None:
+        single = next(iter(checkpoint.index.tensors.values())).file
+        raise CheckpointError(
+            f"{checkpoint.index.path} holds two checkpoints, {single.name} and {rival.name} with "
+            "its neighbours, and engines differ in which of them they read: remove one"
+        )
 
 
 def release() -> None:

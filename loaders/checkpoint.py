@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hybrid_moe.loaders.completeness import missing_layers
 from hybrid_moe.loaders.describe import describe_layer
 from hybrid_moe.loaders.layer import LayerSource
 from hybrid_moe.loaders.naming import LayerKeys, find_layers
+from hybrid_moe.loaders.regular import Stamp, read_json, stamp_of
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.tensors import CheckpointError
+
+CONFIG_NAME = "config.json"
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Names under which `config.json` states the number of routed experts."""
@@ -28,23 +31,55 @@ class Checkpoint:
         expert_keys: keys of all tensors that belong to routed experts of those layers.
     """
 
-    def __init__(self, index: SafetensorsIndex, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        index: SafetensorsIndex,
+        config: Mapping[str, Any],
+        stamps: Mapping[Path, Stamp | None] | None = None,
+    ) -> None:
         self.index = index
+        self._stamps = {**(stamps or {}), **index.stamps}
         self.config = config
         self._layers = find_layers(index.tensors)
         self.layers: tuple[int, ...] = tuple(self._layers)
         self.expert_keys = frozenset(key for keys in self._layers.values() for key in keys.keys)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        require_complete: bool = True,
+    ) -> Checkpoint:
         """Scan the headers at `path`, a directory or one safetensors file; no data is read.
+
+        Args:
+            path: the directory or file.
+            variant: as Transformers' `from_pretrained` takes it, see `choose_files`.
+            require_complete: refuse a checkpoint that lacks layers.
 
         Raises:
             FileNotFoundError: there is nothing at `path`.
-            CheckpointError: see `SafetensorsIndex.open`; or the names contradict each other.
+            CheckpointError: see `SafetensorsIndex.open`; or the names contradict each other; or
+                layers are missing.
         """
-        index = SafetensorsIndex.open(path)
-        return cls(index, _read_config(index.path))
+        config, stamps = _read_config(Path(path))
+        named = config.get("transformers_weights")
+        checkpoint = cls(SafetensorsIndex.open(path, variant=variant, named=named), config, stamps)
+        if require_complete and (missing := checkpoint.missing_layers):
+            raise CheckpointError("; ".join(missing))
+        return checkpoint
+
+    @property
+    def missing_layers(self) -> tuple[str, ...]:
+        """What is said of layers that should be in the checkpoint and are not."""
+        return missing_layers(self.index, self._layers, self.text_config)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether all files are as they were when they were read."""
+        return all(stamp_of(file) == stamp for file, stamp in self._stamps.items())
 
     @property
     def text_config(self) -> Mapping[str, Any]:
@@ -86,17 +121,14 @@ class Checkpoint:
         self.index.close()
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
-    file = path / "config.json"
-    if not path.is_dir() or not file.exists():
-        return {}
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: no JSON object")
-    return config
+def _read_config(path: Path) -> tuple[Mapping[str, Any], Mapping[Path, Stamp | None]]:
+    file = path / CONFIG_NAME
+    if not path.is_dir():
+        return {}, {}
+    if not file.exists() and not file.is_symlink():
+        return {}, {file: None}
+    config, stamp = read_json(file)
+    return config, {file: stamp}
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

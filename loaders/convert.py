@@ -16,12 +16,13 @@ import numpy as np
 from tqdm import tqdm
 
 from hybrid_moe.formats import Array, WeightFormat, format_named
-from hybrid_moe.loaders.checkpoint import Checkpoint
+from hybrid_moe.loaders.checkpoint import CONFIG_NAME, Checkpoint
+from hybrid_moe.loaders.companions import companion_files
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layer import LayerSource
 from hybrid_moe.loaders.naming import scheme_named
 from hybrid_moe.loaders.parallel import for_each
-from hybrid_moe.loaders.safetensors import INDEX_NAME, ReadBuffer
+from hybrid_moe.loaders.safetensors import ReadBuffer
 from hybrid_moe.loaders.writer import PlannedTensor, ShardedWriter
 from hybrid_moe.tensors import ExpertTensors, Matrix
 
@@ -30,16 +31,6 @@ CONFIG_KEY = "hybrid_moe"
 """Key in `config.json` that says what `convert_checkpoint` did; other tools ignore it."""
 
 _COPY_BYTES = 16 << 20
-_WEIGHT_FILES = (
-    "*.safetensors",
-    INDEX_NAME,
-    "*.bin",
-    "*.bin.index.json",
-    "*.pt",
-    "*.pth",
-    "*.gguf",
-)
-
 Progress = Callable[[int, int], None]
 
 
@@ -88,6 +79,7 @@ def convert_checkpoint(
                 f"the experts of layer {layer.layer} of {source_path} are {layer.format.name} "
                 "already; there is nothing to convert"
             )
+    companions = companion_files(source_path)
     copied = _unchanged(checkpoint, layers)
     planned = [PlannedTensor(tensor.key, tensor.dtype, tensor.shape) for tensor in copied]
     for layer in layers:
@@ -101,7 +93,7 @@ def convert_checkpoint(
         writer = ShardedWriter(target_path, planned, shard_bytes)
         try:
             _convert_tensors(checkpoint, copied, layers, fmt, writer, meter, threads)
-            _copy_files(source_path, writer, checkpoint, fmt)
+            _add_files(companions, writer, checkpoint, fmt)
             writer.finish()
         except BaseException:
             writer.abort()
@@ -225,19 +217,17 @@ def _check_paths(src: Path, dst: Path) -> None:
         raise ValueError(f"{dst} is not empty; name a new or an empty directory")
 
 
-def _copy_files(
-    src: Path, writer: ShardedWriter, checkpoint: Checkpoint, fmt: WeightFormat
+def _add_files(
+    companions: dict[str, Path], writer: ShardedWriter, checkpoint: Checkpoint, fmt: WeightFormat
 ) -> None:
     """Copy configuration and tokenizer. `config.json` is added last: with it, all is there."""
-    for file in sorted(src.rglob("*")):
-        name = file.relative_to(src)
-        hidden = any(part.startswith(".") for part in name.parts)
-        weights = any(name.match(pattern) for pattern in _WEIGHT_FILES)
-        if file.is_file() and not hidden and not weights and str(name) != "config.json":
-            writer.add_file(str(name), file)
+    for name, file in companions.items():
+        if name != CONFIG_NAME:
+            writer.add_file(name, file)
     if checkpoint.config:
         config = {**checkpoint.config, CONFIG_KEY: {"experts": fmt.name, "group": fmt.group}}
-        writer.add_file("config.json", (json.dumps(config, indent=2) + "\n").encode())
+        config.pop("transformers_weights", None)  # the weights have the usual names now
+        writer.add_file(CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
 
 
 class _Meter:

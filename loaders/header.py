@@ -9,21 +9,34 @@ Source: the format description of https://github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from hybrid_moe.loaders.header_text import walk
+from hybrid_moe.loaders.regular import Stamp, check_no_pointer, open_regular, shortened
 from hybrid_moe.tensors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; it also bounds what a damaged length can make a reader allocate."""
+
+MAX_AXES = 8
+"""Axes of a tensor; published ones have at most five."""
+
+MAX_TENSOR_BITS = 1 << 63
+"""Bits of a tensor, counted without axes of length 0: NumPy takes no larger shape."""
+
+_LARGE_HEADER = 4 << 20
+_one_large_header = threading.Lock()
+"""Held while a large header is parsed: memory is that of one, however many threads scan."""
 
 
 @dataclass(frozen=True)
@@ -106,60 +119,57 @@ class TensorInfo:
         return f"{self.key} in {self.file}"
 
 
-def read_header(file: Path) -> list[TensorInfo]:
-    """The tensors of one safetensors file, in the order of their data.
+def read_header(file: Path) -> tuple[list[TensorInfo], Stamp]:
+    """The tensors of one safetensors file, in the order of their data, and the file's stamp.
 
     Raises:
-        CheckpointError: no regular file (to open a pipe would wait for its writer), or it is
-            truncated, or its header is not a valid one.
+        CheckpointError: no regular file, or it is truncated, or its header is not a valid one.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no regular file; a safetensors file is needed here")
-    with file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file")
-        length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER_BYTES:
-            raise CheckpointError(
-                f"{file}: a header of {length} bytes exceeds the format's limit of "
-                f"{MAX_HEADER_BYTES}; this is no safetensors file, or it is damaged"
-            )
-        if 8 + length > size:
-            raise CheckpointError(
-                f"{file}: truncated: the header should end at byte {8 + length}, "
-                f"the file has {size}"
-            )
-        text = stream.read(length)
-    entries = _parse_json(text, file)
-    tensors = [
-        _tensor_info(key, entry, file, 8 + length, size)
-        for key, entry in entries.items()
-        if key != "__metadata__"
-    ]
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    _check_contiguous(tensors, file, 8 + length, size)
-    return tensors
+    descriptor, found = open_regular(file)
+    with os.fdopen(descriptor, "rb") as stream:
+        return read_tensors(stream, found.nbytes, file), found
 
 
-def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
+def read_tensors(stream: BinaryIO, size: int, file: Path) -> list[TensorInfo]:
+    """As `read_header`, from an open file of `size` bytes; `file` is its name in messages."""
+    prefix = stream.read(8)
+    if len(prefix) < 8:
+        raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES or 8 + length > size:
+        check_no_pointer(prefix + stream.read(100), file)
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{file}: a header of {length} bytes exceeds the format's limit of "
+            f"{MAX_HEADER_BYTES}; this is no safetensors file, or it is damaged"
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{file}: truncated: the header should end at byte {8 + length}, the file has {size}"
+        )
+    with _one_large_header if length > _LARGE_HEADER else nullcontext():
+        try:
+            return _parse(stream.read(length), 8 + length, size, file)
+        except CheckpointError as error:
+            problem = str(error)
+    # raised anew: an exception keeps the frames that it came through, and they the header's text
+    raise CheckpointError(problem)
+
+
+def _parse(content: bytes, data_start: int, size: int, file: Path) -> list[TensorInfo]:
+    tensors: list[TensorInfo] = []
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+        walk(
+            content.decode("utf-8"),
+            lambda key, entry: tensors.append(_tensor_info(key, entry, file, data_start, size)),
+        )
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
         raise CheckpointError(f"{file}: the safetensors header is damaged: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: the safetensors header is no JSON object")
-    return header
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice!r} appears twice")
-    return result
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_contiguous(tensors, file, data_start, size)
+    return tensors
 
 
 def _tensor_info(key: str, entry: Any, file: Path, data_start: int, size: int) -> TensorInfo:
@@ -169,16 +179,21 @@ def _tensor_info(key: str, entry: Any, file: Path, data_start: int, size: int) -
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in STORAGE_TYPES:
         raise CheckpointError(
-            f"{where}: unknown dtype {dtype!r}, known are {', '.join(STORAGE_TYPES)}"
+            f"{where}: unknown dtype {shortened(dtype)}, known are {', '.join(STORAGE_TYPES)}"
         )
     shape = _sizes(entry.get("shape"))
     if shape is None:
-        raise CheckpointError(f"{where}: shape {entry.get('shape')!r} is no list of sizes")
+        raise CheckpointError(f"{where}: shape {shortened(entry.get('shape'))} is no list of sizes")
+    if len(shape) > MAX_AXES:
+        raise CheckpointError(f"{where}: {len(shape)} axes, at most {MAX_AXES} are read")
     offsets = _sizes(entry.get("data_offsets"))
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
-            f"{where}: data_offsets {entry.get('data_offsets')!r} are no [begin, end]"
+            f"{where}: data_offsets {shortened(entry.get('data_offsets'))} are no [begin, end]"
         )
+    if len(entry) > 3:
+        unknown = next(name for name in entry if name not in ("dtype", "shape", "data_offsets"))
+        raise CheckpointError(f"{where}: the header's entry has an unknown field {unknown!r}")
     begin, end = offsets
     if data_start + end > size:
         raise CheckpointError(
@@ -186,10 +201,14 @@ def _tensor_info(key: str, entry: Any, file: Path, data_start: int, size: int) -
             f"the file has {size}"
         )
     bits = STORAGE_TYPES[dtype].bits
-    if 8 * (end - begin) != math.prod(shape) * bits or (bits < 8 and shape[-1] * bits % 8):
+    if math.prod(filter(None, shape)) * bits > MAX_TENSOR_BITS:
+        raise CheckpointError(f"{where}: no tensor of dtype {dtype} has the shape {shape}")
+    if 8 * (end - begin) != math.prod(shape) * bits:
         raise CheckpointError(
             f"{where}: {end - begin} bytes of data do not fit dtype {dtype} and shape {shape}"
         )
+    if bits < 8 and shape[-1] * bits % 8:
+        raise CheckpointError(f"{where}: rows of shape {shape} and dtype {dtype} end within a byte")
     return TensorInfo(key, dtype, shape, file, data_start + begin, end - begin)
 
 

@@ -94,9 +94,9 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointSummary:
         FileNotFoundError: there is nothing at `path`.
         CheckpointError: the files cannot be read as a checkpoint at all.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, require_complete=False)
     layers: list[LayerSource] = []
-    problems: list[str] = []
+    problems = list(checkpoint.missing_layers)
     for number in checkpoint.layers:
         try:
             layers.append(checkpoint.layer(number))

@@ -6,7 +6,7 @@ shrinks under a mapping ends the process with SIGBUS, whereas a short read is an
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import threading
 import weakref
@@ -19,11 +19,24 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.formats import Array
+from hybrid_moe.loaders.files import CheckpointFiles, choose_files
 from hybrid_moe.loaders.header import TensorInfo, read_header
+from hybrid_moe.loaders.regular import Stamp, open_regular, stamp
 from hybrid_moe.tensors import CheckpointError
 
-INDEX_NAME = "model.safetensors.index.json"
+logger = logging.getLogger(__name__)
+
 _SCAN_THREADS = 8  # headers are small: this hides the latency of a cold or remote disk
+
+
+_told: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Log a warning, once in this process: a checkpoint may be opened for every layer."""
+    if message not in _told:
+        _told.add(message)
+        logger.warning("%s", message)
 
 
 class ReadBuffer:
@@ -62,51 +75,64 @@ class SafetensorsIndex:
     Attributes:
         path: the directory or file that was opened.
         tensors: every tensor's place by its key, read-only.
+        rival: a file of another checkpoint in the same directory, which was passed over.
+        stale: of tensors that lie in several shards of an index, the last of the files (in the
+            order of their names) from which they are not read.
+        stamps: the files that it was read from, as they were then; None for one that was absent.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        files: CheckpointFiles | None = None,
+        stamps: Mapping[Path, Stamp] | None = None,
+        stale: Mapping[str, Path] | None = None,
+    ) -> None:
         self.path = path
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+        self.rival = None if files is None else files.rival
+        self.stale: Mapping[str, Path] = MappingProxyType(dict(stale or {}))
+        self.stamps: Mapping[Path, Stamp | None] = MappingProxyType(
+            {**({} if files is None else files.stamps), **(stamps or {})}
+        )
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._closer = weakref.finalize(self, _close_all, self._descriptors)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> SafetensorsIndex:
-        """Scan a checkpoint's headers.
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        named: object | None = None,
+    ) -> SafetensorsIndex:
+        """Scan a checkpoint's headers. The arguments choose its files, see `choose_files`.
 
-        Args:
-            path: a safetensors file, or a directory. In a directory, the shards that
-                `model.safetensors.index.json` names; without that file, every `*.safetensors`.
+        With an index, a tensor is read from the file that the index says; copies of it in other
+        shards and tensors that it does not list are ignored.
 
         Raises:
             FileNotFoundError: there is nothing at `path`.
             CheckpointError: no shards, a shard is missing, truncated or has a damaged header, a
-                key of the index is in no shard, or a key is in two shards.
+                key of the index is not where it says, or a key is in two shards without an index.
         """
-        root = Path(path)
-        if not root.exists():
-            raise FileNotFoundError(f"no checkpoint at {root}: the path does not exist")
-        weight_map: Mapping[str, str] = {}
-        if root.is_dir():
-            index_file = root / INDEX_NAME
-            if index_file.exists():
-                weight_map = _read_weight_map(index_file)
-                files = [root / name for name in sorted(set(weight_map.values()))]
-                _check_shards_exist(files, weight_map, index_file)
-            else:
-                files = sorted(root.glob("*.safetensors"))
-            if not files:
-                raise CheckpointError(f"{root}: no *.safetensors file in this directory")
-        else:
-            files = [root]
-        tensors = _scan(files)
-        for key, name in weight_map.items():
-            if key not in tensors or tensors[key].file.name != name:
-                raise CheckpointError(
-                    f"{key}: {INDEX_NAME} says that it is in {root / name}, but it is not"
-                )
-        return cls(root, tensors)
+        files = choose_files(Path(path), variant, named)
+        if files.rival is not None:
+            single, rival = files.shards[0].name, files.rival.name
+            warn_once(
+                f"{files.path} holds two checkpoints, {single} and {rival} with its neighbours: "
+                f"{single} is read, as by Transformers"
+            )
+        with ThreadPoolExecutor(min(_SCAN_THREADS, len(files.shards))) as pool:
+            scanned = list(pool.map(read_header, files.shards))
+        headers = [tensors for tensors, _ in scanned]
+        stamps = dict(zip(files.shards, (stamp for _, stamp in scanned), strict=True))
+        if files.index is None:
+            return cls(files.path, _all_tensors(headers), files, stamps)
+        tensors, stale = _indexed_tensors(headers, files.weight_map, files.index)
+        return cls(files.path, tensors, files, stamps, stale)
 
     def info(self, key: str) -> TensorInfo:
         """Where `key` lies. Raises `CheckpointError` where there is no such tensor."""
@@ -173,6 +199,7 @@ class SafetensorsIndex:
                     f"{len(view) - done} bytes early"
                 )
             done += count
+        self._check_unchanged(tensor.file, stamp(os.fstat(descriptor)))
 
     def _descriptor(self, file: Path) -> int:
         descriptor = self._descriptors.get(file)
@@ -180,8 +207,22 @@ class SafetensorsIndex:
             return descriptor
         with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor, found = open_regular(file)
+                try:
+                    self._check_unchanged(file, found)
+                except CheckpointError:
+                    os.close(descriptor)
+                    raise
+                self._descriptors[file] = descriptor
             return self._descriptors[file]
+
+    def _check_unchanged(self, file: Path, found: Stamp) -> None:
+        """What was scanned must be what is read: the offsets are those of that file."""
+        if found != self.stamps.get(file, found):
+            raise CheckpointError(
+                f"{file}: changed since its header was read; open the checkpoint again when it is "
+                "complete"
+            )
 
 
 def _close_all(descriptors: dict[Path, int]) -> None:
@@ -189,34 +230,8 @@ def _close_all(descriptors: dict[Path, int]) -> None:
         os.close(descriptors.popitem()[1])
 
 
-def _read_weight_map(index_file: Path) -> Mapping[str, str]:
-    try:
-        weight_map = json.loads(index_file.read_text("utf-8"))["weight_map"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index_file}: no valid index with a weight_map") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index_file}: weight_map is no table of tensors and files")
-    for key, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
-            raise CheckpointError(f"{index_file}: {key} is in {name!r}, which is no file name")
-    return weight_map
-
-
-def _check_shards_exist(
-    files: Iterable[Path], weight_map: Mapping[str, str], index_file: Path
-) -> None:
-    for file in files:
-        if not file.is_file():
-            keys = [key for key, name in weight_map.items() if name == file.name]
-            raise CheckpointError(
-                f"{file}: this shard is missing; {index_file.name} says that it holds "
-                f"{len(keys)} tensors, among them {keys[0]}"
-            )
-
-
-def _scan(files: list[Path]) -> dict[str, TensorInfo]:
-    with ThreadPoolExecutor(min(_SCAN_THREADS, len(files))) as pool:
-        headers = list(pool.map(read_header, files))
+def _all_tensors(headers: Iterable[Iterable[TensorInfo]]) -> dict[str, TensorInfo]:
+    """The tensors of shards without an index."""
     tensors: dict[str, TensorInfo] = {}
     for header in headers:
         for tensor in header:
@@ -227,3 +242,33 @@ def _scan(files: list[Path]) -> dict[str, TensorInfo]:
                     "a tensor must be in one shard"
                 )
     return tensors
+
+
+def _indexed_tensors(
+    headers: Iterable[Iterable[TensorInfo]], weight_map: Mapping[str, str], index: Path
+) -> tuple[dict[str, TensorInfo], dict[str, Path]]:
+    """The tensors that an index assigns, and the last files with other copies of them."""
+    tensors: dict[str, TensorInfo] = {}
+    stale: dict[str, Path] = {}
+    unlisted: list[str] = []
+    for header in headers:
+        for tensor in header:
+            name = weight_map.get(tensor.key)
+            if name is None:
+                unlisted.append(tensor.key)
+            elif name == tensor.file.name:
+                tensors[tensor.key] = tensor
+            else:
+                stale[tensor.key] = tensor.file
+    for key, name in weight_map.items():
+        if key not in tensors:
+            raise CheckpointError(
+                f"{key}: {index.name} says that it is in {index.parent / name}, but it is not"
+            )
+    for keys, what in (
+        (list(stale), "which it assigns to other files, are ignored there"),
+        (unlisted, "which it does not list, are ignored"),
+    ):
+        if keys:
+            warn_once(f"{index}: {len(keys)} tensors in its shards, {what}, such as {keys[0]}")
+    return tensors, stale

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from hybrid_moe.formats import Array
+from hybrid_moe.loaders.files import INDEX_NAME
 from hybrid_moe.loaders.header import STORAGE_TYPES
-from hybrid_moe.loaders.safetensors import INDEX_NAME
+from hybrid_moe.loaders.regular import open_regular
 
 PARTIAL = ".partial"
 """Ending of a file that is being written."""
@@ -85,10 +86,14 @@ class ShardedWriter:
         self._names.append(name)
         file = self._directory / (name + PARTIAL)
         file.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, bytes):
-            file.write_bytes(content)
-        else:
-            shutil.copyfile(content, file)
+        with file.open("xb") as target:
+            if isinstance(content, bytes):
+                target.write(content)
+            else:
+                with os.fdopen(open_regular(content)[0], "rb") as source:
+                    shutil.copyfileobj(source, target)
+            target.flush()
+            os.fsync(target.fileno())
 
     def finish(self) -> None:
         """Make everything durable and give every file its name, in the order of their writing."""
@@ -97,6 +102,10 @@ class ShardedWriter:
         self._close()
         for name in self._names:
             (self._directory / (name + PARTIAL)).replace(self._directory / name)
+        # a name is an entry of its folder, and so is a folder's
+        folders = {parent for name in self._names for parent in Path(name).parents}
+        for folder in (*(self._directory / f for f in folders), self._directory.absolute().parent):
+            _sync_folder(folder)
 
     def abort(self) -> None:
         """Remove what has been written."""
@@ -134,6 +143,14 @@ class ShardedWriter:
     def _close(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.pop())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _fill_shards(tensors: Sequence[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:

@@ -115,7 +115,8 @@ def from_pretrained(
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
         progress: show a progress bar on stderr.
-        **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...).
+        **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...; `variant`
+            and `subfolder` choose the files of experts too).
 
     Raises:
         FileNotFoundError: no such directory.
@@ -123,17 +124,17 @@ def from_pretrained(
         ValueError: unknown method, impossible threads, no experts.
         NotImplementedError: an experts module computes something that this package does not.
     """
+    from hybrid_moe.integrations.checkpoint_files import open_checkpoint, take_subfolder
     from hybrid_moe.integrations.hybrid_experts import HybridExperts
     from hybrid_moe.integrations.loading import experts_source, load_experts, load_skeleton
-    from hybrid_moe.loaders import Checkpoint
 
-    path = check_directory(directory)
+    path = check_directory(take_subfolder(directory, kwargs))
     if "experts_implementation" in kwargs:
         raise ValueError(
             "hybrid_moe.from_pretrained always runs experts through hybrid_moe: "
             "leave experts_implementation out"
         )
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path, kwargs)
     stored = first_layer(checkpoint)
     options = _checked(method or stored.format.name, threads, pools)
     stored.check_format(options.fmt)
@@ -154,12 +155,20 @@ def from_pretrained(
 
 
 def check_directory(directory: str | Path) -> Path:
-    """The model's folder, see `find_model`; `FileNotFoundError` where there is none."""
+    """The model's folder, see `find_model`, before Transformers opens files in it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it has a pipe.
+    """
+    from hybrid_moe.loaders.regular import check_no_pipes
+
     path = find_model(directory)
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path} is not a directory: pass the folder of a downloaded checkpoint"
         )
+    check_no_pipes(path)
     return path
 
 

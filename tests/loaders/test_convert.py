@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,109 @@ def test_a_failed_conversion_leaves_nothing(family: Family, tmp_path: Path) -> N
     assert (target / "sub" / "file").read_text() == "x"
 
 
+def in_a_cache(source: Path, root: Path) -> Path:
+    """`source` as huggingface_hub keeps it: blobs, and links to them in a snapshot."""
+    snapshot, blobs = root / "models--a--b" / "snapshots" / "0123", root / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(sorted(file for file in source.rglob("*") if file.is_file())):
+        shutil.copy(file, blobs / str(number))
+        link = snapshot / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    return snapshot
+
+
+def test_links_of_a_cache_and_within_the_folder_are_followed(
+    family: Family, tmp_path: Path
+) -> None:
+    plain = shutil.copytree(family("qwen3_moe").directory, tmp_path / "plain")
+    (plain / "sub").mkdir()
+    (plain / "sub" / "merges.txt").write_text("m")
+    cached = in_a_cache(plain, tmp_path)
+    (plain / "vocab.txt").write_text("v")
+    (plain / "also.txt").symlink_to("sub/merges.txt")
+    convert_checkpoint(plain, tmp_path / "from plain", progress=False)
+    convert_checkpoint(cached, tmp_path / "from cache", progress=False)
+    assert (tmp_path / "from plain" / "also.txt").read_text() == "m"
+    assert not (tmp_path / "from plain" / "also.txt").is_symlink()
+    assert (tmp_path / "from cache" / "sub" / "merges.txt").read_text() == "m"
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        left, right = tmp_path / "from plain" / name, tmp_path / "from cache" / name
+        assert left.read_bytes() == right.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["plain", "cache", "false cache", "chain"])
+def test_links_to_other_places_are_refused(kind: str, family: Family, tmp_path: Path) -> None:
+    source = shutil.copytree(family("qwen3_moe").directory, tmp_path / "plain")
+    secret = tmp_path / "other" / "secret"
+    secret.parent.mkdir()
+    secret.write_text("s")
+    target: Path | str = secret
+    if kind == "cache":
+        source = in_a_cache(source, tmp_path)
+    elif kind == "false cache":  # blobs that lead elsewhere make no file the cache's
+        source = in_a_cache(source, tmp_path)
+        (source.parents[1] / "blobs").rename(tmp_path / "moved")
+        (source.parents[1] / "blobs").symlink_to(secret.parent)
+        for link in source.iterdir():
+            shutil.copy(tmp_path / "moved" / link.readlink().name, secret.parent)
+        target = "../../blobs/secret"
+    elif kind == "chain":
+        (source / "near").symlink_to(secret)
+        target = "near"
+    (source / "notes").symlink_to(target)
+    with pytest.raises(CheckpointError, match=r"links to .*, outside of the checkpoint"):
+        convert_checkpoint(source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pipes_are_no_companions(family: Family, tmp_path: Path) -> None:
+    source = shutil.copytree(family("qwen3_moe").directory, tmp_path / "source")
+    os.mkfifo(source / "pipe")
+    convert_checkpoint(source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "pipe").exists()
+
+
+def test_an_adapter_stays_whole(family: Family, tmp_path: Path) -> None:
+    source = shutil.copytree(family("qwen3_moe").directory, tmp_path / "source")
+    (source / "adapter_config.json").write_text("{}")
+    save_file({"lora_A.weight": torch.ones(2)}, source / "adapter_model.safetensors")
+    convert_checkpoint(source, tmp_path / "out", progress=False)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_all_is_durable_before_it_has_its_name(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(family("qwen3_moe").directory, tmp_path / "source")
+    (source / "sub").mkdir()
+    (source / "sub" / "merges.txt").write_text("m")
+    target = tmp_path / "new" / "out"
+    events: list[tuple[str, Path]] = []
+    sync, rename = os.fsync, Path.replace
+
+    def spy_sync(descriptor: int) -> None:
+        sync(descriptor)
+        events.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    def spy_rename(file: Path, name: Path) -> Path:
+        events.append(("rename", file))
+        return rename(file, name)
+
+    monkeypatch.setattr(os, "fsync", spy_sync)
+    monkeypatch.setattr(Path, "replace", spy_rename)
+    convert_checkpoint(source, target, progress=False, shard_bytes=100_000)
+    renamed = [file for event, file in events if event == "rename"]
+    written = {file for file in target.rglob("*") if file.is_file()}
+    assert {file.with_name(file.name.removesuffix(".partial")) for file in renamed} == written
+    assert renamed[-1].name == "config.json.partial" and len(written) > 4
+    first, last = (events.index(("rename", renamed[i])) for i in (0, -1))
+    assert {("sync", file) for file in renamed} <= set(events[:first])
+    after = {folder for event, folder in events[last:] if event == "sync"}
+    assert after == {target, target / "sub", target.parent}
+
+
 def test_an_interrupted_conversion_removes_its_files(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +287,7 @@ def test_an_interrupted_conversion_removes_its_files(
         writer.add_file("sub/deeper/file", b"x")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_module, "_copy_files", interrupt)
+    monkeypatch.setattr(convert_module, "_add_files", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(family("mixtral").directory, tmp_path / "converted", progress=False)
     assert list((tmp_path / "converted").iterdir()) == []
