@@ -90,11 +90,12 @@ def test_deepseek_v4_without_prefix_and_with_draft_layers(tmp_path: Path) -> Non
 
 def test_quantization_of_experts_is_not_transformers_business() -> None:
     config = FAMILIES["gpt_oss"]()
-    config.quantization_config = {"quant_method": "mxfp4"}
-    drop_experts_quantization(config)
-    assert not hasattr(config, "quantization_config")
+    for method in ("mxfp4", "quark", "fp8"):  # the name does not decide
+        config.quantization_config = {"quant_method": method}
+        drop_experts_quantization(config, only_experts=True)
+        assert not hasattr(config, "quantization_config")
     config.quantization_config = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
-    drop_experts_quantization(config)
+    drop_experts_quantization(config, only_experts=False)
     kept = config.quantization_config
     assert kept == {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", ".experts"]}
 

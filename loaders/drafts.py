@@ -1,0 +1,65 @@
+"""Draft layers (multi-token prediction): which layers of a checkpoint the model itself does not run.
+
+They lie under names of their own (`mtp.`), or behind the last layer as if they were more of them
+(DeepSeek-V3, GLM-4.5). Something must announce the latter: `config.json` by their number, or the
+tensors that only a draft layer has. Extra layers that nothing announces are a mistake.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cached_property
+
+from hybrid_moe.loaders.config import NUM_DRAFT_LAYERS, NUM_LAYERS, ModelConfig
+from hybrid_moe.loaders.naming import layer_of
+
+DRAFT = "draft layers"
+
+_OWN_NAMES = re.compile(r"(^|\.)mtp(_\w+)?\.")
+"""Keys of draft layers that are not among the model's layers."""
+
+_MARKS = ("eh_proj", "enorm", "hnorm", "shared_head")
+"""In keys of a draft layer behind the last one: what joins the token to the hidden state."""
+
+
+class DraftLayers:
+    """The draft layers among `keys`. `in` takes a layer's number, as in `layers.N.`.
+
+    Args:
+        config: says how many layers and draft layers there are.
+        keys: every key of the checkpoint.
+    """
+
+    def __init__(self, config: ModelConfig, keys: Iterable[str]) -> None:
+        self._config, self._keys = config, keys
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self.numbers
+
+    def owns(self, key: str) -> bool:
+        """Whether a tensor belongs to a draft layer."""
+        return bool(_OWN_NAMES.search(key)) or layer_of(key) in self.numbers
+
+    @cached_property
+    def numbers(self) -> frozenset[int]:
+        """Numbers of the draft layers that lie behind the model's own."""
+        announced = self._announced
+        marked = {layer_of(key) for key in self._keys if any(f".{m}." in key for m in _MARKS)}
+        if not announced and not marked:
+            return frozenset()
+        first = self._config.integer(NUM_LAYERS)
+        if first is None:  # no configuration: the marks alone say it
+            return frozenset(number for number in marked if number is not None)
+        behind = marked | set(range(first, first + announced))
+        present = {layer_of(key) for key in self._keys}
+        return frozenset(n for n in present & behind if n is not None and n >= first)
+
+    @property
+    def _announced(self) -> int:
+        """Draft layers that the file states; a number that is a family's default says nothing."""
+        for part in (self._config.stated, self._config.raw):
+            for name in NUM_DRAFT_LAYERS:
+                if type(count := part.get(name)) is int:
+                    return max(0, count)
+        return 0
