@@ -59,8 +59,8 @@ def convert_checkpoint(
     Experts keep the names of their family; fused ones are written one by one under the names of
     Qwen3-MoE, those whose gate and up alternate as the `*_blocks` and `*_scales` of gpt-oss's MXFP4
     release. Every other tensor and file is copied, and so are layers whose experts are in that
-    format already, and draft layers. `config.json` gets the entry `"hybrid_moe": {"experts": method,
-    "group": 32}`.
+    format already, and draft layers. `config.json` gets the entry `"hybrid_moe": {"experts":
+    method, "group": 32}`.
 
     Args:
         src: directory of a checkpoint whose experts are BF16, F16 or F32.
@@ -159,7 +159,7 @@ def _copy_tensor(
 
 
 def _unchanged(checkpoint: Checkpoint, layers: list[LayerSource]) -> list[TensorInfo]:
-    """Tensors that are copied: all but those that are written anew, in the order of their shards."""
+    """Tensors that are copied: all but those written anew, in the order of their shards."""
     replaced = {
         tensor.key
         for layer in layers

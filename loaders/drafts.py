@@ -1,4 +1,4 @@
-"""Draft layers (multi-token prediction): which layers of a checkpoint the model itself does not run.
+"""Draft layers (multi-token prediction): layers of a checkpoint that the model does not run.
 
 They lie under names of their own (`mtp.`), or behind the last layer as if they were more of them
 (DeepSeek-V3, GLM-4.5). Something must announce the latter: `config.json` by their number, or the
