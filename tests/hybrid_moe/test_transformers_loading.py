@@ -211,15 +211,16 @@ def composite() -> Any:
     """Qwen3.5-MoE as the hub has it: a language model beside a vision tower."""
     text = {
         "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1,
-        "pad_token_id": None, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 64,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0,
+        "eos_token_id": 1, "pad_token_id": None, "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 64,
         "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "linear_num_key_heads": 2,
         "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
         "layer_types": ["linear_attention", "linear_attention", "full_attention"],
     }  # fmt: skip
     vision = {
-        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
-        "num_position_embeddings": 16,
+        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+        "out_hidden_size": 64, "num_position_embeddings": 16,
     }  # fmt: skip
     config = transformers.Qwen3_5MoeConfig(text_config=text, vision_config=vision)
     torch.manual_seed(3)
