@@ -116,6 +116,8 @@ def _as_mapping(config: Any) -> dict[str, Any]:
     for name, own in config.attribute_map.items():
         values.setdefault(name, values.get(own))
     values["layer_types"] = _layer_types(config)
+    for name in NUM_LAYERS:  # of the layer types, in some families
+        values.setdefault(name, getattr(config, name, None))
     return values
 
 

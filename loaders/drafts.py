@@ -12,15 +12,15 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from hybrid_moe.loaders.config import NUM_DRAFT_LAYERS, NUM_LAYERS, ModelConfig
-from hybrid_moe.loaders.naming import layer_of
+from hybrid_moe.loaders.naming import PREFIX, layer_of
 
 DRAFT = "draft layers"
 
-_OWN_NAMES = re.compile(r"(^|\.)mtp(_\w+)?\.")
-"""Keys of draft layers that are not among the model's layers."""
+_OWN_NAMES = r"(^|\.)mtp(_\w+)?\."
+"""Matches keys of draft layers that are not among the model's layers."""
 
-_MARKS = ("eh_proj", "enorm", "hnorm", "shared_head")
-"""In keys of a draft layer behind the last one: what joins the token to the hidden state."""
+_MARKS = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
+"""Matches keys of a draft layer behind the last one: what joins the token to the hidden state."""
 
 
 class DraftLayers:
@@ -39,13 +39,19 @@ class DraftLayers:
 
     def owns(self, key: str) -> bool:
         """Whether a tensor belongs to a draft layer."""
-        return bool(_OWN_NAMES.search(key)) or layer_of(key) in self.numbers
+        return any(re.search(pattern, key) for pattern in self.patterns)
+
+    @cached_property
+    def patterns(self) -> tuple[str, ...]:
+        """Regular expressions for the keys of draft layers, to be searched in a key."""
+        behind = "|".join(map(str, sorted(self.numbers)))
+        return (_OWN_NAMES, *([rf"^{PREFIX}layers\.({behind})\."] if behind else []))
 
     @cached_property
     def numbers(self) -> frozenset[int]:
         """Numbers of the draft layers that lie behind the model's own."""
         announced = self._announced
-        marked = {layer_of(key) for key in self._keys if any(f".{m}." in key for m in _MARKS)}
+        marked = {layer_of(key) for key in self._keys if _MARKS.search(key)}
         if not announced and not marked:
             return frozenset()
         first = self._config.integer(NUM_LAYERS)

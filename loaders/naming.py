@@ -15,10 +15,10 @@ from functools import cached_property
 
 from hybrid_moe.tensors import CheckpointError
 
-_PREFIX = r"((?:(?:model|language_model|text_model|thinker)\.)*)"
+PREFIX = r"((?:(?:model|language_model|text_model|thinker)\.)*)"
 """What may stand before `layers.L`. Not `mtp.`: draft layers have numbers of their own."""
 
-_LAYER = re.compile(rf"{_PREFIX}layers\.(\d{{1,6}})\.")
+_LAYER = re.compile(rf"{PREFIX}layers\.(\d{{1,6}})\.")
 _BLOCK = re.compile(r".*?layers\.\d{1,6}\..*?experts\.")
 """A key up to its experts, shared ones too."""
 
@@ -67,7 +67,7 @@ class NamingScheme:
         # reported, not overlooked.
         suffix = f"(?:{suffixes})" if self.fused else r"\.\w+"
         return re.compile(
-            rf"{_PREFIX}layers\.(\d{{1,6}})\.{re.escape(self.block)}\.{expert}(?:{projections}){suffix}"
+            rf"{PREFIX}layers\.(\d{{1,6}})\.{re.escape(self.block)}\.{expert}(?:{projections}){suffix}"
         )
 
     def stem(self, prefix: str, layer: int, expert: int) -> str:

@@ -31,7 +31,8 @@ PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64", "I64", "BOOL"})
 """safetensors dtypes of tensors that are what they seem: no quantisation stores its codes so."""
 
 HARMLESS = re.compile(
-    r"\.(?:[qkv]|kv|attn|prob_output|[qkv]_proj\.output)_(?:scale|zero_point)$"
+    r"(?:attn|attention|mixer)\.(?:\w+\.)*(?:[qkv]|kv|prob_output)_(?:scale|zero_point)$"
+    r"|\.[kv]_proj\.output_scale$"
     r"|\.rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)$"
 )
 """Keys of tensors that a model may lack without harm: scales of a quantised KV cache, which here
@@ -131,7 +132,7 @@ def load_skeleton(checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> Any:
     original = model_class(config, directory, trust["trust_remote_code"])
     config = _config_of(original, config)
     drop_experts_quantization(config, only_experts=rest_is_plain(checkpoint))
-    hybrid = _with_hybrid_experts(original, checkpoint.drafts.numbers)
+    hybrid = _with_hybrid_experts(original, checkpoint.drafts.patterns)
     model, info = hybrid.from_pretrained(
         directory,
         config=config,
@@ -216,9 +217,9 @@ def drop_experts_quantization(config: Any, *, only_experts: bool) -> None:
         config.quantization_config = {**as_dict, "modules_to_not_convert": [*skipped, ".experts"]}
 
 
-def _with_hybrid_experts(original: Any, drafts: Iterable[int]) -> Any:
-    """`original` with experts modules replaced at the end of its construction, and draft layers
-    of these numbers left unread."""
+def _with_hybrid_experts(original: Any, unread: Iterable[str]) -> Any:
+    """`original` with experts modules replaced at the end of its construction, and keys that these
+    patterns match left unread."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original.__init__(self, config, *args, **kwargs)
@@ -226,9 +227,8 @@ def _with_hybrid_experts(original: Any, drafts: Iterable[int]) -> Any:
         # Keys of the checkpoint below an experts module belong to the loaders: neither read nor
         # reported. The model's prefix is optional, as published checkpoints may lack it.
         below = [rf"(^|\.){re.escape(_without_prefix(self, name))}\." for name in names]
-        below += [rf"(^|\.)layers\.{layer}\." for layer in drafts]
         ignored = set(self._keys_to_ignore_on_load_unexpected or ())
-        self._keys_to_ignore_on_load_unexpected = ignored | set(below)
+        self._keys_to_ignore_on_load_unexpected = ignored | set(below) | set(unread)
 
     # Transformers reads the source of a model's module, and messages name the class
     return type(

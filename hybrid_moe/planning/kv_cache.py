@@ -189,7 +189,8 @@ def _gqa_row(config: Mapping[str, Any], what: str, layers: int, tokens: int) -> 
 
 def _mla_entry(config: Mapping[str, Any]) -> int:
     """One latent and the rotary part, and DeepSeek-V3.2's FP8 index with its scale."""
-    latent = _number(config, "kv_lora_rank") + _number(config, "qk_rope_head_dim")
+    rope = _number(config, "qk_rope_head_dim", least=0)  # 0 where positions are not rotated
+    latent = _number(config, "kv_lora_rank") + rope
     index = config.get("index_head_dim") or 0
     return _BF16 * latent + (int(index) + 4 if index else 0)
 
@@ -249,9 +250,9 @@ def _window(config: Mapping[str, Any]) -> int:
     return _number(config, name)
 
 
-def _number(config: Mapping[str, Any], name: str) -> int:
+def _number(config: Mapping[str, Any], name: str, least: int = 1) -> int:
     value = config.get(name)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or value < least:
         raise ValueError(f"config.json lacks {name}: the KV cache cannot be sized")
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from hybrid_moe.formats import FORMATS
+from hybrid_moe.integrations.experts_module import describe, find_experts
 from hybrid_moe.integrations.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.loading import (
     drop_experts_quantization,
+    experts_source,
     layer_index,
     rest_is_plain,
 )
@@ -28,8 +31,10 @@ from hybrid_moe.loaders import Checkpoint, convert_checkpoint, inspect_checkpoin
 from hybrid_moe.planning import read_model
 from hybrid_moe.planning.kv_cache import transformers_cache
 from hybrid_moe.tensors import CheckpointError
+from tests.families import write_family
 from tests.hybrid_moe.checkpoints import FILE, edit_config, edit_tensors, save, to_mxfp4
 from tests.hybrid_moe.tiny_models import FAMILIES, build, logits, prompt
+from tests.loaders.test_families import assert_is_expert
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 METHOD = pytest.mark.parametrize("method", FORMATS)
@@ -83,6 +88,26 @@ def test_converted_equals_quantised_bf16(family: str, tmp_path: Path) -> None:
     convert_checkpoint(directory, tmp_path / "mxfp4", "MXFP4", progress=False, threads=1)
     expected = logits(load(directory, "MXFP4"), prompt())
     assert torch.equal(logits(load(tmp_path / "mxfp4", None), prompt()), expected)
+
+
+def test_draft_layers_of_their_own_name(qwen: Path) -> None:
+    """`mtp.` says what it is, though Qwen3-MoE's class does not know it."""
+    expected = logits(load(qwen), prompt())
+    edit_tensors(qwen, add={"model.mtp_block.0.mlp.up_proj.weight": torch.zeros(4)})
+    assert torch.equal(logits(load(qwen), prompt()), expected)
+
+
+def test_the_module_decides_where_gate_and_up_lie(tmp_path: Path) -> None:
+    """Biased experts in halves, under the names of gpt-oss's alternating ones."""
+    fixture = write_family("privacy_filter", tmp_path)
+    (fixture.directory / "config.json").unlink()  # nobody else could tell
+    model = transformers.AutoModelForTokenClassification.from_config(fixture.config)
+    checkpoint = Checkpoint.open(fixture.directory)
+    for name, module in find_experts(model).items():
+        source = experts_source({}, checkpoint, name, describe(module, name))
+        layer = fixture.layers[source.layer]
+        for expert in range(fixture.num_experts):
+            assert_is_expert(source.expert(expert), layer, expert)
 
 
 def test_deepseek_v4_without_prefix_and_with_draft_layers(tmp_path: Path) -> None:
@@ -160,6 +185,27 @@ def test_a_method_is_refused_before_anything_is_loaded(
     edit_tensors(mixed, drop=key)
     with pytest.raises(CheckpointError, match=key.replace(".", r"\.")):
         load(mixed, None)
+
+
+def test_attention_in_fp8_is_left_to_transformers(tmp_path: Path) -> None:
+    """DeepSeek-V4 as published: FP8 blocks of 128 x 128 beside MXFP4 experts."""
+    directory = to_mxfp4(save(build("deepseek_v4"), tmp_path), "deepseek_v4")
+    tensors = load_file(directory / FILE)
+    for key in [key for key in tensors if re.search(r"\.attn\.(wq_a|wq_b|wkv|wo_b)\.weight$", key)]:
+        rows, inputs = tensors[key].shape
+        tensors[key] = (tensors[key].float() * 64).to(torch.float8_e4m3fn)
+        scale = torch.full((-(-rows // 128), -(-inputs // 128)), 1 / 64)
+        tensors[key.replace(".weight", ".scale")] = scale.to(torch.float8_e8m0fnu)
+    save_file(tensors, directory / FILE, {"format": "pt"})
+    quantization = {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        "scale_fmt": "ue8m0",
+    }  # fmt: skip
+    edit_config(directory, quantization_config=quantization, expert_dtype="fp4")
+    assert not rest_is_plain(Checkpoint.open(directory))
+    model, other = load(directory, None), plain(directory)
+    offload(other, "MXFP4", threads=1, progress=False)
+    assert torch.equal(logits(model, prompt()), logits(other, prompt()))
 
 
 SKIPPED = ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"]
@@ -303,6 +349,7 @@ UNUSED = [
     "model.layers.0.self_attn.k_proj.k_scale",
     "model.layers.1.self_attn.v_proj.v_scale",
     "model.layers.1.self_attn.attn.q_scale",
+    "model.layers.1.self_attn.prob_output_scale",
     "model.layers.0.self_attn.k_proj.output_scale",
     "model.layers.0.self_attn.kv_scale",
     "model.layers.0.self_attn.rotary_emb.inv_freq",
@@ -329,6 +376,8 @@ def test_a_tensor_that_is_not_needed_is_noticed(
         "model.layers.1.mlp.experts.surprise",
         "model.layers.0.self_attn.q_proj.weight_scale",
         "model.layers.0.self_attn.q_proj.input_scale",
+        "model.layers.0.self_attn.attn_scale",
+        "model.layers.0.mlp.k_scale",
         "model.layers.2.input_layernorm.weight",
     ],
 )

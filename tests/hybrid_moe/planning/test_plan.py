@@ -237,6 +237,7 @@ MLA = {"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
         ({**GQA, "layer_types": ["mamba", "conv", "moe", "attention", "full_attention"]}, "gqa",
          1 * 1024 * 2 * 2 * 16 * 2),
         ({**GQA, "layer_types": ["sliding_attention"] * 4}, "gqa", 4 * 1024 * 2 * 2 * 16 * 2),
+        ({**MLA, "qk_rope_head_dim": 0}, "mla", 61 * 1024 * 512 * 2),
         ({**MLA, "layer_types": ["linear_attention"] * 60 + ["full_attention"]}, "mla",
          1024 * 576 * 2),
         (MLA, "mla", 61 * 1024 * 576 * 2),
