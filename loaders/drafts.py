@@ -57,9 +57,10 @@ class DraftLayers:
         first = self._config.integer(NUM_LAYERS)
         if first is None:  # no configuration: the marks alone say it
             return frozenset(number for number in marked if number is not None)
-        behind = marked | set(range(first, first + announced))
-        present = {layer_of(key) for key in self._keys}
-        return frozenset(n for n in present & behind if n is not None and n >= first)
+        present = {number for key in self._keys if (number := layer_of(key)) is not None}
+        return frozenset(
+            n for n in present if n >= first and (n in marked or n < first + announced)
+        )
 
     @property
     def _announced(self) -> int:

@@ -1,8 +1,8 @@
 """Where gate and up lie in a fused tensor: its name does not tell, the model's own module does.
 
 `mlp.experts.gate_up_proj` holds gate and up one after the other in every family but gpt-oss, which
-lets their rows alternate. So does nothing in the file differ, biases included. Transformers' class
-of the family is built without memory and asked which columns its gate takes.
+lets their rows alternate; nothing else in the files differs, biases included. Transformers' class of
+the family is built without memory and asked which columns its gate takes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def layout_of_model(config: ModelConfig) -> GateUp | None:
     Imports Transformers unless the family is in `KNOWN`.
     """
     for part in (config.stated, config.raw):
-        if (family := part.get("model_type")) in KNOWN:
-            return KNOWN[str(family)]
+        family = part.get("model_type")
+        if isinstance(family, str) and family in KNOWN:
+            return KNOWN[family]
     text = transformers_text_config(config.raw)
     if text is None:
         return None

@@ -123,7 +123,7 @@ MARKED = [*KEYS, "model.layers.5.eh_proj.weight", "model.layers.2.enorm.weight"]
     [
         ({"num_hidden_layers": 5, "num_nextn_predict_layers": 1}, KEYS, {5}),
         ({"num_hidden_layers": 4, "num_nextn_predict_layers": 1}, KEYS, {4}),
-        ({"num_hidden_layers": 4, "num_mtp_modules": 3}, KEYS, {4, 5}),
+        ({"num_hidden_layers": 4, "num_mtp_modules": 10**12}, KEYS, {4, 5}),
         ({"num_hidden_layers": 4, "text_config": {"mtp_num_hidden_layers": 2}}, KEYS, set()),
         ({"text_config": {"num_hidden_layers": 4}, "num_mtp_layers": 2}, KEYS, {4, 5}),
         ({"num_hidden_layers": 5}, KEYS, set()),

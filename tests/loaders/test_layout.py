@@ -87,7 +87,9 @@ def test_models_that_transformers_knows(family: str, monkeypatch: pytest.MonkeyP
     assert KNOWN.get(family, layout) == layout
 
 
-@pytest.mark.parametrize("raw", [{}, {"model_type": "unheard_of"}, {"model_type": "llama"}])
+@pytest.mark.parametrize(
+    "raw", [{}, {"model_type": "unheard_of"}, {"model_type": "llama"}, {"model_type": []}]
+)
 def test_models_that_nobody_knows(raw: dict[str, Any]) -> None:
     assert layout_of_model(ModelConfig(raw)) is None
 
