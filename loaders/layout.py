@@ -1,8 +1,8 @@
 """Where gate and up lie in a fused tensor: its name does not tell, the model's own module does.
 
 `mlp.experts.gate_up_proj` holds gate and up one after the other in every family but gpt-oss, which
-lets their rows alternate; nothing else in the files differs, biases included. Transformers' class of
-the family is built without memory and asked which columns its gate takes.
+lets their rows alternate; nothing else in the files differs, biases included. Transformers' class
+of the family is built without memory and asked which columns its gate takes.
 """
 
 from __future__ import annotations
