@@ -10,8 +10,10 @@ import threading
 from pathlib import Path
 
 from hybrid_moe.arguments import LayerShape
+from hybrid_moe.formats import WeightFormat
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.layer import LayerSource
+from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.tensors import CheckpointError
 
 _open: dict[Path, Checkpoint] = {}
@@ -50,6 +52,40 @@ def release() -> None:
     reads from them."""
     with _lock:
         _open.clear()
+
+
+def stored_format(path: Path | None, layer: int) -> WeightFormat:
+    """The format in which a checkpoint stores the experts of a layer.
+
+    Raises:
+        ValueError: no path.
+        CheckpointError: the layer is damaged or not there.
+    """
+    if path is None:
+        raise ValueError(
+            "without a method a layer keeps the format that its checkpoint stores, which needs a "
+            "weight_path"
+        )
+    return checkpoint_at(path).layer(layer).format
+
+
+def checked_layer(
+    path: Path, shape: LayerShape, fmt: WeightFormat, layout: GateUp | None = None
+) -> LayerSource:
+    """A layer that can be loaded as `shape` in `fmt`; only headers are read.
+
+    Args:
+        layout: where gate and up lie in fused tensors, if the caller knows.
+
+    Raises:
+        ValueError: its weights do not become `fmt`, or its model has another layout.
+        CheckpointError: it is damaged, does not fit, or nothing tells its layout.
+    """
+    source = checkpoint_at(path).layer(shape.layer_idx).with_layout(layout)
+    check_sizes(source, shape)
+    source.check_format(fmt)
+    source.check_layout()
+    return source
 
 
 def check_sizes(source: LayerSource, shape: LayerShape) -> None:

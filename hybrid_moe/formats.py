@@ -220,3 +220,19 @@ def format_named(method: str) -> WeightFormat:
             f"unknown method {method!r}: the methods {' and '.join(sorted(FORMATS))} are available"
         )
     return fmt
+
+
+AS_STORED = "STORED"
+"""Stands for no method where a name is needed: every layer stays in the format that its checkpoint
+stores, which need not be the same for all."""
+
+
+def chosen_format(method: str | None) -> WeightFormat | None:
+    """The format that `method` names; None for None or "STORED", which leave it to the checkpoint.
+
+    Raises:
+        ValueError: as `format_named`.
+    """
+    if method is None or str(method).upper() == AS_STORED:
+        return None
+    return format_named(method)

@@ -23,7 +23,8 @@ from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.deferral import Chain, split_deferred
 from hybrid_moe.export import ExpertWriter
-from hybrid_moe.formats import format_named
+from hybrid_moe.formats import chosen_format
+from hybrid_moe.loaders.layout import gate_up_layout as layout_named
 from hybrid_moe.loaders.load import load_layer
 from hybrid_moe.runner import LayerRunner
 from hybrid_moe.staging import BUFFERS
@@ -49,7 +50,8 @@ class KTMoEWrapper:
         chunked_prefill_size: accepted and not needed: calls may have any number of tokens.
         max_deferred_experts_per_token: experts per token that may arrive one MoE layer later, see
             `hybrid_moe.deferral`; None for 0.
-        method: weight format, see `hybrid_moe.formats.FORMATS`.
+        method: weight format, see `hybrid_moe.formats.FORMATS`; None or "STORED" for the one in
+            which the checkpoint stores this layer.
         numa_nodes: NUMA node of each pool; None spreads them over every node.
         num_gpu_experts: the first so many ids are on the GPU; the older form of the mask.
         swiglu_limit: clamps gate to at most this and up to +- this before SwiGLU; 0 for no clamp.
@@ -58,6 +60,9 @@ class KTMoEWrapper:
         strict: ids outside 0..E-1 raise `IndexError` at `sync_forward`. Else they contribute zero
             and are counted in `ignored_ids`: runtimes pad with -1.
         isa: name of the instruction set tier; None for the best that this processor has.
+        gate_up_layout: "halves" or "interleaved": where gate and up lie in a checkpoint's fused
+            tensors. Needed only for experts with biases whose `config.json` is missing or names a
+            model that Transformers does not know.
 
     The remaining options are kt-kernel's for training and for files that this package does not
     write; other values than their defaults raise `ValueError`.
@@ -85,7 +90,7 @@ class KTMoEWrapper:
         chunked_prefill_size: int | None = None,
         cpu_save: bool = False,
         max_deferred_experts_per_token: int | None = None,
-        method: str = "MXFP4",
+        method: str | None = "MXFP4",
         numa_nodes: list[int] | None = None,
         mode: str = "inference",
         num_gpu_experts: int | None = None,
@@ -101,6 +106,7 @@ class KTMoEWrapper:
         *,
         strict: bool = False,
         isa: str | None = None,
+        gate_up_layout: str | None = None,
     ) -> None:
         arguments.refuse_unsupported(
             {
@@ -115,7 +121,8 @@ class KTMoEWrapper:
                 "full_weight_grad": full_weight_grad,
             }
         )
-        self.format = format_named(method)
+        chosen = chosen_format(method)
+        self._layout = layout_named(gate_up_layout)
         self.activation = Activation(
             limit=arguments.number("swiglu_limit", swiglu_limit),
             alpha=arguments.number("swiglu_alpha", swiglu_alpha),
@@ -132,6 +139,8 @@ class KTMoEWrapper:
                 )
             )
         )
+        self.weight_path = arguments.existing_path(weight_path)
+        self.format = chosen or checkpoints.stored_format(self.weight_path, self.layer_idx)
         self.shape.check(self.format)
         self.max_deferred_experts_per_token = arguments.deferred_experts(
             max_deferred_experts_per_token, self.shape
@@ -139,7 +148,6 @@ class KTMoEWrapper:
         self._mask = arguments.expert_mask(gpu_experts_mask, num_gpu_experts, self.num_experts)
         if torch.cuda.is_available():
             self._mask = self._mask.pin_memory()
-        self.weight_path = arguments.existing_path(weight_path)
         self.pool = arguments.pool_config(cpuinfer_threads, threadpool_count, numa_nodes)
         self.strict = strict
         self._isa = arguments.tier_name(isa)
@@ -229,15 +237,15 @@ class KTMoEWrapper:
 
         Raises:
             RuntimeError: weights are loaded already.
-            ValueError: no `weight_path`, or a map of wrong shape or range.
+            ValueError: no `weight_path`, a map of wrong shape or range, or weights that do not
+                become the method's format.
             CheckpointError: a tensor is missing, damaged, or does not fit the layer.
         """
         self._check_not_loaded()
         if self.weight_path is None:
             raise ValueError("load_weights needs the weight_path that the wrapper was made without")
         mapping = arguments.expert_map(physical_to_logical_map_cpu, self.num_experts)
-        source = checkpoints.checkpoint_at(self.weight_path).layer(self.layer_idx)
-        checkpoints.check_sizes(source, self.shape)
+        source = checkpoints.checked_layer(self.weight_path, self.shape, self.format, self._layout)
 
         def load(wanted: npt.NDArray[np.bool_]) -> None:
             load_layer(

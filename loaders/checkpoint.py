@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hybrid_moe.loaders.completeness import missing_layers
+from hybrid_moe.loaders.config import NUM_EXPERTS, ModelConfig
 from hybrid_moe.loaders.describe import describe_layer
+from hybrid_moe.loaders.drafts import DraftLayers
 from hybrid_moe.loaders.layer import LayerSource
+from hybrid_moe.loaders.layout import layout_of_model
 from hybrid_moe.loaders.naming import LayerKeys, find_layers
 from hybrid_moe.loaders.regular import Stamp, read_json, stamp_of
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.tensors import CheckpointError
 
 CONFIG_NAME = "config.json"
-
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Names under which `config.json` states the number of routed experts."""
 
 
 class Checkpoint:
@@ -27,7 +28,10 @@ class Checkpoint:
     Attributes:
         index: every tensor, experts or not.
         config: the model's `config.json`; empty where there is none.
-        layers: numbers of the layers that have routed experts, dense layers counted, ascending.
+        model: the same, read as Transformers reads it.
+        drafts: which layers are draft layers.
+        layers: numbers of the layers that have routed experts, dense layers counted, ascending;
+            draft layers left out.
         expert_keys: keys of all tensors that belong to routed experts of those layers.
     """
 
@@ -40,9 +44,14 @@ class Checkpoint:
         self.index = index
         self._stamps = {**(stamps or {}), **index.stamps}
         self.config = config
+        self.model = ModelConfig(config)
         self._layers = find_layers(index.tensors)
-        self.layers: tuple[int, ...] = tuple(self._layers)
-        self.expert_keys = frozenset(key for keys in self._layers.values() for key in keys.keys)
+        self.drafts = DraftLayers(self.model, index.tensors)
+        self.layers = tuple(layer for layer in self._layers if layer not in self.drafts)
+        self.expert_keys = frozenset(
+            key for layer in self.layers for key in self._layers[layer].keys
+        )
+        self._ask_model = cache(lambda: layout_of_model(self.model))
 
     @classmethod
     def open(
@@ -74,18 +83,12 @@ class Checkpoint:
     @property
     def missing_layers(self) -> tuple[str, ...]:
         """What is said of layers that should be in the checkpoint and are not."""
-        return missing_layers(self.index, self._layers, self.text_config)
+        return missing_layers(self.index, self._layers, self.model.stated)
 
     @property
     def is_current(self) -> bool:
         """Whether all files are as they were when they were read."""
         return all(stamp_of(file) == stamp for file, stamp in self._stamps.items())
-
-    @property
-    def text_config(self) -> Mapping[str, Any]:
-        """The language model's part of `config`: nested where the model has other parts."""
-        nested = self.config.get("text_config")
-        return nested if isinstance(nested, dict) else self.config
 
     def keys_of(self, layer: int) -> LayerKeys:
         """Names of the expert tensors of `layer`. Raises `CheckpointError` where it has none."""
@@ -99,15 +102,15 @@ class Checkpoint:
         return keys
 
     def layer(self, layer: int) -> LayerSource:
-        """The experts of one layer, with every name, shape and dtype checked.
+        """The experts of one layer (or draft layer), with every name, shape and dtype checked.
 
         Raises:
             CheckpointError: the layer has no experts, an expert is missing or incomplete, there
                 are more or fewer than `config.json` says, or a shape or dtype is wrong.
         """
-        source = describe_layer(self.index, self.keys_of(layer))
-        for name in _EXPERT_COUNTS:
-            count = self.text_config.get(name)
+        source = describe_layer(self.index, self.keys_of(layer), self._ask_model)
+        for name in NUM_EXPERTS:
+            count = self.model.stated.get(name)
             if isinstance(count, int) and count != source.num_experts:
                 raise CheckpointError(
                     f"layer {layer} of {self.index.path} has {source.num_experts} experts, "

@@ -20,7 +20,8 @@ from hybrid_moe.loaders.checkpoint import CONFIG_NAME, Checkpoint
 from hybrid_moe.loaders.companions import companion_files
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layer import LayerSource
-from hybrid_moe.loaders.naming import scheme_named
+from hybrid_moe.loaders.layout import gate_up_layout as layout_named
+from hybrid_moe.loaders.naming import FUSED, GPT_OSS_MXFP4, PER_EXPERT, NamingScheme
 from hybrid_moe.loaders.parallel import for_each
 from hybrid_moe.loaders.safetensors import ReadBuffer
 from hybrid_moe.loaders.writer import PlannedTensor, ShardedWriter
@@ -42,13 +43,15 @@ def convert_checkpoint(
     *,
     threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    gate_up_layout: str | None = None,
 ) -> None:
     """Write a checkpoint whose routed experts are quantized.
 
     Experts keep the names of their family; fused ones are written one by one under the names of
-    Qwen3-MoE, gpt-oss ones as the `*_blocks` and `*_scales` of its MXFP4 release. Every other
-    tensor and file is copied. `config.json` gets the entry `"hybrid_moe": {"experts": method,
-    "group": 32}`.
+    Qwen3-MoE, those whose gate and up alternate as the `*_blocks` and `*_scales` of gpt-oss's MXFP4
+    release. Every other tensor and file is copied, and so are layers whose experts are in that
+    format already, and draft layers. `config.json` gets the entry `"hybrid_moe": {"experts":
+    method, "group": 32}`.
 
     Args:
         src: directory of a checkpoint whose experts are BF16, F16 or F32.
@@ -57,11 +60,14 @@ def convert_checkpoint(
         progress: True shows a bar on stderr; a function is called with (bytes done, bytes in all).
         threads: threads that quantize; None takes every processor this process may use.
         shard_bytes: largest size of a shard.
+        gate_up_layout: "halves" or "interleaved": where gate and up lie in fused tensors, for a
+            model that Transformers does not know.
 
     Raises:
-        ValueError: unknown method, `dst` is not empty or is `src`, or the experts cannot be
-            converted (they are quantized already).
-        CheckpointError: the source is damaged or a weight is not finite.
+        ValueError: unknown method or layout, `dst` is not empty or is `src`, or there is nothing
+            to convert (all experts are quantized already).
+        CheckpointError: the source is damaged, a weight is not finite, or nothing tells where
+            gate and up lie.
         OSError: too little room at `dst`.
     """
     fmt = format_named(method)
@@ -72,13 +78,16 @@ def convert_checkpoint(
     checkpoint = Checkpoint.open(source_path)
     if not checkpoint.layers:
         raise ValueError(f"{source_path} has no routed experts under a known name")
-    layers = [checkpoint.layer(number) for number in checkpoint.layers]
+    layout = layout_named(gate_up_layout)
+    stored = [checkpoint.layer(number).with_layout(layout) for number in checkpoint.layers]
+    layers = [layer for layer in stored if layer.format is not fmt]
+    if not layers:
+        raise ValueError(
+            f"the experts of {source_path} are {fmt.name} already; there is nothing to convert"
+        )
     for layer in layers:
-        if layer.format.name != "BF16":
-            raise ValueError(
-                f"the experts of layer {layer.layer} of {source_path} are {layer.format.name} "
-                "already; there is nothing to convert"
-            )
+        layer.check_format(fmt)
+        layer.check_layout()
     companions = companion_files(source_path)
     copied = _unchanged(checkpoint, layers)
     planned = [PlannedTensor(tensor.key, tensor.dtype, tensor.shape) for tensor in copied]
@@ -142,20 +151,38 @@ def _copy_tensor(
 
 
 def _unchanged(checkpoint: Checkpoint, layers: list[LayerSource]) -> list[TensorInfo]:
-    """Tensors that are copied: all but the experts' weights, in the order of their shards."""
-    replaced = {stack.weight.key for layer in layers for stacks in layer.stacks for stack in stacks}
+    """Tensors that are copied: all but those written anew, in the order of their shards."""
+    replaced = {
+        tensor.key
+        for layer in layers
+        for stacks in layer.stacks
+        for stack in stacks
+        for tensor in (stack.tensors if _splits_biases(layer) else (stack.weight,))
+    }
     return [tensor for key, tensor in checkpoint.index.tensors.items() if key not in replaced]
 
 
-def _written_keys(layer: LayerSource, expert: int, projection: str) -> tuple[str, str]:
-    """The keys under which codes and scales are written."""
-    scheme = scheme_named(layer.scheme.written)
+def _written(layer: LayerSource) -> NamingScheme:
+    """The scheme in which a layer's experts are written: one whose name leaves no layout open."""
+    if layer.scheme is not FUSED:
+        return layer.scheme
+    return GPT_OSS_MXFP4 if layer.interleaved else PER_EXPERT
+
+
+def _splits_biases(layer: LayerSource) -> bool:
+    """Whether biases of all experts become one for each, as their weights do."""
+    return layer.has_bias and layer.scheme.fused and not _written(layer).fused
+
+
+def _written_keys(layer: LayerSource, expert: int, projection: str) -> tuple[str, str, str]:
+    """The keys under which codes, scales and bias are written."""
+    scheme = _written(layer)
     stem = scheme.stem(layer.prefix, layer.layer, expert) + projection
-    return stem + scheme.weights[0], stem + scheme.scales[0]
+    return stem + scheme.weights[0], stem + scheme.scales[0], stem + scheme.bias
 
 
 def _plan_layer(layer: LayerSource, fmt: WeightFormat) -> list[PlannedTensor]:
-    scheme = scheme_named(layer.scheme.written)
+    scheme = _written(layer)
     code_dtype, scale_dtype = scheme.mxfp4_dtypes
     H, I = layer.hidden, layer.intermediate
     planned: list[PlannedTensor] = []
@@ -164,7 +191,7 @@ def _plan_layer(layer: LayerSource, fmt: WeightFormat) -> list[PlannedTensor]:
         projections = [(scheme.gate, 2 * I, H), (scheme.down, H, I)]
     for expert in range(1 if scheme.fused else layer.num_experts):
         for projection, N, K in projections:
-            code_key, scale_key = _written_keys(layer, expert, projection)
+            code_key, scale_key, bias_key = _written_keys(layer, expert, projection)
             codes, scales = fmt.code_shape(N, K), (N, K // fmt.group)
             if scheme.fused:  # gpt-oss: [E, N, K/32, 16] and [E, N, K/32]
                 blocks = (layer.num_experts, *scales, codes[1] // scales[1])
@@ -173,6 +200,8 @@ def _plan_layer(layer: LayerSource, fmt: WeightFormat) -> list[PlannedTensor]:
             else:
                 planned.append(PlannedTensor(code_key, code_dtype, codes))
                 planned.append(PlannedTensor(scale_key, scale_dtype, scales))
+                if _splits_biases(layer):
+                    planned.append(PlannedTensor(bias_key, "F32", (N,)))
     return planned
 
 
@@ -180,7 +209,7 @@ def _expert_pieces(
     layer: LayerSource, expert: int, tensors: ExpertTensors
 ) -> list[tuple[str, Array, int]]:
     """What is written for one expert: key, values, and where in the tensor they begin (bytes)."""
-    scheme = scheme_named(layer.scheme.written)
+    scheme = _written(layer)
     pieces: list[tuple[str, Array, int]] = []
     matrices = [(scheme.gate, tensors.gate), (scheme.up, tensors.up), (scheme.down, tensors.down)]
     if scheme.fused:
@@ -188,7 +217,10 @@ def _expert_pieces(
         matrices = [(scheme.gate, gate_up), (scheme.down, tensors.down)]
     for projection, matrix in matrices:
         assert matrix.scales is not None  # the format has scales
-        code_key, scale_key = _written_keys(layer, expert, projection)
+        code_key, scale_key, bias_key = _written_keys(layer, expert, projection)
+        if _splits_biases(layer):
+            assert matrix.bias is not None
+            pieces.append((bias_key, np.ascontiguousarray(matrix.bias), 0))
         for key, data in ((code_key, matrix.codes), (scale_key, matrix.scales)):
             pieces.append((key, data, expert * data.nbytes if scheme.fused else 0))
     return pieces

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layer import LayerSource, Stack
+from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.loaders.naming import LayerKeys, NamingScheme
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.loaders.stored import STORED, Stored, describe_dtypes, known_dtypes, stored_as
@@ -11,13 +15,22 @@ from hybrid_moe.tensors import CheckpointError
 
 _BIAS_DTYPES = ("BF16", "F32", "F16")
 
+_UNUSED = re.compile(r"[._](input_(global_)?scale|weight_shape)$")
+"""Tensors beside an expert's weights that do not change what they mean: scales for activations that
+are quantized elsewhere and not here, and the shape that codes are packed from."""
 
-def describe_layer(index: SafetensorsIndex, keys: LayerKeys) -> LayerSource:
+
+def describe_layer(
+    index: SafetensorsIndex, keys: LayerKeys, ask_model: Callable[[], GateUp | None]
+) -> LayerSource:
     """Find and check all tensors of a layer's experts.
 
+    Args:
+        ask_model: the layout of gate and up in the model's own module; asked only when needed.
+
     Raises:
-        CheckpointError: an expert or a tensor is missing, or a shape or dtype is wrong; the
-            message names the tensor and its file.
+        CheckpointError: an expert or a tensor is missing, a shape or dtype is wrong, or there is
+            a tensor that nothing explains; the message names the tensor and its file.
     """
     scheme = keys.scheme
     experts = _expert_ids(keys, index)
@@ -43,6 +56,8 @@ def describe_layer(index: SafetensorsIndex, keys: LayerKeys) -> LayerSource:
         stored=stored,
         transposed=transposed,
         stacks=stacks,
+        unused=_unused(index, keys, stacks),
+        ask_model=ask_model,
     )
     for K in (hidden, intermediate):
         if K == 0 or K % stored.format.k_multiple:
@@ -54,6 +69,21 @@ def describe_layer(index: SafetensorsIndex, keys: LayerKeys) -> LayerSource:
         for stack in expert_stacks:
             _check_stack(stack, source, is_down=stack is expert_stacks[-1])
     return source
+
+
+def _unused(
+    index: SafetensorsIndex, keys: LayerKeys, stacks: tuple[tuple[Stack, ...], ...]
+) -> tuple[str, ...]:
+    """Keys of the layer's experts that are not read, all of them harmless."""
+    read = {t.key for expert_stacks in stacks for stack in expert_stacks for t in stack.tensors}
+    unused = [key for key in (*keys.keys, *keys.foreign) if key not in read]
+    for key in unused:
+        if not _UNUSED.search(key):
+            raise CheckpointError(
+                f"{index.tensors[key].where}: an expert's tensor that {keys.scheme.name} experts "
+                "do not have: what it means for them is not known"
+            )
+    return tuple(unused)
 
 
 def _expert_ids(keys: LayerKeys, index: SafetensorsIndex) -> range:

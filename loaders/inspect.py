@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hybrid_moe.formats import FORMATS
+from hybrid_moe.formats import AS_STORED, FORMATS
 from hybrid_moe.loaders.checkpoint import Checkpoint
+from hybrid_moe.loaders.config import NUM_LAYERS, TOP_K
+from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.loaders.layer import LayerSource
 from hybrid_moe.loaders.stored import can_encode
 from hybrid_moe.tensors import CheckpointError
@@ -17,7 +19,6 @@ from hybrid_moe.tensors import CheckpointError
 EXPERTS = "routed experts"
 
 _PARTS: tuple[tuple[str, str], ...] = (
-    ("draft layers", r"(^|\.)mtp\."),
     ("vision and audio", r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector)\."),
     ("shared experts", r"shared_expert"),
     (
@@ -32,7 +33,7 @@ _PARTS: tuple[tuple[str, str], ...] = (
     ("dense MLP", r"\.(mlp|ffn|feed_forward)\."),
 )
 """Parts of a model by a pattern in the key: the first that matches. Routed experts are known by
-their naming scheme; what matches nothing is "other"."""
+their naming scheme, draft layers by `drafts`; what matches nothing is "other"."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,20 @@ class CheckpointSummary:
         architectures: classes that `config.json` names.
         scheme: naming scheme of the experts; None without experts.
         moe_layers: numbers of the layers with routed experts, dense layers counted.
+        draft_layers: numbers of the draft layers that lie behind the model's own.
         num_layers: layers in all, of `config.json`.
         num_experts: routed experts of a layer.
-        experts_per_token: experts that a token uses, of `config.json`.
+        experts_per_token: experts that a token uses, of `config.json`; one number for each layer
+            with experts where they differ.
         hidden, intermediate: hidden size, and intermediate size of an expert.
         formats: format of the experts -> layers that are stored so.
         dtypes: safetensors dtype -> bytes of all tensors of that dtype.
         parts: part of the model -> bytes, largest first.
         num_tensors, num_shards: how many.
         total_bytes: bytes of all tensors.
-        ram_experts: method -> bytes of memory for all routed experts on the CPU.
-        ram_rest: bytes of everything else.
+        ram_experts: method -> bytes of memory for all routed experts on the CPU; "STORED" where
+            layers differ in format and each keeps its own.
+        ram_rest: bytes of everything else but draft layers, which do not run.
         problems: what keeps layers from being loaded; empty for a good checkpoint.
     """
 
@@ -64,9 +68,10 @@ class CheckpointSummary:
     architectures: tuple[str, ...]
     scheme: str | None
     moe_layers: tuple[int, ...]
+    draft_layers: tuple[int, ...]
     num_layers: int | None
     num_experts: int | None
-    experts_per_token: int | None
+    experts_per_token: int | tuple[int, ...] | None
     hidden: int | None
     intermediate: int | None
     formats: Mapping[str, tuple[int, ...]]
@@ -80,8 +85,12 @@ class CheckpointSummary:
     problems: tuple[str, ...]
 
 
-def part_of(key: str) -> str:
-    """The part of the model that a tensor other than a routed expert's belongs to."""
+def part_of(checkpoint: Checkpoint, key: str) -> str:
+    """The part of the model that a tensor belongs to."""
+    if key in checkpoint.expert_keys:
+        return EXPERTS
+    if checkpoint.drafts.owns(key):
+        return DRAFT
     return next((part for part, pattern in _PARTS if re.search(pattern, key)), "other")
 
 
@@ -99,30 +108,33 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointSummary:
     problems = list(checkpoint.missing_layers)
     for number in checkpoint.layers:
         try:
-            layers.append(checkpoint.layer(number))
+            layer = checkpoint.layer(number)
+            layer.check_layout()
+            layers.append(layer)
         except CheckpointError as error:
             problems.append(str(error))
     parts: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
     for key, tensor in checkpoint.index.tensors.items():
-        parts[EXPERTS if key in checkpoint.expert_keys else part_of(key)] += tensor.nbytes
+        parts[part_of(checkpoint, key)] += tensor.nbytes
         dtypes[tensor.dtype] += tensor.nbytes
     formats: dict[str, tuple[int, ...]] = {}
     for layer in layers:
         formats[layer.format.name] = (*formats.get(layer.format.name, ()), layer.layer)
     first = layers[0] if layers else None
     total = dtypes.total()
-    config = checkpoint.text_config
+    config = checkpoint.model
     return CheckpointSummary(
         path=str(checkpoint.index.path),
         model_type=next(iter(_strings(checkpoint.config.get("model_type"))), None),
         architectures=_strings(checkpoint.config.get("architectures")),
         scheme=checkpoint.keys_of(checkpoint.layers[0]).scheme.name if checkpoint.layers else None,
         moe_layers=checkpoint.layers,
-        num_layers=_first_int(config, "num_hidden_layers"),
+        draft_layers=tuple(sorted(checkpoint.drafts.numbers)),
+        num_layers=config.integer(NUM_LAYERS),
         num_experts=first.num_experts if first else None,
-        experts_per_token=_first_int(config, "num_experts_per_tok", "experts_per_token"),
-        hidden=first.hidden if first else _first_int(config, "hidden_size"),
+        experts_per_token=_per_token(checkpoint),
+        hidden=first.hidden if first else config.integer(("hidden_size",)),
         intermediate=first.intermediate if first else None,
         formats=formats,
         dtypes=dict(dtypes.most_common()),
@@ -131,18 +143,21 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointSummary:
         num_shards=len({tensor.file for tensor in checkpoint.index.tensors.values()}),
         total_bytes=total,
         ram_experts=_ram(layers),
-        ram_rest=total - parts[EXPERTS],
+        ram_rest=total - parts[EXPERTS] - parts[DRAFT],
         problems=tuple(problems),
     )
 
 
 def _ram(layers: list[LayerSource]) -> dict[str, int]:
     """Bytes of the packed experts by method, for the methods that can load every layer."""
-    return {
+    ram = {
         name: sum(layer.nbytes_as(fmt) for layer in layers)
         for name, fmt in FORMATS.items()
         if layers and all(can_encode(layer.stored, fmt) for layer in layers)
     }
+    if len({layer.format for layer in layers}) > 1:
+        ram[AS_STORED] = sum(layer.nbytes_as(layer.format) for layer in layers)
+    return ram
 
 
 def _strings(value: object) -> tuple[str, ...]:
@@ -151,5 +166,10 @@ def _strings(value: object) -> tuple[str, ...]:
     return tuple(item for item in given if isinstance(item, str))
 
 
-def _first_int(config: Mapping[str, object], *names: str) -> int | None:
-    return next((v for name in names if isinstance(v := config.get(name), int)), None)
+def _per_token(checkpoint: Checkpoint) -> int | tuple[int, ...] | None:
+    """Experts of a token: one number, or one for each layer with experts where they differ."""
+    counts = [checkpoint.model.of_layer(TOP_K, layer) for layer in checkpoint.layers]
+    known = tuple(count for count in counts if count is not None)
+    if not known or len(known) < len(counts):
+        return checkpoint.model.integer(TOP_K)
+    return known if len(set(known)) > 1 else known[0]

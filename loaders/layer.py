@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from hybrid_moe.formats import Array, WeightFormat
 from hybrid_moe.loaders.header import TensorInfo
+from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.loaders.naming import NamingScheme
 from hybrid_moe.loaders.safetensors import ReadBuffer, SafetensorsIndex, aligned
 from hybrid_moe.loaders.stored import Stored, can_encode, encode, round_to_bf16, to_float32
@@ -43,6 +46,9 @@ class LayerSource:
         stored: how the checkpoint stores the weights.
         transposed: fused tensors are [E, K, N], not [E, N, K].
         stacks: tensors of (gate, up, down) per expert, or of (gate_up, down) once where fused.
+        unused: keys beside them that do not change what the weights mean, and are not read.
+        ask_model: how the model's own module lays out gate and up; None where nobody knows.
+        gate_up: the layout, where it is known already.
     """
 
     index: SafetensorsIndex
@@ -55,6 +61,9 @@ class LayerSource:
     stored: Stored
     transposed: bool
     stacks: tuple[tuple[Stack, ...], ...]
+    unused: tuple[str, ...]
+    ask_model: Callable[[], GateUp | None]
+    gate_up: GateUp | None = None
 
     @property
     def format(self) -> WeightFormat:
@@ -65,6 +74,42 @@ class LayerSource:
     def has_bias(self) -> bool:
         """Whether the projections have biases."""
         return self.stacks[0][0].bias is not None
+
+    @cached_property
+    def interleaved(self) -> bool:
+        """Whether rows of gate and up alternate in fused tensors; False where they are apart.
+
+        Raises:
+            CheckpointError: nothing tells.
+        """
+        if not self.scheme.fused:
+            return False
+        layout = self.gate_up or self.ask_model()
+        if layout is not None:
+            return layout == "interleaved"
+        if self.has_bias and not self.scheme.interleaved:
+            raise CheckpointError(
+                f"{self.stacks[0][0].weight.where}: gate and up may be two halves or alternate "
+                "(gpt-oss), and nothing here tells: there is no config.json of a model that "
+                'Transformers knows. Say gate_up_layout="halves" or "interleaved"'
+            )
+        return self.scheme.interleaved
+
+    def with_layout(self, layout: GateUp | None) -> LayerSource:
+        """This layer with the layout of gate and up as the caller knows it; None changes nothing.
+
+        Raises:
+            ValueError: the model's own module has another one.
+        """
+        if layout is None or not self.scheme.fused:
+            return self
+        known = self.ask_model()
+        if known not in (None, layout):
+            raise ValueError(
+                f'gate_up_layout is "{layout}", but the experts of the model that config.json of '
+                f'{self.index.path} names have "{known}"'
+            )
+        return replace(self, gate_up=layout)
 
     @property
     def expert_nbytes(self) -> int:
@@ -112,8 +157,12 @@ class LayerSource:
             raise ValueError(
                 f"layer {self.layer} of {self.index.path} stores its experts as "
                 f"{self.format.name}, which does not become {fmt.name}: "
-                f'use method="{self.format.name}"'
+                f'use method="{self.format.name}", or None to take each layer as it is stored'
             )
+
+    def check_layout(self) -> None:
+        """Raise `CheckpointError` where nothing tells how gate and up lie in fused tensors."""
+        _ = self.interleaved
 
     def expert(
         self, expert: int, fmt: WeightFormat | None = None, buffer: ReadBuffer | None = None
@@ -185,7 +234,7 @@ class LayerSource:
         half = self.intermediate
         rows = (
             (slice(0, None, 2), slice(1, None, 2))
-            if self.scheme.interleaved
+            if self.interleaved
             else (slice(0, half), slice(half, None))
         )
         gate, up = (

@@ -18,8 +18,8 @@ from hybrid_moe.tensors import ExpertTensors
 
 logger = logging.getLogger(__name__)
 
-_announced: set[tuple[str, str]] = set()
-"""Checkpoints and formats whose quantization has been logged: once, not once per layer."""
+_announced: set[tuple[str, ...]] = set()
+"""What has been logged of which checkpoint: once, not once per layer."""
 
 
 def check_map(mapping: Any, num_physical: int, num_logical: int) -> npt.NDArray[np.int64]:
@@ -80,7 +80,8 @@ def load_layer(
     Raises:
         ValueError: the map, `wanted` or `threads` do not fit, or the stored weights do not become
             `fmt`.
-        CheckpointError: a shard is truncated or an expert's values are invalid.
+        CheckpointError: a shard is truncated, an expert's values are invalid, or nothing tells
+            where gate and up lie.
     """
     wanted = np.asarray(wanted)
     if wanted.ndim != 1 or wanted.dtype != np.bool_:
@@ -89,7 +90,8 @@ def load_layer(
         )
     mapping = check_map(mapping, len(wanted), source.num_experts)
     source.check_format(fmt)
-    _announce_encoding(source, fmt)
+    source.check_layout()
+    _announce(source, fmt)
     slots: dict[int, list[int]] = {}
     for physical in np.flatnonzero(wanted):
         slots.setdefault(int(mapping[physical]), []).append(int(physical))
@@ -109,16 +111,28 @@ def load_layer(
     for_each(slots.items(), load, threads)
 
 
-def _announce_encoding(source: LayerSource, fmt: WeightFormat) -> None:
-    if source.stored.exact and fmt is source.format:
-        return
+def _announce(source: LayerSource, fmt: WeightFormat) -> None:
     path, stored = str(source.index.path), source.stacks[0][0].weight.dtype
-    if (path, fmt.name) not in _announced:
-        _announced.add((path, fmt.name))
+    if not (source.stored.exact and fmt is source.format) and _first_time(path, stored, fmt.name):
         logger.warning(
-            "%s stores its experts as %s: they are converted to %s while loading "
-            "(hybrid-moe convert does it once and for all)",
+            "layer %d of %s stores its experts as %s: they are converted to %s while loading, here "
+            "and in every layer like it (hybrid-moe convert does it once and for all)",
+            source.layer,
             path,
             stored,
             fmt.name,
         )
+    if source.unused and _first_time(path, "unused"):
+        logger.warning(
+            "%s has tensors beside its experts that are not used, such as %s: activations are "
+            "not quantized as the checkpoint says",
+            path,
+            source.unused[0],
+        )
+
+
+def _first_time(*what: str) -> bool:
+    if what in _announced:
+        return False
+    _announced.add(what)
+    return True

@@ -15,8 +15,12 @@ from functools import cached_property
 
 from hybrid_moe.tensors import CheckpointError
 
-_PREFIX = r"((?:(?:model|language_model|text_model|thinker)\.)*)"
+PREFIX = r"((?:(?:model|language_model|text_model|thinker)\.)*)"
 """What may stand before `layers.L`. Not `mtp.`: draft layers have numbers of their own."""
+
+_LAYER = re.compile(rf"{PREFIX}layers\.(\d{{1,6}})\.")
+_BLOCK = re.compile(r".*?layers\.\d{1,6}\..*?experts\.")
+"""A key up to its experts, shared ones too."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,10 @@ class NamingScheme:
         scales: suffixes that scales may have, likewise.
         bias: suffix of a bias.
         fused: all experts are in one tensor.
-        interleaved: gate rows and up rows alternate (else all gate rows come first).
+        interleaved: gate rows and up rows alternate by this scheme's definition. Of other fused
+            schemes the name does not tell, see `layout`.
         markers: endings that only this scheme has, for schemes that share names; one is enough.
         mxfp4_dtypes: safetensors dtypes of the codes and scales of the family's MXFP4 experts.
-        written: name of the scheme in which MXFP4 experts of this family are written (its own).
     """
 
     name: str
@@ -45,18 +49,13 @@ class NamingScheme:
     gate: str
     up: str
     down: str
-    weights: tuple[str, ...] = (".weight",)
+    weights: tuple[str, ...] = (".weight", ".weight_packed")
     scales: tuple[str, ...] = (".weight_scale", ".weight_scale_inv")
     bias: str = ".bias"
     fused: bool = False
     interleaved: bool = False
     markers: tuple[str, ...] = ()
     mxfp4_dtypes: tuple[str, str] = ("U8", "U8")
-    written: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.written:
-            object.__setattr__(self, "written", self.name)
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -68,7 +67,7 @@ class NamingScheme:
         # reported, not overlooked.
         suffix = f"(?:{suffixes})" if self.fused else r"\.\w+"
         return re.compile(
-            rf"{_PREFIX}layers\.(\d{{1,6}})\.{re.escape(self.block)}\.{expert}(?:{projections}){suffix}"
+            rf"{PREFIX}layers\.(\d{{1,6}})\.{re.escape(self.block)}\.{expert}(?:{projections}){suffix}"
         )
 
     def stem(self, prefix: str, layer: int, expert: int) -> str:
@@ -98,18 +97,11 @@ GPT_OSS_MXFP4 = NamingScheme(
     fused=True, interleaved=True,
     markers=("gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks", "down_proj_scales"),
 )  # fmt: skip
-GPT_OSS = NamingScheme(
-    "gpt-oss",
-    "mlp.experts", "gate_up_proj", "gate_up_proj", "down_proj",
-    weights=("",), scales=("_scale_inv", "_scale"), bias="_bias",
-    fused=True, interleaved=True, markers=("gate_up_proj_bias", "down_proj_bias"),
-    written=GPT_OSS_MXFP4.name,
-)  # fmt: skip
 FUSED = NamingScheme(
     "fused (Transformers)",
     "mlp.experts", "gate_up_proj", "gate_up_proj", "down_proj",
     weights=("",), scales=("_scale_inv", "_scale"), bias="_bias",
-    fused=True, written=PER_EXPERT.name,
+    fused=True,
 )  # fmt: skip
 
 SCHEMES: tuple[NamingScheme, ...] = (
@@ -118,15 +110,15 @@ SCHEMES: tuple[NamingScheme, ...] = (
     MIXTRAL,
     MISTRAL,
     GPT_OSS_MXFP4,
-    GPT_OSS,
     FUSED,
 )
 """Every scheme. Of the fused ones a layer has the first of which it shows a marker."""
 
 
-def scheme_named(name: str) -> NamingScheme:
-    """The row of that name."""
-    return next(scheme for scheme in SCHEMES if scheme.name == name)
+def layer_of(key: str) -> int | None:
+    """The layer of the language model that a tensor belongs to, if any."""
+    match = _LAYER.match(key)
+    return None if match is None else int(match[2])
 
 
 @dataclass
@@ -139,6 +131,7 @@ class LayerKeys:
         scheme: the naming scheme.
         experts: ids that appear in per-expert names; empty where experts are fused.
         keys: every key of the layer's experts.
+        foreign: keys beside them that the scheme does not explain.
     """
 
     layer: int
@@ -146,6 +139,7 @@ class LayerKeys:
     scheme: NamingScheme
     experts: set[int] = field(default_factory=set)
     keys: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
 
 
 def find_layers(keys: Iterable[str]) -> dict[int, LayerKeys]:
@@ -155,6 +149,7 @@ def find_layers(keys: Iterable[str]) -> dict[int, LayerKeys]:
         CheckpointError: one layer's experts appear under two names.
     """
     found: dict[tuple[int, str, str], LayerKeys] = {}
+    unmatched: list[str] = []
     likely = SCHEMES[0]
     for key in keys:
         if "experts." not in key:
@@ -164,9 +159,10 @@ def find_layers(keys: Iterable[str]) -> dict[int, LayerKeys]:
             matches = ((scheme, scheme.pattern.fullmatch(key)) for scheme in SCHEMES)
             likely, match = next((pair for pair in matches if pair[1]), (likely, None))
         if match is None:
+            unmatched.append(key)
             continue
         prefix, layer = match[1], int(match[2])
-        # gpt-oss and fused share names; which of them it is needs the whole layer's keys
+        # fused schemes share names; which of them it is needs the whole layer's keys
         name = f"{likely.block} {'fused' if likely.fused else likely.gate}"
         entry = found.setdefault((layer, prefix, name), LayerKeys(layer, prefix, likely))
         entry.keys.append(key)
@@ -182,6 +178,11 @@ def find_layers(keys: Iterable[str]) -> dict[int, LayerKeys]:
         if entry.scheme.fused:
             entry.scheme = _fused_scheme(entry)
         layers[layer] = entry
+    blocks = {f"{e.prefix}layers.{e.layer}.{e.scheme.block}.": e for e in layers.values()}
+    for key in unmatched:
+        beside = _BLOCK.match(key)
+        if beside and beside[0] in blocks:
+            blocks[beside[0]].foreign.append(key)
     return layers
 
 

@@ -48,17 +48,23 @@ class FamilyFixture:
         config: the model's configuration, as in `config.json`.
         directory: where it is.
         layers: values of the experts by layer.
-        method: format in which the experts are stored, "BF16" or "MXFP4".
+        methods: format in which the experts of each layer are stored, "BF16" or "MXFP4".
     """
 
     name: str
     config: PretrainedConfig
     directory: Path
     layers: dict[int, Experts]
-    method: str
+    methods: dict[int, str]
     num_experts: int = EXPERTS
     hidden: int = HIDDEN
     intermediate: int = INTERMEDIATE
+
+    @property
+    def method(self) -> str:
+        """The one format of all layers, "STORED" where they differ."""
+        methods = set(self.methods.values())
+        return methods.pop() if len(methods) == 1 else "STORED"
 
 
 _COMMON: dict[str, Any] = {
@@ -120,6 +126,14 @@ def _gpt_oss() -> PretrainedConfig:
     )  # fmt: skip
 
 
+def _privacy_filter() -> PretrainedConfig:
+    """Experts with biases whose gate and up are halves, unlike gpt-oss's of the same names."""
+    return transformers.OpenAIPrivacyFilterConfig(
+        **{**_COMMON, "pad_token_id": 0}, intermediate_size=INTERMEDIATE, num_key_value_heads=1,
+        head_dim=32, num_local_experts=EXPERTS,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Family:
     """How a family is written.
@@ -127,15 +141,19 @@ class Family:
     Attributes:
         config: makes the configuration.
         rewrite: turns the tensors that Transformers wrote into the published ones, and gives the
-            new values of the experts; None keeps what Transformers wrote.
+            new values of the experts that it changed; None keeps what Transformers wrote.
+        quantized: layers whose experts it makes MXFP4; None for all.
         native: Transformers writes its modules' own (fused) names, not those of the hub.
+        auto: the class of Transformers that makes the model.
         extra: what the published `config.json` says beyond the configuration.
     """
 
     config: Callable[[], PretrainedConfig]
     rewrite: Callable[[Tensors, dict[int, Experts], np.random.Generator], Any] | None = None
+    quantized: tuple[int, ...] | None = None
     native: bool = False
     extra: tuple[tuple[str, Any], ...] = ()
+    auto: Any = AutoModelForCausalLM
 
 
 def random_mxfp4(
@@ -164,7 +182,12 @@ def _split(gate_up: F64, interleaved: bool) -> tuple[F64, F64]:
 
 
 def _publish_per_expert(
-    block: str, names: tuple[str, str, str], scale: str, codes: torch.dtype, scales: torch.dtype
+    block: str,
+    names: tuple[str, str, str],
+    scale: str,
+    codes: torch.dtype,
+    scales: torch.dtype,
+    weight: str = "weight",
 ) -> Callable[[Tensors, dict[int, Experts], np.random.Generator], dict[int, Experts]]:
     """Replace each expert's BF16 matrices by MXFP4 ones."""
 
@@ -184,7 +207,7 @@ def _publish_per_expert(
                 for expert in range(EXPERTS):
                     stem = f"model.layers.{layer}.{block}.{expert}.{name}."
                     assert tensors.pop(stem + "weight").shape == (N, K)
-                    tensors[stem + "weight"] = torch.from_numpy(code[expert]).view(codes)
+                    tensors[stem + weight] = torch.from_numpy(code[expert]).view(codes)
                     tensors[stem + scale] = torch.from_numpy(factor[expert]).view(scales)
                 projections.append(value)
             values[layer] = Experts(*projections)
@@ -256,6 +279,17 @@ def _publish_gpt_oss(
     return values
 
 
+def _add_draft_layer(
+    tensors: Tensors, layers: dict[int, Experts], rng: np.random.Generator
+) -> dict[int, Experts]:
+    """As deepseek-ai publishes it: the draft layer is one more layer, with a few tensors more."""
+    for key in [key for key in tensors if key.startswith("model.layers.1.")]:
+        tensors[key.replace(".layers.1.", ".layers.2.")] = torch.zeros_like(tensors[key])
+    for name, shape in (("eh_proj", (HIDDEN, 2 * HIDDEN)), ("enorm", (HIDDEN,))):
+        tensors[f"model.layers.2.{name}.weight"] = torch.zeros(shape, dtype=torch.bfloat16)
+    return {}
+
+
 _GPT_OSS_QUANTIZATION = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": [
@@ -277,6 +311,19 @@ FAMILIES: dict[str, Family] = {
             "mlp.experts", _QWEN3_NAMES, "weight_scale", torch.uint8, torch.uint8
         ),
     ),
+    "qwen3_moe_packed_mxfp4": Family(
+        _qwen3_moe,
+        _publish_per_expert(
+            "mlp.experts", _QWEN3_NAMES, "weight_scale", torch.uint8, torch.uint8, "weight_packed"
+        ),
+    ),
+    "qwen3_moe_mixed": Family(
+        _qwen3_moe,
+        _publish_per_expert(
+            "mlp.experts", _QWEN3_NAMES, "weight_scale", torch.uint8, torch.uint8
+        ),
+        quantized=(0,),
+    ),
     "mixtral": Family(_mixtral),
     "minimax_m2": Family(_minimax_m2),
     "minimax_m2_mxfp4": Family(
@@ -287,23 +334,32 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "deepseek_v3": Family(_deepseek_v3),
+    "deepseek_v3_draft": Family(
+        _deepseek_v3, _add_draft_layer, quantized=(), extra=(("num_nextn_predict_layers", 1),)
+    ),
     "deepseek_v4": Family(_deepseek_v4),
     "deepseek_v4_mxfp4": Family(
         _deepseek_v4, _publish_deepseek_v4, extra=(("expert_dtype", "fp4"),)
     ),
     "deepseek_v4_fused_mxfp4": Family(_deepseek_v4, _publish_fused_fp4, native=True),
     "gpt_oss": Family(_gpt_oss),
+    "privacy_filter": Family(
+        _privacy_filter, auto=transformers.AutoModelForTokenClassification
+    ),
     "gpt_oss_mxfp4": Family(
         _gpt_oss, _publish_gpt_oss, extra=(("quantization_config", _GPT_OSS_QUANTIZATION),)
     ),
 }  # fmt: skip
-"""Every fixture by name. Those named `*_mxfp4` store MXFP4 experts, the others BF16."""
+"""Every fixture by name. Those named `*_mxfp4` store MXFP4 experts, the others BF16, but for the
+first layer of `qwen3_moe_mixed`."""
 
 
-def make_model(config: PretrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+def make_model(
+    config: PretrainedConfig, seed: int, dtype: torch.dtype, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     """A model with random weights; also those that Transformers would start at zero."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = auto.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "experts" in name or name.endswith(("bias", "router.weight", "gate.weight")):
@@ -324,12 +380,13 @@ def expert_values(model: PreTrainedModel) -> dict[int, Experts]:
         if not hasattr(experts, "gate_up_proj_bias"):
             layers[number] = Experts(*_split(gate_up, interleaved=False), down)
             continue
-        # gpt-oss: x @ W with W [E, H, 2I], gate and up in turn
+        # gpt-oss: x @ W with W [E, H, 2I], gate and up in turn; its relatives have them apart
+        interleaved = not experts.is_concatenated
         bias = experts.gate_up_proj_bias.detach().double().numpy()
         layers[number] = Experts(
-            *_split(gate_up.transpose(0, 2, 1), interleaved=True),
+            *_split(gate_up.transpose(0, 2, 1), interleaved),
             down.transpose(0, 2, 1),
-            *_split(bias, interleaved=True),
+            *_split(bias, interleaved),
             experts.down_proj_bias.detach().double().numpy(),
         )
     return layers
@@ -345,18 +402,21 @@ def write_family(
     """Write the checkpoint `name` of `FAMILIES` into `directory`."""
     family = FAMILIES[name]
     config = family.config()
-    model = make_model(config, seed, dtype)
+    model = make_model(config, seed, dtype, family.auto)
     layers = expert_values(model)
     model.save_pretrained(
         directory, max_shard_size=max_shard_size, save_original_format=not family.native
     )
+    methods = dict.fromkeys(layers, "BF16")
     if family.rewrite is not None:
+        quantized = tuple(layers) if family.quantized is None else family.quantized
+        methods |= dict.fromkeys(quantized, "MXFP4")
         file = directory / "model.safetensors"
         tensors = load_file(file)
-        layers = family.rewrite(tensors, layers, np.random.default_rng(seed))
+        subset = {number: layers[number] for number in quantized}
+        layers = layers | family.rewrite(tensors, subset, np.random.default_rng(seed))
         save_file(tensors, file, metadata={"format": "pt"})
     if family.extra:
         file = directory / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **dict(family.extra)}))
-    method = "MXFP4" if name.endswith("mxfp4") else "BF16"
-    return FamilyFixture(name, config, directory, layers, method)
+    return FamilyFixture(name, config, directory, layers, methods)

@@ -17,11 +17,21 @@ def convert(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that quantise; default: every core.")
     ] = None,
+    gate_up_layout: Annotated[
+        str | None,
+        typer.Option(help="halves or interleaved: of fused experts where no one knows the model."),
+    ] = None,
 ) -> None:
     """Quantise a checkpoint's experts; everything else is copied."""
     from hybrid_moe.cpu_kernels.pool.topology import usable_cores
     from hybrid_moe.find_model import find_model
     from hybrid_moe.loaders import convert_checkpoint
 
-    convert_checkpoint(find_model(model), out, method, threads=threads or usable_cores())
+    convert_checkpoint(
+        find_model(model),
+        out,
+        method,
+        threads=threads or usable_cores(),
+        gate_up_layout=gate_up_layout,
+    )
     typer.echo(f"wrote {out}", err=True)

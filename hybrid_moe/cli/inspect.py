@@ -60,8 +60,8 @@ def model_facts(summary: CheckpointSummary) -> dict[str, str]:
         "family": summary.model_type or "unknown (no config.json)",
         "architectures": ", ".join(summary.architectures) or "unknown",
         "layers": f"{layers}, with experts: {_layers(summary.moe_layers)}",
-        "experts": f"{summary.num_experts} per layer, "
-        f"{summary.experts_per_token or 'an unknown number'} per token",
+        "draft layers": f"{_layers(summary.draft_layers)}, not counted",
+        "experts": f"{summary.num_experts} per layer, {_per_token(summary)} per token",
         "sizes": f"hidden {summary.hidden}, intermediate {summary.intermediate}",
         "names": summary.scheme or "no experts under a known name",
         "formats": "; ".join(f"{n}: layers {_layers(ls)}" for n, ls in summary.formats.items()),
@@ -70,7 +70,16 @@ def model_facts(summary: CheckpointSummary) -> dict[str, str]:
     }
     if summary.scheme is None:
         del rows["experts"], rows["sizes"], rows["formats"]
+    if not summary.draft_layers:
+        del rows["draft layers"]
     return rows
+
+
+def _per_token(summary: CheckpointSummary) -> str:
+    count = summary.experts_per_token
+    if isinstance(count, tuple):
+        return f"{min(count)} to {max(count)}"
+    return str(count or "an unknown number")
 
 
 def _layers(numbers: Sequence[int]) -> str:

@@ -58,15 +58,20 @@ def show(plan: Plan) -> None:
     from hybrid_moe.planning.plan import GPU, RAM
 
     model, request = plan.model, plan.request
-    experts = f"{model.num_experts} in each of {len(model.layers)} layers, {model.top_k} per token"
+    least = min(layer.top_k for layer in model.layers)
+    per_token = f"{model.top_k}" if least == model.top_k else f"{least} to {model.top_k}"
+    experts = f"{model.num_experts} in each of {len(model.layers)} layers, {per_token} per token"
+    sizes = {layer.method.name: gib(layer.packed) for layer in model.layers}
+    rates = ", ".join(f"{request.cpu.macs[name] / 1e9:.0f}" for name in sizes)
     facts(
         str(model.path),
         {
             "family": model.family,
-            "experts": f"{experts}, {gib(model.layers[0].packed)} each as {model.method.name}",
+            "experts": f"{experts}, "
+            + " or ".join(f"{size} each as {name}" for name, size in sizes.items()),
             "context": f"{request.context} tokens",
             "CPU": f"{request.cpu.read / 1e9:.1f} GB/s, "
-            f"{request.cpu.macs[model.method.name] / 1e9:.0f} GMAC/s ({request.cpu.source}); "
+            f"{rates} GMAC/s ({request.cpu.source}); "
             f"{request.threads} threads, pools: {request.pools}",
             **{f"GPU {i}": _gpu(g.nbytes, g.bandwidth, g.source)
                for i, g in enumerate(request.gpus)},

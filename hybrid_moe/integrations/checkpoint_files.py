@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrid_moe.find_model import find_model
 from hybrid_moe.formats import Array
 from hybrid_moe.loaders import Checkpoint, SafetensorsIndex
 from hybrid_moe.tensors import CheckpointError
@@ -24,7 +25,7 @@ _OTHER_WEIGHTS = {
 
 def take_subfolder(directory: str | Path, kwargs: dict[str, Any]) -> Path:
     """The folder that `subfolder` in `kwargs` selects; the option is taken out."""
-    return Path(directory) / (kwargs.pop("subfolder", None) or "")
+    return find_model(directory) / (kwargs.pop("subfolder", None) or "")
 
 
 def open_checkpoint(path: Path, kwargs: dict[str, Any]) -> Checkpoint:

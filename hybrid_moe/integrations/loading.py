@@ -9,8 +9,10 @@ Then the loaders fill the `HybridExperts`, layer by layer.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,18 @@ from hybrid_moe.integrations.options import ExpertsOptions
 from hybrid_moe.loaders import Checkpoint, LayerSource, load_layer
 from hybrid_moe.tensors import CheckpointError
 
-EXPERTS_ONLY_QUANTIZATIONS = frozenset({"mxfp4", "hybrid_moe"})
-"""Values of `quantization_config.quant_method` under which only experts are quantised: gpt-oss's
-own, and that of `hybrid-moe convert`. Transformers then has nothing to dequantise."""
+logger = logging.getLogger(__name__)
+
+PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64", "I64", "BOOL"})
+"""safetensors dtypes of tensors that are what they seem: no quantisation stores its codes so."""
+
+HARMLESS = re.compile(
+    r"(?:attn|attention|mixer)\.(?:\w+\.)*(?:[qkv]|kv|prob_output)_(?:scale|zero_point)$"
+    r"|\.[kv]_proj\.output_scale$"
+    r"|\.rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)$"
+)
+"""Keys of tensors that a model may lack without harm: scales of a quantised KV cache, which here
+stays in BF16, and rotary tables, which are computed."""
 
 
 def swap(model: torch.nn.Module) -> dict[str, HybridExperts]:
@@ -59,13 +70,20 @@ def layer_index(name: str) -> int:
     return int(match[1])
 
 
-def experts_source(checkpoint: Checkpoint, name: str, spec: ExpertsSpec) -> LayerSource:
+def experts_source(
+    sources: Mapping[int, LayerSource], checkpoint: Checkpoint, name: str, spec: ExpertsSpec
+) -> LayerSource:
     """The checkpoint's experts for the experts module called `name`, checked against its sizes.
+
+    Args:
+        sources: the checkpoint's layers, by number.
 
     Raises:
         CheckpointError: the layer's experts are not those that the model has.
     """
-    source = checkpoint.layer(layer_index(name))
+    layer = layer_index(name)
+    source = sources[layer] if layer in sources else checkpoint.layer(layer)
+    source = replace(source, gate_up="halves" if spec.concatenated else "interleaved")
     source.check_sizes(spec.num_experts, spec.hidden, spec.intermediate)
     if source.has_bias != spec.biased:
         state = "has biases, which" if source.has_bias else "lacks the biases that"
@@ -96,11 +114,11 @@ def load_experts(source: LayerSource, module: HybridExperts, options: ExpertsOpt
     )
 
 
-def load_skeleton(directory: Path, kwargs: Mapping[str, Any]) -> Any:
-    """The model in `directory` with all of its weights but the experts', which are empty.
+def load_skeleton(checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> Any:
+    """The model of a checkpoint with all of its weights but the experts', which are empty.
 
     Args:
-        directory: a checkpoint in Transformers' layout.
+        checkpoint: a directory in Transformers' layout, whose experts are in formats of ours.
         kwargs: for Transformers' `from_pretrained`.
 
     Raises:
@@ -108,12 +126,13 @@ def load_skeleton(directory: Path, kwargs: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    kwargs = dict(kwargs)
+    directory, kwargs = checkpoint.index.path, dict(kwargs)
     trust = {"trust_remote_code": kwargs.pop("trust_remote_code", None)}
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(directory, **trust)
-    drop_experts_quantization(config)
     original = model_class(config, directory, trust["trust_remote_code"])
-    hybrid = _with_hybrid_experts(original)
+    config = _config_of(original, config)
+    drop_experts_quantization(config, only_experts=rest_is_plain(checkpoint))
+    hybrid = _with_hybrid_experts(original, checkpoint.drafts.patterns)
     model, info = hybrid.from_pretrained(
         directory,
         config=config,
@@ -154,22 +173,53 @@ def model_class(config: Any, directory: Path, trust_remote_code: bool | None) ->
     return found
 
 
-def drop_experts_quantization(config: Any) -> None:
+def _config_of(model_class: Any, config: Any) -> Any:
+    """The configuration that a class takes: the language model's part of a larger model's where
+    the class is the language model alone (what `AutoModelForCausalLM` does)."""
+    part = config.sub_configs.get("text_config")
+    if part is None or getattr(model_class, "config_class", None) is not part:
+        return config
+    text = config.get_text_config()
+    if getattr(config, "quantization_config", None) is not None:
+        text.quantization_config = config.quantization_config
+    return text
+
+
+def rest_is_plain(checkpoint: Checkpoint) -> bool:
+    """Whether all tensors but those of experts and draft layers are stored unquantised."""
+    return all(
+        tensor.dtype in PLAIN_DTYPES
+        for key, tensor in checkpoint.index.tensors.items()
+        if key not in checkpoint.expert_keys
+        and not checkpoint.drafts.owns(key)
+        and not HARMLESS.search(key)
+    )
+
+
+def drop_experts_quantization(config: Any, *, only_experts: bool) -> None:
     """Take a `quantization_config` that concerns experts alone out of `config`, in place; tell one
-    that concerns other weights too (FP8) to leave the experts alone."""
+    that concerns other weights too (FP8) to leave the experts alone.
+
+    What is stored decides, not the method's name: many methods can quantise experts alone, and
+    Transformers would want the package of each for weights that it does not load.
+
+    Args:
+        only_experts: nothing else in the checkpoint is quantised.
+    """
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return
     as_dict = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    if as_dict.get("quant_method") in EXPERTS_ONLY_QUANTIZATIONS:
+    if only_experts:
         del config.quantization_config
     elif isinstance(quantization, dict) and as_dict.get("quant_method") == "fp8":
         skipped = list(as_dict.get("modules_to_not_convert") or [])
         config.quantization_config = {**as_dict, "modules_to_not_convert": [*skipped, ".experts"]}
 
 
-def _with_hybrid_experts(original: Any) -> Any:
-    """`original` with experts modules replaced at the end of its construction."""
+def _with_hybrid_experts(original: Any, unread: Iterable[str]) -> Any:
+    """`original` with experts modules replaced at the end of its construction, and keys that these
+    patterns match left unread."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original.__init__(self, config, *args, **kwargs)
@@ -178,7 +228,7 @@ def _with_hybrid_experts(original: Any) -> Any:
         # reported. The model's prefix is optional, as published checkpoints may lack it.
         below = [rf"(^|\.){re.escape(_without_prefix(self, name))}\." for name in names]
         ignored = set(self._keys_to_ignore_on_load_unexpected or ())
-        self._keys_to_ignore_on_load_unexpected = ignored | set(below)
+        self._keys_to_ignore_on_load_unexpected = ignored | set(below) | set(unread)
 
     # Transformers reads the source of a model's module, and messages name the class
     return type(
@@ -197,7 +247,8 @@ def _without_prefix(model: Any, name: str) -> str:
 
 
 def _check_complete(info: Mapping[str, Any], directory: Path) -> None:
-    """Raise `CheckpointError` for the first few tensors that did not find their place."""
+    """Raise `CheckpointError` for the first few tensors that did not find their place; a notice of
+    those that are `HARMLESS` is enough."""
     problems = {
         "missing_keys": "lacks",
         "unexpected_keys": "has tensors that the model has no place for:",
@@ -205,8 +256,17 @@ def _check_complete(info: Mapping[str, Any], directory: Path) -> None:
     }
     for kind, verb in problems.items():
         keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind])
+        if kind == "unexpected_keys":
+            unused = [key for key in keys if HARMLESS.search(key)]
+            keys = [key for key in keys if key not in unused]
+            if unused:
+                logger.warning("%s has tensors that are not used: %s", directory, _some(unused))
         if keys:
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            raise CheckpointError(f"{directory} {verb} {', '.join(keys[:5])}{more}")
+            raise CheckpointError(f"{directory} {verb} {_some(keys)}")
     if info["error_msgs"]:
         raise CheckpointError(f"{directory}: {'; '.join(info['error_msgs'])}")
+
+
+def _some(keys: list[str]) -> str:
+    """The first five, and how many more there are."""
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

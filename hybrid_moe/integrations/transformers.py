@@ -7,12 +7,14 @@ Transformers' own `experts_implementation` (experts stay where they are and are 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
 from hybrid_moe.find_model import find_model
+from hybrid_moe.formats import BF16, chosen_format
 from hybrid_moe.integrations.import_hook import INTERFACES, NAME, register_in
 from hybrid_moe.integrations.options import ExpertsOptions
 from hybrid_moe.tensors import CheckpointError
@@ -110,8 +112,8 @@ def from_pretrained(
     Args:
         directory: a checkpoint in Transformers' layout, or in its family's published one; or the
             id of one in the Hugging Face hub's cache.
-        method: weight format of the panels, None for the one that the checkpoint stores. BF16
-            experts are quantised while loading if it is another.
+        method: weight format of the panels; None (or "STORED") for the one that the checkpoint
+            stores, layer by layer. BF16 experts are quantised while loading if it is another.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
         progress: show a progress bar on stderr.
@@ -121,7 +123,8 @@ def from_pretrained(
     Raises:
         FileNotFoundError: no such directory.
         CheckpointError: the checkpoint is damaged or does not fit the model; names the tensor.
-        ValueError: unknown method, impossible threads, no experts.
+        ValueError: unknown method, a layer whose stored weights do not become it, impossible
+            threads, no experts.
         NotImplementedError: an experts module computes something that this package does not.
     """
     from hybrid_moe.integrations.checkpoint_files import open_checkpoint, take_subfolder
@@ -135,19 +138,22 @@ def from_pretrained(
             "leave experts_implementation out"
         )
     checkpoint = open_checkpoint(path, kwargs)
-    stored = first_layer(checkpoint)
-    options = _checked(method or stored.format.name, threads, pools)
-    stored.check_format(options.fmt)
+    stored = all_layers(checkpoint)
+    chosen = chosen_format(method)
+    for source in stored.values():  # all of them before anything is loaded
+        source.check_format(chosen or source.format)
+    options = _checked((chosen or BF16).name, threads, pools)
     register()
     try:
-        model = load_skeleton(path, kwargs)
+        model = load_skeleton(checkpoint, kwargs)
         experts = {n: m for n, m in model.named_modules() if isinstance(m, HybridExperts)}
-        sources = [experts_source(checkpoint, n, m.spec) for n, m in experts.items()]
+        sources = [experts_source(stored, checkpoint, n, m.spec) for n, m in experts.items()]
         pairs = zip(sources, experts.values(), strict=True)
         for source, module in tqdm(
             pairs, "Loading experts", len(sources), unit="layer", disable=None if progress else True
         ):
-            load_experts(source, module, options)
+            method = (chosen or source.format).name
+            load_experts(source, module, replace(options, method=method))
         _refuse_saving(model)
     finally:
         checkpoint.close()
@@ -172,15 +178,15 @@ def check_directory(directory: str | Path) -> Path:
     return path
 
 
-def first_layer(checkpoint: Checkpoint) -> LayerSource:
-    """A checkpoint's first layer of experts.
+def all_layers(checkpoint: Checkpoint) -> dict[int, LayerSource]:
+    """A checkpoint's layers of experts, by number.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or one is damaged.
     """
     if not checkpoint.layers:
         raise CheckpointError(f"{checkpoint.index.path} has no routed experts under a known name")
-    return checkpoint.layer(checkpoint.layers[0])
+    return {number: checkpoint.layer(number) for number in checkpoint.layers}
 
 
 def _checked(method: str, threads: int | None, pools: int | None) -> ExpertsOptions:

@@ -58,7 +58,7 @@ def _ram_shortage(plan: Plan) -> Shortage:
     request, model = plan.request, plan.model
     needed = plan.nbytes(RAM)
     advice = []
-    if model.method is BF16:
+    if BF16 in model.formats:
         panels = sum(p.nbytes for p in plan.parts if p.name == f"{CPU_EXPERTS}, {BF16.name}")
         saved = round(panels * (1 - MXFP4.bits_per_weight / BF16.bits_per_weight))
         fits = "fits then" if needed - saved <= request.ram else "still too much"

@@ -18,6 +18,27 @@ _V4_RATIOS = {
     "compressed_sparse_attention": 4,
     "heavily_compressed_attention": 128,
 }
+_SLIDING = frozenset(
+    {"sliding_attention", "chunked_attention", "hybrid_sliding", "reference_sliding_attention"}
+)
+"""Types of layers that keep a window of the context."""
+
+_NO_CACHE = frozenset(
+    {
+        "linear_attention",
+        "conv",
+        "short_conv",
+        "mamba",
+        "mamba2",
+        "recurrent",
+        "moe",
+        "mlp",
+        "dummy",
+    }
+)
+"""Types of layers that keep nothing which grows with the context. A type that is in neither set
+counts as full attention: rather too large a cache than too small a one."""
+
 _BF16, _F32 = 2, 4
 
 
@@ -88,7 +109,9 @@ def kind_of(config: Mapping[str, Any]) -> str:
         return "deepseek_v4"
     if config.get("kv_lora_rank"):
         return "mla"
-    if config.get("sliding_window") and "sliding_attention" in (config.get("layer_types") or ()):
+    if (config.get("sliding_window") or config.get("attention_chunk_size")) and _SLIDING & set(
+        config.get("layer_types") or ()
+    ):
         return "sliding"
     return "gqa"
 
@@ -97,7 +120,8 @@ def sglang_cache(config: Mapping[str, Any], context: int, chunk: int, requests: 
     """The pools of SGLang for one request of `context` tokens, or several that share them.
 
     Args:
-        config: the language model's part of `config.json`.
+        config: the language model's part of `config.json`, with `layer_types` where layers differ
+            (see `loaders.config`).
         chunk: tokens that are prefilled at once.
         requests: requests that run at the same time; each keeps a window of its own.
 
@@ -105,19 +129,18 @@ def sglang_cache(config: Mapping[str, Any], context: int, chunk: int, requests: 
         ValueError: the configuration lacks a size.
     """
     tokens = _round_up(context, PAGE)
-    layers, kind = _number(config, "num_hidden_layers"), kind_of(config)
+    full, kind = _full_layers(config), kind_of(config)
     if kind == "mla":
-        return KvCache((CacheRow("MLA", layers, tokens, _mla_entry(config)),), tokens)
+        return KvCache((CacheRow("MLA", full, tokens, _mla_entry(config)),), tokens)
     if kind == "gqa":
-        return KvCache((_gqa_row(config, "attention", _full_layers(config), tokens),), tokens)
-    window = _number(config, "sliding_window")
+        return KvCache((_gqa_row(config, "attention", full, tokens),), tokens)
+    window = _window(config)
     # every request keeps its window and a page at either end; two chunks may be under way
     held = min(tokens, _round_up(requests * (window + 2 * PAGE) + 2 * chunk + PAGE, PAGE))
     if kind == "sliding":
-        sliding = _sliding_layers(config)
         rows = (
-            _gqa_row(config, "full attention", layers - sliding, tokens),
-            _gqa_row(config, "sliding attention", sliding, held),
+            _gqa_row(config, "full attention", full, tokens),
+            _gqa_row(config, "sliding attention", _sliding_layers(config), held),
         )
         return KvCache(rows, tokens, held)
     return KvCache(_v4_pools(config, tokens, held, requests), tokens, held)
@@ -129,19 +152,19 @@ def transformers_cache(config: Mapping[str, Any], context: int) -> KvCache:
     Raises:
         ValueError: the configuration lacks a size.
     """
-    layers, kind = _number(config, "num_hidden_layers"), kind_of(config)
+    full, kind = _full_layers(config), kind_of(config)
     if kind == "mla":
-        return KvCache((CacheRow("MLA", layers, context, _mla_entry(config)),), context)
+        return KvCache((CacheRow("MLA", full, context, _mla_entry(config)),), context)
     if kind == "gqa":
-        return KvCache((_gqa_row(config, "attention", _full_layers(config), context),), context)
-    held = min(context, _number(config, "sliding_window"))
+        return KvCache((_gqa_row(config, "attention", full, context),), context)
+    held = min(context, _window(config))
     if kind == "sliding":
-        sliding = _sliding_layers(config)
         rows = (
-            _gqa_row(config, "full attention", layers - sliding, context),
-            _gqa_row(config, "sliding attention", sliding, held),
+            _gqa_row(config, "full attention", full, context),
+            _gqa_row(config, "sliding attention", _sliding_layers(config), held),
         )
         return KvCache(rows, context)
+    layers = _number(config, "num_hidden_layers")
     ratios, entry = _v4_ratios(config), _BF16 * _number(config, "head_dim")
     index = _BF16 * _number(config, "index_head_dim")
     compressed = (
@@ -166,7 +189,8 @@ def _gqa_row(config: Mapping[str, Any], what: str, layers: int, tokens: int) -> 
 
 def _mla_entry(config: Mapping[str, Any]) -> int:
     """One latent and the rotary part, and DeepSeek-V3.2's FP8 index with its scale."""
-    latent = _number(config, "kv_lora_rank") + _number(config, "qk_rope_head_dim")
+    rope = _number(config, "qk_rope_head_dim", least=0)  # 0 where positions are not rotated
+    latent = _number(config, "kv_lora_rank") + rope
     index = config.get("index_head_dim") or 0
     return _BF16 * latent + (int(index) + 4 if index else 0)
 
@@ -202,19 +226,33 @@ def _v4_ratios(config: Mapping[str, Any]) -> list[int]:
     return [_V4_RATIOS[name] for name in types[:layers]]
 
 
+def _types(config: Mapping[str, Any]) -> list[str]:
+    """Types of the layers; empty where all are alike."""
+    return list(config.get("layer_types") or ())[: _number(config, "num_hidden_layers")]
+
+
 def _sliding_layers(config: Mapping[str, Any]) -> int:
-    return list(config["layer_types"]).count("sliding_attention")
+    """Layers that keep a window."""
+    return sum(name in _SLIDING for name in _types(config))
 
 
 def _full_layers(config: Mapping[str, Any]) -> int:
-    """Layers whose cache grows with the context: not those with linear attention."""
-    types = config.get("layer_types") or ()
-    return _number(config, "num_hidden_layers") - list(types).count("linear_attention")
+    """Layers whose cache grows with the context."""
+    others = sum(name in _NO_CACHE for name in _types(config))
+    if kind_of(config) == "sliding":
+        others += _sliding_layers(config)
+    return _number(config, "num_hidden_layers") - others
 
 
-def _number(config: Mapping[str, Any], name: str) -> int:
+def _window(config: Mapping[str, Any]) -> int:
+    """Tokens that a layer with a window keeps."""
+    name = "sliding_window" if config.get("sliding_window") else "attention_chunk_size"
+    return _number(config, name)
+
+
+def _number(config: Mapping[str, Any], name: str, least: int = 1) -> int:
     value = config.get(name)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or value < least:
         raise ValueError(f"config.json lacks {name}: the KV cache cannot be sized")
     return value
 

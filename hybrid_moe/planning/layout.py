@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hybrid_moe.cpu_kernels.memory import HUGE_PAGE
+from hybrid_moe.formats import AS_STORED
+from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.planning import scratch
 from hybrid_moe.planning.gpu_share import (
     Placement,
@@ -12,7 +16,7 @@ from hybrid_moe.planning.gpu_share import (
     of_profile,
 )
 from hybrid_moe.planning.kv_cache import KvCache, kind_of, sglang_cache, transformers_cache
-from hybrid_moe.planning.model import DRAFT, EMBEDDINGS, Model
+from hybrid_moe.planning.model import EMBEDDINGS, Model
 from hybrid_moe.planning.plan import CPU_EXPERTS, GPU, NOWHERE, RAM, Part, Plan, Request
 from hybrid_moe.planning.prediction import predict_decode, predict_prefill
 
@@ -61,23 +65,28 @@ def _place(model: Model, request: Request, fixed: int) -> Placement:
     if request.num_gpu_experts is not None:
         return first_ids(model, request.num_gpu_experts, "as given, the first ids of every layer")
     if not model.hot_possible:
-        return first_ids(model, 0, "none: no checkpoint that SGLang can read them from")
+        differ = "none: the layers' experts differ in format"
+        unread = "none: no checkpoint that SGLang can read them from"
+        return first_ids(model, 0, differ if model.gpu_format == AS_STORED else unread)
     return as_many_as_fit(model, (request.room - fixed) * len(request.gpus))
 
 
 def _expert_parts(model: Model, request: Request, placement: Placement) -> list[Part]:
     """The experts on the CPU: one arena for each layer and pool."""
-    panels = rounding = biases = 0
+    panels: Counter[str] = Counter()
+    rounding = biases = 0
     for layer in model.layers:
         cold = placement.cold(layer)
-        panels += cold * layer.packed
+        panels[layer.method.name] += cold * layer.packed
         biases += cold * layer.bias
         if request.huge_pages and cold:  # each pool's share is rounded; shares are nearly equal
             share = cold * layer.packed / request.pools
             rounding += round(request.pools * (-share % HUGE_PAGE))
-    name = f"{CPU_EXPERTS}, {model.method.name}"
     return [
-        Part(name, RAM, panels, "panels, as large as stored"),
+        *(
+            Part(f"{CPU_EXPERTS}, {name}", RAM, nbytes, "panels, as large as stored")
+            for name, nbytes in panels.items()
+        ),
         Part(f"{CPU_EXPERTS}, biases", RAM, biases, "float32"),
         Part(f"{CPU_EXPERTS}, page rounding", RAM, rounding, "huge pages of 2 MiB"),
     ]

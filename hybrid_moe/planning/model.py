@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, strip_layout
-from hybrid_moe.formats import BF16, WeightFormat, format_named
+from hybrid_moe.formats import AS_STORED, BF16, WeightFormat, chosen_format
 from hybrid_moe.loaders import Checkpoint, LayerSource
+from hybrid_moe.loaders.config import TOP_K
 from hybrid_moe.loaders.convert import CONFIG_KEY
+from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.inspect import part_of
 from hybrid_moe.tensors import CheckpointError
 
-DRAFT = "draft layers"
 EMBEDDINGS = "embeddings"
 
 _LOOKED_UP = ("embed", "wte", "tid2eid")
@@ -35,6 +36,8 @@ class LayerExperts:
     Attributes:
         layer: its number, dense layers counted.
         num_experts: E.
+        top_k: experts of a token, k.
+        method: format of the CPU's experts.
         packed: bytes of one expert in panels.
         bias: bytes of one expert's biases, held as float32.
         on_gpu: bytes of one expert on a GPU, as the serving engine stores it.
@@ -43,6 +46,8 @@ class LayerExperts:
 
     layer: int
     num_experts: int
+    top_k: int
+    method: WeightFormat
     packed: int
     bias: int
     on_gpu: int
@@ -57,10 +62,9 @@ class Model:
         path: checkpoint of the CPU's experts.
         base: checkpoint of everything else; `path` where no other was given.
         family: `model_type` of `config.json`.
-        config: the language model's part of `config.json`.
-        method: format of the CPU's experts.
-        gpu_format: format of experts on a GPU.
-        hidden, intermediate, top_k: H, I and k.
+        config: the language model's part of `config.json`, as Transformers reads it.
+        gpu_format: format of experts on a GPU; "STORED" where layers differ.
+        hidden, intermediate: H and I.
         layers: experts of each layer that has some.
         parts: part -> bytes, without routed experts.
         read_per_token: bytes of these that every token reads.
@@ -71,18 +75,17 @@ class Model:
         read_per_token_16bit: of what every token reads, likewise.
         has_bias: experts have biases.
         hot_possible: a serving engine can read experts for the GPU from `base`. Not from what
-            `hybrid-moe convert` wrote: no engine knows that format.
+            `hybrid-moe convert` wrote: no engine knows that format; and not where layers differ
+            in format: an engine has one kernel for all.
     """
 
     path: Path
     base: Path
     family: str
     config: Mapping[str, Any]
-    method: WeightFormat
     gpu_format: str
     hidden: int
     intermediate: int
-    top_k: int
     layers: tuple[LayerExperts, ...]
     parts: Mapping[str, int]
     read_per_token: int
@@ -96,6 +99,21 @@ class Model:
     def num_experts(self) -> int:
         """E of the first layer; layers agree in every known model."""
         return self.layers[0].num_experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token in the layer that has the most."""
+        return max(layer.top_k for layer in self.layers)
+
+    @property
+    def formats(self) -> tuple[WeightFormat, ...]:
+        """Formats of the CPU's experts, each once."""
+        return tuple(dict.fromkeys(layer.method for layer in self.layers))
+
+    @property
+    def method(self) -> str:
+        """Name of that format; "STORED" where layers differ."""
+        return _name(self.formats)
 
     @property
     def max_context(self) -> int | None:
@@ -117,7 +135,7 @@ def read_model(path: Path, base: Path | None = None, method: str | None = None) 
         path: checkpoint of the experts for the CPU.
         base: checkpoint of everything else and of the experts for the GPU; None is `path` itself,
             unless that was converted.
-        method: format for the CPU; None is what `path` stores.
+        method: format for the CPU; None (or "STORED") is what `path` stores, layer by layer.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -131,70 +149,81 @@ def read_model(path: Path, base: Path | None = None, method: str | None = None) 
     if not checkpoint.layers:
         raise CheckpointError(f"{path} has no routed experts under a known name")
     sources = [checkpoint.layer(number) for number in checkpoint.layers]
-    first = sources[0]
-    fmt = first.format if method is None else format_named(method)
+    first, chosen = sources[0], chosen_format(method)
     for source in sources:
-        source.check_format(fmt)
-    hot_possible = CONFIG_KEY not in rest.config
+        source.check_format(chosen or source.format)
+        source.check_layout()
     stored = sources if base is None else [rest.layer(source.layer) for source in sources]
+    readable = CONFIG_KEY not in rest.config
+    gpu_format = _name(tuple(source.format for source in stored)) if readable else BF16.name
     tensors = {k: t for k, t in rest.index.tensors.items() if k not in rest.expert_keys}
+    part = {key: part_of(rest, key) for key in tensors}
     parts: Counter[str] = Counter()
     for key, tensor in tensors.items():
-        parts[part_of(key)] += tensor.nbytes
-    kept = {k: t for k, t in tensors.items() if part_of(k) != DRAFT}
-    read = _read_by_a_token(kept)
+        parts[part[key]] += tensor.nbytes
+    kept = {key: tensor for key, tensor in tensors.items() if part[key] != DRAFT}
+    read = _read_by_a_token(kept, part)
     return Model(
         path=path,
         base=base or path,
         family=str(checkpoint.config.get("model_type", "unknown")),
-        config=checkpoint.text_config,
-        method=fmt,
-        gpu_format=(stored[0].format if hot_possible else BF16).name,
+        config=checkpoint.model.full,
+        gpu_format=gpu_format,
         hidden=first.hidden,
         intermediate=first.intermediate,
-        top_k=_top_k(checkpoint),
-        layers=tuple(_layer(*pair, fmt) for pair in zip(sources, stored, strict=True)),
+        layers=tuple(
+            _layer(*pair, chosen, checkpoint) for pair in zip(sources, stored, strict=True)
+        ),
         parts=dict(parts.most_common()),
         read_per_token=sum(t.nbytes for t in read),
         weights_per_token=sum(
-            math.prod(t.shape) for t in read if not _is_scale(t) and part_of(t.key) != EMBEDDINGS
+            math.prod(t.shape) for t in read if not _is_scale(t) and part[t.key] != EMBEDDINGS
         ),
         bytes_16bit=sum(map(_in_16_bits, kept.values())),
         read_per_token_16bit=sum(map(_in_16_bits, read)),
         has_bias=first.has_bias,
-        hot_possible=hot_possible,
+        hot_possible=readable and gpu_format != AS_STORED,
     )
 
 
-def _layer(source: LayerSource, base: LayerSource, fmt: WeightFormat) -> LayerExperts:
+def _layer(
+    source: LayerSource, base: LayerSource, chosen: WeightFormat | None, checkpoint: Checkpoint
+) -> LayerExperts:
     H, I = source.hidden, source.intermediate
     base.check_sizes(source.num_experts, H, I)
+    top_k = checkpoint.model.of_layer(TOP_K, source.layer)
+    if top_k is None:
+        raise ValueError(
+            f"config.json of {checkpoint.index.path} lacks num_experts_per_tok of layer "
+            f"{source.layer}"
+        )
     return LayerExperts(
         layer=source.layer,
         num_experts=source.num_experts,
-        packed=packed_nbytes(fmt, H, I),
+        top_k=top_k,
+        method=chosen or source.format,
+        packed=packed_nbytes(chosen or source.format, H, I),
         bias=4 * (2 * I + H) if source.has_bias else 0,
         on_gpu=base.expert_nbytes,
         weights=3 * H * I,
     )
 
 
-def _top_k(checkpoint: Checkpoint) -> int:
-    for name in ("num_experts_per_tok", "experts_per_token", "moe_topk"):
-        value = checkpoint.text_config.get(name)
-        if isinstance(value, int):
-            return value
-    raise ValueError(f"config.json of {checkpoint.index.path} lacks num_experts_per_tok")
+def _name(formats: tuple[WeightFormat, ...]) -> str:
+    """The one format's name; "STORED" for several."""
+    names = {fmt.name for fmt in formats}
+    return names.pop() if len(names) == 1 else AS_STORED
 
 
-def _read_by_a_token(tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+def _read_by_a_token(
+    tensors: Mapping[str, TensorInfo], part: Mapping[str, str]
+) -> list[TensorInfo]:
     """The tensors that a token reads whole. Tied embeddings are also the output layer."""
     tied = not any("lm_head" in key or key.startswith("head.") for key in tensors)
     return [
         tensor
         for key, tensor in tensors.items()
-        if part_of(key) != "vision and audio"
-        and (tied or not any(word in key for word in _LOOKED_UP))
+        if part[key] != "vision and audio" and (tied or not any(word in key for word in _LOOKED_UP))
     ]
 
 

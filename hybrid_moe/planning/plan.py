@@ -150,7 +150,7 @@ class Plan:
                 "path": str(model.path),
                 "base": str(model.base),
                 "family": model.family,
-                "method": model.method.name,
+                "method": model.method,
                 "gpu_format": model.gpu_format,
             },
             "gpus": [asdict(gpu) for gpu in request.gpus],

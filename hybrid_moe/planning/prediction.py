@@ -83,8 +83,7 @@ def predict_decode(
     model: Model, placement: Placement, cpu: CpuSpeeds, gpus: tuple[Gpu, ...], cache: KvCache
 ) -> Prediction:
     """Speed of one token at a time, the context half full."""
-    k = model.top_k
-    cold = sum(k * placement.cold_share(layer) * layer.packed for layer in model.layers)
+    cold = sum(layer.top_k * placement.cold_share(layer) * layer.packed for layer in model.layers)
     terms = [_read("RAM bandwidth", "experts", cold, cpu.read * READ_SHARE)]
     if not gpus:
         rest = model.read_per_token_16bit + cache.per_gpu() / 2
@@ -92,7 +91,9 @@ def predict_decode(
         terms.append(_handover(model, placement))
         return _prediction(terms, sum(term.seconds for term in terms), 1)
     speed = min(gpu.bandwidth for gpu in gpus) * GPU_READ_SHARE
-    hot = sum(k * (1 - placement.cold_share(layer)) * layer.on_gpu for layer in model.layers)
+    hot = sum(
+        layer.top_k * (1 - placement.cold_share(layer)) * layer.on_gpu for layer in model.layers
+    )
     rest = model.read_per_token / len(gpus) + cache.per_gpu(len(gpus)) / 2
     terms.append(_read("GPU bandwidth", "weights and cache", rest + hot / len(gpus), speed))
     terms.append(_handover(model, placement))
@@ -104,14 +105,19 @@ def predict_prefill(
     model: Model, placement: Placement, cpu: CpuSpeeds, gpus: tuple[Gpu, ...], tokens: int
 ) -> Prediction:
     """Speed of a chunk of `tokens`."""
-    k, name = model.top_k, model.method.name
-    pairs = [tokens * k * placement.cold_share(layer) for layer in model.layers]
-    macs = sum(p * layer.weights for p, layer in zip(pairs, model.layers, strict=True))
+    macs = {
+        layer: tokens * layer.top_k * placement.cold_share(layer) * layer.weights
+        for layer in model.layers
+    }
     touched = sum(
-        placement.cold(layer) * layer.packed * _met(tokens * k, layer.num_experts)
+        placement.cold(layer) * layer.packed * _met(tokens * layer.top_k, layer.num_experts)
         for layer in model.layers
     )
-    compute = _compute("CPU arithmetic", "experts", macs, cpu.macs[name] * MAC_SHARE, "MAC")
+    # of several formats the mean speed, each as long as its layers take
+    seconds = sum(n / cpu.macs[layer.method.name] for layer, n in macs.items())
+    count = sum(macs.values())
+    rate = count / seconds if seconds else cpu.macs[model.formats[0].name]
+    compute = _compute("CPU arithmetic", "experts", count, rate * MAC_SHARE, "MAC")
     read = _read("RAM bandwidth", "experts", touched, cpu.read * READ_SHARE)
     cold = max(compute.seconds, read.seconds)
     if not gpus:
@@ -122,7 +128,8 @@ def predict_prefill(
         return _prediction([compute, read, rest], cold + rest.seconds, tokens)
     speed = sum(gpu.flops for gpu in gpus) * GPU_FLOP_SHARE
     hot = 2 * sum(
-        tokens * k * (1 - placement.cold_share(layer)) * layer.weights for layer in model.layers
+        tokens * layer.top_k * (1 - placement.cold_share(layer)) * layer.weights
+        for layer in model.layers
     )
     rest_flops = 2.0 * tokens * model.weights_per_token
     gpu = _compute("GPU arithmetic", "experts and the rest", rest_flops + hot, speed, "FLOP")

@@ -10,6 +10,7 @@ from hybrid_moe.cpu_kernels.job import JobShape, capacity_for
 from hybrid_moe.cpu_kernels.kernels.formats import FORMAT_KERNELS
 from hybrid_moe.cpu_kernels.layer import MAX_TOKENS_PER_JOB
 from hybrid_moe.cpu_kernels.panels import GROUP
+from hybrid_moe.formats import WeightFormat
 from hybrid_moe.planning.model import Model
 
 _GIB, _MIB = 1 << 30, 1 << 20
@@ -25,8 +26,13 @@ TRANSFORMERS_RAM = 1 * _GIB
 
 
 def job_nbytes(model: Model, tokens: int, threads: int, pools: int) -> int:
-    """Bytes of a job over a batch: staged inputs, routing, encoded rows, sums."""
-    kernels = FORMAT_KERNELS[model.method.name]
+    """Bytes of a job over a batch: staged inputs, routing, encoded rows, sums. Of the format that
+    needs the most, where layers differ."""
+    return max(_job_nbytes(model, fmt, tokens, threads, pools) for fmt in model.formats)
+
+
+def _job_nbytes(model: Model, fmt: WeightFormat, tokens: int, threads: int, pools: int) -> int:
+    kernels = FORMAT_KERNELS[fmt.name]
     groups_kept = max(1, kernels.chunk_bytes // kernels.chunk_group_bytes)
     return JobShape(
         capacity=capacity_for(tokens),

@@ -74,7 +74,7 @@ def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()
     flags = [
         ("--model-path", str(model.base)),
         ("--kt-weight-path", str(model.path)),
-        ("--kt-method", model.method.name),
+        ("--kt-method", model.method),
         ("--kt-cpuinfer", request.threads),
         ("--kt-threadpool-count", request.pools),
         ("--kt-num-gpu-experts", plan.placement.most),

@@ -170,7 +170,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"numa_nodes": [None]}, TypeError, "a NUMA node must be an integer, not None"),
     ({"numa_nodes": [-1]}, ValueError, "unknown NUMA node -1"),
     ({"isa": 5}, TypeError, "isa must be the name of a tier or None, not 5"),
-    ({"method": None}, ValueError, "unknown method None"),
+    ({"method": None}, ValueError, "needs a weight_path"),
     ({"method": ["MXFP4"]}, ValueError, "unknown method"),
     ({"lora_rank": np.zeros(2)}, ValueError, "lora_rank=array.* is not supported"),
     ({"mode": torch.zeros(2)}, ValueError, "mode=tensor.* is not supported"),

@@ -19,6 +19,7 @@ from hybrid_moe.cli.tables import gib, ranges
 from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
 from hybrid_moe.integrations.transformers import from_pretrained
 from hybrid_moe.tensors import CheckpointError
+from tests.families import write_family
 from tests.hybrid_moe.checkpoints import edit_tensors, save
 from tests.hybrid_moe.command import CHARACTERS, PROMPT, run, write_model
 from tests.hybrid_moe.tiny_models import build, greedy
@@ -113,6 +114,26 @@ def test_convert_and_inspect(checkpoint: Path, tmp_path: Path) -> None:
     assert table.exit_code == 0
     for fact in ("qwen3_moe", "MXFP4", "8 per layer, 3 per token", "routed experts"):
         assert fact in table.stdout
+
+
+def test_inspect_lists_draft_layers(tmp_path: Path) -> None:
+    fixture = write_family("deepseek_v3_draft", tmp_path)
+    result = run("inspect", fixture.directory, env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert re.search(r"draft layers +2 \(1\), not counted", result.stdout)
+    assert "2, with experts: 1 (1)" in result.stdout
+    plain = run("inspect", write_family("deepseek_v3", tmp_path / "plain").directory)
+    assert "draft layers" not in plain.stdout
+
+
+def test_convert_asks_where_gate_and_up_lie(tmp_path: Path) -> None:
+    fixture = write_family("privacy_filter", tmp_path / "in")
+    (fixture.directory / "config.json").unlink()
+    arguments = ("convert", "--model", fixture.directory, "--out", tmp_path / "out")
+    assert run(*arguments).exit_code != 0
+    assert not (tmp_path / "out").exists()
+    assert run(*arguments, "--gate-up-layout", "halves").exit_code == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_inspect_reports_problems(checkpoint: Path, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from hybrid_moe import wrapper as wrapper_module
 from hybrid_moe.formats import MXFP4
 from hybrid_moe.tensors import CheckpointError
 from hybrid_moe.wrapper import KTMoEWrapper
+from tests.families import EXPERTS, TOP_K, Experts, FamilyFixture, write_family
 from tests.hybrid_moe.cases import Batch, E, H, I, Weights, wrapper
 from tests.hybrid_moe.fake_layer import FakeExpertLayer
-from tests.reference import assert_within
+from tests.reference import assert_within, evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +145,79 @@ def test_load_twice(tmp_path: Path) -> None:
 def test_no_path() -> None:
     with pytest.raises(ValueError, match="needs the weight_path"):
         wrapper().load_weights()
+
+
+def family_wrapper(fixture: FamilyFixture, layer: int, **arguments: Any) -> KTMoEWrapper:
+    return wrapper(
+        weight_path=fixture.directory, layer_idx=layer, num_experts=fixture.num_experts,
+        num_experts_per_tok=TOP_K, moe_intermediate_size=fixture.intermediate, **arguments,
+    )  # fmt: skip
+
+
+def family_batch() -> Batch:
+    batch = Batch.random(experts=EXPERTS)
+    return Batch(batch.hidden, batch.ids[:, :TOP_K].contiguous(), batch.weights[:, :TOP_K])
+
+
+def family_outputs_agree(w: KTMoEWrapper, layer: Experts) -> None:
+    batch = family_batch()
+    inputs = (batch.hidden.double(), batch.ids, batch.weights.float())
+    biases = {
+        f"{name}_bias": bias
+        for name in ("gate", "up", "down")
+        if (bias := getattr(layer, f"{name}_bias")) is not None
+    }
+    expected = evaluate(
+        *(tensor.numpy() for tensor in inputs), layer.gate, layer.up, layer.down, **biases
+    )
+    outputs_agree(w, expected, batch)
+
+
+@pytest.mark.parametrize("method", [None, "STORED", "stored"])
+def test_a_layer_in_the_format_that_is_stored(tmp_path: Path, method: str | None) -> None:
+    fixture = write_family("qwen3_moe_mixed", tmp_path)
+    for number, layer in fixture.layers.items():
+        w = family_wrapper(fixture, number, method=method)
+        assert w.method == fixture.methods[number]
+        w.load_weights()
+        family_outputs_agree(w, layer)
+
+
+def test_a_format_that_the_layer_does_not_become(tmp_path: Path) -> None:
+    fixture = write_family("qwen3_moe_mixed", tmp_path)
+    w = family_wrapper(fixture, 0, method="BF16")
+    with pytest.raises(ValueError, match=r"layer 0 of .* stores its experts as MXFP4, which does"):
+        w.load_weights()
+    assert not fake_of(w).resident.any() and not w.loaded
+    other = family_wrapper(fixture, 1, method="BF16")  # a wrapper is one layer: this one is well
+    other.load_weights()
+    family_outputs_agree(other, fixture.layers[1])
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("gpt_oss", "interleaved"), ("privacy_filter", "halves")]
+)
+def test_fused_experts_with_biases(tmp_path: Path, name: str, layout: str, known: bool) -> None:
+    """The same names for two layouts: the model in config.json tells, or the caller."""
+    fixture = write_family(name, tmp_path)
+    if not known:
+        (fixture.directory / "config.json").unlink()
+        w = family_wrapper(fixture, 1, method="BF16")
+        with pytest.raises(CheckpointError, match='Say gate_up_layout="halves" or "interleaved"'):
+            w.load_weights()
+        assert not fake_of(w).resident.any() and not w.loaded
+    w = family_wrapper(fixture, 1, method="BF16", gate_up_layout=None if known else layout)
+    w.load_weights()
+    family_outputs_agree(w, fixture.layers[1])
+
+
+def test_a_layout_that_there_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gate_up_layout is 'thirds', must be halves or inter"):
+        wrapper(gate_up_layout="thirds")
+    w = family_wrapper(write_family("gpt_oss", tmp_path), 0, gate_up_layout="halves")
+    with pytest.raises(ValueError, match=r'gate_up_layout is "halves", but .* "interleaved"'):
+        w.load_weights()
 
 
 def test_failed_load_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:

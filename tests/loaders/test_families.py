@@ -59,7 +59,7 @@ def test_every_expert(family: Family, name: str) -> None:
     for number, layer in fixture.layers.items():
         source = checkpoint.layer(number)
         source.check_sizes(EXPERTS, HIDDEN, INTERMEDIATE)
-        assert source.format.name == fixture.method
+        assert source.format.name == fixture.methods[number]
         assert source.has_bias == (layer.gate_bias is not None)
         for expert in range(EXPERTS):
             assert_is_expert(source.expert(expert), layer, expert)
@@ -151,8 +151,6 @@ def test_schemes_are_told_apart(scheme: object, prefix: str) -> None:
 
     assert isinstance(scheme, NamingScheme)
     endings = (scheme.weights[0], scheme.scales[0])
-    if scheme.markers == ("gate_up_proj_bias", "down_proj_bias"):
-        endings = (scheme.weights[0], scheme.bias)
     keys = [
         f"{scheme.stem(prefix, layer, expert)}{projection}{ending}"
         for layer in (10, 3)
@@ -193,20 +191,29 @@ def test_inspect(family: Family, name: str) -> None:
     assert (summary.moe_layers, summary.num_layers) == (layers, 2)
     assert (summary.num_experts, summary.experts_per_token) == (EXPERTS, TOP_K)
     assert (summary.hidden, summary.intermediate) == (HIDDEN, INTERMEDIATE)
-    assert dict(summary.formats) == {fixture.method: layers}
+    assert {n: m for m, numbers in summary.formats.items() for n in numbers} == fixture.methods
+    assert summary.draft_layers == ((2,) if name.endswith("draft") else ())
+    assert ("draft layers" in summary.parts) == name.endswith("draft")
     assert sum(summary.parts.values()) == sum(summary.dtypes.values()) == summary.total_bytes
     assert {"attention", "embeddings", "router", "norms"} <= set(summary.parts)
     assert ("shared experts" in summary.parts) == name.startswith("deepseek")
-    assert ("dense MLP" in summary.parts) == (name == "deepseek_v3")
-    weights = len(layers) * EXPERTS * 3 * HIDDEN * INTERMEDIATE
+    assert ("dense MLP" in summary.parts) == name.startswith("deepseek_v3")
+    weights = EXPERTS * 3 * HIDDEN * INTERMEDIATE  # of a layer
     bits = {"BF16": 16.0, "MXFP4": 4.25}
-    biases = 4 * len(layers) * EXPERTS * (2 * INTERMEDIATE + HIDDEN) * name.startswith("gpt_oss")
+    biased = any(layer.gate_bias is not None for layer in fixture.layers.values())
+    biases = 4 * len(layers) * EXPERTS * (2 * INTERMEDIATE + HIDDEN) * biased
+    stored = sum(weights * bits[method] / 8 for method in fixture.methods.values())
     expected = {
-        m: weights * b / 8 + biases for m, b in bits.items() if fixture.method in ("BF16", m)
+        m: len(layers) * weights * b / 8 + biases
+        for m, b in bits.items()
+        if set(fixture.methods.values()) <= {"BF16", m}
     }
+    if fixture.method == "STORED":
+        expected["STORED"] = stored + biases
     assert dict(summary.ram_experts) == expected
-    assert summary.ram_rest == summary.total_bytes - summary.parts["routed experts"]
-    assert summary.parts["routed experts"] == weights * bits[fixture.method] / 8 + biases / 2
+    not_run = summary.parts["routed experts"] + summary.parts.get("draft layers", 0)
+    assert summary.ram_rest == summary.total_bytes - not_run
+    assert summary.parts["routed experts"] == stored + biases / 2
 
 
 def test_inspect_says_what_cannot_be_loaded(family: Family, tmp_path: Path) -> None:

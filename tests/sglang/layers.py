@@ -33,6 +33,7 @@ def server_options(
     fixture: FamilyFixture,
     gpu_experts: int | None,
     ranks: dict[str, Any] | None = None,
+    method: str = "MXFP4",
     **options: Any,
 ) -> Iterator[None]:
     """SGLang configured as by a command line with `--kt-*` and `options`."""
@@ -42,7 +43,7 @@ def server_options(
                 model_path=str(fixture.directory),
                 device="cpu",
                 kt_weight_path=str(fixture.directory),
-                kt_method="MXFP4",
+                kt_method=method,
                 kt_num_gpu_experts=gpu_experts,
                 kt_cpuinfer=1,
                 kt_threadpool_count=1,

@@ -366,6 +366,21 @@ def test_what_would_be_wrong_is_refused(
         new_layer(qwen, **layer_options)
 
 
+def test_a_format_that_a_layer_does_not_become_is_refused_before_loading(
+    qwen: FamilyFixture,
+) -> None:
+    refused = pytest.raises(ValueError, match="does not become BF16")
+    with server_options(qwen, 2, method="BF16"), refused:
+        new_layer(qwen)
+
+
+def test_each_layer_in_its_stored_format(tmp_path: Path) -> None:
+    fixture = write_family("qwen3_moe_mixed", tmp_path)
+    with server_options(fixture, 2, method="STORED"):
+        layer = new_layer(fixture)
+        assert layer.quant_method.wrapper.method == fixture.methods[LAYER] == "BF16"
+
+
 def test_routing_without_ids_is_refused(qwen: FamilyFixture, options: None) -> None:
     from sglang.srt.layers.moe.token_dispatcher import StandardDispatchOutput
     from sglang.srt.layers.moe.topk import TritonKernelTopKOutput

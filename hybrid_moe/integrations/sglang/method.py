@@ -26,6 +26,7 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput, TopKOutputChecker
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import is_cuda
 
+from hybrid_moe.checkpoints import checked_layer
 from hybrid_moe.integrations.sglang import expert_layer, gpu_experts
 from hybrid_moe.integrations.sglang.expert_layer import ExpertLayerSpec, UnsupportedLayerError
 from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts
@@ -108,7 +109,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         deferred = config.max_deferred_experts_per_token or 0
         if config.num_layers is not None and config.layer_idx == config.num_layers - 1:
             deferred = 0
-        return KTMoEWrapper(
+        wrapper = KTMoEWrapper(
             layer_idx=config.layer_idx,
             num_experts=spec.num_experts,
             num_experts_per_tok=spec.top_k,
@@ -124,6 +125,9 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             swiglu_limit=spec.swiglu_limit,
             swiglu_alpha=spec.swiglu_alpha,
         )
+        if wrapper.weight_path is not None:  # of every layer, before the first one is loaded
+            checked_layer(wrapper.weight_path, wrapper.shape, wrapper.format)
+        return wrapper
 
     def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:
         """Let the wrapped method build its runner, for the slots and without the factor."""

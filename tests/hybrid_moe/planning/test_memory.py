@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
@@ -19,8 +20,9 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats import FORMATS
 from hybrid_moe.integrations.transformers import from_pretrained
 from hybrid_moe.loaders import inspect_checkpoint
+from hybrid_moe.loaders.config import ModelConfig
 from hybrid_moe.planning import make_plan, read_model
-from hybrid_moe.planning.kv_cache import transformers_cache
+from hybrid_moe.planning.kv_cache import sglang_cache, transformers_cache
 from hybrid_moe.planning.machine import huge_pages_here
 from hybrid_moe.planning.model import packed_nbytes
 from hybrid_moe.planning.scratch import job_nbytes
@@ -104,7 +106,8 @@ def test_biases_are_counted(tmp_path: Path) -> None:
 def test_every_byte_of_a_checkpoint_is_in_a_part(name: str, tmp_path: Path) -> None:
     fixture = write_family(name, tmp_path)
     model, summary = read_model(fixture.directory), inspect_checkpoint(fixture.directory)
-    assert sum(model.parts.values()) == summary.ram_rest
+    draft = model.parts.get("draft layers", 0)
+    assert sum(model.parts.values()) == summary.ram_rest + draft
     packed = sum(layer.num_experts * (layer.packed + layer.bias) for layer in model.layers)
     assert packed == pytest.approx(summary.ram_experts[fixture.method], rel=0.02)
     stored = sum(layer.num_experts * layer.on_gpu for layer in model.layers)
@@ -139,6 +142,47 @@ def test_transformers_keeps_a_cache_of_that_size(name: str, tokens: int) -> None
     slack = sum(r.layers * r.nbytes for r in predicted.rows if "slid" in r.what)
     slack += sum(r.per_gpu(1) for r in predicted.rows if "state" in r.what)
     assert actual <= predicted.per_gpu() <= actual + slack
+
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"full_attention_interval": 3, "moe_intermediate_size": 64,
+                   "shared_expert_intermediate_size": 64, "num_experts": 4,
+                   "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+                   "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "jamba": {"attn_layer_period": 4, "attn_layer_offset": 1, "intermediate_size": 64,
+              "num_experts": 4, "use_mamba_kernels": False, "mamba_dt_rank": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"] * 2, "intermediate_size": 64,
+                 "moe_intermediate_size": 64, "num_experts": 4, "num_dense_layers": 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2,
+                         "intermediate_size": 64, "shared_intermediate_size": 64,
+                         "num_local_experts": 4, "mamba_n_heads": 8, "mamba_d_state": 16},
+    "qwen3_moe": {"moe_intermediate_size": 64, "num_experts": 4},
+    "glm4_moe": {"moe_intermediate_size": 64, "n_routed_experts": 4, "intermediate_size": 64,
+                 "n_group": 1, "topk_group": 1, "head_dim": 24},
+}  # fmt: skip
+"""Six layers, as published: intervals, old names of types, and no `head_dim` but in the last."""
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_only_layers_with_keys_have_a_kv_cache(family: str) -> None:
+    """What Transformers' cache holds for keys and values after a prompt, to the byte."""
+    raw = {
+        "model_type": family, "num_hidden_layers": 6, "hidden_size": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 96, "num_experts_per_tok": 2, "pad_token_id": 0,
+        **HYBRIDS[family],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family].from_dict(dict(raw))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        cache = model(input_ids=torch.arange(9)[None], use_cache=True).past_key_values
+    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    actual = sum(tensor.nbytes for tensor in held if isinstance(tensor, torch.Tensor))
+    full = ModelConfig(raw).full
+    assert actual > 0
+    assert transformers_cache(full, 9).per_gpu() == actual
+    (row,) = sglang_cache(full, 1024, 512, 1).rows
+    assert row.per_gpu(1) * 9 == actual * 1024
 
 
 def _as_saved(config: AutoConfig) -> dict[str, object]:

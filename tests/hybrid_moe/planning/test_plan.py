@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_moe.loaders import Checkpoint
+from hybrid_moe.formats import MXFP4
+from hybrid_moe.loaders import Checkpoint, inspect_checkpoint
 from hybrid_moe.placement_profile import read_profile, write_profile
 from hybrid_moe.planning import (
     DoesNotFitError,
@@ -28,7 +30,9 @@ from hybrid_moe.planning.kv_cache import kind_of, sglang_cache
 from hybrid_moe.planning.machine import measure_cpu, read_receipt
 from hybrid_moe.planning.plan import GPU, RAM
 from hybrid_moe.planning.prediction import GPU_READ_SHARE, HANDOVER_S, MAC_SHARE, READ_SHARE
+from hybrid_moe.planning.serving import server_command
 from hybrid_moe.tensors import CheckpointError
+from tests.families import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, write_family
 from tests.hybrid_moe.planning.cases import CPU, GIB, request
 from tests.hybrid_moe.planning.conftest import Fake
 from tests.hybrid_moe.planning.fake_checkpoints import MODELS, write_headers
@@ -119,6 +123,7 @@ def test_published_sizes(fake: Fake, name: str, billions: float) -> None:
 def test_a_model_needs_a_configuration_and_experts(tmp_path: Path) -> None:
     directory = write_headers(tmp_path, MODELS["gpt-oss-20b"], {"num_hidden_layers": 2})
     config = json.loads((directory / "config.json").read_text())
+    config["model_type"] = "unheard_of"  # a family that Transformers knows has defaults
     del config["num_experts_per_tok"]
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="lacks num_experts_per_tok"):
@@ -147,6 +152,70 @@ def test_converted_experts_go_to_the_gpu_from_the_base(fake: Fake) -> None:
     assert make_plan(both, request("32GB")).placement.most > 0
 
 
+def test_each_layer_in_its_own_format(tmp_path: Path) -> None:
+    model = read_model(write_family("qwen3_moe_mixed", tmp_path).directory)
+    assert [layer.method.name for layer in model.layers] == ["MXFP4", "BF16"]
+    bits = {"MXFP4": 4.25, "BF16": 16}
+    weights = EXPERTS * 3 * HIDDEN * INTERMEDIATE
+    plan = make_plan(model, request(huge_pages=False, context=64))
+    parts = {part.name: part.nbytes for part in plan.parts}
+    for name, layer in zip(bits, model.layers, strict=True):
+        # panels are padded to cache lines, by less than 2%
+        assert parts[f"routed experts, CPU, {name}"] == EXPERTS * layer.packed
+        assert EXPERTS * layer.packed == pytest.approx(weights * bits[name] / 8, rel=0.02)
+    assert plan.expert_ram == sum(EXPERTS * layer.packed for layer in model.layers)
+    read = TOP_K * sum(layer.packed for layer in model.layers)
+    term = next(t for t in plan.decode.terms if t.name == "RAM bandwidth")
+    assert term.seconds == pytest.approx(read / (CPU.read * READ_SHARE))
+    # half of the arithmetic at each format's rate
+    slow = replace(CPU, macs={"MXFP4": 1000e9, "BF16": 250e9})
+    prefill = make_plan(model, request(cpu=slow, chunk=32)).prefill
+    macs = 32 * TOP_K * 3 * HIDDEN * INTERMEDIATE
+    term = next(t for t in prefill.terms if t.name == "CPU arithmetic")
+    assert term.seconds == pytest.approx((macs / 1000e9 + macs / 250e9) / MAC_SHARE)
+    # what a server is told, and that it reads no experts for a GPU
+    command = server_command(make_plan(model, request("8GB", context=64)))
+    given = dict(itertools.pairwise(command.arguments))
+    assert (given["--kt-method"], given["--kt-num-gpu-experts"]) == ("STORED", "0")
+    # a named method converts what it can
+    assert {layer.method for layer in read_model(model.path, method="MXFP4").layers} == {MXFP4}
+    with pytest.raises(ValueError, match=r"layer 0 of .* MXFP4, which does not become BF16"):
+        read_model(model.path, method="BF16")
+
+
+@pytest.mark.parametrize("name", ["num_experts_per_token", "moe_k", "moe_topk"])
+def test_experts_of_a_token_by_layer(tmp_path: Path, name: str) -> None:
+    """Layers with 1 and 3 experts for a token read as many as two layers with 2."""
+    directory = write_family("qwen3_moe", tmp_path).directory
+    config = json.loads((directory / "config.json").read_text())
+    del config["num_experts_per_tok"]
+
+    def planned(value: object) -> tuple[Model, Plan]:
+        (directory / "config.json").write_text(json.dumps({**config, name: value}))
+        model = read_model(directory)
+        return model, make_plan(model, request(context=64))
+
+    equal, uniform = planned([2, 2])
+    assert equal.layers == planned(2)[0].layers
+    model, plan = planned([1, 3])
+    assert ([layer.top_k for layer in model.layers], model.top_k) == ([1, 3], 3)
+    assert plan.decode.tokens_per_second == pytest.approx(uniform.decode.tokens_per_second)
+    assert inspect_checkpoint(directory).experts_per_token == (1, 3)
+    with pytest.raises(ValueError, match="lacks num_experts_per_tok of layer 1"):
+        planned([2])
+
+
+def test_a_draft_layer_is_not_part_of_the_model(tmp_path: Path) -> None:
+    with_draft = write_family("deepseek_v3_draft", tmp_path / "with").directory
+    without = write_family("deepseek_v3", tmp_path / "without").directory
+    plans = [make_plan(read_model(d), request(context=64)) for d in (with_draft, without)]
+    assert plans[0].nbytes(RAM) == plans[1].nbytes(RAM)
+    assert (plans[0].decode, plans[0].prefill) == (plans[1].decode, plans[1].prefill)
+    tensors = Checkpoint.open(with_draft).index.tensors
+    draft = sum(t.nbytes for key, t in tensors.items() if key.startswith("model.layers.2."))
+    assert plans[0].nbytes("not loaded") == draft > 0
+
+
 # The KV cache -----------------------------------------------------------------------------------
 
 GQA = {
@@ -165,6 +234,12 @@ MLA = {"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
         ({**GQA, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}, "gqa",
          1 * 1024 * 2 * 2 * 16 * 2),
         ({**GQA, "sliding_window": 128}, "gqa", 4 * 1024 * 2 * 2 * 16 * 2),
+        ({**GQA, "layer_types": ["mamba", "conv", "moe", "attention", "full_attention"]}, "gqa",
+         1 * 1024 * 2 * 2 * 16 * 2),
+        ({**GQA, "layer_types": ["sliding_attention"] * 4}, "gqa", 4 * 1024 * 2 * 2 * 16 * 2),
+        ({**MLA, "qk_rope_head_dim": 0}, "mla", 61 * 1024 * 512 * 2),
+        ({**MLA, "layer_types": ["linear_attention"] * 60 + ["full_attention"]}, "mla",
+         1024 * 576 * 2),
         (MLA, "mla", 61 * 1024 * 576 * 2),
         ({**MLA, "index_head_dim": 128}, "mla", 61 * 1024 * (576 * 2 + 132)),
         ({**GQA, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2},
