@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybrid_moe import arguments, checkpoints
+from hybrid_moe import arguments, checkpoints, ops
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.deferral import Chain, split_deferred
@@ -146,6 +146,7 @@ class KTMoEWrapper:
         self._layer = self._new_layer()  # holds no memory yet; checks sizes and isa
         self._runner: LayerRunner | None = None
         self._chain = Chain.join((self.weight_path, self.hidden_size, self.pool), self)
+        self._handle = ops.Handle(self, KTMoEWrapper._forward_now)
 
     # What the layer is --------------------------------------------------------------------------
 
@@ -390,7 +391,25 @@ class KTMoEWrapper:
         topk_weights: torch.Tensor,
         cuda_stream: int | None = None,
     ) -> torch.Tensor:
-        """`submit_forward` and `sync_forward` in one."""
+        """`submit_forward` and `sync_forward` in one.
+
+        In a graph that is captured (`torch.compile`, `torch.export`, `make_fx`) it is one node, see
+        `hybrid_moe.ops`; but with deferred experts, whose sum depends on the call before: they run
+        outside of graphs.
+        """
+        if ops.is_traced(hidden_states) and not self.max_deferred_experts_per_token:
+            return ops.experts(
+                hidden_states, topk_ids, topk_weights, self._handle.value, cuda_stream
+            )
+        return self._forward_now(hidden_states, topk_ids, topk_weights, cuda_stream)
+
+    def _forward_now(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        cuda_stream: int | None,
+    ) -> torch.Tensor:
         self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
         return self.sync_forward(hidden_states, cuda_stream)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hybrid_moe.cpu_kernels.drivers.memory import driver, load64
 
 MULTIPLIER = 0x1E3779B97F4A7C15
-"""Odd, so that a product by it determines its other factor; bits as random as the golden ratio's."""
+"""Odd, so that a product by it determines the other factor; bits of the golden ratio."""
 
 
 @driver

@@ -25,6 +25,13 @@ from hybrid_moe.tensors import ExpertTensors, Matrix
 MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """Attributes that Transformers' `use_experts_implementation` puts on an experts module."""
 
+WEIGHTS = tuple(
+    f"{name}{suffix}"
+    for name in ("gate_up_proj", "down_proj")
+    for suffix in ("", "_bias", "_scale_inv")
+)
+"""Attributes of an experts module that hold what is packed."""
+
 
 @dataclass(frozen=True)
 class ExpertsSpec:
@@ -213,6 +220,13 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> tor
     if activation.alpha > 0:
         return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
     return gate * torch.sigmoid(gate) * up
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The module's weights as it would use them now, [E, ...] each, by name. Where they are computed
+    (`torch.nn.utils.parametrize`, adapters), the results."""
+    found = {name: getattr(module, name, None) for name in WEIGHTS}
+    return {name: w.detach() for name, w in found.items() if isinstance(w, torch.Tensor)}
 
 
 def expert_tensors(
