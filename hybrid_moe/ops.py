@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx._symbolic_trace import is_fx_tracing
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Run = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, int | None], torch.Tensor]
@@ -62,6 +63,7 @@ def is_traced(x: torch.Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(x) is not torch.Tensor
+        or is_fx_tracing()  # make_fx above the level of modes, `pre_dispatch`
         or _get_current_dispatch_mode() is not None
     )
 
@@ -88,7 +90,9 @@ def experts(
     Raises:
         RuntimeError: there is no such layer (any more); backward.
     """
-    output: torch.Tensor = torch.ops.hybrid_moe.experts(hidden, ids, weights, handle, cuda_stream)
+    output: torch.Tensor = torch.ops.hybrid_moe.experts.default(
+        hidden, ids, weights, handle, cuda_stream
+    )
     return output
 
 
@@ -103,7 +107,12 @@ def _find(handle: int) -> tuple[Any, Run]:
     return layer, run
 
 
-@torch.library.custom_op("hybrid_moe::experts", mutates_args=())
+@torch.library.custom_op(
+    "hybrid_moe::experts",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor ids, Tensor weights, SymInt handle, SymInt? cuda_stream=None)"
+    " -> Tensor",
+)
 def _experts(
     hidden: torch.Tensor,
     ids: torch.Tensor,
@@ -131,7 +140,9 @@ def _(
 # backward pass of every graph whose inputs require gradients, also of one that never runs it.
 
 
-@torch.library.custom_op("hybrid_moe::no_gradient", mutates_args=())
+@torch.library.custom_op(
+    "hybrid_moe::no_gradient", mutates_args=(), schema="(Tensor grad, Tensor like) -> Tensor"
+)
 def _no_gradient(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     raise RuntimeError(NO_GRADIENT)
 
@@ -150,7 +161,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
 
 
 def _refuse(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    refuse = torch.ops.hybrid_moe.no_gradient
+    refuse = torch.ops.hybrid_moe.no_gradient.default
     hidden, weights = (
         refuse(grad, x) if needed else None
         for x, needed in zip(

@@ -363,7 +363,12 @@ class KTMoEWrapper:
             TypeError, ValueError: a tensor's dtype, shape or device; the message names it.
         """
         runner = self._runner or self._loaded_runner()
-        runner.submit(hidden_states, topk_ids, topk_weights, cuda_stream)
+        if torch.compiler.is_compiling():
+            from hybrid_moe.untraced import untraced
+
+            untraced(runner.submit, hidden_states, topk_ids, topk_weights, cuda_stream)
+        else:
+            runner.submit(hidden_states, topk_ids, topk_weights, cuda_stream)
 
     def sync_forward(
         self, hidden_states: torch.Tensor, cuda_stream: int | None = None
@@ -382,7 +387,13 @@ class KTMoEWrapper:
                 the GPU by the mask nor loaded; a worker failed.
             IndexError: `strict`, and ids were out of range.
         """
-        return (self._runner or self._loaded_runner()).sync(hidden_states, cuda_stream)
+        runner = self._runner or self._loaded_runner()
+        if torch.compiler.is_compiling():
+            from hybrid_moe.untraced import untraced
+
+            output: torch.Tensor = untraced(runner.sync, hidden_states, cuda_stream)
+            return output
+        return runner.sync(hidden_states, cuda_stream)
 
     def forward(
         self,
@@ -394,8 +405,8 @@ class KTMoEWrapper:
         """`submit_forward` and `sync_forward` in one.
 
         In a graph that is captured (`torch.compile`, `torch.export`, `make_fx`) it is one node, see
-        `hybrid_moe.ops`; but with deferred experts, whose sum depends on the call before: they run
-        outside of graphs.
+        `hybrid_moe.ops`. With deferred experts it breaks the graph, as `submit_forward` and
+        `sync_forward` do: what they return depends on the call before.
         """
         if ops.is_traced(hidden_states) and not self.max_deferred_experts_per_token:
             return ops.experts(
