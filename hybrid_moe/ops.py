@@ -7,8 +7,7 @@ as it always does. Eager code calls the layer directly: dispatching an operator 
     hybrid_moe::experts(hidden, ids, weights, handle) -> like hidden
 
 Handles hold layers weakly: neither a graph nor this module keeps a layer's weights alive. They are
-drawn at random, so that a graph that was saved by another process, or by another run, finds no layer
-rather than a wrong one.
+drawn at random, so that a graph that another process saved finds no layer rather than a wrong one.
 """
 
 from __future__ import annotations

@@ -223,8 +223,8 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> tor
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The module's weights as it would use them now, [E, ...] each, by name. Where they are computed
-    (`torch.nn.utils.parametrize`, adapters), the results."""
+    """The module's weights as it would use them now, [E, ...] each, by name; where they are
+    computed (`torch.nn.utils.parametrize`, adapters), the results."""
     found = {name: getattr(module, name, None) for name in WEIGHTS}
     return {name: w.detach() for name, w in found.items() if isinstance(w, torch.Tensor)}
 
