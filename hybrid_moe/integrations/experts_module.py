@@ -10,12 +10,13 @@ and must agree with the formula. A module that nothing explains is refused by it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils import parametrize
 
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.formats import BF16, MXFP4, Array, WeightFormat
@@ -62,10 +63,13 @@ def find_experts(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Every experts module of `model` by its name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none; where there are others, it names them.
     """
     found = {name: m for name, m in model.named_modules() if is_experts(m)}
     if not found:
+        foreign = foreign_experts(model)
+        if foreign:
+            raise ValueError(unsupported(type(model).__name__, foreign))
         raise ValueError(
             f"{type(model).__name__} has no experts that Transformers dispatches "
             "(modules with an experts_implementation): it is no mixture of experts, "
@@ -79,6 +83,66 @@ def is_experts(module: torch.nn.Module) -> bool:
     return all(hasattr(module, mark) for mark in MARKS) or hasattr(module, "gate_up_proj_scale_inv")
 
 
+def foreign_experts(model: torch.nn.Module) -> dict[str, str]:
+    """Modules that look like routed experts, and that Transformers does not dispatch: the class of
+    each by its name. By their looks: called `experts`, or of a class called so, with parameters."""
+    foreign: dict[str, str] = {}
+    for name, module in model.named_modules():
+        kind, last = type(module).__name__, name.rpartition(".")[2]
+        looks = last == "experts" or kind.endswith("Experts")
+        if not looks or "shared" in f"{last} {kind}".lower() or is_experts(module):
+            continue
+        inner = any(is_experts(m) for m in module.modules())
+        if not inner and any(True for _ in module.parameters()):
+            one = next(iter(module.children()), module)
+            foreign[name] = type(one).__name__ if type(module) is torch.nn.ModuleList else kind
+    return foreign
+
+
+def unsupported(model: str, foreign: Mapping[str, str]) -> str:
+    """The sentence that refuses them."""
+    names = ", ".join(sorted(set(foreign.values())))
+    where = next(iter(foreign))
+    return (
+        f"{model}: {names} ({where}{', ...' if len(foreign) > 1 else ''}) is not supported. "
+        "hybrid_moe runs experts that Transformers dispatches by experts_implementation: fused "
+        "gate_up_proj and down_proj with SwiGLU, as in Qwen-MoE, Mixtral, DeepSeek, GLM, MiniMax "
+        "and gpt-oss"
+    )
+
+
+def refuse_adapters(model: torch.nn.Module, found: Mapping[str, torch.nn.Module]) -> None:
+    """Raise where packing would lose what is added to experts: LoRA and its like.
+
+    Adapters come as modules around the experts (peft: `base_layer`), as parametrizations of their
+    weights, or as parameters of their own inside.
+
+    Args:
+        model: the model.
+        found: its experts modules by name.
+
+    Raises:
+        NotImplementedError: names the module and what is on it.
+    """
+    for name, module in found.items():
+        parts = name.split(".")
+        above = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+        around = [m for m in above if isinstance(getattr(m, "base_layer", None), torch.nn.Module)]
+        inside = [n for n, _ in module.named_parameters() if n not in WEIGHTS]
+        what = None
+        if around:
+            what = f"is wrapped by {type(around[0]).__name__}"
+        elif parametrize.is_parametrized(module):
+            what = "has parametrized weights (LoRA with target_parameters does so)"
+        elif any("lora" in n.lower() or "adapter" in n.lower() for n in inside):
+            what = f"has adapters: {', '.join(inside[:3])}"
+        if what:
+            raise NotImplementedError(
+                f"{name} ({type(module).__name__}) {what}: adapters on experts are not supported, "
+                "merge them into the weights first (peft: merge_and_unload)"
+            )
+
+
 def describe(module: torch.nn.Module, name: str = "experts") -> ExpertsSpec:
     """Sizes and arithmetic of `module`, whose parameters may be on meta.
 
@@ -90,6 +154,9 @@ def describe(module: torch.nn.Module, name: str = "experts") -> ExpertsSpec:
         raise NotImplementedError(f"{where}: experts without a gate projection are not supported")
     if getattr(module, "has_post_expert_norm", False):
         raise NotImplementedError(f"{where}: a norm after each expert is not supported")
+    others = [n for n, _ in module.named_parameters(recurse=False) if n not in WEIGHTS]
+    if others:
+        raise NotImplementedError(f"{where}: parameters {', '.join(others)} are not supported")
     for parameter in ("gate_up_proj", "down_proj"):
         weight = getattr(module, parameter, None)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 3:
@@ -200,12 +267,15 @@ def _probes(limits: set[float]) -> tuple[torch.Tensor, torch.Tensor]:
     wherever it is. What remains unseen is a function that leaves the formula between two
     neighbouring points and returns to it; no experts module is like that.
     """
-    ordinary = torch.arange(-24.0, 25.0, device="cpu")
+
+    def cpu(values: list[float]) -> torch.Tensor:  # Transformers builds models under other defaults
+        return torch.tensor(values, device="cpu", dtype=torch.float32)
+
+    ordinary = cpu([float(x) for x in range(-24, 25)])
     near = [limit * (1 + step) for limit in sorted(limits) for step in (-(2.0**-8), 0, 2.0**-8, 1)]
     far = [2.0**power for power in range(5, 101)]
-    outer = torch.tensor([sign * x for x in near + far for sign in (1, -1)], device="cpu")
-    outer = outer[outer.abs() <= FAR]
-    few = torch.tensor([-3.0, -1.0, 0.5, 2.0], device="cpu")
+    outer = cpu([sign * x for x in near + far for sign in (1, -1) if x <= FAR])
+    few = cpu([-3.0, -1.0, 0.5, 2.0])
     meshes = ((ordinary, ordinary), (outer, few), (few, outer))
     pairs = [torch.cartesian_prod(*mesh) for mesh in meshes]
     gate, up = torch.cat(pairs).unbind(dim=1)

@@ -84,6 +84,16 @@ def test_a_limit_may_be_absent_infinite_or_a_tensor(value: Any) -> None:
     assert recognise_activation(Experts(swiglu(limit), limit=value), "experts") == Activation(limit)
 
 
+def test_defaults_under_which_models_are_built_do_not_matter() -> None:
+    module = Experts(swiglu(30.0, 1.702), limit=30.0, alpha=1.702)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert recognise_activation(module, "experts") == Activation(30.0, 1.702)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def _two_sided(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return silu(gate.clamp(-30, 30)) * up.clamp(-30, 30)
 
