@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def untraced(function: Callable[..., Any], *arguments: Any) -> Any:
     """Break the graph and call `function` as it is.
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
-from hybrid_moe.integrations.import_hook import MODULES, NAME, register_in
+from hybrid_moe.integrations.guard import NAME
+from hybrid_moe.integrations.import_hook import MODULES, register_in
 from hybrid_moe.integrations.options import ExpertsOptions
 from hybrid_moe.tensors import CheckpointError
 

@@ -127,6 +127,15 @@ def test_make_fx_sees_one_node(entrance: Entrance, mode: str, pre_dispatch: bool
     assert torch.equal(graph(*other), function(*other))
 
 
+def test_jit_trace_records_the_node(entrance: Entrance) -> None:
+    """Without it the trace would hold the first output as a constant."""
+    function = around(entrance.call)
+    traced = torch.jit.trace(function, batch(5))
+    for seed in (0, 1):
+        args = batch(5, seed=seed)
+        assert torch.equal(traced(*args), function(*args))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_sees_one_node(entrance: Entrance, strict: bool) -> None:
     class Around(torch.nn.Module):
