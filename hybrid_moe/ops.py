@@ -12,14 +12,18 @@ drawn at random, so that a graph that another process saved finds no layer rathe
 
 from __future__ import annotations
 
+import functools
 import secrets
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.fx import _symbolic_trace as fx
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Run = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, int | None], torch.Tensor]
 """Runs a layer: (layer, hidden, ids, weights, CUDA stream or None)."""
@@ -56,16 +60,26 @@ class Handle:
 def is_traced(x: torch.Tensor) -> bool:
     """Whether a graph is being captured, so that an operator must stand for the layer.
 
-    True inside `torch.compile`, `torch.export` and `torch.jit.trace`, and under every mode that looks
-    at operators (`make_fx`, fake tensors).
+    True inside `torch.compile`, `torch.export` and `torch.jit.trace`, and under every mode that
+    looks at operators (`make_fx`, fake tensors).
     """
     return (
         torch.compiler.is_compiling()
         or type(x) is not torch.Tensor
         or fx._is_fx_tracing_flag  # make_fx above the level of modes, `pre_dispatch`
         or _get_current_dispatch_mode() is not None
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
     )
+
+
+def untraced(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, which breaks the graph where TorchDynamo captures one. See `hybrid_moe.untraced`
+    for why it must not be followed instead."""
+    if not torch.compiler.is_compiling():
+        return function
+    from hybrid_moe.untraced import call
+
+    return functools.partial(call, function)
 
 
 def experts(

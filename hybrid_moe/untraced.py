@@ -9,7 +9,7 @@ import torch
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def untraced(function: Callable[..., Any], *arguments: Any) -> Any:
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
     """Break the graph and call `function` as it is.
 
     TorchDynamo follows any Python code, and replaces NumPy arrays on its way by arrays of its own

@@ -363,12 +363,7 @@ class KTMoEWrapper:
             TypeError, ValueError: a tensor's dtype, shape or device; the message names it.
         """
         runner = self._runner or self._loaded_runner()
-        if torch.compiler.is_compiling():
-            from hybrid_moe.untraced import untraced
-
-            untraced(runner.submit, hidden_states, topk_ids, topk_weights, cuda_stream)
-        else:
-            runner.submit(hidden_states, topk_ids, topk_weights, cuda_stream)
+        ops.untraced(runner.submit)(hidden_states, topk_ids, topk_weights, cuda_stream)
 
     def sync_forward(
         self, hidden_states: torch.Tensor, cuda_stream: int | None = None
@@ -388,12 +383,7 @@ class KTMoEWrapper:
             IndexError: `strict`, and ids were out of range.
         """
         runner = self._runner or self._loaded_runner()
-        if torch.compiler.is_compiling():
-            from hybrid_moe.untraced import untraced
-
-            output: torch.Tensor = untraced(runner.sync, hidden_states, cuda_stream)
-            return output
-        return runner.sync(hidden_states, cuda_stream)
+        return ops.untraced(runner.sync)(hidden_states, cuda_stream)
 
     def forward(
         self,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,7 +157,7 @@ def _prints(weights: dict[str, torch.Tensor], experts: Sequence[int], threads: i
             weight = weight[list(experts)].cpu().clone(memory_format=torch.contiguous_format)
             rows = range(len(experts))
         kept.append(weight)  # until it has been read
-        size = weight.stride(0) * weight.element_size()
+        size = math.prod(weight.shape[1:]) * weight.element_size()
         spans.append([(weight.data_ptr() + row * size, size) for row in rows])
     done = fingerprints([span for of_one in spans for span in of_one], threads)
     columns = [done[i * len(experts) : (i + 1) * len(experts)] for i in range(len(spans))]
@@ -166,8 +167,9 @@ def _prints(weights: dict[str, torch.Tensor], experts: Sequence[int], threads: i
 def _check_in_memory(name: str, weight: torch.Tensor) -> None:
     """Wrappers that move weights in and out leave tensors without memory behind."""
     if not weight.is_meta:
-        end = (weight.storage_offset() + weight.numel()) * weight.element_size()
-        if not weight.is_contiguous() or weight.untyped_storage().nbytes() >= end:
+        last = sum((n - 1) * step for n, step in zip(weight.shape, weight.stride(), strict=True))
+        end = (weight.storage_offset() + last + 1) * weight.element_size()
+        if weight.untyped_storage().nbytes() >= end:
             return
     raise RuntimeError(
         f"{name} of this experts module has no memory now (on meta, or freed by a wrapper such as "

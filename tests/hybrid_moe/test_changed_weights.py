@@ -273,7 +273,7 @@ def test_weights_that_accelerate_brings_are_packed_once_and_a_warning_says_what_
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("way", ["meta", "freed"])
+@pytest.mark.parametrize("way", ["meta", "freed", "freed, with other strides"])
 def test_weights_without_memory_are_refused(way: str) -> None:
     module = experts_of(named())
     x, ids, weights = torch.randn(1, 64).bfloat16(), torch.tensor([[0]]), torch.ones(1, 1)
@@ -282,9 +282,27 @@ def test_weights_without_memory_are_refused(way: str) -> None:
         module.to("meta")
     else:
         module.down_proj.data = module.down_proj.data.clone()
+        if way != "freed":
+            module.down_proj.data = module.down_proj.data.transpose(1, 2)
         module.down_proj.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="has no memory now"):
         module(x, ids, weights)
+
+
+def test_one_expert_whose_first_stride_means_nothing() -> None:
+    """Strides of axes of one element are arbitrary, and count as contiguous."""
+    module = experts_of(named())
+    for name, parameter in list(module.named_parameters()):
+        one = parameter.detach()[:1].clone()
+        strides = (1, *one.stride()[1:])
+        setattr(module, name, torch.nn.Parameter(one.as_strided(one.shape, strides)))
+    module.num_experts = 1
+    x, ids, weights = torch.randn(2, 64).bfloat16(), torch.zeros(2, 1).long(), torch.ones(2, 1)
+    with torch.no_grad():
+        before = module(x, ids, weights)
+        module.down_proj.data[0, -1, -1] = 100
+        assert not torch.equal(module(x, ids, weights), before)
+        assert not module(x, ids - 1, weights).any()  # no expert at all
 
 
 def test_compiled_models_see_changes_too() -> None:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_moe.cpu_kernels.activation import Activation
-from hybrid_moe.integrations.experts_module import describe, interleaves, recognise_activation
+from hybrid_moe.integrations.experts_module import describe, interleaves
+from hybrid_moe.integrations.proof import recognise_activation
 from tests.hybrid_moe.tiny_models import FAMILIES, build
 
 silu = torch.nn.functional.silu
