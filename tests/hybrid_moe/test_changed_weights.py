@@ -283,7 +283,7 @@ def test_weights_without_memory_are_refused(way: str) -> None:
     else:
         module.down_proj.data = module.down_proj.data.clone()
         if way != "freed":
-            module.down_proj.data = module.down_proj.data.transpose(1, 2)
+            _transposed(module)
         module.down_proj.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="has no memory now"):
         module(x, ids, weights)
