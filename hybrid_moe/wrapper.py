@@ -486,6 +486,9 @@ class KTMoEWrapper:
             self._writer.close()
         self._layer.close()
 
+    def __reduce__(self) -> str:
+        raise TypeError("a KTMoEWrapper cannot be copied or pickled: it owns threads and memory")
+
     # The process --------------------------------------------------------------------------------
 
     @classmethod

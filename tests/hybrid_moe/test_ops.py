@@ -221,6 +221,13 @@ def test_a_closed_layer_says_so() -> None:
         graph(*batch(2))
 
 
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_wrappers_have_no_copies(duplicate: Callable[[Any], Any]) -> None:
+    """A copy would hold addresses of the first one's memory."""
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        duplicate(_wrapper().layer)
+
+
 def test_copies_get_handles_of_their_own() -> None:
     offloaded, named = _offloaded().layer, _named().layer
     make_fx(named)(*batch(2))  # now it has one
