@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybrid_moe import arguments, checkpoints
+from hybrid_moe import arguments, checkpoints, ops
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.deferral import Chain, split_deferred
@@ -154,6 +154,7 @@ class KTMoEWrapper:
         self._layer = self._new_layer()  # holds no memory yet; checks sizes and isa
         self._runner: LayerRunner | None = None
         self._chain = Chain.join((self.weight_path, self.hidden_size, self.pool), self)
+        self._handle = ops.Handle(self, KTMoEWrapper._forward_now)
 
     # What the layer is --------------------------------------------------------------------------
 
@@ -370,7 +371,7 @@ class KTMoEWrapper:
             TypeError, ValueError: a tensor's dtype, shape or device; the message names it.
         """
         runner = self._runner or self._loaded_runner()
-        runner.submit(hidden_states, topk_ids, topk_weights, cuda_stream)
+        ops.untraced(runner.submit)(hidden_states, topk_ids, topk_weights, cuda_stream)
 
     def sync_forward(
         self, hidden_states: torch.Tensor, cuda_stream: int | None = None
@@ -389,7 +390,8 @@ class KTMoEWrapper:
                 the GPU by the mask nor loaded; a worker failed.
             IndexError: `strict`, and ids were out of range.
         """
-        return (self._runner or self._loaded_runner()).sync(hidden_states, cuda_stream)
+        runner = self._runner or self._loaded_runner()
+        return ops.untraced(runner.sync)(hidden_states, cuda_stream)
 
     def forward(
         self,
@@ -398,7 +400,25 @@ class KTMoEWrapper:
         topk_weights: torch.Tensor,
         cuda_stream: int | None = None,
     ) -> torch.Tensor:
-        """`submit_forward` and `sync_forward` in one."""
+        """`submit_forward` and `sync_forward` in one.
+
+        In a graph that is captured (`torch.compile`, `torch.export`, `make_fx`) it is one node, see
+        `hybrid_moe.ops`. With deferred experts it breaks the graph, as `submit_forward` and
+        `sync_forward` do: what they return depends on the call before.
+        """
+        if ops.is_traced(hidden_states) and not self.max_deferred_experts_per_token:
+            return ops.experts(
+                hidden_states, topk_ids, topk_weights, self._handle.value, cuda_stream
+            )
+        return self._forward_now(hidden_states, topk_ids, topk_weights, cuda_stream)
+
+    def _forward_now(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        cuda_stream: int | None,
+    ) -> torch.Tensor:
         self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
         return self.sync_forward(hidden_states, cuda_stream)
 
@@ -473,6 +493,9 @@ class KTMoEWrapper:
             self._runner = None
             self._writer.close()
         self._layer.close()
+
+    def __reduce__(self) -> str:
+        raise TypeError("a KTMoEWrapper cannot be copied or pickled: it owns threads and memory")
 
     # The process --------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""Compiled loops around the kernels: packing, routing, the three phases of a layer, workers.
+"""Compiled loops around the kernels: packing, routing, the three phases of a layer, workers,
+fingerprints.
 
 Everything here but `fields` is compiled, and imported only when the object cache is cold.
 """
@@ -24,6 +25,7 @@ _ENTRIES = {
     "watch": "host",
     "watch_once": "host",
     "pack_strips": "pack",
+    "fingerprint": "fingerprint",
 }
 """Driver that Python calls -> its module here."""
 

@@ -3,51 +3,55 @@
 The module keeps its parameters, so the memory is spent twice; in return any model that
 Transformers has loaded can try the CPU experts and go back. `hybrid_moe.offload` and
 `hybrid_moe.from_pretrained` are the ways that do not spend it twice.
+
+Parameters can be written in many ways that leave no trace (`.data`, NumPy arrays on the same
+memory, another process), and be replaced by others with the same content (accelerate's hooks do so
+in every forward). So packed panels are judged by content alone: every call takes fingerprints of
+the weights of the experts that it uses, and packs anew if one is not what was packed. That reads
+those weights once more, about what the experts themselves read in BF16.
 """
 
 from __future__ import annotations
 
-import weakref
+import functools
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch.nn.utils import parametrize
 
+from hybrid_moe import ops
+from hybrid_moe.cpu_kernels.fingerprint import fingerprints
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.integrations.experts_module import ExpertsSpec, describe
+from hybrid_moe.integrations.experts_module import ExpertsSpec, describe, weights_of
 from hybrid_moe.integrations.hybrid_experts import fill, new_layer, run_layer
 from hybrid_moe.integrations.options import ExpertsOptions
 
-_ATTRIBUTE = "_hybrid_moe_packed"
+_log = logging.getLogger(__name__)
 
+_PACKED, _HANDLE = "_hybrid_moe_packed", "_hybrid_moe_handle"
 
-@dataclass(frozen=True)
-class _State:
-    """One parameter as it was: weakly held, since a successor may get its identity and address."""
+Prints = dict[int, tuple[tuple[int, ...], ...]]
+"""Expert -> fingerprints of its weights, one entry a weight."""
 
-    parameter: weakref.ReferenceType[torch.nn.Parameter]
-    address: int
-    version: int
-
-    @classmethod
-    def of(cls, p: torch.nn.Parameter) -> _State:
-        return cls(weakref.ref(p), p.data_ptr(), -1 if p.is_inference() else p._version)
-
-    def holds(self, p: torch.nn.Parameter) -> bool:
-        """Whether `p` is still that parameter, neither moved nor written in place."""
-        now = self.of(p)
-        return self.parameter() is p and (self.address, self.version) == (now.address, now.version)
+Layout = tuple[tuple[str, torch.Size, torch.dtype], ...]
+"""What weights there are: name, shape, dtype."""
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """A module's parameters and options when they were packed, and the result.
+    """What a module's weights and options were when they were packed, and the result.
 
-    A copy of the module shares it, and finds it to be another module's; a pickle has None instead.
+    A copy of the module shares it as long as its weights are the same; a pickle has None instead.
     """
 
     options: ExpertsOptions
-    states: dict[str, _State]
+    layout: Layout
+    prints: Prints
     spec: ExpertsSpec
     layer: ExpertLayer
 
@@ -57,14 +61,14 @@ class _Packed:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
-    def is_current(
-        self, options: ExpertsOptions, parameters: dict[str, torch.nn.Parameter]
+    def holds(
+        self, options: ExpertsOptions, weights: dict[str, torch.Tensor], experts: Sequence[int]
     ) -> bool:
-        return (
-            options == self.options
-            and parameters.keys() == self.states.keys()
-            and all(self.states[name].holds(p) for name, p in parameters.items())
-        )
+        """Whether these experts of `weights` are what was packed."""
+        if options != self.options or _layout(weights) != self.layout:
+            return False
+        now = _prints(weights, experts, self.layer.pool.threads)
+        return all(now[e] == self.prints[e] for e in experts)
 
 
 def experts_forward(
@@ -73,11 +77,12 @@ def experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Run an experts module of Transformers on the CPU kernels.
+    """Run an experts module of Transformers on the CPU kernels, with the weights that it has now.
 
-    The first call packs the module's weights, as does the first after they changed. Method,
-    threads and pools come from `config.hybrid_moe_options` (a mapping such as
-    `{"method": "MXFP4", "threads": 8}`), by default BF16 on every core.
+    The first call packs the module's weights, as does any that meets other weights than were
+    packed, however they were changed. Method, threads and pools come from
+    `config.hybrid_moe_options` (a mapping such as `{"method": "MXFP4", "threads": 8}`), by default
+    BF16 on every core. In a graph that is captured it is one node, see `hybrid_moe.ops`.
 
     Args:
         module: the experts module.
@@ -87,17 +92,103 @@ def experts_forward(
 
     Raises:
         NotImplementedError: the module computes something that this package does not.
+        RuntimeError: its weights are not in memory.
     """
+    if ops.is_traced(hidden_states):
+        _ensure_handle(module)
+        handle: ops.Handle = getattr(module, _HANDLE)
+        return ops.experts(hidden_states, top_k_index, top_k_weights, handle.value)
+    return _run(module, hidden_states, top_k_index, top_k_weights)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _ensure_handle(module: torch.nn.Module) -> None:
+    """Give the module a handle; runs while a graph is captured, and is no part of it."""
+    if module.__dict__.get(_HANDLE) is None:
+        module.__dict__[_HANDLE] = ops.Handle(module, _run)
+
+
+def _run(
+    module: torch.nn.Module,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    cuda_stream: int | None = None,
+) -> torch.Tensor:
+    with parametrize.cached():  # weights that are computed are computed once
+        packed = _packed(module, ids)
+    return run_layer(packed.layer, packed.spec, hidden, ids, weights)
+
+
+def _packed(module: torch.nn.Module, ids: torch.Tensor) -> _Packed:
+    """The module's panels, right for the experts that `ids` name."""
     options = ExpertsOptions.of(getattr(module, "config", None))
-    parameters = dict(module.named_parameters(recurse=False))
-    packed: _Packed | None = module.__dict__.get(_ATTRIBUTE)
-    if packed is None or not packed.is_current(options, parameters):
-        module.__dict__.pop(_ATTRIBUTE, None)  # frees the panels, unless a copy has them too
-        packed = None
-        spec = describe(module)
-        layer = new_layer(spec, options)
-        fill(layer, module, spec, options.fmt)
-        states = {name: _State.of(p) for name, p in parameters.items()}
-        packed = _Packed(options, states, spec, layer)
-        module.__dict__[_ATTRIBUTE] = packed
-    return run_layer(packed.layer, packed.spec, hidden_states, top_k_index, top_k_weights)
+    weights = weights_of(module)
+    packed: _Packed | None = module.__dict__.get(_PACKED)
+    if packed is not None:
+        named = np.unique(ids.detach().cpu().numpy())
+        experts = named[(named >= 0) & (named < packed.spec.num_experts)].tolist()
+        if packed.holds(options, weights, experts):
+            return packed
+    del packed
+    module.__dict__.pop(_PACKED, None)  # frees the panels, unless a copy has them too
+    if _is_offloaded(module):
+        _warn_of_offloading()
+    spec = describe(module)
+    layer = new_layer(spec, options)
+    # Before packing: what changes meanwhile is found by the next call
+    prints = _prints(weights, range(spec.num_experts), layer.pool.threads)
+    fill(layer, module, spec, options.fmt)
+    packed = _Packed(options, _layout(weights), prints, spec, layer)
+    module.__dict__[_PACKED] = packed
+    return packed
+
+
+def _layout(weights: dict[str, torch.Tensor]) -> Layout:
+    return tuple((name, w.shape, w.dtype) for name, w in weights.items())
+
+
+def _prints(weights: dict[str, torch.Tensor], experts: Sequence[int], threads: int) -> Prints:
+    spans, kept = [], []
+    for name, weight in weights.items():
+        _check_in_memory(name, weight)
+        rows: Sequence[int] = experts
+        if weight.device.type != "cpu" or not weight.is_contiguous() or weight.data_ptr() % 8:
+            weight = weight[list(experts)].cpu().clone(memory_format=torch.contiguous_format)
+            rows = range(len(experts))
+        kept.append(weight)  # until it has been read
+        size = math.prod(weight.shape[1:]) * weight.element_size()
+        spans.append([(weight.data_ptr() + row * size, size) for row in rows])
+    done = fingerprints([span for of_one in spans for span in of_one], threads)
+    columns = [done[i * len(experts) : (i + 1) * len(experts)] for i in range(len(spans))]
+    return dict(zip(experts, zip(*columns, strict=True), strict=True))
+
+
+def _check_in_memory(name: str, weight: torch.Tensor) -> None:
+    """Wrappers that move weights in and out leave tensors without memory behind."""
+    if not weight.is_meta:
+        last = sum((n - 1) * step for n, step in zip(weight.shape, weight.stride(), strict=True))
+        end = (weight.storage_offset() + last + 1) * weight.element_size()
+        if weight.untyped_storage().nbytes() >= end:
+            return
+    raise RuntimeError(
+        f"{name} of this experts module has no memory now (on meta, or freed by a wrapper such as "
+        "FSDP): hybrid_moe cannot read its weights"
+    )
+
+
+def _is_offloaded(module: torch.nn.Module) -> bool:
+    """Whether hooks of accelerate bring the module's weights for each forward, and drop them."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return any(getattr(h, "offload", False) for h in hooks)
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_of_offloading() -> None:
+    """Says so once, not once a layer."""
+    _log.warning(
+        "accelerate (device_map, cpu_offload) moves the weights of these experts for every forward "
+        "pass, though hybrid_moe has packed them: hybrid_moe.from_pretrained loads experts once, "
+        "straight into panels, and nothing moves them"
+    )

@@ -3,26 +3,35 @@
 Transformers marks its experts modules with the facts that matter: `has_gate`, `has_bias`,
 `is_transposed`, `is_concatenated`, and a method `_apply_gate` that is the activation. Names of
 attributes alone would be a guess (`limit` is a clamp in two families and nothing elsewhere), so
-the activation is read from the attributes and then proved: `_apply_gate` runs on a grid of values
-and must agree with the formula. A module that nothing explains is refused by its class's name.
+the activation is read from the attributes and then proved, see `proof`. A module that nothing
+explains is refused by its class's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils import parametrize
 
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.formats import BF16, MXFP4, Array, WeightFormat
+from hybrid_moe.integrations.proof import recognise_activation
 from hybrid_moe.loaders.stored import encode
 from hybrid_moe.tensors import ExpertTensors, Matrix
 
 MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """Attributes that Transformers' `use_experts_implementation` puts on an experts module."""
+
+WEIGHTS = tuple(
+    f"{name}{suffix}"
+    for name in ("gate_up_proj", "down_proj")
+    for suffix in ("", "_bias", "_scale_inv")
+)
+"""Attributes of an experts module that hold what is packed."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,13 @@ def find_experts(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Every experts module of `model` by its name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none; where there are others, it names them.
     """
     found = {name: m for name, m in model.named_modules() if is_experts(m)}
     if not found:
+        foreign = foreign_experts(model)
+        if foreign:
+            raise ValueError(unsupported(type(model).__name__, foreign))
         raise ValueError(
             f"{type(model).__name__} has no experts that Transformers dispatches "
             "(modules with an experts_implementation): it is no mixture of experts, "
@@ -71,6 +83,66 @@ def is_experts(module: torch.nn.Module) -> bool:
     return all(hasattr(module, mark) for mark in MARKS) or hasattr(module, "gate_up_proj_scale_inv")
 
 
+def foreign_experts(model: torch.nn.Module) -> dict[str, str]:
+    """Modules that look like routed experts, and that Transformers does not dispatch: the class of
+    each by its name. By their looks: called `experts`, or of a class called so, with parameters."""
+    foreign: dict[str, str] = {}
+    for name, module in model.named_modules():
+        kind, last = type(module).__name__, name.rpartition(".")[2]
+        looks = last == "experts" or kind.endswith("Experts")
+        if not looks or "shared" in f"{last} {kind}".lower() or is_experts(module):
+            continue
+        inner = any(is_experts(m) for m in module.modules())
+        if not inner and any(True for _ in module.parameters()):
+            one = next(iter(module.children()), module)
+            foreign[name] = type(one).__name__ if type(module) is torch.nn.ModuleList else kind
+    return foreign
+
+
+def unsupported(model: str, foreign: Mapping[str, str]) -> str:
+    """The sentence that refuses them."""
+    names = ", ".join(sorted(set(foreign.values())))
+    where = next(iter(foreign))
+    return (
+        f"{model}: {names} ({where}{', ...' if len(foreign) > 1 else ''}) is not supported. "
+        "hybrid_moe runs experts that Transformers dispatches by experts_implementation: fused "
+        "gate_up_proj and down_proj with SwiGLU, as in Qwen-MoE, Mixtral, DeepSeek, GLM, MiniMax "
+        "and gpt-oss"
+    )
+
+
+def refuse_adapters(model: torch.nn.Module, found: Mapping[str, torch.nn.Module]) -> None:
+    """Raise where packing would lose what is added to experts: LoRA and its like.
+
+    Adapters come as modules around the experts (peft: `base_layer`), as parametrizations of their
+    weights, or as parameters of their own inside.
+
+    Args:
+        model: the model.
+        found: its experts modules by name.
+
+    Raises:
+        NotImplementedError: names the module and what is on it.
+    """
+    for name, module in found.items():
+        parts = name.split(".")
+        above = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+        around = [m for m in above if isinstance(getattr(m, "base_layer", None), torch.nn.Module)]
+        inside = [n for n, _ in module.named_parameters() if n not in WEIGHTS]
+        what = None
+        if around:
+            what = f"is wrapped by {type(around[0]).__name__}"
+        elif parametrize.is_parametrized(module):
+            what = "has parametrized weights (LoRA with target_parameters does so)"
+        elif any("lora" in n.lower() or "adapter" in n.lower() for n in inside):
+            what = f"has adapters: {', '.join(inside[:3])}"
+        if what:
+            raise NotImplementedError(
+                f"{name} ({type(module).__name__}) {what}: adapters on experts are not supported, "
+                "merge them into the weights first (peft: merge_and_unload)"
+            )
+
+
 def describe(module: torch.nn.Module, name: str = "experts") -> ExpertsSpec:
     """Sizes and arithmetic of `module`, whose parameters may be on meta.
 
@@ -82,6 +154,9 @@ def describe(module: torch.nn.Module, name: str = "experts") -> ExpertsSpec:
         raise NotImplementedError(f"{where}: experts without a gate projection are not supported")
     if getattr(module, "has_post_expert_norm", False):
         raise NotImplementedError(f"{where}: a norm after each expert is not supported")
+    others = [n for n, _ in module.named_parameters(recurse=False) if n not in WEIGHTS]
+    if others:
+        raise NotImplementedError(f"{where}: parameters {', '.join(others)} are not supported")
     for parameter in ("gate_up_proj", "down_proj"):
         weight = getattr(module, parameter, None)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 3:
@@ -109,59 +184,29 @@ def describe(module: torch.nn.Module, name: str = "experts") -> ExpertsSpec:
     return spec
 
 
-def recognise_activation(
-    module: torch.nn.Module, where: str, concatenated: bool = True
-) -> Activation:
-    """The `Activation` that equals `module._apply_gate` on a grid of gate and up values.
+def interleaves(module: torch.nn.Module, name: str = "experts") -> bool:
+    """Whether gate and up alternate along `gate_up_proj`'s outputs (gate 0, up 0, gate 1, ...)
+    rather than being its two halves.
+
+    Shapes cannot tell, and neither do names or biases: some families with biases have halves, some
+    alternate. The module can: its `_apply_gate` takes the fused output apart, and `describe` holds
+    what it does against the formula, so a wrong answer cannot pass. The parameters may be on meta.
+
+    Args:
+        module: an experts module, see `is_experts`.
+        name: its name in the model, for messages.
 
     Raises:
-        NotImplementedError: none does.
+        NotImplementedError: the module computes something that this package does not.
     """
-    apply_gate = getattr(module, "_apply_gate", None)
-    if apply_gate is None:
-        raise NotImplementedError(f"{where}: the class has no _apply_gate to read its activation")
-    points = torch.linspace(-24.0, 24.0, 49, device="cpu", dtype=torch.float32)
-    gate, up = (grid.flatten() for grid in torch.meshgrid(points, points, indexing="ij"))
-    halves = [gate, up]
-    gate_up = torch.cat(halves) if concatenated else torch.stack(halves, dim=-1).flatten()
-    with torch.no_grad():
-        computed = apply_gate(gate_up[None])[0]
-    for activation in _candidates(module):
-        if torch.allclose(computed, _swiglu(gate, up, activation), rtol=1e-5, atol=1e-5):
-            return activation
-    raise NotImplementedError(
-        f"{where}: its activation is not one of silu(gate) * up, the same with both clamped, "
-        "and clamped gate * sigmoid(alpha * gate) * (up + 1)"
-    )
+    return not describe(module, name).concatenated
 
 
-def _candidates(module: torch.nn.Module) -> Iterator[Activation]:
-    """Activations that the module's attributes suggest."""
-
-    def number(*names: str) -> float | None:
-        for name in names:
-            value = getattr(module, name, None)
-            if isinstance(value, (int, float)):
-                return float(value)
-        return None
-
-    limit, alpha = number("limit", "swiglu_limit"), number("alpha", "swiglu_alpha")
-    yield Activation()
-    if limit is not None:
-        yield Activation(limit=limit)
-    if alpha is not None:
-        yield Activation(alpha=alpha)
-        yield Activation(limit=limit or 0.0, alpha=alpha)
-
-
-def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """The formula that `Activation` documents."""
-    if activation.limit > 0:
-        gate = gate.clamp(max=activation.limit)
-        up = up.clamp(min=-activation.limit, max=activation.limit)
-    if activation.alpha > 0:
-        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
-    return gate * torch.sigmoid(gate) * up
+def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The module's weights as it would use them now, [E, ...] each, by name; where they are
+    computed (`torch.nn.utils.parametrize`, adapters), the results."""
+    found = {name: getattr(module, name, None) for name in WEIGHTS}
+    return {name: w.detach() for name, w in found.items() if isinstance(w, torch.Tensor)}
 
 
 def expert_tensors(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from hybrid_moe import ops
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats import WeightFormat
 from hybrid_moe.integrations.experts_module import ExpertsSpec, expert_tensors
 from hybrid_moe.integrations.options import ExpertsOptions
+from hybrid_moe.loaders.parallel import for_each
+from hybrid_moe.loaders.safetensors import ReadBuffer
 
 
 class HybridExperts(torch.nn.Module):
@@ -28,6 +30,7 @@ class HybridExperts(torch.nn.Module):
         self.spec = spec
         self.layer: ExpertLayer | None = None
         self.fmt: WeightFormat | None = None
+        self._handle = ops.Handle(self, _run)
 
     def allocate(self, options: ExpertsOptions) -> ExpertLayer:
         """An `ExpertLayer` for this module's sizes with room for every expert, kept here."""
@@ -38,9 +41,9 @@ class HybridExperts(torch.nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden [..., H], ids [S, k], weights [S, k] -> like hidden."""
-        if self.layer is None:
-            raise RuntimeError(f"{self.spec.where}: forward before its experts are loaded")
-        return run_layer(self.layer, self.spec, hidden_states, top_k_index, top_k_weights)
+        if ops.is_traced(hidden_states):
+            return ops.experts(hidden_states, top_k_index, top_k_weights, self._handle.value)
+        return _run(self, hidden_states, top_k_index, top_k_weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridExperts:
         """Packed weights never change, so a copy of the model shares them."""
@@ -54,6 +57,18 @@ class HybridExperts(torch.nn.Module):
     def extra_repr(self) -> str:
         s, fmt = self.spec, self.fmt.name if self.fmt else "not loaded"
         return f"{s.num_experts} experts, hidden={s.hidden}, intermediate={s.intermediate}, {fmt}"
+
+
+def _run(
+    module: HybridExperts,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    cuda_stream: int | None = None,
+) -> torch.Tensor:
+    if module.layer is None:
+        raise RuntimeError(f"{module.spec.where}: forward before its experts are loaded")
+    return run_layer(module.layer, module.spec, hidden, ids, weights)
 
 
 def new_layer(spec: ExpertsSpec, options: ExpertsOptions) -> ExpertLayer:
@@ -73,12 +88,10 @@ def new_layer(spec: ExpertsSpec, options: ExpertsOptions) -> ExpertLayer:
 def fill(layer: ExpertLayer, module: torch.nn.Module, spec: ExpertsSpec, fmt: WeightFormat) -> None:
     """Load every expert of `module` into `layer`, several at a time."""
 
-    def load(expert: int) -> None:
+    def load(expert: int, _: ReadBuffer) -> None:
         layer.load(expert, expert_tensors(module, spec, expert, fmt))
 
-    with ThreadPoolExecutor(min(8, usable_cores())) as executor:
-        for _ in executor.map(load, range(spec.num_experts)):
-            pass
+    for_each(range(spec.num_experts), load, min(8, usable_cores()))
 
 
 def run_layer(
@@ -133,7 +146,7 @@ class _InferenceOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("experts that run through hybrid_moe have no gradient: inference only")
+        raise RuntimeError(ops.NO_GRADIENT)
 
 
 def bf16_bits(x: torch.Tensor) -> npt.NDArray[np.uint16]:

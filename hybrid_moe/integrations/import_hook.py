@@ -4,7 +4,8 @@
 `AutoModelForCausalLM.from_pretrained(dir, experts_implementation="hybrid_moe")` must find the
 name. So `install()` registers at once in the interfaces whose modules are loaded already, and asks
 Python's import system to be told when one of the others is. The registered function is a
-trampoline: the implementation is imported at its first call.
+trampoline: the implementation is imported at its first call. With the name comes its guard, into
+the module that has Transformers' models.
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-_log = logging.getLogger(__name__)
+from hybrid_moe.integrations.guard import NAME, guard
 
-NAME = "hybrid_moe"
-"""The `experts_implementation` under which the CPU experts are known."""
+_log = logging.getLogger(__name__)
 
 INTERFACES = {
     "transformers.integrations.moe": "ExpertsInterface",
     "transformers.integrations.finegrained_fp8": "FP8ExpertsInterface",
 }
 """Module -> its class with `register(name, function)`; the second is for FP8 and FP4 experts."""
+
+MODELS = "transformers.modeling_utils"
+"""The module whose `PreTrainedModel` is guarded, see `guard`."""
+
+MODULES = (*INTERFACES, MODELS)
 
 
 def experts_function(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +46,7 @@ def install() -> None:
 
     Idempotent; imports nothing.
     """
-    for module_name in INTERFACES:
+    for module_name in MODULES:
         if module_name in sys.modules:
             register_in(sys.modules[module_name])
     if not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
@@ -49,7 +54,10 @@ def install() -> None:
 
 
 def register_in(module: ModuleType) -> bool:
-    """Register in the interface of the loaded `module`; False if it has none (an old version)."""
+    """Register in the interface of the loaded `module`, or guard its models; False if it has none
+    (an old version)."""
+    if module.__name__ == MODELS:
+        return guard(module)
     interface = getattr(module, INTERFACES[module.__name__], None)
     if interface is None:
         _log.warning(
@@ -68,7 +76,7 @@ class _RegisterOnImport:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in INTERFACES:
+        if name not in MODULES:
             return None
         spec = _find_without(self, name, path, target)
         if spec is None or spec.loader is None:

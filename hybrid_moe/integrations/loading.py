@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from hybrid_moe.integrations.experts_module import ExpertsSpec, describe, find_experts
+from hybrid_moe.integrations.guard import LOADS_EXPERTS
 from hybrid_moe.integrations.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.options import ExpertsOptions
 from hybrid_moe.loaders import Checkpoint, LayerSource, load_layer
@@ -238,6 +239,7 @@ def _with_hybrid_experts(original: Any, unread: Iterable[str]) -> Any:
             "__init__": __init__,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
+            LOADS_EXPERTS: True,
         },
     )
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from hybrid_moe.find_model import find_model
 from hybrid_moe.formats import BF16, chosen_format
-from hybrid_moe.integrations.import_hook import INTERFACES, NAME, register_in
+from hybrid_moe.integrations.guard import NAME
+from hybrid_moe.integrations.import_hook import MODULES, register_in
 from hybrid_moe.integrations.options import ExpertsOptions
 from hybrid_moe.tensors import CheckpointError
 
@@ -35,7 +36,7 @@ def register() -> None:
     """
     from importlib import import_module
 
-    for module_name in INTERFACES:
+    for module_name in MODULES:
         if not register_in(import_module(module_name)):
             raise ImportError(f"{module_name} has no experts interface: transformers >= 5.17 has")
 
@@ -66,15 +67,19 @@ def offload(
         `model` itself.
 
     Raises:
-        ValueError: unknown method, impossible threads, no experts, experts on meta.
-        NotImplementedError: an experts module computes something that this package does not.
+        ValueError: unknown method, impossible threads, no experts or such as Transformers does not
+            dispatch, experts on meta.
+        NotImplementedError: an experts module computes something that this package does not;
+            adapters (LoRA) on the experts, which would be lost: merge them first. Nothing has been
+            moved then.
     """
-    from hybrid_moe.integrations.experts_module import describe, find_experts
+    from hybrid_moe.integrations.experts_module import describe, find_experts, refuse_adapters
     from hybrid_moe.integrations.hybrid_experts import HybridExperts, fill
     from hybrid_moe.integrations.loading import replace_module
 
     options = _checked(method, threads, pools)
     found = find_experts(model)
+    refuse_adapters(model, found)
     specs = {name: describe(module, name) for name, module in found.items()}
     for name, module in found.items():
         if any(p.is_meta for p in module.parameters()):

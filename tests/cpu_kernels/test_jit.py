@@ -354,7 +354,8 @@ for name, module in sorted(sys.modules.items()):
 """
     )
     assert result.returncode == 0, result.stderr
-    others = {"hybrid_moe", "hybrid_moe.integrations", "hybrid_moe.integrations.import_hook"}
+    integrations = "hybrid_moe.integrations"
+    others = {"hybrid_moe", integrations, f"{integrations}.import_hook", f"{integrations}.guard"}
     assert set(result.stdout.split()) <= others
 
 

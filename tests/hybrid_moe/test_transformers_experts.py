@@ -17,9 +17,9 @@ from hybrid_moe.integrations.experts_module import (
     describe,
     expert_tensors,
     find_experts,
-    recognise_activation,
 )
 from hybrid_moe.integrations.hybrid_experts import HybridExperts
+from hybrid_moe.integrations.proof import recognise_activation
 from hybrid_moe.integrations.transformers import offload, register
 from tests.hybrid_moe.tiny_models import FAMILIES, build, greedy, logits, prompt
 from tests.reference import assert_within, evaluate
