@@ -13,7 +13,7 @@ from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.panels import MOST_BLOCK_TOKENS, STRIP_ROWS, round_up
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
 
-_TASKS_PER_WORKER = 12
+_TASKS_PER_WORKER = 12  # of a phase, at least: the last one out waits for less than a task
 INLINE_ENCODE_TOKENS = 4
 _ENCODE_TOKENS_PER_TASK = 16
 _EXACT_CAPACITY = 8
@@ -102,7 +102,7 @@ class JobShape:
         job[f.J_SCRATCH_OUT] = f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
         job[f.J_ENCODE_TOKENS] = _ENCODE_TOKENS_PER_TASK
         job[f.J_INLINE_ENCODE] = int(self.capacity <= INLINE_ENCODE_TOKENS)
-        job[f.J_TARGET_TASKS] = _TASKS_PER_WORKER * self.workers
+        job[f.J_TARGET_TASKS] = _TASKS_PER_WORKER * -(-self.workers // self.pools)
         return job
 
 
@@ -150,34 +150,37 @@ class StagedJob:
         return self._address
 
 
-@dataclass(frozen=True)
-class Part:
-    """One published job of a pass, and its number in its group."""
-
-    sequence: int
-    job: StagedJob
-
-
 class Job:
-    """A forward pass under way."""
+    """A forward pass under way.
+
+    Args:
+        group: its workers.
+        running: the last published job and its number; None if there was nothing to do.
+        out: bf16 bits [T, H], what it writes.
+        ignored: ids below 0 or at and above the number of experts.
+    """
 
     def __init__(
-        self, group: PoolGroup, parts: list[Part], out: npt.NDArray[np.uint16], ignored: int
+        self,
+        group: PoolGroup,
+        running: tuple[StagedJob, int] | None,
+        out: npt.NDArray[np.uint16],
+        ignored: int,
     ) -> None:
         self._group = group
-        self._parts = parts
+        self._running = running
         self._out = out
         self.ignored = ignored
-        """Ids below 0 or at and above the number of experts."""
 
     @property
     def done(self) -> bool:
         """Whether `wait` would return at once."""
-        return all(self._group.is_complete(part.sequence) for part in self._parts)
+        return self._running is None or self._group.is_complete(self._running[1])
 
     def wait(self) -> npt.NDArray[np.uint16]:
         """bf16 bits [T, H]; the array is the caller's own. The calling thread works meanwhile."""
-        while self._parts:
-            self._group.wait(self._parts[0].sequence)
-            self._group.idle.give_back(self._parts.pop(0).job)
+        if self._running is not None:
+            self._group.wait(self._running[1])
+            job, self._running = self._running[0], None
+            self._group.idle.give_back(job)
         return self._out

@@ -19,11 +19,13 @@ _ENTRIES = {
     "work": "worker",
     "help_until": "worker",
     "wake_all": "worker",
+    "take_worker0": "worker",
     "post_host": "host",
     "wait_host": "host",
     "watch": "host",
     "watch_once": "host",
     "pack_strips": "pack",
+    "publish_word": "pack",
 }
 """Driver that Python calls -> its module here."""
 

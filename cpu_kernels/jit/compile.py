@@ -25,7 +25,7 @@ from hybrid_moe.cpu_kernels.jit import cache
 
 logger = logging.getLogger(__name__)
 
-ABI = 3
+ABI = 4
 """Raise when the meaning of an address or descriptor that compiled code sees changes."""
 
 _THIS_FILE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # as imported
