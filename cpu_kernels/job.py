@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +61,7 @@ class JobShape:
         out_bytes = 4 * STRIP_ROWS * max(1, self.capacity)
         return round_up(f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes + out_bytes), 4096)
 
-    @cached_property
+    @property
     def _areas(self) -> dict[int, int]:
         """Slot -> bytes of the area whose address it holds."""
         pairs, tokens, experts = self.pairs, self.capacity, self.experts

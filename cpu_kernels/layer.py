@@ -176,7 +176,7 @@ class ExpertLayer:
         check_matrix(tensors.gate, self.fmt, I, H)
         check_matrix(tensors.up, self.fmt, I, H)
         check_matrix(tensors.down, self.fmt, H, I)
-        arenas, biases = self._arenas, self._biases  # those of this moment, if it is closed now
+        arenas, biases, loaded = self._arenas, self._biases, self._loaded  # `close` makes new ones
         slot = int(self._slots_of[expert])
         places = []
         for pool, arena in enumerate(arenas):
@@ -199,8 +199,9 @@ class ExpertLayer:
         for pool, (address, down) in reversed(list(enumerate(places))):
             self._down[pool, expert] = down
             publish_address(self._gate_up[pool, expert:], address)
-        self._loaded[expert] = True
+        loaded[expert] = True
         self._has_experts = True
+        self._check_open()
 
     def check_readable(self, expert: int) -> None:
         """Raise unless `unpack(expert)` can succeed: see there."""

@@ -6,7 +6,6 @@ file has changed since: offsets of an older file would read garbage from a newer
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from hybrid_moe.arguments import LayerShape
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.layer import LayerSource
 from hybrid_moe.loaders.safetensors import INDEX_NAME
+from hybrid_moe.locks import ProcessLock
 from hybrid_moe.tensors import CheckpointError
 
 Stamp = tuple[tuple[int, int, int] | None, ...]
@@ -30,7 +30,7 @@ class _Opened:
 
 
 _open: dict[Path, _Opened] = {}
-_lock = threading.Lock()
+_lock = ProcessLock()
 
 
 def checkpoint_at(path: Path) -> Checkpoint:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from hybrid_moe.formats import Array
 from hybrid_moe.loaders.header import TensorInfo, read_header
+from hybrid_moe.locks import ProcessLock
 from hybrid_moe.tensors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -68,7 +68,7 @@ class SafetensorsIndex:
         self.path = path
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
         self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
         self._closer = weakref.finalize(self, _close_all, self._descriptors)
 
     @classmethod
