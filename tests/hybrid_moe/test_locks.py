@@ -110,8 +110,8 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
 def test_no_lock_of_the_package_stays_held_in_a_child() -> None:
-    """Locks of modules and classes, and of the objects that modules hold. (`cached_property` has one
-    until Python 3.12, for the microseconds in which a value is computed.)"""
+    """Locks of modules, classes, and the objects that modules hold. (`cached_property` has its own
+    until Python 3.12, held for the microseconds in which a value is computed.)"""
     result = run_script(_HOLD_ALL)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "hybrid_moe.cpu_kernels.jit.compile._compile_lock" in result.stdout
