@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.activation import Activation
+from hybrid_moe.cpu_kernels.drivers import check_machine
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
 from hybrid_moe.cpu_kernels.job import Job, JobShape, StagedJob, capacity_for
@@ -83,7 +84,9 @@ class ExpertLayer:
 
         Raises:
             ValueError: a size is not positive or not a multiple of 32; an unusable tier.
+            NotImplementedError: neither x86-64 nor aarch64.
         """
+        check_machine()
         if num_experts < 1:
             raise ValueError(f"num_experts must be at least 1, not {num_experts}")
         for name, size in (("hidden", hidden), ("intermediate", intermediate)):

@@ -72,12 +72,10 @@ class PoolGroup:
         self._slots: Slots = self._block.bytes.view(np.int64)
         self._words = self._slots.data  # the same, quicker to read one by one
         self.address = self._block.address
-        futex = FUTEX_NUMBERS.get(platform.machine())
-        if futex is None:
-            raise NotImplementedError(f"no worker pools on {platform.machine()} yet")
+        drivers.check_machine()
         self._slots[f.G_SPIN_NS] = _SPIN_NS
         self._slots[f.G_WAIT_SPIN_NS] = _WAIT_SPIN_NS
-        self._slots[f.G_FUTEX] = futex
+        self._slots[f.G_FUTEX] = FUTEX_NUMBERS[platform.machine()]
         self._slots[f.G_TIMEOUT_NS] = _TIMEOUT_NS
         self._slots[f.G_TIMESPEC : f.G_TIMESPEC + 2] = (0, _TIMEOUT_NS)
         self._in_flight: dict[int, object] = {}
@@ -112,12 +110,14 @@ class PoolGroup:
         try:
             thread.start()
         except RuntimeError as error:
-            wanted, possible = self.config.threads, len(self._threads) + 1  # with the caller
+            wanted, started = self.config.threads, len(self._threads)
+            by_caller = int(worker != 0)  # of the workers
+            possible = started + by_caller
+            fewer = f"ask for at most {possible} (cpuinfer_threads=, --threads), or "
             raise OSError(
-                f"the system lets this process start {possible - 1} of the {wanted - 1} threads "
-                f"that {wanted} workers need beside the calling one ({error}): ask for at most "
-                f"{possible} worker threads (cpuinfer_threads=, --threads), or raise the limit on "
-                "processes (ulimit -u, pids.max of the cgroup)"
+                f"the system lets this process start {started} of the {wanted - by_caller} threads "
+                f"that {wanted} worker(s) need ({error}): {fewer if possible else ''}raise the "
+                "limit on processes and threads (ulimit -u, pids.max of the cgroup)"
             ) from error
         self._threads.append(thread)
 
