@@ -254,7 +254,7 @@ class ExpertLayer:
     @property
     def _tables(self) -> tuple[Array, ...]:
         """What a descriptor points to, but for what `close` releases."""
-        tables = (self._parameters, self._no_bias, *self._bias_tables.values())
+        tables: list[Array] = [self._parameters, self._no_bias, *self._bias_tables.values()]
         return (*tables, self._gate_up, self._down, self._blocks, self._strips)
 
     def _describe(self) -> Slots:
