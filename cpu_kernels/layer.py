@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from hybrid_moe.cpu_kernels.slots import JobSlot, LiveMask, SlotReport, SlotScra
 from hybrid_moe.cpu_kernels.small import SmallJob, SmallPass, fill, idle_jobs
 from hybrid_moe.cpu_kernels.unpack import RunAll, unpack_gate_up, unpack_rows
 from hybrid_moe.formats import Array, WeightFormat
+from hybrid_moe.locks import ProcessLock
 from hybrid_moe.tensors import ExpertTensors, check_matrix
 
 MAX_TOKENS_PER_JOB = 2048
@@ -120,7 +120,7 @@ class ExpertLayer:
             for name in ("gate", "up", "down")
         }
         self._ready_state: _Ready | None = None
-        self._ready_lock = threading.Lock()
+        self._ready_lock = ProcessLock()  # a child closes what it inherits
         self._group: PoolGroup | None = None
         self._closed = False
         self._pid = os.getpid()
@@ -419,7 +419,7 @@ class ExpertLayer:
         if not self._has_experts:
             raise RuntimeError("no expert of this layer has been loaded")
         self._check_process()
-        with self._ready_lock:  # of this process: another one has been refused
+        with self._ready_lock:
             self._check_open()
             if self._ready_state is None:
                 self._group = self._group or group_for(self.pool)

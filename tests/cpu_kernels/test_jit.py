@@ -462,7 +462,12 @@ def test_the_source_digest(tmp_path: Path) -> None:
 
     seen = {digest()}
     (package / "notes.txt").write_text("no source")
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "a.pyc").write_text("compiled from a.py")
     assert {digest()} == seen
+    (package / "b.pyc").write_text("has no source")
+    assert digest() not in seen
+    seen.add(digest())
     for file in files:
         file.write_text("A = 2\n")
         assert digest() not in seen
