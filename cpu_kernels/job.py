@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,31 @@ def capacity_for(tokens: int) -> int:
     """Tokens to size a job for: exact when small, else a power of two, so that jobs of similar
     batches share memory that is already mapped."""
     return tokens if tokens <= _EXACT_CAPACITY else 1 << (tokens - 1).bit_length()
+
+
+def check_inputs(x: Any, ids: Any, weights: Any, skip: Any, hidden: int, experts: int) -> None:
+    """Raise unless these are the arrays of a pass, see `ExpertLayer.submit`.
+
+    Raises:
+        TypeError: a dtype. ValueError: a shape.
+    """
+    for name, array, dtype in (
+        ("x", x, np.uint16),
+        ("ids", ids, np.int64),
+        ("weights", weights, np.float32),
+    ):
+        if array.dtype != dtype:
+            raise TypeError(f"{name} must be {np.dtype(dtype)}, not {array.dtype}")
+        if array.ndim != 2:
+            raise ValueError(f"{name} must have two dimensions, not shape {array.shape}")
+    if x.shape[1] != hidden:
+        raise ValueError(f"x has {x.shape[1]} columns, the layer's hidden size is {hidden}")
+    if ids.shape != weights.shape or len(ids) != len(x):
+        raise ValueError(
+            f"ids {ids.shape} and weights {weights.shape} must both be [{len(x)} tokens, top-k]"
+        )
+    if skip is not None and (skip.shape != (experts,) or skip.dtype != np.bool_):
+        raise ValueError(f"skip must be bool [{experts}]")
 
 
 @dataclass(frozen=True)

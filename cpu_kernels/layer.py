@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.drivers import check_machine
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
-from hybrid_moe.cpu_kernels.job import Job, JobShape, StagedJob, capacity_for
+from hybrid_moe.cpu_kernels.job import Job, JobShape, StagedJob, capacity_for, check_inputs
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pack import pack_gate_up, pack_rows, publish_address
@@ -41,13 +40,8 @@ def _shares(units: int, parts: tuple[int, ...]) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What a layer needs to run, and what jobs own: all that compiled code reads of the layer.
-
-    Attributes:
-        group: its threads.
-        descriptor, address: the compiled code's view of the layer.
-        memory: whatever the descriptor points to.
-    """
+    """What a layer needs to run, and what jobs own: its threads, the compiled code's view of it
+    (`descriptor`, at `address`), and whatever that points to (`memory`)."""
 
     group: PoolGroup
     descriptor: Slots
@@ -338,7 +332,7 @@ class ExpertLayer:
                 loaded; the layer is closed; this is a forked child.
             OSError: the system allows fewer threads than the pool has.
         """
-        self._check_inputs(x, ids, weights, skip)
+        check_inputs(x, ids, weights, skip, self.hidden, self.num_experts)
         ready = self._get_ready()
         group = ready.group
         out = np.empty((len(x), self.hidden), np.uint16)
@@ -485,27 +479,6 @@ class ExpertLayer:
                 "packed experts are not inherited by a forked child process; "
                 "load the model after the fork, or use the 'spawn' start method"
             )
-
-    def _check_inputs(self, x: Any, ids: Any, weights: Any, skip: Any) -> None:
-        for name, array, dtype in (
-            ("x", x, np.uint16),
-            ("ids", ids, np.int64),
-            ("weights", weights, np.float32),
-        ):
-            if array.dtype != dtype:
-                raise TypeError(f"{name} must be {np.dtype(dtype)}, not {array.dtype}")
-            if array.ndim != 2:
-                raise ValueError(f"{name} must have two dimensions, not shape {array.shape}")
-        if x.shape[1] != self.hidden:
-            raise ValueError(
-                f"x has {x.shape[1]} columns, the layer's hidden size is {self.hidden}"
-            )
-        if ids.shape != weights.shape or len(ids) != len(x):
-            raise ValueError(
-                f"ids {ids.shape} and weights {weights.shape} must both be [{len(x)} tokens, top-k]"
-            )
-        if skip is not None and (skip.shape != (self.num_experts,) or skip.dtype != np.bool_):
-            raise ValueError(f"skip must be bool [{self.num_experts}]")
 
     def _check_open(self) -> None:
         if self._closed:
