@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.panels import MOST_BLOCK_TOKENS, STRIP_ROWS, round_up
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
 
-_TASKS_PER_WORKER = 12
+_TASKS_PER_WORKER = 12  # of a phase, at least: the last one out waits for less than a task
 INLINE_ENCODE_TOKENS = 4
 _ENCODE_TOKENS_PER_TASK = 16
 _EXACT_CAPACITY = 8
@@ -23,6 +23,31 @@ def capacity_for(tokens: int) -> int:
     """Tokens to size a job for: exact when small, else a power of two, so that jobs of similar
     batches share memory that is already mapped."""
     return tokens if tokens <= _EXACT_CAPACITY else 1 << (tokens - 1).bit_length()
+
+
+def check_inputs(x: Any, ids: Any, weights: Any, skip: Any, hidden: int, experts: int) -> None:
+    """Raise unless these are the arrays of a pass, see `ExpertLayer.submit`.
+
+    Raises:
+        TypeError: a dtype. ValueError: a shape.
+    """
+    for name, array, dtype in (
+        ("x", x, np.uint16),
+        ("ids", ids, np.int64),
+        ("weights", weights, np.float32),
+    ):
+        if array.dtype != dtype:
+            raise TypeError(f"{name} must be {np.dtype(dtype)}, not {array.dtype}")
+        if array.ndim != 2:
+            raise ValueError(f"{name} must have two dimensions, not shape {array.shape}")
+    if x.shape[1] != hidden:
+        raise ValueError(f"x has {x.shape[1]} columns, the layer's hidden size is {hidden}")
+    if ids.shape != weights.shape or len(ids) != len(x):
+        raise ValueError(
+            f"ids {ids.shape} and weights {weights.shape} must both be [{len(x)} tokens, top-k]"
+        )
+    if skip is not None and (skip.shape != (experts,) or skip.dtype != np.bool_):
+        raise ValueError(f"skip must be bool [{experts}]")
 
 
 @dataclass(frozen=True)
@@ -62,7 +87,7 @@ class JobShape:
         out_bytes = 4 * STRIP_ROWS * max(1, self.capacity)
         return round_up(f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes + out_bytes), 4096)
 
-    @cached_property
+    @property
     def _areas(self) -> dict[int, int]:
         """Slot -> bytes of the area whose address it holds."""
         pairs, tokens, experts = self.pairs, self.capacity, self.experts
@@ -102,7 +127,7 @@ class JobShape:
         job[f.J_SCRATCH_OUT] = f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
         job[f.J_ENCODE_TOKENS] = _ENCODE_TOKENS_PER_TASK
         job[f.J_INLINE_ENCODE] = int(self.capacity <= INLINE_ENCODE_TOKENS)
-        job[f.J_TARGET_TASKS] = _TASKS_PER_WORKER * self.workers
+        job[f.J_TARGET_TASKS] = _TASKS_PER_WORKER * -(-self.workers // self.pools)
         return job
 
 
@@ -150,34 +175,37 @@ class StagedJob:
         return self._address
 
 
-@dataclass(frozen=True)
-class Part:
-    """One published job of a pass, and its number in its group."""
-
-    sequence: int
-    job: StagedJob
-
-
 class Job:
-    """A forward pass under way."""
+    """A forward pass under way.
+
+    Args:
+        group: its workers.
+        running: the last published job and its number; None if there was nothing to do.
+        out: bf16 bits [T, H], what it writes.
+        ignored: ids below 0 or at and above the number of experts.
+    """
 
     def __init__(
-        self, group: PoolGroup, parts: list[Part], out: npt.NDArray[np.uint16], ignored: int
+        self,
+        group: PoolGroup,
+        running: tuple[StagedJob, int] | None,
+        out: npt.NDArray[np.uint16],
+        ignored: int,
     ) -> None:
         self._group = group
-        self._parts = parts
+        self._running = running
         self._out = out
         self.ignored = ignored
-        """Ids below 0 or at and above the number of experts."""
 
     @property
     def done(self) -> bool:
         """Whether `wait` would return at once."""
-        return all(self._group.is_complete(part.sequence) for part in self._parts)
+        return self._running is None or self._group.is_complete(self._running[1])
 
     def wait(self) -> npt.NDArray[np.uint16]:
         """bf16 bits [T, H]; the array is the caller's own. The calling thread works meanwhile."""
-        while self._parts:
-            self._group.wait(self._parts[0].sequence)
-            self._group.idle.give_back(self._parts.pop(0).job)
+        if self._running is not None:
+            self._group.wait(self._running[1])
+            job, self._running = self._running[0], None
+            self._group.idle.give_back(job)
         return self._out

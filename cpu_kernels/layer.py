@@ -4,36 +4,49 @@ from __future__ import annotations
 
 import os
 import weakref
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.activation import Activation
+from hybrid_moe.cpu_kernels.drivers import check_machine
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
-from hybrid_moe.cpu_kernels.job import Job, JobShape, Part, StagedJob, capacity_for
+from hybrid_moe.cpu_kernels.job import Job, JobShape, StagedJob, capacity_for, check_inputs
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.memory import Arena
-from hybrid_moe.cpu_kernels.pack import pack_gate_up, pack_rows
+from hybrid_moe.cpu_kernels.pack import pack_gate_up, pack_rows, publish_address
 from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, group_for
 from hybrid_moe.cpu_kernels.slots import JobSlot, LiveMask, SlotReport, SlotScratch
 from hybrid_moe.cpu_kernels.small import SmallJob, SmallPass, fill, idle_jobs
 from hybrid_moe.cpu_kernels.unpack import RunAll, unpack_gate_up, unpack_rows
-from hybrid_moe.formats import WeightFormat
+from hybrid_moe.formats import Array, WeightFormat
+from hybrid_moe.locks import ProcessLock
 from hybrid_moe.tensors import ExpertTensors, check_matrix
 
 MAX_TOKENS_PER_JOB = 2048
-"""Larger batches are cut: scratch grows with tokens x k, and 2048 already amortise unpacking."""
+"""Larger batches run part by part in the memory of one job: scratch grows with tokens x k, and 2048
+tokens already amortise unpacking."""
 
 
 def _shares(units: int, parts: tuple[int, ...]) -> npt.NDArray[np.int64]:
     """First unit of each part and the end, in proportion to `parts`."""
     bounds = np.concatenate([[0], np.cumsum(parts)]) * units / sum(parts)
     return np.round(bounds).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a layer needs to run, and what jobs own: its threads, the compiled code's view of it
+    (`descriptor`, at `address`), and whatever that points to (`memory`)."""
+
+    group: PoolGroup
+    descriptor: Slots
+    address: int
+    memory: tuple[object, ...]
 
 
 class ExpertLayer:
@@ -65,7 +78,9 @@ class ExpertLayer:
 
         Raises:
             ValueError: a size is not positive or not a multiple of 32; an unusable tier.
+            NotImplementedError: neither x86-64 nor aarch64.
         """
+        check_machine()
         if num_experts < 1:
             raise ValueError(f"num_experts must be at least 1, not {num_experts}")
         for name, size in (("hidden", hidden), ("intermediate", intermediate)):
@@ -89,12 +104,22 @@ class ExpertLayer:
         self._slots_of: npt.NDArray[np.int64] = np.full(num_experts, -1, np.int64)
         self._loaded: npt.NDArray[np.bool_] = np.zeros(num_experts, np.bool_)
         self._has_experts = False
-        self._descriptor: Slots | None = None
+        self._parameters: npt.NDArray[np.float32] = np.array(self.activation.parameters, np.float32)
+        self._no_bias: npt.NDArray[np.float32] = np.zeros(
+            round_up(max(hidden, intermediate), STRIP_ROWS), np.float32
+        )
+        self._biases: dict[tuple[str, int], npt.NDArray[np.float32]] = {}
+        self._bias_tables = {
+            name: np.full(num_experts, self._no_bias.ctypes.data, np.int64)
+            for name in ("gate", "up", "down")
+        }
+        self._ready_state: _Ready | None = None
+        self._ready_lock = ProcessLock()  # a child closes what it inherits
         self._group: PoolGroup | None = None
         self._closed = False
         self._pid = os.getpid()
         self._job_shapes: dict[tuple[int, int], JobShape] = {}
-        self._small_jobs: dict[int, list[SmallJob]] = {}  # by tokens
+        self._small_jobs: dict[tuple[int, int], list[SmallJob]] = {}  # by tokens and k
         self._job_slots: weakref.WeakSet[JobSlot] = weakref.WeakSet()
         self._live_masks: dict[int, LiveMask] = {}
 
@@ -120,29 +145,26 @@ class ExpertLayer:
         """
         if resident.shape != (self.num_experts,):
             raise ValueError(f"resident has shape {resident.shape}, expected ({self.num_experts},)")
-        if self._arenas or self._closed:
-            raise RuntimeError("this layer is closed" if self._closed else "already allocated")
+        self._check_open()
+        if self._arenas:
+            raise RuntimeError("already allocated")
         self._pid = os.getpid()
         chosen = np.flatnonzero(resident)
         self._slots_of[chosen] = np.arange(len(chosen))
         for pool, node in enumerate(self.pool.memory_nodes):
             self._arenas.append(Arena(len(chosen) * self.expert_nbytes(pool), node))
-        width = round_up(max(self.hidden, self.intermediate), STRIP_ROWS)
-        self._no_bias = np.zeros(width, np.float32)
-        self._biases: dict[tuple[str, int], npt.NDArray[np.float32]] = {}
-        self._bias_tables = {
-            name: np.full(self.num_experts, self._no_bias.ctypes.data, np.int64)
-            for name in ("gate", "up", "down")
-        }
 
     def load(self, expert: int, tensors: ExpertTensors) -> None:
         """Check and pack one expert; the arrays may be reused afterwards.
 
+        A pass of another thread finds the expert whole, or not loaded.
+
         Raises:
             CheckpointError: a matrix is not what the layer expects.
             IndexError: no such expert, or `allocate` did not name it.
-            RuntimeError: this is a forked child.
+            RuntimeError: the layer is closed, or this is a forked child.
         """
+        self._check_open()
         self._check_process()
         if not 0 <= expert < self.num_experts or self._slots_of[expert] < 0:
             raise IndexError(f"expert {expert} has no memory in this layer")
@@ -150,8 +172,10 @@ class ExpertLayer:
         check_matrix(tensors.gate, self.fmt, I, H)
         check_matrix(tensors.up, self.fmt, I, H)
         check_matrix(tensors.down, self.fmt, H, I)
+        arenas, biases, loaded = self._arenas, self._biases, self._loaded  # `close` makes new ones
         slot = int(self._slots_of[expert])
-        for pool, arena in enumerate(self._arenas):
+        places = []
+        for pool, arena in enumerate(arenas):
             address = arena.address + slot * self.expert_nbytes(pool)
             first, last = int(self._blocks[pool]), int(self._blocks[pool + 1])
             strips = range(2 * first, 2 * last)
@@ -159,20 +183,25 @@ class ExpertLayer:
             down = address + len(strips) * self.gate_up_layout.nbytes
             first, last = int(self._strips[pool]), int(self._strips[pool + 1])
             pack_rows(down, range(first, last), self.down_layout, tensors.down, H)
-            self._gate_up[pool, expert] = address
-            self._down[pool, expert] = down
+            places.append((address, down))
         for name in ("gate", "up", "down"):
             bias = getattr(tensors, name).bias
-            kept = self._no_bias if bias is None else np.array(bias, np.float32)
-            self._biases[name, expert] = kept
-            self._bias_tables[name][expert] = kept.ctypes.data
-        self._loaded[expert] = True
+            if (name, expert) in biases:  # loaded once more: a pass may be reading it
+                biases[name, expert][:] = 0 if bias is None else bias
+            elif bias is not None:
+                biases[name, expert] = np.array(bias, np.float32)
+                self._bias_tables[name][expert] = biases[name, expert].ctypes.data
+        # routing looks at pool 0's gate and up: they are published last
+        for pool, (address, down) in reversed(list(enumerate(places))):
+            self._down[pool, expert] = down
+            publish_address(self._gate_up[pool, expert:], address)
+        loaded[expert] = True
         self._has_experts = True
+        self._check_open()
 
     def check_readable(self, expert: int) -> None:
         """Raise unless `unpack(expert)` can succeed: see there."""
-        if self._closed:
-            raise RuntimeError("this layer is closed")
+        self._check_open()
         self._check_process()
         if not 0 <= expert < self.num_experts or not self._loaded[expert]:
             raise IndexError(f"expert {expert} is not loaded in this layer")
@@ -205,8 +234,8 @@ class ExpertLayer:
         matrices = {"gate": gate, "up": up}
         matrices["down"] = unpack_rows(down, self.down_layout, fmt, self.hidden, run_all)
         for name, matrix in matrices.items():
-            bias = self._biases[name, expert]
-            if bias is not self._no_bias:
+            bias = self._biases.get((name, expert))
+            if bias is not None:
                 matrices[name] = replace(matrix, bias=bias.copy())
         return ExpertTensors(**matrices)
 
@@ -215,11 +244,16 @@ class ExpertLayer:
         """Which experts are packed (bool [E], a copy)."""
         return np.copy(self._loaded)
 
+    @property
+    def _tables(self) -> tuple[Array, ...]:
+        """What a descriptor points to, but for what `close` releases."""
+        tables: list[Array] = [self._parameters, self._no_bias, *self._bias_tables.values()]
+        return (*tables, self._gate_up, self._down, self._blocks, self._strips)
+
     def _describe(self) -> Slots:
-        """The compiled code's view of this layer."""
+        """The compiled code's view of this layer. It points into `_tables`."""
         kernels = kernel_set(self.fmt.name, self.tier)
         slots: Slots = np.zeros(f.LAYER_SLOTS, np.int64)
-        self._parameters = np.array(self.activation.parameters, np.float32)
         slots[f.L_EXPERTS] = self.num_experts
         slots[f.L_HIDDEN] = self.hidden
         slots[f.L_INTERMEDIATE] = self.intermediate
@@ -281,6 +315,9 @@ class ExpertLayer:
     ) -> Job:
         """Start a forward pass. The inputs are copied before this returns.
 
+        More than MAX_TOKENS_PER_JOB tokens run one part after another in the same memory, so this
+        returns when all parts but the last are complete; the calling thread works on them.
+
         Args:
             x: bf16 bits [T, H]. ids: [T, k]. weights: [T, k].
             skip: bool [E], experts that are computed elsewhere and contribute nothing here.
@@ -292,18 +329,24 @@ class ExpertLayer:
             ValueError, TypeError: a shape or dtype is wrong.
             RuntimeError: an id names an expert that is neither loaded nor skipped; no expert is
                 loaded; the layer is closed; this is a forked child.
+            OSError: the system allows fewer threads than the pool has.
         """
-        self._check_inputs(x, ids, weights, skip)
-        group, descriptor = self._ready()
+        check_inputs(x, ids, weights, skip, self.hidden, self.num_experts)
+        ready = self._get_ready()
+        group = ready.group
         out = np.empty((len(x), self.hidden), np.uint16)
-        parts, ignored = [], 0
-        for start in range(0, len(x), MAX_TOKENS_PER_JOB):
-            part = slice(start, start + MAX_TOKENS_PER_JOB)
-            shape = self._job_shape(descriptor, len(x[part]), ids.shape[1])
-            job = group.idle.borrow(shape, StagedJob)
+        if not len(x):
+            return Job(group, None, out, 0)
+        most = min(len(x), MAX_TOKENS_PER_JOB)
+        job = group.idle.borrow(self._job_shape(ready, most, ids.shape[1]), StagedJob)
+        owned = (ready, job, out)
+        sequence = ignored = 0
+        for start in range(0, len(x), most):
+            if start:
+                group.wait(sequence)
+            part = slice(start, start + most)
             job.stage(x[part], ids[part], weights[part], skip)
-            address = job.address(self._descriptor_address, out[part].ctypes.data)
-            submission = group.submit(address, owned=(self, self._arenas, descriptor, job, out))
+            submission = group.submit(job.address(ready.address, out[part].ctypes.data), owned)
             if submission.missing >= 0:
                 group.idle.give_back(job)
                 raise RuntimeError(
@@ -311,8 +354,8 @@ class ExpertLayer:
                     "and not marked as computed elsewhere"
                 )
             ignored += submission.ignored
-            parts.append(Part(submission.sequence, job))
-        return Job(group, parts, out, ignored)
+            sequence = submission.sequence
+        return Job(group, (job, sequence), out, ignored)
 
     def small(
         self,
@@ -329,26 +372,28 @@ class ExpertLayer:
         for. The inputs may change as soon as this returns.
 
         Args:
-            tokens, top_k: T and k; always the same k.
+            tokens, top_k: T and k.
             x: of bf16 [T, H]. ids: of int64 [T, k]. weights: of float32 [T, k]. skip: of bool [E].
             out: of bf16 [T, H], written until `wait()` returns.
             owned: whatever holds `out`, kept alive until then.
         """
-        group, descriptor, idle = self._group, self._descriptor, self._small_jobs.get(tokens)
-        if group is None or descriptor is None or idle is None:
-            group, descriptor = self._ready()
-            idle = self._small_jobs[tokens] = idle_jobs(self._job_shape(descriptor, tokens, top_k))
+        ready, idle = self._ready_state, self._small_jobs.get((tokens, top_k))
+        if ready is None or idle is None:
+            ready = self._get_ready()
+            idle = idle_jobs(self._job_shape(ready, tokens, top_k))
+            self._small_jobs[tokens, top_k] = idle
         try:
             job = idle.pop()
         except IndexError:
-            job = SmallJob(self._job_shape(descriptor, tokens, top_k))
-        fill(job, self._descriptor_address, tokens, x, ids, weights, skip, out)
-        return SmallPass(group, job, idle, (self, self._arenas, descriptor, owned))
+            job = SmallJob(self._job_shape(ready, tokens, top_k))
+        fill(job, ready.address, tokens, x, ids, weights, skip, out)
+        return SmallPass(ready.group, job, idle, (ready, owned))
 
-    def _job_shape(self, descriptor: Slots, tokens: int, top_k: int) -> JobShape:
+    def _job_shape(self, ready: _Ready, tokens: int, top_k: int) -> JobShape:
         key = (capacity_for(tokens), top_k)
         shape = self._job_shapes.get(key)
         if shape is None:
+            descriptor = ready.descriptor
             shape = self._job_shapes[key] = JobShape(
                 *key,
                 experts=self.num_experts,
@@ -361,23 +406,32 @@ class ExpertLayer:
             )
         return shape
 
-    def _ready(self) -> tuple[PoolGroup, Slots]:
+    def _get_ready(self) -> _Ready:
         """The threads and the descriptor; the first pass starts and builds them."""
-        if self._closed:
-            raise RuntimeError("this layer is closed")
+        self._check_open()
         if not self._has_experts:
             raise RuntimeError("no expert of this layer has been loaded")
         self._check_process()
-        if self._group is None:
-            self._group = group_for(self.pool)
-        if self._descriptor is None:
-            self._descriptor = self._describe()
-            self._descriptor_address = int(self._descriptor.ctypes.data)
-        return self._group, self._descriptor
+        with self._ready_lock:
+            self._check_open()
+            if self._ready_state is None:
+                self._group = self._group or group_for(self.pool)
+                descriptor = self._describe()
+                self._ready_state = _Ready(
+                    self._group,
+                    descriptor,
+                    int(descriptor.ctypes.data),
+                    (*self._tables, self._arenas, self._biases),
+                )
+            return self._ready_state
+
+    def _ready(self) -> tuple[PoolGroup, Slots]:
+        ready = self._get_ready()
+        return ready.group, ready.descriptor
 
     def slot_shape(self, tokens: int, top_k: int) -> JobShape:
         """What the scratch of a slot depends on."""
-        return self._job_shape(self._ready()[1], tokens, top_k)
+        return self._job_shape(self._get_ready(), tokens, top_k)
 
     def job_slot(
         self,
@@ -401,14 +455,13 @@ class ExpertLayer:
             ignored_ids: what ids out of range mean, `fields.IDS_*`.
             scratch: of `slot_shape(tokens, top_k)`.
         """
-        group, descriptor = self._ready()
-        group.start_background_worker()
+        ready = self._get_ready()
+        ready.group.start_background_worker()
         if skip not in self._live_masks:
             self._live_masks[skip] = LiveMask(skip, self.num_experts)
-        owned = (self, self._arenas, descriptor)
-        slot = JobSlot(group, scratch, self._live_masks[skip], ignored_ids, owned)
+        slot = JobSlot(ready.group, scratch, self._live_masks[skip], ignored_ids, ready)
         job = slot.template
-        job[f.J_LAYER] = self._descriptor_address
+        job[f.J_LAYER] = ready.address
         job[f.J_TOKENS] = tokens
         job[f.J_X], job[f.J_IDS], job[f.J_WEIGHTS] = x, ids, weights
         job[f.J_OUT] = out
@@ -426,29 +479,18 @@ class ExpertLayer:
                 "load the model after the fork, or use the 'spawn' start method"
             )
 
-    def _check_inputs(self, x: Any, ids: Any, weights: Any, skip: Any) -> None:
-        for name, array, dtype in (
-            ("x", x, np.uint16),
-            ("ids", ids, np.int64),
-            ("weights", weights, np.float32),
-        ):
-            if array.dtype != dtype:
-                raise TypeError(f"{name} must be {np.dtype(dtype)}, not {array.dtype}")
-            if array.ndim != 2:
-                raise ValueError(f"{name} must have two dimensions, not shape {array.shape}")
-        if x.shape[1] != self.hidden:
-            raise ValueError(
-                f"x has {x.shape[1]} columns, the layer's hidden size is {self.hidden}"
-            )
-        if ids.shape != weights.shape or len(ids) != len(x):
-            raise ValueError(
-                f"ids {ids.shape} and weights {weights.shape} must both be [{len(x)} tokens, top-k]"
-            )
-        if skip is not None and (skip.shape != (self.num_experts,) or skip.dtype != np.bool_):
-            raise ValueError(f"skip must be bool [{self.num_experts}]")
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this layer is closed")
 
     def close(self) -> None:
-        """Release the packed weights once no job uses them."""
-        self._closed = True
-        self._arenas = []  # a new list: jobs in flight own the old one
-        self._descriptor = None
+        """Release the packed weights: at once, or where jobs are under way, when the last of them
+        has been waited for or seen to be complete. The layer cannot be used afterwards."""
+        with self._ready_lock:
+            self._closed = True
+            ready, self._ready_state = self._ready_state, None
+            # new objects: jobs under way own the old ones
+            self._arenas, self._biases = [], {}
+            self._loaded = np.zeros(self.num_experts, np.bool_)
+        if ready is not None and os.getpid() == self._pid:
+            ready.group.forget_completed()

@@ -1,6 +1,6 @@
 """Arenas: large anonymous mappings that hold panels and scratch.
 
-An arena asks for huge pages, is not inherited by fork, and may be bound to a NUMA node. Its views
+An arena asks for huge pages, is not inherited by fork, and may prefer a NUMA node. Its views
 keep it alive: the mapping goes when the last array over it does.
 """
 
@@ -15,6 +15,7 @@ import mmap
 import os
 import platform
 import weakref
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,8 @@ from hybrid_moe.formats import Array
 logger = logging.getLogger(__name__)
 
 HUGE_PAGE = 2 << 20
-_MPOL_BIND = 2
+_MPOL_PREFERRED = 1
+_NODES = Path("/sys/devices/system/node")
 _SYS_MBIND = {"x86_64": 237, "aarch64": 235}
 
 
@@ -36,6 +38,15 @@ def _libc() -> ctypes.CDLL:
 @functools.lru_cache(maxsize=8)
 def _warn_once(message: str) -> None:
     logger.warning(message)
+
+
+_told_nodes: set[int] = set()
+
+
+def _warn_once_for(node: int, message: str) -> None:
+    if node not in _told_nodes:
+        _told_nodes.add(node)
+        logger.warning(message)
 
 
 _live: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
@@ -59,7 +70,7 @@ class Arena:
 
         Args:
             nbytes: size.
-            numa_node: node to bind the pages to, None for first touch.
+            numa_node: node to take the pages from while it has any, None for first touch.
 
         Raises:
             MemoryError: the system refuses the mapping; the message has the size.
@@ -81,11 +92,31 @@ class Arena:
         self.address = int(raw.ctypes.data) + start
         self.nbytes = nbytes
         if numa_node is not None:
-            _bind(self.address, max(nbytes, 1), numa_node)
+            _prefer(self.address, max(nbytes, 1), numa_node)
 
 
-def _bind(address: int, nbytes: int, node: int) -> None:
-    """mbind the range; where that is not permitted, pages go where they are first touched."""
+def _free_on(node: int) -> int | None:
+    """Bytes that a node has free or would free of its page cache; None where nobody tells."""
+    try:
+        lines = (_NODES / f"node{node}" / "meminfo").read_text().splitlines()
+        fields = {words[2]: int(words[3]) for line in lines if len(words := line.split()) > 3}
+    except (OSError, ValueError):
+        return None
+    names = ("MemFree:", "Active(file):", "Inactive(file):")
+    return 1024 * sum(fields.get(name, 0) for name in names) if "MemFree:" in fields else None
+
+
+def _prefer(address: int, nbytes: int, node: int) -> None:
+    """Take the pages of a range from a node, and from others when it has no more: binding them
+    would end in the kernel's killing a process. Where mbind is not permitted, pages go where they
+    are first touched."""
+    free = _free_on(node)
+    if free is not None and free < nbytes:
+        _warn_once_for(
+            node,
+            f"NUMA node {node} has {free / 2**30:.1f} GiB left for {nbytes / 2**30:.1f} GiB of "
+            "packed experts: what does not fit goes to other nodes and is read more slowly",
+        )
     number = _SYS_MBIND.get(platform.machine())
     if number is None:
         _warn_once("memory is placed by first touch: mbind is not known on this processor")
@@ -96,7 +127,7 @@ def _bind(address: int, nbytes: int, node: int) -> None:
         ctypes.c_long(number),
         ctypes.c_void_p(address),
         ctypes.c_ulong(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE),
-        ctypes.c_int(_MPOL_BIND),
+        ctypes.c_int(_MPOL_PREFERRED),
         mask,
         ctypes.c_ulong(16 * 64),
         ctypes.c_uint(0),

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.panels import PANEL_ROWS, STRIP_ROWS, StripLayout
@@ -74,3 +75,15 @@ def pack_gate_up(
 def pack_rows(out: int, strips: range, layout: StripLayout, matrix: Matrix, rows: int) -> None:
     """Pack strips of 32 rows to the address `out`."""
     _pack(out, strips, layout, matrix, None, rows)
+
+
+@functools.lru_cache(maxsize=1)
+def _publish_word() -> Callable[..., int]:
+    kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+    return kind(drivers.addresses()["publish_word"])
+
+
+def publish_address(table: npt.NDArray[np.int64], address: int) -> None:
+    """Store `address` in the table's first entry: whoever reads it there sees all that was written
+    before."""
+    _publish_word()(table.ctypes.data, address)

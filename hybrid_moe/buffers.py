@@ -9,7 +9,6 @@ order keeps the uses apart.
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch
 from hybrid_moe.cpu_kernels.drivers.fields import M_DONE, M_POSTED, MAILBOX_SLOTS
 from hybrid_moe.cpu_kernels.job import JobShape
 from hybrid_moe.cpu_kernels.slots import SlotScratch
+from hybrid_moe.locks import ProcessLock
 from hybrid_moe.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class BufferPool:
         self._free: dict[tuple[BufferKey, int], list[Buffers]] = defaultdict(list)
         self._captured: dict[tuple[BufferKey, int], list[Buffers]] = defaultdict(list)
         self._users: weakref.WeakSet[User] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
 
     def take(self, key: BufferKey, stream: Stream) -> Buffers:
         """Buffers for one submission on `stream`.

@@ -6,7 +6,6 @@ file has changed since: offsets of an older file would read garbage from a newer
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 from hybrid_moe.arguments import LayerShape
@@ -14,10 +13,11 @@ from hybrid_moe.formats import WeightFormat
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.layer import LayerSource
 from hybrid_moe.loaders.layout import GateUp
+from hybrid_moe.locks import ProcessLock
 from hybrid_moe.tensors import CheckpointError
 
 _open: dict[Path, Checkpoint] = {}
-_lock = threading.Lock()
+_lock = ProcessLock()
 
 
 def checkpoint_at(path: Path) -> Checkpoint:

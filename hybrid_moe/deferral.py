@@ -11,13 +11,13 @@ lie between. The last layer of a model has none and defers nothing.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Hashable
 from typing import ClassVar, Protocol
 
 import torch
 
+from hybrid_moe.locks import ProcessLock
 from hybrid_moe.submission import Launched
 
 
@@ -74,7 +74,7 @@ class Chain:
     """
 
     _newest: ClassVar[weakref.WeakValueDictionary[Hashable, Chain]] = weakref.WeakValueDictionary()
-    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _lock: ClassVar[ProcessLock] = ProcessLock()
 
     def __init__(self) -> None:
         self._members: weakref.WeakValueDictionary[int, Member] = weakref.WeakValueDictionary()

@@ -7,11 +7,11 @@ gets the exception, with its message, for the batch that it belongs to. The next
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Protocol
 
 from hybrid_moe.cpu_kernels.slots import faults
+from hybrid_moe.locks import ProcessLock
 
 
 class Reporter(Protocol):
@@ -25,7 +25,7 @@ class Reporter(Protocol):
 
 
 _reporters: weakref.WeakSet[Reporter] = weakref.WeakSet()
-_lock = threading.Lock()
+_lock = ProcessLock()
 _checked = 0
 
 

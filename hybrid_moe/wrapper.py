@@ -356,7 +356,8 @@ class KTMoEWrapper:
         cuda_stream: int | None = None,
     ) -> None:
         """Start the layer on a batch. The tensors may be changed when this returns (CUDA: in the
-        order of the stream).
+        order of the stream). Of more than 2048 tokens on the CPU all but the last part is then
+        computed: parts take turns in the same memory.
 
         Args:
             hidden_states: bfloat16 [B, H], any strides, B may be 0.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 
 from hybrid_moe.loaders.header_text import walk
 from hybrid_moe.loaders.regular import Stamp, check_no_pointer, open_regular, shortened
+from hybrid_moe.locks import ProcessLock
 from hybrid_moe.tensors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -35,7 +35,7 @@ MAX_TENSOR_BITS = 1 << 63
 """Bits of a tensor, counted without axes of length 0: NumPy takes no larger shape."""
 
 _LARGE_HEADER = 4 << 20
-_one_large_header = threading.Lock()
+_one_large_header = ProcessLock()
 """Held while a large header is parsed: memory is that of one, however many threads scan."""
 
 

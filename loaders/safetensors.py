@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from hybrid_moe.formats import Array
 from hybrid_moe.loaders.files import CheckpointFiles, choose_files
 from hybrid_moe.loaders.header import TensorInfo, read_header
 from hybrid_moe.loaders.regular import Stamp, open_regular, stamp
+from hybrid_moe.locks import ProcessLock
 from hybrid_moe.tensors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class SafetensorsIndex:
             {**({} if files is None else files.stamps), **(stamps or {})}
         )
         self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
         self._closer = weakref.finalize(self, _close_all, self._descriptors)
 
     @classmethod

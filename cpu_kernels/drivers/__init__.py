@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import platform
+import sys
 from collections.abc import Mapping
 
 import llvmlite.binding as llvm
@@ -20,14 +22,32 @@ _ENTRIES = {
     "work": "worker",
     "help_until": "worker",
     "wake_all": "worker",
+    "take_worker0": "worker",
     "post_host": "host",
     "wait_host": "host",
     "watch": "host",
     "watch_once": "host",
     "pack_strips": "pack",
     "fingerprint": "fingerprint",
+    "publish_word": "pack",
 }
 """Driver that Python calls -> its module here."""
+
+
+MACHINES = ("x86_64", "aarch64")
+"""What drivers have fences, pauses and system calls for."""
+
+
+def check_machine() -> None:
+    """Raise `NotImplementedError` on a machine that nothing here has been written for, before LLVM
+    ends the process over an operation that it does not know."""
+    machine = platform.machine()
+    if machine not in MACHINES or sys.maxsize < 2**63 - 1:
+        bits = sys.maxsize.bit_length() + 1
+        raise NotImplementedError(
+            f"hybrid_moe computes on {' and '.join(MACHINES)} with a 64-bit Python; this is a "
+            f"{bits}-bit Python on {machine}"
+        )
 
 
 @functools.lru_cache(maxsize=1)
@@ -35,7 +55,11 @@ def addresses() -> Mapping[str, int]:
     """Address of every driver that Python calls, compiled on first use or from the object cache.
 
     Each takes and returns int64 only.
+
+    Raises:
+        NotImplementedError: see `check_machine`.
     """
+    check_machine()
     target = Target(cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten())
     return compile_functions(
         drivers_ir, target, list(_ENTRIES), "drivers", sources=source_key("drivers"), program=True

@@ -81,6 +81,12 @@ def load_acquire(builder: ir.IRBuilder, address: Any) -> Any:
 
 
 @intrinsic
+def load_ordered(builder: ir.IRBuilder, address: Any) -> Any:
+    """Sequentially consistent: not before an earlier `fetch_add` of this thread is seen."""
+    return builder.load_atomic(_pointer(builder, address), "seq_cst", 8)
+
+
+@intrinsic
 def store_release(builder: ir.IRBuilder, address: Any, value: Any) -> None:
     builder.store_atomic(value, _pointer(builder, address), "release", 8)
 

@@ -1,8 +1,15 @@
-"""Packing: rows of a checkpoint -> strips, a transposition of 32-bit words."""
+"""Packing: rows of a checkpoint -> strips, a transposition of 32-bit words; and telling others."""
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.drivers.memory import driver, load8, load32, store8, store32
+from hybrid_moe.cpu_kernels.drivers.memory import (
+    driver,
+    load8,
+    load32,
+    store8,
+    store32,
+    store_release,
+)
 
 
 @driver
@@ -51,4 +58,11 @@ def pack_strips(
                 source = scales + row * scale_stride
                 for g in range(scales_per_row):
                     store8(to + scale_offset + 32 * g + 16 * panel + lane, load8(source + g))
+    return 0
+
+
+@driver
+def publish_word(word: int, value: int) -> int:
+    """Store behind all earlier stores, for the acquiring load of `route.is_here`."""
+    store_release(word, value)
     return 0

@@ -9,6 +9,7 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     load8,
     load32,
     load64,
+    load_acquire,
     restore_float_environment,
     set_float_environment,
     store32,
@@ -28,11 +29,14 @@ def put(base: int, slot: int, value: int) -> None:
 
 @driver
 def is_here(job: int, layer: int, expert: int) -> int:
-    """1 if the expert's pairs are computed here, 0 if they are skipped, -1 if it is not loaded."""
+    """1 if the expert's pairs are computed here, 0 if they are skipped, -1 if it is not loaded.
+
+    Pool 0's gate and up are what `ExpertLayer.load` publishes last: who finds them finds the rest.
+    """
     skip = get(job, f.J_SKIP)
     if skip != 0 and load8(skip + expert) != 0:
         return 0
-    return 1 if load64(get(layer, f.L_GATE_UP) + 8 * expert) != 0 else -1
+    return 1 if load_acquire(get(layer, f.L_GATE_UP) + 8 * expert) != 0 else -1
 
 
 @driver

@@ -18,20 +18,68 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding as llvm
 
 from hybrid_moe.cpu_kernels.jit import cache
+from hybrid_moe.locks import ProcessLock
 
 logger = logging.getLogger(__name__)
 
-ABI = 3
+ABI = 4
 """Raise when the meaning of an address or descriptor that compiled code sees changes."""
 
-_THIS_FILE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # as imported
+try:
+    _THIS_FILE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # as imported
+except OSError as error:
+    raise ImportError(
+        "hybrid_moe compiles its kernels from its own Python source, and this installation lacks "
+        f"it: install the package with its files ({error})"
+    ) from error
 
-_compile_lock = threading.Lock()  # LLVM's contexts as llvmlite uses them are not thread-safe
+_compile_lock = ProcessLock()  # LLVM's contexts as llvmlite uses them are not thread-safe
 _keep_alive: list[llvm.ExecutionEngine] = []  # code is never unloaded: workers may be inside it
+
+
+_FORK_PATIENCE_S = 10.0
+_forking = threading.local()
+
+
+def _llvm_lock() -> Any:
+    """The lock that llvmlite takes for every call of LLVM; None where it has none that we know."""
+    return getattr(getattr(llvm.ffi.lib, "_lock", None), "_lock", None)
+
+
+def _let_compilations_end() -> None:
+    """Before a fork: the child inherits LLVM's memory and the locks of LLVM and llvmlite as they
+    are, so nobody may be inside LLVM then. Both locks are free afterwards in parent and child."""
+    _forking.held = []
+    for lock in (_compile_lock, _llvm_lock()):
+        if lock is not None and lock.acquire(timeout=_FORK_PATIENCE_S):
+            _forking.held.append(lock)
+        elif lock is not None:
+            logger.warning(
+                "this process forks while a thread has compiled kernels for %g s: "
+                "the child may not be able to compile any",
+                _FORK_PATIENCE_S,
+            )
+
+
+def _in_parent() -> None:
+    for lock in reversed(_forking.held):
+        lock.release()
+
+
+def _in_child() -> None:
+    for lock in _forking.held:
+        if lock is not _compile_lock:  # which is a new one
+            lock.release()
+
+
+os.register_at_fork(
+    before=_let_compilations_end, after_in_parent=_in_parent, after_in_child=_in_child
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +119,25 @@ _COMBINER_OPTION = "-x86-machine-combiner"
 _COMBINER_VERSIONS = range(15, 23)  # LLVM ends the process over an option that it does not know
 
 
+@functools.lru_cache(maxsize=1)
+def _knows_combiner_option() -> bool:
+    """Whether LLVM has the option, and needs it; says once where nobody knows."""
+    if platform.machine() != "x86_64":
+        return False
+    version = llvm.llvm_version_info[0]
+    if version in _COMBINER_VERSIONS:
+        return True
+    logger.warning(
+        "LLVM %d is not one of %d to %d, whose option %s is known: sums may be reordered, which "
+        "costs speed (a tenth was measured) and no exactness",
+        version,
+        _COMBINER_VERSIONS[0],
+        _COMBINER_VERSIONS[-1],
+        _COMBINER_OPTION,
+    )
+    return False
+
+
 @contextmanager
 def _in_written_order() -> Iterator[None]:
     """Code generation that keeps sums in the order in which kernels write them.
@@ -79,7 +146,7 @@ def _in_written_order() -> Iterator[None]:
     are not what limits a tile; its temporaries spill accumulators (measured: a tenth of the speed
     of a 16-register tier). The option is the process's own, so it is put back. Under the lock.
     """
-    known = platform.machine() == "x86_64" and llvm.llvm_version_info[0] in _COMBINER_VERSIONS
+    known = _knows_combiner_option()
     if known:
         llvm.set_option("hybrid_moe", f"{_COMBINER_OPTION}=0")
     try:

@@ -6,7 +6,6 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 from llvmlite import ir
@@ -48,14 +47,33 @@ class Driver:
         if result not in _RESULTS:
             raise TypeError(f"{self.symbol} must return one of {', '.join(_RESULTS)}, not {result}")
         self.kind = ir.FunctionType(_RESULTS[result], [I64] * len(self.parameters))
+        self._body: list[ast.stmt] | None = None
 
     def __call__(self, *arguments: int) -> Any:
         return self.function(*arguments)
 
-    @cached_property
+    @property
     def body(self) -> list[ast.stmt]:
-        """Its statements; line numbers are those of the file."""
-        tree = ast.parse(textwrap.dedent(inspect.getsource(self.function)))
+        """Its statements; line numbers are those of the file.
+
+        Raises:
+            ImportError: the package is installed without its sources.
+        """
+        if self._body is None:
+            self._body = self._parse()
+        return self._body
+
+    def _parse(self) -> list[ast.stmt]:
+        try:
+            source = inspect.getsource(self.function)
+        except (OSError, TypeError) as error:
+            module = self.function.__module__
+            raise ImportError(
+                f"hybrid_moe compiles its loops from their Python source, and this installation "
+                f"lacks that of {module}: install the package with its .py files ({error})",
+                name=module,
+            ) from error
+        tree = ast.parse(textwrap.dedent(source))
         ast.increment_lineno(tree, self.function.__code__.co_firstlineno - 1)
         (definition,) = tree.body
         assert isinstance(definition, ast.FunctionDef)

@@ -46,10 +46,12 @@ def source_key(what: str) -> str | None:
 
 def source_digest(package: Path, module: Path, before: float) -> str | None:
     """Hash of all Python files of a package and one more, none of them changed after `before`.
+    Compiled ones that stand in place of their sources count, those of `__pycache__` do not.
 
     A whole package, because a list of the files that matter would be wrong one day.
     """
-    files = (*sorted(package.rglob("*.py")), module)
+    sources = [*package.rglob("*.py"), *package.rglob("*.pyc")]
+    files = (*sorted(file for file in sources if file.parent.name != "__pycache__"), module)
     if len(files) == 1 or not all(file.is_file() for file in files):
         return None
     digest = _content_digest(files)

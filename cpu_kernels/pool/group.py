@@ -1,7 +1,8 @@
 """A group of worker pools: threads that sleep, spin or work inside one compiled loop.
 
-Worker 0 is the thread that waits for a result (CPU tensors), so a pool of n threads starts n - 1.
-A group whose callers must not work (CUDA) starts a thread for worker 0 too.
+Worker 0 is a thread that waits for a result (CPU tensors), so a pool of n threads starts n - 1.
+Of several that wait one is worker 0; another takes the place when it leaves. A group whose callers
+must not work (CUDA) starts a thread for worker 0 too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 import platform
 import threading
-from collections import deque
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,8 +38,10 @@ Slots = npt.NDArray[np.int64]
 FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
 """Of the system call, by machine."""
 
-_TIMEOUT_NS = 50_000_000  # Ctrl-C is seen at least this often
-_SPIN_PAUSES = 1_000  # about 50 us: torch's own threads want the cores when we are idle
+_TIMEOUT_NS = 50_000_000  # of a caller's wait: Ctrl-C is seen after two of these at the latest
+_SPIN_NS = 50_000  # of an idle worker: torch's own threads want the cores when we are idle
+_WAIT_SPIN_NS = 200_000  # for a phase or a job: as long as the tasks of a decode step that are left
+_TAKE_OVER_S = 0.0005  # between two looks of a new worker 0 whether the place is free
 
 
 def _function(name: str, arity: int) -> Callable[..., int]:
@@ -70,52 +73,73 @@ class PoolGroup:
         self._slots: Slots = self._block.bytes.view(np.int64)
         self._words = self._slots.data  # the same, quicker to read one by one
         self.address = self._block.address
-        futex = FUTEX_NUMBERS.get(platform.machine())
-        if futex is None:
-            raise NotImplementedError(f"no worker pools on {platform.machine()} yet")
-        self._slots[f.G_SPIN] = _SPIN_PAUSES
-        self._slots[f.G_FUTEX] = futex
+        drivers.check_machine()
+        self._slots[f.G_SPIN_NS] = _SPIN_NS
+        self._slots[f.G_WAIT_SPIN_NS] = _WAIT_SPIN_NS
+        self._slots[f.G_FUTEX] = FUTEX_NUMBERS[platform.machine()]
         self._slots[f.G_TIMEOUT_NS] = _TIMEOUT_NS
         self._slots[f.G_TIMESPEC : f.G_TIMESPEC + 2] = (0, _TIMEOUT_NS)
-        self._in_flight: deque[tuple[int, object]] = deque()  # ascending numbers
+        self._in_flight: dict[int, object] = {}
+        """What jobs own, by number. Entries leave by `dict.pop`, which needs no lock."""
         self._starting: object = None
         self._found = np.zeros(1, np.int64)
         self._found_at = int(self._found.ctypes.data)
         self._found_word = self._found.data
         self.idle: IdleJobs[StagedJob] = IdleJobs()
-        self._worker0 = threading.Lock()  # held by the one waiting thread that works
         self._launch = _function("launch", 3)
         self._help_until = _function("help_until", 5)
         self._wake_all = _function("wake_all", 1)
         self._work = _function("work", 3)
+        self._take_worker0 = _function("take_worker0", 1)
         self._pools = config.worker_pools()
         self._masks = config.worker_masks()
         self.caller_works = True
         self._background_lock = threading.Lock()
-        self._threads = [self._start(worker) for worker in range(1, config.threads)]
+        self._threads: list[threading.Thread] = []
+        try:
+            for worker in range(1, config.threads):
+                self._start(worker)
+        except BaseException:
+            self.stop()
+            raise
 
-    def _start(self, worker: int) -> threading.Thread:
+    def _start(self, worker: int) -> None:
+        """Start a worker's thread."""
         thread = threading.Thread(
             target=self._run, args=(worker,), name=f"hybrid_moe-{worker}", daemon=True
         )
-        thread.start()
-        return thread
+        try:
+            thread.start()
+        except RuntimeError as error:
+            wanted, started = self.config.threads, len(self._threads)
+            by_caller = int(worker != 0)  # of the workers
+            possible = started + by_caller
+            fewer = f"ask for at most {possible} (cpuinfer_threads=, --threads), or "
+            raise OSError(
+                f"the system lets this process start {started} of the {wanted - by_caller} threads "
+                f"that {wanted} worker(s) need ({error}): {fewer if possible else ''}raise the "
+                "limit on processes and threads (ulimit -u, pids.max of the cgroup)"
+            ) from error
+        self._threads.append(thread)
 
     def _run(self, worker: int) -> None:
         bind_thread(self._masks[worker])
-        while self._work(self.address, self._pools[worker], worker) == 0:
-            continue
+        while worker == 0 and not (self._take_worker0(self.address) or self._words[f.G_STOP]):
+            time.sleep(_TAKE_OVER_S)  # a caller that is worker 0 leaves within its time-out
+        self._work(self.address, self._pools[worker], worker)
 
     def start_background_worker(self) -> None:
-        """From now on callers never work: a thread takes worker 0's place (CUDA tensors).
+        """From now on callers do not work: a thread takes worker 0's place (CUDA tensors).
 
         It waits for a caller that is worker 0 at this moment, since both would use its scratch.
+
+        Raises:
+            OSError: the system allows no further thread.
         """
         with self._background_lock:
             if self.caller_works:
-                self._worker0.acquire()  # and never given back
+                self._start(0)
                 self.caller_works = False
-                self._threads.append(self._start(0))
 
     def check_process(self) -> None:
         """Raise in a forked child, where the workers do not exist, and after `stop`."""
@@ -146,19 +170,20 @@ class PoolGroup:
         """`submit` without the names: the job's number, or -expert for a missing one; and the
         number of ids out of range."""
         self.check_process()
+        if self._in_flight:
+            self.forget_completed()
         with self._lock:
             while self._pending() >= f.RING - 2:  # a host function may take one slot meanwhile
                 self._advance(self.completed + 1)
-            in_flight, completed = self._in_flight, self._words[f.G_COMPLETED]
-            while in_flight and in_flight[0][0] <= completed:
-                in_flight.popleft()
+            in_flight = self._in_flight
             # owned before it starts: an interrupt between these lines must not free its memory
             if self._starting is not None:
-                in_flight.append((self._words[f.G_SUBMITTED], self._starting))
+                newest = self._words[f.G_SUBMITTED]
+                in_flight[newest] = (in_flight.get(newest), self._starting)
             self._starting = owned
             sequence = self._launch(self.address, job, self._found_at)
             if sequence > 0:
-                in_flight.append((sequence, owned))
+                in_flight[sequence] = owned
             self._starting = None
             return sequence, self._found_word[0]
 
@@ -167,18 +192,29 @@ class PoolGroup:
 
     def _advance(self, sequence: int) -> bool:
         """Wait a while for job `sequence`, as worker 0 if nobody else is; true when complete."""
-        assist = self.caller_works and self._worker0.acquire(blocking=False)
-        try:
-            return bool(self._help_until(self.address, sequence, self._pools[0], 0, int(assist)))
-        finally:
-            if assist:
-                self._worker0.release()
+        return bool(
+            self._help_until(self.address, sequence, self._pools[0], 0, int(self.caller_works))
+        )
 
     def wait(self, sequence: int) -> None:
         """Return when job `sequence` is complete, working on it meanwhile where that is allowed."""
         self.check_process()
         while not self._advance(sequence):
             self.check_process()
+        self._forget(sequence)
+
+    def _forget(self, sequence: int) -> None:
+        """Let go of what a completed job owned, and those that nobody has waited for."""
+        self._in_flight.pop(sequence, None)
+        if self._in_flight:
+            self.forget_completed()
+
+    def forget_completed(self) -> None:
+        """Let go of what all completed jobs owned."""
+        completed = self._words[f.G_COMPLETED]
+        for sequence in list(self._in_flight):
+            if sequence <= completed:
+                self._in_flight.pop(sequence, None)
 
     @property
     def completed(self) -> int:
@@ -187,8 +223,12 @@ class PoolGroup:
         return self._words[f.G_COMPLETED]
 
     def is_complete(self, sequence: int) -> bool:
+        """Whether job `sequence` is. What completed jobs owned is let go."""
         self._check_not_forked()  # the child has no mapping of the slots
-        return self._words[f.G_COMPLETED] >= sequence
+        if self._words[f.G_COMPLETED] < sequence:
+            return False
+        self._forget(sequence)
+        return True
 
     def stop(self) -> None:
         """Stop the threads; bounded, since a daemon thread may not hold up the exit."""

@@ -1,12 +1,14 @@
-"""What holds after every test of the kernels."""
+"""What holds after every test of the kernels, and what those of the object cache share."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from hybrid_moe.cpu_kernels.jit import cache, compile
 from tests.cpu_kernels.amx import emulator
 
 
@@ -21,3 +23,25 @@ def no_errors_of_emulated_instructions() -> Iterator[None]:
     while emulator().configured and time.monotonic() < patience:
         time.sleep(0.001)
     assert not emulator().configured
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty object cache."""
+    monkeypatch.setenv("HYBRID_MOE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_told", set())
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Modules that were compiled."""
+    compiled: list[str] = []
+    optimize = compile.optimize
+
+    def counted(module, machine):  # type: ignore[no-untyped-def]
+        compiled.append(module.name)
+        optimize(module, machine)
+
+    monkeypatch.setattr(compile, "optimize", counted)
+    return compiled

@@ -39,28 +39,6 @@ def _answer(value: int, target: Target = TARGET) -> int:
     return int(out[0])
 
 
-@pytest.fixture
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache."""
-    monkeypatch.setenv("HYBRID_MOE_CACHE_DIR", str(tmp_path / "cache"))
-    cache._usable.cache_clear()
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Modules that were compiled."""
-    compiled: list[str] = []
-    optimize = compile.optimize
-
-    def counted(module, machine):  # type: ignore[no-untyped-def]
-        compiled.append(module.name)
-        optimize(module, machine)
-
-    monkeypatch.setattr(compile, "optimize", counted)
-    return compiled
-
-
 def test_a_cached_object_is_not_compiled_again(directory: Path, compilations: list[str]) -> None:
     assert [_answer(7), _answer(7), _answer(7)] == [7, 7, 7]
     assert len(compilations) == 1
@@ -93,107 +71,6 @@ def test_a_damaged_entry_is_rebuilt(
     assert "damaged" in caplog.text
     assert entry.read_bytes() == good
     assert _answer(3) == 3 and len(compilations) == 2
-
-
-def test_the_directory_is_private(directory: Path) -> None:
-    _answer(4)
-    assert directory.stat().st_mode & 0o777 == 0o700
-
-
-def _assert_in_memory(
-    directory: Path, compilations: list[str], caplog: pytest.LogCaptureFixture, reason: str
-) -> None:
-    """The kernels work, nothing is stored, and one warning says why."""
-    with caplog.at_level(logging.WARNING, logger=cache.__name__):
-        assert [_answer(5), _answer(5), _answer(6)] == [5, 5, 6]
-    assert len(compilations) == 3
-    (record,) = caplog.records
-    assert str(directory) in record.getMessage() and reason in record.getMessage()
-    assert not directory.is_dir() or not list(directory.iterdir())
-
-
-@pytest.mark.parametrize("mode", [0o770, 0o722, 0o777])
-def test_a_directory_that_others_may_write_to(
-    mode: int, directory: Path, compilations: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    directory.mkdir()
-    directory.chmod(mode)
-    _assert_in_memory(directory, compilations, caplog, "chmod 700")
-
-
-def test_a_directory_of_another_user(
-    directory: Path,
-    compilations: list[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    directory.mkdir(mode=0o700)
-    monkeypatch.setattr(cache.os, "geteuid", lambda: os.getuid() + 1)
-    _assert_in_memory(directory, compilations, caplog, f"user {os.getuid()}")
-
-
-def test_a_directory_that_cannot_be_made(
-    directory: Path, compilations: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    directory.write_text("a file is in the way")
-    _assert_in_memory(directory, compilations, caplog, "exists")
-
-
-def test_a_read_only_directory(
-    directory: Path,
-    compilations: list[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    directory.mkdir(mode=0o700)
-    monkeypatch.setattr(cache.os, "access", lambda *_: False)  # root may write anywhere
-    _assert_in_memory(directory, compilations, caplog, "not writable")
-
-
-def test_an_entry_that_cannot_be_read(
-    directory: Path, compilations: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    assert _answer(11) == 11
-    (entry,) = directory.glob("*.o")
-    entry.unlink()
-    entry.mkdir()
-    with caplog.at_level(logging.WARNING):
-        assert _answer(11) == 11
-    assert len(compilations) == 2
-    assert "cannot read" in caplog.text and "cannot write" in caplog.text
-
-
-def test_a_full_disk_costs_a_warning(
-    directory: Path,
-    compilations: list[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def full(*_args: object, **_options: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(cache.tempfile, "NamedTemporaryFile", full)
-    with caplog.at_level(logging.WARNING):
-        assert _answer(8) == 8
-    assert "No space left" in caplog.text and compilations
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"HYBRID_MOE_CACHE_DIR": "/a/b", "XDG_CACHE_HOME": "/c"}, "/a/b"),
-        ({"XDG_CACHE_HOME": "/c"}, "/c/hybrid_moe"),
-        ({"HOME": "/home/somebody"}, "/home/somebody/.cache/hybrid_moe"),
-    ],
-)
-def test_where_the_cache_is(
-    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("HYBRID_MOE_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert cache.cache_directory() == Path(expected)
 
 
 def test_a_function_that_is_not_there(directory: Path) -> None:
@@ -294,7 +171,12 @@ def test_the_source_digest(tmp_path: Path) -> None:
 
     seen = {digest()}
     (package / "notes.txt").write_text("no source")
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "a.pyc").write_text("compiled from a.py")
     assert {digest()} == seen
+    (package / "b.pyc").write_text("has no source")
+    assert digest() not in seen
+    seen.add(digest())
     for file in files:
         file.write_text("A = 2\n")
         assert digest() not in seen
@@ -355,7 +237,8 @@ for name, module in sorted(sys.modules.items()):
     )
     assert result.returncode == 0, result.stderr
     integrations = "hybrid_moe.integrations"
-    others = {"hybrid_moe", integrations, f"{integrations}.import_hook", f"{integrations}.guard"}
+    others = {"hybrid_moe", "hybrid_moe.locks"}
+    others |= {integrations, f"{integrations}.import_hook", f"{integrations}.guard"}
     assert set(result.stdout.split()) <= others
 
 

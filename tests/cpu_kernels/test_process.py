@@ -99,6 +99,22 @@ assert np.array_equal(small(layer), expected[:1])
 
 
 @THREADS
+def test_a_forked_child_may_close_what_it_inherits(threads: int) -> None:
+    """Also while a thread of the parent is about to build the layer's descriptor."""
+    _run(
+        """
+layer._ready_lock.acquire()
+assert in_child(layer.close) == 0
+layer._ready_lock.release()
+expected = layer.forward(*batch)
+assert in_child(layer.close) == 0
+assert np.array_equal(layer.forward(*batch), expected)
+""",
+        threads,
+    )
+
+
+@THREADS
 def test_fork_while_another_thread_submits(threads: int) -> None:
     """A lock that is held at the fork never opens in the child."""
     _run(

@@ -275,6 +275,7 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "load64": lambda a: _at(ctypes.c_int64, a)[0],
     "load32": lambda a: _at(ctypes.c_int32, a)[0],
     "load8": lambda a: _at(ctypes.c_uint8, a)[0],
+    "load_acquire": lambda a: _at(ctypes.c_int64, a)[0],
     "store64": lambda a, v: _at(ctypes.c_int64, a).__setitem__(0, v),
     "store32": lambda a, v: _at(ctypes.c_int32, a).__setitem__(0, v),
     "store8": lambda a, v: _at(ctypes.c_uint8, a).__setitem__(0, v),
@@ -359,11 +360,11 @@ def test_routing(tokens: int) -> None:
     x, ids, weights = random_batch(tokens, case.H, case.E, 3)
     ids[0, 0], ids[-1, -1] = -1, case.E + 5
     layer.forward(x, ids, weights)
-    job = StagedJob(layer._job_shape(layer._ready()[1], tokens, 3))
+    job = StagedJob(layer.slot_shape(tokens, 3))
     results = []
     for run in (code, prepare):
         job.stage(x, ids, weights, None)
-        address = job.address(layer._descriptor_address, 0)
+        address = job.address(layer._get_ready().address, 0)
         before = job.template.copy()
         missing = run(address)
         pairs = int(job.template[f.J_ACTIVE]), int(job.template[f.J_MOST])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.layer import MAX_TOKENS_PER_JOB, ExpertLayer
+from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats import FORMATS
 from hybrid_moe.integrations.transformers import from_pretrained
@@ -25,7 +27,7 @@ from hybrid_moe.planning import make_plan, read_model
 from hybrid_moe.planning.kv_cache import sglang_cache, transformers_cache
 from hybrid_moe.planning.machine import huge_pages_here
 from hybrid_moe.planning.model import packed_nbytes
-from hybrid_moe.planning.scratch import job_nbytes
+from hybrid_moe.planning.scratch import cpu_buffers, job_nbytes
 from tests.families import FAMILIES, write_family
 from tests.hybrid_moe.planning.cases import request
 from tests.hybrid_moe.planning.fake_checkpoints import MODELS, write_headers
@@ -212,3 +214,27 @@ def test_buffers_are_as_large_as_a_job(tokens: int) -> None:
     wrapper = next(wrappers(TINY, "MXFP4"))
     shape = wrapper._layer.slot_shape(tokens, model.top_k)
     assert job_nbytes(model, tokens, 1, 1) == shape.nbytes
+
+
+@pytest.mark.parametrize("times", [1, 16])
+def test_a_long_prompt_takes_the_buffers_that_are_planned(
+    times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a pass maps, whatever its length."""
+    mapped: list[int] = []
+    init = Arena.__init__
+
+    def counted(self: Arena, nbytes: int, numa_node: int | None = None) -> None:
+        mapped.append(nbytes)
+        init(self, nbytes, numa_node)
+
+    model = read_model(TINY)
+    wrapper = next(wrappers(TINY, "MXFP4"))
+    layer, tokens = wrapper._layer, times * MAX_TOKENS_PER_JOB
+    layer._get_ready().group.idle.clear()
+    monkeypatch.setattr(Arena, "__init__", counted)
+    x = np.zeros((tokens, model.hidden), np.uint16)
+    ids = np.tile(np.arange(model.top_k), (tokens, 1))
+    layer.forward(x, ids, np.ones(ids.shape, np.float32))
+    assert sum(mapped) == cpu_buffers(model, tokens, 1, 1)
+    assert sum(mapped) == cpu_buffers(model, MAX_TOKENS_PER_JOB, 1, 1)

@@ -1,0 +1,390 @@
+"""The life of a layer's memory: experts that appear under running passes, parts of long batches
+that take turns in it, and who holds it after `close`."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from hybrid_moe.cpu_kernels import layer as layer_module
+from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.job import StagedJob
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.memory import Arena
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.pool.group import group_for
+from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+from hybrid_moe.formats import BF16, MXFP4
+from hybrid_moe.tensors import ExpertTensors
+from tests.cpu_kernels.cases import Array, Case, random_batch
+
+CASE = Case.random(MXFP4, 64, 96, bias=True)
+BATCH = random_batch(3, CASE.H, CASE.E, 2)
+THREADS = range(1, min(2, usable_cores()) + 1)
+
+
+def small(layer: ExpertLayer, x: Array, ids: Array, weights: Array) -> Array:
+    """`ExpertLayer.small` on arrays."""
+    x, ids, weights = map(np.ascontiguousarray, (x, ids, weights))
+    out = np.empty_like(x)
+    at = [array.ctypes.data for array in (x, ids, weights)]
+    running = layer.small(*ids.shape, *at, 0, out.ctypes.data, out)
+    assert running.missing < 0
+    running.wait()
+    return out
+
+
+# close
+
+
+def forward(layer: ExpertLayer) -> None:
+    layer.forward(*BATCH)
+
+
+def short(layer: ExpertLayer) -> None:
+    small(layer, *BATCH)
+
+
+def seen_to_be_done(layer: ExpertLayer) -> None:
+    job = layer.submit(*BATCH)
+    layer.submit(*BATCH).wait()
+    assert job.done
+
+
+def dropped(layer: ExpertLayer) -> None:
+    """Complete before `close`, though nobody has waited for it."""
+    layer.submit(*BATCH)
+    group = group_for(layer.pool)
+    while not group._advance(group._words[f.G_SUBMITTED]):
+        continue
+
+
+def several_parts(layer: ExpertLayer) -> None:
+    assert len(BATCH[0]) > 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_module, "MAX_TOKENS_PER_JOB", 1)
+        layer.forward(*BATCH)
+
+
+def refused(layer: ExpertLayer) -> None:
+    layer.forward(*BATCH)
+    layer._gate_up[0, 1] = 0
+    with pytest.raises(RuntimeError, match="expert 1"):
+        layer.forward(*BATCH)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize(
+    "use",
+    [forward, short, seen_to_be_done, dropped, several_parts, refused],
+    ids=lambda u: u.__name__,
+)
+def test_nothing_holds_a_closed_layer(use: Callable[[ExpertLayer], None], threads: int) -> None:
+    """No later pass is needed, and no garbage collection."""
+    layer = CASE.layer(pool=PoolConfig(threads))
+    use(layer)
+    held = [weakref.ref(arena) for arena in layer._arenas]
+    held += [weakref.ref(bias) for bias in layer._biases.values()]
+    assert len(held) > len(CASE.experts)
+    gc.disable()
+    try:
+        layer.close()
+        assert layer.nbytes == 0 and all(ref() is None for ref in held)
+        gone = weakref.ref(layer)
+        del layer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_a_job_under_way_holds_a_closed_layer(threads: int) -> None:
+    """Until somebody has waited for it."""
+    case = Case.random(MXFP4, 256, 256, E=8, bias=True)
+    batch = random_batch(300, case.H, case.E, 4)
+    expected = case.layer().forward(*batch)
+    layer = case.layer(pool=PoolConfig(threads))
+    held = [weakref.ref(layer._arenas[0]), weakref.ref(layer._biases["down", 0])]
+    job = layer.submit(*batch)
+    layer.close()
+    del layer
+    assert np.array_equal(job.wait(), expected)
+    assert all(ref() is None for ref in held)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda layer: layer.load(0, CASE.experts[0]),
+        lambda layer: layer.allocate(np.ones(CASE.E, np.bool_)),
+        lambda layer: layer.unpack(0),
+        lambda layer: layer.check_readable(0),
+        lambda layer: layer.forward(*BATCH),
+        lambda layer: layer.submit(*BATCH),
+        lambda layer: small(layer, *BATCH),
+        lambda layer: layer.slot_shape(1, 2),
+    ],
+    ids=[
+        "load",
+        "allocate",
+        "unpack",
+        "check_readable",
+        "forward",
+        "submit",
+        "small",
+        "slot_shape",
+    ],
+)
+@pytest.mark.parametrize("used", [False, True])
+def test_a_closed_layer_is_closed(use: Callable[[ExpertLayer], object], used: bool) -> None:
+    layer = CASE.layer()
+    if used:
+        small(layer, *BATCH)
+    layer.close()
+    layer.close()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="this layer is closed"):
+            use(layer)
+    assert not layer.loaded.any() and layer.nbytes == 0
+
+
+# load
+
+
+@pytest.mark.parametrize("pools", range(1, min(2, usable_cores()) + 1))
+@pytest.mark.parametrize("fmt", [MXFP4, BF16], ids=lambda fmt: fmt.name)
+def test_an_expert_appears_whole(fmt: object, pools: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every step of `load` a pass of another thread is refused, or right."""
+    case = Case.random(fmt, 64, 96, E=3, bias=True)  # type: ignore[arg-type]
+    batch = random_batch(3, case.H, case.E, 3)
+    expected = case.layer().forward(*batch)
+    layer = case.layer(pool=PoolConfig(pools, pools, (min(numa_nodes()),) * pools), only=[0, 1])
+    only_before = layer.forward(*batch, skip=np.array([False, False, True]))
+    layer = case.layer(pool=layer.pool, only=[0])
+    layer._slots_of[:] = [0, 1, 2]
+    layer._arenas = [Arena(3 * layer.expert_nbytes(pool)) for pool in range(pools)]
+    layer.load(0, case.experts[0])
+    layer.load(1, case.experts[1])
+    outcomes: list[str] = []
+
+    def look() -> None:
+        skipped = layer.forward(*batch, skip=np.array([False, False, True]))
+        assert np.array_equal(skipped, only_before)
+        try:
+            out = layer.forward(*batch)
+        except RuntimeError as error:
+            outcomes.append("refused" if "expert 2" in str(error) else str(error))
+        else:
+            outcomes.append("right" if np.array_equal(out, expected) else "wrong")
+
+    def watched(real: Callable[..., None]) -> Callable[..., None]:
+        def step(*arguments: object) -> None:
+            look()
+            real(*arguments)
+            look()
+
+        return step
+
+    for name in ("pack_gate_up", "pack_rows", "publish_address"):
+        monkeypatch.setattr(layer_module, name, watched(getattr(layer_module, name)))
+    layer.load(2, case.experts[2])
+    assert set(outcomes) == {"refused", "right"}
+    assert outcomes == sorted(outcomes), "what was right is refused afterwards"
+    assert outcomes.count("right") == 1, "the very last step publishes the expert"
+    assert len(outcomes) == 2 * 3 * pools
+
+
+def test_an_expert_loaded_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its place and its biases' stay: a pass that reads the old ones reads memory that is there."""
+    layer = CASE.layer()
+    layer.forward(*BATCH)
+    tables = [table.copy() for table in (layer._gate_up, layer._down, *layer._bias_tables.values())]
+    order = np.roll(np.arange(CASE.E), 1)
+    turned = Case(CASE.fmt, [CASE.experts[e] for e in order])
+    for expert, tensors in enumerate(turned.experts):
+        layer.load(expert, tensors)
+    assert np.array_equal(layer.forward(*BATCH), turned.layer().forward(*BATCH))
+    after = (layer._gate_up, layer._down, *layer._bias_tables.values())
+    assert all(np.array_equal(a, b) for a, b in zip(tables, after, strict=True))
+    plain = Case.random(MXFP4, 64, 96)
+    for expert, tensors in enumerate(plain.experts):
+        layer.load(expert, tensors)
+    assert np.array_equal(layer.forward(*BATCH), plain.layer().forward(*BATCH))
+
+
+def test_first_passes_of_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One descriptor is built, and what it points to lives as long as jobs that have it."""
+    layer = CASE.layer()
+    expected = CASE.layer().forward(*BATCH)
+    describe, built = ExpertLayer._describe, []
+    barrier = threading.Barrier(4)
+
+    def counted(self: ExpertLayer) -> object:
+        built.append(threading.get_ident())
+        return describe(self)
+
+    monkeypatch.setattr(ExpertLayer, "_describe", counted)
+    results: list[Array] = []
+
+    def first() -> None:
+        barrier.wait()
+        results.append(layer.forward(*BATCH))
+
+    threads = [threading.Thread(target=first) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    assert len(results) == 4 and all(np.array_equal(out, expected) for out in results)
+
+
+def test_a_descriptor_owns_what_it_points_to() -> None:
+    """Every address in it lies in an array that `_tables` names."""
+    layer = CASE.layer()
+    layer.forward(*BATCH)
+    ready = layer._get_ready()
+    named = {array.ctypes.data for array in ready.memory if isinstance(array, np.ndarray)}
+    pointers = (f.L_PARAMETERS, f.L_GATE_BIAS, f.L_UP_BIAS, f.L_DOWN_BIAS)
+    pointers += (f.L_GATE_UP, f.L_DOWN, f.L_BLOCKS, f.L_STRIPS)
+    assert {int(ready.descriptor[slot]) for slot in pointers} <= named
+
+
+# the memory of jobs
+
+
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Bytes of the arenas that are made from now on."""
+    sizes: list[int] = []
+    init = Arena.__init__
+
+    def counted(self: Arena, nbytes: int, numa_node: int | None = None) -> None:
+        sizes.append(nbytes)
+        init(self, nbytes, numa_node)
+
+    monkeypatch.setattr(Arena, "__init__", counted)
+    yield sizes
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("tokens", [16 * 8, 16 * 8 - 7, 8 + 1])
+def test_a_long_batch_takes_the_memory_of_one_job(
+    tokens: int, threads: int, mapped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gives the same bits as in one piece, whatever becomes of the inputs after `submit`."""
+    batch = random_batch(tokens, CASE.H, CASE.E, 2)
+    layer = CASE.layer(pool=PoolConfig(threads))
+    expected = layer.forward(*batch)
+    monkeypatch.setattr(layer_module, "MAX_TOKENS_PER_JOB", 8)
+    idle = group_for(layer.pool).idle
+    idle.clear()
+    mapped.clear()
+    shape = layer.slot_shape(8, 2)
+    job = layer.submit(*batch)
+    for array in batch:
+        array[...] = 0
+    assert np.array_equal(job.wait(), expected)
+    assert mapped == [shape.nbytes]
+    assert [each.nbytes for each in idle._jobs] == [shape.nbytes]
+
+
+def test_a_short_batch_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`submit` of what fits into one job returns at once; of more, when the last part has begun."""
+    layer = CASE.layer()
+    waits: list[int] = []
+    group = group_for(layer.pool)
+    wait = group.wait
+    monkeypatch.setattr(layer_module, "MAX_TOKENS_PER_JOB", 8)
+    monkeypatch.setattr(group, "wait", lambda number: (waits.append(number), wait(number))[1])
+    jobs = {}
+    for tokens in (0, 1, 8, 9, 24):
+        waits.clear()
+        jobs[tokens] = layer.submit(*random_batch(tokens, CASE.H, CASE.E, 2))
+        assert len(waits) == max(0, -(-tokens // 8) - 1)
+    for tokens, job in jobs.items():
+        assert job.wait().shape == (tokens, CASE.H)
+
+
+def test_an_unloaded_expert_in_a_later_part(
+    mapped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error leaves nothing under way, and the memory serves the next batch."""
+    layer = CASE.layer(only=[0, 1, 2, 3])
+    monkeypatch.setattr(layer_module, "MAX_TOKENS_PER_JOB", 8)
+    group = group_for(layer.pool)
+    x, ids, weights = random_batch(20, CASE.H, CASE.E, 2)
+    ids[:] %= 4
+    expected = layer.forward(x, ids, weights)
+    group.idle.clear()
+    ids[17] = 4
+    with pytest.raises(RuntimeError, match="expert 4"):
+        layer.forward(x, ids, weights)
+    assert group._pending() == 0 and not group._in_flight
+    mapped.clear()
+    ids[17] = 0
+    layer.forward(x, ids, weights)
+    assert not mapped and expected.shape == (20, CASE.H)
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_short_passes_of_other_numbers_of_experts(first: int) -> None:
+    """Memory that was made for one k is not taken for another."""
+    layer = CASE.layer()
+    for k in (first, 5 - first, 3, first):
+        x, ids, weights = random_batch(2, CASE.H, CASE.E, k)
+        assert np.array_equal(small(layer, x, ids, weights), layer.forward(x, ids, weights))
+        sizes = {job._workspace.nbytes for job in layer._small_jobs[2, k]}
+        assert sizes == {layer.slot_shape(2, k).nbytes}
+
+
+@pytest.mark.parametrize(("threads", "pools"), [(1, 1), (2, 1), (2, 2), (5, 2), (8, 4)])
+def test_a_job_aims_at_twelve_tasks_for_each_worker(
+    threads: int, pools: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each pool: at least as many as the units of work allow, at most twice as many and the
+    rest of a division for each expert."""
+    from hybrid_moe.cpu_kernels.pool import config as config_module
+
+    monkeypatch.setattr(config_module, "usable_cores", lambda: 64)
+    config = PoolConfig(threads, pools, (min(numa_nodes()),) * pools)
+    case = Case.random(MXFP4, 32 * 24 * threads, 32 * 24 * threads, E=1)
+    layer = case.layer(pool=config)
+    job = StagedJob(layer.slot_shape(1, 1))
+    target = int(job.template[f.J_TARGET_TASKS])
+    assert target == 12 * max(config.threads_per_pool)
+    layer.forward(*random_batch(1, case.H, 1, 1))
+    group = group_for(config)
+    number = group.completed
+    begin = f.G_RING + number % f.RING * f.JOB_SLOTS + f.J_TASKS
+    tasks = group._slots[begin : begin + f.PHASES * f.MAX_POOLS].reshape(f.PHASES, -1)
+    for phase in (f.PHASE_GATE_UP, f.PHASE_DOWN):
+        for pool, workers in enumerate(config.threads_per_pool):
+            assert 12 * workers <= tasks[phase, pool] <= 2 * 12 * max(config.threads_per_pool)
+    group.stop()
+    layer_module.group_for.__globals__["_groups"].pop(config)
+
+
+def test_loading_while_closing() -> None:
+    """A load that has begun writes into memory that is still there, and leaves nothing behind."""
+    layer = CASE.layer()
+    tensors: ExpertTensors = CASE.experts[0]
+    real = layer_module.pack_rows
+    with pytest.MonkeyPatch.context() as patch:
+
+        def pack(*arguments: object) -> None:
+            layer.close()
+            gc.collect()
+            real(*arguments)  # type: ignore[arg-type]
+
+        patch.setattr(layer_module, "pack_rows", pack)
+        with pytest.raises(RuntimeError, match="this layer is closed"):
+            layer.load(0, tensors)
+    assert not layer.loaded.any() and layer.nbytes == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        layer.forward(*BATCH)
