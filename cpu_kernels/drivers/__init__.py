@@ -21,6 +21,7 @@ _ENTRIES = {
     "wake_all": "worker",
     "post_host": "host",
     "wait_host": "host",
+    "close_host": "host",
     "watch": "host",
     "watch_once": "host",
     "pack_strips": "pack",

@@ -25,6 +25,7 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     store_release,
     system_call,
 )
+from hybrid_moe.cpu_kernels.drivers.patience import task_nanoseconds
 from hybrid_moe.cpu_kernels.drivers.phases import run_task
 from hybrid_moe.cpu_kernels.drivers.route import get, prepare, put
 
@@ -282,17 +283,13 @@ def unlock_ring(group: int) -> int:
 
 
 @driver
-def launch(group: int, template: int, found: int) -> int:
-    """Copy a job into the ring, route and publish it.
-
-    Returns its sequence number, or -expert if a token is routed to an expert that is neither loaded
-    nor skipped (0 is an expert too; sequence numbers start at 1); nothing runs then. The number of
-    ids out of range goes to `found`.
-    """
+def try_launch(group: int, template: int, found: int) -> int:
+    """`launch`, or NO_ROOM at once if the ring is full: it never waits for the pool."""
     lock_ring(group)
     sequence = load_acquire(group + 8 * f.G_SUBMITTED) + 1
-    while load_acquire(group + 8 * f.G_COMPLETED) + f.RING <= sequence:
-        pause()
+    if load_acquire(group + 8 * f.G_COMPLETED) + f.RING <= sequence:
+        unlock_ring(group)
+        return f.NO_ROOM
     job = ring_slot(group, sequence)
     open_slot(job, sequence)
     for slot in range(f.J_SEQUENCE + 1, f.J_TOTAL):
@@ -300,6 +297,22 @@ def launch(group: int, template: int, found: int) -> int:
     missing = prepare(job)
     store64(found, get(job, f.J_IGNORED))
     if missing == 0:
+        put(job, f.J_TASK_NS, task_nanoseconds(job))
         publish(group, job)
     unlock_ring(group)
     return sequence if missing == 0 else 1 - missing
+
+
+@driver
+def launch(group: int, template: int, found: int) -> int:
+    """Copy a job into the ring, route and publish it; waits, without the lock, for room.
+
+    Returns its sequence number, or -expert if a token is routed to an expert that is neither loaded
+    nor skipped (0 is an expert too; sequence numbers start at 1); nothing runs then. The number of
+    ids out of range goes to `found`.
+    """
+    while True:
+        sequence = try_launch(group, template, found)
+        if sequence != f.NO_ROOM:
+            return sequence
+        pause()
