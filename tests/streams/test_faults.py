@@ -28,9 +28,11 @@ from tests.streams.model import Inputs, ManualWatcher, Model, layers
 def clean() -> Iterator[None]:
     """Jobs that a test has left are over before the next one."""
     yield
-    group, _ = layers()
+    group, made = layers()
     while group.work():
         pass
+    for layer in made:
+        layer.slot_report()
 
 
 @pytest.fixture
