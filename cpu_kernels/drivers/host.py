@@ -352,12 +352,13 @@ def advance(entry: int, host: int) -> None:
         return
     code = trouble(group)
     if code == 0 and sequence == 0 and has_room(group):
-        sequence = launch_slot(host)
-        if sequence == 0:
+        launched = launch_slot(host)
+        if launched == 0:
             answer(entry)
-        elif sequence != f.NO_ROOM:
-            put(entry, f.E_SEQUENCE, sequence)
-        return
+            return
+        if launched != f.NO_ROOM:
+            put(entry, f.E_SEQUENCE, launched)
+            return
     if code == 0 and is_late(entry, host):
         code = f.ERROR_TIMEOUT
     if code == 0:
