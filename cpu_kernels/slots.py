@@ -143,6 +143,11 @@ class SlotState:
         latest = max(self._host[f.H_SEQUENCE], self._host[f.H_ABANDONED])
         return bool(latest <= self._group.completed)
 
+    @property
+    def epoch(self) -> int:
+        """Changes of the layer's mask that launches had seen when the latest run was launched."""
+        return int(self._host[f.H_EPOCH])
+
     def close(self) -> None:
         """Let no run begin any more: replays give NaN from now on."""
         close = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(drivers.addresses()["close_host"])
@@ -201,7 +206,6 @@ class JobSlot:
         host[f.H_MASK] = mask.address
         host[f.H_HIDDEN] = hidden
         self.user_data = int(host.ctypes.data)
-        self._host = host
         self.state = SlotState(group, host)
         replayed = (group, host, self.template, scratch, mask, counters, buffers)
         weakref.finalize(self, _let_go, self.state, replayed, layer).atexit = False
@@ -213,11 +217,6 @@ class JobSlot:
             self.state.captured = True
         else:
             self.state.queued += 1
-
-    @property
-    def epoch(self) -> int:
-        """Changes of the layer's mask that launches had seen when the latest run was launched."""
-        return int(self._host[f.H_EPOCH])
 
 
 def _let_go(state: SlotState, replayed: tuple[object, ...], layer: object) -> None:

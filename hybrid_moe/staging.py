@@ -39,6 +39,15 @@ MOST_SLOTS = 128
 batch sizes of a decoding server, but not all lengths of prompts."""
 
 
+class SlotState(Protocol):
+    """See `hybrid_moe.cpu_kernels.slots.SlotState`."""
+
+    @property
+    def idle(self) -> bool: ...
+    @property
+    def epoch(self) -> int: ...
+
+
 class JobSlot(Protocol):
     """See `hybrid_moe.cpu_kernels.slots.JobSlot`. It may be dropped at any time: what streams that
     were announced by `will_visit` still touch stays until they have."""
@@ -50,9 +59,7 @@ class JobSlot(Protocol):
     @property
     def user_data(self) -> int: ...
     @property
-    def epoch(self) -> int: ...
-    @property
-    def state(self) -> keeping.Progress: ...
+    def state(self) -> SlotState: ...
 
     def will_visit(self, *, captured: bool) -> None: ...
 

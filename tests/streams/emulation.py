@@ -313,9 +313,7 @@ class EmulatedStream:
 
     # work
 
-    def push(
-        self, name: str, make: Callable[[], Step], addresses: tuple[int, ...] = ()
-    ) -> None:
+    def push(self, name: str, make: Callable[[], Step], addresses: tuple[int, ...] = ()) -> None:
         """Queue a piece of work that uses `addresses`, or add it to the graph."""
         graph = self.graph
         if graph is None:
@@ -325,9 +323,7 @@ class EmulatedStream:
             graph.nodes.append(node)
             self.tail = frozenset({node})
 
-    def queue(
-        self, name: str, work: Callable[[], object], addresses: tuple[int, ...] = ()
-    ) -> None:
+    def queue(self, name: str, work: Callable[[], object], addresses: tuple[int, ...] = ()) -> None:
         """Queue work that never waits."""
 
         def step() -> str:
@@ -383,7 +379,9 @@ class EmulatedStream:
 
     def wait_value(self, address: int, value: int) -> None:
         word = ctypes.c_int64.from_address(address)
-        self.push("wait value", lambda: lambda: DONE if word.value == value else BLOCKED, (address,))
+        self.push(
+            "wait value", lambda: lambda: DONE if word.value == value else BLOCKED, (address,)
+        )
 
     # memory
 

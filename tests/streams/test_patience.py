@@ -46,8 +46,9 @@ class Waiter:
         self.inputs = inputs
         runner: Any = model.runners[0]
         runner.submit(*inputs.tensors, 1)
+        job = runner._pending.job
+        self.slot, self.buffers = job.slot, job.buffers
         self.result = runner.sync(inputs.hidden, 1)
-        self.slot, self.buffers = runner._staged.slot, runner._staged.buffers
         model.gpu.run_some(200)
         group = model.group
         self.group = group.address
