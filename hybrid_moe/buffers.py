@@ -44,7 +44,7 @@ class BufferKey:
 @dataclass(frozen=True)
 class Mailbox:
     """Addresses of the two flags over which a stream hands over jobs, see
-    `hybrid_moe.cpu_kernels.drivers.host`."""
+    `hybrid_moe.cpu_kernels.drivers.mailbox`."""
 
     posted: int
     done: int

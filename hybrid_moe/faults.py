@@ -44,9 +44,9 @@ def check_errors() -> None:
 
     Raises:
         RuntimeError: workers failed or made no progress, or tokens were routed to an expert that is
-            neither on the GPU nor loaded, or a graph was replayed whose layer is gone. IndexError: `strict` layers met ids out of range. The
-            message begins with the first layer; the outputs of the failed runs are NaN (of ids out
-            of range: without them).
+            neither on the GPU nor loaded, or a graph was replayed whose layer is gone. IndexError:
+            `strict` layers met ids out of range. The message begins with the first layer; the
+            outputs of the failed runs are NaN (of ids out of range: without them).
     """
     global _checked, _closed
     count = faults()

@@ -11,10 +11,13 @@ replayed:
 The inputs may change as soon as the caller's stream has passed `copied`; it does not wait for the
 post, which can take a callback thread's wake-up. Post and wait go through the buffers' mailbox: the
 stream writes the address of the job's slot, waits for the flag and clears it for the next run, so
-that a replay of the same constants works (`hybrid_moe.cpu_kernels.drivers.host` says why). Where a
-GPU has no memory flags, both are host functions, compiled ones: Python would need the GIL inside
+that a replay of the same constants works (`hybrid_moe.cpu_kernels.drivers.mailbox` says why). Where
+a GPU has no memory flags, both are host functions, compiled ones: Python would need the GIL inside
 the driver's callback thread. Every wait is for something queued earlier, so streams that the
 hardware serializes cannot block each other.
+
+A submission may be dropped at any time, with its layer: see `hybrid_moe.cpu_kernels.slots` for what
+stays until the stream and the workers are through with it. Its buffers come back to the pool then.
 """
 
 from __future__ import annotations

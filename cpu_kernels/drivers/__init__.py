@@ -22,8 +22,8 @@ _ENTRIES = {
     "post_host": "host",
     "wait_host": "host",
     "close_host": "host",
-    "watch": "host",
-    "watch_once": "host",
+    "watch": "mailbox",
+    "watch_once": "mailbox",
     "pack_strips": "pack",
 }
 """Driver that Python calls -> its module here."""

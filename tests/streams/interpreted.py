@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hybrid_moe.cpu_kernels.drivers import host, patience, route, worker
+from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, route, worker
 
 
 def _word(address: int) -> ctypes.c_int64:
@@ -35,6 +35,10 @@ def _compare_swap(address: int, expected: int, desired: int) -> bool:
         return False
     _store(address, desired)
     return True
+
+
+def _load32(address: int) -> int:
+    return ctypes.c_int32.from_address(address).value
 
 
 def _store32(address: int, value: int) -> None:
@@ -76,6 +80,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch, pause: Callable[[], None]) -> Clo
         "store_release": _store,
         "fetch_add": _fetch_add,
         "compare_swap": _compare_swap,
+        "load32": _load32,
         "store32": _store32,
         "load8": _load8,
         "store8": _store8,
@@ -84,7 +89,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch, pause: Callable[[], None]) -> Clo
         "nanoseconds": clock.now,
         "system_call": lambda *arguments: 0,
     }
-    for module in (host, patience, route, worker):
+    for module in (host, mailbox, patience, route, worker):
         for name, operation in operations.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, operation)

@@ -13,7 +13,7 @@ import torch
 
 from hybrid_moe.cpu_kernels import drivers, slots
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers import host, patience, worker
+from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, worker
 from hybrid_moe.faults import check_errors
 from tests.streams.interpreted import Clock, interpret
 from tests.streams.model import H, I, Inputs, K, Model, layers
@@ -66,7 +66,7 @@ class Waiter:
 
     def look(self) -> None:
         """The watcher looks."""
-        host.watch_once(self.model.watcher.address)
+        mailbox.watch_once(self.model.watcher.address)
 
     @property
     def answered(self) -> bool:
@@ -293,14 +293,14 @@ def test_a_launch_that_finds_no_room_after_all_waits_for_nobody(
     words = model.group._slots
     assert words[f.G_SUBMITTED] - words[f.G_COMPLETED] == f.RING - 1
     clock = interpret(monkeypatch, never)
-    monkeypatch.setattr(host, "has_room", lambda group: True)
-    host.watch_once(model.watcher.address)
+    monkeypatch.setattr(mailbox, "has_room", lambda group: True)
+    mailbox.watch_once(model.watcher.address)
     assert words[f.G_LOCK] == 0 and words[f.G_SUBMITTED] - words[f.G_COMPLETED] == f.RING - 1
     mask = ctypes.c_int64.from_address(late.slot.user_data + 8 * f.H_MASK).value
     assert ctypes.c_int64.from_address(mask + 8 * f.K_LOCK).value == 0
     clock.pass_by(2 * TIMEOUT)
     for _ in range(2):
-        host.watch_once(model.watcher.address)
+        mailbox.watch_once(model.watcher.address)
     assert late.buffers.out[:1].isnan().all()
     with pytest.raises(RuntimeError, match="the CPU workers"):
         check_errors()

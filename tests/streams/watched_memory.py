@@ -78,7 +78,7 @@ class UseAfterFreeError(AssertionError):
 class _Handler(ctypes.Structure):
     """PyDataMem_Handler, version 1 (NEP 49)."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("name", ctypes.c_char * 127),
         ("version", ctypes.c_uint8),
         ("log", ctypes.c_void_p),
