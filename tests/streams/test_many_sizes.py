@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,12 @@ from hybrid_moe.staging import MOST_SLOTS
 from tests.streams.model import E, H, Inputs, K, Model, layers
 
 SIZES = 3000
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests have left on streams that never run is not looked at here."""
+    monkeypatch.setattr(keeping, "_busy", deque())
 
 
 def calls_of(function: Callable[[], object]) -> int:

@@ -4,7 +4,8 @@ and those who wait hold up nobody."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -211,27 +212,41 @@ def test_host_functions_wait_as_long(
 # Giving up --------------------------------------------------------------------------------------
 
 
+@contextmanager
+def worker_inside_a_task(waiter: Waiter) -> Iterator[Callable[[], None]]:
+    """A worker has taken a task of the last phase, and leaves it when the given function is called.
+    Afterwards nobody has."""
+    at = waiter.job + 8 * (f.J_CLAIM + f.PHASE_DOWN * f.MAX_POOLS * f.LINE_SLOTS)
+    claims = ctypes.c_int64.from_address(at)
+    at = waiter.job + 8 * (f.J_DONE + f.PHASE_DOWN * f.LINE_SLOTS)
+    done = ctypes.c_int64.from_address(at)
+
+    def leave() -> None:
+        done.value += 1
+
+    before = claims.value, done.value
+    claims.value += 1
+    try:
+        yield leave
+    finally:
+        claims.value, done.value = before
+
+
 def test_a_worker_inside_a_task_cannot_spoil_the_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has read where the output goes before the job was given up, and writes after that."""
     waiter = Waiter(True, Inputs.random(3, 2))
     clock = interpret(monkeypatch, never)
-    phase = f.PHASE_DOWN
-    claims = waiter.job + 8 * (f.J_CLAIM + phase * f.MAX_POOLS * f.LINE_SLOTS)
-    done = waiter.job + 8 * (f.J_DONE + phase * f.LINE_SLOTS)
-    word = ctypes.c_int64.from_address(claims)
-    word.value += 1  # a worker takes a task
     out = waiter.field(f.J_OUT)
     assert out == waiter.buffers.out.data_ptr()
-    clock.pass_by(waiter.patience + SECOND)
-    for _ in range(3):
+    with worker_inside_a_task(waiter) as leave:
+        clock.pass_by(waiter.patience + SECOND)
+        for _ in range(3):
+            waiter.look()
+        assert waiter.field(f.J_OUT) != out and not waiter.answered
+        ctypes.memset(out, 0x3F, 2 * H * 3)
+        leave()
         waiter.look()
-    assert waiter.field(f.J_OUT) != out and not waiter.answered
-    ctypes.memset(out, 0x3F, 2 * H * 3)
-    ctypes.c_int64.from_address(done).value += 1  # it is through
-    waiter.look()
-    assert waiter.answered and waiter.buffers.out[:3].isnan().all()
-    word.value -= 1
-    ctypes.c_int64.from_address(done).value -= 1
+        assert waiter.answered and waiter.buffers.out[:3].isnan().all()
     waiter.finish()
     assert waiter.result.isnan().all()
     with pytest.raises(RuntimeError, match="completed nothing"):
@@ -243,16 +258,13 @@ def test_a_worker_that_stands_still_inside_a_task_is_not_waited_for(
 ) -> None:
     waiter = Waiter(True, Inputs.random(3, 2))
     clock = interpret(monkeypatch, never)
-    claims = waiter.job + 8 * (f.J_CLAIM + f.PHASE_DOWN * f.MAX_POOLS * f.LINE_SLOTS)
-    word = ctypes.c_int64.from_address(claims)
-    word.value += 1
-    clock.pass_by(waiter.patience + SECOND)
-    waiter.look()
-    assert not waiter.answered
-    clock.pass_by(TIMEOUT // 8 + SECOND)
-    waiter.look()
-    assert waiter.answered and waiter.buffers.out[:3].isnan().all()
-    word.value -= 1
+    with worker_inside_a_task(waiter):
+        clock.pass_by(waiter.patience + SECOND)
+        waiter.look()
+        assert not waiter.answered
+        clock.pass_by(TIMEOUT // 8 + SECOND)
+        waiter.look()
+        assert waiter.answered and waiter.buffers.out[:3].isnan().all()
     waiter.finish()
     with pytest.raises(RuntimeError, match="completed nothing"):
         check_errors()
