@@ -7,7 +7,7 @@ pool before the largest task of the job that it is at would be over on a slow th
 
 NS_PER_MAC is 1e8 multiply-adds a second: the portable tier does 1.2e9 on one thread of the slowest
 machine that has been measured, at one token; batches are faster. So a batch of any length passes,
-and a pool that is dead is found in a minute at decode sizes, in minutes at the longest prefills.
+and a dead pool is found after a minute at decode sizes, and some ten at the longest prefills.
 """
 
 from __future__ import annotations

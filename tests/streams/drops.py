@@ -17,9 +17,9 @@ from hybrid_moe.faults import check_errors
 from tests.streams.model import Captured, Check, Inputs, Model, layers, make_layers
 from tests.streams.watched_memory import Ledger, watched
 
-HOWS = ("drop", "close", "sync", "failed sync", "close layer")
-"""Ways in which a submission's owner goes: nobody syncs, `close` without a sync, after a sync,
-after a sync that raised, and the packed weights are closed first."""
+HOWS = ("drop", "close", "close in a capture", "sync", "failed sync", "close layer")
+"""Ways in which a submission's owner goes: nobody syncs, `close` without a sync, and where no wait
+can be queued, after a sync, after a sync that raised, and the packed weights are closed first."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,10 @@ class _Run:
         for runner in model.runners:
             if how == "close":
                 runner.close()
+            elif how == "close in a capture":
+                with model.gpu.capture(model.streams[0]) as graph:
+                    runner.close()
+                assert not graph.nodes
             elif how == "close layer":
                 runner._layer.close()
         del runner
