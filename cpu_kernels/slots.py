@@ -210,13 +210,13 @@ class JobSlot:
         replayed = (group, host, self.template, scratch, mask, counters, buffers)
         weakref.finalize(self, _let_go, self.state, replayed, layer).atexit = False
 
-    def will_visit(self, *, captured: bool) -> None:
+    def will_visit(self, *, captured: bool, number: int = 1) -> None:
         """A stream is about to be asked for one visit more: for a post through a mailbox, or for a
-        call of `post_fn` or `wait_fn`."""
+        call of `post_fn` or `wait_fn`. -1: it has refused."""
         if captured:
             self.state.captured = True
         else:
-            self.state.queued += 1
+            self.state.queued += number
 
 
 def _let_go(state: SlotState, replayed: tuple[object, ...], layer: object) -> None:

@@ -22,6 +22,8 @@ stays until the stream and the workers are through with it. Its buffers come bac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,7 +66,7 @@ class JobSlot(Protocol):
     @property
     def state(self) -> SlotState: ...
 
-    def will_visit(self, *, captured: bool) -> None: ...
+    def will_visit(self, *, captured: bool, number: int = 1) -> None: ...
 
 
 class SlotMaker(Protocol):
@@ -137,11 +139,12 @@ class Stager:
             side.to_host(buffers.ids[:tokens], ids)
             side.to_host(buffers.weights[:tokens], weights)
         stream.wait(side.record())
-        slot.will_visit(captured=buffers.captured)
-        if buffers.mailbox is not None:
-            side.write_value(buffers.mailbox.posted, slot.user_data)
-        else:
-            side.host_function(slot.post_fn, slot.user_data)
+        mailbox = buffers.mailbox
+        with _visit(slot, buffers.captured):
+            if mailbox is not None:
+                side.write_value(mailbox.posted, slot.user_data)
+            else:
+                side.host_function(slot.post_fn, slot.user_data)
         job.posted = side.record()
         if join:
             stream.wait(job.posted)
@@ -179,6 +182,17 @@ class Stager:
         """Drop the slots over `freed` buffers; nothing that is queued uses them any more."""
         for key in [key for key in self._slots if key[0] in freed]:
             del self._slots[key]
+
+
+@contextmanager
+def _visit(slot: JobSlot, captured: bool) -> Iterator[None]:
+    """Announce the visit that is queued meanwhile; a stream that refuses it makes none."""
+    slot.will_visit(captured=captured)
+    try:
+        yield
+    except RuntimeError:
+        slot.will_visit(captured=captured, number=-1)
+        raise
 
 
 @dataclass
@@ -236,13 +250,14 @@ class StagedJob:
 
     def _wait(self, stream: Stream) -> None:
         """Let `stream` wait for the job's end."""
-        self.settled = True
         if not (self.joined and stream.handle == self.stream.handle):
             stream.wait(self.posted)
         mailbox = self.buffers.mailbox
         if mailbox is None:
-            self.slot.will_visit(captured=self.buffers.captured)
-            stream.host_function(self.slot.wait_fn, self.slot.user_data)
+            with _visit(self.slot, self.buffers.captured):
+                stream.host_function(self.slot.wait_fn, self.slot.user_data)
+            self.settled = True
         else:
+            self.settled = True  # a stream that waits may not find its answer taken back
             stream.wait_value(mailbox.done, 1)
             stream.write_value(mailbox.done, 0)

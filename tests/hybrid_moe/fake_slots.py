@@ -34,8 +34,8 @@ class FakeSlot:
     announced: int = 0
     visits: int = 0
 
-    def will_visit(self, *, captured: bool) -> None:
-        self.announced += not captured
+    def will_visit(self, *, captured: bool, number: int = 1) -> None:
+        self.announced += 0 if captured else number
 
     @property
     def state(self) -> FakeSlot:

@@ -191,6 +191,33 @@ def test_buffers_of_a_dropped_job_are_used_again_when_it_has_run() -> None:
     assert third.buffers not in (buffers, second.buffers)
 
 
+@pytest.mark.parametrize("refused", ["post", "wait"])
+def test_a_stream_that_refuses_leaves_nothing_behind(
+    refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = Setup()
+    stream, inputs = s.stream(), batch(2)
+    real = EmulatedStream.host_function
+
+    def refuse(self: EmulatedStream, function: int, user_data: int) -> None:
+        if (self is stream) == (refused == "wait"):
+            raise RuntimeError("not permitted")
+        real(self, function, user_data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmulatedStream, "host_function", refuse)
+        with pytest.raises(RuntimeError, match="not permitted"):
+            s.stager.submit(stream, *inputs).result(stream)
+    s.gpu.run()
+    allocated = len(s.gpu.allocated)
+    result = s.stager.submit(stream, *inputs).result(stream)
+    assert len(s.gpu.allocated) == allocated, "the buffers have not come back"
+    slot = s.maker.slots[0]
+    slot.computed = slot.posted  # the fake's job runs in the wait, which was refused
+    s.gpu.run()
+    assert torch.equal(result, job_of(*inputs))
+
+
 def test_a_job_is_not_discarded_twice() -> None:
     s = Setup()
     job = s.stager.submit(s.stream(), *batch(2))
