@@ -18,7 +18,7 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     store_release,
     system_call,
 )
-from hybrid_moe.cpu_kernels.drivers.worker import help_until, launch
+from hybrid_moe.cpu_kernels.drivers.worker import help_until, try_launch
 
 SETTLE_NS = 30_000  # from the counter of sleepers to being asleep: one system call
 
@@ -49,7 +49,7 @@ def fork_join(
                 pause()
             settle()
         begin = nanoseconds()
-        sequence = launch(group, template, found)
+        sequence = try_launch(group, template, found)
         while help_until(group, sequence, 0, 0, assist) == 0:
             pause()
         store64(samples + 8 * i, nanoseconds() - begin)

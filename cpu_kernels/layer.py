@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +19,7 @@ from hybrid_moe.cpu_kernels.pack import pack_gate_up, pack_rows, publish_address
 from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, group_for
-from hybrid_moe.cpu_kernels.slots import JobSlot, LiveMask, SlotReport, SlotScratch
+from hybrid_moe.cpu_kernels.slots import JobSlot, LiveMask, SlotCounters, SlotReport, SlotScratch
 from hybrid_moe.cpu_kernels.small import SmallJob, SmallPass, fill, idle_jobs
 from hybrid_moe.cpu_kernels.unpack import RunAll, unpack_gate_up, unpack_rows
 from hybrid_moe.formats import Array, WeightFormat
@@ -120,7 +119,7 @@ class ExpertLayer:
         self._pid = os.getpid()
         self._job_shapes: dict[tuple[int, int], JobShape] = {}
         self._small_jobs: dict[tuple[int, int], list[SmallJob]] = {}  # by tokens and k
-        self._job_slots: weakref.WeakSet[JobSlot] = weakref.WeakSet()
+        self._slot_counters = SlotCounters()
         self._live_masks: dict[int, LiveMask] = {}
 
     # loading
@@ -445,6 +444,7 @@ class ExpertLayer:
         out: int,
         ignored_ids: int,
         scratch: SlotScratch,
+        owned: object = None,
     ) -> JobSlot:
         """A job over fixed buffers that compiled host functions post and await (CUDA streams).
 
@@ -454,23 +454,32 @@ class ExpertLayer:
             skip: address of bool [E], the layer's live mask: each post takes a snapshot of it.
             ignored_ids: what ids out of range mean, `fields.IDS_*`.
             scratch: of `slot_shape(tokens, top_k)`.
+            owned: what holds the memory at these addresses; kept for as long as they are used.
         """
         ready = self._get_ready()
         ready.group.start_background_worker()
         if skip not in self._live_masks:
             self._live_masks[skip] = LiveMask(skip, self.num_experts)
-        slot = JobSlot(ready.group, scratch, self._live_masks[skip], ignored_ids, ready)
+        slot = JobSlot(
+            ready.group,
+            scratch,
+            self._live_masks[skip],
+            self._slot_counters,
+            hidden=self.hidden,
+            ignored_ids=ignored_ids,
+            layer=ready,
+            buffers=owned,
+        )
         job = slot.template
         job[f.J_LAYER] = ready.address
         job[f.J_TOKENS] = tokens
         job[f.J_X], job[f.J_IDS], job[f.J_WEIGHTS] = x, ids, weights
         job[f.J_OUT] = out
-        self._job_slots.add(slot)
         return slot
 
     def slot_report(self) -> SlotReport:
         """What the runs of this layer's job slots have met since the last report; never blocks."""
-        return SlotReport.gather(list(self._job_slots))
+        return self._slot_counters.report()
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

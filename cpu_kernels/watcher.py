@@ -1,4 +1,4 @@
-"""The thread that reads the mailboxes of GPU streams, see `drivers.host`.
+"""The thread that reads the mailboxes of GPU streams, see `drivers.mailbox`.
 
 It runs compiled code without the GIL and looks at all mailboxes in a loop: each is one cache line
 that only changes when a stream posts, so a look at some dozens costs well under a microsecond. It

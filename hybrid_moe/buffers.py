@@ -8,15 +8,17 @@ order keeps the uses apart.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
+from hybrid_moe.cpu_kernels import keeping
 from hybrid_moe.cpu_kernels.drivers.fields import M_DONE, M_POSTED, MAILBOX_SLOTS
 from hybrid_moe.cpu_kernels.job import JobShape
 from hybrid_moe.cpu_kernels.slots import SlotScratch
@@ -42,10 +44,14 @@ class BufferKey:
 @dataclass(frozen=True)
 class Mailbox:
     """Addresses of the two flags over which a stream hands over jobs, see
-    `hybrid_moe.cpu_kernels.drivers.host`."""
+    `hybrid_moe.cpu_kernels.drivers.mailbox`."""
 
     posted: int
     done: int
+
+    def clear(self) -> None:
+        """Take back an answer that no stream has been asked to wait for."""
+        ctypes.c_int64.from_address(self.done).value = 0
 
 
 @dataclass(eq=False)
@@ -150,6 +156,8 @@ class BufferPool:
         self._mailboxes = mailboxes or Mailboxes()
         self._free: dict[tuple[BufferKey, int], list[Buffers]] = defaultdict(list)
         self._captured: dict[tuple[BufferKey, int], list[Buffers]] = defaultdict(list)
+        self._lost: deque[tuple[Buffers, keeping.Progress, int]] = deque()
+        self._in_graphs: list[Buffers] = []
         self._users: weakref.WeakSet[User] = weakref.WeakSet()
         self._lock = ProcessLock()
 
@@ -162,6 +170,7 @@ class BufferPool:
         """
         capturing = stream.capturing()
         with self._lock:
+            self._find_lost()
             if not capturing:
                 free = self._free[key, stream.handle]
                 return free.pop() if free else self._allocate(key, stream)
@@ -181,6 +190,27 @@ class BufferPool:
             kept = self._captured if buffers.captured else self._free
             kept[buffers.key, stream.handle].append(buffers)
 
+    def lost(self, buffers: Buffers, progress: keeping.Progress, stream: Stream) -> None:
+        """Take back buffers of a job whose wait was never queued. They are used again when
+        `progress` is idle; those that a graph has captured are not, since a replay posts into them
+        and does not wait. May be called from finalizers.
+        """
+        if buffers.captured:
+            self._in_graphs.append(buffers)
+        else:
+            self._lost.append((buffers, progress, stream.handle))
+
+    def _find_lost(self) -> None:
+        """Free those of the lost buffers that are idle. The caller holds the lock."""
+        for _ in range(len(self._lost)):
+            buffers, progress, handle = self._lost.popleft()
+            if not progress.idle:
+                self._lost.append((buffers, progress, handle))
+                continue
+            if buffers.mailbox is not None:
+                buffers.mailbox.clear()
+            self._free[buffers.key, handle].append(buffers)
+
     def clear(self, synchronize: Callable[[torch.device], object]) -> None:
         """Free the eager buffers, when their device is idle. Captured ones stay: graphs use them,
         and so do those of submissions that wait to be collected.
@@ -189,6 +219,7 @@ class BufferPool:
             synchronize: waits until a device has ended all that was queued.
         """
         with self._lock:
+            self._find_lost()
             freed = {buffers for free in self._free.values() for buffers in free}
             for device in {buffers.key.device for buffers in freed}:
                 synchronize(device)
@@ -197,6 +228,7 @@ class BufferPool:
                 self._mailboxes.give_back(buffers)
             for user in self._users:
                 user.forget(freed)
+        keeping.release(most=None)
 
     def attach(self, user: User) -> None:
         """Let `user` know of buffers that are freed."""

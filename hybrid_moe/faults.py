@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from typing import Protocol
 
-from hybrid_moe.cpu_kernels.slots import faults
+from hybrid_moe.cpu_kernels.slots import closed_runs, faults
 from hybrid_moe.locks import ProcessLock
 
 
@@ -27,6 +27,7 @@ class Reporter(Protocol):
 _reporters: weakref.WeakSet[Reporter] = weakref.WeakSet()
 _lock = ProcessLock()
 _checked = 0
+_closed = 0
 
 
 def attach(reporter: Reporter) -> None:
@@ -43,18 +44,25 @@ def check_errors() -> None:
 
     Raises:
         RuntimeError: workers failed or made no progress, or tokens were routed to an expert that is
-            neither on the GPU nor loaded. IndexError: `strict` layers met ids out of range. The
-            message begins with the first layer; the outputs of the failed runs are NaN (of ids out
-            of range: without them).
+            neither on the GPU nor loaded, or a graph was replayed whose layer is gone. IndexError:
+            `strict` layers met ids out of range. The message begins with the first layer; the
+            outputs of the failed runs are NaN (of ids out of range: without them).
     """
-    global _checked
+    global _checked, _closed
     count = faults()
     if count == _checked:
         return
     with _lock:
-        _checked = count
+        _checked, closed, _closed = count, closed_runs() - _closed, closed_runs()
         reporters = sorted(_reporters, key=lambda reporter: reporter.layer_idx)
     errors = [error for reporter in reporters if (error := reporter.take_error()) is not None]
+    if closed > 0:
+        errors.append(
+            RuntimeError(
+                "a CUDA graph was replayed after a layer that it runs had been closed or dropped: "
+                "its output is NaN"
+            )
+        )
     if len(errors) > 1:
         raise type(errors[0])(f"{errors[0]} (and {len(errors) - 1} more layers failed)")
     if errors:

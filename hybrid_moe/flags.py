@@ -34,8 +34,9 @@ def flags_work(device: torch.device, *, may_try: bool) -> bool:
     """Whether `device` hands over jobs by flags.
 
     Args:
-        may_try: False during a capture, when nothing can be tried: an untried device has no flags
-            then.
+        may_try: False during a capture, when nothing can be tried: buffers that an untried device
+            gets then are handed over by host functions for as long as the graph may be replayed.
+            The next call outside a capture tries, for all buffers after that.
     """
     if os.environ.get(HANDOVER) == "host":
         return False
@@ -43,6 +44,14 @@ def flags_work(device: torch.device, *, may_try: bool) -> bool:
     if index in _tried:
         return _tried[index]
     if not may_try:
+        if index not in _untried:
+            _untried.add(index)
+            logger.warning(
+                "GPU %d: its first use is in a capture, where memory flags cannot be tried: this "
+                "graph's jobs are handed over by host functions; run the layers once before the "
+                "capture for flags",
+                index,
+            )
         return False
     try:
         with torch.cuda.device(index):
@@ -59,6 +68,7 @@ def flags_work(device: torch.device, *, may_try: bool) -> bool:
 
 
 _tried: dict[int, bool] = {}
+_untried = set[int]()  # devices whose first use was in a capture
 _kept: list[torch.Tensor] = []  # a stream that fails a trial may still write
 
 

@@ -17,7 +17,7 @@ from hybrid_moe.cpu_kernels.drivers.fields import IDS_COUNT, IDS_FAULT, IDS_PASS
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.small import SMALL_TOKENS, SmallPass
 from hybrid_moe.deferral import Chain, split_deferred
-from hybrid_moe.staging import StagedJob, Stager
+from hybrid_moe.staging import SlotState, StagedJob, Stager
 from hybrid_moe.stream import Stream
 from hybrid_moe.submission import (
     Launched,
@@ -112,7 +112,7 @@ class LayerRunner:
             self._small_calls = {((B, H), (B, k)) for B in range(1, SMALL_TOKENS + 1)}
         self._mask_view: npt.NDArray[np.bool_] = mask.numpy()  # shares its memory
         self._placement = Placement.of(self._mask_view, resident, 0)
-        self._staged: StagedJob | None = None
+        self._staged: SlotState | None = None  # of the latest run, if it was on a stream
         self._pending: Pending | None = None
         self._small: tuple[SmallPass, torch.Tensor] | None = None
         self._stager: Stager | None = None
@@ -129,7 +129,7 @@ class LayerRunner:
     def mask_epoch(self) -> int:
         """How often the mask had changed when the latest run took its snapshot. On CUDA tensors
         that is when the stream reaches the submission: ask when the step's results have arrived."""
-        return self._placement.epoch if self._staged is None else self._staged.slot.epoch
+        return self._placement.epoch if self._staged is None else self._staged.epoch
 
     def submit(
         self,
@@ -364,7 +364,7 @@ class LayerRunner:
 
         def launch(ids: torch.Tensor, later: bool) -> StagedJob:
             job = stager.submit(stream, hidden, ids, weights, ignored_ids=ignored, join=later)
-            self._staged = job
+            self._staged = job.slot.state
             return job
 
         return launch

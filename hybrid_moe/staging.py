@@ -11,21 +11,26 @@ replayed:
 The inputs may change as soon as the caller's stream has passed `copied`; it does not wait for the
 post, which can take a callback thread's wake-up. Post and wait go through the buffers' mailbox: the
 stream writes the address of the job's slot, waits for the flag and clears it for the next run, so
-that a replay of the same constants works (`hybrid_moe.cpu_kernels.drivers.host` says why). Where a
-GPU has no memory flags, both are host functions, compiled ones: Python would need the GIL inside
+that a replay of the same constants works (`hybrid_moe.cpu_kernels.drivers.mailbox` says why). Where
+a GPU has no memory flags, both are host functions, compiled ones: Python would need the GIL inside
 the driver's callback thread. Every wait is for something queued earlier, so streams that the
 hardware serializes cannot block each other.
+
+A submission may be dropped at any time, with its layer: see `hybrid_moe.cpu_kernels.slots` for what
+stays until the stream and the workers are through with it. Its buffers come back to the pool then.
 """
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from hybrid_moe.buffers import BUFFERS, BufferKey, BufferPool, Buffers
+from hybrid_moe.cpu_kernels import keeping
 from hybrid_moe.cpu_kernels.drivers.fields import IDS_COUNT
 from hybrid_moe.cpu_kernels.job import JobShape
 from hybrid_moe.cpu_kernels.slots import SlotReport, SlotScratch
@@ -34,9 +39,23 @@ from hybrid_moe.stream import Event, Stream
 __all__ = ["BUFFERS", "BufferPool", "StagedJob", "Stager"]
 
 
+MOST_SLOTS = 128
+"""Eager slots that a layer keeps, one for each buffers and number of tokens that it has met: all
+batch sizes of a decoding server, but not all lengths of prompts."""
+
+
+class SlotState(Protocol):
+    """See `hybrid_moe.cpu_kernels.slots.SlotState`."""
+
+    @property
+    def idle(self) -> bool: ...
+    @property
+    def epoch(self) -> int: ...
+
+
 class JobSlot(Protocol):
-    """See `hybrid_moe.cpu_kernels.slots.JobSlot`. It lives as long as anything that is queued or
-    captured refers to it."""
+    """See `hybrid_moe.cpu_kernels.slots.JobSlot`. It may be dropped at any time: what streams that
+    were announced by `will_visit` still touch stays until they have."""
 
     @property
     def post_fn(self) -> int: ...
@@ -45,7 +64,9 @@ class JobSlot(Protocol):
     @property
     def user_data(self) -> int: ...
     @property
-    def epoch(self) -> int: ...
+    def state(self) -> SlotState: ...
+
+    def will_visit(self, *, captured: bool, number: int = 1) -> None: ...
 
 
 class SlotMaker(Protocol):
@@ -63,6 +84,7 @@ class SlotMaker(Protocol):
         out: int,
         ignored_ids: int,
         scratch: SlotScratch,
+        owned: object,
     ) -> JobSlot: ...
     def slot_shape(self, tokens: int, top_k: int) -> JobShape: ...
     def slot_report(self) -> SlotReport: ...
@@ -79,10 +101,9 @@ class Stager:
 
     def __init__(self, maker: SlotMaker, skip: torch.Tensor, pool: BufferPool = BUFFERS) -> None:
         self._maker, self._skip, self._pool = maker, skip, pool
-        self._slots: dict[tuple[Buffers, int, int], JobSlot] = {}
+        self._slots: dict[tuple[Buffers, int, int], JobSlot] = {}  # least recently used first
+        self._captured: dict[tuple[Buffers, int, int], JobSlot] = {}
         pool.attach(self)
-        # a layer may be dropped while a stream has yet to call its slots
-        weakref.finalize(self, _drain, self._slots).atexit = False
 
     def submit(
         self,
@@ -103,30 +124,40 @@ class Stager:
         """
         (tokens, H), k = hidden.shape, ids.shape[1]
         key = BufferKey(1 << max(tokens - 1, 0).bit_length(), H, k, hidden.dtype, stream.device)
+        keeping.release()
         buffers = self._pool.take(key, stream)
-        slot = self._slot(buffers, tokens, ignored_ids)
+        try:
+            slot = self._slot(buffers, tokens, ignored_ids)
+        except BaseException:
+            self._pool.give_back(buffers, stream)
+            raise
+        job = StagedJob(slot, buffers, tokens, self._pool, stream, stream.record(), join)
         side = stream.side
-        side.wait(stream.record())
+        side.wait(job.posted)
         with side:
             side.to_host(buffers.x[:tokens], hidden)
             side.to_host(buffers.ids[:tokens], ids)
             side.to_host(buffers.weights[:tokens], weights)
         stream.wait(side.record())
-        if buffers.mailbox is not None:
-            side.write_value(buffers.mailbox.posted, slot.user_data)
-        else:
-            side.host_function(slot.post_fn, slot.user_data)
-        posted = side.record()
+        mailbox = buffers.mailbox
+        with _visit(slot, buffers.captured):
+            if mailbox is not None:
+                side.write_value(mailbox.posted, slot.user_data)
+            else:
+                side.host_function(slot.post_fn, slot.user_data)
+        job.posted = side.record()
         if join:
-            stream.wait(posted)
-        return StagedJob(slot, buffers, tokens, self._pool, stream, posted, join)
+            stream.wait(job.posted)
+        return job
 
     def _slot(self, buffers: Buffers, tokens: int, ignored_ids: int) -> JobSlot:
         """The slot of these buffers: immutable, since the stream may still have to post it."""
         key = (buffers, tokens, ignored_ids)
-        if key not in self._slots:
+        slots = self._captured if buffers.captured else self._slots
+        slot = slots.pop(key, None)
+        if slot is None:
             shape = self._maker.slot_shape(tokens, buffers.key.top_k)
-            self._slots[key] = self._maker.job_slot(
+            slot = self._maker.job_slot(
                 tokens=tokens,
                 top_k=buffers.key.top_k,
                 x=buffers.x.data_ptr(),
@@ -136,8 +167,12 @@ class Stager:
                 out=buffers.out.data_ptr(),
                 ignored_ids=ignored_ids,
                 scratch=buffers.scratch_of(shape),
+                owned=(buffers, self._skip),
             )
-        return self._slots[key]
+        slots[key] = slot
+        if len(self._slots) > MOST_SLOTS:
+            del self._slots[next(iter(self._slots))]
+        return slot
 
     def report(self) -> SlotReport:
         """What went wrong in runs that have ended since the last report. Never blocks."""
@@ -149,12 +184,15 @@ class Stager:
             del self._slots[key]
 
 
-def _drain(slots: dict[tuple[Buffers, int, int], JobSlot]) -> None:
-    """Wait for the GPUs that may still call `slots`, which live until then."""
-    for device in {buffers.key.device for buffers, _, _ in slots}:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    slots.clear()
+@contextmanager
+def _visit(slot: JobSlot, captured: bool) -> Iterator[None]:
+    """Announce the visit that is queued meanwhile; a stream that refuses it makes none."""
+    slot.will_visit(captured=captured)
+    try:
+        yield
+    except RuntimeError:
+        slot.will_visit(captured=captured, number=-1)
+        raise
 
 
 @dataclass
@@ -164,6 +202,7 @@ class StagedJob:
     Attributes:
         posted: where the side stream has posted it.
         joined: `stream` has waited for that.
+        settled: the wait is queued, and the buffers are the pool's again.
     """
 
     slot: JobSlot
@@ -173,6 +212,7 @@ class StagedJob:
     stream: Stream
     posted: Event
     joined: bool
+    settled: bool = False
 
     def result(self, stream: Stream | None = None) -> torch.Tensor:
         """Queue the wait and the copy to the device; a new device tensor [B, H]."""
@@ -189,11 +229,24 @@ class StagedJob:
         return result
 
     def discard(self) -> None:
-        """Queue the wait, so that the buffers can be used again."""
-        if self.stream.capturing() != self.buffers.captured:
-            return  # the run is in a graph that has ended, or the wait would be: no further use
-        self._wait(self.stream)
-        self.pool.give_back(self.buffers, self.stream)
+        """Queue the wait, so that the buffers can be used again. Where it cannot be queued, since
+        the run is in a graph that has ended, or the wait would be, the pool waits for the run."""
+        if self.settled:
+            return
+        if self.stream.capturing() == self.buffers.captured:
+            self._wait(self.stream)
+            self.pool.give_back(self.buffers, self.stream)
+        else:
+            self._lose()
+
+    def __del__(self) -> None:
+        # dropped by an exception, or with its layer; nothing can be queued from a finalizer
+        self._lose()
+
+    def _lose(self) -> None:
+        if not self.settled:
+            self.settled = True
+            self.pool.lost(self.buffers, self.slot.state, self.stream)
 
     def _wait(self, stream: Stream) -> None:
         """Let `stream` wait for the job's end."""
@@ -201,7 +254,10 @@ class StagedJob:
             stream.wait(self.posted)
         mailbox = self.buffers.mailbox
         if mailbox is None:
-            stream.host_function(self.slot.wait_fn, self.slot.user_data)
+            with _visit(self.slot, self.buffers.captured):
+                stream.host_function(self.slot.wait_fn, self.slot.user_data)
+            self.settled = True
         else:
+            self.settled = True  # a stream that waits may not find its answer taken back
             stream.wait_value(mailbox.done, 1)
             stream.write_value(mailbox.done, 0)

@@ -18,15 +18,16 @@ from hybrid_moe.cpu_kernels.jit.compile import Target, compile_functions
 from hybrid_moe.cpu_kernels.jit.sources import source_key
 
 _ENTRIES = {
-    "launch": "worker",
+    "try_launch": "worker",
     "work": "worker",
     "help_until": "worker",
     "wake_all": "worker",
     "take_worker0": "worker",
     "post_host": "host",
     "wait_host": "host",
-    "watch": "host",
-    "watch_once": "host",
+    "close_host": "host",
+    "watch": "mailbox",
+    "watch_once": "mailbox",
     "pack_strips": "pack",
     "fingerprint": "fingerprint",
     "publish_word": "pack",

@@ -97,6 +97,7 @@ J_SUMS_BYTES = 30  # of one strip's sums
 J_SCRATCH_UNPACKED = 31
 J_SCRATCH_OUT = 32
 J_INLINE_ENCODE = 33  # 1: the publisher encodes the inputs itself, phase 0 is empty
+J_TASK_NS = 34  # what the largest task takes a slow thread, see `patience`
 
 PHASES = 3
 PHASE_ENCODE, PHASE_GATE_UP, PHASE_DOWN = range(PHASES)
@@ -132,27 +133,39 @@ G_WORKER0 = 10 * LINE_SLOTS  # 1 while somebody is worker 0
 G_RING = 11 * LINE_SLOTS
 GROUP_SLOTS = G_RING + RING * JOB_SLOTS
 
+NO_ROOM = -(1 << 62)
+"""What `try_launch` returns when the ring is full."""
+
 # Descriptor of a job slot of the CUDA path: what a captured graph replays.
 
 H_GROUP = 0
 H_TEMPLATE = 1  # a job descriptor that each launch copies into the ring
 H_IGNORED_IDS = 2  # what ids out of range mean, one of:
-IDS_PASS, IDS_COUNT, IDS_FAULT = range(3)  # nothing, add to H_IGNORED, are a fault as well
+IDS_PASS, IDS_COUNT, IDS_FAULT = range(3)  # nothing, add to C_IGNORED, are a fault as well
 H_SEQUENCE = 3  # of the latest launch; 0 when it was not published
-H_IGNORED = 4  # counters that only grow
-H_MISSING = 5
-H_MISSING_EXPERT = 6
-H_FOUND = 7  # ids out of range of the latest launch
-H_TIMEOUT_NS = 8  # without any job of the group completed
-H_FAULTS = 9  # address of the process's word that grows at every fault
-H_ERRORS = 10  # runs that failed
-H_ERROR = 11  # why the latest of them did, one of:
-ERROR_TIMEOUT, ERROR_STUCK, ERROR_STOPPED = range(1, 4)
-H_DUMP = 12  # where a job that nobody waits for any more writes its output
-H_MASK = 13  # address of the layer's mask, K_SLOTS slots and uint8 [E]
-H_EPOCH = 14  # of the mask in the latest launch
-H_ABANDONED = 15  # newest job that its waiter gave up
+H_COUNTERS = 4  # address of the layer's counters
+H_FOUND = 5  # ids out of range of the latest launch
+H_TIMEOUT_NS = 6  # without any task of the group ended, beside J_TASK_NS
+H_FAULTS = 7  # address of the process's words: faults, and among them runs of closed layers
+H_DUMP = 8  # where a job that nobody waits for any more writes its output
+H_MASK = 9  # address of the layer's mask, K_SLOTS slots and uint8 [E]
+H_EPOCH = 10  # of the mask in the latest launch
+H_ABANDONED = 11  # newest job that its waiter gave up
+H_ENDED = 12  # visits of streams that are over: nothing of the slot is touched for them any more
+H_CLOSED = 13  # 1: the layer is gone, and whoever replays the slot gets NaN
+H_HIDDEN = 14  # of the layer
 HOST_SLOTS = 16
+
+# What the runs of a layer's job slots have met. All only grow; several threads add.
+
+C_IGNORED = 0  # ids out of range, of slots that count them
+C_MISSING = 1  # runs that met an expert that is neither loaded nor skipped,
+C_MISSING_EXPERT = 2  # the latest
+C_ERRORS = 3  # runs that were given up
+C_ERROR = 4  # why the latest was, one of:
+ERROR_TIMEOUT, ERROR_STUCK, ERROR_STOPPED = range(1, 4)
+C_WAITED_NS = 5  # how long the latest had waited in vain at least
+COUNTER_SLOTS = LINE_SLOTS
 
 # The mask of a layer as its latest launch saw it.
 
@@ -182,7 +195,8 @@ W_CAPACITY = 1024
 E_MAILBOX = 0  # address, or 0: unused
 E_HOST = 1  # job slot under way, or 0
 E_SEQUENCE = 2  # its number, or 0 while the ring has no room
-E_SEEN = 3  # G_COMPLETED when the pool last made progress
-E_DEADLINE = 4  # nanoseconds
+E_SEEN = 3  # how far the pool was when it last made progress,
+E_SINCE = 4  # and when that was, nanoseconds
+E_CODE = 5  # why the job is being given up, or 0
 ENTRY_SLOTS = 8
 WATCHER_SLOTS = W_ENTRIES + W_CAPACITY * ENTRY_SLOTS

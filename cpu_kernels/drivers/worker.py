@@ -34,6 +34,7 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     store_release,
     system_call,
 )
+from hybrid_moe.cpu_kernels.drivers.patience import task_nanoseconds
 from hybrid_moe.cpu_kernels.drivers.phases import run_task
 from hybrid_moe.cpu_kernels.drivers.route import get, prepare, put
 
@@ -388,17 +389,18 @@ def unlock_ring(group: int) -> None:
 
 
 @driver
-def launch(group: int, template: int, found: int) -> int:
-    """Copy a job into the ring, route and publish it.
+def try_launch(group: int, template: int, found: int) -> int:
+    """Copy a job into the ring, route and publish it; never waits for the pool.
 
-    Returns its sequence number, or -expert if a token is routed to an expert that is neither loaded
-    nor skipped (0 is an expert too; sequence numbers start at 1); nothing runs then. The number of
-    ids out of range goes to `found`.
+    Returns its sequence number, NO_ROOM if the ring is full, or -expert if a token is routed to an
+    expert that is neither loaded nor skipped (0 is an expert too; sequence numbers start at 1);
+    nothing runs then. The number of ids out of range goes to `found`.
     """
     lock_ring(group)
     sequence = load_acquire(group + 8 * f.G_SUBMITTED) + 1
-    while load_acquire(group + 8 * f.G_COMPLETED) + f.RING <= sequence:
-        wait_for(group, sequence - f.RING + 1, 0, 0, 0)
+    if load_acquire(group + 8 * f.G_COMPLETED) + f.RING <= sequence:
+        unlock_ring(group)
+        return f.NO_ROOM
     job = ring_slot(group, sequence)
     open_slot(job, sequence)
     for slot in range(f.J_SEQUENCE + 1, f.J_TOTAL):
@@ -406,6 +408,7 @@ def launch(group: int, template: int, found: int) -> int:
     missing = prepare(job)
     store64(found, get(job, f.J_IGNORED))
     if missing == 0:
+        put(job, f.J_TASK_NS, task_nanoseconds(job))
         publish(group, job)
     unlock_ring(group)
     return sequence if missing == 0 else 1 - missing

@@ -86,7 +86,7 @@ class PoolGroup:
         self._found_at = int(self._found.ctypes.data)
         self._found_word = self._found.data
         self.idle: IdleJobs[StagedJob] = IdleJobs()
-        self._launch = _function("launch", 3)
+        self._launch = _function("try_launch", 3)
         self._help_until = _function("help_until", 5)
         self._wake_all = _function("wake_all", 1)
         self._work = _function("work", 3)
@@ -173,22 +173,23 @@ class PoolGroup:
         if self._in_flight:
             self.forget_completed()
         with self._lock:
-            while self._pending() >= f.RING - 2:  # a host function may take one slot meanwhile
-                self._advance(self.completed + 1)
             in_flight = self._in_flight
             # owned before it starts: an interrupt between these lines must not free its memory
             if self._starting is not None:
                 newest = self._words[f.G_SUBMITTED]
                 in_flight[newest] = (in_flight.get(newest), self._starting)
             self._starting = owned
-            sequence = self._launch(self.address, job, self._found_at)
+            while True:
+                completed = self._words[f.G_COMPLETED]
+                sequence = self._launch(self.address, job, self._found_at)
+                if sequence != f.NO_ROOM:
+                    break
+                self._advance(completed + 1)
+                self.check_process()  # stopped: nothing will make room
             if sequence > 0:
                 in_flight[sequence] = owned
             self._starting = None
             return sequence, self._found_word[0]
-
-    def _pending(self) -> int:
-        return self._words[f.G_SUBMITTED] - self._words[f.G_COMPLETED]
 
     def _advance(self, sequence: int) -> bool:
         """Wait a while for job `sequence`, as worker 0 if nobody else is; true when complete."""

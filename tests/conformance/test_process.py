@@ -40,8 +40,12 @@ def test_announced_and_other_batch_sizes_give_right_results(kit: Kit) -> None:
         assert_close(kit.forward(wrapper, batch), kit.weights[0].forward(batch))
 
 
-def test_clear_buffer_cache_works_before_any_call(kit: Kit) -> None:
+def test_clear_buffer_cache_loses_nothing_of_a_submission(kit: Kit) -> None:
+    kit.implementation.clear_buffer_cache()  # before any call
+    wrapper, batch = kit.load(), kit.batch(3)
+    wrapper.submit_forward(*batch.args, kit.stream)
     kit.implementation.clear_buffer_cache()
+    assert_close(kit.sync(wrapper, batch.hidden), kit.weights[0].forward(batch))
 
 
 def test_clear_buffer_cache_between_calls_changes_nothing(kit: Kit) -> None:

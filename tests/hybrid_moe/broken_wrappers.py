@@ -76,6 +76,24 @@ class IgnoresTheClamp(KTMoEWrapper):
         super().__init__(*args, **{**options, "swiglu_limit": 0.0})
 
 
+class ClearsWhatIsUnderWay(KTMoEWrapper):
+    """`clear_buffer_cache` frees the buffers of submissions as well."""
+
+    _cleared = False
+
+    def submit_forward(self, *arguments: Any) -> None:
+        ClearsWhatIsUnderWay._cleared = False
+        super().submit_forward(*arguments)
+
+    @staticmethod
+    def clear_buffer_cache() -> None:
+        ClearsWhatIsUnderWay._cleared = True
+
+    def sync_forward(self, hidden: Any, cuda_stream: Any = None) -> torch.Tensor:
+        output = super().sync_forward(hidden, cuda_stream)
+        return output.zero_() if ClearsWhatIsUnderWay._cleared else output
+
+
 class SwallowsErrors(KTMoEWrapper):
     """Answers a bad call with zeros."""
 

@@ -31,6 +31,19 @@ class FakeSlot:
     posted: int = 0
     computed: int = 0
     epoch: int = 0
+    announced: int = 0
+    visits: int = 0
+
+    def will_visit(self, *, captured: bool, number: int = 1) -> None:
+        self.announced += 0 if captured else number
+
+    @property
+    def state(self) -> FakeSlot:
+        return self
+
+    @property
+    def idle(self) -> bool:
+        return self.visits >= self.announced
 
 
 @dataclass
@@ -64,11 +77,13 @@ class FakeMaker:
         slot = self.slots[number]
         assert slot.posted == slot.computed, "posted again before it was waited for"
         slot.posted += 1
+        slot.visits += 1
         slot.arguments["snapshot"] = self._view(slot.arguments["skip"], "?", self.experts).copy()
         self.log.append(("post", number))
 
     def _wait(self, number: int) -> None:
         slot = self.slots[number]
+        slot.visits += 1
         self.log.append(("wait", number))
         if slot.computed == slot.posted:
             return

@@ -17,6 +17,7 @@ from tests.conformance import test_deferral as deferral
 from tests.conformance import test_forward as forward
 from tests.conformance import test_loading as loading
 from tests.conformance import test_placement as placement
+from tests.conformance import test_process as process
 from tests.conformance.kit import LAYERS, Kit, Weights, write_checkpoint
 from tests.hybrid_moe import broken_wrappers as broken
 
@@ -52,6 +53,10 @@ BROKEN: list[tuple[type[KTMoEWrapper], Clause]] = [
     (
         broken.IgnoresTheClamp,
         lambda kit: forward.test_swiglu_limit_clamps_gate_and_up(kit, 0.5),
+    ),
+    (
+        broken.ClearsWhatIsUnderWay,
+        process.test_clear_buffer_cache_loses_nothing_of_a_submission,
     ),
     (
         broken.SwallowsErrors,

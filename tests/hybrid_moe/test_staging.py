@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_moe import cuda, flags
+from hybrid_moe import cuda, flags, staging
 from hybrid_moe.arguments import LayerShape
 from hybrid_moe.buffers import BufferPool
 from hybrid_moe.cpu_kernels.slots import SlotReport
@@ -20,6 +19,7 @@ from hybrid_moe.runner import LayerRunner
 from hybrid_moe.staging import Stager
 from tests.hybrid_moe.fake_slots import FakeMaker, job_of
 from tests.streams.emulation import DEVICE, Device, EmulatedStream
+from tests.streams.model import Model as KernelModel
 
 E, K, H = 6, 2, 32
 
@@ -159,7 +159,8 @@ def test_captured_buffers_are_never_freed_or_used_eagerly() -> None:
     synchronized: list[torch.device] = []
     s.pool.clear(synchronized.append)
     assert synchronized == [DEVICE] and s.pool.count() == (0, 2)
-    assert {key[0] for key in s.stager._slots} == {captured.buffers, third.buffers}
+    kept = {captured.buffers, third.buffers}
+    assert {key[0] for key in s.stager._captured} == kept and not s.stager._slots
 
 
 def test_clear_keeps_what_is_under_way() -> None:
@@ -174,18 +175,73 @@ def test_clear_keeps_what_is_under_way() -> None:
     assert s.pool.count() == (1, 0)
 
 
-def test_slots_of_a_dropped_layer_live_until_the_gpu_is_idle(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_buffers_of_a_dropped_job_are_used_again_when_it_has_run() -> None:
     s = Setup()
     stream = s.stream()
-    stream.device = torch.device("cuda:3")
-    alive: list[bool] = []
-    job = s.stager.submit(stream, *batch(2))
-    slot = weakref.ref(s.maker.slots.pop(0))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda d: alive.append(slot() is not None))
-    del job, s.stager
-    assert alive == [True] and slot() is None
+    first = s.stager.submit(stream, *batch(2))
+    buffers = first.buffers
+    del first
+    second = s.stager.submit(stream, *batch(2))
+    assert second.buffers is not buffers  # the stream has yet to post the first
+    second.result(stream)
+    s.gpu.run()
+    s.pool.clear(lambda device: None)
+    assert s.pool.count() == (0, 0) and not s.stager._slots
+    third = s.stager.submit(stream, *batch(2))
+    assert third.buffers not in (buffers, second.buffers)
+
+
+@pytest.mark.parametrize("refused", ["post", "wait"])
+def test_a_stream_that_refuses_leaves_nothing_behind(
+    refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = Setup()
+    stream, inputs = s.stream(), batch(2)
+    real = EmulatedStream.host_function
+
+    def refuse(self: EmulatedStream, function: int, user_data: int) -> None:
+        if (self is stream) == (refused == "wait"):
+            raise RuntimeError("not permitted")
+        real(self, function, user_data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmulatedStream, "host_function", refuse)
+        with pytest.raises(RuntimeError, match="not permitted"):
+            s.stager.submit(stream, *inputs).result(stream)
+    s.gpu.run()
+    allocated = len(s.gpu.allocated)
+    result = s.stager.submit(stream, *inputs).result(stream)
+    assert len(s.gpu.allocated) == allocated, "the buffers have not come back"
+    slot = s.maker.slots[0]
+    slot.computed = slot.posted  # the fake's job runs in the wait, which was refused
+    s.gpu.run()
+    assert torch.equal(result, job_of(*inputs))
+
+
+def test_a_job_is_not_discarded_twice() -> None:
+    s = Setup()
+    job = s.stager.submit(s.stream(), *batch(2))
+    for _ in range(2):
+        job.discard()
+    del job
+    assert s.pool.count() == (1, 0)
+    s.gpu.run()
+    assert s.maker.log == [("post", 0), ("wait", 0)]
+
+
+def test_a_layer_keeps_the_slots_that_it_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "MOST_SLOTS", 3)
+    s = Setup()
+    stream = s.stream()
+    for tokens in (9, 10, 11, 9, 12, 9):  # one capacity
+        s.stager.submit(stream, *batch(tokens)).result(stream)
+        s.gpu.run()
+    assert [tokens for _, tokens, _ in s.stager._slots] == [11, 12, 9]
+    assert len(s.maker.slots) == 4, "a slot in use was made anew"
+    with s.gpu.capture(stream):
+        for tokens in (9, 10, 11, 12):
+            s.stager.submit(stream, *batch(tokens)).result(stream)
+    assert len(s.stager._captured) == 4  # graphs replay them
 
 
 @pytest.mark.parametrize("captured_first", [False, True])
@@ -418,8 +474,12 @@ class Trial:
     hears: bool = True
     clears: bool = True
     words: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+    starts: int = 0
+    ends: int = 0
 
     def start(self) -> None:
+        assert self.words[0] == 0, "what an earlier exchange left would be taken for an answer"
+        self.starts += 1
         self.words[0] = self.posted
 
     def record(self) -> Any:
@@ -430,13 +490,16 @@ class Trial:
         over = (answered and self.hears) if self.waits else True
         if answered and over and self.clears:
             self.words[1] = 0
+            self.ends += 1
         return over
 
 
 def test_trial_of_flags() -> None:
     trial = Trial()
-    for _ in range(3):
+    for turn in range(1, 4):
         flags.exchange(trial.words, trial.start, trial.record)
+        assert trial.starts == turn and trial.ends == turn
+        assert trial.words.tolist() == [7, 0]  # posted and seen, answered and cleared
 
 
 @pytest.mark.parametrize(
@@ -465,6 +528,7 @@ def test_flags_are_tried_once_and_not_under_capture(
         raise flags.TrialError("no 64-bit operations")
 
     monkeypatch.setattr(flags, "_tried", {})
+    monkeypatch.setattr(flags, "_untried", {3})
     monkeypatch.setattr(flags, "try_flags", refuse)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     assert not flags.flags_work(gpu, may_try=False) and not tried
@@ -476,6 +540,40 @@ def test_flags_are_tried_once_and_not_under_capture(
         "GPU 3: jobs are handed over by host functions, since memory flags do not work: no 64-bit "
         "operations"
     )
+
+
+def test_flags_are_tried_after_a_capture_that_came_first(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu, tried = torch.device("cuda", 3), []
+    monkeypatch.setattr(flags, "_tried", {})
+    monkeypatch.setattr(flags, "_untried", set())
+    monkeypatch.setattr(flags, "try_flags", tried.append)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    for _ in range(3):
+        assert not flags.flags_work(gpu, may_try=False)
+    (record,) = [r for r in caplog.records if r.name == "hybrid_moe.flags"]
+    assert record.getMessage() == (
+        "GPU 3: its first use is in a capture, where memory flags cannot be tried: this graph's "
+        "jobs are handed over by host functions; run the layers once before the capture for flags"
+    )
+    assert not tried
+    assert flags.flags_work(gpu, may_try=True) and tried == [gpu]
+    assert flags.flags_work(gpu, may_try=False)  # in later captures as well
+
+
+def test_buffers_of_a_first_capture_and_later_ones_work_together() -> None:
+    """Those captured before flags were tried keep their host functions."""
+    model = KernelModel(flags=False, count=1)
+    graph = model.capture(2)
+    model.gpu.has_flags = True
+    for seed in range(3):
+        model.replay(graph, seed)
+        model.step(2, seed + 3)
+    later = model.capture(3)
+    model.replay(later, 1)
+    model.replay(graph, 2)
+    model.verify()
 
 
 def test_host_functions_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import gc
 import random
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from hybrid_moe.buffers import BufferPool
+from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.faults import check_errors
 from hybrid_moe.staging import Stager
 from hybrid_moe.wrapper import KTMoEWrapper
@@ -167,3 +170,95 @@ def test_epoch_of_the_mask_that_a_run_saw(stream: EmulatedStream) -> None:
         run(stream)
         epochs.append(w.mask_epoch)
     assert epochs == [0, 1, 1, 2, 3]
+
+
+# What goes, and what stays ------------------------------------------------------------------------
+
+
+def pinned(stream: EmulatedStream) -> int:
+    """Pieces of pinned memory, besides mailboxes, which are few and stay."""
+    gc.collect()
+    living = [tensor for ref in stream.gpu.allocated if (tensor := ref()) is not None]
+    return sum(tensor.shape[-1] != f.MAILBOX_SLOTS for tensor in living)
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether `condition` comes true; threads may still be on their way."""
+    end = time.monotonic() + 30
+    while not condition():
+        if time.monotonic() > end:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("cleared", ["before", "between", "under way"])
+def test_clear_buffer_cache(
+    cleared: str, stream: EmulatedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pinned memory that nobody uses is freed, and nothing else."""
+    pool = BufferPool()
+    monkeypatch.setattr("hybrid_moe.runner.Stager", functools.partial(Stager, pool=pool))
+    monkeypatch.setattr("hybrid_moe.wrapper.BUFFERS", pool)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: run(stream))
+    w, batch = loaded(stream), Batch.random(3)
+    expected = WEIGHTS.load(wrapper()).forward(*batch.args)
+    if cleared == "before":
+        KTMoEWrapper.clear_buffer_cache()
+    results = [w.forward(*batch.args, 1)]
+    if cleared == "between":
+        assert pinned(stream) == 4  # x, ids, weights and out
+        KTMoEWrapper.clear_buffer_cache()
+        assert pinned(stream) == 0
+    w.submit_forward(*batch.args, 1)
+    if cleared == "under way":
+        KTMoEWrapper.clear_buffer_cache()
+        assert pinned(stream) == 4  # the second submission's are the first one's
+    results.append(w.sync_forward(batch.hidden, 1))
+    run(stream)
+    assert all(torch.equal(result, expected) for result in results)
+    KTMoEWrapper.clear_buffer_cache()
+    assert pinned(stream) == 0 and pool.count() == (0, 0)
+
+
+@pytest.mark.parametrize("synced", [False, True])
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_wrapper_that_goes_before_its_job_has_run(
+    synced: bool, closed: bool, stream: EmulatedStream
+) -> None:
+    batch = Batch.random(3)
+    expected = WEIGHTS.load(wrapper()).forward(*batch.args)
+    w = loaded(stream)
+    layer = weakref.ref(w._layer)
+    w.submit_forward(*batch.args, 1)
+    result = w.sync_forward(batch.hidden, 1) if synced else None
+    if closed:
+        w.close()
+    del w
+    gc.collect()
+    assert layer() is not None  # the stream has yet to post the job
+    run(stream)
+    assert result is None or torch.equal(result, expected)
+    assert soon(lambda: gc.collect() >= 0 and layer() is None)
+
+
+def test_a_replay_after_its_layer_has_gone(stream: EmulatedStream) -> None:
+    batch = Batch.random(2)
+    w = loaded(stream)
+    layer = weakref.ref(w._layer)
+    with stream.gpu.capture(stream) as graph:
+        result = w.forward(*batch.args, 1)
+    graph.launch(stream)
+    run(stream)
+    assert not result.isnan().any()
+    w.close()
+    del w
+    assert soon(lambda: gc.collect() >= 0 and layer() is None)
+    for _ in range(2):
+        with stream:
+            result.zero_()
+        graph.launch(stream)
+        run(stream)
+        assert result.isnan().all()
+        with pytest.raises(RuntimeError, match="a CUDA graph was replayed after a layer that it"):
+            check_errors()
+        check_errors()

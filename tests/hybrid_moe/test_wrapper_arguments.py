@@ -170,9 +170,3 @@ def test_capture_batch_sizes_belong_to_the_process() -> None:
         assert KTMoEWrapper.get_capture_batch_sizes() == [1, 2, 8]
     finally:
         KTMoEWrapper.set_capture_batch_sizes(before)
-
-
-def test_caches_can_be_cleared_at_any_time() -> None:
-    KTMoEWrapper.clear_buffer_cache()
-    KTMoEWrapper.force_release_loader()
-    KTMoEWrapper.force_release_loader()

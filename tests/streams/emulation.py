@@ -17,13 +17,16 @@ garbage in them until the stream has run, and an operator that needs a value at 
 from __future__ import annotations
 
 import ctypes
+import math
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -62,6 +65,7 @@ class Node:
     name: str
     make: Callable[[], Step]
     after: frozenset[Node]
+    addresses: tuple[int, ...] = ()
     before: list[Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -79,7 +83,12 @@ class Graph:
 
     def launch(self, stream: EmulatedStream) -> None:
         assert not self.open
-        stream.push("replay", self._replay)
+        stream.push("replay", self._replay, self.addresses)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """What a replay uses of the host's memory, besides tensors, which it keeps alive itself."""
+        return tuple(address for node in self.nodes for address in node.addresses)
 
     def _replay(self) -> Step:
         steps = {node: node.make() for node in self.nodes}
@@ -163,9 +172,11 @@ class Device:
         self.entered: list[EmulatedStream] = []
         self.calling: object = None
         """The host function that has the callback thread."""
-        self.allocated: list[torch.Tensor] = []
+        self.allocated: list[weakref.ref[torch.Tensor]] = []
+        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+        self.before_step: Callable[[], object] = lambda: None
         self._mode = _QueuedOperators(self)
-        self._queues: dict[int, deque[tuple[str, Step]]] = {}
+        self._queues: dict[int, deque[tuple[str, Step, tuple[int, ...]]]] = {}
         self._streams = 0
 
     def stream(self, handle: int | None = None) -> EmulatedStream:
@@ -173,9 +184,17 @@ class Device:
         self._streams += 1
         return EmulatedStream(self, handle if handle is not None else SIDE_HANDLES + self._streams)
 
-    def queue_of(self, handle: int) -> deque[tuple[str, Step]]:
+    def queue_of(self, handle: int) -> deque[tuple[str, Step, tuple[int, ...]]]:
         channel = handle if self.channels is None else handle % self.channels
         return self._queues.setdefault(channel, deque())
+
+    def addresses(self) -> Iterator[int]:
+        """What queued work and graphs may use of the host's memory, besides tensors."""
+        for queue in self._queues.values():
+            for _, _, addresses in queue:
+                yield from addresses
+        for graph in self.graphs:
+            yield from graph.addresses
 
     def enter(self, stream: EmulatedStream) -> None:
         self.entered.append(stream)
@@ -189,6 +208,7 @@ class Device:
 
     def step(self) -> bool:
         """Let one thing happen, if anything can."""
+        self.before_step()
         choices: list[tuple[float, Callable[[], bool]]] = [
             (1.0, lambda queue=queue: self._advance(queue))  # type: ignore[misc]
             for queue in self._queues.values()
@@ -199,7 +219,7 @@ class Device:
         return any(act() for _, act in choices)
 
     @staticmethod
-    def _advance(queue: deque[tuple[str, Step]]) -> bool:
+    def _advance(queue: deque[tuple[str, Step, tuple[int, ...]]]) -> bool:
         outcome = queue[0][1]()
         if outcome == DONE:
             queue.popleft()
@@ -219,7 +239,7 @@ class Device:
         """
         while self.step():
             pass
-        left = {key: [name for name, _ in queue] for key, queue in self._queues.items() if queue}
+        left = {key: [name for name, *_ in queue] for key, queue in self._queues.items() if queue}
         if left:
             raise DeadlockError(f"nothing can run any more, but queued is {left}")
 
@@ -227,6 +247,7 @@ class Device:
     def capture(self, stream: EmulatedStream) -> Iterator[Graph]:
         """Capture a graph from `stream`."""
         graph = Graph(self)
+        self.graphs.add(graph)
         stream.join(graph, frozenset())
         yield graph
         graph.open = False
@@ -292,24 +313,24 @@ class EmulatedStream:
 
     # work
 
-    def push(self, name: str, make: Callable[[], Step]) -> None:
-        """Queue a piece of work, or add it to the graph."""
+    def push(self, name: str, make: Callable[[], Step], addresses: tuple[int, ...] = ()) -> None:
+        """Queue a piece of work that uses `addresses`, or add it to the graph."""
         graph = self.graph
         if graph is None:
-            self.gpu.queue_of(self.handle).append((name, make()))
+            self.gpu.queue_of(self.handle).append((name, make(), addresses))
         else:
-            node = Node(name, make, self.tail)
+            node = Node(name, make, self.tail, addresses)
             graph.nodes.append(node)
             self.tail = frozenset({node})
 
-    def queue(self, name: str, work: Callable[[], object]) -> None:
+    def queue(self, name: str, work: Callable[[], object], addresses: tuple[int, ...] = ()) -> None:
         """Queue work that never waits."""
 
         def step() -> str:
             work()
             return DONE
 
-        self.push(name, lambda: step)
+        self.push(name, lambda: step, addresses)
 
     def record(self) -> Event:
         graph = self.graph
@@ -350,22 +371,27 @@ class EmulatedStream:
 
             return step
 
-        self.push("host function", make)
+        self.push("host function", make, (user_data,))
 
     def write_value(self, address: int, value: int) -> None:
         word = ctypes.c_int64.from_address(address)
-        self.queue("write value", lambda: setattr(word, "value", value))
+        self.queue("write value", lambda: setattr(word, "value", value), (address, value))
 
     def wait_value(self, address: int, value: int) -> None:
         word = ctypes.c_int64.from_address(address)
-        self.push("wait value", lambda: lambda: DONE if word.value == value else BLOCKED)
+        self.push(
+            "wait value", lambda: lambda: DONE if word.value == value else BLOCKED, (address,)
+        )
 
     # memory
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        with _disable_current_modes():  # the host's memory, now
-            self.gpu.allocated.append(torch.zeros(shape, dtype=dtype))
-        return self.gpu.allocated[-1]
+        with _disable_current_modes():  # the host's memory, now; NumPy's, which tests can watch
+            room = np.zeros(max(1, math.prod(shape)) * dtype.itemsize, np.uint8)
+            tensor = torch.from_numpy(room)[: math.prod(shape) * dtype.itemsize]
+            tensor = tensor.view(dtype).reshape(shape)
+        self.gpu.allocated.append(weakref.ref(tensor))
+        return tensor
 
     def to_host(self, target: torch.Tensor, source: torch.Tensor) -> None:
         assert self.gpu.entered[-1] is self

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,13 @@ class ManualGroup(PoolGroup):
             continue  # it gives up after some time, for the sake of Ctrl-C
         return True
 
+    def addresses(self) -> Iterator[int]:
+        """What jobs that are not complete point at."""
+        words = self._slots
+        for sequence in range(int(words[f.G_COMPLETED]) + 1, int(words[f.G_SUBMITTED]) + 1):
+            begin = f.G_RING + sequence % f.RING * f.JOB_SLOTS
+            yield from words[begin + f.J_LAYER : begin + f.J_TOTAL].tolist()
+
     def would_block(self, function: int, user_data: int) -> bool:
         """Whether a host function would wait: for its job, or for room."""
         host = (ctypes.c_int64 * f.HOST_SLOTS).from_address(user_data)
@@ -78,6 +85,12 @@ class ManualWatcher(Watcher):
         used = int(self._block[f.W_COUNT]) * f.ENTRY_SLOTS
         return self._block[f.W_ENTRIES : f.W_ENTRIES + used].tobytes()
 
+    def addresses(self) -> Iterator[int]:
+        """Mailboxes, and slots under way."""
+        for i in range(int(self._block[f.W_COUNT])):
+            entry = f.W_ENTRIES + i * f.ENTRY_SLOTS
+            yield from self._block[[entry + f.E_MAILBOX, entry + f.E_HOST]].tolist()
+
     def look(self) -> bool:
         """Look once; whether that changed anything."""
         before = self._seen()
@@ -85,9 +98,8 @@ class ManualWatcher(Watcher):
         return self._seen() != before
 
 
-@functools.lru_cache(maxsize=1)
-def layers() -> tuple[ManualGroup, list[ExpertLayer]]:
-    """Layers with random experts, and the workers that they share."""
+def make_layers() -> tuple[ManualGroup, list[ExpertLayer]]:
+    """Layers with random experts, always the same, and the workers that they share."""
     rng, group, made = np.random.default_rng(0), ManualGroup(), []
     for _ in INDICES:
         layer = ExpertLayer(MXFP4, E, H, I, pool=group.config)
@@ -101,6 +113,12 @@ def layers() -> tuple[ManualGroup, list[ExpertLayer]]:
             layer.load(expert, ExpertTensors(*matrices))
         made.append(layer)
     return group, made
+
+
+@functools.lru_cache(maxsize=1)
+def layers() -> tuple[ManualGroup, list[ExpertLayer]]:
+    """Those of all models that bring none of their own."""
+    return make_layers()
 
 
 @dataclass(frozen=True)
@@ -185,6 +203,7 @@ class Model:
         deferred: experts per token that may come one layer later.
         count: layers.
         haste: how likely workers and watcher are to be next, compared with a stream.
+        own: layers that nobody else has, of `make_layers`.
     """
 
     def __init__(
@@ -196,8 +215,9 @@ class Model:
         deferred: int = 0,
         count: int = len(INDICES),
         haste: tuple[float, float] = (1.0, 1.0),
+        own: tuple[ManualGroup, list[ExpertLayer]] | None = None,
     ) -> None:
-        self.group, made = layers()
+        self.group, made = own or layers()
         self.rng = random.Random(seed)
         self.gpu = Device(
             self.rng, channels=channels, would_block=self.group.would_block, has_flags=flags
@@ -205,7 +225,7 @@ class Model:
         self.watcher = ManualWatcher()
         self.gpu.agents = [(haste[0], self.group.work), (haste[1], self.watcher.look)]
         self.pool = BufferPool(Mailboxes(lambda: self.watcher))
-        self.mask = torch.zeros(E, dtype=torch.bool)
+        self.mask = torch.from_numpy(np.zeros(E, np.bool_))
         self.deferred, self.streams = deferred, [self.gpu.stream(0), self.gpu.stream(1)]
         self._stream = self.streams[0]
         self.checks: list[Check] = []
@@ -228,6 +248,12 @@ class Model:
             runner._small_calls = set()  # for tensors on the CPU, which these only seem to be
             self.runners.append(runner)
         self.masked: tuple[bool, ...] = (False,) * E
+
+    def addresses(self) -> Iterator[int]:
+        """What streams, graphs, the watcher and workers may use."""
+        yield from self.gpu.addresses()
+        yield from self.watcher.addresses()
+        yield from self.group.addresses()
 
     def on(self, stream: EmulatedStream) -> None:
         """Calls go to `stream` from now on."""
@@ -325,8 +351,8 @@ class Model:
             torch.testing.assert_close(
                 check.got, check.expected(), rtol=0, atol=0, msg=lambda m, c=check: f"{c.what}: {m}"
             )
-        for page in self.gpu.allocated:
-            if page.shape[-1] == f.MAILBOX_SLOTS and page.dtype == torch.int64:
+        for page in (ref() for ref in self.gpu.allocated):
+            if page is not None and page.shape[-1] == f.MAILBOX_SLOTS and page.dtype == torch.int64:
                 assert not page.any(), "a flag is left"
         for runner in self.runners:
             assert runner.take_error() is None

@@ -28,9 +28,11 @@ from tests.streams.model import Inputs, ManualWatcher, Model, layers
 def clean() -> Iterator[None]:
     """Jobs that a test has left are over before the next one."""
     yield
-    group, _ = layers()
+    group, made = layers()
     while group.work():
         pass
+    for layer in made:
+        layer.slot_report()
 
 
 @pytest.fixture
@@ -124,10 +126,11 @@ def test_an_abandoned_job_outlives_its_slot() -> None:
     model.replay(model.capture(2), seed=0)
     model.gpu.run()
     runner: Any = model.runners[0]
-    (slot,) = map(weakref.ref, runner._stager._slots.values())
-    scratch = weakref.ref(slot()._owned[1])
+    (slot,) = map(weakref.ref, runner._stager._captured.values())
+    ((buffers,),) = model.pool._captured.values()
+    scratch = weakref.ref(next(iter(buffers.scratch.values())))
     group = model.group
-    del runner, model
+    del runner, model, buffers
     gc.collect()
     assert slot() is None and scratch() is not None
     while group.work():

@@ -1,0 +1,58 @@
+"""How long a pool may show no sign of life before those who wait for it give up.
+
+A pool is alive as long as it ends tasks. One task is run by one thread, so nothing can be said of a
+pool before the largest task of the job that it is at would be over on a slow thread:
+
+    patience = H_TIMEOUT_NS + NS_PER_MAC * (multiply-adds of the job's largest task)
+
+NS_PER_MAC is 1e8 multiply-adds a second: the portable tier does 1.2e9 on one thread of the slowest
+machine that has been measured, at one token; batches are faster. So a batch of any length passes,
+and a dead pool is found after a minute at decode sizes, and some ten at the longest prefills.
+"""
+
+from __future__ import annotations
+
+from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.memory import driver, load_acquire
+from hybrid_moe.cpu_kernels.drivers.route import get
+
+NS_PER_MAC = 10
+
+
+@driver
+def task_nanoseconds(job: int) -> int:
+    """What the largest task of a routed job takes a slow thread.
+
+    A gate/up task has J_BLOCKS_PER_TASK blocks of 32 rows of gate and of up, for the tokens of one
+    expert; a down task J_STRIPS_PER_TASK strips of 32 rows, for all pairs of token and expert.
+    """
+    layer = get(job, f.J_LAYER)
+    gate_up_rows = 64 * get(job, f.J_BLOCKS_PER_TASK)
+    gate_up = get(job, f.J_MOST) * gate_up_rows * get(layer, f.L_HIDDEN)
+    pairs = get(job, f.J_TOKENS) * get(job, f.J_TOP_K)
+    down = pairs * 32 * get(job, f.J_STRIPS_PER_TASK) * get(layer, f.L_INTERMEDIATE)
+    return NS_PER_MAC * max(gate_up, down)
+
+
+@driver
+def head_of(group: int) -> int:
+    """The ring's entry of the job that the pool is at."""
+    sequence = load_acquire(group + 8 * f.G_COMPLETED) + 1
+    return group + 8 * (f.G_RING + (sequence % f.RING) * f.JOB_SLOTS)
+
+
+@driver
+def progress(group: int) -> int:
+    """A number that changes whenever the pool ends a task."""
+    job = head_of(group)
+    ended = 0
+    for phase in range(f.PHASES):
+        ended += load_acquire(job + 8 * (f.J_DONE + phase * f.LINE_SLOTS))
+    return (load_acquire(group + 8 * f.G_COMPLETED) << 32) + ended
+
+
+@driver
+def patience(host: int) -> int:
+    """Nanoseconds without progress after which the job that a slot waits for is given up. Only the
+    ring is read: what a job of others points at may be gone."""
+    return get(host, f.H_TIMEOUT_NS) + get(head_of(get(host, f.H_GROUP)), f.J_TASK_NS)

@@ -1,0 +1,77 @@
+"""Memory whose owner is gone, while a stream, the watcher or workers may still touch it.
+
+Nothing here waits, starts a thread or asks a GPU, since owners are dropped wherever the garbage
+collector runs: inside a capture, say. What has become idle goes at the next submission, at the
+next collection of the garbage collector, or when `release` is called.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import deque
+from typing import Protocol
+
+_FEW = 8
+"""Entries that a submission looks at; each adds one at most."""
+
+
+class Progress(Protocol):
+    """Tells when memory is not touched any more."""
+
+    @property
+    def idle(self) -> bool: ...
+
+
+_busy: deque[tuple[Progress, object]] = deque()
+_replayable: list[object] = []
+_inherited: list[object] = []
+
+
+def until_idle(progress: Progress, memory: object) -> None:
+    """Keep `memory` until `progress` is idle. May be called from finalizers."""
+    if not progress.idle:
+        _busy.append((progress, memory))
+
+
+def for_good(memory: object) -> None:
+    """Keep what replays of a graph touch, since nobody hears when a graph is gone."""
+    _replayable.append(memory)
+
+
+def release(most: int | None = _FEW) -> None:
+    """Let go what has become idle.
+
+    Args:
+        most: entries to look at, oldest first; None for all.
+    """
+    # several threads, and the collector in the midst of this, may do it at the same time
+    for _ in range(len(_busy) if most is None else min(most, len(_busy))):
+        try:
+            entry = _busy.popleft()
+        except IndexError:
+            return
+        if not entry[0].idle:
+            _busy.append(entry)
+
+
+def count() -> tuple[int, int]:
+    """Entries that wait to be idle, and entries that stay for graphs."""
+    return len(_busy), len(_replayable)
+
+
+def _after_collection(phase: str, _: object) -> None:
+    if phase == "stop" and _busy:
+        release(most=None)
+
+
+gc.callbacks.append(_after_collection)
+
+
+def _forget_parent() -> None:
+    """In a forked child nothing of the parent's becomes idle, and its memory is not touched."""
+    _inherited.extend(_busy)
+    _busy.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
