@@ -4,7 +4,8 @@
     sync_forward   ◄── this layer's experts + those that the layer before had deferred
 
 One wrapper is one layer. Layers of one model share checkpoint handles, worker pools (equal
-configuration), and a chain through which deferred experts reach the next layer.
+configuration), and, where experts are deferred, a `DeferralChain` through which they reach the next
+layer.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybrid_moe import arguments, checkpoints
+from hybrid_moe import arguments, checkpoints, construction_order
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.deferral import Chain, split_deferred
+from hybrid_moe.deferral import DeferralChain, declared_chain, split_deferred
 from hybrid_moe.export import ExpertWriter
 from hybrid_moe.formats import format_named
 from hybrid_moe.loaders.load import load_layer
@@ -48,7 +49,7 @@ class KTMoEWrapper:
             `load_weights_from_tensors`.
         chunked_prefill_size: accepted and not needed: calls may have any number of tokens.
         max_deferred_experts_per_token: experts per token that may arrive one MoE layer later, see
-            `hybrid_moe.deferral`; None for 0.
+            `hybrid_moe.deferral`; None for 0. The last layer of a model gets 0.
         method: weight format, see `hybrid_moe.formats.FORMATS`.
         numa_nodes: NUMA node of each pool; None for 0, 1, ...
         num_gpu_experts: the first so many ids are on the GPU; the older form of the mask.
@@ -58,6 +59,9 @@ class KTMoEWrapper:
         strict: ids outside 0..E-1 raise `IndexError` at `sync_forward`. Else they contribute zero
             and are counted in `ignored_ids`: runtimes pad with -1.
         isa: name of the instruction set tier; None for the best that this processor has.
+        deferral_chain: the model that the layer is of, the same object for all of its layers and
+            for no other. None: what the order of construction says, see
+            `hybrid_moe.construction_order`; a layer of which it says nothing defers nothing.
 
     The remaining options are kt-kernel's for training and for files that this package does not
     write; other values than their defaults raise `ValueError`.
@@ -65,6 +69,9 @@ class KTMoEWrapper:
     Raises:
         TypeError, ValueError: an argument; the message names it.
         FileNotFoundError: `weight_path` does not exist.
+
+    A submission is followed by its sync. Where a step fails in between, `reset` drops what is under
+    way; without it the next submission drops it and raises, once.
 
     One thread at a time may call the methods of one wrapper.
     """
@@ -101,6 +108,7 @@ class KTMoEWrapper:
         *,
         strict: bool = False,
         isa: str | None = None,
+        deferral_chain: DeferralChain | None = None,
     ) -> None:
         arguments.refuse_unsupported(
             {
@@ -145,7 +153,14 @@ class KTMoEWrapper:
         self._isa = arguments.tier_name(isa)
         self._layer = self._new_layer()  # holds no memory yet; checks sizes and isa
         self._runner: LayerRunner | None = None
-        self._chain = Chain.join((self.weight_path, self.hidden_size, self.pool), self)
+        self._closed = False
+        self._chain = declared_chain(deferral_chain)
+        if self._chain is not None:
+            self._chain.join(self)
+        else:
+            self._chain = construction_order.chain_of(
+                self, self.weight_path, self.max_deferred_experts_per_token
+            )
 
     # What the layer is --------------------------------------------------------------------------
 
@@ -228,7 +243,7 @@ class KTMoEWrapper:
                 id i of `topk_ids`. None for the identity.
 
         Raises:
-            RuntimeError: weights are loaded already.
+            RuntimeError: weights are loaded already, or the wrapper is closed.
             ValueError: no `weight_path`, or a map of wrong shape or range.
             CheckpointError: a tensor is missing, damaged, or does not fit the layer.
         """
@@ -275,7 +290,7 @@ class KTMoEWrapper:
             gate_bias, up_bias: float [E', I]. down_bias: float [E', H].
 
         Raises:
-            RuntimeError: weights are loaded already.
+            RuntimeError: weights are loaded already, or the wrapper is closed.
             TypeError, ValueError: a tensor's dtype or shape; the message names it.
             CheckpointError: a value is not finite.
         """
@@ -298,7 +313,14 @@ class KTMoEWrapper:
 
         self._load(load)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(
+                f"layer {self.layer_idx} is closed and its weights are freed: make a new wrapper"
+            )
+
     def _check_not_loaded(self) -> None:
+        self._check_open()
         if self.loaded:
             raise RuntimeError(
                 f"layer {self.layer_idx} has its weights already; make a new wrapper to load others"
@@ -322,20 +344,20 @@ class KTMoEWrapper:
             if wanted.any():
                 self._layer.allocate(wanted)
                 load(wanted)
+            self._writer = ExpertWriter(self._layer, self.shape)
+            self._runner = LayerRunner(
+                self._layer,
+                self.shape,
+                self._mask,
+                wanted,
+                self._chain,
+                deferred=self.max_deferred_experts_per_token,
+                strict=self.strict,
+            )
         except BaseException:
             self._layer.close()
             self._layer = self._new_layer()
             raise
-        self._writer = ExpertWriter(self._layer, self.shape)
-        self._runner = LayerRunner(
-            self._layer,
-            self.shape,
-            self._mask,
-            wanted,
-            self._chain,
-            deferred=self.max_deferred_experts_per_token,
-            strict=self.strict,
-        )
 
     # Running ------------------------------------------------------------------------------------
 
@@ -357,8 +379,9 @@ class KTMoEWrapper:
             cuda_stream: the `cudaStream_t` as int for CUDA tensors; unused for CPU tensors.
 
         Raises:
-            RuntimeError: not loaded, or the submission before was not synced, or layers with
-                deferred experts are called out of order.
+            RuntimeError: not loaded or closed; or the submission before was not synced, or layers
+                with deferred experts are called out of order: what was under way is dropped, and
+                the next submission starts clean.
             TypeError, ValueError: a tensor's dtype, shape or device; the message names it.
         """
         runner = self._runner or self._loaded_runner()
@@ -390,13 +413,31 @@ class KTMoEWrapper:
         topk_weights: torch.Tensor,
         cuda_stream: int | None = None,
     ) -> torch.Tensor:
-        """`submit_forward` and `sync_forward` in one."""
-        self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
-        return self.sync_forward(hidden_states, cuda_stream)
+        """`submit_forward` and `sync_forward` in one. Nothing stays under way if it fails."""
+        runner = self._runner or self._loaded_runner()
+        try:
+            runner.submit(hidden_states, topk_ids, topk_weights, cuda_stream)
+            return runner.sync(hidden_states, cuda_stream)
+        except BaseException:
+            runner.drop()
+            raise
 
     __call__ = forward
 
+    def reset(self) -> None:
+        """Drop what a step left under way that failed between submit and sync: this layer's
+        submission, and with a deferral chain those of all its layers and what is deferred between
+        them. Waits for workers; does nothing where nothing is under way."""
+        if self._runner is not None:
+            self._runner.reset()
+
+    def drop(self) -> None:
+        """`reset` of this layer alone."""
+        if self._runner is not None:
+            self._runner.drop()
+
     def _loaded_runner(self) -> LayerRunner:
+        self._check_open()
         if self._runner is None:
             raise RuntimeError(
                 f"layer {self.layer_idx} has no weights: call load_weights before forward"
@@ -407,6 +448,7 @@ class KTMoEWrapper:
         self, expert_ids: torch.Tensor, expert_scores: torch.Tensor, protected_k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(immediate, deferred) ids, see `hybrid_moe.deferral.split_deferred`."""
+        self._check_open()
         return split_deferred(expert_ids, expert_scores, protected_k, self.num_experts)
 
     # Prefill of whole layers on GPUs --------------------------------------------------------------
@@ -459,11 +501,15 @@ class KTMoEWrapper:
         self._writer.sync()
 
     def close(self) -> None:
-        """Free the weights. The wrapper cannot be used afterwards."""
-        if self._runner is not None:
-            self._runner.close()
-            self._runner = None
+        """Free the weights, and drop what is under way. Afterwards whatever loads or computes
+        raises `RuntimeError`; closing again does nothing."""
+        self._closed = True
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
             self._writer.close()
+        if self._chain is not None:
+            self._chain.leave(self)
         self._layer.close()
 
     # The process --------------------------------------------------------------------------------

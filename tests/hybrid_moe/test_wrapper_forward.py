@@ -167,13 +167,17 @@ def test_order_of_calls() -> None:
     with pytest.raises(RuntimeError, match="no submission: call submit_forward"):
         w.sync_forward(batch.hidden)
     w.submit_forward(*batch.args)
-    with pytest.raises(RuntimeError, match="has a submission already: call sync_forward"):
-        w.submit_forward(*batch.args)
     with pytest.raises(ValueError, match=r"shape \(4, 64\) on cpu, but \(5, 64\) on cpu was"):
         w.sync_forward(batch.hidden[:4])
     with pytest.raises(ValueError, match=r"on meta, but \(5, 64\) on cpu was submitted"):
         w.sync_forward(batch.hidden.to("meta"))
     check(w.sync_forward(batch.hidden), batch)
+    w.submit_forward(*batch.args)
+    with pytest.raises(RuntimeError, match="has a submission already: call sync_forward"):
+        w.submit_forward(*batch.args)
+    with pytest.raises(RuntimeError, match="no submission: call submit_forward"):
+        w.sync_forward(batch.hidden)  # it was dropped
+    check(w.forward(*batch.args), batch)
 
 
 def test_worker_error_reaches_the_caller_and_leaves_the_layer_usable() -> None:
@@ -192,8 +196,28 @@ def test_close() -> None:
     w.submit_forward(*batch.args)
     w.close()
     assert layer.closed and layer.jobs[0].waited
-    with pytest.raises(RuntimeError, match="no weights"):
-        w.forward(*batch.args)
+    w.close()
+    pointers = [[1], [1], [1], [1]]
+    for call in (
+        lambda: w.forward(*batch.args),
+        lambda: w(*batch.args),
+        lambda: w.submit_forward(*batch.args),
+        lambda: w.sync_forward(batch.hidden),
+        lambda: WEIGHTS.load(w),
+        w.load_weights,
+        lambda: w.select_deferred_experts(batch.ids, batch.weights, 1),
+        lambda: w.submit_write_weight_scale_to_buffer(1, 0, *pointers),
+        w.sync_write_weight_scale_to_buffer,
+    ):
+        for _ in range(2):  # the first refusal opens nothing
+            with pytest.raises(RuntimeError, match="layer 0 is closed and its weights are freed"):
+                call()
+    w.reset()
+    assert not w.loaded and w.nbytes == 0 and w.layer_idx == 0
+    unloaded = wrapper(layer_idx=5)
+    unloaded.close()
+    with pytest.raises(RuntimeError, match="layer 5 is closed"):
+        WEIGHTS.load(unloaded)
 
 
 Change = Callable[[Batch], Batch]
