@@ -254,8 +254,9 @@ class LayerRunner:
         self._pending = None
         try:
             stream = self._stream(pending.device, cuda_stream)
-            if pending.fault is not None:
-                raise pending.fault
+            if (fault := pending.fault) is not None:
+                # a new one: its traceback would lead back to one that is kept here, and keep us
+                raise type(fault)(*fault.args)
             assert pending.job is not None
             output = pending.job.result(stream)
         except BaseException:

@@ -144,9 +144,10 @@ class KTMoEWrapper:
         self.max_deferred_experts_per_token = arguments.deferred_experts(
             max_deferred_experts_per_token, self.shape
         )
-        self._mask = arguments.expert_mask(gpu_experts_mask, num_gpu_experts, self.num_experts)
-        if torch.cuda.is_available():
-            self._mask = self._mask.pin_memory()
+        with torch.inference_mode(False):  # else only inference mode could change the mask later
+            self._mask = arguments.expert_mask(gpu_experts_mask, num_gpu_experts, self.num_experts)
+            if torch.cuda.is_available():
+                self._mask = self._mask.pin_memory()
         self.weight_path = arguments.existing_path(weight_path)
         self.pool = arguments.pool_config(cpuinfer_threads, threadpool_count, numa_nodes)
         self.strict = strict

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -110,6 +112,24 @@ def test_strict_ids() -> None:
     check(w.forward(*batch.args), batch)
 
 
+def test_an_error_does_not_keep_the_weights() -> None:
+    """A wrapper is gone with its last reference, whatever it has raised before."""
+    w, batch = loaded(strict=True, num_gpu_experts=1), Batch.random()
+    for bad in (batch.ids - E, batch.ids * 0):
+        with pytest.raises((IndexError, RuntimeError)):
+            w.forward(batch.hidden, bad, batch.weights)
+        w.gpu_experts_mask[0] = False
+    with pytest.raises(TypeError):
+        w.forward(batch.hidden.float(), batch.ids, batch.weights)
+    seen = weakref.ref(w)
+    gc.disable()
+    try:
+        del w
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
 def test_mask_skips_experts_and_is_live() -> None:
     w, batch = loaded(), Batch.random()
     check(w.forward(*batch.args), batch)
@@ -122,6 +142,22 @@ def test_mask_skips_experts_and_is_live() -> None:
     check(w.forward(*batch.args), batch)
     assert w.gpu_experts_mask.data_ptr() == address
     assert w.ignored_ids == 0
+
+
+@pytest.mark.parametrize("given", [None, torch.zeros(E, dtype=torch.bool)])
+@pytest.mark.parametrize("made_in, changed_in", [(True, False), (False, True)])
+def test_mask_may_be_changed_in_and_out_of_inference_mode(
+    given: torch.Tensor | None, made_in: bool, changed_in: bool
+) -> None:
+    with torch.inference_mode(made_in):
+        w = loaded(gpu_experts_mask=None if given is None else given.clone())
+    batch, mask = Batch.random(), torch.arange(E) < 3
+    with torch.inference_mode(changed_in):
+        w.gpu_experts_mask = mask
+        check(w.forward(*batch.args), batch, skip=mask.numpy())
+        w.gpu_experts_mask[0] = False
+    mask[0] = False
+    assert w.gpu_experts_mask.tolist() == mask.tolist()
 
 
 def test_mask_is_read_when_submitted() -> None:

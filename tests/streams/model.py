@@ -30,6 +30,7 @@ from hybrid_moe.formats import MXFP4
 from hybrid_moe.runner import LayerRunner
 from hybrid_moe.staging import Stager
 from hybrid_moe.tensors import ExpertTensors, Matrix
+from tests.hybrid_moe.members import Layer
 from tests.streams.emulation import Device, EmulatedStream, Graph
 
 E, K, H, I = 4, 2, 32, 32

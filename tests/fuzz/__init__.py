@@ -1,0 +1,1 @@
+"""Random wrappers under random use, beside a model of what they must do."""
