@@ -18,7 +18,7 @@ from tests.reference import Evaluation, evaluate
 
 PROJECTIONS = ("gate", "up", "down")
 TIERS = tuple(report.tier.name for report in available_tiers() if not report.missing)
-LONGEST = 70
+LONGEST = 40
 """Tokens of the largest calls."""
 
 
@@ -50,7 +50,7 @@ class Sizes:
     @classmethod
     def random(cls, rng: random.Random, cores: int) -> Sizes:
         E = rng.choice((1, 2, 3, 5, 8, 12))
-        threads = rng.randint(1, cores)
+        threads = rng.choice((1, 1, cores))  # more than one core is not always idle
         return cls(
             method=rng.choice(("MXFP4", "MXFP4", "BF16")),
             isa=rng.choice((None, None, *TIERS)),
