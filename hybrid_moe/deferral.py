@@ -164,8 +164,8 @@ class DeferralChain:
             return carried.job
         self.reset()
         raise RuntimeError(
-            f"{problem}; call the layers in order (after a step that failed: reset()), or set "
-            "max_deferred_experts_per_token=0"
+            f"{problem}; call the layers in order, or set max_deferred_experts_per_token=0; "
+            "after a step that failed call reset()"
         )
 
     def carry(self, origin: int, destination: int, job: Launched) -> None:

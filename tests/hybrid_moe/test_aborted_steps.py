@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,10 @@ WEIGHTS = [Weights.random(seed=index) for index in LAYERS]
 
 SHORT, LONG = 2, 9
 """Tokens of calls that go the short way without deferral, and that never do."""
+
+
+WATCHDOG_S = 120
+"""Far above what the interrupted steps take: a failure instead of a test that never ends."""
 
 
 class InjectedError(BaseException):
@@ -204,18 +209,20 @@ def test_interrupts_of_a_thread(deferred: int) -> None:
             except InjectedError:
                 continue
 
-    thread = threading.Thread(target=guarded)
+    thread = threading.Thread(target=guarded, daemon=True)
     thread.start()
-    seen = 0
+    seen, end = 0, time.monotonic() + WATCHDOG_S
     for _ in range(60):
         while steps[0] == seen and thread.is_alive():
             stop.wait(0.001)
+            assert time.monotonic() < end, "the thread hangs"
         seen = steps[0]
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread.ident or 0), ctypes.py_object(InjectedError)
         )
     stop.set()
-    thread.join()
+    thread.join(WATCHDOG_S)
+    assert not thread.is_alive(), "the thread hangs"
     assert not wrong
     for w in layers:
         w.reset()
