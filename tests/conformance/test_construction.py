@@ -10,7 +10,6 @@ import torch
 
 from .kit import CHUNK, E, H, I, K, Kit, assert_close, mask_of, write_checkpoint
 
-
 DEFAULTS: dict[str, Any] = {
     "cpu_save": False,
     "max_deferred_experts_per_token": None,
