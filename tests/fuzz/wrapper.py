@@ -53,11 +53,33 @@ def _in_threads(models: list[Model]) -> None:
         try:
             while model.calls["calls"] < CALLS_PER_MODEL and not failures:
                 model.act()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=use, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def run(seed: int, calls: int, seconds: float = float("inf")) -> Counter[str]:
+    """Episodes of `seed`, `seed` + 1, ... until so many calls are done or the time is over.
+
+    Returns:
+        How much was done, by kind: "calls" submissions, "compared" outputs, "episodes", ...
+    """
+    done: Counter[str] = Counter()
+    end = time.monotonic() + seconds
+    while done["calls"] < calls and time.monotonic() < end:
+        try:
+            run_episode(seed + done["episodes"], done)
         except BaseException:
             print(f"seed {seed + done['episodes']} failed", flush=True)
             raise
         done["episodes"] += 1
-
     return done
 
 
