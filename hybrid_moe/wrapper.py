@@ -415,12 +415,11 @@ class KTMoEWrapper:
         cuda_stream: int | None = None,
     ) -> torch.Tensor:
         """`submit_forward` and `sync_forward` in one. Nothing stays under way if it fails."""
-        runner = self._runner or self._loaded_runner()
         try:
-            runner.submit(hidden_states, topk_ids, topk_weights, cuda_stream)
-            return runner.sync(hidden_states, cuda_stream)
+            self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
+            return self.sync_forward(hidden_states, cuda_stream)
         except BaseException:
-            runner.drop()
+            self.drop()
             raise
 
     __call__ = forward

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hybrid_moe.buffers import BufferPool
+from hybrid_moe.deferral import DeferralChain
 from hybrid_moe.faults import check_errors
 from hybrid_moe.staging import Stager
 from hybrid_moe.wrapper import KTMoEWrapper
@@ -84,9 +85,9 @@ def test_graph_replays_on_new_inputs_and_a_new_mask(stream: EmulatedStream) -> N
 
 
 def test_deferral(stream: EmulatedStream) -> None:
-    batch = Batch.random(2)
-    first = loaded(stream, max_deferred_experts_per_token=1)
-    second = loaded(stream, layer_idx=1)
+    batch, chain = Batch.random(2), DeferralChain()
+    first = loaded(stream, max_deferred_experts_per_token=1, deferral_chain=chain)
+    second = loaded(stream, layer_idx=1, deferral_chain=chain)
     now = first.forward(*batch.args, 1)
     later = second.forward(batch.hidden, torch.full_like(batch.ids, -1), batch.weights, 1)
     run(stream)
