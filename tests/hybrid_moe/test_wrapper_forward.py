@@ -256,6 +256,19 @@ def test_close() -> None:
         WEIGHTS.load(unloaded)
 
 
+def test_close_and_reset_with_a_job_that_failed(caplog: pytest.LogCaptureFixture) -> None:
+    """What is dropped raises nothing: it is logged, and the weights are freed all the same."""
+    for end in (KTMoEWrapper.reset, KTMoEWrapper.close):
+        w, batch = loaded(), Batch.random()
+        layer: Any = w._layer
+        w.submit_forward(*batch.args)
+        layer.failure = "worker 1 failed"
+        caplog.clear()
+        end(w)
+        assert "layer 0: a job that was dropped had failed: worker 1 failed" in caplog.text
+        assert layer.closed == (end is KTMoEWrapper.close)
+
+
 Change = Callable[[Batch], Batch]
 BAD: dict[str, tuple[Change, type[Exception], str]] = {
     "float16": (
