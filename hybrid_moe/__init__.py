@@ -13,6 +13,7 @@ from hybrid_moe.integrations.import_hook import install as _install
 __version__ = "0.1.0"
 
 _LAZY = {
+    "DeferralChain": "hybrid_moe.deferral",
     "KTMoEWrapper": "hybrid_moe.wrapper",
     "check_errors": "hybrid_moe.faults",
     "generate_gpu_experts_masks": "hybrid_moe.placement",
@@ -22,6 +23,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "DeferralChain",
     "KTMoEWrapper",
     "__version__",
     "check_errors",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from hybrid_moe.deferral import DeferralChain
     from hybrid_moe.faults import check_errors
     from hybrid_moe.integrations.transformers import from_pretrained, offload, register
     from hybrid_moe.placement import generate_gpu_experts_masks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,18 +15,18 @@ from hybrid_moe.arguments import LayerShape
 from hybrid_moe.cpu_kernels.drivers.fields import IDS_COUNT, IDS_FAULT, IDS_PASS
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.small import SMALL_TOKENS, SmallPass
-from hybrid_moe.deferral import Chain, split_deferred
+from hybrid_moe.deferral import DeferralChain, split_deferred
 from hybrid_moe.staging import SlotState, StagedJob, Stager
 from hybrid_moe.stream import Stream
 from hybrid_moe.submission import (
     Launched,
     NothingToDo,
     check_call,
+    discard,
+    end_quietly,
     is_plain,
     submit_direct,
 )
-
-logger = logging.getLogger(__name__)
 
 Launch = Callable[[torch.Tensor, bool], Launched]
 """Starts the experts of some ids [B, k] (others are -1) of a submission; True for those
@@ -85,8 +84,8 @@ class LayerRunner:
         shape: its sizes.
         mask: bool [E] CPU tensor, live: True for experts to skip.
         resident: bool [E]: experts that are loaded.
-        chain: the model's layers.
-        deferred: experts per token that may arrive one layer later.
+        chain: the model's layers; None where none of them defers.
+        deferred: experts per token that may arrive one layer later; with a chain only.
         strict: ids out of range are an error.
     """
 
@@ -96,7 +95,7 @@ class LayerRunner:
         shape: LayerShape,
         mask: torch.Tensor,
         resident: npt.NDArray[np.bool_],
-        chain: Chain,
+        chain: DeferralChain | None,
         *,
         deferred: int,
         strict: bool,
@@ -139,43 +138,68 @@ class LayerRunner:
         cuda_stream: int | None,
     ) -> None:
         """See `KTMoEWrapper.submit_forward`."""
-        index = self._shape.layer_idx
+        chain = self._chain
         if self._pending is not None or self._small is not None:
-            raise RuntimeError(
-                f"layer {index} has a submission already: call sync_forward before the next "
-                "submit_forward"
-            )
+            raise self._submitted_twice()
         if (
             is_plain(hidden, ids, weights)
             and (hidden.shape, ids.shape) in self._small_calls
             and weights.shape == ids.shape
-            and not self._chain.has_deferred
+            and (chain is None or chain.carried is None)
         ):
             self._submit_small(hidden, ids, weights)
             return
         check_call(hidden, ids, weights, self._shape)
-        placement = self._placed()
-        following = self._following()
-        if following is not None:
-            self._chain.check_free(index, following)
-        stream = self._stream(hidden.device, cuda_stream)
-        fault = None
-        if stream is None:
-            fault = self._check_ids(ids, placement)
-        elif placement.missing is not None:  # nobody here knows whether the ids name it
-            raise self._not_loaded(int(np.flatnonzero(placement.missing)[0]))
-        launch = self._launcher(hidden, weights, stream, placement.skip)
-        incoming = self._chain.collect(index, hidden.shape[0])
-        job = None
+        incoming = None if chain is None else chain.take(self.layer_idx, hidden.shape[0])
+        job: Launched | None = None
+        fault: Exception | None = None
         try:
+            placement = self._placed()
+            stream = self._stream(hidden.device, cuda_stream)
+            if stream is None:
+                fault = self._check_ids(ids, placement)
+            elif placement.missing is not None:  # nobody here knows whether the ids name it
+                raise self._not_loaded(int(np.flatnonzero(placement.missing)[0]))
+            launch = self._launcher(hidden, weights, stream, placement.skip)
             if fault is None:
                 with stream or nullcontext():
-                    job = self._launch(launch, ids, weights, following)
+                    job = self._launch(launch, ids, weights, self._following())
+            self._pending = Pending(hidden.shape, hidden.device, job, incoming, fault)
         except BaseException:
-            if incoming is not None:
-                incoming.discard()
+            discard(job, self.layer_idx)
+            self._give_up(incoming)
             raise
-        self._pending = Pending(hidden.shape, hidden.device, job, incoming, fault)
+
+    def _submitted_twice(self) -> RuntimeError:
+        """Drop the submission that nobody has synced, and say so."""
+        self.reset()
+        return RuntimeError(
+            f"layer {self.layer_idx} has a submission already: call sync_forward before the next "
+            "submit_forward, or reset() after a step that failed between the two. That submission "
+            "is dropped now; the next one starts clean"
+        )
+
+    def drop(self) -> None:
+        """Forget the submission that was not synced, if there is one, and what it deferred."""
+        small, self._small = self._small, None
+        pending, self._pending = self._pending, None
+        if small is not None:
+            end_quietly(small[0].wait, self.layer_idx)
+        if pending is not None:
+            discard(pending.job, self.layer_idx)
+            self._give_up(pending.incoming)
+
+    def reset(self) -> None:
+        """`drop` in all layers of the model, with what is deferred between them."""
+        if self._chain is not None:
+            self._chain.reset()
+        self.drop()
+
+    def _give_up(self, incoming: Launched | None) -> None:
+        """Drop what came in for a submission that failed, and what it deferred."""
+        discard(incoming, self.layer_idx)
+        if self._chain is not None:
+            self._chain.forget(self.layer_idx)
 
     def _submit_small(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """`submit` for tensors that need neither checks nor copies."""
@@ -228,18 +252,22 @@ class LayerRunner:
             )
         self._check_sync(hidden, pending.shape, pending.device)
         self._pending = None
-        stream = self._stream(pending.device, cuda_stream)
         try:
-            if pending.fault is not None:
-                raise pending.fault
+            stream = self._stream(pending.device, cuda_stream)
+            if (fault := pending.fault) is not None:
+                # a new one: its traceback would lead back to one that is kept here, and keep us
+                raise type(fault)(*fault.args)
             assert pending.job is not None
             output = pending.job.result(stream)
         except BaseException:
-            if pending.incoming is not None:
-                pending.incoming.discard()
+            self._give_up(pending.incoming)
             raise
         if pending.incoming is not None:
-            earlier = pending.incoming.result(stream)
+            try:
+                earlier = pending.incoming.result(stream)
+            except BaseException:
+                self._give_up(None)
+                raise
             if stream is None:
                 return output.add_(earlier)
             stream.add(output, earlier)
@@ -249,27 +277,17 @@ class LayerRunner:
 
     def close(self) -> None:
         """End what is under way."""
-        small, self._small = self._small, None
-        if small is not None:
-            small[0].wait()
-        pending, self._pending = self._pending, None
-        for job in (pending.job, pending.incoming) if pending is not None else ():
-            if job is not None:
-                job.discard()
-        self._chain.leave(self._shape.layer_idx)
+        self.drop()
         self._stager = self._staged = None
 
     def _following(self) -> int | None:
         """The layer that deferred experts go to; None if this one defers nothing."""
-        if not self._deferred:
+        if not self._deferred or self._chain is None:
             return None
-        following = self._chain.after(self._shape.layer_idx)
+        following = self._chain.after(self.layer_idx)
         if following is None and not self._told_last:
             self._told_last = True
-            logger.info(
-                "layer %d has no MoE layer after it: none of its experts is deferred",
-                self._shape.layer_idx,
-            )
+            self._chain.tell_last(self.layer_idx)
         return following
 
     def _launcher(
@@ -291,13 +309,13 @@ class LayerRunner:
         self, launch: Launch, ids: torch.Tensor, weights: torch.Tensor, following: int | None
     ) -> Launched:
         """Start the experts of `ids`, the deferrable ones as a job of their own."""
-        if following is None:
+        if following is None or self._chain is None:
             return launch(ids, False)
         protected = self._shape.num_experts_per_tok - self._deferred
         now, later = split_deferred(ids, weights, protected, self._shape.num_experts)
         job = launch(now, False)
         try:
-            self._chain.defer(self._shape.layer_idx, following, launch(later, True))
+            self._chain.carry(self.layer_idx, following, launch(later, True))
         except BaseException:
             job.discard()
             raise

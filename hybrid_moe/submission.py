@@ -5,6 +5,8 @@ Only what torch knows without reading values is checked here. Values may live on
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from hybrid_moe.cpu_kernels.job import Job
     from hybrid_moe.cpu_kernels.layer import ExpertLayer
     from hybrid_moe.stream import Stream
+
+logger = logging.getLogger(__name__)
 
 _Tensor = torch.Tensor
 _BF16, _INT64, _FLOAT32, _STRIDED = torch.bfloat16, torch.int64, torch.float32, torch.strided
@@ -35,6 +39,20 @@ class Launched(Protocol):
 
     def discard(self) -> None:
         """Let the job end and drop its result."""
+
+
+def discard(job: Launched | None, layer_idx: int) -> None:
+    """Drop a job that nobody will ask for."""
+    if job is not None:
+        end_quietly(job.discard, layer_idx)
+
+
+def end_quietly(end: Callable[[], None], layer_idx: int) -> None:
+    """End a job that nobody will ask for; what went wrong in it is logged and raised nowhere."""
+    try:
+        end()
+    except RuntimeError as error:
+        logger.warning("layer %d: a job that was dropped had failed: %s", layer_idx, error)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
     sync_forward   ◄── this layer's experts + those that the layer before had deferred
 
 One wrapper is one layer. Layers of one model share checkpoint handles, worker pools (equal
-configuration), and a chain through which deferred experts reach the next layer.
+configuration), and, where experts are deferred, a `DeferralChain` through which they reach the next
+layer.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybrid_moe import arguments, checkpoints, ops
+from hybrid_moe import arguments, checkpoints, construction_order, ops
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.deferral import Chain, split_deferred
+from hybrid_moe.deferral import DeferralChain, declared_chain, split_deferred
 from hybrid_moe.export import ExpertWriter
 from hybrid_moe.formats import chosen_format
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
@@ -49,7 +50,7 @@ class KTMoEWrapper:
             `load_weights_from_tensors`.
         chunked_prefill_size: accepted and not needed: calls may have any number of tokens.
         max_deferred_experts_per_token: experts per token that may arrive one MoE layer later, see
-            `hybrid_moe.deferral`; None for 0.
+            `hybrid_moe.deferral`; None for 0. The last layer of a model gets 0.
         method: weight format, see `hybrid_moe.formats.FORMATS`; None or "STORED" for the one in
             which the checkpoint stores this layer.
         numa_nodes: NUMA node of each pool; None spreads them over every node.
@@ -63,6 +64,9 @@ class KTMoEWrapper:
         gate_up_layout: "halves" or "interleaved": where gate and up lie in a checkpoint's fused
             tensors. Needed only for experts with biases whose `config.json` is missing or names a
             model that Transformers does not know.
+        deferral_chain: the model that the layer is of, the same object for all of its layers and
+            for no other. None: what the order of construction says, see
+            `hybrid_moe.construction_order`; a layer of which it says nothing defers nothing.
 
     The remaining options are kt-kernel's for training and for files that this package does not
     write; other values than their defaults raise `ValueError`.
@@ -70,6 +74,9 @@ class KTMoEWrapper:
     Raises:
         TypeError, ValueError: an argument; the message names it.
         FileNotFoundError: `weight_path` does not exist.
+
+    A submission is followed by its sync. Where a step fails in between, `reset` drops what is under
+    way; without it the next submission drops it and raises, once.
 
     One thread at a time may call the methods of one wrapper.
     """
@@ -107,6 +114,7 @@ class KTMoEWrapper:
         strict: bool = False,
         isa: str | None = None,
         gate_up_layout: str | None = None,
+        deferral_chain: DeferralChain | None = None,
     ) -> None:
         arguments.refuse_unsupported(
             {
@@ -145,16 +153,24 @@ class KTMoEWrapper:
         self.max_deferred_experts_per_token = arguments.deferred_experts(
             max_deferred_experts_per_token, self.shape
         )
-        self._mask = arguments.expert_mask(gpu_experts_mask, num_gpu_experts, self.num_experts)
-        if torch.cuda.is_available():
-            self._mask = self._mask.pin_memory()
+        with torch.inference_mode(False):  # else only inference mode could change the mask later
+            self._mask = arguments.expert_mask(gpu_experts_mask, num_gpu_experts, self.num_experts)
+            if torch.cuda.is_available():
+                self._mask = self._mask.pin_memory()
         self.pool = arguments.pool_config(cpuinfer_threads, threadpool_count, numa_nodes)
         self.strict = strict
         self._isa = arguments.tier_name(isa)
         self._layer = self._new_layer()  # holds no memory yet; checks sizes and isa
         self._runner: LayerRunner | None = None
-        self._chain = Chain.join((self.weight_path, self.hidden_size, self.pool), self)
         self._handle = ops.Handle(self, KTMoEWrapper._forward_now)
+        self._closed = False
+        self._chain = declared_chain(deferral_chain)
+        if self._chain is not None:
+            self._chain.join(self)
+        else:
+            self._chain = construction_order.chain_of(
+                self, self.weight_path, self.max_deferred_experts_per_token
+            )
 
     # What the layer is --------------------------------------------------------------------------
 
@@ -237,7 +253,7 @@ class KTMoEWrapper:
                 id i of `topk_ids`. None for the identity.
 
         Raises:
-            RuntimeError: weights are loaded already.
+            RuntimeError: weights are loaded already, or the wrapper is closed.
             ValueError: no `weight_path`, a map of wrong shape or range, or weights that do not
                 become the method's format.
             CheckpointError: a tensor is missing, damaged, or does not fit the layer.
@@ -284,7 +300,7 @@ class KTMoEWrapper:
             gate_bias, up_bias: float [E', I]. down_bias: float [E', H].
 
         Raises:
-            RuntimeError: weights are loaded already.
+            RuntimeError: weights are loaded already, or the wrapper is closed.
             TypeError, ValueError: a tensor's dtype or shape; the message names it.
             CheckpointError: a value is not finite.
         """
@@ -307,7 +323,14 @@ class KTMoEWrapper:
 
         self._load(load)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(
+                f"layer {self.layer_idx} is closed and its weights are freed: make a new wrapper"
+            )
+
     def _check_not_loaded(self) -> None:
+        self._check_open()
         if self.loaded:
             raise RuntimeError(
                 f"layer {self.layer_idx} has its weights already; make a new wrapper to load others"
@@ -331,20 +354,20 @@ class KTMoEWrapper:
             if wanted.any():
                 self._layer.allocate(wanted)
                 load(wanted)
+            self._writer = ExpertWriter(self._layer, self.shape)
+            self._runner = LayerRunner(
+                self._layer,
+                self.shape,
+                self._mask,
+                wanted,
+                self._chain,
+                deferred=self.max_deferred_experts_per_token,
+                strict=self.strict,
+            )
         except BaseException:
             self._layer.close()
             self._layer = self._new_layer()
             raise
-        self._writer = ExpertWriter(self._layer, self.shape)
-        self._runner = LayerRunner(
-            self._layer,
-            self.shape,
-            self._mask,
-            wanted,
-            self._chain,
-            deferred=self.max_deferred_experts_per_token,
-            strict=self.strict,
-        )
 
     # Running ------------------------------------------------------------------------------------
 
@@ -367,8 +390,9 @@ class KTMoEWrapper:
             cuda_stream: the `cudaStream_t` as int for CUDA tensors; unused for CPU tensors.
 
         Raises:
-            RuntimeError: not loaded, or the submission before was not synced, or layers with
-                deferred experts are called out of order.
+            RuntimeError: not loaded or closed; or the submission before was not synced, or layers
+                with deferred experts are called out of order: what was under way is dropped, and
+                the next submission starts clean.
             TypeError, ValueError: a tensor's dtype, shape or device; the message names it.
         """
         runner = self._runner or self._loaded_runner()
@@ -401,7 +425,7 @@ class KTMoEWrapper:
         topk_weights: torch.Tensor,
         cuda_stream: int | None = None,
     ) -> torch.Tensor:
-        """`submit_forward` and `sync_forward` in one.
+        """`submit_forward` and `sync_forward` in one. Nothing stays under way if it fails.
 
         In a graph that is captured (`torch.compile`, `torch.export`, `make_fx`) it is one node, see
         `hybrid_moe.ops`. With deferred experts it breaks the graph, as `submit_forward` and
@@ -420,12 +444,29 @@ class KTMoEWrapper:
         topk_weights: torch.Tensor,
         cuda_stream: int | None,
     ) -> torch.Tensor:
-        self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
-        return self.sync_forward(hidden_states, cuda_stream)
+        try:
+            self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
+            return self.sync_forward(hidden_states, cuda_stream)
+        except BaseException:
+            self.drop()
+            raise
 
     __call__ = forward
 
+    def reset(self) -> None:
+        """Drop what a step left under way that failed between submit and sync: this layer's
+        submission, and with a deferral chain those of all its layers and what is deferred between
+        them. Waits for workers; does nothing where nothing is under way."""
+        if self._runner is not None:
+            self._runner.reset()
+
+    def drop(self) -> None:
+        """`reset` of this layer alone."""
+        if self._runner is not None:
+            self._runner.drop()
+
     def _loaded_runner(self) -> LayerRunner:
+        self._check_open()
         if self._runner is None:
             raise RuntimeError(
                 f"layer {self.layer_idx} has no weights: call load_weights before forward"
@@ -436,6 +477,7 @@ class KTMoEWrapper:
         self, expert_ids: torch.Tensor, expert_scores: torch.Tensor, protected_k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(immediate, deferred) ids, see `hybrid_moe.deferral.split_deferred`."""
+        self._check_open()
         return split_deferred(expert_ids, expert_scores, protected_k, self.num_experts)
 
     # Prefill of whole layers on GPUs --------------------------------------------------------------
@@ -488,11 +530,15 @@ class KTMoEWrapper:
         self._writer.sync()
 
     def close(self) -> None:
-        """Free the weights. The wrapper cannot be used afterwards."""
-        if self._runner is not None:
-            self._runner.close()
-            self._runner = None
+        """Free the weights, and drop what is under way. Afterwards whatever loads or computes
+        raises `RuntimeError`; closing again does nothing."""
+        self._closed = True
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
             self._writer.close()
+        if self._chain is not None:
+            self._chain.leave(self)
         self._layer.close()
 
     def __reduce__(self) -> str:

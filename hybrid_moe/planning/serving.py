@@ -27,6 +27,9 @@ _CPU_FLAGS = (
 _CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
 """SGLang's variable: without it, it looks for a GPU."""
 
+_NUMA_BINDING = "SGLANG_AUTO_NUMA_BIND"
+"""SGLang's variable: unless it is 0, a scheduler gets the cores and the memory of one NUMA node."""
+
 _RESERVED = (
     "--model-path", "--model", "--kt-weight-path", "--kt-method", "--kt-num-gpu-experts",
     "--context-length", "--tp", "--tp-size", "--tensor-parallel-size", "--mem-fraction-static",
@@ -88,7 +91,9 @@ def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()
     words += _gpu_flags(plan) if request.gpus else _cpu_flags(plan)
     profile = plan.placement.profile
     environment = {} if profile is None else {PLACEMENT_VARIABLE: str(profile.path)}
-    if not request.gpus:
+    if request.gpus:
+        environment[_NUMA_BINDING] = "0"
+    else:
         environment[_CPU_ENGINE] = "1"
     return ServerCommand((python, "-m", "sglang.launch_server", *words, *extra), environment)
 

@@ -8,26 +8,35 @@ from typing import Any
 import pytest
 import torch
 
-from .kit import CHUNK, E, H, I, K, Kit, assert_close, mask_of
+from .kit import CHUNK, E, H, I, K, Kit, assert_close, mask_of, write_checkpoint
+
+DEFAULTS: dict[str, Any] = {
+    "cpu_save": False,
+    "max_deferred_experts_per_token": None,
+    "numa_nodes": None,
+    "mode": "inference",
+    "num_gpu_experts": 0,
+    "lora_rank": 16,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.0,
+    "max_cache_depth": 1,
+    "group_size": 128,
+    "zero_point": True,
+    "full_weight_grad": False,
+    "swiglu_limit": 0.0,
+    "swiglu_alpha": 0.0,
+}
+"""Documented defaults of kt-kernel's keywords that `Kit.arguments` leaves out."""
 
 
-def test_keywords_with_their_documented_defaults_are_accepted(kit: Kit) -> None:
-    kit.make(
-        cpu_save=False,
-        max_deferred_experts_per_token=None,
-        numa_nodes=None,
-        mode="inference",
-        num_gpu_experts=0,
-        lora_rank=16,
-        lora_alpha=32.0,
-        lora_dropout=0.0,
-        max_cache_depth=1,
-        group_size=128,
-        zero_point=True,
-        full_weight_grad=False,
-        swiglu_limit=0.0,
-        swiglu_alpha=0.0,
-    )
+@pytest.mark.parametrize("name", [*DEFAULTS, "all"])
+def test_keywords_with_their_documented_defaults_change_nothing(kit: Kit, name: str) -> None:
+    given = DEFAULTS if name == "all" else {name: DEFAULTS[name]}
+    wrapper, batch = kit.load(**given), kit.batch(4)
+    assert not wrapper.gpu_experts_mask.any() and wrapper.num_gpu_experts == 0
+    assert_close(kit.forward(wrapper, batch), kit.weights[0].forward(batch))
+    plain = kit.forward(kit.load(), batch)
+    assert (kit.forward(wrapper, batch) == plain).all()
 
 
 def test_positional_arguments_have_their_documented_order(kit: Kit) -> None:
@@ -125,8 +134,16 @@ def test_num_gpu_experts_may_be_given_beside_a_mask_that_agrees(kit: Kit) -> Non
 
 
 def test_construction_reads_no_weights(kit: Kit, tmp_path: Path) -> None:
-    """Runtimes construct all layers before anything is loaded."""
-    kit.make(weight_path=str(tmp_path))
+    """Runtimes construct all layers before anything is loaded: what a checkpoint holds counts when
+    it is loaded, and not before."""
+    wrapper = kit.make(weight_path=str(tmp_path))
+    with pytest.raises(Exception):  # noqa: B017 - there is nothing yet
+        wrapper.load_weights(torch.arange(E))
+    late = kit.make(weight_path=str(tmp_path))
+    write_checkpoint(tmp_path, kit.weights)
+    late.load_weights(torch.arange(E))
+    batch = kit.batch(3)
+    assert_close(kit.forward(late, batch), kit.weights[0].forward(batch))
 
 
 def test_weight_path_may_be_a_path_object(kit: Kit) -> None:

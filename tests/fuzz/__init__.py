@@ -1,0 +1,7 @@
+"""Random wrappers under random use, beside a model of what they must do."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the reference's products are tiny

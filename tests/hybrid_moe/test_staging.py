@@ -14,10 +14,11 @@ from hybrid_moe import cuda, flags, staging
 from hybrid_moe.arguments import LayerShape
 from hybrid_moe.buffers import BufferPool
 from hybrid_moe.cpu_kernels.slots import SlotReport
-from hybrid_moe.deferral import Chain
+from hybrid_moe.deferral import DeferralChain
 from hybrid_moe.runner import LayerRunner
 from hybrid_moe.staging import Stager
 from tests.hybrid_moe.fake_slots import FakeMaker, job_of
+from tests.hybrid_moe.members import Layer
 from tests.streams.emulation import DEVICE, Device, EmulatedStream
 from tests.streams.model import Model as KernelModel
 
@@ -287,11 +288,13 @@ class Model:
         self.gpu.python = {k: v for m in self.makers for k, v in m.functions.items()}
         self.stream = self.gpu.stream()
         self.mask = torch.zeros(E, dtype=torch.bool)
-        self.members = [LayerShape(i, E, K, H, 32) for i in range(self.layers)]
-        chain = Chain()
+        shapes = [LayerShape(i, E, K, H, 32) for i in range(self.layers)]
+        self.members: list[Layer] = []
+        chain = DeferralChain()
         self.runners = []
-        for shape, maker in zip(self.members, self.makers, strict=True):
-            chain._members[shape.layer_idx] = shape
+        for shape, maker in zip(shapes, self.makers, strict=True):
+            self.members.append(Layer(shape.layer_idx, hidden_size=H))
+            chain.join(self.members[-1])
             runner: Any = LayerRunner(
                 maker,  # type: ignore[arg-type]
                 shape,

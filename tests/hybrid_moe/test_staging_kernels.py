@@ -15,6 +15,7 @@ import torch
 
 from hybrid_moe.buffers import BufferPool
 from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.deferral import DeferralChain
 from hybrid_moe.faults import check_errors
 from hybrid_moe.staging import Stager
 from hybrid_moe.wrapper import KTMoEWrapper
@@ -87,9 +88,9 @@ def test_graph_replays_on_new_inputs_and_a_new_mask(stream: EmulatedStream) -> N
 
 
 def test_deferral(stream: EmulatedStream) -> None:
-    batch = Batch.random(2)
-    first = loaded(stream, max_deferred_experts_per_token=1)
-    second = loaded(stream, layer_idx=1)
+    batch, chain = Batch.random(2), DeferralChain()
+    first = loaded(stream, max_deferred_experts_per_token=1, deferral_chain=chain)
+    second = loaded(stream, layer_idx=1, deferral_chain=chain)
     now = first.forward(*batch.args, 1)
     later = second.forward(batch.hidden, torch.full_like(batch.ids, -1), batch.weights, 1)
     run(stream)
@@ -98,6 +99,29 @@ def test_deferral(stream: EmulatedStream) -> None:
     assert now.any() and later.any()
     assert abs(error / expected.sigma).max() <= 8
     assert first.ignored_ids == 0
+
+
+@pytest.mark.parametrize("resetting", [False, True])
+def test_a_step_that_was_given_up(stream: EmulatedStream, resetting: bool) -> None:
+    """The stream still runs what was queued; the next step has its own values and no others'."""
+    batch, chain = Batch.random(2), DeferralChain()
+    layers = [
+        loaded(stream, layer_idx=i, max_deferred_experts_per_token=1, deferral_chain=chain)
+        for i in range(3)
+    ]
+    layers[0].forward(*batch.args, 1)
+    layers[1].submit_forward(*Batch.random(2, seed=5).args, 1)
+    if resetting:
+        layers[2].reset()
+    else:
+        with pytest.raises(RuntimeError, match=r"layer 0 was called before layer 2 .*reset\(\)"):
+            layers[0].forward(*batch.args, 1)
+    outputs = [w.forward(*batch.args, 1) for w in layers]
+    run(stream)
+    total = sum(y.double().numpy() for y in outputs)
+    expected = WEIGHTS.expected(batch)
+    bound = 3 * expected.bound + 2**-8 * sum(abs(y.double().numpy()) for y in outputs)
+    assert (abs(total - 3 * expected.value) <= bound).all()
 
 
 def test_ids_out_of_range_are_counted_when_they_are_known(stream: EmulatedStream) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybrid_moe import wrapper as wrapper_module
-from hybrid_moe.deferral import split_deferred
+from hybrid_moe.deferral import DeferralChain, split_deferred
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, E, K, Weights, wrapper
 from tests.hybrid_moe.fake_layer import FakeExpertLayer
@@ -26,9 +26,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def model(deferred: int = 1, **arguments: Any) -> list[tuple[KTMoEWrapper, Weights]]:
     """Wrappers of one model with their weights."""
-    pairs = []
+    pairs, chain = [], DeferralChain()
     for index in LAYERS:
-        w = wrapper(layer_idx=index, max_deferred_experts_per_token=deferred, **arguments)
+        w = wrapper(
+            layer_idx=index,
+            max_deferred_experts_per_token=deferred,
+            deferral_chain=chain,
+            **arguments,
+        )
         weights = Weights.random(seed=index)
         pairs.append((weights.load(w), weights))
     return pairs
@@ -74,7 +79,9 @@ def test_both_jobs_start_at_submit() -> None:
 
 def test_last_layer_defers_nothing_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     weights, batch = Weights.random(), Batch.random()
-    w = weights.load(wrapper(layer_idx=7, max_deferred_experts_per_token=2))
+    w = weights.load(
+        wrapper(layer_idx=7, max_deferred_experts_per_token=2, deferral_chain=DeferralChain())
+    )
     with caplog.at_level(logging.INFO, logger="hybrid_moe"):
         for _ in range(2):
             y = w.forward(*batch.args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -110,6 +112,24 @@ def test_strict_ids() -> None:
     check(w.forward(*batch.args), batch)
 
 
+def test_an_error_does_not_keep_the_weights() -> None:
+    """A wrapper is gone with its last reference, whatever it has raised before."""
+    w, batch = loaded(strict=True, num_gpu_experts=1), Batch.random()
+    for bad in (batch.ids - E, batch.ids * 0):
+        with pytest.raises((IndexError, RuntimeError)):
+            w.forward(batch.hidden, bad, batch.weights)
+        w.gpu_experts_mask[0] = False
+    with pytest.raises(TypeError):
+        w.forward(batch.hidden.float(), batch.ids, batch.weights)
+    seen = weakref.ref(w)
+    gc.disable()
+    try:
+        del w
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
 def test_mask_skips_experts_and_is_live() -> None:
     w, batch = loaded(), Batch.random()
     check(w.forward(*batch.args), batch)
@@ -122,6 +142,22 @@ def test_mask_skips_experts_and_is_live() -> None:
     check(w.forward(*batch.args), batch)
     assert w.gpu_experts_mask.data_ptr() == address
     assert w.ignored_ids == 0
+
+
+@pytest.mark.parametrize("given", [None, torch.zeros(E, dtype=torch.bool)])
+@pytest.mark.parametrize("made_in, changed_in", [(True, False), (False, True)])
+def test_mask_may_be_changed_in_and_out_of_inference_mode(
+    given: torch.Tensor | None, made_in: bool, changed_in: bool
+) -> None:
+    with torch.inference_mode(made_in):
+        w = loaded(gpu_experts_mask=None if given is None else given.clone())
+    batch, mask = Batch.random(), torch.arange(E) < 3
+    with torch.inference_mode(changed_in):
+        w.gpu_experts_mask = mask
+        check(w.forward(*batch.args), batch, skip=mask.numpy())
+        w.gpu_experts_mask[0] = False
+    mask[0] = False
+    assert w.gpu_experts_mask.tolist() == mask.tolist()
 
 
 def test_mask_is_read_when_submitted() -> None:
@@ -167,13 +203,17 @@ def test_order_of_calls() -> None:
     with pytest.raises(RuntimeError, match="no submission: call submit_forward"):
         w.sync_forward(batch.hidden)
     w.submit_forward(*batch.args)
-    with pytest.raises(RuntimeError, match="has a submission already: call sync_forward"):
-        w.submit_forward(*batch.args)
     with pytest.raises(ValueError, match=r"shape \(4, 64\) on cpu, but \(5, 64\) on cpu was"):
         w.sync_forward(batch.hidden[:4])
     with pytest.raises(ValueError, match=r"on meta, but \(5, 64\) on cpu was submitted"):
         w.sync_forward(batch.hidden.to("meta"))
     check(w.sync_forward(batch.hidden), batch)
+    w.submit_forward(*batch.args)
+    with pytest.raises(RuntimeError, match="has a submission already: call sync_forward"):
+        w.submit_forward(*batch.args)
+    with pytest.raises(RuntimeError, match="no submission: call submit_forward"):
+        w.sync_forward(batch.hidden)  # it was dropped
+    check(w.forward(*batch.args), batch)
 
 
 def test_worker_error_reaches_the_caller_and_leaves_the_layer_usable() -> None:
@@ -192,8 +232,41 @@ def test_close() -> None:
     w.submit_forward(*batch.args)
     w.close()
     assert layer.closed and layer.jobs[0].waited
-    with pytest.raises(RuntimeError, match="no weights"):
-        w.forward(*batch.args)
+    w.close()
+    pointers = [[1], [1], [1], [1]]
+    for call in (
+        lambda: w.forward(*batch.args),
+        lambda: w(*batch.args),
+        lambda: w.submit_forward(*batch.args),
+        lambda: w.sync_forward(batch.hidden),
+        lambda: WEIGHTS.load(w),
+        w.load_weights,
+        lambda: w.select_deferred_experts(batch.ids, batch.weights, 1),
+        lambda: w.submit_write_weight_scale_to_buffer(1, 0, *pointers),
+        w.sync_write_weight_scale_to_buffer,
+    ):
+        for _ in range(2):  # the first refusal opens nothing
+            with pytest.raises(RuntimeError, match="layer 0 is closed and its weights are freed"):
+                call()
+    w.reset()
+    assert not w.loaded and w.nbytes == 0 and w.layer_idx == 0
+    unloaded = wrapper(layer_idx=5)
+    unloaded.close()
+    with pytest.raises(RuntimeError, match="layer 5 is closed"):
+        WEIGHTS.load(unloaded)
+
+
+def test_close_and_reset_with_a_job_that_failed(caplog: pytest.LogCaptureFixture) -> None:
+    """What is dropped raises nothing: it is logged, and the weights are freed all the same."""
+    for end in (KTMoEWrapper.reset, KTMoEWrapper.close):
+        w, batch = loaded(), Batch.random()
+        layer: Any = w._layer
+        w.submit_forward(*batch.args)
+        layer.failure = "worker 1 failed"
+        caplog.clear()
+        end(w)
+        assert "layer 0: a job that was dropped had failed: worker 1 failed" in caplog.text
+        assert layer.closed == (end is KTMoEWrapper.close)
 
 
 Change = Callable[[Batch], Batch]

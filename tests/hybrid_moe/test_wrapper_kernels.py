@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybrid_moe.deferral import DeferralChain
 from hybrid_moe.formats import FORMATS
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, E, K, Weights, wrapper
@@ -110,9 +111,9 @@ def test_inputs_are_captured_by_submit() -> None:
 
 def test_deferral_loses_nothing() -> None:
     """With the second layer's routing empty, both outputs together are the first layer's."""
-    weights, batch = Weights.random(), Batch.random(2)
-    first = weights.load(wrapper(max_deferred_experts_per_token=1))
-    second = weights.load(wrapper(layer_idx=1))
+    weights, batch, chain = Weights.random(), Batch.random(2), DeferralChain()
+    first = weights.load(wrapper(max_deferred_experts_per_token=1, deferral_chain=chain))
+    second = weights.load(wrapper(layer_idx=1, deferral_chain=chain))
     now = first.forward(*batch.args)
     later = second.forward(batch.hidden, torch.full_like(batch.ids, -1), batch.weights)
     expected = weights.expected(batch)

@@ -84,18 +84,41 @@ def assert_close(
     assert not output[-1].any()  # padding
 
 
-def test_the_plugin_took_over() -> None:
+def test_the_plugin_takes_over_with_the_first_layer(qwen: FamilyFixture, options: None) -> None:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    layer = new_layer(qwen)
+    assert type(layer.quant_method) is KTEPWrapperMethod
     assert fused_moe.KTEPWrapperMethod is KTEPWrapperMethod
     assert KTEPWrapperMethod.__name__ == "KTEPWrapperMethod"  # SGLang compares it
+    assert hasattr(Scheduler.run_batch, "__wrapped__")
 
 
-def test_models_do_not_take_the_method_for_upstreams() -> None:
+def test_models_do_not_take_the_method_for_upstreams(qwen: FamilyFixture, options: None) -> None:
     """Where it is an instance of upstream's class, models multiply by the factor themselves."""
     from sglang.srt.layers.moe import kt_ep_wrapper
 
+    new_layer(qwen)
     assert kt_ep_wrapper.KTEPWrapperMethod is not KTEPWrapperMethod
     assert not issubclass(KTEPWrapperMethod, kt_ep_wrapper.KTEPWrapperMethod)
     assert kt_ep_wrapper.KTRANSFORMERS_AVAILABLE
+
+
+def test_a_step_that_fails_on_the_gpu_leaves_nothing_behind(
+    qwen: FamilyFixture, options: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = new_layer(qwen)
+    load(layer, qwen)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise MemoryError("the GPU is full")
+
+    batch = Batch.random(qwen, 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.quant_method.gpu_method, "apply", fail)
+        with pytest.raises(MemoryError):
+            batch.through(layer)
+    assert_close(batch.through(layer), batch, qwen)
 
 
 @pytest.mark.parametrize("hot", HOT, ids=str)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -49,32 +48,6 @@ def test_decision(switch: str, kt_kernel: str | None, take_over: bool) -> None:
 def test_a_wrong_switch_is_named(switch: str) -> None:
     with pytest.raises(ValueError, match=f"{plugin.SWITCH}='{switch}' must be 1"):
         plugin.decide({plugin.SWITCH: switch}, None)
-
-
-def test_standing_back_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[str, str]] = []
-    monkeypatch.setenv(plugin.SWITCH, "0")
-    monkeypatch.setattr(plugin, "_announce", lambda *args: told.append(args))
-    monkeypatch.setattr(plugin, "_install", lambda: pytest.fail("must not install"))
-    plugin.register()
-    assert told == [
-        (plugin.UPSTREAM_METHOD, f"hybrid_moe leaves --kt-* to others: {plugin.SWITCH}=0")
-    ]
-
-
-def test_a_changed_contract_reaches_who_uses_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer_module = ModuleType("fake_sglang_layer")
-    monkeypatch.setitem(sys.modules, layer_module.__name__, layer_module)
-    monkeypatch.setattr(contract, "LAYER_MODULE", layer_module.__name__)
-    monkeypatch.setattr(plugin, "decide", lambda *args: plugin.Decision(True, "a test"))
-    monkeypatch.setattr(contract, "installed_version", lambda: "0.5.23")
-    monkeypatch.setattr(contract, "untested", lambda version: None)
-    broken = (Requirement("no_such:X", "a test"),)
-    monkeypatch.setattr(contract.check, "__defaults__", (broken,))
-    with pytest.raises(ContractError, match="no_such"):
-        plugin.register()
-    with pytest.raises(ContractError, match="no_such"):
-        layer_module.KTEPWrapperMethod(None, kt_config=None)
 
 
 # The contract's predicates ----------------------------------------------------------------------

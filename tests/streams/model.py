@@ -25,11 +25,12 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.watcher import Watcher
-from hybrid_moe.deferral import Chain, split_deferred
+from hybrid_moe.deferral import DeferralChain, split_deferred
 from hybrid_moe.formats import MXFP4
 from hybrid_moe.runner import LayerRunner
 from hybrid_moe.staging import Stager
 from hybrid_moe.tensors import ExpertTensors, Matrix
+from tests.hybrid_moe.members import Layer
 from tests.streams.emulation import Device, EmulatedStream, Graph
 
 E, K, H, I = 4, 2, 32, 32
@@ -230,17 +231,18 @@ class Model:
         self._stream = self.streams[0]
         self.checks: list[Check] = []
         self.runners: list[LayerRunner] = []
-        chain = Chain()
-        self._members = [LayerShape(index, E, K, H, I) for index in INDICES[:count]]
-        for shape, layer in zip(self._members, made, strict=False):
-            chain._members[shape.layer_idx] = shape
+        chain = DeferralChain()
+        shapes = [LayerShape(index, E, K, H, I) for index in INDICES[:count]]
+        self._members = [Layer(shape.layer_idx, hidden_size=H) for shape in shapes]
+        for shape, layer in zip(shapes, made, strict=False):
+            chain.join(self._members[len(self.runners)])
             runner: Any = LayerRunner(
                 layer,
                 shape,
                 self.mask,
                 np.ones(E, bool),
                 chain,
-                deferred=deferred if shape is not self._members[-1] else 0,
+                deferred=deferred if shape is not shapes[-1] else 0,
                 strict=False,
             )
             runner._stager = Stager(layer, self.mask, self.pool)

@@ -9,8 +9,11 @@ SGLang calls `register` (entry point group `sglang.srt.plugins`) in each of its 
     slot_loading    SGLang's weight loaders, for experts that live in slots
     step_faults     a fault on the CPU fails the requests of its step, not the server
     expert_layer    what SGLang says about a layer, in `KTMoEWrapper`'s terms, or why not
+    model_chain     which layers are one model, for deferral
+    numa_binding    what SGLang's binding to one NUMA node costs, and taking it back
+    late            acting on a module when it is imported
 
-Nothing here imports SGLang before `register` runs.
+Nothing here imports SGLang before the first layer with `--kt-*` is made.
 """
 
 from __future__ import annotations

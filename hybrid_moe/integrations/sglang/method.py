@@ -16,6 +16,7 @@ SGLang's class of this name runs kt-kernel. This one takes its place (see `plugi
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -27,9 +28,10 @@ from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import is_cuda
 
 from hybrid_moe.checkpoints import checked_layer
-from hybrid_moe.integrations.sglang import expert_layer, gpu_experts
+from hybrid_moe.integrations.sglang import expert_layer, gpu_experts, numa_binding
 from hybrid_moe.integrations.sglang.expert_layer import ExpertLayerSpec, UnsupportedLayerError
 from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts
+from hybrid_moe.integrations.sglang.model_chain import TARGET_MODEL
 from hybrid_moe.integrations.sglang.slot_loading import physical_to_logical, slot_loader
 from hybrid_moe.integrations.sglang.step_faults import STEP_FAULTS
 from hybrid_moe.wrapper import KTMoEWrapper
@@ -109,6 +111,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         deferred = config.max_deferred_experts_per_token or 0
         if config.num_layers is not None and config.layer_idx == config.num_layers - 1:
             deferred = 0
+        _take_back_the_machine()
         wrapper = KTMoEWrapper(
             layer_idx=config.layer_idx,
             num_experts=spec.num_experts,
@@ -124,6 +127,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             method=config.method,
             swiglu_limit=spec.swiglu_limit,
             swiglu_alpha=spec.swiglu_alpha,
+            deferral_chain=TARGET_MODEL.chain_of(config.layer_idx),
         )
         if wrapper.weight_path is not None:  # of every layer, before the first one is loaded
             checked_layer(wrapper.weight_path, wrapper.shape, wrapper.format)
@@ -177,7 +181,13 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         dispatch_output = with_standard_routing(dispatch_output)
         x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
         self.submit(x, topk)
-        output = self._with_cold(self._hot_output(layer, dispatch_output), x)
+        try:
+            hot = self._hot_output(layer, dispatch_output)
+        except BaseException:
+            if self.wrapper is not None:
+                self.wrapper.reset()
+            raise
+        output = self._with_cold(hot, x)
         if self._factor != 1.0:
             output *= self._factor
         return StandardCombineInput(hidden_states=output)
@@ -226,6 +236,12 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if name.startswith("__") or name == "gpu_method":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.gpu_method, name)
+
+
+@functools.cache
+def _take_back_the_machine() -> None:
+    """Once, before the first workers are made; see `numa_binding`."""
+    numa_binding.widen(getattr(fused_moe.get_server_args(), "numa_node", None))
 
 
 def with_standard_routing(dispatch_output: Any) -> Any:

@@ -3,6 +3,10 @@
 SGLang looks for `kt_kernel.KTMoEWrapper` at import, long before plugins run, and keeps what it
 found in module globals. So the globals are set, and `FusedMoE` gets our `KTEPWrapperMethod`.
 
+Every process of every server loads the plugin, with `--kt-*` or without. So `register` imports
+nothing of SGLang and hooks into nothing: it leaves a stand-in where `FusedMoE` looks for the
+method, and making the first method checks the contract and does the rest.
+
 Only `FusedMoE` gets it. Model files keep SGLang's class, for they use it in one way: where a
 layer's method is an instance of it, some of them (in some of their paths) multiply the layer's
 output by `routed_scaling_factor`. Our method obeys the contract of every other method instead
@@ -11,6 +15,7 @@ output by `routed_scaling_factor`. Our method obeys the contract of every other 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -18,17 +23,15 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from hybrid_moe.integrations.sglang import contract
+from hybrid_moe.integrations.sglang.late import when_imported
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "HYBRID_MOE_SGLANG"
 """Environment variable: 1 takes over even where kt-kernel is installed, 0 never does."""
-
-UPSTREAM_METHOD = f"{contract.KT_MODULE}.KTEPWrapperMethod"
-OUR_METHOD = "hybrid_moe.integrations.sglang.method.KTEPWrapperMethod"
 
 COMPAT_DISTRIBUTION = "hybrid-moe-kt-compat"
 """Our own distribution of the import name `kt_kernel`: no reason to stand back."""
@@ -75,48 +78,53 @@ def installed_kt_kernel() -> str | None:
 def register() -> None:
     """Take over the `--kt-*` options of this process's SGLang, if it is ours to do.
 
-    SGLang logs what a plugin raises and goes on without it. So a changed contract is also put
-    where the options lead: building a layer with them raises it.
+    A changed contract is raised where the options lead: by building a layer with them.
 
     Raises:
-        ContractError: SGLang lacks something that we rely on; the message lists it.
         ValueError: the environment variable's value.
     """
     decision = decide(os.environ, installed_kt_kernel())
-    if not decision.take_over:
-        _announce(UPSTREAM_METHOD, f"hybrid_moe leaves --kt-* to others: {decision.reason}")
+    if decision.take_over:
+        when_imported(contract.LAYER_MODULE, lambda layer: _stand_in(layer, decision))
+    else:
+        line = f"hybrid_moe leaves --kt-* to others: {decision.reason}"
+        when_imported(contract.KT_MODULE, lambda module: _announce(module, line))
+
+
+def _stand_in(layer_module: Any, decision: Decision) -> None:
+    """Put a class where `FusedMoE` looks for the method: making its first object takes over."""
+    if not hasattr(layer_module, "KTEPWrapperMethod"):
+        logger.debug("%s has no --kt-* method: nothing can reach ours", layer_module.__name__)
         return
+
+    class KTEPWrapperMethod:
+        """Never the class of any object."""
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return take_over(decision)(*args, **kwargs)
+
+    layer_module.KTEPWrapperMethod = KTEPWrapperMethod
+
+
+def take_over(decision: Decision) -> type:
+    """Check the contract, set SGLang's globals, and hook into its scheduler.
+
+    Returns:
+        Our method.
+
+    Raises:
+        ContractError: SGLang lacks something that we rely on; the message lists it.
+    """
     version = contract.installed_version()
     untested = contract.untested(version)
     if untested is not None:
         logger.warning("%s", untested)
-    try:
-        contract.check()
-    except contract.ContractError as error:
-        _refuse(error)
-        raise
-    _install()
-    _announce(OUR_METHOD, f"hybrid_moe serves --kt-* of SGLang {version}: {decision.reason}")
+    contract.check()
+    logger.info("hybrid_moe serves --kt-* of SGLang %s: %s", version, decision.reason)
+    return _install()
 
 
-def _announce(method: str, line: str) -> None:
-    """Log a line when the first layer with `--kt-*` is made: SGLang sets up logging only after
-    plugins have run, and who does not use these options need not hear of them."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    told = False
-
-    def tell(*args: object, **kwargs: object) -> None:
-        nonlocal told
-        if not told:
-            told = True
-            logger.info("%s", line)
-
-    HookRegistry.register(f"{method}.__init__", tell, HookType.BEFORE)
-
-
-def _install() -> None:
-    """Set SGLang's globals, and hook into its scheduler."""
+def _install() -> type:
     from hybrid_moe.integrations.sglang import step_faults
     from hybrid_moe.integrations.sglang.method import KTEPWrapperMethod
     from hybrid_moe.wrapper import KTMoEWrapper
@@ -126,19 +134,24 @@ def _install() -> None:
         module = importlib.import_module(name)
         _set(module, KTMoEWrapper=KTMoEWrapper, KTRANSFORMERS_AVAILABLE=True)
     _set(importlib.import_module(contract.LAYER_MODULE), KTEPWrapperMethod=KTEPWrapperMethod)
+    return KTEPWrapperMethod
 
 
-def _refuse(error: Exception) -> None:
-    """Let the `--kt-*` options fail with `error`, where SGLang still has the place for it."""
+def _announce(kt_module: Any, line: str) -> None:
+    """Log a line when the first layer with `--kt-*` is made: SGLang sets up logging only after
+    plugins have run, and who does not use these options need not hear of them."""
+    method = getattr(kt_module, "KTEPWrapperMethod", None)
+    if method is None:
+        return
+    original = method.__init__
 
-    class KTEPWrapperMethod:
-        def __init__(self, *args: object, **kwargs: object) -> NoReturn:
-            raise error
+    @functools.wraps(original)
+    def tell(self: Any, *args: Any, **kwargs: Any) -> None:
+        method.__init__ = original
+        logger.info("%s", line)
+        original(self, *args, **kwargs)
 
-    try:
-        _set(importlib.import_module(contract.LAYER_MODULE), KTEPWrapperMethod=KTEPWrapperMethod)
-    except ImportError:
-        logger.debug("%s is gone: nothing can reach a --kt-* layer", contract.LAYER_MODULE)
+    method.__init__ = tell
 
 
 def _set(module: Any, **names: object) -> None:

@@ -39,6 +39,7 @@ def slot_loader(layer: Any, experts: GpuExperts, original: WeightLoader) -> Weig
         expert_id = kwargs.get("expert_id", args[0] if args else None)
         if expert_id is None:
             if experts.count:
+                _check_not_packed(layer, param, loaded_weight, weight_name)
                 rows = _hot_rows(layer, experts, loaded_weight, weight_name)
                 original(param, rows, weight_name, shard_id, *args, **kwargs)
             return

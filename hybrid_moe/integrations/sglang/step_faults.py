@@ -11,6 +11,7 @@ fault. There it still ends the server.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from http import HTTPStatus
@@ -19,8 +20,6 @@ from typing import Any
 from hybrid_moe.faults import check_errors
 
 logger = logging.getLogger(__name__)
-
-SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 
 class StepFaults:
@@ -93,10 +92,24 @@ STEP_FAULTS = StepFaults()
 
 
 def install() -> None:
-    """Hook into SGLang's scheduler."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    """Let SGLang's scheduler tell about its steps. Its class is changed, once: to be called when
+    there are experts on the CPU, by then SGLang has applied the hooks of its plugins."""
+    from sglang.srt.managers.scheduler import Scheduler
 
-    HookRegistry.register(f"{SCHEDULER}.run_batch", STEP_FAULTS.before_step, HookType.BEFORE)
-    HookRegistry.register(
-        f"{SCHEDULER}.process_batch_result", STEP_FAULTS.before_results, HookType.BEFORE
-    )
+    _before(Scheduler, "run_batch", STEP_FAULTS.before_step)
+    _before(Scheduler, "process_batch_result", STEP_FAULTS.before_results)
+
+
+def _before(owner: type, name: str, first: Callable[..., None]) -> None:
+    """Let the method `name` call `first` with its own arguments before it does its work."""
+    original = getattr(owner, name)
+    if getattr(original, "_hybrid_moe", None) is not None:
+        return
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        first(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    method._hybrid_moe = first  # type: ignore[attr-defined]
+    setattr(owner, name, method)

@@ -94,8 +94,10 @@ def test_a_profile_goes_through_the_environment(gpt_oss: Model, tmp_path: Path) 
     write_profile(file, {layer.layer: [1, 2] for layer in gpt_oss.layers})
     plan = make_plan(gpt_oss, request("24GB", profile=read_profile(file)))
     command = server_command(plan)
-    assert command.environment == {PROFILE: str(file)}
-    assert command.text.startswith(f"{PROFILE}='{file}' python -m sglang.launch_server \\\n    --")
+    assert command.environment == {PROFILE: str(file), "SGLANG_AUTO_NUMA_BIND": "0"}
+    assert command.text.startswith(
+        f"{PROFILE}='{file}' SGLANG_AUTO_NUMA_BIND=0 python -m sglang.launch_server \\\n    --"
+    )
     assert flags(command)["--kt-num-gpu-experts"] == "2"
 
 
@@ -171,7 +173,9 @@ def test_serve_prints_the_command(fake: Fake) -> None:
     result = run("serve", "--model", fake("gpt-oss-20b"), "--gpu", "16GB", *MACHINE, "--dry-run",
                  "--", "--port", "4000")  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("python -m sglang.launch_server \\\n    --model-path ")
+    assert result.stdout.startswith(
+        "SGLANG_AUTO_NUMA_BIND=0 python -m sglang.launch_server \\\n    --model-path "
+    )
     assert result.stdout.endswith("    --port 4000\n")
     assert "computed, not measured" in result.stderr
 
