@@ -253,9 +253,7 @@ def _tiny_activations(fmt: WeightFormat) -> tuple[Case, float]:
 @pytest.mark.parametrize("tiny", ["activations", "routing weights"])
 @TierNames
 @Formats
-def test_flush_to_zero_in_the_caller(
-    fmt: WeightFormat, name: str, tiny: str, tokens: int
-) -> None:
+def test_flush_to_zero_in_the_caller(fmt: WeightFormat, name: str, tiny: str, tokens: int) -> None:
     """torch.set_flush_denormal changes MXCSR of the calling thread, which works as worker 0.
 
     Subnormal activations matter, unless the tier's dot product takes them for zero by itself;
