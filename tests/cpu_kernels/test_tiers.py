@@ -40,6 +40,7 @@ _BF16 = AVX512_BF16.all_features
 
 def _host(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
     monkeypatch.setattr(tiers, "host_features", lambda: features)
+    monkeypatch.delenv("HYBRID_MOE_ISA", raising=False)
 
 
 @pytest.mark.parametrize(
