@@ -1,4 +1,4 @@
-"""Settings of every test: hypothesis without deadlines, no settings of the caller's shell; --isa."""
+"""Settings of every test: hypothesis without deadlines, --isa, nothing from the caller's shell."""
 
 from __future__ import annotations
 
