@@ -22,8 +22,8 @@ install-dev: $(VENV)/.installed-dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The constraints file pins versions that are known to work together.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+# The constraints file pins versions that are known to work together; __init__ has our own.
+$(VENV)/.installed: pyproject.toml constraints.txt hybrid_moe/__init__.py | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt -e ".[transformers]"
 	touch $@
 
@@ -40,8 +40,8 @@ test: install-dev
 # Tests whose truth may depend on the processor's tier. Each runs once for every other tier that this
 # processor can run, and for the kinds of tier that it lacks with their instructions emulated
 # (tests/machine.py); `make test` has run them for its own.
-TIER_TESTS := $(addprefix tests/cpu_kernels/test_,kernels.py layer.py coverage.py invariance.py \
-	pool.py slots.py ceilings.py) \
+TIER_TESTS := $(addprefix tests/cpu_kernels/test_,tiers.py kernels.py layer.py coverage.py \
+	invariance.py pool.py slots.py ceilings.py) \
 	$(addprefix tests/hybrid_moe/test_,wrapper_forward.py wrapper_kernels.py wrapper_small.py \
 	transformers_experts.py export.py staging_kernels.py) \
 	tests/bench/test_steps.py tests/conformance tests/examples tests/streams/test_hand_over.py
