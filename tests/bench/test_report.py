@@ -132,6 +132,17 @@ def test_lines_go_from_few_tokens_to_many() -> None:
         assert all(xs == sorted(xs) for xs in lines)
 
 
+def test_rows_of_a_layer_are_together(tmp_path: Path) -> None:
+    """In the order in which layers came, from few tokens to many."""
+    measured = [(64, 2), (1, 1), (1, 2)]
+    points = [peer_point("ours", [2.0], 1.0, tokens=t, threads=n) for t, n in measured]
+    receipts = [r for r in every_bench() if r["bench"] != "peers"]
+    report.store(report.join([*receipts, machine("peers", points=points, errors=[])]), tmp_path)
+    report.render(tmp_path)
+    rows = rows_of((tmp_path / "README.md").read_text(), "### Beside other libraries")
+    assert [(int(row[2]), int(row[1])) for row in rows] == [(1, 2), (64, 2), (1, 1)]
+
+
 def test_shares_of_the_ceiling() -> None:
     """40 MB at 25 GB/s take 1.6 ms; 100 M multiplications at 100 G a second 1 ms, 1600 M 16 ms."""
     plots = pytest.importorskip("plots")
