@@ -1,6 +1,9 @@
 # make demo   create .venv, install, generate text with the model in the repository
 # make test   the whole test suite
+# make test-tiers   kernels, layers and wrappers as on machines of other tiers
+# make test-lowest  the lowest versions that pyproject.toml declares
 # make lint   ruff and mypy
+# make wheel  source distribution, and the wheel made from it
 # make test-sglang   SGLang in an environment of its own (2.8 GB), then real layers and servers
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +13,7 @@ TREE := build/tree/hybrid_moe
 MODEL := examples/tiny_moe/model
 PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
 
-.PHONY: demo test sglang test-sglang test-sglang-classes lint format install install-dev wheel bench bench-ceilings bench-load bench-peers
+.PHONY: demo test test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install install-dev wheel bench bench-ceilings bench-load bench-peers
 .PHONY: bench-peers-install bench-pool bench-quick bench-results clean
 
 install: $(VENV)/.installed
@@ -19,8 +22,8 @@ install-dev: $(VENV)/.installed-dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The constraints file pins versions that are known to work together.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+# The constraints file pins versions that are known to work together; __init__ has our own.
+$(VENV)/.installed: pyproject.toml constraints.txt hybrid_moe/__init__.py | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt -e ".[transformers]"
 	touch $@
 
@@ -35,6 +38,21 @@ demo:
 
 test: install-dev
 	$(BIN)/python -m pytest
+
+# Tests whose truth may depend on the processor's tier. Each runs once for every other tier that this
+# processor can run, and for the kinds of tier that it lacks with their instructions emulated
+# (tests/machine.py); `make test` has run them for its own.
+TIER_TESTS := $(addprefix tests/cpu_kernels/test_,tiers.py kernels.py layer.py coverage.py \
+	invariance.py pool.py slots.py ceilings.py) \
+	$(addprefix tests/hybrid_moe/test_,wrapper_forward.py wrapper_kernels.py wrapper_small.py \
+	transformers_experts.py export.py staging_kernels.py) \
+	tests/bench/test_steps.py tests/conformance tests/examples tests/streams/test_hand_over.py
+test-tiers: install-dev
+	for isa in $$($(BIN)/python -m tests.machine); do \
+		echo "tier $$isa"; $(BIN)/python -m pytest --isa $$isa $(TIER_TESTS) || exit 1; done
+
+test-lowest:
+	PYTHON=$(PYTHON) .ci/lowest
 
 # SGLang without its dependencies, which are kernels for GPUs; tests/sglang has what it needs.
 SGLANG_VENV ?= .venv-sglang
@@ -71,8 +89,10 @@ format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Without options, build makes the wheel from the source distribution that it has just made.
 wheel: install-dev
-	rm -rf dist && $(BIN)/python -m build --wheel
+	rm -rf dist && $(BIN)/python -m build
+	$(BIN)/python .ci/check_dist.py
 
 bench: install
 	$(BIN)/python bench/moe_layer.py
@@ -94,9 +114,19 @@ bench-quick: install
 bench-peers: install
 	$(BIN)/python bench/peers.py --targets
 
+# Of llama.cpp, whose sources llama-cpp-python's source distribution has, only ggml's CPU libraries
+# are built: a minute for each of two cores, where the whole takes a quarter of an hour.
+GGML := build/peers/ggml
 bench-peers-install: install
 	$(PIP) install -q --target build/peers/kt_kernel --no-deps kt-kernel gguf
-	$(PIP) install -q --target build/peers/ggml --no-deps llama-cpp-python
+	$(PIP) install -q cmake ninja
+	rm -rf $(GGML) && mkdir -p $(GGML)
+	$(PIP) download -q --no-deps --no-binary llama-cpp-python -d $(GGML) llama-cpp-python
+	tar -xzf $(GGML)/llama_cpp_python-*.tar.gz -C $(GGML) --strip-components 1
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S $(GGML)/vendor/llama.cpp -B $(GGML)/build -G Ninja \
+		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DLLAMA_CURL=OFF \
+		$(foreach part,COMMON TESTS TOOLS EXAMPLES SERVER,-DLLAMA_BUILD_$(part)=OFF)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(GGML)/build --target ggml-base ggml-cpu
 
 # the whole series on an idle machine; its receipts become docs/results
 RECEIPTS := build/receipts

@@ -24,12 +24,20 @@ HEADER = (
 
 
 def by_point(points: Iterable[Point]) -> dict[Key, dict[str, Point]]:
-    """(method, shape, tokens, threads) -> library -> its point."""
+    """(method, shape, tokens, threads) -> library -> its point. Layers are in the order in which
+    they were measured first, tokens of a layer ascend."""
     groups: dict[Key, dict[str, Point]] = {}
+    layers: dict[tuple[str, str, int], int] = {}
     for p in points:
         key = (p["method"], p["shape"], p["tokens"], p["threads"])
         groups.setdefault(key, {})[p["library"]] = p
-    return groups
+        layers.setdefault((p["method"], p["shape"], p["threads"]), len(layers))
+
+    def place(key: Key) -> tuple[int, int]:
+        method, shape, tokens, threads = key
+        return layers[method, shape, threads], tokens
+
+    return {key: groups[key] for key in sorted(groups, key=place)}
 
 
 def read_share(point: Point) -> float:

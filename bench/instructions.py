@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-_LABEL = re.compile(r"^(\.?\w+):")
-_INSTRUCTION = re.compile(r"^\t([a-z]\w*)(?:\s+(.*))?$")
+_LABEL = re.compile(r"^(\.?[\w$]+):")
+_INSTRUCTION = re.compile(r"^\t(?:\{e?vex\}\s+)?([a-z]\w*)(?:\s+(.*))?$")
+_MASK = re.compile(r"\s*\{[^}]*\}")
+_ENDS = ("jmp", "ret", "ud2")
+"""How a block ends that nothing falls out of."""
 _MEMORY = re.compile(r"\S*\([^)]*\)")
 
 
@@ -27,8 +30,8 @@ class Instruction:
         found = _MEMORY.search(self.operands)
         if found is None or self.mnemonic.startswith("lea"):
             return False
-        is_store = self.mnemonic.startswith(("mov", "vmov")) and self.operands.endswith(")")
-        return not is_store
+        destination = _MASK.sub("", self.operands)
+        return not (self.mnemonic.startswith(("mov", "vmov")) and destination.endswith(")"))
 
     @property
     def is_vector_work(self) -> bool:
@@ -49,7 +52,11 @@ class _Block:
 
 
 def _blocks(lines: Sequence[str]) -> list[_Block]:
-    """Basic blocks of a function, the first one its entry."""
+    """Basic blocks of a function that can run, the first one its entry.
+
+    Raises:
+        ValueError: a jump whose aim is in a register.
+    """
     parts: list[list[Instruction]] = [[]]
     at: dict[str, int] = {}
     for line in lines:
@@ -58,16 +65,24 @@ def _blocks(lines: Sequence[str]) -> list[_Block]:
             at[label[1]] = len(parts) - 1
         elif found := _INSTRUCTION.match(line.split("#", 1)[0].rstrip()):
             parts[-1].append(Instruction(found[1], found[2] or ""))
-            if found[1].startswith("j"):
+            if found[1].startswith(("j", *_ENDS)):
                 parts.append([])
     blocks = []
     for i, part in enumerate(parts):
         last = part[-1] if part else Instruction("", "")
-        after = {at[last.operands]} if last.mnemonic.startswith("j") else set()
-        if last.mnemonic not in ("jmp", "retq") and i + 1 < len(parts):
+        after: set[int] = set()
+        if last.mnemonic.startswith("j"):
+            if last.operands.startswith("*"):
+                raise ValueError(f"where does {last.mnemonic} {last.operands} jump?")
+            after = {at[last.operands]} if last.operands in at else set()  # else another function
+        if not last.mnemonic.startswith(_ENDS) and i + 1 < len(parts):
             after.add(i + 1)
         blocks.append(_Block(part, after))
-    return blocks
+    # Blocks that nothing leads to would be entries of the loops beside them: behind every
+    # unconditional jump begins one, often an empty one.
+    can_run = sorted({0} | _reached(blocks, 0, set(range(len(blocks)))))
+    number = {old: new for new, old in enumerate(can_run)}
+    return [_Block(blocks[i].instructions, {number[j] for j in blocks[i].after}) for i in can_run]
 
 
 def _reached(blocks: Sequence[_Block], start: int, among: set[int]) -> set[int]:
@@ -83,7 +98,12 @@ def _reached(blocks: Sequence[_Block], start: int, among: set[int]) -> set[int]:
 
 def _loop_depths(blocks: Sequence[_Block], among: set[int]) -> dict[int, int]:
     """How many loops each block is in. A loop is blocks that reach each other; those inside it are
-    what is left of it without the block where it is entered."""
+    what is left of it without the block where it is entered.
+
+    Raises:
+        ValueError: a loop has two ends: two loops that begin together, or one that is continued
+            early. Which of them turns how often cannot be told.
+    """
     reached = {i: _reached(blocks, i, among) for i in among}
     depths = dict.fromkeys(among, 0)
     seen: set[int] = set()
@@ -93,7 +113,11 @@ def _loop_depths(blocks: Sequence[_Block], among: set[int]) -> dict[int, int]:
             continue
         seen |= loop
         outside = set(range(len(blocks))) - loop
-        entries = {i for o in outside for i in blocks[o].after & loop}
+        entries = {e for o in outside for e in blocks[o].after & loop} or {0}
+        for entry in entries:
+            ends = [j for j in loop if entry in blocks[j].after]
+            if len(ends) > 1:
+                raise ValueError(f"the loop of block {entry} ends in blocks {ends}")
         for j, depth in _loop_depths(blocks, loop - entries).items():
             depths[j] = depth + 1
         for j in entries:
@@ -108,7 +132,8 @@ def count(assembly: str, function: str, trips: Sequence[int]) -> Counter[Instruc
         trips: turns of a loop that is 1, 2, ... deep; loops at one depth turn equally often.
 
     Raises:
-        ValueError: the function has loops that are deeper.
+        ValueError: the function has loops that are deeper, loops whose ends cannot be told apart,
+            or jumps to addresses in registers.
     """
     lines = assembly.splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith(f"{function}:"))

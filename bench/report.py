@@ -4,7 +4,8 @@
 
 Receipts are what the other benchmarks write with --json; several of one benchmark are joined. A
 benchmark that was stored on the same day and processor and is not among them stays. The page shows
-every stored file, newest first. Pictures need matplotlib: `pip install "hybrid-moe[bench]"`.
+every stored file, newest first. `roofline.svg`, which README shows, is drawn from the newest file
+with a measured layer. Pictures need matplotlib: `pip install "hybrid-moe[bench]"`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from common import write_receipt
 from sections import page
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+
+ROOFLINE = "roofline.svg"
 
 
 def slug(text: str) -> str:
@@ -81,6 +84,11 @@ def render(folder: Path) -> list[Path]:
             pictures = draw(document, folder, path.stem)
         shown.append((document, pictures))
         written += [folder / name for name in pictures.values()]
+        if pictures and folder / ROOFLINE not in written:
+            from plots import draw_roofline
+
+            draw_roofline(document, folder / ROOFLINE)
+            written.append(folder / ROOFLINE)
     page_path = folder / "README.md"
     page_path.write_text(page(shown))
     if not can_draw:

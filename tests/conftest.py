@@ -1,4 +1,4 @@
-"""Settings of every test: hypothesis without deadlines, no settings of the caller's shell."""
+"""Settings of every test: hypothesis without deadlines, --isa, nothing from the caller's shell."""
 
 from __future__ import annotations
 
@@ -19,8 +19,39 @@ settings.register_profile("thorough", settings.get_profile("project"), max_examp
 settings.load_profile("project")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--isa", metavar="TIER", help="as on a machine of this tier: tests/machine.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ.pop("HYBRID_MOE_ISA", None)
+    if name := config.getoption("isa"):
+        from tests.machine import simulate
+
+        simulate(name)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --isa, what is parametrized over tiers runs for that one."""
+    if not (isa := config.getoption("isa")):
+        return
+    from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
+
+    def tier(item: pytest.Item) -> object:
+        return getattr(item, "callspec", None) and item.callspec.params.get("name")
+
+    others = [item for item in items if tier(item) in TIERS and tier(item) != isa]
+    config.hook.pytest_deselected(items=others)
+    dropped = set(others)
+    items[:] = [item for item in items if item not in dropped]
+
+
 @pytest.fixture(autouse=True)
-def _no_settings_from_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tier or a dump that the developer's shell asks for must not reach the tests."""
-    for name in ("HYBRID_MOE_ISA", "HYBRID_MOE_DUMP"):
-        monkeypatch.delenv(name, raising=False)
+def _no_settings_from_the_shell(
+    monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    """A tier or a dump that the developer's shell asks for must not reach the tests; the tier of
+    --isa, if this processor can run it, is HYBRID_MOE_ISA for the processes that they start."""
+    monkeypatch.delenv("HYBRID_MOE_DUMP", raising=False)
+    if not pytestconfig.getoption("isa"):
+        monkeypatch.delenv("HYBRID_MOE_ISA", raising=False)

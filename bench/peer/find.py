@@ -25,14 +25,16 @@ class Place:
 
 
 def find_ggml(folder: str | None) -> Place | None:
-    """The folder of ggml's shared libraries: `folder`, GGML_LIB, or llama-cpp-python's own."""
+    """The folder of ggml's shared libraries: `folder`, GGML_LIB, an installed llama-cpp-python's,
+    or where `make bench-peers-install` built them."""
     named = folder or os.environ.get("GGML_LIB")
     if not named:
         spec = importlib.util.find_spec("llama_cpp")  # imports nothing
-        package = INSTALLED / "ggml" / "llama_cpp"
         if spec is not None and spec.origin is not None:
-            package = Path(spec.origin).parent
-        named = str(package / "lib") if package.is_dir() else None
+            libraries = Path(spec.origin).parent / "lib"
+        else:
+            libraries = INSTALLED / "ggml" / "build" / "bin"
+        named = str(libraries) if libraries.is_dir() else None
     return Place(sys.executable, {"GGML_LIB": str(Path(named).resolve())}) if named else None
 
 

@@ -1,7 +1,7 @@
 """ggml's expert FFN, as llama.cpp builds it, through the C interface of its shared libraries.
 
 Weights are quantized from the same values by ggml itself. The directory with `libggml-base.so` and
-`libggml-cpu.so` (of `pip install llama-cpp-python`: `llama_cpp/lib`) is in `GGML_LIB`.
+`libggml-cpu.so` (`make bench-peers-install` builds them) is in `GGML_LIB`.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ class Tier:
         vector_bits: width of a register.
         registers: how many there are; kernels size their register tiles by it.
         lowerings: op name -> lowering, over those of `extends`.
+        flushing: ops of `lowerings` whose instruction takes subnormal inputs and results for zero,
+            whatever the floating-point control word says.
         machine: `platform.machine()` of the processors that may have it; empty: any.
         tiles: it has a matrix unit, so kernels of tile ops are worth running.
         rewrite: applied to the finished IR text (tests run a tier's IR on other processors).
@@ -44,6 +46,7 @@ class Tier:
     vector_bits: int
     registers: int
     lowerings: Mapping[str, Lowering] = field(default_factory=dict, hash=False)
+    flushing: frozenset[str] = frozenset()
     extends: Tier | None = None
     machine: str = "x86_64"
     tiles: bool = False
@@ -51,12 +54,22 @@ class Tier:
 
     def lowering(self, op: str) -> Lowering:
         """How this tier lowers `op`."""
-        tier: Tier | None = self
-        while tier is not None:
-            if op in tier.lowerings:
-                return tier.lowerings[op]
-            tier = tier.extends
+        tier = self._lowers(op)
+        if tier is not None:
+            return tier.lowerings[op]
         return TILE_OPS[op].lower if op in TILE_OPS else OPS[op].lower
+
+    def flushes(self, op: str) -> bool:
+        """Whether `op` takes subnormal inputs and results for zero here (else it keeps them)."""
+        tier = self._lowers(op)
+        return tier is not None and op in tier.flushing
+
+    def _lowers(self, op: str) -> Tier | None:
+        """The tier, of this one and those that it extends, that has the lowering of `op`."""
+        tier: Tier | None = self
+        while tier is not None and op not in tier.lowerings:
+            tier = tier.extends
+        return tier
 
     @property
     def all_features(self) -> frozenset[str]:
@@ -241,6 +254,7 @@ AVX512_BF16 = Tier(
     vector_bits=512,
     registers=32,
     lowerings={"pair_dot": _pair_dot_bf16},
+    flushing=frozenset({"pair_dot"}),
     extends=AVX512_VNNI,
 )
 
@@ -251,6 +265,7 @@ AMX = Tier(
     vector_bits=512,
     registers=32,
     lowerings=amx.LOWERINGS,
+    flushing=frozenset({"tile_dot_pairs"}),
     extends=AVX512_BF16,
     tiles=True,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -99,13 +100,25 @@ def test_peers_that_are_nowhere(nothing_installed: Path) -> None:
 
 
 def test_peers_of_the_build_folder(nothing_installed: Path) -> None:
-    (nothing_installed / "ggml" / "llama_cpp").mkdir(parents=True)
+    libraries = nothing_installed / "ggml" / "build" / "bin"
+    libraries.mkdir(parents=True)
     (nothing_installed / "kt_kernel").mkdir()
     ggml, kt = find.find_ggml(None), find.find_kt(None, None)
     assert ggml is not None and kt is not None
-    assert ggml.variables == {"GGML_LIB": str(nothing_installed / "ggml" / "llama_cpp" / "lib")}
+    assert ggml.variables == {"GGML_LIB": str(libraries)}
     assert kt.variables == {"PYTHONPATH": str(nothing_installed / "kt_kernel")}
     assert ggml.python == kt.python == sys.executable
+
+
+def test_an_installed_ggml(nothing_installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama-cpp-python's own libraries, before those of the build folder."""
+    (nothing_installed / "ggml" / "build" / "bin").mkdir(parents=True)
+    package = nothing_installed / "site" / "llama_cpp"
+    (package / "lib").mkdir(parents=True)
+    spec = ModuleSpec("llama_cpp", None, origin=str(package / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    ggml = find.find_ggml(None)
+    assert ggml is not None and ggml.variables == {"GGML_LIB": str(package / "lib")}
 
 
 def test_peers_where_the_user_says(

@@ -12,7 +12,7 @@ import report
 import sections
 from common import write_receipt
 
-from tests.bench.receipts import every_bench, layer_point, machine
+from tests.bench.receipts import every_bench, layer_point, machine, peer_point
 
 
 def rows_of(text: str, heading: str) -> list[list[str]]:
@@ -91,7 +91,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pictures_are_on_the_page(pictures: Path) -> None:
-    drawn = sorted(path.name for path in pictures.glob("*.svg"))
+    drawn = sorted(path.name for path in pictures.glob("2026-*.svg"))
     assert len(drawn) == 2
     text = (pictures / "README.md").read_text()
     assert all(f"]({name})" in text for name in drawn)
@@ -100,16 +100,67 @@ def test_pictures_are_on_the_page(pictures: Path) -> None:
 @pytest.mark.parametrize(
     ("bench", "shown"),
     [
+        ("roofline", ["hybrid_moe", "ggml", "P (x), 2 cores", "tokens in a call"]),
         ("moe-layer", ["MXFP4 A, avx2, threads: 2", "read bandwidth", "tokens", "64"]),
         ("peers", ["MXFP4 A, threads: 2", "hybrid_moe", "ggml", "ms per token"]),
     ],
 )
 def test_picture(pictures: Path, bench: str, shown: list[str]) -> None:
-    root: Any = ET.parse(next(pictures.glob(f"*-{bench}.svg"))).getroot()
+    root: Any = ET.parse(next(pictures.glob(f"*{bench}.svg"))).getroot()
     texts = {
         "".join(element.itertext()).strip() for element in root.iter() if "text" in element.tag
     }
     assert set(shown) <= texts
+
+
+def _document(**benches: Any) -> dict[str, Any]:
+    return {"processor": "P", "benches": {name: {"points": p} for name, p in benches.items()}}
+
+
+def test_lines_go_from_few_tokens_to_many() -> None:
+    """Measured 64, 1, 8: no line turns back."""
+    plots = pytest.importorskip("plots")
+    order = (64, 1, 8)
+    ours = [peer_point("ours", [float(t)], 1.0, tokens=t, method="BF16") for t in order]
+    for figure in (
+        plots.times(_document(peers=ours)["benches"]["peers"]),
+        plots.shares({"points": [layer_point(tokens=t) for t in order]}),
+        plots.roofline(_document(peers=ours)),
+    ):
+        lines = [list(line.get_xdata()) for panel in figure.axes for line in panel.lines]
+        assert [1, 8, 64] in lines
+        assert all(xs == sorted(xs) for xs in lines)
+
+
+def test_rows_of_a_layer_are_together(tmp_path: Path) -> None:
+    """In the order in which layers came, from few tokens to many."""
+    measured = [(64, 2), (1, 1), (1, 2)]
+    points = [peer_point("ours", [2.0], 1.0, tokens=t, threads=n) for t, n in measured]
+    receipts = [r for r in every_bench() if r["bench"] != "peers"]
+    report.store(report.join([*receipts, machine("peers", points=points, errors=[])]), tmp_path)
+    report.render(tmp_path)
+    rows = rows_of((tmp_path / "README.md").read_text(), "### Beside other libraries")
+    assert [(int(row[2]), int(row[1])) for row in rows] == [(1, 2), (64, 2), (1, 1)]
+
+
+def test_shares_of_the_ceiling() -> None:
+    """40 MB at 25 GB/s take 1.6 ms; 100 M multiplications at 100 G a second 1 ms, 1600 M 16 ms."""
+    plots = pytest.importorskip("plots")
+    points = [
+        peer_point("ours", [2.0], 1.0),
+        peer_point("ours", [20.0], 1.0, tokens=64, macs=1600e6),
+        peer_point("ggml", [4.0], 2.0),
+        peer_point("ours", [1.6], 1.0, method="BF16", threads=64),
+    ]
+    layer, lines = plots.ceiling_shares(_document(peers=points))
+    assert layer == "MXFP4, layer A, 2 threads", "where there is somebody to compare with"
+    assert lines["ours"] == [(1, pytest.approx(80)), (64, pytest.approx(80))]
+    assert lines["ggml"] == [(1, pytest.approx(40))]
+    best, other = layer_point(), layer_point(isa="portable", ms=20.0, tokens=4, rate=1.0)
+    layer, lines = plots.ceiling_shares(_document(moe_layer=[best, other]))
+    assert lines == {"ours": [(1, pytest.approx(80))]}, "the machine's own tier"
+    with pytest.raises(ValueError, match="no measured layer"):
+        plots.ceiling_shares(_document(pool=[]))
 
 
 def test_the_same_points_draw_the_same_file(pictures: Path, tmp_path: Path) -> None:

@@ -337,6 +337,7 @@ def amx_tier(base: Tier) -> Tier:
         vector_bits=base.vector_bits,
         registers=base.registers,
         lowerings=LOWERINGS,
+        flushing=TIERS["amx"].flushing,
         extends=base,
         tiles=True,
         rewrite=rewrite,

@@ -31,6 +31,11 @@ def has_portable_bits(fmt: WeightFormat, tier: str) -> bool:
     return not (TIERS[tier].tiles and fmt.name == BF16.name)
 
 
+def flushes_subnormals(fmt: WeightFormat, tier: Tier) -> bool:
+    """Whether subnormal inputs and sums of the format's products are zero on the tier."""
+    return fmt.name == BF16.name and tier.flushes("tile_dot_pairs" if tier.tiles else "pair_dot")
+
+
 def to_bf16(x: Array) -> npt.NDArray[np.uint16]:
     """Round to nearest even; for finite values."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)

@@ -316,12 +316,14 @@ def emulated(tier: Tier, features: frozenset[str] | None = None) -> Tier:
     """`tier` for a processor with `features` (this one's by default)."""
     host = host_features() if features is None else features
     avx2 = TIERS["avx2"]
+    lowerings = all_lowerings(tier)
     return dataclasses.replace(
         tier,
         name=f"{tier.name}_emulated",
         features=frozenset(),
         cpu=avx2.cpu if avx2.features <= host else "",
-        lowerings=all_lowerings(tier),
+        lowerings=lowerings,
+        flushing=frozenset(op for op in lowerings if tier.flushes(op)),
         extends=None,
         rewrite=rewriter(lambda instruction: not instruction.features <= host),
     )

@@ -164,6 +164,29 @@ def test_dot_pairs_of_any_bits_as_the_instruction(shape: tuple[int, int, int], s
     assert same.all()
 
 
+@Lowered
+@pytest.mark.parametrize(
+    ("old", "a", "b", "exact"),
+    [
+        (0.0, 2.0**-127, 2.0**9, 2.0**-118),
+        (0.0, 2.0**9, -(2.0**-130), -(2.0**-121)),
+        (0.0, 2.0**-100, 2.0**-27, 2.0**-127),
+        (2.0**-126, 2.0**-100, -1.25 * 2.0**-26, -(2.0**-128)),
+        (2.0**-128, 0.0, 0.0, 2.0**-128),
+    ],
+    ids=["left", "right", "product", "sum", "accumulator"],
+)
+def test_a_tier_says_whether_its_dot_pairs_flushes(
+    tier: str, old: float, a: float, b: float, exact: float
+) -> None:
+    left, right = (
+        np.array([[value]], np.float32).view(np.int32) >> 16 & 0xFFFF for value in (a, b)
+    )
+    accumulator = np.array([[old]], np.float32).view(np.int32)
+    got = _run("dot_pairs", tier, accumulator, left, right).view(np.float32)
+    assert got.tolist() == [[0.0 if _tier(tier).flushes("tile_dot_pairs") else exact]]
+
+
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_emulator_rounds_once(seed: int) -> None:
     """Sums that need more bits than float64 has: 64 are enough for these exponents."""
@@ -315,7 +338,11 @@ def test_assembly_counts(fmt: str, kernel: str, expected: dict[str, int]) -> Non
 
 
 @pytest.mark.parametrize("granted", [True, False])
-def test_tiles_need_the_systems_permission(granted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_need_the_systems_permission(
+    granted: bool, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    if pytestconfig.getoption("isa"):
+        pytest.skip("--isa answers in the processor's place")
     features = dict.fromkeys(TIERS["amx"].all_features, True)
     monkeypatch.setattr(tiers.llvm, "get_host_cpu_features", lambda: features)
     monkeypatch.setattr(lowering, "permitted", lambda: granted)

@@ -24,6 +24,8 @@ from tests.cpu_kernels.emulation import RUNNABLE
 from tests.reference import Evaluation, assert_within
 
 COUNTS = (1, 2, 3, 5, 8, 12, 13, 24, 25, 26, 33, 64)
+FEWER = (1, 17)
+"""Emulated tile registers are Python's work, so they get what differs for them."""
 MOST = max(COUNTS)
 
 
@@ -59,9 +61,28 @@ def _emulates_tiles(name: str) -> bool:
     return TIERS[name].tiles and RUNNABLE[name] is not TIERS[name]
 
 
-def _counts(name: str) -> Sequence[int]:
-    """Emulated tile registers are Python's work, so they get what differs for them."""
-    return (1, 8, 17, 33) if _emulates_tiles(name) else COUNTS
+def _composing(count: int, table: Sequence[DotKernel]) -> list[DotKernel]:
+    """The kernels that `count` tokens take, those for most first."""
+    used = []
+    for dot in table:
+        while count >= dot.least:
+            used.append(dot)
+            count -= min(count, dot.most)
+    return used
+
+
+@functools.cache
+def _counts(fmt_name: str, name: str) -> Sequence[int]:
+    """Numbers of tokens: some fixed ones, and for each kernel that the tier has here (its tile
+    sizes follow from registers, its limits from whether it stands on a matrix unit) the fewest
+    that reach it, on either side of the limit between few and many."""
+    kernels = kernel_set(fmt_name, RUNNABLE[name])
+    few = range(1, kernels.direct_limit + 1)
+    counts = {*(FEWER if _emulates_tiles(name) else COUNTS), few[-1], few[-1] + 1}
+    for table, numbers in ((kernels.direct, few), (kernels.tiled, range(few[-1] + 1, MOST + 1))):
+        for dot in table:
+            counts.add(next(count for count in numbers if dot in _composing(count, table)))
+    return sorted(counts)
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,7 +120,7 @@ def _reference(fmt_name: str, shape: Shape) -> Evaluation:
 @functools.lru_cache(maxsize=64)
 def _largest(fmt_name: str, shape: Shape, name: str) -> Array:
     """The bits of the largest batch."""
-    most = max(_counts(name))
+    most = max(_counts(fmt_name, name))
     return _layer(fmt_name, shape, name).forward(*(array[:most] for array in _batch(shape)))
 
 
@@ -114,7 +135,7 @@ def test_tokens_of_one_expert(fmt: WeightFormat, shape: Shape, name: str) -> Non
     layer, (x, ids, weights) = _layer(fmt.name, shape, name), _batch(shape)
     expected = _reference(fmt.name, shape)
     bits = _largest(fmt.name, shape, "portable" if has_portable_bits(fmt, name) else name)
-    for count in _counts(name):
+    for count in _counts(fmt.name, name):
         job = layer.submit(x[:count], ids[:count], weights[:count])
         assert job.ignored == (ids[:count] % 4 == 3).sum()
         out = job.wait()
@@ -126,23 +147,12 @@ def test_tokens_of_one_expert(fmt: WeightFormat, shape: Shape, name: str) -> Non
 @TierNames
 @Formats
 def test_the_counts_take_every_kernel(fmt: WeightFormat, name: str) -> None:
-    """Both paths, and every kernel of both."""
-    kernels = kernel_set(fmt.name, RUNNABLE[name])
-    few = {count for count in _counts(name) if count <= kernels.direct_limit}
-    for table, counts in ((kernels.direct, few), (kernels.tiled, {*_counts(name)} - few)):
-        assert {dot.address for c in counts for dot in _composing(c, table)} == {
-            dot.address for dot in table
-        }
-
-
-def _composing(count: int, table: Sequence[DotKernel]) -> list[DotKernel]:
-    """The kernels that `count` tokens take, those for most first."""
-    used = []
-    for dot in table:
-        while count >= dot.least:
-            used.append(dot)
-            count -= min(count, dot.most)
-    return used
+    """Both paths, and every kernel of both, whatever tile sizes the tier has on this machine."""
+    kernels, counts = kernel_set(fmt.name, RUNNABLE[name]), _counts(fmt.name, name)
+    few = {count for count in counts if count <= kernels.direct_limit}
+    for table, numbers in ((kernels.direct, few), (kernels.tiled, {*counts} - few)):
+        taken = {dot for count in numbers for dot in _composing(count, table)}
+        assert taken == set(table)
 
 
 @TierNames

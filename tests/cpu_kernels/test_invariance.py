@@ -20,7 +20,7 @@ from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.formats import FORMATS, MXFP4, WeightFormat
 from hybrid_moe.tensors import ExpertTensors, Matrix
-from tests.cpu_kernels.cases import Array, Case, from_bf16, random_batch
+from tests.cpu_kernels.cases import Array, Case, flushes_subnormals, from_bf16, random_batch
 from tests.cpu_kernels.emulation import QUICK, RUNNABLE
 
 TOKENS = 12
@@ -236,10 +236,8 @@ def test_packing_takes_interleaved_gate_and_up(fmt: WeightFormat) -> None:
 # the caller's floating-point environment
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 40])
-@Formats
-def test_flush_to_zero_in_the_caller(fmt: WeightFormat, tokens: int) -> None:
-    """torch.set_flush_denormal changes MXCSR of the calling thread, which works as worker 0."""
+def _tiny_activations(fmt: WeightFormat) -> tuple[Case, float]:
+    """Experts that make results of subnormal activations, and the activations' scale."""
     case = Case.random(fmt, 64, 64)
     if fmt is MXFP4:  # weights of 2^127, or subnormal ones for the rest of the batch
         case = case.with_scales(gate=254, up=254, down=127)
@@ -248,16 +246,37 @@ def test_flush_to_zero_in_the_caller(fmt: WeightFormat, tokens: int) -> None:
         for expert in case.experts:
             expert.gate.codes[...] += 120 << 7  # exponents raised by 120
             expert.up.codes[...] += 120 << 7
-    x, ids, weights = random_batch(tokens, case.H, case.E, 3, scale=2.0**-130)
-    layer = case.layer()
+    return case, 2.0**-130
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+@pytest.mark.parametrize("tiny", ["activations", "routing weights"])
+@TierNames
+@Formats
+def test_flush_to_zero_in_the_caller(fmt: WeightFormat, name: str, tiny: str, tokens: int) -> None:
+    """torch.set_flush_denormal changes MXCSR of the calling thread, which works as worker 0.
+
+    Subnormal activations matter, unless the tier's dot product takes them for zero by itself;
+    subnormal routing weights, and the output that they make, matter on every tier.
+    """
+    tier = RUNNABLE[name]
+    case, scale = (
+        _tiny_activations(fmt) if tiny == "activations" else (Case.random(fmt, 64, 64), 64.0)
+    )
+    x, ids, weights = random_batch(tokens, case.H, case.E, 3, scale=scale)
+    if tiny == "routing weights":
+        weights *= np.float32(2.0**-128)
+        assert (np.abs(weights) < 2.0**-126).all()
+    layer = case.layer(tier)
     expected = layer.forward(x, ids, weights)
-    assert (from_bf16(expected) != 0).any(axis=1).all(), "subnormal activations do matter here"
+    matter = tiny == "routing weights" or not flushes_subnormals(fmt, tier)
+    assert ((from_bf16(expected) != 0).any(axis=1) == matter).all()
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     try:
         out = layer.forward(x, ids, weights)
-        tiny = torch.tensor([2.0**-126]) / 4
-        assert tiny.item() == 0, "the caller's mode is as it was"
+        quarter = torch.tensor([2.0**-126]) / 4
+        assert quarter.item() == 0, "the caller's mode is as it was"
     finally:
         torch.set_flush_denormal(False)
     assert np.array_equal(out, expected)

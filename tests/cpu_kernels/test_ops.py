@@ -201,6 +201,39 @@ def test_pair_dot_of_any_bits(name: str, seed: int) -> None:
     _assert_same_floats(_pair_dot_of(name, accumulator, w, x), expected)
 
 
+@pytest.mark.parametrize(
+    ("accumulator", "w", "x", "exact"),
+    [
+        (0.0, 2.0**-127, 2.0**9, 2.0**-118),  # a subnormal weight
+        (0.0, -(2.0**9), 2.0**-130, -(2.0**-121)),  # a subnormal activation
+        (0.0, 2.0**-100, 2.0**-27, 2.0**-127),  # a subnormal product
+        (2.0**-126, 2.0**-100, -1.25 * 2.0**-26, -(2.0**-128)),  # a subnormal sum of normal numbers
+        (2.0**-128, 0.0, 0.0, 2.0**-128),  # a subnormal accumulator
+    ],
+    ids=["weight", "activation", "product", "sum", "accumulator"],
+)
+@TierNames
+def test_a_tier_says_whether_it_flushes(
+    name: str, accumulator: float, w: float, x: float, exact: float
+) -> None:
+    """The lower half of each pair, so that nothing is added after the subnormal arises."""
+    pairs = [np.array([value], np.float32).view(np.int32) >> 16 & 0xFFFF for value in (w, x)]
+    out = _pair_dot_of(name, np.full(16, accumulator, np.float32), np.tile(pairs[0], 16), pairs[1])
+    assert out.tolist() == [0.0 if RUNNABLE[name].flushes("pair_dot") else exact] * 16
+
+
+def test_tiers_that_flush() -> None:
+    """The contract, docs/numerics.md: dots of pairs that one instruction does; nothing else."""
+    flushing = {
+        (name, op) for name, tier in TIERS.items() for op in (*OPS, *TILE_OPS) if tier.flushes(op)
+    }
+    assert flushing == {
+        *(("avx512_bf16", "pair_dot"), ("amx", "pair_dot"), ("amx", "tile_dot_pairs")),
+    }
+    for name, tier in TIERS.items():
+        assert tier.flushing <= set(tier.lowerings), f"{name} says so of its own lowerings only"
+
+
 @TierNames
 @given(seed=st.integers(0, 2**32 - 1), shift=st.integers(-149, 127))
 def test_scale_add(name: str, seed: int, shift: int) -> None:

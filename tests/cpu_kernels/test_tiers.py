@@ -31,6 +31,7 @@ from hybrid_moe.cpu_kernels.dsl.tiers import (
 )
 from hybrid_moe.cpu_kernels.jit.compile import assembly
 from hybrid_moe.cpu_kernels.kernels.library import functions_of
+from tests.cpu_kernels.emulation import QUICK
 
 _AVX2 = AVX2.all_features
 _AVX512 = AVX512.all_features
@@ -40,6 +41,7 @@ _BF16 = AVX512_BF16.all_features
 
 def _host(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
     monkeypatch.setattr(tiers, "host_features", lambda: features)
+    monkeypatch.delenv("HYBRID_MOE_ISA", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,15 @@ def test_the_most_capable_tier_is_chosen(
     for report in available_tiers():
         assert report.usable == (report.tier.all_features <= features)
         assert set(report.missing) == report.tier.all_features - features
+
+
+def test_the_tests_run_on_the_tier_that_was_asked_for(pytestconfig: pytest.Config) -> None:
+    """With --isa; without it on the most capable."""
+    asked, chosen = pytestconfig.getoption("isa"), choose_tier()
+    usable = [report.tier.name for report in available_tiers() if report.usable]
+    assert chosen.name == usable[-1]
+    if asked:
+        assert chosen in (TIERS[asked], QUICK[asked])
 
 
 def test_the_environment_forces_a_tier(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import pickle
 from pathlib import Path
@@ -292,6 +293,8 @@ def test_fp4_experts_of_transformers_keep_their_bits(scale_fmt: str) -> None:
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
     from transformers.integrations.moe import use_experts_implementation
 
+    if "expert_dtype" not in inspect.signature(FP8Experts.__init__).parameters:
+        pytest.skip("this Transformers has no such experts")
     register()
     config = FAMILIES["deepseek_v4"]()
     config._experts_implementation = "hybrid_moe"

@@ -1,0 +1,57 @@
+"""Other processors than this one: `pytest --isa TIER` runs tests as on a machine of that tier.
+
+    python -m tests.machine     # the tiers that `make test-tiers` runs besides this machine's own
+
+A tier that this processor can run is the most capable that the tests see: the features beyond it
+are hidden, and HYBRID_MOE_ISA names it for the processes that tests start. Any other tier runs with
+its missing instructions emulated (tests/cpu_kernels/emulation.py), in the tests' own process only.
+Tests that are parametrized over tiers run for this one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from hybrid_moe.cpu_kernels.dsl import tiers
+from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, TierReport, available_tiers, choose_tier
+
+EMULATED = ("avx512_bf16", "amx")
+"""Tiers of kinds that differ in what tests see: a dot product that flushes subnormals, a matrix
+unit. Where the processor lacks them, they are tried by emulation."""
+
+
+def others() -> list[str]:
+    """Tiers to try besides the one that this machine chooses, least capable first."""
+    usable = [report.tier.name for report in available_tiers() if report.usable]
+    best = choose_tier().name
+    return [name for name in usable if name != best] + [n for n in EMULATED if n not in usable]
+
+
+def simulate(name: str) -> None:
+    """Make this process's machine one of tier `name`, until it ends.
+
+    Raises:
+        ValueError: no such tier.
+    """
+    if name not in TIERS:
+        raise ValueError(f"--isa {name}: no such tier; there are {', '.join(TIERS)}")
+    tier, host = TIERS[name], tiers.host_features()
+    if tier.all_features <= host:
+        os.environ["HYBRID_MOE_ISA"] = name
+        tiers.host_features = functools.cache(lambda: tier.all_features)
+        return
+    from tests.cpu_kernels.emulation import QUICK  # which asks what this processor really has
+
+    real, features = tiers.available_tiers, tiers.host_features
+
+    def with_emulated() -> list[TierReport]:
+        """One more, unless a test has put features of its own in the processor's place."""
+        more = [TierReport(QUICK[name], ())] if tiers.host_features is features else []
+        return [*real(), *more]
+
+    tiers.available_tiers = with_emulated
+
+
+if __name__ == "__main__":
+    print(*others())
