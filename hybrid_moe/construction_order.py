@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe.deferral import DeferralChain, Member
+from hybrid_moe.locks import ProcessLock
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ _told: set[str] = set()
 
 _Key = tuple[Path, int]
 _building: weakref.WeakValueDictionary[_Key, ConstructedChain] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+_lock = ProcessLock()
 
 
 def chain_of(layer: Member, weight_path: Path | None, deferred: int) -> DeferralChain | None:

@@ -10,7 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hybrid_moe.cpu_kernels.pool import affinity, sysfiles
+from hybrid_moe.cpu_kernels.pool import affinity, config, sysfiles, topology
+
+
+def pretend_processors(monkeypatch: pytest.MonkeyPatch, count: int = 64) -> None:
+    """Let pools have up to `count` threads on the first NUMA node, however few processors it has.
+    Threads are then put aside by the system at any point."""
+    node = min(topology.numa_nodes())
+    monkeypatch.setattr(config, "usable_cores", lambda: count)
+    monkeypatch.setattr(config, "numa_nodes", lambda: {node: tuple(range(count))})
 
 
 def listed(text: str) -> list[int]:

@@ -16,6 +16,7 @@ import llvmlite.binding as llvm
 
 from hybrid_moe.cpu_kernels.jit.compile import Target, compile_functions
 from hybrid_moe.cpu_kernels.jit.sources import source_key
+from hybrid_moe.locks import ProcessLock
 
 _ENTRIES = {
     "try_launch": "worker",
@@ -51,7 +52,11 @@ def check_machine() -> None:
         )
 
 
-@functools.lru_cache(maxsize=1)
+_one_at_a_time = ProcessLock()
+"""Threads that load experts need the drivers at the same moment. Translating them in parallel is
+wasted work, and Python 3.11 cannot build two syntax trees at once (SystemError)."""
+
+
 def addresses() -> Mapping[str, int]:
     """Address of every driver that Python calls, compiled on first use or from the object cache.
 
@@ -60,6 +65,12 @@ def addresses() -> Mapping[str, int]:
     Raises:
         NotImplementedError: see `check_machine`.
     """
+    with _one_at_a_time:
+        return _addresses()
+
+
+@functools.lru_cache(maxsize=1)
+def _addresses() -> Mapping[str, int]:
     check_machine()
     target = Target(cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten())
     return compile_functions(

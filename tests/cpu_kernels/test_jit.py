@@ -342,6 +342,24 @@ def test_concurrent_processes_with_an_empty_cache(tmp_path: Path) -> None:
     assert {path.suffix for path in entries} <= {".o", ".index"}
 
 
+def test_threads_that_need_the_drivers_translate_them_once(tmp_path: Path) -> None:
+    """Python 3.11 fails at times where two threads build syntax trees."""
+    script = """
+from concurrent.futures import ThreadPoolExecutor
+from hybrid_moe.cpu_kernels import drivers
+made = []
+make = drivers.drivers_ir
+drivers.drivers_ir = lambda: made.append(1) or make()
+with ThreadPoolExecutor(8) as pool:
+    found = list(pool.map(lambda _: drivers.addresses(), range(8)))
+assert all(addresses is found[0] for addresses in found)
+print(len(made))
+"""
+    result = run_script(script, HYBRID_MOE_CACHE_DIR=str(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "1"
+
+
 def test_a_cached_start_imports_no_compiler(tmp_path: Path) -> None:
     """Neither what translates drivers nor their sources."""
     script = """

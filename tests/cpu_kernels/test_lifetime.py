@@ -22,6 +22,7 @@ from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.formats import BF16, MXFP4
 from hybrid_moe.tensors import ExpertTensors
 from tests.cpu_kernels.cases import Array, Case, random_batch
+from tests.machines import pretend_processors
 
 CASE = Case.random(MXFP4, 64, 96, bias=True)
 BATCH = random_batch(3, CASE.H, CASE.E, 2)
@@ -349,9 +350,7 @@ def test_a_job_aims_at_twelve_tasks_for_each_worker(
 ) -> None:
     """In each pool: at least as many as the units of work allow, at most twice as many and the
     rest of a division for each expert."""
-    from hybrid_moe.cpu_kernels.pool import config as config_module
-
-    monkeypatch.setattr(config_module, "usable_cores", lambda: 64)
+    pretend_processors(monkeypatch)
     config = PoolConfig(threads, pools, (min(numa_nodes()),) * pools)
     case = Case.random(MXFP4, 32 * 24 * threads, 32 * 24 * threads, E=1)
     layer = case.layer(pool=config)

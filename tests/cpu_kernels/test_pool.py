@@ -19,6 +19,7 @@ from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.formats import MXFP4
 from tests.cpu_kernels.cases import Array, Case, random_batch
+from tests.machines import pretend_processors
 
 _NODE = min(numa_nodes())
 MOST = min(2, usable_cores())
@@ -201,8 +202,7 @@ def test_idle_workers_wake_for_every_job(layer: ExpertLayer) -> None:
 
 def test_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system puts workers aside at any point; a late one finds another job in its slot."""
-    monkeypatch.setattr(config_module, "usable_cores", lambda: 8)
-    monkeypatch.setattr(config_module, "numa_nodes", lambda: {_NODE: tuple(range(8))})
+    pretend_processors(monkeypatch)
     config = PoolConfig(5, 2, (_NODE, _NODE))
     group = group_module.PoolGroup(config)
     try:

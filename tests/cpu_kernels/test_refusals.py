@@ -21,13 +21,13 @@ from hybrid_moe.cpu_kernels.jit import compile
 from hybrid_moe.cpu_kernels.jit.driver import Driver
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
-from hybrid_moe.cpu_kernels.pool import config as config_module
 from hybrid_moe.cpu_kernels.pool import group as group_module
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 from hybrid_moe.formats import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
+from tests.machines import pretend_processors
 
 CASE = Case.random(MXFP4, 64, 96)
 BATCH = random_batch(3, CASE.H, CASE.E, 2)
@@ -54,7 +54,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         start(self)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
-    monkeypatch.setattr(config_module, "usable_cores", lambda: 64)
+    pretend_processors(monkeypatch)
     return left
 
 
@@ -185,7 +185,7 @@ def test_a_machine_that_nothing_is_written_for(
     for use in (
         lambda: ExpertLayer(MXFP4, 1, 32, 32, pool=PoolConfig(1)),
         lambda: PoolGroup(PoolConfig(1)),
-        drivers.addresses.__wrapped__,
+        drivers._addresses.__wrapped__,
     ):
         with wanted:
             use()

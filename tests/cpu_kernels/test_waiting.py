@@ -16,12 +16,12 @@ import pytest
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.cpu_kernels.pool import config as config_module
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 from hybrid_moe.formats import BF16, MXFP4
 from tests.cpu_kernels.cases import Array, Case, random_batch
+from tests.machines import pretend_processors
 
 HOUR, MINUTE = 3600, 60
 CASE = Case.random(MXFP4, 64, 96)
@@ -33,7 +33,7 @@ Groups = Callable[..., PoolGroup]
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> Iterator[Groups]:
     """Makes groups of any number of threads whose waits do not time out."""
-    monkeypatch.setattr(config_module, "usable_cores", lambda: 64)
+    pretend_processors(monkeypatch)
     groups: list[PoolGroup] = []
 
     def make(threads: int, pools: int = 1) -> PoolGroup:

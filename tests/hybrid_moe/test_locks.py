@@ -115,7 +115,7 @@ def test_no_lock_of_the_package_stays_held_in_a_child() -> None:
     result = run_script(_HOLD_ALL)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "hybrid_moe.cpu_kernels.jit.compile._compile_lock" in result.stdout
-    assert "hybrid_moe.deferral.Chain._lock" in result.stdout
+    assert "hybrid_moe.buffers.BUFFERS._lock" in result.stdout
 
 
 _FORK_WHILE_COMPILING = """

@@ -252,17 +252,17 @@ def test_a_wrapper_that_goes_before_its_job_has_run(
     batch = Batch.random(3)
     expected = WEIGHTS.load(wrapper()).forward(*batch.args)
     w = loaded(stream)
-    layer = weakref.ref(w._layer)
+    weights = weakref.ref(w._layer._arenas[0])
     w.submit_forward(*batch.args, 1)
     result = w.sync_forward(batch.hidden, 1) if synced else None
     if closed:
         w.close()
     del w
     gc.collect()
-    assert layer() is not None  # the stream has yet to post the job
+    assert weights() is not None  # the stream has yet to post the job
     run(stream)
     assert result is None or torch.equal(result, expected)
-    assert soon(lambda: gc.collect() >= 0 and layer() is None)
+    assert soon(lambda: gc.collect() >= 0 and weights() is None)
 
 
 def test_a_replay_after_its_layer_has_gone(stream: EmulatedStream) -> None:
