@@ -65,7 +65,7 @@ def is_traced(x: torch.Tensor) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or type(x) is not torch.Tensor
+        or (type(x) is not torch.Tensor and isinstance(x, torch.Tensor))
         or fx._is_fx_tracing_flag  # make_fx above the level of modes, `pre_dispatch`
         or _get_current_dispatch_mode() is not None
         or torch._C._get_tracing_state() is not None
