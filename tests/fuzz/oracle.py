@@ -73,16 +73,20 @@ class Oracle:
 
     Attributes:
         sizes: of all of them.
+        declared: they have a chain that was given to them.
         layers: by index, the closed and dropped ones not.
+        whole: no layer of the chain has gone.
     """
 
     sizes: Sizes
+    declared: bool
     layers: dict[int, Layer] = field(default_factory=dict)
     carried: Carried | None = None
+    whole: bool = True
 
     def after(self, layer: Layer) -> int | None:
         """Where the layer defers to."""
-        if not (layer.linked and layer.deferred):
+        if not (layer.linked and layer.deferred and (self.declared or self.whole)):
             return None
         later = [i for i, other in self.layers.items() if i > layer.index and other.linked]
         return min(later, default=None)
@@ -100,6 +104,7 @@ class Oracle:
         """The layer is closed or dropped. What was deferred to it goes with it; what it has
         deferred itself only if it is closed with a submission under way."""
         del self.layers[layer.index]
+        self.whole = self.whole and not layer.linked
         carried = self.carried
         if layer.linked and carried is not None:
             given_up = closed and layer.promise is not None and carried.origin == layer.index
