@@ -12,13 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from hybrid_moe.deferral import split_deferred
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.fuzz.generate import Call, Sizes, Weights
-from tests.reference import BF16_ROUNDOFF, Evaluation
+from tests.reference import Evaluation, added
 
 Expected = tuple[type[Exception], str]
 """The error that a call must raise: its type, and a part of its message."""
@@ -168,12 +167,3 @@ class Oracle:
         named = ids[~nobody].unique().numpy()
         lost = [e for e in named if absent[e]]
         return (RuntimeError, "which was not loaded") if lost else None
-
-
-def added(*parts: Evaluation) -> Evaluation:
-    """The sum of separately rounded outputs, rounded once more."""
-    value = sum(p.value for p in parts)
-    bound = sum(p.bound for p in parts)
-    variance = sum(p.sigma**2 for p in parts)
-    size = BF16_ROUNDOFF * (np.abs(value) + bound)
-    return Evaluation(value, bound + size, np.sqrt(variance + size**2 / 3))

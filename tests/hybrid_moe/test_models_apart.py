@@ -16,7 +16,7 @@ from hybrid_moe import construction_order
 from hybrid_moe.deferral import DeferralChain, split_deferred
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, E, H, K, Weights, wrapper
-from tests.reference import BF16_ROUNDOFF, Evaluation, assert_within
+from tests.reference import BF16_ROUNDOFF, Evaluation, added, assert_within
 
 DEFERRED = 2
 
@@ -41,15 +41,6 @@ def layer(index: int, deferred: int, seed: int | None = None, **arguments: Any) 
     w = wrapper(layer_idx=index, max_deferred_experts_per_token=deferred, **arguments)
     weights = Weights.random(seed=100 + index if seed is None else seed)
     return Loaded(weights.load(w), weights, deferred)
-
-
-def added(*parts: Evaluation) -> Evaluation:
-    """The sum of separately rounded outputs, rounded once more."""
-    value = sum(p.value for p in parts)
-    bound = sum(p.bound for p in parts)
-    sigma = sum(p.sigma**2 for p in parts)
-    size = BF16_ROUNDOFF * (abs(value) + bound)
-    return Evaluation(value, bound + size, (sigma + size**2 / 3) ** 0.5)
 
 
 def step(layers: list[Loaded], deferring: bool, tokens: int = 3, seed: int = 0) -> None:
