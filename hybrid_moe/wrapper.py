@@ -355,12 +355,12 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         submission, and with a deferral chain those of all its layers and what is deferred between
         them. Waits for workers; does nothing where nothing is under way."""
         if self._runner is not None:
-            self._runner.reset()
+            ops.untraced(self._runner.reset)()
 
     def drop(self) -> None:
         """`reset` of this layer alone."""
         if self._runner is not None:
-            self._runner.drop()
+            ops.untraced(self._runner.drop)()
 
     def _loaded_runner(self) -> LayerRunner:
         self._check_open()
