@@ -64,6 +64,11 @@ class LayerShape:
     hidden_size: int
     moe_intermediate_size: int
 
+    @classmethod
+    def of(cls, **sizes: Any) -> LayerShape:
+        """The shape of a caller's `sizes`, by name; `TypeError` for one that is no integer."""
+        return cls(**{name: integer(name, value) for name, value in sizes.items()})
+
     def check(self, fmt: WeightFormat) -> None:
         """Raise `ValueError` unless a layer of these sizes can exist in `fmt`."""
         if self.layer_idx < 0:

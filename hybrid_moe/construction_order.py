@@ -3,8 +3,8 @@
 kt-kernel's arguments name no model. What they do say: layers of one checkpoint are constructed one
 after the other, and the last of a model gets a deferral of 0 (SGLang sees to that). So layers of
 one `weight_path`, constructed by one thread with ascending indices, are a model once a layer with
-a deferral of 0 has ended it, and before any of them has run. A draft layer (one that `config.json`
-does not count) belongs to no such model.
+a deferral of 0 has ended it, if none of them ran before that, and for as long as all of them live.
+A draft layer (one that `config.json` does not count) belongs to no such model.
 
 Everything else could be two models or copies in turns, whose experts would be added up: it defers
 nothing, which is right and not as fast, and a log line says why.
@@ -30,6 +30,7 @@ _LARGEST_CONFIG = 1 << 24
 
 _NO_PATH = "their weights are not from a checkpoint, so nothing says which layers are one model"
 _DRAFT = "they are draft layers, which config.json does not count"
+_NOT_WHOLE = "a layer of their model has been closed or dropped since"
 _NOT_ENDED = "no layer with a deferral of 0 had ended their model when the first of them ran"
 _OUT_OF_ORDER = (
     "layers of one checkpoint were constructed out of order, or by several threads, or before the "
@@ -46,8 +47,8 @@ class ConstructedChain(DeferralChain):
 
     def __init__(self, flaw: str | None = None) -> None:
         super().__init__()
-        self.complete = False
         self.flaw = flaw
+        self._size: int | None = None  # layers of the complete model
         self._thread = threading.get_ident()
         self._newest = -1
         self._disputed: weakref.WeakSet[Member] = weakref.WeakSet()
@@ -69,17 +70,22 @@ class ConstructedChain(DeferralChain):
         self.join(layer)
         self._newest = layer.layer_idx
 
+    def end(self) -> None:
+        """The layer that was appended last is the model's last one."""
+        self._size = len(self._members)
+
     def leave(self, layer: Member) -> None:
         """See `DeferralChain.leave`."""
         self._disputed.discard(layer)
         super().leave(layer)
 
     def after(self, layer_idx: int) -> int | None:
-        """See `DeferralChain.after`. A layer runs: who comes now is not of this model."""
-        if self.complete:
+        """See `DeferralChain.after`. A layer runs: who comes now is not of this model, and whether
+        a layer that is gone has a successor, nothing says."""
+        if self._size == len(self._members):
             return super().after(layer_idx)
         if self.flaw is None:
-            self.flaw = _NOT_ENDED
+            self.flaw = _NOT_ENDED if self._size is None else _NOT_WHOLE
         return None
 
     def tell_last(self, layer_idx: int) -> None:
@@ -125,7 +131,7 @@ def chain_of(layer: Member, weight_path: Path | None, deferred: int) -> Deferral
             chain = _building[key] = ConstructedChain()
         chain.append(layer)
         if not deferred and chain.flaw is None:
-            chain.complete = True
+            chain.end()
             del _building[key]
         return chain
 

@@ -11,28 +11,24 @@ layer.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from hybrid_moe import arguments, checkpoints, construction_order, ops
+from hybrid_moe import arguments, checkpoints, construction_order, filling, ops
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.deferral import DeferralChain, declared_chain, split_deferred
 from hybrid_moe.export import ExpertWriter
+from hybrid_moe.filling import Fill
 from hybrid_moe.formats import chosen_format
+from hybrid_moe.layer_facts import LayerFacts
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
-from hybrid_moe.loaders.load import load_layer
+from hybrid_moe.process_wide import ProcessWide
 from hybrid_moe.runner import LayerRunner
-from hybrid_moe.staging import BUFFERS
-from hybrid_moe.weights import Stacked, check_stacked, expert_of
+from hybrid_moe.weights import Stacked
 
 
-class KTMoEWrapper:
+class KTMoEWrapper(LayerFacts, ProcessWide):
     """The routed experts of one layer that are not on the GPU.
 
     Args:
@@ -80,8 +76,6 @@ class KTMoEWrapper:
 
     One thread at a time may call the methods of one wrapper.
     """
-
-    _capture_batch_sizes: ClassVar[list[int]] = []
 
     def __init__(
         self,
@@ -135,17 +129,12 @@ class KTMoEWrapper:
             limit=arguments.number("swiglu_limit", swiglu_limit),
             alpha=arguments.number("swiglu_alpha", swiglu_alpha),
         )
-        self.shape = arguments.LayerShape(
-            *(
-                arguments.integer(name, value)
-                for name, value in (
-                    ("layer_idx", layer_idx),
-                    ("num_experts", num_experts),
-                    ("num_experts_per_tok", num_experts_per_tok),
-                    ("hidden_size", hidden_size),
-                    ("moe_intermediate_size", moe_intermediate_size),
-                )
-            )
+        self.shape = arguments.LayerShape.of(
+            layer_idx=layer_idx,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            hidden_size=hidden_size,
+            moe_intermediate_size=moe_intermediate_size,
         )
         self.weight_path = arguments.existing_path(weight_path)
         self.format = chosen or checkpoints.stored_format(self.weight_path, self.layer_idx)
@@ -172,77 +161,6 @@ class KTMoEWrapper:
                 self, self.weight_path, self.max_deferred_experts_per_token
             )
 
-    # What the layer is --------------------------------------------------------------------------
-
-    @property
-    def layer_idx(self) -> int:
-        """Index of the layer in the model."""
-        return self.shape.layer_idx
-
-    @property
-    def num_experts(self) -> int:
-        """Routed experts E."""
-        return self.shape.num_experts
-
-    @property
-    def num_experts_per_tok(self) -> int:
-        """Experts per token k."""
-        return self.shape.num_experts_per_tok
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self.shape.hidden_size
-
-    @property
-    def moe_intermediate_size(self) -> int:
-        """I."""
-        return self.shape.moe_intermediate_size
-
-    @property
-    def method(self) -> str:
-        """Name of the weight format."""
-        return self.format.name
-
-    @property
-    def gpu_experts_mask(self) -> torch.Tensor:
-        """bool [E] on the CPU: experts that the GPU computes. Change it in place; assignment copies
-        into it. Every submission works on the mask as it was when it was submitted; on CUDA
-        tensors: when its stream came to it, so that a non-blocking copy from the GPU on that stream
-        changes the mask together with what the GPU itself goes by."""
-        return self._mask
-
-    @gpu_experts_mask.setter
-    def gpu_experts_mask(self, mask: torch.Tensor) -> None:
-        arguments.check_mask(mask, self.num_experts)
-        self._mask.copy_(mask)
-
-    @property
-    def num_gpu_experts(self) -> int:
-        """Experts that the mask puts on the GPU now."""
-        return int(self._mask.sum())
-
-    @property
-    def mask_epoch(self) -> int:
-        """How many changes of the mask the latest run had seen; 0 before the first. On CUDA tensors
-        it is known when the run's results have arrived."""
-        return 0 if self._runner is None else self._runner.mask_epoch
-
-    @property
-    def loaded(self) -> bool:
-        """Whether weights are loaded."""
-        return self._runner is not None
-
-    @property
-    def ignored_ids(self) -> int:
-        """Ids outside 0..E-1 in all calls so far. With deferral on CUDA tensors not counted."""
-        return 0 if self._runner is None else self._runner.ignored_ids
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of packed weights held."""
-        return self._layer.nbytes
-
     # Loading ------------------------------------------------------------------------------------
 
     def load_weights(self, physical_to_logical_map_cpu: torch.Tensor | None = None) -> None:
@@ -263,18 +181,7 @@ class KTMoEWrapper:
             raise ValueError("load_weights needs the weight_path that the wrapper was made without")
         mapping = arguments.expert_map(physical_to_logical_map_cpu, self.num_experts)
         source = checkpoints.checked_layer(self.weight_path, self.shape, self.format, self._layout)
-
-        def load(wanted: npt.NDArray[np.bool_]) -> None:
-            load_layer(
-                source,
-                mapping.numpy(),
-                wanted,
-                self._layer.load,
-                fmt=self.format,
-                threads=self.pool.threads,
-            )
-
-        self._load(load)
+        self._load(filling.from_checkpoint(source, self.format, mapping))
 
     def load_weights_from_tensors(
         self,
@@ -311,17 +218,7 @@ class KTMoEWrapper:
             "up": Stacked(up_proj, up_scale, up_bias),
             "down": Stacked(down_proj, down_scale, down_bias),
         }
-        check_stacked(stacked, self.shape, self.format, mapping)
-
-        def load_expert(expert: int) -> None:
-            tensors = expert_of(stacked, int(mapping[expert]), self.shape, self.format)
-            self._layer.load(expert, tensors)
-
-        def load(wanted: npt.NDArray[np.bool_]) -> None:
-            with ThreadPoolExecutor(self.pool.threads) as executor:
-                list(executor.map(load_expert, np.flatnonzero(wanted).tolist()))
-
-        self._load(load)
+        self._load(filling.from_tensors(stacked, self.shape, self.format, mapping))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -347,13 +244,13 @@ class KTMoEWrapper:
             isa=self._isa,
         )
 
-    def _load(self, load: Callable[[npt.NDArray[np.bool_]], None]) -> None:
+    def _load(self, fill: Fill) -> None:
         """Load the experts whose mask is False; nothing stays behind if that fails."""
         wanted = ~self._mask.numpy()
         try:
             if wanted.any():
                 self._layer.allocate(wanted)
-                load(wanted)
+                fill(self._layer, wanted)
             self._writer = ExpertWriter(self._layer, self.shape)
             self._runner = LayerRunner(
                 self._layer,
@@ -458,12 +355,12 @@ class KTMoEWrapper:
         submission, and with a deferral chain those of all its layers and what is deferred between
         them. Waits for workers; does nothing where nothing is under way."""
         if self._runner is not None:
-            self._runner.reset()
+            ops.untraced(self._runner.reset)()
 
     def drop(self) -> None:
         """`reset` of this layer alone."""
         if self._runner is not None:
-            self._runner.drop()
+            ops.untraced(self._runner.drop)()
 
     def _loaded_runner(self) -> LayerRunner:
         self._check_open()
@@ -543,26 +440,3 @@ class KTMoEWrapper:
 
     def __reduce__(self) -> str:
         raise TypeError("a KTMoEWrapper cannot be copied or pickled: it owns threads and memory")
-
-    # The process --------------------------------------------------------------------------------
-
-    @classmethod
-    def set_capture_batch_sizes(cls, capture_bs: list[int]) -> None:
-        """Announce the batch sizes of CUDA graphs. Graphs of other sizes work as well: whatever a
-        capture uses stays where it is."""
-        KTMoEWrapper._capture_batch_sizes = arguments.batch_sizes(capture_bs)
-
-    @classmethod
-    def get_capture_batch_sizes(cls) -> list[int]:
-        """The announced batch sizes, ascending."""
-        return list(KTMoEWrapper._capture_batch_sizes)
-
-    @staticmethod
-    def clear_buffer_cache() -> None:
-        """Free the pinned buffers that no CUDA graph uses."""
-        BUFFERS.clear(torch.cuda.synchronize)
-
-    @staticmethod
-    def force_release_loader() -> None:
-        """Close the checkpoints that were opened for loading; a later load opens them anew."""
-        checkpoints.release()

@@ -57,6 +57,15 @@ class Evaluation:
     sigma: F64
 
 
+def added(*parts: Evaluation) -> Evaluation:
+    """The sum of separately rounded outputs, rounded once more."""
+    value = np.sum([p.value for p in parts], axis=0)
+    bound = np.sum([p.bound for p in parts], axis=0)
+    variance = np.sum([p.sigma**2 for p in parts], axis=0)
+    size = BF16_ROUNDOFF * (np.abs(value) + bound)
+    return Evaluation(value, bound + size, np.sqrt(variance + size**2 / 3))
+
+
 @dataclass(frozen=True)
 class _Uncertain:
     """A value, its worst error and the variance of its error, elementwise."""

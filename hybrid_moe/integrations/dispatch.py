@@ -30,10 +30,13 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.integrations.experts_module import ExpertsSpec, describe, weights_of
 from hybrid_moe.integrations.hybrid_experts import fill, new_layer, run_layer
 from hybrid_moe.integrations.options import ExpertsOptions
+from hybrid_moe.locks import ProcessLock
 
 _log = logging.getLogger(__name__)
 
 _PACKED, _HANDLE = "_hybrid_moe_packed", "_hybrid_moe_handle"
+
+_parametrized = ProcessLock()
 
 Prints = dict[int, tuple[tuple[int, ...], ...]]
 """Expert -> fingerprints of its weights, one entry a weight."""
@@ -115,7 +118,11 @@ def _run(
     weights: torch.Tensor,
     cuda_stream: int | None = None,
 ) -> torch.Tensor:
-    with parametrize.cached():  # weights that are computed are computed once
+    if parametrize.is_parametrized(module):
+        # What is computed is computed once. The cache is a global of torch that threads share.
+        with _parametrized, parametrize.cached():
+            packed = _packed(module, ids)
+    else:
         packed = _packed(module, ids)
     return run_layer(packed.layer, packed.spec, hidden, ids, weights)
 
@@ -153,11 +160,13 @@ def _prints(weights: dict[str, torch.Tensor], experts: Sequence[int], threads: i
     for name, weight in weights.items():
         _check_in_memory(name, weight)
         rows: Sequence[int] = experts
-        if weight.device.type != "cpu" or not weight.is_contiguous() or weight.data_ptr() % 8:
-            weight = weight[list(experts)].cpu().clone(memory_format=torch.contiguous_format)
-            rows = range(len(experts))
-        kept.append(weight)  # until it has been read
         size = math.prod(weight.shape[1:]) * weight.element_size()
+        in_place = weight.device.type == "cpu" and weight.is_contiguous()
+        if not in_place or (weight.data_ptr() | size) % 8:
+            units = weight[list(experts)].cpu().reshape(len(experts), math.prod(weight.shape[1:]))
+            weight = torch.nn.functional.pad(units.view(torch.uint8), (0, -size % 8))
+            rows, size = range(len(experts)), weight.shape[1]
+        kept.append(weight)  # until it has been read
         spans.append([(weight.data_ptr() + row * size, size) for row in rows])
     done = fingerprints([span for of_one in spans for span in of_one], threads)
     columns = [done[i * len(experts) : (i + 1) * len(experts)] for i in range(len(spans))]

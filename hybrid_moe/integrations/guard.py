@@ -53,7 +53,7 @@ def guard(modeling_utils: ModuleType) -> bool:
         return select(self, experts_implementation, *args, **kwargs)
 
     def checked_load(
-        cls: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any
+        cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
     ) -> Any:
         source = pretrained_model_name_or_path
         if not _asks_for_us(kwargs) or getattr(cls, LOADS_EXPERTS, False):

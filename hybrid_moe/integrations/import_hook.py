@@ -2,23 +2,20 @@
 
 `import hybrid_moe` must stay cheap, yet after it
 `AutoModelForCausalLM.from_pretrained(dir, experts_implementation="hybrid_moe")` must find the
-name. So `install()` registers at once in the interfaces whose modules are loaded already, and asks
-Python's import system to be told when one of the others is. The registered function is a
-trampoline: the implementation is imported at its first call. With the name comes its guard, into
-the module that has Transformers' models.
+name. So `install()` registers at once in the interfaces whose modules are loaded already, and in
+the others when they are, see `late`. The registered function is a trampoline: the implementation is
+imported at its first call. With the name comes its guard, into the module that has Transformers'
+models.
 """
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import logging
-import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from hybrid_moe.integrations.guard import NAME, guard
+from hybrid_moe.integrations.late import when_imported
 
 _log = logging.getLogger(__name__)
 
@@ -46,11 +43,7 @@ def install() -> None:
 
     Idempotent; imports nothing.
     """
-    for module_name in MODULES:
-        if module_name in sys.modules:
-            register_in(sys.modules[module_name])
-    if not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterOnImport())
+    when_imported(MODULES, register_in)
 
 
 def register_in(module: ModuleType) -> bool:
@@ -67,40 +60,3 @@ def register_in(module: ModuleType) -> bool:
         return False
     interface.register(NAME, experts_function)
     return True
-
-
-class _RegisterOnImport:
-    """A meta path finder that finds nothing itself: it lets the others find the interfaces'
-    modules and appends the registration to their execution."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name not in MODULES:
-            return None
-        spec = _find_without(self, name, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        loader, execute = spec.loader, spec.loader.exec_module
-
-        def execute_and_register(module: ModuleType) -> None:
-            del loader.exec_module  # the loader is as it was again
-            execute(module)
-            register_in(module)
-
-        loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-def _find_without(
-    skipped: _RegisterOnImport, name: str, path: Sequence[str] | None, target: ModuleType | None
-) -> importlib.machinery.ModuleSpec | None:
-    """What the import system would find for `name` if `skipped` were not there."""
-    for finder in sys.meta_path:
-        find_spec = getattr(finder, "find_spec", None)
-        if finder is skipped or find_spec is None:
-            continue
-        spec: importlib.machinery.ModuleSpec | None = find_spec(name, path, target)
-        if spec is not None:
-            return spec
-    return None

@@ -36,8 +36,8 @@ class Model:
     def __init__(self, rng: random.Random, folder: Path, cores: int, calls: Counter[str]) -> None:
         self.rng, self.calls = rng, calls
         self.sizes = Sizes.random(rng, cores)
-        self.oracle = Oracle(self.sizes)
         self.kind = rng.choice(("declared", "declared", "checkpoint", "tensors", "tensors"))
+        self.oracle = Oracle(self.sizes, self.kind == "declared")
         self.chain = DeferralChain() if self.kind == "declared" else None
         indices = sorted(rng.sample(range(9), rng.randint(1, 4)))
         k = self.sizes.k

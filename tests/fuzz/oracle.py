@@ -12,13 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from hybrid_moe.deferral import split_deferred
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.fuzz.generate import Call, Sizes, Weights
-from tests.reference import BF16_ROUNDOFF, Evaluation
+from tests.reference import Evaluation, added
 
 Expected = tuple[type[Exception], str]
 """The error that a call must raise: its type, and a part of its message."""
@@ -73,16 +72,20 @@ class Oracle:
 
     Attributes:
         sizes: of all of them.
+        declared: they have a chain that was given to them.
         layers: by index, the closed and dropped ones not.
+        whole: no layer of the chain has gone.
     """
 
     sizes: Sizes
+    declared: bool
     layers: dict[int, Layer] = field(default_factory=dict)
     carried: Carried | None = None
+    whole: bool = True
 
     def after(self, layer: Layer) -> int | None:
         """Where the layer defers to."""
-        if not (layer.linked and layer.deferred):
+        if not (layer.linked and layer.deferred and (self.declared or self.whole)):
             return None
         later = [i for i, other in self.layers.items() if i > layer.index and other.linked]
         return min(later, default=None)
@@ -100,6 +103,7 @@ class Oracle:
         """The layer is closed or dropped. What was deferred to it goes with it; what it has
         deferred itself only if it is closed with a submission under way."""
         del self.layers[layer.index]
+        self.whole = self.whole and not layer.linked
         carried = self.carried
         if layer.linked and carried is not None:
             given_up = closed and layer.promise is not None and carried.origin == layer.index
@@ -163,12 +167,3 @@ class Oracle:
         named = ids[~nobody].unique().numpy()
         lost = [e for e in named if absent[e]]
         return (RuntimeError, "which was not loaded") if lost else None
-
-
-def added(*parts: Evaluation) -> Evaluation:
-    """The sum of separately rounded outputs, rounded once more."""
-    value = sum(p.value for p in parts)
-    bound = sum(p.bound for p in parts)
-    variance = sum(p.sigma**2 for p in parts)
-    size = BF16_ROUNDOFF * (np.abs(value) + bound)
-    return Evaluation(value, bound + size, np.sqrt(variance + size**2 / 3))

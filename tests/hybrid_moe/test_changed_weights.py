@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -316,3 +317,23 @@ def test_compiled_models_see_changes_too() -> None:
     assert torch.equal(after, logits(model, prompt()))
     assert not torch.equal(after, before)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_several_threads_use_one_module(parametrized: bool) -> None:
+    """They may all meet it unpacked; a change between two rounds is met by all of them too."""
+    model = named()
+    experts = experts_of(model)
+    if parametrized:
+        parametrize.register_parametrization(experts, "down_proj", torch.nn.Identity())
+    source = experts.parametrizations.down_proj.original if parametrized else experts.down_proj
+    x, ids = torch.randn(3, 64).bfloat16(), torch.tensor([[0, 1], [2, 3], [4, 5]])
+    weights = torch.rand(3, 2)
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        first = experts(x, ids, weights)
+        for factor in (1, -1, 1):
+            experts.__dict__.pop("_hybrid_moe_packed", None)
+            for _ in range(2):
+                done = [pool.submit(experts, x, ids, weights) for _ in range(16)]
+                assert all(torch.equal(one.result(), factor * first) for one in done)
+            source.data.neg_()

@@ -244,9 +244,21 @@ def _split(w: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) ->
     return w.sync_forward(x)  # type: ignore[no-any-return]
 
 
+def _given_up(w: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    w.submit_forward(x, ids, weights)
+    w.drop()
+    return _split(w, x, ids, weights)
+
+
+def _whole(w: Any, *args: torch.Tensor) -> torch.Tensor:
+    return w.forward(*args)  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("deferred", [0, 1])
-@pytest.mark.parametrize("split", [False, True])
-def test_what_depends_on_the_call_before_breaks_the_graph(deferred: int, split: bool) -> None:
+@pytest.mark.parametrize("call", [_whole, _split, _given_up])
+def test_what_depends_on_the_call_before_breaks_the_graph(
+    deferred: int, call: Callable[..., torch.Tensor]
+) -> None:
     """Deferred experts arrive a layer later, and sync belongs to the submission before it."""
     torch._dynamo.reset()
     layers = [
@@ -254,7 +266,7 @@ def test_what_depends_on_the_call_before_breaks_the_graph(deferred: int, split: 
     ]
 
     def step(*args: torch.Tensor) -> list[torch.Tensor]:
-        return [(_split(w, *args) if split else w.forward(*args)) * 2 for w in layers]
+        return [call(w, *args) * 2 for w in layers]
 
     with torch.no_grad():
         compiled = torch.compile(step, backend="aot_eager")

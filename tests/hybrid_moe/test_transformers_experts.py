@@ -415,3 +415,22 @@ def test_old_interfaces_are_told_apart(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.WARNING):
         assert not register_in(ModuleType("transformers.integrations.moe"))
     assert "transformers >= 5.17" in caplog.text
+
+
+def test_fp8_experts_under_the_name_are_refused_by_dtype() -> None:
+    """The module has block scales, of which one expert's are fewer bytes than a word."""
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+    from transformers.integrations.moe import use_experts_implementation
+
+    register()
+    config = FAMILIES["qwen3_moe"]()
+    config._experts_implementation = "hybrid_moe"
+    config.hybrid_moe_options = {"threads": 1}
+    dispatched = use_experts_implementation(
+        experts_class=type("FP8Experts", (FP8Experts,), {}),
+        experts_interface=ALL_FP8_EXPERTS_FUNCTIONS,
+    )
+    module = dispatched(config, (128, 128))
+    batch = torch.randn(2, 64).bfloat16(), torch.zeros(2, 2, dtype=torch.int64), torch.rand(2, 2)
+    with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
+        module(*batch)

@@ -13,7 +13,7 @@ from hybrid_moe.deferral import DeferralChain, split_deferred
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, E, K, Weights, wrapper
 from tests.hybrid_moe.fake_layer import FakeExpertLayer
-from tests.reference import BF16_ROUNDOFF, Evaluation, assert_within
+from tests.reference import Evaluation, added, assert_within
 
 LAYERS = (1, 2, 5)
 """Dense layers before, between: their indices are missing."""
@@ -37,15 +37,6 @@ def model(deferred: int = 1, **arguments: Any) -> list[tuple[KTMoEWrapper, Weigh
         weights = Weights.random(seed=index)
         pairs.append((weights.load(w), weights))
     return pairs
-
-
-def added(*parts: Evaluation) -> Evaluation:
-    """The sum of separately rounded outputs, rounded once more."""
-    value = sum(p.value for p in parts)
-    bound = sum(p.bound for p in parts)
-    sigma = sum(p.sigma**2 for p in parts)
-    size = BF16_ROUNDOFF * (abs(value) + bound)
-    return Evaluation(value, bound + size, (sigma + size**2 / 3) ** 0.5)
 
 
 def parts(weights: Weights, batch: Batch, protected_k: int) -> list[Evaluation]:

@@ -343,8 +343,9 @@ def test_bad_call(name: str) -> None:
     change, error, message = BAD[name]
     w, batch = loaded(), Batch.random()
     bad = change(batch)
-    with pytest.raises(error, match=message):
-        w.submit_forward(*bad.args)
+    for call in (w.submit_forward, w.forward):
+        with pytest.raises(error, match=message):
+            call(*bad.args)
     with torch.inference_mode():
         check(w.forward(*batch.args), batch)
 

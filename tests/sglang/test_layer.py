@@ -121,6 +121,30 @@ def test_a_step_that_fails_on_the_gpu_leaves_nothing_behind(
     assert_close(batch.through(layer), batch, qwen)
 
 
+@pytest.mark.parametrize("meets_it", ["submit_forward", "sync_forward"])
+def test_a_fault_on_the_cpu_is_kept_for_the_scheduler(
+    qwen: FamilyFixture, options: None, monkeypatch: pytest.MonkeyPatch, meets_it: str
+) -> None:
+    """A step may meet it in its own sync, or what the step before left behind in its submit."""
+    layer = new_layer(qwen)
+    load(layer, qwen)
+    batch, fault = Batch.random(qwen, 9), RuntimeError("a worker")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        layer.quant_method.wrapper.reset()
+        raise fault
+
+    kept: list[Exception] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.quant_method.wrapper, meets_it, fail)
+        with pytest.raises(RuntimeError, match="a worker"):  # nobody schedules
+            batch.through(layer)
+        patch.setattr(method_module.STEP_FAULTS, "keep", kept.append)
+        batch.through(layer)
+    assert kept == [fault]
+    assert_close(batch.through(layer), batch, qwen)
+
+
 @pytest.mark.parametrize("hot", HOT, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 37])
 def test_any_set_of_hot_experts(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import pytest
 
+from hybrid_moe.cpu_kernels.pool.affinity import BINDING_VARIABLES
+from hybrid_moe.cpu_kernels.pool.topology import allowed_cpus
 from hybrid_moe.integrations.sglang import numa_binding
 from hybrid_moe.integrations.sglang.numa_binding import AUTO_BIND, Machine, asked_for, narrowed
 
@@ -98,7 +104,7 @@ def test_who_wanted_it(numa_node: Any, environ: dict[str, str], who: str | None)
 
 
 class FakeSystem:
-    """Remembers what would be set for this thread; `denied` calls fail."""
+    """Remembers what would be set for this and the main thread; `denied` calls fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, denied: str = "") -> None:
         self.affinity: frozenset[int] | None = None
@@ -110,7 +116,7 @@ class FakeSystem:
     def set_affinity(self, process: int, cpus: frozenset[int]) -> None:
         if self.denied == "sched_setaffinity":
             raise PermissionError(1, "Operation not permitted")
-        assert process == 0
+        assert process in (0, os.getpid())
         self.affinity = cpus
 
     def call(self, name: str, mode: int, *rest: Any) -> None:
@@ -159,9 +165,10 @@ def test_what_somebody_asked_for_stays(
 def test_what_cannot_be_undone_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, denied: str
 ) -> None:
-    FakeSystem(monkeypatch, denied)
+    system = FakeSystem(monkeypatch, denied)
     with caplog.at_level(logging.INFO, logger="hybrid_moe"):
         assert not numa_binding.widen(None, TWO_SOCKETS)
+    assert system.affinity is None
     (line,) = caplog.messages
     assert "Operation not permitted" in line and f"{AUTO_BIND}=0" in line
     assert "about 1/2 of the machine's memory bandwidth" in line
@@ -177,8 +184,48 @@ def test_an_ordinary_process_is_left_alone(
     assert system.affinity is None and system.policy is None and not caplog.messages
 
 
+@pytest.mark.parametrize("builder", ["main_thread", "another_thread"])
+def test_pools_see_the_processors_that_were_taken_back(builder: str) -> None:
+    """In a process that was narrowed to one processor as numactl does, whichever thread of it
+    builds the model, and whichever asks."""
+    cpus = allowed_cpus()
+    if len(cpus) < 2:
+        pytest.skip("this process has one processor: nothing can be taken from it")
+    code = f"""
+        import json, os, threading
+        from hybrid_moe.cpu_kernels.pool.topology import allowed_cpus
+        from hybrid_moe.integrations.sglang.numa_binding import Machine, widen
+
+        first, *rest = {list(cpus)}
+        nodes = {{0: frozenset([first]), 1: frozenset(rest)}}
+        machine = Machine(nodes, {{}}, nodes[0] | nodes[1], nodes[0])
+        os.sched_setaffinity(0, nodes[0])
+        seen = []
+
+        def build():
+            seen.append(allowed_cpus())
+            assert widen(None, machine)
+            seen.extend((allowed_cpus(), os.sched_getaffinity(0)))
+
+        if {builder == "main_thread"}:
+            build()
+        else:
+            thread = threading.Thread(target=build)
+            thread.start()
+            thread.join()
+        print(json.dumps([*map(list, seen), allowed_cpus()]))
+    """
+    environ = {n: v for n, v in os.environ.items() if n not in (*BINDING_VARIABLES, AUTO_BIND)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    before, *after = json.loads(done.stdout)
+    assert before == [cpus[0]] and after == [list(cpus)] * 3
+
+
 def test_this_machine() -> None:
     here = numa_binding.examine()
-    assert here.process == frozenset(os.sched_getaffinity(0)) <= here.server
+    assert here.process == frozenset(allowed_cpus()) <= here.server
     assert all(nbytes > 0 for nbytes in here.memory.values()) or not here.nodes
     assert numa_binding._bound_nodes() <= set(here.nodes)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hybrid_moe.integrations import late
 from hybrid_moe.integrations.sglang import contract, plugin, step_faults
 from hybrid_moe.integrations.sglang.contract import ContractError, Requirement
 from hybrid_moe.integrations.sglang.step_faults import StepFaults
@@ -55,7 +56,8 @@ def sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         file.write_text(textwrap.dedent(text))
     (tmp_path / "__init__.py").unlink(missing_ok=True)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    others = [f for f in sys.meta_path if type(f).__module__ != late.__name__]
+    monkeypatch.setattr(sys, "meta_path", others)  # what another test registered waits no more
     yield imported
     for name in imported():
         del sys.modules[name]

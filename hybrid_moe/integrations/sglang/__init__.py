@@ -11,7 +11,6 @@ SGLang calls `register` (entry point group `sglang.srt.plugins`) in each of its 
     expert_layer    what SGLang says about a layer, in `KTMoEWrapper`'s terms, or why not
     model_chain     which layers are one model, for deferral
     numa_binding    what SGLang's binding to one NUMA node costs, and taking it back
-    late            acting on a module when it is imported
 
 Nothing here imports SGLang before the first layer with `--kt-*` is made.
 """

@@ -180,25 +180,31 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """The layer on a batch: hot and cold experts at the same time, and their sum."""
         dispatch_output = with_standard_routing(dispatch_output)
         x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
-        self.submit(x, topk)
+        running = self.submit(x, topk)
         try:
             hot = self._hot_output(layer, dispatch_output)
         except BaseException:
             if self.wrapper is not None:
                 self.wrapper.reset()
             raise
-        output = self._with_cold(hot, x)
+        output = self._with_cold(hot, x, running)
         if self._factor != 1.0:
             output *= self._factor
         return StandardCombineInput(hidden_states=output)
 
-    def submit(self, x: torch.Tensor, topk: Any) -> None:
-        """Start the cold experts. Inputs may be overwritten when this returns."""
+    def submit(self, x: torch.Tensor, topk: Any) -> bool:
+        """Start the cold experts; False if a fault has been met instead, perhaps of a step before,
+        which is kept. Inputs may be overwritten when this returns."""
         if self.wrapper is None:
-            return
+            return False
         if x.shape[-1] != self._spec.hidden_size:
             x = x[:, : self._spec.hidden_size]
-        self.wrapper.submit_forward(x, topk.topk_ids, topk.topk_weights, _stream_of(x))
+        try:
+            self.wrapper.submit_forward(x, topk.topk_ids, topk.topk_weights, _stream_of(x))
+        except (RuntimeError, IndexError) as error:
+            STEP_FAULTS.keep(error)
+            return False
+        return True
 
     def _hot_output(self, layer: Any, dispatch_output: Any) -> torch.Tensor | None:
         """The hot experts' share of the output; None if there are none."""
@@ -214,16 +220,17 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         output: torch.Tensor = combined.hidden_states
         return output
 
-    def _with_cold(self, hot: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-        """The hot experts' share and, on the rank that has them, the cold ones'."""
-        if self.wrapper is None:
+    def _with_cold(self, hot: torch.Tensor | None, x: torch.Tensor, running: bool) -> torch.Tensor:
+        """The hot experts' share and, where they are running, the cold ones'. Where these met a
+        fault, the step's requests fail, and its values count for nothing."""
+        if self.wrapper is None or not running:
             return torch.zeros_like(x) if hot is None else hot
         hidden = self._spec.hidden_size
         try:
             cold = self.wrapper.sync_forward(x[:, :hidden], _stream_of(x))
         except (RuntimeError, IndexError) as error:
             STEP_FAULTS.keep(error)
-            cold = torch.zeros_like(x[:, :hidden])  # the step's requests fail, whatever this is
+            return torch.zeros_like(x) if hot is None else hot
         if hot is not None:
             hot[:, :hidden] += cold
             return hot

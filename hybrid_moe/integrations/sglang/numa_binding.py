@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from hybrid_moe.cpu_kernels.pool.topology import parse_cpu_list
+from hybrid_moe.cpu_kernels.pool.topology import allowed_cpus, parse_cpu_list
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def examine() -> Machine:
         node = int(folder.name[4:])
         nodes[node] = frozenset(parse_cpu_list((folder / "cpulist").read_text()))
         memory[node] = _total_memory((folder / "meminfo").read_text())
-    process = frozenset(os.sched_getaffinity(0))
+    process = frozenset(allowed_cpus())
     parent = psutil.Process().parent()
     server = process if parent is None else process | frozenset(parent.cpu_affinity())
     return Machine(nodes, memory, server, process, _bound_nodes())
@@ -131,8 +131,9 @@ def widen(numa_node: object, machine: Machine | None = None) -> bool:
     """Take back the server's processors and memory where SGLang has bound this process to one
     node, and log it with numbers; where somebody asked for it, log what it costs.
 
-    To be called by the thread that makes the workers, before it does; they and the threads that
-    load inherit from it.
+    To be called by the thread that makes the workers, before it does: they and the threads that
+    load inherit from it. The main thread gets the processors too, whose mask is the process's
+    wherever this package asks for that.
 
     Returns:
         Whether the binding was taken back.
@@ -155,9 +156,10 @@ def widen(numa_node: object, machine: Machine | None = None) -> bool:
         )  # fmt: skip
         return False
     try:
-        os.sched_setaffinity(0, machine.server)
         if machine.bound:
             _call("set_mempolicy", _MPOL_DEFAULT, None, 0)
+        for thread in (os.getpid(), 0):  # the main thread and this one
+            os.sched_setaffinity(thread, machine.server)
     except OSError as error:
         logger.warning(
             "SGLang bound this process to %s, and that cannot be undone here (%s): the experts on "
