@@ -116,6 +116,13 @@ class Machine:
             monkeypatch.delenv(name, raising=False)
 
 
+def pretend_many_processors(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One node with at least 64 processors, among them those that there are: for pools of more
+    threads than can run at once."""
+    last = max(63, *os.sched_getaffinity(0))
+    Machine({0: f"0-{last}"}).pretend(root, monkeypatch)
+
+
 def _hybrid(cpu: int) -> int:
     """8 P cores of two threads, then 16 E cores."""
     return cpu // 2 if cpu < 16 else cpu

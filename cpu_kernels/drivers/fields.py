@@ -120,7 +120,7 @@ G_DONE_WAKE = 3 * LINE_SLOTS  # futex word: bumped at every completion, and when
 G_SLEEPERS = 4 * LINE_SLOTS  # workers that are about to sleep on G_WAKE
 G_WAITERS = 5 * LINE_SLOTS  # threads that are about to sleep on G_DONE_WAKE
 G_STOP = 6 * LINE_SLOTS
-G_LOCK = 6 * LINE_SLOTS + 1  # 1 while somebody fills the next ring slot, 2 if others sleep on it
+G_LOCK = 6 * LINE_SLOTS + 1  # of who fills the next ring slot: 1, or 2 if others sleep on it
 G_ABANDONED = 6 * LINE_SLOTS + 2  # newest job whose waiter gave up: the pool is stuck until then
 G_SPIN_NS = 7 * LINE_SLOTS  # how long an idle worker spins before it sleeps,
 G_WAIT_SPIN_NS = G_SPIN_NS + 1  # and whoever waits for a phase, a job or the ring
@@ -169,7 +169,7 @@ COUNTER_SLOTS = LINE_SLOTS
 
 # The mask of a layer as its latest launch saw it.
 
-K_LOCK = 0
+K_LOCK = 0  # as G_LOCK: of who launches a run of the layer, never while the pool is waited for
 K_EPOCH = 1  # grows by one at every launch that finds the mask changed
 K_LIVE = 2  # address of uint8 [E] that others change
 K_EXPERTS = 3

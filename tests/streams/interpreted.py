@@ -77,6 +77,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch, pause: Callable[[], None]) -> Clo
         "load64": _load,
         "store64": _store,
         "load_acquire": _load,
+        "load_ordered": _load,
         "store_release": _store,
         "fetch_add": _fetch_add,
         "compare_swap": _compare_swap,

@@ -325,7 +325,16 @@ def test_a_post_that_finds_no_room_gives_up_in_time(monkeypatch: pytest.MonkeyPa
     for seed in range(f.RING - 1):
         model.runners[0]._stager.submit(model.streams[0], *Inputs.random(1, seed).tensors)  # type: ignore[union-attr]
     model.gpu.run()
-    clock = interpret(monkeypatch, lambda: clock.pass_by(10 * SECOND))
+    clock = interpret(monkeypatch, never)
+    oldest = int(model.group._slots[f.G_COMPLETED]) + 1
+
+    def help_until(group: int, sequence: int, *_: int) -> int:
+        """Sleeps for a while in vain."""
+        assert sequence == oldest
+        clock.pass_by(10 * SECOND)
+        return 0
+
+    monkeypatch.setattr(host, "help_until", help_until)
     monkeypatch.setattr(host, "has_room", lambda group: True)
     model.gpu.python[drivers.addresses()["post_host"]] = host.post_host
     late = model.runners[0]._stager.submit(model.streams[0], *Inputs.random(1, 0).tensors)  # type: ignore[union-attr]
