@@ -150,8 +150,8 @@ class ExpertLayer:
         self._pid = os.getpid()
         chosen = np.flatnonzero(resident)
         self._slots_of[chosen] = np.arange(len(chosen))
-        for pool, node in enumerate(self.pool.memory_nodes):
-            self._arenas.append(Arena(len(chosen) * self.expert_nbytes(pool), node))
+        for pool, nodes in enumerate(self.pool.memory_nodes):
+            self._arenas.append(Arena(len(chosen) * self.expert_nbytes(pool), nodes))
 
     def load(self, expert: int, tensors: ExpertTensors) -> None:
         """Check and pack one expert; the arrays may be reused afterwards.

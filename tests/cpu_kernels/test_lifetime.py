@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -266,9 +266,9 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     sizes: list[int] = []
     init = Arena.__init__
 
-    def counted(self: Arena, nbytes: int, numa_node: int | None = None) -> None:
+    def counted(self: Arena, nbytes: int, numa_nodes: Sequence[int] = ()) -> None:
         sizes.append(nbytes)
-        init(self, nbytes, numa_node)
+        init(self, nbytes, numa_nodes)
 
     monkeypatch.setattr(Arena, "__init__", counted)
     yield sizes

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import random
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +14,13 @@ import pytest
 from hybrid_moe.cpu_kernels.drivers.fields import G_SUBMITTED, MAX_POOLS, RING
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
-from hybrid_moe.cpu_kernels.pool import config as config_module
 from hybrid_moe.cpu_kernels.pool import group as group_module
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.formats import MXFP4
 from tests.cpu_kernels.cases import Array, Case, random_batch
+from tests.machines import Machine, pretend_many_processors
 
 _NODE = min(numa_nodes())
 MOST = min(2, usable_cores())
@@ -46,11 +48,10 @@ def test_configurations_that_cannot_be(arguments: dict[str, object], message: st
         PoolConfig(**arguments)  # type: ignore[arg-type]
 
 
-def test_threads_are_spread_over_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "usable_cores", lambda: 6)
-    monkeypatch.setattr(config_module, "numa_nodes", lambda: {0: (0, 1, 2, 3), 2: (8, 9)})
+def test_threads_are_spread_over_pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine({0: "0-3", 2: "8-9"}).pretend(tmp_path, monkeypatch)
     config = PoolConfig(5, 2)
-    assert config.nodes == (0, 2)
+    assert config.nodes == ((0,), (2,))
     assert config.threads_per_pool == (3, 2)
     assert config.worker_pools() == (0, 0, 0, 1, 1)
     assert config.worker_cpus() == (0, 1, 2, 8, 9)
@@ -170,9 +171,9 @@ def test_memory_of_jobs_is_reused_and_bounded(monkeypatch: pytest.MonkeyPatch) -
     mapped: list[int] = []
     map_memory = Arena.__init__
 
-    def counted(self: Arena, nbytes: int, numa_node: int | None = None) -> None:
+    def counted(self: Arena, nbytes: int, numa_nodes: Sequence[int] = ()) -> None:
         mapped.append(nbytes)
-        map_memory(self, nbytes, numa_node)
+        map_memory(self, nbytes, numa_nodes)
 
     monkeypatch.setattr(Arena, "__init__", counted)
     for _ in range(5):
@@ -199,11 +200,10 @@ def test_idle_workers_wake_for_every_job(layer: ExpertLayer) -> None:
             time.sleep(rng.random() * 3e-4)
 
 
-def test_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_workers_than_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system puts workers aside at any point; a late one finds another job in its slot."""
-    monkeypatch.setattr(config_module, "usable_cores", lambda: 8)
-    monkeypatch.setattr(config_module, "numa_nodes", lambda: {_NODE: tuple(range(8))})
-    config = PoolConfig(5, 2, (_NODE, _NODE))
+    pretend_many_processors(tmp_path, monkeypatch)
+    config = PoolConfig(5, 2, (0, 0))
     group = group_module.PoolGroup(config)
     try:
         layer = CASE.layer(pool=config)

@@ -21,13 +21,14 @@ from hybrid_moe.cpu_kernels.jit import compile
 from hybrid_moe.cpu_kernels.jit.driver import Driver
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
-from hybrid_moe.cpu_kernels.pool import config as config_module
 from hybrid_moe.cpu_kernels.pool import group as group_module
+from hybrid_moe.cpu_kernels.pool import sysfiles
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 from hybrid_moe.formats import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
+from tests.machines import pretend_many_processors
 
 CASE = Case.random(MXFP4, 64, 96)
 BATCH = random_batch(3, CASE.H, CASE.E, 2)
@@ -41,7 +42,7 @@ def _workers() -> set[threading.Thread]:
 
 
 @pytest.fixture
-def room(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """`room.threads` more may start."""
     left = SimpleNamespace(threads=0)
     start = threading.Thread.start
@@ -54,15 +55,14 @@ def room(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         start(self)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
-    monkeypatch.setattr(config_module, "usable_cores", lambda: 64)
+    pretend_many_processors(tmp_path, monkeypatch)
     return left
 
 
 @pytest.mark.parametrize("possible", [0, 1, 6])
 def test_too_few_threads(possible: int, room: SimpleNamespace) -> None:
     """The message says how many there may be, nothing stays, and that many work."""
-    node = (min(numa_nodes()),)
-    layer = CASE.layer(pool=PoolConfig(8, 1, node))
+    layer = CASE.layer(pool=PoolConfig(8, 1, (0,)))
     before = _workers()
     for _ in range(3):
         room.threads = possible
@@ -71,7 +71,7 @@ def test_too_few_threads(possible: int, room: SimpleNamespace) -> None:
         assert f"start {possible} of the 7 threads" in str(caught.value)
         assert _workers() == before
     room.threads = possible
-    fewer = CASE.layer(pool=PoolConfig(possible + 1, 1, (*node,)))
+    fewer = CASE.layer(pool=PoolConfig(possible + 1, 1, (0,)))
     expected = CASE.layer().forward(*BATCH)
     assert np.array_equal(fewer.forward(*BATCH), expected)
     room.threads = 7
@@ -110,14 +110,24 @@ def test_the_command_line_says_it_in_one_paragraph(
 # memory
 
 
-def _meminfo(folder: Path, node: int, **kib: int) -> None:
+def _meminfo(root: Path, node: int, **kib: int) -> None:
+    folder = root / "sys/devices/system/node"
     (folder / f"node{node}").mkdir(parents=True)
     lines = [f"Node {node} {name.replace('_', '(')}: {size:8} kB\n" for name, size in kib.items()]
     text = "".join(line.replace("(file:", "(file):") for line in lines)
     (folder / f"node{node}" / "meminfo").write_text(text + f"Node {node} HugePages_Total:     0\n")
 
 
-def test_a_node_is_preferred_and_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+MPOL_PREFERRED, MPOL_INTERLEAVE = 1, 3  # linux/mempolicy.h
+
+
+@pytest.mark.parametrize(
+    ("nodes", "policy", "words"),
+    [((65,), MPOL_PREFERRED, [0, 2, 0]), ((0, 3, 64), MPOL_INTERLEAVE, [9, 1, 0])],
+)
+def test_nodes_are_asked_for_and_not_bound(
+    nodes: tuple[int, ...], policy: int, words: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MPOL_BIND on a node that is too small ends with the kernel's killing a process."""
     calls: list[tuple[Any, ...]] = []
 
@@ -126,18 +136,17 @@ def test_a_node_is_preferred_and_no_bound(monkeypatch: pytest.MonkeyPatch) -> No
         return 0
 
     monkeypatch.setattr(memory, "_libc", lambda: SimpleNamespace(syscall=syscall))
-    arena = Arena(5 << 20, 65)
-    ((number, address, nbytes, policy, mask, *_),) = calls
+    arena = Arena(5 << 20, nodes)
+    ((number, address, nbytes, mode, mask, *_),) = calls
     assert number.value == {"x86_64": 237, "aarch64": 235}[platform.machine()]
     assert (address.value, nbytes.value) == (arena.address, 5 << 20)
-    mpol_preferred = 1
-    assert policy.value == mpol_preferred
-    assert list(mask)[:3] == [0, 2, 0]
+    assert mode.value == policy
+    assert list(mask)[:3] == words
 
 
-def test_mbind_takes_the_node() -> None:
+def test_mbind_takes_the_nodes() -> None:
     """On this machine: the pages are there and the call was not refused."""
-    arena = Arena(4 << 20, min(numa_nodes()))
+    arena = Arena(4 << 20, tuple(numa_nodes()))
     arena.bytes[:] = 7
     assert int(arena.bytes.sum(dtype=np.int64)) == 7 * (4 << 20)
 
@@ -149,19 +158,21 @@ def test_a_node_with_too_little_memory(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Said once for each node, with what is there and what is wanted; the page cache counts as
-    free; silence where the system does not tell."""
+    """Said once for each node, with what is there and what is wanted of it; the page cache counts
+    as free; silence where the system does not tell."""
     _meminfo(tmp_path, 0, MemTotal=10**9, **{k: v << 20 for k, v in free.items()})
-    monkeypatch.setattr(memory, "_NODES", tmp_path)
+    monkeypatch.setattr(sysfiles, "ROOT", tmp_path)
     monkeypatch.setattr(memory, "_told_nodes", set())
     monkeypatch.setattr(memory, "_libc", lambda: SimpleNamespace(syscall=lambda *_: 0))
     left = sum(free.values()) << 30
     with caplog.at_level(logging.WARNING, logger=memory.__name__):
-        memory._prefer(0, left, 0)
-        memory._prefer(0, left, 1)
+        memory._place(0, left, (0,))
+        memory._place(0, left, (1,))
+        memory._place(0, 2 * left, (0, 1))
         assert not caplog.records
         for _ in range(3):
-            memory._prefer(0, left + (1 << 30), 0)
+            memory._place(0, 2 * left + (2 << 30), (0, 1))
+            memory._place(0, left + (1 << 30), (0,))
     if not free:
         assert not caplog.records
         return
