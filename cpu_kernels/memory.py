@@ -35,11 +35,6 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-@functools.lru_cache(maxsize=8)
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
 _told_nodes: set[int] = set()
 
 
@@ -85,7 +80,7 @@ class Arena:
             try:
                 mapping.madvise(getattr(mmap, advice))
             except (AttributeError, OSError) as error:
-                _warn_once(f"{advice} is not available: {error}")
+                sysfiles.warn_once(f"{advice} is not available: {error}")
         _live.add(mapping)
         raw = np.frombuffer(mapping, np.uint8)
         start = -raw.ctypes.data % HUGE_PAGE
@@ -121,7 +116,7 @@ def _place(address: int, nbytes: int, nodes: Sequence[int]) -> None:
             )
     number = _SYS_MBIND.get(platform.machine())
     if number is None:
-        _warn_once("memory is placed by first touch: mbind is not known on this processor")
+        sysfiles.warn_once("memory is placed by first touch: mbind is not known on this processor")
         return
     mask = (ctypes.c_ulong * 16)()
     for node in nodes:
@@ -138,7 +133,9 @@ def _place(address: int, nbytes: int, nodes: Sequence[int]) -> None:
     if result != 0:
         code = ctypes.get_errno()
         name = errno.errorcode.get(code, str(code))
-        _warn_once(f"memory is placed by first touch: mbind failed with {name} {os.strerror(code)}")
+        sysfiles.warn_once(
+            f"memory is placed by first touch: mbind failed with {name} {os.strerror(code)}"
+        )
 
 
 class Workspace:

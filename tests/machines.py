@@ -10,7 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hybrid_moe.cpu_kernels.pool import affinity, sysfiles
+from hybrid_moe.cpu_kernels.pool import affinity, config, sysfiles, topology
+
+
+def pretend_processors(monkeypatch: pytest.MonkeyPatch, count: int = 64) -> None:
+    """Let pools have up to `count` threads on the first NUMA node, however few processors it has.
+    Threads are then put aside by the system at any point."""
+    node = min(topology.numa_nodes())
+    monkeypatch.setattr(config, "usable_cores", lambda: count)
+    monkeypatch.setattr(config, "numa_nodes", lambda: {node: tuple(range(count))})
 
 
 def listed(text: str) -> list[int]:
@@ -114,13 +122,6 @@ class Machine:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(self.allowed))
         for name in affinity.BINDING_VARIABLES:
             monkeypatch.delenv(name, raising=False)
-
-
-def pretend_many_processors(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One node with at least 64 processors, among them those that there are: for pools of more
-    threads than can run at once."""
-    last = max(63, *os.sched_getaffinity(0))
-    Machine({0: f"0-{last}"}).pretend(root, monkeypatch)
 
 
 def _hybrid(cpu: int) -> int:

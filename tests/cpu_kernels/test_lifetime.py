@@ -7,7 +7,6 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.formats import BF16, MXFP4
 from hybrid_moe.tensors import ExpertTensors
 from tests.cpu_kernels.cases import Array, Case, random_batch
-from tests.machines import pretend_many_processors
+from tests.machines import pretend_processors
 
 CASE = Case.random(MXFP4, 64, 96, bias=True)
 BATCH = random_batch(3, CASE.H, CASE.E, 2)
@@ -347,12 +346,12 @@ def test_short_passes_of_other_numbers_of_experts(first: int) -> None:
 
 @pytest.mark.parametrize(("threads", "pools"), [(1, 1), (2, 1), (2, 2), (5, 2), (8, 4)])
 def test_a_job_aims_at_twelve_tasks_for_each_worker(
-    threads: int, pools: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    threads: int, pools: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In each pool: at least as many as the units of work allow, at most twice as many and the
     rest of a division for each expert."""
-    pretend_many_processors(tmp_path, monkeypatch)
-    config = PoolConfig(threads, pools, (0,) * pools)
+    pretend_processors(monkeypatch)
+    config = PoolConfig(threads, pools, (min(numa_nodes()),) * pools)
     case = Case.random(MXFP4, 32 * 24 * threads, 32 * 24 * threads, E=1)
     layer = case.layer(pool=config)
     job = StagedJob(layer.slot_shape(1, 1))

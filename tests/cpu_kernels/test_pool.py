@@ -20,7 +20,7 @@ from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.formats import MXFP4
 from tests.cpu_kernels.cases import Array, Case, random_batch
-from tests.machines import Machine, pretend_many_processors
+from tests.machines import Machine, pretend_processors
 
 _NODE = min(numa_nodes())
 MOST = min(2, usable_cores())
@@ -200,10 +200,10 @@ def test_idle_workers_wake_for_every_job(layer: ExpertLayer) -> None:
             time.sleep(rng.random() * 3e-4)
 
 
-def test_more_workers_than_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system puts workers aside at any point; a late one finds another job in its slot."""
-    pretend_many_processors(tmp_path, monkeypatch)
-    config = PoolConfig(5, 2, (0, 0))
+    pretend_processors(monkeypatch)
+    config = PoolConfig(5, 2, (_NODE, _NODE))
     group = group_module.PoolGroup(config)
     try:
         layer = CASE.layer(pool=config)

@@ -28,7 +28,7 @@ from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 from hybrid_moe.formats import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
-from tests.machines import pretend_many_processors
+from tests.machines import pretend_processors
 
 CASE = Case.random(MXFP4, 64, 96)
 BATCH = random_batch(3, CASE.H, CASE.E, 2)
@@ -42,7 +42,7 @@ def _workers() -> set[threading.Thread]:
 
 
 @pytest.fixture
-def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def room(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """`room.threads` more may start."""
     left = SimpleNamespace(threads=0)
     start = threading.Thread.start
@@ -55,14 +55,15 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         start(self)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
-    pretend_many_processors(tmp_path, monkeypatch)
+    pretend_processors(monkeypatch)
     return left
 
 
 @pytest.mark.parametrize("possible", [0, 1, 6])
 def test_too_few_threads(possible: int, room: SimpleNamespace) -> None:
     """The message says how many there may be, nothing stays, and that many work."""
-    layer = CASE.layer(pool=PoolConfig(8, 1, (0,)))
+    node = (min(numa_nodes()),)
+    layer = CASE.layer(pool=PoolConfig(8, 1, node))
     before = _workers()
     for _ in range(3):
         room.threads = possible
@@ -71,7 +72,7 @@ def test_too_few_threads(possible: int, room: SimpleNamespace) -> None:
         assert f"start {possible} of the 7 threads" in str(caught.value)
         assert _workers() == before
     room.threads = possible
-    fewer = CASE.layer(pool=PoolConfig(possible + 1, 1, (0,)))
+    fewer = CASE.layer(pool=PoolConfig(possible + 1, 1, (*node,)))
     expected = CASE.layer().forward(*BATCH)
     assert np.array_equal(fewer.forward(*BATCH), expected)
     room.threads = 7

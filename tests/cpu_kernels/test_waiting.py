@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +20,11 @@ from hybrid_moe.cpu_kernels.drivers import worker
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
+from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 from hybrid_moe.cpu_kernels.slots import SlotScratch
 from hybrid_moe.formats import BF16, MXFP4
 from tests.cpu_kernels.cases import Array, Case, random_batch
-from tests.machines import pretend_many_processors
+from tests.machines import pretend_processors
 from tests.streams.interpreted import interpret
 
 HOUR, MINUTE = 3600, 60
@@ -35,13 +35,13 @@ Groups = Callable[..., PoolGroup]
 
 
 @pytest.fixture
-def patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Groups]:
+def patient(monkeypatch: pytest.MonkeyPatch) -> Iterator[Groups]:
     """Makes groups of any number of threads whose waits do not time out."""
-    pretend_many_processors(tmp_path, monkeypatch)
+    pretend_processors(monkeypatch)
     groups: list[PoolGroup] = []
 
     def make(threads: int, pools: int = 1) -> PoolGroup:
-        group = PoolGroup(PoolConfig(threads, pools, (0,) * pools))
+        group = PoolGroup(PoolConfig(threads, pools, (min(numa_nodes()),) * pools))
         groups.append(group)
         group._slots[f.G_TIMEOUT_NS] = HOUR * 10**9
         group._slots[f.G_TIMESPEC : f.G_TIMESPEC + 2] = (HOUR, 0)
