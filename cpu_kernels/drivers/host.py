@@ -139,6 +139,7 @@ def abandon(host: int, sequence: int, code: int, grace: int) -> None:
     withdraw(host, sequence)
     until = nanoseconds() + grace
     while not is_withdrawn(host, sequence) and nanoseconds() < until:
+        help_until(get(host, f.H_GROUP), sequence, 0, 0, 0)  # sleeps, unless the group has stopped
         pause()
     fail(host, code)
 

@@ -17,21 +17,13 @@ from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, worker
 from hybrid_moe.faults import check_errors
 from tests.streams.interpreted import Clock, interpret
-from tests.streams.model import H, I, Inputs, K, Model, layers
+from tests.streams.model import H, I, Inputs, K, Model
 
 SECOND = 10**9
 TIMEOUT = int(slots.TIMEOUT_S) * SECOND
 
 
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    """Jobs and reports that a test has left are gone before the next one."""
-    yield
-    group, made = layers()
-    while group.work():
-        pass
-    for layer in made:
-        layer.slot_report()
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def never() -> None:
