@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -262,20 +262,6 @@ def test_a_descriptor_owns_what_it_points_to() -> None:
 
 
 # the memory of jobs
-
-
-@pytest.fixture
-def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Bytes of the arenas that are made from now on."""
-    sizes: list[int] = []
-    init = Arena.__init__
-
-    def counted(self: Arena, nbytes: int, numa_nodes: Sequence[int] = ()) -> None:
-        sizes.append(nbytes)
-        init(self, nbytes, numa_nodes)
-
-    monkeypatch.setattr(Arena, "__init__", counted)
-    yield sizes
 
 
 @pytest.mark.parametrize("threads", THREADS)

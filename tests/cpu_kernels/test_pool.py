@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 
 from hybrid_moe.cpu_kernels.drivers.fields import G_SUBMITTED, MAX_POOLS, RING
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool import group as group_module
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
@@ -163,19 +161,12 @@ def test_a_thread_in_place_of_the_caller() -> None:
         layer.forward(*batches[0])
 
 
-def test_memory_of_jobs_is_reused_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_jobs_is_reused_and_bounded(mapped: list[int]) -> None:
     layer = CASE.layer()
     group = group_for(layer.pool)
     batch = random_batch(3, 64, 5, 2)
     layer.forward(*batch)
-    mapped: list[int] = []
-    map_memory = Arena.__init__
-
-    def counted(self: Arena, nbytes: int, numa_nodes: Sequence[int] = ()) -> None:
-        mapped.append(nbytes)
-        map_memory(self, nbytes, numa_nodes)
-
-    monkeypatch.setattr(Arena, "__init__", counted)
+    mapped.clear()
     for _ in range(5):
         layer.forward(*batch)
     assert not mapped, "equal batches use the memory that the first one mapped"

@@ -93,7 +93,8 @@ def one_task_stands_still(layer: ExpertLayer) -> Iterator[tuple[threading.Event,
     """The first gate/up task sets the first event, and waits for the second."""
     descriptor = layer._ready()[1]
     kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 9)
-    activate = kind(int(descriptor[f.L_ACTIVATE]))
+    address = int(descriptor[f.L_ACTIVATE])
+    activate = kind(address)
     aside, go_on, first = threading.Event(), threading.Event(), threading.Lock()
 
     def stalled(*arguments: int) -> None:
@@ -108,6 +109,7 @@ def one_task_stands_still(layer: ExpertLayer) -> Iterator[tuple[threading.Event,
         yield aside, go_on
     finally:
         go_on.set()
+        descriptor[f.L_ACTIVATE] = address
 
 
 class Posted:
