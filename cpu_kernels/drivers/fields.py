@@ -154,7 +154,9 @@ H_ABANDONED = 11  # newest job that its waiter gave up
 H_ENDED = 12  # visits of streams that are over: nothing of the slot is touched for them any more
 H_CLOSED = 13  # 1: the layer is gone, and whoever replays the slot gets NaN
 H_HIDDEN = 14  # of the layer
-HOST_SLOTS = 16
+H_SEEN = 15  # how far the pool was when the visit under way last saw progress,
+H_SINCE = 16  # and when that was, nanoseconds; or when its job was given up
+HOST_SLOTS = 18
 
 # What the runs of a layer's job slots have met. All only grow; several threads add.
 
@@ -195,8 +197,6 @@ W_CAPACITY = 1024
 E_MAILBOX = 0  # address, or 0: unused
 E_HOST = 1  # job slot under way, or 0
 E_SEQUENCE = 2  # its number, or 0 while the ring has no room
-E_SEEN = 3  # how far the pool was when it last made progress,
-E_SINCE = 4  # and when that was, nanoseconds
-E_CODE = 5  # why the job is being given up, or 0
+E_CODE = 3  # why the job is being given up, or 0
 ENTRY_SLOTS = 8
 WATCHER_SLOTS = W_ENTRIES + W_CAPACITY * ENTRY_SLOTS

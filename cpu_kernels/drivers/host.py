@@ -32,7 +32,7 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     store32,
     store_release,
 )
-from hybrid_moe.cpu_kernels.drivers.patience import patience, progress
+from hybrid_moe.cpu_kernels.drivers.patience import is_late, patience, start_clock
 from hybrid_moe.cpu_kernels.drivers.route import get, put
 from hybrid_moe.cpu_kernels.drivers.worker import (
     help_until,
@@ -229,18 +229,13 @@ def close_host(host: int) -> int:
 def post(host: int) -> None:
     """Launch a slot. Waits only while the ring is full, for its oldest job."""
     group = get(host, f.H_GROUP)
-    seen = progress(group)
-    since = nanoseconds()
+    start_clock(host)
     while True:
         oldest = load_acquire(group + 8 * f.G_COMPLETED) + 1  # a full ring has it, or had
         code = trouble(group)
         if code == 0 and has_room(group) and launch_slot(host) != f.NO_ROOM:
             return
-        now = progress(group)
-        if now != seen:
-            seen = now
-            since = nanoseconds()
-        elif code == 0 and nanoseconds() - since > patience(host):
+        if code == 0 and is_late(host):
             code = f.ERROR_TIMEOUT
         if code != 0:
             fail(host, code)
@@ -261,17 +256,13 @@ def wait(host: int) -> None:
     """Return when the latest launch is complete or given up."""
     group = get(host, f.H_GROUP)
     sequence = get(host, f.H_SEQUENCE)
-    seen = progress(group)
-    since = nanoseconds()
+    start_clock(host)
     while help_until(group, sequence, 0, 0, 0) == 0:
         code = trouble(group)
-        now = progress(group)
+        late = is_late(host)
         if load_acquire(group + 8 * f.G_COMPLETED) >= sequence:
             return
-        if now != seen:
-            seen = now
-            since = nanoseconds()
-        elif code == 0 and nanoseconds() - since > patience(host):
+        if code == 0 and late:
             code = f.ERROR_TIMEOUT
         if code != 0:
             abandon(host, sequence, code, mercy(host))
