@@ -41,14 +41,14 @@ test: install-dev
 
 # Tests whose truth may depend on the processor's tier. Each runs once for every other tier that this
 # processor can run, and for the kinds of tier that it lacks with their instructions emulated
-# (tests/machine.py); `make test` has run them for its own.
+# (tests/isa.py); `make test` has run them for its own.
 TIER_TESTS := $(addprefix tests/cpu_kernels/test_,tiers.py kernels.py layer.py coverage.py \
 	invariance.py pool.py slots.py ceilings.py) \
 	$(addprefix tests/hybrid_moe/test_,wrapper_forward.py wrapper_kernels.py wrapper_small.py \
 	transformers_experts.py export.py staging_kernels.py) \
 	tests/bench/test_steps.py tests/conformance tests/examples tests/streams/test_hand_over.py
 test-tiers: install-dev
-	for isa in $$($(BIN)/python -m tests.machine); do \
+	for isa in $$($(BIN)/python -m tests.isa); do \
 		echo "tier $$isa"; $(BIN)/python -m pytest --isa $$isa $(TIER_TESTS) || exit 1; done
 
 test-lowest:

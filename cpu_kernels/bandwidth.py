@@ -78,7 +78,7 @@ def cache_bytes() -> int:
 class ReadProbe:
     """Reads buffers far larger than the caches with pinned threads.
 
-    Every pool of `config` has a buffer on its own NUMA node, and every thread its part of it.
+    Every pool of `config` has a buffer on its own NUMA nodes, and every thread its part of it.
 
     Args:
         config: threads and where they run; a number places them as a model's workers.
@@ -107,8 +107,8 @@ class ReadProbe:
         self._arenas = []
         self._in_order: list[npt.NDArray[np.int64]] = []
         pools = zip(self._config.memory_nodes, self._config.threads_per_pool, strict=True)
-        for node, members in pools:
-            arena = Arena(members * self._bytes_per_call, node)
+        for nodes, members in pools:
+            arena = Arena(members * self._bytes_per_call, nodes)
             arena.bytes[:] = 1  # untouched pages would all be the one zero page
             self._arenas.append(arena)
             starts = arena.address + block * np.arange(members * blocks, dtype=np.int64)

@@ -45,14 +45,17 @@ def release(most: int | None = _FEW) -> None:
     Args:
         most: entries to look at, oldest first; None for all.
     """
-    # several threads, and the collector in the midst of this, may do it at the same time
+    # Several threads, and the collector in the midst of this, may do it at the same time. A busy
+    # entry is in the queue at any moment: an interrupt may fall between any two steps.
     for _ in range(len(_busy) if most is None else min(most, len(_busy))):
         try:
-            entry = _busy.popleft()
-        except IndexError:
-            return
-        if not entry[0].idle:
-            _busy.append(entry)
+            entry = _busy[0]
+            if entry[0].idle:
+                _busy.remove(entry)
+            else:
+                _busy.rotate(-1)
+        except (IndexError, ValueError):  # another thread was faster
+            continue
 
 
 def count() -> tuple[int, int]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.activation import Activation
+from hybrid_moe.cpu_kernels.descriptor import describe
 from hybrid_moe.cpu_kernels.drivers import check_machine
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
@@ -150,8 +151,8 @@ class ExpertLayer:
         self._pid = os.getpid()
         chosen = np.flatnonzero(resident)
         self._slots_of[chosen] = np.arange(len(chosen))
-        for pool, node in enumerate(self.pool.memory_nodes):
-            self._arenas.append(Arena(len(chosen) * self.expert_nbytes(pool), node))
+        for pool, nodes in enumerate(self.pool.memory_nodes):
+            self._arenas.append(Arena(len(chosen) * self.expert_nbytes(pool), nodes))
 
     def load(self, expert: int, tensors: ExpertTensors) -> None:
         """Check and pack one expert; the arrays may be reused afterwards.
@@ -244,54 +245,18 @@ class ExpertLayer:
         return np.copy(self._loaded)
 
     @property
-    def _tables(self) -> tuple[Array, ...]:
-        """What a descriptor points to, but for what `close` releases."""
-        tables: list[Array] = [self._parameters, self._no_bias, *self._bias_tables.values()]
-        return (*tables, self._gate_up, self._down, self._blocks, self._strips)
-
-    def _describe(self) -> Slots:
-        """The compiled code's view of this layer. It points into `_tables`."""
-        kernels = kernel_set(self.fmt.name, self.tier)
-        slots: Slots = np.zeros(f.LAYER_SLOTS, np.int64)
-        slots[f.L_EXPERTS] = self.num_experts
-        slots[f.L_HIDDEN] = self.hidden
-        slots[f.L_INTERMEDIATE] = self.intermediate
-        slots[f.L_ENCODE] = kernels.encode
-        slots[f.L_ACTIVATE] = kernels.activate
-        slots[f.L_COMBINE] = kernels.combine
-        slots[f.L_CLEAR] = kernels.clear
-        slots[f.L_FINISH] = kernels.finish
-        slots[f.L_ENTER] = kernels.enter
-        slots[f.L_LEAVE] = kernels.leave
-        slots[f.L_UNPACK] = kernels.unpack
-        slots[f.L_CHUNK_GROUP_BYTES] = kernels.chunk_group_bytes
-        slots[f.L_DIRECT_LIMIT] = kernels.direct_limit
-        slots[f.L_PARAMETERS] = self._parameters.ctypes.data
-        slots[f.L_X_ROW_BYTES] = kernels.encoding.row_bytes(self.gate_up_layout.groups)
-        slots[f.L_H_ROW_BYTES] = kernels.encoding.row_bytes(self.down_layout.groups)
-        slots[f.L_CHUNK_GROUPS] = kernels.chunk_groups
-        slots[f.L_GATE_BIAS] = self._bias_tables["gate"].ctypes.data
-        slots[f.L_UP_BIAS] = self._bias_tables["up"].ctypes.data
-        slots[f.L_DOWN_BIAS] = self._bias_tables["down"].ctypes.data
-        slots[f.L_GATE_UP] = self._gate_up.ctypes.data
-        slots[f.L_DOWN] = self._down.ctypes.data
-        slots[f.L_BLOCKS] = self._blocks.ctypes.data
-        slots[f.L_STRIPS] = self._strips.ctypes.data
-        for base, layout in (
-            (f.L_GU_LAYOUT, self.gate_up_layout),
-            (f.L_DN_LAYOUT, self.down_layout),
-        ):
-            slots[base : base + f.LAYOUT_SLOTS] = (
-                layout.groups,
-                layout.code_bytes_per_group,
-                layout.scale_bytes_per_group,
-                layout.scale_offset,
-                layout.nbytes,
-            )
-        for base, table in ((f.L_DIRECT, kernels.direct), (f.L_TILED, kernels.tiled)):
-            words = [word for dot in table for word in (dot.least, dot.most, dot.address)]
-            slots[base : base + len(words)] = words
-        return slots
+    def _tables(self) -> dict[int, Array]:
+        """What a descriptor points to, by its slot."""
+        return {
+            f.L_PARAMETERS: self._parameters,
+            f.L_GATE_BIAS: self._bias_tables["gate"],
+            f.L_UP_BIAS: self._bias_tables["up"],
+            f.L_DOWN_BIAS: self._bias_tables["down"],
+            f.L_GATE_UP: self._gate_up,
+            f.L_DOWN: self._down,
+            f.L_BLOCKS: self._blocks,
+            f.L_STRIPS: self._strips,
+        }
 
     # forward
 
@@ -415,12 +380,15 @@ class ExpertLayer:
             self._check_open()
             if self._ready_state is None:
                 self._group = self._group or group_for(self.pool)
-                descriptor = self._describe()
+                kernels, tables = kernel_set(self.fmt.name, self.tier), self._tables
+                descriptor = describe(
+                    kernels, self.num_experts, self.gate_up_layout, self.down_layout, tables
+                )
                 self._ready_state = _Ready(
                     self._group,
                     descriptor,
                     int(descriptor.ctypes.data),
-                    (*self._tables, self._arenas, self._biases),
+                    (*tables.values(), self._no_bias, self._arenas, self._biases),
                 )
             return self._ready_state
 

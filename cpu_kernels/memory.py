@@ -1,6 +1,6 @@
 """Arenas: large anonymous mappings that hold panels and scratch.
 
-An arena asks for huge pages, is not inherited by fork, and may prefer a NUMA node. Its views
+An arena asks for huge pages, is not inherited by fork, and may prefer some NUMA nodes. Its views
 keep it alive: the mapping goes when the last array over it does.
 """
 
@@ -15,29 +15,24 @@ import mmap
 import os
 import platform
 import weakref
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from hybrid_moe.cpu_kernels.pool import sysfiles
 from hybrid_moe.formats import Array
 
 logger = logging.getLogger(__name__)
 
 HUGE_PAGE = 2 << 20
-_MPOL_PREFERRED = 1
-_NODES = Path("/sys/devices/system/node")
+_MPOL_PREFERRED, _MPOL_INTERLEAVE = 1, 3
 _SYS_MBIND = {"x86_64": 237, "aarch64": 235}
 
 
 @functools.lru_cache(maxsize=1)
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
-
-
-@functools.lru_cache(maxsize=8)
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 _told_nodes: set[int] = set()
@@ -65,12 +60,13 @@ os.register_at_fork(after_in_child=_keep_inherited)
 class Arena:
     """`nbytes` of zeroed memory, aligned to 2 MiB, as `bytes` (uint8 [nbytes])."""
 
-    def __init__(self, nbytes: int, numa_node: int | None = None) -> None:
+    def __init__(self, nbytes: int, numa_nodes: Sequence[int] = ()) -> None:
         """Map the memory; nothing is resident before it is written.
 
         Args:
             nbytes: size.
-            numa_node: node to take the pages from while it has any, None for first touch.
+            numa_nodes: nodes to take the pages from in turn while they have any; none for first
+                touch.
 
         Raises:
             MemoryError: the system refuses the mapping; the message has the size.
@@ -84,50 +80,52 @@ class Arena:
             try:
                 mapping.madvise(getattr(mmap, advice))
             except (AttributeError, OSError) as error:
-                _warn_once(f"{advice} is not available: {error}")
+                sysfiles.warn_once(f"{advice} is not available: {error}")
         _live.add(mapping)
         raw = np.frombuffer(mapping, np.uint8)
         start = -raw.ctypes.data % HUGE_PAGE
         self.bytes: npt.NDArray[np.uint8] = raw[start : start + nbytes]
         self.address = int(raw.ctypes.data) + start
         self.nbytes = nbytes
-        if numa_node is not None:
-            _prefer(self.address, max(nbytes, 1), numa_node)
+        if numa_nodes:
+            _place(self.address, max(nbytes, 1), numa_nodes)
 
 
 def _free_on(node: int) -> int | None:
     """Bytes that a node has free or would free of its page cache; None where nobody tells."""
+    lines = sysfiles.lines(f"sys/devices/system/node/node{node}/meminfo")
     try:
-        lines = (_NODES / f"node{node}" / "meminfo").read_text().splitlines()
         fields = {words[2]: int(words[3]) for line in lines if len(words := line.split()) > 3}
-    except (OSError, ValueError):
+    except ValueError:
         return None
     names = ("MemFree:", "Active(file):", "Inactive(file):")
     return 1024 * sum(fields.get(name, 0) for name in names) if "MemFree:" in fields else None
 
 
-def _prefer(address: int, nbytes: int, node: int) -> None:
-    """Take the pages of a range from a node, and from others when it has no more: binding them
-    would end in the kernel's killing a process. Where mbind is not permitted, pages go where they
-    are first touched."""
-    free = _free_on(node)
-    if free is not None and free < nbytes:
-        _warn_once_for(
-            node,
-            f"NUMA node {node} has {free / 2**30:.1f} GiB left for {nbytes / 2**30:.1f} GiB of "
-            "packed experts: what does not fit goes to other nodes and is read more slowly",
-        )
+def _place(address: int, nbytes: int, nodes: Sequence[int]) -> None:
+    """Take the pages of a range from a node, or in turn from several whose threads read all of it;
+    and from others when these have no more: binding them would end in the kernel's killing a
+    process. Where mbind is not permitted, pages go where they are first touched."""
+    for node in nodes:
+        free, share = _free_on(node), nbytes / len(nodes)
+        if free is not None and free < share:
+            _warn_once_for(
+                node,
+                f"NUMA node {node} has {free / 2**30:.1f} GiB left for {share / 2**30:.1f} GiB of "
+                "packed experts: what does not fit goes to other nodes and is read more slowly",
+            )
     number = _SYS_MBIND.get(platform.machine())
     if number is None:
-        _warn_once("memory is placed by first touch: mbind is not known on this processor")
+        sysfiles.warn_once("memory is placed by first touch: mbind is not known on this processor")
         return
     mask = (ctypes.c_ulong * 16)()
-    mask[node // 64] = 1 << (node % 64)
+    for node in nodes:
+        mask[node // 64] |= 1 << (node % 64)
     result = _libc().syscall(
         ctypes.c_long(number),
         ctypes.c_void_p(address),
         ctypes.c_ulong(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE),
-        ctypes.c_int(_MPOL_PREFERRED),
+        ctypes.c_int(_MPOL_PREFERRED if len(nodes) == 1 else _MPOL_INTERLEAVE),
         mask,
         ctypes.c_ulong(16 * 64),
         ctypes.c_uint(0),
@@ -135,7 +133,9 @@ def _prefer(address: int, nbytes: int, node: int) -> None:
     if result != 0:
         code = ctypes.get_errno()
         name = errno.errorcode.get(code, str(code))
-        _warn_once(f"memory is placed by first touch: mbind failed with {name} {os.strerror(code)}")
+        sysfiles.warn_once(
+            f"memory is placed by first touch: mbind failed with {name} {os.strerror(code)}"
+        )
 
 
 class Workspace:

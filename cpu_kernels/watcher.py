@@ -19,6 +19,7 @@ import numpy as np
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.pool.group import FUTEX_NUMBERS, Slots
+from hybrid_moe.locks import ProcessLock
 
 _HOT_NS = 20_000_000  # steps of a decoding server follow each other more closely
 _NAP_NS = 50_000
@@ -57,7 +58,7 @@ class Watcher:
                 return False
             self._kept.append(owner)
             self._block[f.W_ENTRIES + count * f.ENTRY_SLOTS + f.E_MAILBOX] = mailbox
-            self._block[f.W_COUNT] = count + 1  # x86: stores are seen in this order
+            self._block[f.W_COUNT] = count + 1  # an entry whose address is not yet seen is unused
             return True
 
     def start(self) -> None:
@@ -83,7 +84,7 @@ class Watcher:
 
 
 _watcher: Watcher | None = None
-_watcher_lock = threading.Lock()
+_watcher_lock = ProcessLock()
 
 
 def watcher() -> Watcher:
@@ -98,8 +99,8 @@ def watcher() -> Watcher:
 
 def _start_anew_in_child() -> None:
     """The parent's thread does not exist in the child."""
-    global _watcher, _watcher_lock
-    _watcher, _watcher_lock = None, threading.Lock()
+    global _watcher
+    _watcher = None
 
 
 os.register_at_fork(after_in_child=_start_anew_in_child)

@@ -53,7 +53,8 @@ def check_errors() -> None:
     if count == _checked:
         return
     with _lock:
-        _checked, closed, _closed = count, closed_runs() - _closed, closed_runs()
+        runs = closed_runs()  # once: streams add to it at any moment
+        _checked, closed, _closed = count, runs - _closed, runs
         reporters = sorted(_reporters, key=lambda reporter: reporter.layer_idx)
     errors = [error for reporter in reporters if (error := reporter.take_error()) is not None]
     if closed > 0:

@@ -128,10 +128,11 @@ class Stager:
         buffers = self._pool.take(key, stream)
         try:
             slot = self._slot(buffers, tokens, ignored_ids)
+            ready = stream.record()
         except BaseException:
             self._pool.give_back(buffers, stream)
             raise
-        job = StagedJob(slot, buffers, tokens, self._pool, stream, stream.record(), join)
+        job = StagedJob(slot, buffers, tokens, self._pool, stream, ready, join)
         side = stream.side
         side.wait(job.posted)
         with side:
@@ -223,10 +224,11 @@ class StagedJob:
                 "CUDA graph or neither"
             )
         self._wait(stream)
-        with stream:
-            result = stream.to_device(self.buffers.out[: self.tokens])
-        self.pool.give_back(self.buffers, stream)
-        return result
+        try:
+            with stream:
+                return stream.to_device(self.buffers.out[: self.tokens])
+        finally:  # the device may be out of memory; the wait is queued all the same
+            self.pool.give_back(self.buffers, stream)
 
     def discard(self) -> None:
         """Queue the wait, so that the buffers can be used again. Where it cannot be queued, since

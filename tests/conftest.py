@@ -20,13 +20,13 @@ settings.load_profile("project")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--isa", metavar="TIER", help="as on a machine of this tier: tests/machine.py")
+    parser.addoption("--isa", metavar="TIER", help="as on a machine of this tier: tests/isa.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("HYBRID_MOE_ISA", None)
     if name := config.getoption("isa"):
-        from tests.machine import simulate
+        from tests.isa import simulate
 
         simulate(name)
 

@@ -120,7 +120,7 @@ G_DONE_WAKE = 3 * LINE_SLOTS  # futex word: bumped at every completion, and when
 G_SLEEPERS = 4 * LINE_SLOTS  # workers that are about to sleep on G_WAKE
 G_WAITERS = 5 * LINE_SLOTS  # threads that are about to sleep on G_DONE_WAKE
 G_STOP = 6 * LINE_SLOTS
-G_LOCK = 6 * LINE_SLOTS + 1  # 1 while somebody fills the next ring slot, 2 if others sleep on it
+G_LOCK = 6 * LINE_SLOTS + 1  # of who fills the next ring slot: 1, or 2 if others sleep on it
 G_ABANDONED = 6 * LINE_SLOTS + 2  # newest job whose waiter gave up: the pool is stuck until then
 G_SPIN_NS = 7 * LINE_SLOTS  # how long an idle worker spins before it sleeps,
 G_WAIT_SPIN_NS = G_SPIN_NS + 1  # and whoever waits for a phase, a job or the ring
@@ -154,7 +154,9 @@ H_ABANDONED = 11  # newest job that its waiter gave up
 H_ENDED = 12  # visits of streams that are over: nothing of the slot is touched for them any more
 H_CLOSED = 13  # 1: the layer is gone, and whoever replays the slot gets NaN
 H_HIDDEN = 14  # of the layer
-HOST_SLOTS = 16
+H_SEEN = 15  # how far the pool was when the visit under way last saw progress,
+H_SINCE = 16  # and when that was, nanoseconds; or when its job was given up
+HOST_SLOTS = 18
 
 # What the runs of a layer's job slots have met. All only grow; several threads add.
 
@@ -169,7 +171,7 @@ COUNTER_SLOTS = LINE_SLOTS
 
 # The mask of a layer as its latest launch saw it.
 
-K_LOCK = 0
+K_LOCK = 0  # as G_LOCK: of who launches a run of the layer, never while the pool is waited for
 K_EPOCH = 1  # grows by one at every launch that finds the mask changed
 K_LIVE = 2  # address of uint8 [E] that others change
 K_EXPERTS = 3
@@ -195,8 +197,6 @@ W_CAPACITY = 1024
 E_MAILBOX = 0  # address, or 0: unused
 E_HOST = 1  # job slot under way, or 0
 E_SEQUENCE = 2  # its number, or 0 while the ring has no room
-E_SEEN = 3  # how far the pool was when it last made progress,
-E_SINCE = 4  # and when that was, nanoseconds
-E_CODE = 5  # why the job is being given up, or 0
+E_CODE = 3  # why the job is being given up, or 0
 ENTRY_SLOTS = 8
 WATCHER_SLOTS = W_ENTRIES + W_CAPACITY * ENTRY_SLOTS

@@ -32,9 +32,15 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     store32,
     store_release,
 )
-from hybrid_moe.cpu_kernels.drivers.patience import patience, progress
+from hybrid_moe.cpu_kernels.drivers.patience import is_late, patience, start_clock
 from hybrid_moe.cpu_kernels.drivers.route import get, put
-from hybrid_moe.cpu_kernels.drivers.worker import help_until, ring_slot, try_launch
+from hybrid_moe.cpu_kernels.drivers.worker import (
+    help_until,
+    lock,
+    ring_slot,
+    try_launch,
+    unlock,
+)
 
 _NAN_PAIR = 0x7FC07FC0  # two bf16
 
@@ -133,6 +139,7 @@ def abandon(host: int, sequence: int, code: int, grace: int) -> None:
     withdraw(host, sequence)
     until = nanoseconds() + grace
     while not is_withdrawn(host, sequence) and nanoseconds() < until:
+        help_until(get(host, f.H_GROUP), sequence, 0, 0, 0)  # sleeps, unless the group has stopped
         pause()
     fail(host, code)
 
@@ -155,15 +162,8 @@ def has_room(group: int) -> bool:
 
 
 @driver
-def lock_mask(mask: int) -> None:
-    """Take the right to launch runs of the layer. Never held while somebody waits for the pool."""
-    while not compare_swap(mask + 8 * f.K_LOCK, 0, 1):
-        pause()
-
-
-@driver
 def snapshot_mask(mask: int) -> int:
-    """Bring the layer's copy of the mask, which is locked, up to date; return its epoch."""
+    """Bring the layer's copy of the mask up to date; return its epoch. The caller holds K_LOCK."""
     live = get(mask, f.K_LIVE)
     copy = mask + 8 * f.K_SLOTS
     changed = 0
@@ -177,28 +177,24 @@ def snapshot_mask(mask: int) -> int:
 
 
 @driver
-def unlock_mask(mask: int) -> None:
-    store_release(mask + 8 * f.K_LOCK, 0)
-
-
-@driver
 def launch_slot(host: int) -> int:
     """Route and publish the template job of a slot: its number, 0 if it failed, or NO_ROOM."""
     template = get(host, f.H_TEMPLATE)
+    group = get(host, f.H_GROUP)
     mask = get(host, f.H_MASK)
-    lock_mask(mask)
+    lock(group, mask + 8 * f.K_LOCK)
     if get(host, f.H_CLOSED) != 0:
-        unlock_mask(mask)
+        unlock(group, mask + 8 * f.K_LOCK)
         fill_nan(host)
         put(host, f.H_SEQUENCE, 0)
         fetch_add(get(host, f.H_FAULTS) + 8, 1)
         fault(host)
         return 0
     epoch = snapshot_mask(mask)
-    sequence = try_launch(get(host, f.H_GROUP), template, host + 8 * f.H_FOUND)
+    sequence = try_launch(group, template, host + 8 * f.H_FOUND)
     if sequence > 0:
         put(host, f.H_SEQUENCE, sequence)
-    unlock_mask(mask)
+    unlock(group, mask + 8 * f.K_LOCK)
     if sequence == f.NO_ROOM:
         return sequence
     put(host, f.H_EPOCH, epoch)
@@ -220,34 +216,31 @@ def launch_slot(host: int) -> int:
 def close_host(host: int) -> int:
     """Let no run of a slot begin any more: later posts of it give NaN, and read nothing of the
     layer. What has been launched runs on."""
-    mask = get(host, f.H_MASK)
-    lock_mask(mask)
+    group = get(host, f.H_GROUP)
+    word = get(host, f.H_MASK) + 8 * f.K_LOCK
+    lock(group, word)
     put(host, f.H_CLOSED, 1)
     put(get(host, f.H_TEMPLATE), f.J_LAYER, 0)
-    unlock_mask(mask)
+    unlock(group, word)
     return 0
 
 
 @driver
 def post(host: int) -> None:
-    """Launch a slot. Waits only while the ring is full."""
+    """Launch a slot. Waits only while the ring is full, for its oldest job."""
     group = get(host, f.H_GROUP)
-    seen = progress(group)
-    since = nanoseconds()
+    start_clock(host)
     while True:
+        oldest = load_acquire(group + 8 * f.G_COMPLETED) + 1  # a full ring has it, or had
         code = trouble(group)
         if code == 0 and has_room(group) and launch_slot(host) != f.NO_ROOM:
             return
-        now = progress(group)
-        if now != seen:
-            seen = now
-            since = nanoseconds()
-        elif code == 0 and nanoseconds() - since > patience(host):
+        if code == 0 and is_late(host):
             code = f.ERROR_TIMEOUT
         if code != 0:
             fail(host, code)
             return
-        pause()
+        help_until(group, oldest, 0, 0, 0)
 
 
 @driver
@@ -263,17 +256,13 @@ def wait(host: int) -> None:
     """Return when the latest launch is complete or given up."""
     group = get(host, f.H_GROUP)
     sequence = get(host, f.H_SEQUENCE)
-    seen = progress(group)
-    since = nanoseconds()
+    start_clock(host)
     while help_until(group, sequence, 0, 0, 0) == 0:
         code = trouble(group)
-        now = progress(group)
+        late = is_late(host)
         if load_acquire(group + 8 * f.G_COMPLETED) >= sequence:
             return
-        if now != seen:
-            seen = now
-            since = nanoseconds()
-        elif code == 0 and nanoseconds() - since > patience(host):
+        if code == 0 and late:
             code = f.ERROR_TIMEOUT
         if code != 0:
             abandon(host, sequence, code, mercy(host))

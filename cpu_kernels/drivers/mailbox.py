@@ -31,7 +31,7 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     store_release,
     system_call,
 )
-from hybrid_moe.cpu_kernels.drivers.patience import patience, progress
+from hybrid_moe.cpu_kernels.drivers.patience import is_late, start_clock
 from hybrid_moe.cpu_kernels.drivers.route import get, put
 
 _FUTEX_WAIT_PRIVATE = 128
@@ -52,26 +52,14 @@ def accept(entry: int, host: int) -> None:
     store_release(get(entry, f.E_MAILBOX) + 8 * f.M_POSTED, 0)
     put(entry, f.E_SEQUENCE, 0)
     put(entry, f.E_CODE, 0)
-    put(entry, f.E_SEEN, progress(get(host, f.H_GROUP)))
-    put(entry, f.E_SINCE, nanoseconds())
+    start_clock(host)
     put(entry, f.E_HOST, host)
-
-
-@driver
-def is_late(entry: int, host: int) -> bool:
-    """Whether the pool has made no progress for as long as the slot has patience."""
-    now = progress(get(host, f.H_GROUP))
-    if now != get(entry, f.E_SEEN):
-        put(entry, f.E_SEEN, now)
-        put(entry, f.E_SINCE, nanoseconds())
-        return False
-    return nanoseconds() - get(entry, f.E_SINCE) > patience(host)
 
 
 @driver
 def give_up(entry: int, host: int) -> None:
     """Answer for a job that is withdrawn: once nobody writes to its output, or some time later."""
-    late = nanoseconds() - get(entry, f.E_SINCE) > mercy(host)
+    late = nanoseconds() - get(host, f.H_SINCE) > mercy(host)
     if late or is_withdrawn(host, get(entry, f.E_SEQUENCE)):
         fail(host, get(entry, f.E_CODE))
         answer(entry)
@@ -97,7 +85,7 @@ def advance(entry: int, host: int) -> None:
         if launched != f.NO_ROOM:
             put(entry, f.E_SEQUENCE, launched)
             return
-    if code == 0 and is_late(entry, host):
+    if code == 0 and is_late(host):
         code = f.ERROR_TIMEOUT
     if code == 0:
         return
@@ -107,7 +95,7 @@ def advance(entry: int, host: int) -> None:
         return
     withdraw(host, sequence)
     put(entry, f.E_CODE, code)
-    put(entry, f.E_SINCE, nanoseconds())
+    put(host, f.H_SINCE, nanoseconds())
     give_up(entry, host)
 
 

@@ -13,8 +13,8 @@ and a dead pool is found after a minute at decode sizes, and some ten at the lon
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.memory import driver, load_acquire
-from hybrid_moe.cpu_kernels.drivers.route import get
+from hybrid_moe.cpu_kernels.drivers.memory import driver, load_acquire, nanoseconds
+from hybrid_moe.cpu_kernels.drivers.route import get, put
 
 NS_PER_MAC = 10
 
@@ -56,3 +56,21 @@ def patience(host: int) -> int:
     """Nanoseconds without progress after which the job that a slot waits for is given up. Only the
     ring is read: what a job of others points at may be gone."""
     return get(host, f.H_TIMEOUT_NS) + get(head_of(get(host, f.H_GROUP)), f.J_TASK_NS)
+
+
+@driver
+def start_clock(host: int) -> None:
+    """A visit of a slot begins to wait."""
+    put(host, f.H_SEEN, progress(get(host, f.H_GROUP)))
+    put(host, f.H_SINCE, nanoseconds())
+
+
+@driver
+def is_late(host: int) -> bool:
+    """Whether the pool has made no progress for as long as the slot has patience."""
+    now = progress(get(host, f.H_GROUP))
+    if now != get(host, f.H_SEEN):
+        put(host, f.H_SEEN, now)
+        put(host, f.H_SINCE, nanoseconds())
+        return False
+    return nanoseconds() - get(host, f.H_SINCE) > patience(host)

@@ -173,18 +173,26 @@ def take_tasks(
 def phase_is_done(job: int, sequence: int, phase: int) -> bool:
     """A finished phase of this job; also true when the ring slot holds a later job."""
     done = load_acquire(job + 8 * (f.J_DONE + phase * f.LINE_SLOTS))
-    if get(job, f.J_SEQUENCE) != sequence:
+    if load_acquire(job + 8 * f.J_SEQUENCE) != sequence:
         return True
-    return done >= get(job, f.J_TOTAL + phase)
+    return done >= load_acquire(job + 8 * (f.J_TOTAL + phase))
 
 
 @driver
 def sleep_in_phase(group: int, job: int, sequence: int, phase: int, timeout: int) -> None:
-    """Sleep until somebody ends a phase. Those who still run its tasks get the core meanwhile."""
+    """Sleep until somebody ends a phase. Those who still run its tasks get the core meanwhile.
+
+    A thread that the system puts aside in here may read the total of a later job in the same ring
+    slot. That one has begun after this job was complete, which is therefore looked at last.
+    """
     seen = load_acquire(group + 8 * f.G_PHASE_WAKE)
     fetch_add(group + 8 * f.G_PHASE_SLEEPERS, 1)
     fence()  # with `end_phase`, which counts the last task and then reads G_PHASE_SLEEPERS
-    if not phase_is_done(job, sequence, phase) and load_acquire(group + 8 * f.G_STOP) == 0:
+    if (
+        not phase_is_done(job, sequence, phase)
+        and load_acquire(group + 8 * f.G_COMPLETED) < sequence
+        and load_acquire(group + 8 * f.G_STOP) == 0
+    ):
         sleep_on(group, f.G_PHASE_WAKE, seen, timeout)
     fetch_add(group + 8 * f.G_PHASE_SLEEPERS, -1)
 
@@ -354,7 +362,8 @@ def publish(group: int, job: int) -> int:
     """Hand a prepared job of the ring to the workers. The caller holds the ring's lock."""
     sequence = get(job, f.J_SEQUENCE)
     for phase in range(f.PHASES):
-        store64(job + 8 * (f.J_DONE + phase * f.LINE_SLOTS), 0)
+        # released: who reads the new count reads the new sequence number, see `phase_is_done`
+        store_release(job + 8 * (f.J_DONE + phase * f.LINE_SLOTS), 0)
         for pool in range(get(job, f.J_POOLS)):
             word = job + 8 * (f.J_CLAIM + (phase * f.MAX_POOLS + pool) * f.LINE_SLOTS)
             store_release(word, sequence << f.CLAIM_BITS)
@@ -366,10 +375,10 @@ def publish(group: int, job: int) -> int:
 
 
 @driver
-def lock_ring(group: int) -> None:
-    """Take the right to fill the next ring slot. Held for microseconds, unless the system puts the
-    holder aside: then others sleep on the word, which is 2 as long as any of them may."""
-    word = group + 8 * f.G_LOCK
+def lock(group: int, word: int) -> None:
+    """Take the lock in the word at address `word`: the ring's, that of a layer's mask. Held for
+    microseconds, unless the system puts the holder aside: then others sleep on the word, which is 2
+    as long as any of them may, and 1 while it is held otherwise."""
     spins = 0
     until = 0
     while not compare_swap(word, 0, 1 if until != _TIRED else 2):
@@ -377,12 +386,11 @@ def lock_ring(group: int) -> None:
             spins += 1
             until = spin(spins, until, get(group, f.G_WAIT_SPIN_NS))
         elif compare_swap(word, 1, 2) or load_acquire(word) == 2:
-            sleep_on(group, f.G_LOCK, 2, 0)
+            system_call(get(group, f.G_FUTEX), word, _FUTEX_WAIT_PRIVATE, 2, 0)
 
 
 @driver
-def unlock_ring(group: int) -> None:
-    word = group + 8 * f.G_LOCK
+def unlock(group: int, word: int) -> None:
     if not compare_swap(word, 1, 0):
         store_release(word, 0)  # it was 2
         system_call(get(group, f.G_FUTEX), word, _FUTEX_WAKE_PRIVATE, 1, 0)
@@ -396,10 +404,11 @@ def try_launch(group: int, template: int, found: int) -> int:
     expert that is neither loaded nor skipped (0 is an expert too; sequence numbers start at 1);
     nothing runs then. The number of ids out of range goes to `found`.
     """
-    lock_ring(group)
+    ring = group + 8 * f.G_LOCK
+    lock(group, ring)
     sequence = load_acquire(group + 8 * f.G_SUBMITTED) + 1
     if load_acquire(group + 8 * f.G_COMPLETED) + f.RING <= sequence:
-        unlock_ring(group)
+        unlock(group, ring)
         return f.NO_ROOM
     job = ring_slot(group, sequence)
     open_slot(job, sequence)
@@ -410,5 +419,5 @@ def try_launch(group: int, template: int, found: int) -> int:
     if missing == 0:
         put(job, f.J_TASK_NS, task_nanoseconds(job))
         publish(group, job)
-    unlock_ring(group)
+    unlock(group, ring)
     return sequence if missing == 0 else 1 - missing

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from hybrid_moe.cpu_kernels.drivers.fields import MAX_POOLS
 from hybrid_moe.cpu_kernels.pool.affinity import bound_to
-from hybrid_moe.cpu_kernels.pool.placement import Placement, place, spread_pools
+from hybrid_moe.cpu_kernels.pool.placement import Nodes, Placement, place, spread_pools
 from hybrid_moe.cpu_kernels.pool.topology import cores_of, numa_nodes, usable_cores
 
 
@@ -108,15 +108,15 @@ class PoolConfig:
             raise ValueError(f"unknown NUMA node {unknown[0]}: this process may use {known}")
 
     @property
-    def nodes(self) -> tuple[int | None, ...]:
-        """The NUMA node of each pool, None for a pool on several."""
-        return tuple(own[0] if len(own) == 1 else None for own in self.placement.pools)
+    def nodes(self) -> tuple[Nodes, ...]:
+        """The NUMA nodes of each pool."""
+        return self.placement.pools
 
     @property
-    def memory_nodes(self) -> tuple[int | None, ...]:
-        """The node that each pool's memory is bound to; None for first touch: the pool is on
-        several nodes, or there is one only."""
-        return self.nodes if len(numa_nodes()) > 1 else (None,) * self.pools
+    def memory_nodes(self) -> tuple[Nodes, ...]:
+        """The nodes that each pool's memory is asked of: its own, in turn if it is on several; none
+        (first touch) where there is one only."""
+        return self.nodes if len(numa_nodes()) > 1 else ((),) * self.pools
 
     @property
     def threads_per_pool(self) -> tuple[int, ...]:

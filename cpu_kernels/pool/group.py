@@ -27,6 +27,7 @@ from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.affinity import bind_thread
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.idle import IdleJobs
+from hybrid_moe.locks import ProcessLock
 
 if TYPE_CHECKING:
     from hybrid_moe.cpu_kernels.job import StagedJob
@@ -242,7 +243,7 @@ class PoolGroup:
 
 
 _groups: dict[PoolConfig, PoolGroup] = {}
-_groups_lock = threading.Lock()
+_groups_lock = ProcessLock()
 _inherited: list[object] = []  # the parent's groups in a forked child: unusable, never freed
 
 
@@ -263,12 +264,10 @@ def stop_all() -> None:
 
 
 def _start_anew_in_child() -> None:
-    """The parent's threads do not exist in the child, which may start its own; a lock that another
-    thread held at the fork would never open."""
-    global _groups, _groups_lock
+    """The parent's threads do not exist in the child, which may start its own."""
+    global _groups
     _inherited.append(_groups)
     _groups = {}
-    _groups_lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_start_anew_in_child)

@@ -1,14 +1,15 @@
-"""What holds after every test of the kernels, and what those of the object cache share."""
+"""What holds after every test of the kernels, and what several of them share."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from hybrid_moe.cpu_kernels.jit import cache, compile
+from hybrid_moe.cpu_kernels.memory import Arena
 from tests.cpu_kernels.amx import emulator
 
 
@@ -23,6 +24,20 @@ def no_errors_of_emulated_instructions() -> Iterator[None]:
     while emulator().configured and time.monotonic() < patience:
         time.sleep(0.001)
     assert not emulator().configured
+
+
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of the arenas that are made from now on."""
+    sizes: list[int] = []
+    init = Arena.__init__
+
+    def counted(self: Arena, nbytes: int, numa_nodes: Sequence[int] = ()) -> None:
+        sizes.append(nbytes)
+        init(self, nbytes, numa_nodes)
+
+    monkeypatch.setattr(Arena, "__init__", counted)
+    return sizes
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -159,8 +160,8 @@ def test_uninitialised_memory_is_never_read(
     map_memory = Arena.__init__
     poisoned: list[int] = []
 
-    def map_poisoned(self: Arena, nbytes: int, numa_node: int | None = None) -> None:
-        map_memory(self, nbytes, numa_node)
+    def map_poisoned(self: Arena, nbytes: int, numa_nodes: Sequence[int] = ()) -> None:
+        map_memory(self, nbytes, numa_nodes)
         self.bytes[:] = 0xFF
         poisoned.append(nbytes)
 

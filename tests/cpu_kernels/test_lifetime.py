@@ -6,7 +6,8 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,14 +223,14 @@ def test_first_passes_of_several_threads(monkeypatch: pytest.MonkeyPatch) -> Non
     """One descriptor is built, and what it points to lives as long as jobs that have it."""
     layer = CASE.layer()
     expected = CASE.layer().forward(*BATCH)
-    describe, built = ExpertLayer._describe, []
+    describe, built = layer_module.describe, []
     barrier = threading.Barrier(4)
 
-    def counted(self: ExpertLayer) -> object:
+    def counted(*arguments: Any) -> object:
         built.append(threading.get_ident())
-        return describe(self)
+        return describe(*arguments)
 
-    monkeypatch.setattr(ExpertLayer, "_describe", counted)
+    monkeypatch.setattr(layer_module, "describe", counted)
     results: list[Array] = []
 
     def first() -> None:
@@ -246,7 +247,7 @@ def test_first_passes_of_several_threads(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_descriptor_owns_what_it_points_to() -> None:
-    """Every address in it lies in an array that `_tables` names."""
+    """Every address in it, and in the tables of biases, is that of an array that jobs own."""
     layer = CASE.layer()
     layer.forward(*BATCH)
     ready = layer._get_ready()
@@ -254,23 +255,13 @@ def test_a_descriptor_owns_what_it_points_to() -> None:
     pointers = (f.L_PARAMETERS, f.L_GATE_BIAS, f.L_UP_BIAS, f.L_DOWN_BIAS)
     pointers += (f.L_GATE_UP, f.L_DOWN, f.L_BLOCKS, f.L_STRIPS)
     assert {int(ready.descriptor[slot]) for slot in pointers} <= named
+    biases = {array.ctypes.data for array in layer._biases.values()}
+    assert any(own is layer._biases for own in ready.memory)
+    for table in layer._bias_tables.values():
+        assert set(table.tolist()) <= named | biases
 
 
 # the memory of jobs
-
-
-@pytest.fixture
-def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Bytes of the arenas that are made from now on."""
-    sizes: list[int] = []
-    init = Arena.__init__
-
-    def counted(self: Arena, nbytes: int, numa_node: int | None = None) -> None:
-        sizes.append(nbytes)
-        init(self, nbytes, numa_node)
-
-    monkeypatch.setattr(Arena, "__init__", counted)
-    yield sizes
 
 
 @pytest.mark.parametrize("threads", THREADS)

@@ -125,7 +125,7 @@ def test_laws_on_named_nodes(on: Callable[[str], Machine], data: st.DataObject) 
         return
     threads = data.draw(st.integers(len(nodes), most), "threads")
     config = PoolConfig.choose(threads, None, tuple(nodes))
-    assert config.nodes == tuple(nodes)
+    assert config.nodes == tuple((node,) for node in nodes)
     _check(machine, config)
     if most < machine.most_threads:
         with pytest.raises(ValueError, match=f"may use {most} processors"):
@@ -181,7 +181,7 @@ def test_neighbouring_nodes_share_a_pool(on: Callable[[str], Machine]) -> None:
     pairs = tuple((n, n + 1) for n in range(0, 16, 2))
     config = PoolConfig.choose()
     assert config.placement.pools == pairs
-    assert config.nodes == config.memory_nodes == (None,) * 8
+    assert config.memory_nodes == pairs
     on("twenty-three nodes")
     runs = PoolConfig.choose().placement.pools
     assert tuple(itertools.chain(*runs)) == tuple(range(23))
@@ -191,16 +191,16 @@ def test_neighbouring_nodes_share_a_pool(on: Callable[[str], Machine]) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "memory"),
     [
-        ("two sockets, siblings n and n+32", {}, (0, 1)),
-        ("two sockets, siblings n and n+32", {"pools": 1}, (None,)),
-        ("two sockets, siblings n and n+32", {"numa_nodes": (1,)}, (1,)),
-        ("memory-only nodes", {}, (None,)),
-        ("nodes without memory", {}, (0, 2)),
-        ("container with a cpuset", {}, (None,)),
+        ("two sockets, siblings n and n+32", {}, ((0,), (1,))),
+        ("two sockets, siblings n and n+32", {"pools": 1}, ((0, 1),)),
+        ("two sockets, siblings n and n+32", {"numa_nodes": (1,)}, ((1,),)),
+        ("memory-only nodes", {}, ((),)),
+        ("nodes without memory", {}, ((0,), (2,))),
+        ("container with a cpuset", {}, ((),)),
     ],
 )
-def test_memory_is_bound_to_the_node_of_its_pool(
-    name: str, arguments: dict[str, object], memory: tuple[int | None, ...],
+def test_memory_comes_from_the_nodes_of_its_pool(
+    name: str, arguments: dict[str, object], memory: tuple[tuple[int, ...], ...],
     on: Callable[[str], Machine],
 ) -> None:  # fmt: skip
     on(name)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import gc
 import random
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hybrid_moe.cpu_kernels.drivers.fields import G_SUBMITTED, MAX_POOLS, RING
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.cpu_kernels.memory import Arena
-from hybrid_moe.cpu_kernels.pool import config as config_module
 from hybrid_moe.cpu_kernels.pool import group as group_module
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.formats import MXFP4
 from tests.cpu_kernels.cases import Array, Case, random_batch
-from tests.machines import pretend_processors
+from tests.machines import Machine, pretend_processors
 
 _NODE = min(numa_nodes())
 MOST = min(2, usable_cores())
@@ -47,11 +46,10 @@ def test_configurations_that_cannot_be(arguments: dict[str, object], message: st
         PoolConfig(**arguments)  # type: ignore[arg-type]
 
 
-def test_threads_are_spread_over_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "usable_cores", lambda: 6)
-    monkeypatch.setattr(config_module, "numa_nodes", lambda: {0: (0, 1, 2, 3), 2: (8, 9)})
+def test_threads_are_spread_over_pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine({0: "0-3", 2: "8-9"}).pretend(tmp_path, monkeypatch)
     config = PoolConfig(5, 2)
-    assert config.nodes == (0, 2)
+    assert config.nodes == ((0,), (2,))
     assert config.threads_per_pool == (3, 2)
     assert config.worker_pools() == (0, 0, 0, 1, 1)
     assert config.worker_cpus() == (0, 1, 2, 8, 9)
@@ -163,19 +161,12 @@ def test_a_thread_in_place_of_the_caller() -> None:
         layer.forward(*batches[0])
 
 
-def test_memory_of_jobs_is_reused_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_jobs_is_reused_and_bounded(mapped: list[int]) -> None:
     layer = CASE.layer()
     group = group_for(layer.pool)
     batch = random_batch(3, 64, 5, 2)
     layer.forward(*batch)
-    mapped: list[int] = []
-    map_memory = Arena.__init__
-
-    def counted(self: Arena, nbytes: int, numa_node: int | None = None) -> None:
-        mapped.append(nbytes)
-        map_memory(self, nbytes, numa_node)
-
-    monkeypatch.setattr(Arena, "__init__", counted)
+    mapped.clear()
     for _ in range(5):
         layer.forward(*batch)
     assert not mapped, "equal batches use the memory that the first one mapped"

@@ -22,6 +22,7 @@ from hybrid_moe.cpu_kernels.jit.driver import Driver
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool import group as group_module
+from hybrid_moe.cpu_kernels.pool import sysfiles
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
@@ -110,14 +111,24 @@ def test_the_command_line_says_it_in_one_paragraph(
 # memory
 
 
-def _meminfo(folder: Path, node: int, **kib: int) -> None:
+def _meminfo(root: Path, node: int, **kib: int) -> None:
+    folder = root / "sys/devices/system/node"
     (folder / f"node{node}").mkdir(parents=True)
     lines = [f"Node {node} {name.replace('_', '(')}: {size:8} kB\n" for name, size in kib.items()]
     text = "".join(line.replace("(file:", "(file):") for line in lines)
     (folder / f"node{node}" / "meminfo").write_text(text + f"Node {node} HugePages_Total:     0\n")
 
 
-def test_a_node_is_preferred_and_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+MPOL_PREFERRED, MPOL_INTERLEAVE = 1, 3  # linux/mempolicy.h
+
+
+@pytest.mark.parametrize(
+    ("nodes", "policy", "words"),
+    [((65,), MPOL_PREFERRED, [0, 2, 0]), ((0, 3, 64), MPOL_INTERLEAVE, [9, 1, 0])],
+)
+def test_nodes_are_asked_for_and_not_bound(
+    nodes: tuple[int, ...], policy: int, words: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MPOL_BIND on a node that is too small ends with the kernel's killing a process."""
     calls: list[tuple[Any, ...]] = []
 
@@ -126,18 +137,17 @@ def test_a_node_is_preferred_and_no_bound(monkeypatch: pytest.MonkeyPatch) -> No
         return 0
 
     monkeypatch.setattr(memory, "_libc", lambda: SimpleNamespace(syscall=syscall))
-    arena = Arena(5 << 20, 65)
-    ((number, address, nbytes, policy, mask, *_),) = calls
+    arena = Arena(5 << 20, nodes)
+    ((number, address, nbytes, mode, mask, *_),) = calls
     assert number.value == {"x86_64": 237, "aarch64": 235}[platform.machine()]
     assert (address.value, nbytes.value) == (arena.address, 5 << 20)
-    mpol_preferred = 1
-    assert policy.value == mpol_preferred
-    assert list(mask)[:3] == [0, 2, 0]
+    assert mode.value == policy
+    assert list(mask)[:3] == words
 
 
-def test_mbind_takes_the_node() -> None:
+def test_mbind_takes_the_nodes() -> None:
     """On this machine: the pages are there and the call was not refused."""
-    arena = Arena(4 << 20, min(numa_nodes()))
+    arena = Arena(4 << 20, tuple(numa_nodes()))
     arena.bytes[:] = 7
     assert int(arena.bytes.sum(dtype=np.int64)) == 7 * (4 << 20)
 
@@ -149,19 +159,21 @@ def test_a_node_with_too_little_memory(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Said once for each node, with what is there and what is wanted; the page cache counts as
-    free; silence where the system does not tell."""
+    """Said once for each node, with what is there and what is wanted of it; the page cache counts
+    as free; silence where the system does not tell."""
     _meminfo(tmp_path, 0, MemTotal=10**9, **{k: v << 20 for k, v in free.items()})
-    monkeypatch.setattr(memory, "_NODES", tmp_path)
+    monkeypatch.setattr(sysfiles, "ROOT", tmp_path)
     monkeypatch.setattr(memory, "_told_nodes", set())
     monkeypatch.setattr(memory, "_libc", lambda: SimpleNamespace(syscall=lambda *_: 0))
     left = sum(free.values()) << 30
     with caplog.at_level(logging.WARNING, logger=memory.__name__):
-        memory._prefer(0, left, 0)
-        memory._prefer(0, left, 1)
+        memory._place(0, left, (0,))
+        memory._place(0, left, (1,))
+        memory._place(0, 2 * left, (0, 1))
         assert not caplog.records
         for _ in range(3):
-            memory._prefer(0, left + (1 << 30), 0)
+            memory._place(0, 2 * left + (2 << 30), (0, 1))
+            memory._place(0, left + (1 << 30), (0,))
     if not free:
         assert not caplog.records
         return

@@ -192,21 +192,22 @@ def test_buffers_of_a_dropped_job_are_used_again_when_it_has_run() -> None:
     assert third.buffers not in (buffers, second.buffers)
 
 
-@pytest.mark.parametrize("refused", ["post", "wait"])
+@pytest.mark.parametrize("refused", ["record", "post", "wait", "copy"])
 def test_a_stream_that_refuses_leaves_nothing_behind(
     refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s = Setup()
     stream, inputs = s.stream(), batch(2)
-    real = EmulatedStream.host_function
+    name = {"record": "record", "copy": "to_device"}.get(refused, "host_function")
+    real = getattr(EmulatedStream, name)
 
-    def refuse(self: EmulatedStream, function: int, user_data: int) -> None:
-        if (self is stream) == (refused == "wait"):
+    def refuse(self: EmulatedStream, *arguments: Any) -> Any:
+        if (self is stream) == (refused != "post"):
             raise RuntimeError("not permitted")
-        real(self, function, user_data)
+        return real(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EmulatedStream, "host_function", refuse)
+        patch.setattr(EmulatedStream, name, refuse)
         with pytest.raises(RuntimeError, match="not permitted"):
             s.stager.submit(stream, *inputs).result(stream)
     s.gpu.run()

@@ -82,9 +82,12 @@ class ManualWatcher(Watcher):
             drivers.addresses()["watch_once"]
         )
 
-    def _seen(self) -> bytes:
-        used = int(self._block[f.W_COUNT]) * f.ENTRY_SLOTS
-        return self._block[f.W_ENTRIES : f.W_ENTRIES + used].tobytes()
+    def _seen(self) -> list[bytes]:
+        """Its entries, and the mailboxes."""
+        count = int(self._block[f.W_COUNT])
+        entries = self._block[f.W_ENTRIES :][: count * f.ENTRY_SLOTS].reshape(-1, f.ENTRY_SLOTS)
+        mailboxes = entries[:, f.E_MAILBOX].tolist()
+        return [entries.tobytes(), *(ctypes.string_at(m, 8 * f.MAILBOX_SLOTS) for m in mailboxes)]
 
     def addresses(self) -> Iterator[int]:
         """Mailboxes, and slots under way."""

@@ -7,6 +7,7 @@ Ten thousand drops: python -m pytest tests/streams/test_drops.py --hypothesis-pr
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -171,6 +172,31 @@ def test_memory_that_is_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "AssertionError" in found(points()[:1])
     monkeypatch.undo()
     keeping.release(most=None)
+
+
+def test_an_interrupt_between_two_looks_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is raised wherever Python is, also while a submission looks at what is idle by now."""
+
+    class State:
+        over: bool | None = False
+
+        @property
+        def idle(self) -> bool:
+            if self.over is None:
+                raise KeyboardInterrupt
+            return self.over
+
+    monkeypatch.setattr(keeping, "_busy", deque())
+    states = [State() for _ in range(3)]
+    for state in states:
+        keeping.until_idle(state, bytearray(1))
+    states[1].over = None
+    with pytest.raises(KeyboardInterrupt):
+        keeping.release()
+    assert {state for state, _ in keeping._busy} == set(states)
+    states[0].over, states[1].over = True, False
+    keeping.release()
+    assert {state for state, _ in keeping._busy} == set(states[1:])
 
 
 def test_jobs_whose_loss_is_not_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

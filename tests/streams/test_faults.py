@@ -8,7 +8,7 @@ import logging
 import random
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,9 @@ from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.watcher import Watcher
 from hybrid_moe.faults import check_errors
 from tests.streams.emulation import Device
-from tests.streams.model import Inputs, ManualWatcher, Model, layers
+from tests.streams.model import Inputs, ManualWatcher, Model
 
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    """Jobs that a test has left are over before the next one."""
-    yield
-    group, made = layers()
-    while group.work():
-        pass
-    for layer in made:
-        layer.slot_report()
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 @pytest.fixture

@@ -17,21 +17,13 @@ from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, worker
 from hybrid_moe.faults import check_errors
 from tests.streams.interpreted import Clock, interpret
-from tests.streams.model import H, I, Inputs, K, Model, layers
+from tests.streams.model import H, I, Inputs, K, Model
 
 SECOND = 10**9
 TIMEOUT = int(slots.TIMEOUT_S) * SECOND
 
 
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    """Jobs and reports that a test has left are gone before the next one."""
-    yield
-    group, made = layers()
-    while group.work():
-        pass
-    for layer in made:
-        layer.slot_report()
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def never() -> None:
@@ -325,7 +317,16 @@ def test_a_post_that_finds_no_room_gives_up_in_time(monkeypatch: pytest.MonkeyPa
     for seed in range(f.RING - 1):
         model.runners[0]._stager.submit(model.streams[0], *Inputs.random(1, seed).tensors)  # type: ignore[union-attr]
     model.gpu.run()
-    clock = interpret(monkeypatch, lambda: clock.pass_by(10 * SECOND))
+    clock = interpret(monkeypatch, never)
+    oldest = int(model.group._slots[f.G_COMPLETED]) + 1
+
+    def help_until(group: int, sequence: int, *_: int) -> int:
+        """Sleeps for a while in vain."""
+        assert sequence == oldest
+        clock.pass_by(10 * SECOND)
+        return 0
+
+    monkeypatch.setattr(host, "help_until", help_until)
     monkeypatch.setattr(host, "has_room", lambda group: True)
     model.gpu.python[drivers.addresses()["post_host"]] = host.post_host
     late = model.runners[0]._stager.submit(model.streams[0], *Inputs.random(1, 0).tensors)  # type: ignore[union-attr]

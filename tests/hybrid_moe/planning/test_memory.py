@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,9 +225,9 @@ def test_a_long_prompt_takes_the_buffers_that_are_planned(
     mapped: list[int] = []
     init = Arena.__init__
 
-    def counted(self: Arena, nbytes: int, numa_node: int | None = None) -> None:
+    def counted(self: Arena, nbytes: int, numa_nodes: Sequence[int] = ()) -> None:
         mapped.append(nbytes)
-        init(self, nbytes, numa_node)
+        init(self, nbytes, numa_nodes)
 
     model = read_model(TINY)
     wrapper = next(wrappers(TINY, "MXFP4"))

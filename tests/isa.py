@@ -1,6 +1,6 @@
 """Other processors than this one: `pytest --isa TIER` runs tests as on a machine of that tier.
 
-    python -m tests.machine     # the tiers that `make test-tiers` runs besides this machine's own
+    python -m tests.isa     # the tiers that `make test-tiers` runs besides this machine's own
 
 A tier that this processor can run is the most capable that the tests see: the features beyond it
 are hidden, and HYBRID_MOE_ISA names it for the processes that tests start. Any other tier runs with
