@@ -12,21 +12,18 @@ nothing, which is right and not as fast, and a log line says why.
 
 from __future__ import annotations
 
-import json
 import logging
-import stat
 import threading
 import weakref
 from pathlib import Path
-from typing import Any
 
 from hybrid_moe.deferral import DeferralChain, Member
+from hybrid_moe.loaders.config import CONFIG_NAME, ModelConfig
+from hybrid_moe.loaders.regular import read_json
 from hybrid_moe.locks import ProcessLock
+from hybrid_moe.tensors import CheckpointError
 
 logger = logging.getLogger(__name__)
-
-_LARGEST_CONFIG = 1 << 24
-"""Bytes. A configuration is a few kilobytes."""
 
 _NO_PATH = "their weights are not from a checkpoint, so nothing says which layers are one model"
 _DRAFT = "they are draft layers, which config.json does not count"
@@ -143,21 +140,12 @@ def _is_draft(layer_idx: int, weight_path: Path) -> bool:
 
 
 def _main_layers(weight_path: Path) -> int | None:
-    """`num_hidden_layers` of the configuration; None where it cannot be known. What is wrong with
+    """The number of layers of the configuration; None where it cannot be known. What is wrong with
     a damaged one, loading will say."""
     folder = weight_path if weight_path.is_dir() else weight_path.parent
-    file = folder / "config.json"
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_CONFIG:
-            return None
-        config: Any = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        logger.debug("%s: %s", file, error)
+        config, _ = read_json(folder / CONFIG_NAME)
+        return ModelConfig(config).num_layers
+    except CheckpointError as error:
+        logger.debug("%s", error)
         return None
-    while isinstance(config, dict):
-        layers = config.get("num_hidden_layers")
-        if isinstance(layers, int) and not isinstance(layers, bool):
-            return layers
-        config = config.get("text_config") or config.get("thinker_config")
-    return None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hybrid_moe.loaders.completeness import missing_layers
-from hybrid_moe.loaders.config import NUM_EXPERTS, ModelConfig
+from hybrid_moe.loaders.config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
 from hybrid_moe.loaders.describe import describe_layer
 from hybrid_moe.loaders.drafts import DraftLayers
 from hybrid_moe.loaders.layer import LayerSource
@@ -18,8 +18,6 @@ from hybrid_moe.loaders.naming import LayerKeys, find_layers
 from hybrid_moe.loaders.regular import Stamp, read_json, stamp_of
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.tensors import CheckpointError
-
-CONFIG_NAME = "config.json"
 
 
 class Checkpoint:
@@ -44,7 +42,7 @@ class Checkpoint:
         self.index = index
         self._stamps = {**(stamps or {}), **index.stamps}
         self.config = config
-        self.model = ModelConfig(config)
+        self.model = ModelConfig(config, f"{CONFIG_NAME} of {index.path}")
         self._layers = find_layers(index.tensors)
         self.drafts = DraftLayers(self.model, index.tensors)
         self.layers = tuple(layer for layer in self._layers if layer not in self.drafts)
@@ -83,7 +81,7 @@ class Checkpoint:
     @property
     def missing_layers(self) -> tuple[str, ...]:
         """What is said of layers that should be in the checkpoint and are not."""
-        return missing_layers(self.index, self._layers, self.model.stated)
+        return missing_layers(self.index, self._layers, self.model)
 
     @property
     def is_current(self) -> bool:
@@ -118,6 +116,35 @@ class Checkpoint:
                     f"the last one found is {source.last_key}"
                 )
         return source
+
+    def sources(self) -> dict[int, LayerSource]:
+        """All layers of experts by number, ascending; draft layers left out.
+
+        Raises:
+            CheckpointError: there is none, or one is damaged (see `layer`).
+        """
+        if not self.layers:
+            raise CheckpointError(f"{self.index.path} has no routed experts under a known name")
+        return {number: self.layer(number) for number in self.layers}
+
+    def routing_problem(
+        self, sources: Iterable[LayerSource], model: ModelConfig | None = None
+    ) -> str | None:
+        """What is wrong with the number of experts that a token takes, None if nothing is known.
+
+        Args:
+            sources: the layers.
+            model: the configuration that counts; None for the checkpoint's own.
+        """
+        model = model or self.model
+        for source in sources:
+            top_k, E = model.of_layer(TOP_K, source.layer), source.num_experts
+            if top_k is not None and not 1 <= top_k <= E:
+                return (
+                    f"{model.where} lets a token take {top_k} experts of {E}: "
+                    f"num_experts_per_tok must be between 1 and {E}"
+                )
+        return None
 
     def close(self) -> None:
         """Close the files. A later read opens them again."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hybrid_moe.loaders.config import ModelConfig
 from hybrid_moe.loaders.naming import LayerKeys
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.tensors import CheckpointError
@@ -19,28 +20,29 @@ _ROUTED = re.compile(
     r"\b(experts|shared_experts?|router|block_sparse_moe)\b|(\b(mlp|ffn|moe)\.|^)gate\."
 )
 _MLP = re.compile(r"\b(mlp|ffn|feed_forward)\b")
-_MOST_LAYERS = 999_999  # as in names of tensors
 _REPORTED = 8
 
 
 def missing_layers(
-    index: SafetensorsIndex, found: Mapping[int, LayerKeys], config: Mapping[str, Any]
+    index: SafetensorsIndex, found: Mapping[int, LayerKeys], model: ModelConfig
 ) -> tuple[str, ...]:
     """What is wrong with each layer that should have routed experts and has none.
 
     Args:
         index: the checkpoint's tensors.
         found: the layers that have experts.
-        config: the language model's part of `config.json`; without `num_hidden_layers` nothing is
+        model: says how many layers there are, and which are dense; where it does not, nothing is
             known to be missing.
 
     Raises:
         CheckpointError: an impossible number of layers.
     """
-    count = config.get("num_hidden_layers")
-    if not found or type(count) is not int:
+    if not found:
         return ()
-    if not 0 < count <= _MOST_LAYERS:
+    count, config = model.num_layers, model.stated
+    if count is None:
+        return ()
+    if count < 1:
         raise CheckpointError(
             f"config.json of {index.path} says num_hidden_layers={count}, which is no number of "
             "layers"

@@ -11,11 +11,17 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from hybrid_moe.loaders.regular import shortened
+from hybrid_moe.tensors import CheckpointError
+
 logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.json"
 
 NESTED = ("thinker_config", "text_config", "llm_config", "language_config")
 """Where the language model's part lies in a larger model's configuration, perhaps repeatedly."""
@@ -31,16 +37,47 @@ NUM_DRAFT_LAYERS = (
 )  # fmt: skip
 """Names of one number, in the order in which they are looked for."""
 
+MAX_LAYERS = 1000
+"""Layers of a model; published ones have at most some 130. Lists by layer, and the modules that
+Transformers builds, are as long as a configuration says."""
+
+_LAYER_COUNT = re.compile(r"layers?$|^depth$")
+"""Matches names of numbers of layers, as families call them."""
+
+
+def _check_layer_counts(raw: Mapping[str, Any], where: str) -> None:
+    """Raise `CheckpointError` where any part of a `config.json` has more than `MAX_LAYERS` layers:
+    before it is handed to code that would fill the memory with them."""
+    parts: list[Any] = [raw]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Mapping):
+            for name, value in part.items():
+                if type(value) is int and value > MAX_LAYERS and _LAYER_COUNT.search(name):
+                    raise CheckpointError(
+                        f"{where} says {shortened(name)[1:-1]}={shortened(value)}, which is no "
+                        f"number of layers: at most {MAX_LAYERS} are possible"
+                    )
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+
 
 class ModelConfig:
     """The language model's part of a `config.json`.
 
     Attributes:
         raw: the whole file; empty where there is none.
+        where: what messages call it.
+
+    Raises:
+        CheckpointError: it has more than `MAX_LAYERS` layers.
     """
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
+    def __init__(self, raw: Mapping[str, Any], where: str = CONFIG_NAME) -> None:
+        _check_layer_counts(raw, where)
         self.raw = raw
+        self.where = where
 
     @cached_property
     def stated(self) -> Mapping[str, Any]:
@@ -57,10 +94,10 @@ class ModelConfig:
         Imports Transformers where it is installed.
         """
         derived = transformers_text_config(self.raw)
-        if derived is None:
+        values = None if derived is None else _as_mapping(derived)
+        if values is None:
             return {**_own_rules(self.stated), **self.stated}
-        known = {name: value for name, value in _as_mapping(derived).items() if value is not None}
-        return {**self.stated, **known}
+        return {**self.stated, **{name: v for name, v in values.items() if v is not None}}
 
     def get(self, names: tuple[str, ...]) -> Any:
         """The first of `names` that has a value: as stated, else as derived; None for none."""
@@ -71,6 +108,16 @@ class ModelConfig:
         """The same, where it is one integer; None for anything else."""
         value = self.get(names)
         return value if type(value) is int else None
+
+    @cached_property
+    def num_layers(self) -> int | None:
+        """Layers of the model that the file states, perhaps by the family's own name; draft layers
+        are not counted. A family's default says nothing of a checkpoint: None then."""
+        count = _first(self.stated, NUM_LAYERS)
+        if count is None:
+            own = getattr(transformers_text_config(self.raw), "attribute_map", {})
+            count = _first(self.stated, tuple(own[name] for name in NUM_LAYERS if name in own))
+        return count if type(count) is int else None
 
     def of_layer(self, names: tuple[str, ...], layer: int) -> int | None:
         """The same for a number that a list may give layer by layer."""
@@ -100,24 +147,33 @@ def transformers_text_config(raw: Mapping[str, Any]) -> Any | None:
         config = CONFIG_MAPPING[family].from_dict(copy.deepcopy(dict(raw)))
         return config.get_text_config(decoder=True)
     except Exception as error:  # a family's class may raise anything on a file that it rejects
-        logger.warning(
-            "Transformers does not accept this config.json of model_type %s (%s: %s): only what "
-            "it states is used, without the family's defaults",
-            family,
-            type(error).__name__,
-            error,
-        )
+        _warn_of_rejected(family, error)
         return None
 
 
-def _as_mapping(config: Any) -> dict[str, Any]:
-    """Every value of a Transformers configuration, under each of its names."""
-    values: dict[str, Any] = config.to_dict()
-    for name, own in config.attribute_map.items():
-        values.setdefault(name, values.get(own))
-    values["layer_types"] = _layer_types(config)
-    for name in NUM_LAYERS:  # of the layer types, in some families
-        values.setdefault(name, getattr(config, name, None))
+def _warn_of_rejected(family: str, error: Exception) -> None:
+    logger.warning(
+        "Transformers does not accept this config.json of model_type %s (%s: %s): only what "
+        "it states is used, without the family's defaults",
+        family,
+        type(error).__name__,
+        error,
+    )
+
+
+def _as_mapping(config: Any) -> dict[str, Any] | None:
+    """Every value of a Transformers configuration, under each of its names; None where the class
+    has accepted a file that it cannot use (which is logged)."""
+    try:
+        values: dict[str, Any] = config.to_dict()
+        for name, own in config.attribute_map.items():
+            values.setdefault(name, values.get(own))
+        values["layer_types"] = _layer_types(config)
+        for name in NUM_LAYERS:  # of the layer types, in some families
+            values.setdefault(name, getattr(config, name, None))
+    except Exception as error:  # as above
+        _warn_of_rejected(config.model_type, error)
+        return None
     return values
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats import Array, WeightFormat, format_named
-from hybrid_moe.loaders.checkpoint import CONFIG_NAME, Checkpoint
+from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.companions import companion_files
+from hybrid_moe.loaders.config import CONFIG_NAME
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layer import LayerSource
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
@@ -58,7 +60,8 @@ def convert_checkpoint(
         dst: directory to write; created, or empty.
         method: "MXFP4".
         progress: True shows a bar on stderr; a function is called with (bytes done, bytes in all).
-        threads: threads that quantize; None takes every processor this process may use.
+        threads: threads that quantize; None takes as many as can run at once (affinity mask and
+            cgroup quota).
         shard_bytes: largest size of a shard.
         gate_up_layout: "halves" or "interleaved": where gate and up lie in fused tensors, for a
             model that Transformers does not know.
@@ -66,8 +69,8 @@ def convert_checkpoint(
     Raises:
         ValueError: unknown method or layout, `dst` is not empty or is `src`, or there is nothing
             to convert (all experts are quantized already).
-        CheckpointError: the source is damaged, a weight is not finite, or nothing tells where
-            gate and up lie.
+        CheckpointError: the source is damaged or has no experts, a weight is not finite, or
+            nothing tells where gate and up lie.
         OSError: too little room at `dst`.
     """
     fmt = format_named(method)
@@ -76,10 +79,8 @@ def convert_checkpoint(
     source_path, target_path = Path(src), Path(dst)
     _check_paths(source_path, target_path)
     checkpoint = Checkpoint.open(source_path)
-    if not checkpoint.layers:
-        raise ValueError(f"{source_path} has no routed experts under a known name")
     layout = layout_named(gate_up_layout)
-    stored = [checkpoint.layer(number).with_layout(layout) for number in checkpoint.layers]
+    stored = [source.with_layout(layout) for source in checkpoint.sources().values()]
     layers = [layer for layer in stored if layer.format is not fmt]
     if not layers:
         raise ValueError(
@@ -132,7 +133,7 @@ def _convert_tensors(
 
     items: list[TensorInfo | tuple[LayerSource, int]] = [*copied]
     items += [(layer, expert) for layer in layers for expert in range(layer.num_experts)]
-    for_each(items, work, len(os.sched_getaffinity(0)) if threads is None else threads)
+    for_each(items, work, usable_cores() if threads is None else threads)
 
 
 def _copy_tensor(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 
-from hybrid_moe.loaders.config import NUM_DRAFT_LAYERS, NUM_LAYERS, ModelConfig
+from hybrid_moe.loaders.config import NUM_DRAFT_LAYERS, ModelConfig
 from hybrid_moe.loaders.naming import PREFIX, layer_of
 
 DRAFT = "draft layers"
@@ -54,8 +54,8 @@ class DraftLayers:
         marked = {layer_of(key) for key in self._keys if _MARKS.search(key)}
         if not announced and not marked:
             return frozenset()
-        first = self._config.integer(NUM_LAYERS)
-        if first is None:  # no configuration: the marks alone say it
+        first = self._config.num_layers
+        if first is None:  # the marks alone say it
             return frozenset(number for number in marked if number is not None)
         present = {number for key in self._keys if (number := layer_of(key)) is not None}
         return frozenset(

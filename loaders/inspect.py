@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hybrid_moe.formats import AS_STORED, FORMATS
 from hybrid_moe.loaders.checkpoint import Checkpoint
-from hybrid_moe.loaders.config import NUM_LAYERS, TOP_K
+from hybrid_moe.loaders.config import TOP_K
 from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.loaders.layer import LayerSource
 from hybrid_moe.loaders.stored import can_encode
@@ -60,7 +60,7 @@ class CheckpointSummary:
         ram_experts: method -> bytes of memory for all routed experts on the CPU; "STORED" where
             layers differ in format and each keeps its own.
         ram_rest: bytes of everything else but draft layers, which do not run.
-        problems: what keeps layers from being loaded; empty for a good checkpoint.
+        problems: what keeps the model from being loaded; empty for a good checkpoint.
     """
 
     path: str
@@ -113,6 +113,8 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointSummary:
             layers.append(layer)
         except CheckpointError as error:
             problems.append(str(error))
+    routing = checkpoint.routing_problem(layers)
+    problems += [] if routing is None else [routing]
     parts: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
     for key, tensor in checkpoint.index.tensors.items():
@@ -131,7 +133,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointSummary:
         scheme=checkpoint.keys_of(checkpoint.layers[0]).scheme.name if checkpoint.layers else None,
         moe_layers=checkpoint.layers,
         draft_layers=tuple(sorted(checkpoint.drafts.numbers)),
-        num_layers=config.integer(NUM_LAYERS),
+        num_layers=config.num_layers,
         num_experts=first.num_experts if first else None,
         experts_per_token=_per_token(checkpoint),
         hidden=first.hidden if first else config.integer(("hidden_size",)),

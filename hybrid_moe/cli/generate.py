@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid_moe.cli.models import ModelOption, blaming, routing_problem
+from hybrid_moe.cli.models import ModelOption, blaming
 from hybrid_moe.cli.terminal import Steps, console
 
 if TYPE_CHECKING:
@@ -57,9 +57,6 @@ def generate(
         path = check_directory(model)
         choose_tier()  # a tier that HYBRID_MOE_ISA names wrongly is told before minutes of loading
         summary = inspect_checkpoint(path)
-        problem = routing_problem(path, summary.num_experts, summary.experts_per_token)
-        if problem is not None:
-            raise ValueError(problem)
         with blaming(f"Transformers cannot use the configuration in {path}"):
             tokenizer, inputs = tokenize(path, prompt)
             steps.begin("loading the model", spin=False)  # which shows bars of its own

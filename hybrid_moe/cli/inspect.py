@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrid_moe.cli.models import ModelArgument, routing_problem
+from hybrid_moe.cli.models import ModelArgument
 from hybrid_moe.cli.tables import facts, gib, grid, ranges
 
 if TYPE_CHECKING:
@@ -22,16 +22,12 @@ def inspect(
 ) -> None:
     """Show family, layers, experts, formats, bytes of each part and the memory needed.
 
-    Exits with 1 where the checkpoint has layers that cannot be loaded.
+    Exits with 1 where the checkpoint cannot be loaded as it is.
     """
     from hybrid_moe.find_model import find_model
     from hybrid_moe.loaders import inspect_checkpoint
 
-    path = find_model(model)
-    summary = inspect_checkpoint(path)
-    routing = routing_problem(path, summary.num_experts, summary.experts_per_token)
-    if routing is not None:
-        summary = replace(summary, problems=(*summary.problems, routing))
+    summary = inspect_checkpoint(find_model(model))
     if json:
         typer.echo(json_module.dumps(asdict(summary), indent=2))
     else:

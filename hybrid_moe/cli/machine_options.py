@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrid_moe.cli.models import routing_problem
-
 if TYPE_CHECKING:
     from hybrid_moe.planning import CpuSpeeds, Plan
 
@@ -98,9 +96,6 @@ class MachineOptions:
         gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
         path, base = find_model(named), find_model(self.base) if self.base else None
         model = planning.read_model(path, base, self.method)
-        problem = routing_problem(model.path, model.num_experts, model.top_k)
-        if problem is not None:
-            raise ValueError(problem)
         threads = self.threads or PoolConfig.choose(pools=self.pools).threads
         request = planning.Request(
             gpus=gpus,

@@ -11,7 +11,6 @@ does not name this package passes through.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -121,7 +120,7 @@ def check_checkpoint(source: Any, kwargs: Mapping[str, Any]) -> None:
 
     Args:
         source: what `from_pretrained` was given.
-        kwargs: the same, `subfolder`, `revision` and `cache_dir` among them.
+        kwargs: the same, `subfolder`, `variant`, `revision` and `cache_dir` among them.
 
     Raises:
         NotImplementedError: its experts are stored in a format that Transformers neither has a
@@ -135,7 +134,7 @@ def check_checkpoint(source: Any, kwargs: Mapping[str, Any]) -> None:
     if folder is None or _is_dequantised(folder):
         return
     try:
-        with closing(Checkpoint.open(folder)) as checkpoint:
+        with closing(Checkpoint.open(folder, variant=kwargs.get("variant"))) as checkpoint:
             formats = {checkpoint.layer(layer).format for layer in checkpoint.layers}
     except (CheckpointError, OSError, NotImplementedError) as error:
         _log.debug("the experts of %s were not looked at: %s", folder, error)
@@ -169,10 +168,14 @@ def _is_dequantised(folder: Path) -> bool:
     """Whether the configuration tells Transformers of a quantisation that it knows."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+    from hybrid_moe.loaders.config import CONFIG_NAME
+    from hybrid_moe.loaders.regular import read_json
+    from hybrid_moe.tensors import CheckpointError
+
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+        config, _ = read_json(folder / CONFIG_NAME)
+    except CheckpointError:  # for Transformers to say
         return False
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     return method in AUTO_QUANTIZATION_CONFIG_MAPPING

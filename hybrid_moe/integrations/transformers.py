@@ -23,8 +23,6 @@ from hybrid_moe.tensors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-    from hybrid_moe.loaders import Checkpoint, LayerSource
-
 Model = TypeVar("Model", bound="torch.nn.Module")
 
 
@@ -127,7 +125,8 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: no such directory.
-        CheckpointError: the checkpoint is damaged or does not fit the model; names the tensor.
+        CheckpointError: the checkpoint is damaged or does not fit the model; names the tensor. Or
+            a token takes more experts than there are.
         ValueError: unknown method, a layer whose stored weights do not become it, impossible
             threads, no experts.
         NotImplementedError: an experts module computes something that this package does not.
@@ -135,6 +134,7 @@ def from_pretrained(
     from hybrid_moe.integrations.checkpoint_files import open_checkpoint, take_subfolder
     from hybrid_moe.integrations.hybrid_experts import HybridExperts
     from hybrid_moe.integrations.loading import experts_source, load_experts, load_skeleton
+    from hybrid_moe.loaders.config import ModelConfig
 
     path = check_directory(take_subfolder(directory, kwargs))
     if "experts_implementation" in kwargs:
@@ -143,7 +143,12 @@ def from_pretrained(
             "leave experts_implementation out"
         )
     checkpoint = open_checkpoint(path, kwargs)
-    stored = all_layers(checkpoint)
+    stored = checkpoint.sources()
+    config = kwargs.get("config")
+    given = None if config is None else ModelConfig(config.to_dict(), "the configuration")
+    problem = checkpoint.routing_problem(stored.values(), given)
+    if problem is not None:
+        raise CheckpointError(problem)
     chosen = chosen_format(method)
     for source in stored.values():  # all of them before anything is loaded
         source.check_format(chosen or source.format)
@@ -181,17 +186,6 @@ def check_directory(directory: str | Path) -> Path:
         )
     check_no_pipes(path)
     return path
-
-
-def all_layers(checkpoint: Checkpoint) -> dict[int, LayerSource]:
-    """A checkpoint's layers of experts, by number.
-
-    Raises:
-        CheckpointError: there is none, or one is damaged.
-    """
-    if not checkpoint.layers:
-        raise CheckpointError(f"{checkpoint.index.path} has no routed experts under a known name")
-    return {number: checkpoint.layer(number) for number in checkpoint.layers}
 
 
 def _checked(method: str, threads: int | None, pools: int | None) -> ExpertsOptions:

@@ -139,16 +139,18 @@ def read_model(path: Path, base: Path | None = None, method: str | None = None) 
 
     Raises:
         FileNotFoundError: nothing is there.
-        CheckpointError: a checkpoint is damaged, has no experts, or the two differ.
+        CheckpointError: a checkpoint is damaged, has no experts or fewer than a token takes, or the
+            two differ.
         ValueError: the experts do not become `method`, or `config.json` lacks something.
     """
     checkpoint = Checkpoint.open(path)
     rest = checkpoint if base is None else Checkpoint.open(base)
     if not checkpoint.config:
         raise ValueError(f"{path} has no config.json: without it nothing can be planned")
-    if not checkpoint.layers:
-        raise CheckpointError(f"{path} has no routed experts under a known name")
-    sources = [checkpoint.layer(number) for number in checkpoint.layers]
+    sources = list(checkpoint.sources().values())
+    problem = checkpoint.routing_problem(sources)
+    if problem is not None:
+        raise CheckpointError(problem)
     first, chosen = sources[0], chosen_format(method)
     for source in sources:
         source.check_format(chosen or source.format)

@@ -17,12 +17,12 @@ from hybrid_moe.planning.kv_cache import KvCache
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu
 from hybrid_moe.planning.model import Model
 
-READ_SHARE = 0.8
-"""Of the read bandwidth, at one token: 0.82 to 1.01 in docs/results; 0.78 for experts of 2.5 MB
-through `KTMoEWrapper`."""
+READ_SHARE = 0.75
+"""Of the read bandwidth, at one token: 0.78 to 1.09 in docs/results. The lowest are experts of
+2.5 MB; above 1 the bandwidth was higher during a measurement than before and after it."""
 
-MAC_SHARE = 0.65
-"""Of the peak multiply-accumulates, at 256 to 2048 tokens: 0.62 to 0.87 in docs/results."""
+MAC_SHARE = 0.5
+"""Of the peak multiply-accumulates, at 1024 tokens: 0.52 to 0.74 in docs/results."""
 
 GPU_READ_SHARE, GPU_FLOP_SHARE = 0.75, 0.4
 """Assumed, of a GPU's data sheet."""

@@ -141,7 +141,7 @@ def test_an_index_that_transformers_follows_by_chance(tmp_path: Path) -> None:
         ({"state_dict": {}}, ValueError, "state_dict: experts are read from safetensors"),
         ({"variant": "int8"}, CheckpointError, r"neither model\.int8\.safetensors nor model"),
         ({"variant": "../x"}, CheckpointError, r"variant='\.\./x' is no part of a file's name"),
-        ({"subfolder": "none"}, FileNotFoundError, r"none is not a directory"),
+        ({"subfolder": "none"}, FileNotFoundError, r"none' does not exist"),
     ],
 )
 def test_options_that_are_refused(

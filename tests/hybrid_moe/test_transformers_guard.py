@@ -128,7 +128,7 @@ def converted(folder: Path, **config: Any) -> Path:
 MXFP4_REFUSED = r"stores its experts as MXFP4.*BF16 only.*hybrid_moe\.from_pretrained\('"
 
 
-@pytest.mark.parametrize("way", ["argument", "config", "class", "subfolder"])
+@pytest.mark.parametrize("way", ["argument", "config", "class", "subfolder", "variant"])
 @pytest.mark.parametrize("quantization", [{}, {"quantization_config": {"quant_method": "unheard"}}])
 def test_mxfp4_checkpoints_are_refused_by_name(
     way: str, quantization: dict[str, Any], tmp_path: Path
@@ -142,8 +142,13 @@ def test_mxfp4_checkpoints_are_refused_by_name(
             AutoModel.from_pretrained(str(folder), config=config)
         elif way == "class":
             transformers.Qwen3MoeForCausalLM.from_pretrained(folder, **NAMED)
-        else:
+        elif way == "subfolder":
             AutoModel.from_pretrained(tmp_path, subfolder="inner", **NAMED)
+        else:
+            (folder / "model.safetensors").rename(folder / "model.int4.safetensors")
+            build("qwen3_moe").save_pretrained(folder / "plain")
+            (folder / "plain" / "model.safetensors").rename(folder / "model.safetensors")
+            AutoModel.from_pretrained(folder, variant="int4", **NAMED)
 
 
 def test_mxfp4_checkpoints_in_the_hub_s_cache_are_refused_by_name(tmp_path: Path) -> None:

@@ -552,3 +552,19 @@ def test_experts_implementation_of_transformers(qwen: Path) -> None:
         qwen, experts_implementation="hybrid_moe"
     )
     assert torch.equal(logits(model, prompt()), logits(load(qwen), prompt()))
+
+
+@pytest.mark.parametrize("excess", [1, None], ids=["one more", "none"])
+def test_a_token_takes_no_more_experts_than_there_are(excess: int | None, tmp_path: Path) -> None:
+    config = build("qwen3_moe").config
+    folder, experts = save(build("qwen3_moe"), tmp_path), config.num_experts
+    taken = 0 if excess is None else experts + excess
+    message = f"lets a token take {taken} experts of {experts}: .* between 1 and {experts}"
+    edit_config(folder, num_experts_per_tok=taken)
+    with pytest.raises(CheckpointError, match=rf"config\.json of .*{tmp_path.name} {message}"):
+        from_pretrained(folder, threads=1, progress=False)
+    # a configuration that is given counts in its place
+    assert from_pretrained(folder, threads=1, progress=False, config=config)
+    config.num_experts_per_tok = taken
+    with pytest.raises(CheckpointError, match=f"^the configuration {message}"):
+        from_pretrained(folder, threads=1, progress=False, config=config)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hybrid_moe.loaders.checkpoint import Checkpoint
+from hybrid_moe.loaders.config import MAX_LAYERS
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.tensors import CheckpointError
@@ -38,6 +39,12 @@ CASES: dict[str, tuple[dict[int, tuple[str, ...]], dict[str, Any], list[int]]] =
     "dense layer": ({0: (ATTENTION, DENSE), 1: MOE}, {}, []),
     "more layers than announced": ({0: MOE, 1: MOE, 2: MOE}, {}, []),
     "no number of layers": ({1: MOE}, {"num_hidden_layers": None}, []),
+    "a number that goes by the family's own name": (
+        {0: MOE, 1: MOE}, {"num_hidden_layers": None, "model_type": "dbrx", "n_layers": 4}, [2, 3],
+    ),
+    "a number that is the family's default": (
+        {0: MOE}, {"num_hidden_layers": None, "model_type": "gpt_oss"}, [],
+    ),
     "no experts at all": ({0: (ATTENTION, DENSE)}, {}, []),
     "attention alone": (
         {0: (ATTENTION,), 1: MOE}, {"layers_block_type": ["attention", "moe"]}, [],
@@ -69,12 +76,12 @@ def test_missing_layers(name: str) -> None:
     assert all("is a file missing?" in text for text in found)
 
 
-@pytest.mark.parametrize("count", [0, -1, 10**6, 10**30])
+@pytest.mark.parametrize("count", [0, -1, MAX_LAYERS + 1, 10**30])
 def test_impossible_numbers_of_layers(count: int) -> None:
     with pytest.raises(CheckpointError, match="no number of layers"):
         _ = checkpoint({0: MOE}, {"num_hidden_layers": count}).missing_layers
 
 
 def test_only_some_of_many_are_listed() -> None:
-    found = checkpoint({0: MOE}, {"num_hidden_layers": 999_999}).missing_layers
+    found = checkpoint({0: MOE}, {"num_hidden_layers": MAX_LAYERS}).missing_layers
     assert 1 < len(found) < 20

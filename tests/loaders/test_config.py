@@ -13,8 +13,17 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_moe.loaders.config import NUM_EXPERTS, NUM_LAYERS, TOP_K, ModelConfig
+from hybrid_moe.loaders.checkpoint import Checkpoint
+from hybrid_moe.loaders.config import (
+    MAX_LAYERS,
+    NUM_EXPERTS,
+    NUM_LAYERS,
+    TOP_K,
+    ModelConfig,
+)
 from hybrid_moe.loaders.drafts import DraftLayers
+from hybrid_moe.loaders.safetensors import SafetensorsIndex
+from hybrid_moe.tensors import CheckpointError
 
 WITHOUT = pytest.mark.parametrize("without", [False, True], ids=["with", "without"])
 """Transformers, which is an extra."""
@@ -105,13 +114,61 @@ def test_our_own_rules_agree_with_the_families(
     assert own == ModelConfig({"model_type": family, **raw}).full["layer_types"]
 
 
-def test_a_file_that_the_family_rejects(caplog: pytest.LogCaptureFixture) -> None:
-    raw = {"model_type": "jamba", "num_hidden_layers": "many", "num_experts_per_tok": 2}
+@pytest.mark.parametrize(
+    ("raw", "count"),
+    [
+        ({"model_type": "dbrx", "n_layers": 4}, 4),
+        ({"model_type": "dbrx"}, None),
+        ({"model_type": "mixtral", "num_hidden_layers": True}, None),
+        ({"n_layers": 4}, None),
+        # each of its layers is two by Transformers' count, one by the names of its tensors
+        ({"model_type": "longcat_flash", "num_layers": 2}, None),
+        ({"model_type": "qwen3_5_moe", "text_config": {"num_hidden_layers": 4}}, 4),
+    ],
+    ids=json.dumps,
+)
+def test_number_of_layers(raw: dict[str, Any], count: int | None) -> None:
+    assert ModelConfig(raw).num_layers == count
+
+
+@pytest.mark.parametrize("layers", ["many", None])
+def test_a_file_that_the_family_rejects(layers: object, caplog: pytest.LogCaptureFixture) -> None:
+    raw = {"model_type": "jamba", "num_hidden_layers": layers, "num_experts_per_tok": 2}
     config = ModelConfig(raw)
     with caplog.at_level(logging.WARNING, logger="hybrid_moe"):
         assert config.full == raw == config.full
     (record,) = caplog.records
-    assert "model_type jamba" in record.getMessage() and "many" in record.getMessage()
+    assert "model_type jamba" in record.getMessage()
+
+
+@pytest.mark.parametrize("count", [MAX_LAYERS + 1, 10**30])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"num_hidden_layers": None, "full_attention_interval": 4},
+        {"model_type": "gpt_oss", "num_hidden_layers": None},
+        # what the language model's part does not say is derived from the rest
+        {"model_type": "gpt_oss", "num_hidden_layers": None, "text_config": {},
+         "num_nextn_predict_layers": 1},
+        {"model_type": "qwen3_5_moe", "text_config": {"num_hidden_layers": None}},
+        {"vision_config": [{"depth": None}]},
+        {"n_layer": None},
+        {"num_layers": None},
+    ],
+    ids=json.dumps,
+)  # fmt: skip
+def test_layers_that_would_fill_the_memory(raw: dict[str, Any], count: int) -> None:
+    """They are refused before Transformers or our own rules make a list of them."""
+    text = json.dumps(raw).replace("null", str(count))
+    with pytest.raises(
+        CheckpointError, match=rf"^config\.json of m .*={str(count)[:4]}.*no number"
+    ):
+        Checkpoint(SafetensorsIndex(Path("m"), {}), json.loads(text))
+
+
+def test_large_numbers_that_are_not_of_layers() -> None:
+    raw = {"num_hidden_layers": MAX_LAYERS, "vocab_size": 10**6, "layers": [0, 1, 9**9], "a": {}}
+    assert ModelConfig(raw).num_layers == MAX_LAYERS
 
 
 KEYS = [f"model.layers.{layer}.mlp.experts.0.up_proj.weight" for layer in range(6)]
@@ -134,6 +191,8 @@ MARKED = [*KEYS, "model.layers.5.eh_proj.weight", "model.layers.2.enorm.weight"]
         ({"num_hidden_layers": 5}, MARKED, {5}),
         ({"num_hidden_layers": 6}, MARKED, set()),
         ({}, MARKED, {2, 5}),
+        # nor does the class's number of layers say anything of this file
+        ({"model_type": "deepseek_v3"}, MARKED, {2, 5}),
         ({}, KEYS, set()),
         # layers of another tower are no layers of the model
         ({"num_hidden_layers": 4, "num_nextn_predict_layers": 9}, ["visual.layers.4.w"], set()),

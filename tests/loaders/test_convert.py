@@ -97,6 +97,19 @@ def assert_converted(fixture: FamilyFixture, directory: Path) -> None:
                 assert bias is None or np.array_equal(matrix.bias, bias[expert])
 
 
+def test_threads_where_affinity_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixture = write_family("qwen3_moe", tmp_path / "source")
+
+    def refuse(_: int) -> set[int]:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_getaffinity", refuse)
+    convert_checkpoint(fixture.directory, tmp_path / "converted", progress=False)
+    assert_converted(fixture, tmp_path / "converted")
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_convert(family: Family, name: str, tmp_path: Path) -> None:
     fixture, steps = family(name), []

@@ -1,0 +1,39 @@
+"""Predictions promise no larger share of the ceilings than every stored measurement reached."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid_moe.planning.prediction import MAC_SHARE, READ_SHARE
+
+RECEIPTS = sorted((Path(__file__).parents[3] / "docs" / "results").glob("*.json"))
+
+
+def points(receipt: Path, tokens: int) -> list[dict[str, Any]]:
+    """One MoE layer on all threads in the processor's own tier, which is the last it has."""
+    benches = json.loads(receipt.read_text("utf-8"))["benches"]
+    ceilings = benches["ceilings"]
+    own, threads = ceilings["peaks"][-1]["tier"], ceilings["threads"]
+    found = [
+        point
+        for point in benches["moe_layer"]["points"]
+        if (point["tokens"], point["threads"], point["isa"]) == (tokens, threads, own)
+    ]
+    assert {point["method"] for point in found} == {"BF16", "MXFP4"}
+    return found
+
+
+def test_there_are_measurements() -> None:
+    assert RECEIPTS
+
+
+@pytest.mark.parametrize("receipt", RECEIPTS, ids=lambda file: file.stem)
+def test_shares_are_no_promises_beyond_what_was_measured(receipt: Path) -> None:
+    reads = [p["weight_bandwidth"] / p["read_bandwidth"] for p in points(receipt, 1)]
+    macs = [p["rate"] / p["rate_ceiling"] for p in points(receipt, 1024)]
+    assert min(reads) >= READ_SHARE
+    assert min(macs) >= MAC_SHARE
