@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.dsl.emit import I32, Emit, Val, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
 from hybrid_moe.cpu_kernels.jit import cache, compile, sources
@@ -340,6 +345,26 @@ def test_concurrent_processes_with_an_empty_cache(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == entries
     assert "compiled" not in third.stderr
     assert {path.suffix for path in entries} <= {".o", ".index"}
+
+
+def test_threads_that_need_the_drivers_at_once_compile_them_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both_inside = threading.Barrier(2)
+    compiled = []
+
+    def compile_slowly(*arguments: object, **options: object) -> dict[str, int]:
+        compiled.append(arguments)
+        with contextlib.suppress(threading.BrokenBarrierError):  # nobody else comes: as it should be
+            both_inside.wait(timeout=0.5)
+        return {"work": len(compiled)}
+
+    monkeypatch.setattr(drivers, "_compiled", functools.lru_cache(drivers._compiled.__wrapped__))
+    monkeypatch.setattr(drivers, "compile_functions", compile_slowly)
+    with ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(drivers.addresses) for _ in range(2)]
+    assert [future.result() for future in found] == [{"work": 1}] * 2
+    assert len(compiled) == 1
 
 
 def test_a_cached_start_imports_no_compiler(tmp_path: Path) -> None:
