@@ -355,7 +355,7 @@ def test_threads_that_need_the_drivers_at_once_compile_them_once(
 
     def compile_slowly(*arguments: object, **options: object) -> dict[str, int]:
         compiled.append(arguments)
-        with contextlib.suppress(threading.BrokenBarrierError):  # nobody else comes: as it should be
+        with contextlib.suppress(threading.BrokenBarrierError):  # nobody else comes
             both_inside.wait(timeout=0.5)
         return {"work": len(compiled)}
 
