@@ -18,11 +18,11 @@ from hybrid_moe.planning.machine import CpuSpeeds, Gpu
 from hybrid_moe.planning.model import Model
 
 READ_SHARE = 0.8
-"""Of the read bandwidth, at one token: 0.82 to 1.01 in docs/results; 0.78 for experts of 2.5 MB
-through `KTMoEWrapper`."""
+"""Of the read bandwidth, at one token: 0.78 to 1.09 in docs/results, on the best tier."""
 
-MAC_SHARE = 0.65
-"""Of the peak multiply-accumulates, at 256 to 2048 tokens: 0.62 to 0.87 in docs/results."""
+MAC_SHARE = 0.5
+"""Of the peak multiply-accumulates, at 256 and 1024 tokens: 0.52 to 0.62 with MXFP4 and 0.48 to
+0.74 with BF16 in docs/results, on the best tier."""
 
 GPU_READ_SHARE, GPU_FLOP_SHARE = 0.75, 0.4
 """Assumed, of a GPU's data sheet."""
