@@ -17,12 +17,12 @@ from hybrid_moe.planning.kv_cache import KvCache
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu
 from hybrid_moe.planning.model import Model
 
-READ_SHARE = 0.8
-"""Of the read bandwidth, at one token: 0.78 to 1.09 in docs/results, on the best tier."""
+READ_SHARE = 0.75
+"""Of the read bandwidth, at one token: 0.78 to 1.09 in docs/results. The lowest are experts of
+2.5 MB; above 1 the bandwidth was higher during a measurement than before and after it."""
 
 MAC_SHARE = 0.5
-"""Of the peak multiply-accumulates, at 256 and 1024 tokens: 0.52 to 0.62 with MXFP4 and 0.48 to
-0.74 with BF16 in docs/results, on the best tier."""
+"""Of the peak multiply-accumulates, at 1024 tokens: 0.52 to 0.74 in docs/results."""
 
 GPU_READ_SHARE, GPU_FLOP_SHARE = 0.75, 0.4
 """Assumed, of a GPU's data sheet."""
