@@ -60,7 +60,7 @@ def generate(
         problem = routing_problem(path, summary.num_experts, summary.experts_per_token)
         if problem is not None:
             raise ValueError(problem)
-        with blaming(f"{path} cannot be loaded"):
+        with blaming(f"Transformers cannot use the configuration in {path}"):
             tokenizer, inputs = tokenize(path, prompt)
             steps.begin("loading the model", spin=False)  # which shows bars of its own
             loaded = from_pretrained(path, method=method, threads=threads, pools=pools)
