@@ -1,5 +1,6 @@
 # make demo   create .venv, install, generate text with the model in the repository
 # make test   the whole test suite
+# make fuzz   random checkpoints and random wrappers, for hours
 # make test-tiers   kernels, layers and wrappers as on machines of other tiers
 # make test-lowest  the lowest versions that pyproject.toml declares
 # make lint   ruff and mypy
@@ -13,8 +14,9 @@ TREE := build/tree/hybrid_moe
 MODEL := examples/tiny_moe/model
 PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
 
-.PHONY: demo test test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install install-dev wheel bench bench-ceilings bench-load bench-peers
-.PHONY: bench-peers-install bench-pool bench-quick bench-results clean
+.PHONY: demo test fuzz test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install
+.PHONY: install-dev wheel bench bench-ceilings bench-load bench-peers bench-peers-install bench-pool
+.PHONY: bench-quick bench-results clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -38,6 +40,14 @@ demo:
 
 test: install-dev
 	$(BIN)/python -m pytest
+
+# For hours, until something is wrong or Ctrl-C: both fuzzers of tests/fuzz in turn, with other inputs
+# each time unless SEED is given.
+FUZZ_INPUTS ?= 100000
+FUZZ_CALLS ?= 10000
+SEED ?= $(shell date +%s)
+fuzz: install-dev
+	$(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS) --calls $(FUZZ_CALLS) --seed $(SEED)
 
 # Tests whose truth may depend on the processor's tier. Each runs once for every other tier that this
 # processor can run, and for the kinds of tier that it lacks with their instructions emulated
@@ -145,10 +155,3 @@ bench-results: install
 
 clean:
 	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info
-
-# for hours: the modules of tests/fuzz, with other inputs each time unless SEED is given
-FUZZ_INPUTS ?= 100000000
-SEED ?= $(shell date +%s)
-.PHONY: fuzz
-fuzz: install-dev
-	$(BIN)/python -m tests.fuzz.loaders --inputs $(FUZZ_INPUTS) --seed $(SEED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from types import TracebackType
+from collections.abc import Callable
 
 
 class ProcessLock:
@@ -30,16 +30,15 @@ class ProcessLock:
         """Open it."""
         self._lock.release()
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
+    # `with` calls the methods of the lock itself, as for a plain lock. A Python function in between
+    # would be a place where Ctrl-C leaves the lock taken, with nobody to open it.
+    @property
+    def __enter__(self) -> Callable[[], bool]:
+        return self._lock.__enter__
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._lock.release()
+    @property
+    def __exit__(self) -> Callable[..., None]:
+        return self._lock.__exit__
 
 
 _all: weakref.WeakSet[ProcessLock] = weakref.WeakSet()

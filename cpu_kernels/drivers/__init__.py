@@ -35,6 +35,9 @@ _ENTRIES = {
 }
 """Driver that Python calls -> its module here."""
 
+# Threads that load experts need the drivers at the same time. Once is enough, and some versions of
+# Python (3.11.7 is one) raise a SystemError when two threads parse source code at once.
+_once = ProcessLock()
 
 MACHINES = ("x86_64", "aarch64")
 """What drivers have fences, pauses and system calls for."""
@@ -52,11 +55,6 @@ def check_machine() -> None:
         )
 
 
-_one_at_a_time = ProcessLock()
-"""Threads that load experts need the drivers at the same moment. Translating them in parallel is
-wasted work, and Python 3.11 cannot build two syntax trees at once (SystemError)."""
-
-
 def addresses() -> Mapping[str, int]:
     """Address of every driver that Python calls, compiled on first use or from the object cache.
 
@@ -65,12 +63,12 @@ def addresses() -> Mapping[str, int]:
     Raises:
         NotImplementedError: see `check_machine`.
     """
-    with _one_at_a_time:
-        return _addresses()
+    with _once:
+        return _compiled()
 
 
 @functools.lru_cache(maxsize=1)
-def _addresses() -> Mapping[str, int]:
+def _compiled() -> Mapping[str, int]:
     check_machine()
     target = Target(cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten())
     return compile_functions(

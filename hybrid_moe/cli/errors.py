@@ -24,7 +24,6 @@ EXTRAS = {
     "tokenizers": "transformers",
     "accelerate": "transformers",
     "huggingface_hub": "transformers",
-    "gguf": "gguf",
 }
 """Module -> the extra of this package that installs it."""
 

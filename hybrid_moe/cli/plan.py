@@ -95,9 +95,15 @@ def _gpu(nbytes: int, bandwidth: float, source: str) -> str:
     return f"{gib(nbytes)}, {bandwidth / 1e9:.0f} GB/s ({source})"
 
 
+def speed(prediction: Prediction) -> str:
+    """Tokens per second in two digits, which is more than a prediction knows."""
+    rounded = float(f"{prediction.tokens_per_second:.2g}")
+    return f"{rounded:.0f} tok/s" if rounded >= 10 else f"{rounded:.2g} tok/s"
+
+
 def _show_prediction(title: str, prediction: Prediction) -> None:
     rows = [(term.name, _time(term.seconds), term.why) for term in prediction.terms]
-    grid(f"{title}: {prediction.tokens_per_second:.1f} tok/s predicted", _TERMS, rows)
+    grid(f"{title}: {speed(prediction)} predicted", _TERMS, rows)
     typer.echo(f"limit: {prediction.limit}\nwould help: {prediction.help}")
 
 

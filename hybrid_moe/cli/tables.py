@@ -12,12 +12,13 @@ def facts(title: str, rows: Mapping[str, str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None)
-    table.show_header = False
+    table = Table(box=None, show_header=False)
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(Text(name), Text(value))  # Text: brackets are no markup
+    # a title of the table would be cut into lines: a path stays in one piece
+    console().print(Text(title, "bold"), soft_wrap=True)
     console().print(table)
 
 

@@ -197,7 +197,7 @@ def test_a_machine_that_nothing_is_written_for(
     for use in (
         lambda: ExpertLayer(MXFP4, 1, 32, 32, pool=PoolConfig(1)),
         lambda: PoolGroup(PoolConfig(1)),
-        drivers._addresses.__wrapped__,
+        drivers._compiled.__wrapped__,
     ):
         with wanted:
             use()

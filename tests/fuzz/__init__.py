@@ -1,4 +1,5 @@
-"""Random wrappers under random use, beside a model of what they must do."""
+"""Random inputs of the loaders, held against other readers; random use of wrappers, beside a model
+of what they must do."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -33,12 +32,14 @@ class Report:
         accepted: of these, those that got through: past the header, to the last layer.
         failures: (number, kind, traceback) of each input that went wrong.
         seconds: the time it took.
+        interrupted: whether Ctrl-C ended it.
     """
 
     inputs: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
     failures: list[tuple[int, str, str]] = field(default_factory=list)
     seconds: float = 0.0
+    interrupted: bool = False
 
     def __str__(self) -> str:
         total = self.inputs.total()
@@ -58,7 +59,7 @@ def run(first: int, count: int, seed: int, folder: Path, most_failures: int = 10
     """
     report = Report()
     started = perf_counter()
-    with suppress(KeyboardInterrupt):
+    try:
         for number in range(first, first + count):
             rng = Random(f"{seed} {number}")
             kind, check = _check_of(number, rng, folder)
@@ -69,6 +70,8 @@ def run(first: int, count: int, seed: int, folder: Path, most_failures: int = 10
                 report.failures.append((number, kind, traceback.format_exc()))
                 if len(report.failures) == most_failures:
                     break
+    except KeyboardInterrupt:
+        report.interrupted = True
     report.seconds = perf_counter() - started
     return report
 

@@ -76,7 +76,7 @@ def run(seed: int, calls: int, seconds: float = float("inf")) -> Counter[str]:
     while done["calls"] < calls and time.monotonic() < end:
         try:
             run_episode(seed + done["episodes"], done)
-        except BaseException:
+        except Exception:
             print(f"seed {seed + done['episodes']} failed", flush=True)
             raise
         done["episodes"] += 1

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
 import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
+from hybrid_moe import locks
 from hybrid_moe.locks import ProcessLock
 from tests.cpu_kernels.toolbox import run_script
+
+Trace = Callable[..., Any]
 
 
 def test_a_process_lock_is_a_lock() -> None:
@@ -20,6 +28,35 @@ def test_a_process_lock_is_a_lock() -> None:
     lock.release()
     thread.join()
     assert taken == [True]
+
+
+def test_an_interrupt_leaves_it_open() -> None:
+    """Ctrl-C at any event of Python code in the lock, on the way in and out."""
+    lock = ProcessLock()
+    for wanted in itertools.count(1):
+        events = 0
+
+        def trace(frame: FrameType, event: str, _: object, wanted: int = wanted) -> Trace:
+            nonlocal events
+            if frame.f_code.co_filename == locks.__file__:
+                events += 1
+                if events == wanted:
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with lock:
+                pass
+        except KeyboardInterrupt:
+            assert lock.acquire(timeout=0), f"taken for ever, after event {wanted}"
+            lock.release()
+        else:
+            break
+        finally:
+            sys.settrace(before)
+    assert lock.acquire(timeout=0)
 
 
 def test_it_is_open_in_a_child() -> None:

@@ -222,7 +222,7 @@ def test_clear_buffer_cache(
     """Pinned memory that nobody uses is freed, and nothing else."""
     pool = BufferPool()
     monkeypatch.setattr("hybrid_moe.runner.Stager", functools.partial(Stager, pool=pool))
-    monkeypatch.setattr("hybrid_moe.wrapper.BUFFERS", pool)
+    monkeypatch.setattr("hybrid_moe.process_wide.BUFFERS", pool)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: run(stream))
     w, batch = loaded(stream), Batch.random(3)
     expected = WEIGHTS.load(wrapper()).forward(*batch.args)

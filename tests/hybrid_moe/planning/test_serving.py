@@ -133,7 +133,7 @@ def test_plan_prints_and_writes(fake: Fake, tmp_path: Path) -> None:
     for fact in (
         "gpt_oss", "32 in each of 24 layers, 4 per token", "80.0 GB/s, 1000 GMAC/s (as given)",
         f"{document['gpu_experts']['0']} per layer", "all, of 16.00 GiB", "all, of 64.00 GiB",
-        f"Decode: {document['decode']['tokens_per_second']:.1f} tok/s predicted",
+        f"Decode: {document['decode']['tokens_per_second']:.2g} tok/s predicted",
         "limit: RAM bandwidth", "would help: more experts on the GPU",
     ):  # fmt: skip
         assert fact in result.stdout, fact
