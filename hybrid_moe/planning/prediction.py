@@ -17,12 +17,12 @@ from hybrid_moe.planning.kv_cache import KvCache
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu
 from hybrid_moe.planning.model import Model
 
-READ_SHARE = 0.75
-"""Of the read bandwidth, at one token: 0.78 to 1.09 in docs/results. The lowest are experts of
+READ_SHARE = 0.7
+"""Of the read bandwidth, at one token: 0.73 to 1.09 in docs/results. The lowest are experts of
 2.5 MB; above 1 the bandwidth was higher during a measurement than before and after it."""
 
 MAC_SHARE = 0.5
-"""Of the peak multiply-accumulates, at 1024 tokens: 0.52 to 0.74 in docs/results."""
+"""Of the peak multiply-accumulates, at 1024 tokens: 0.54 to 0.79 in docs/results."""
 
 GPU_READ_SHARE, GPU_FLOP_SHARE = 0.75, 0.4
 """Assumed, of a GPU's data sheet."""
