@@ -57,7 +57,7 @@ def generate(
         path = check_directory(model)
         choose_tier()  # a tier that HYBRID_MOE_ISA names wrongly is told before minutes of loading
         summary = inspect_checkpoint(path)
-        with blaming(f"Transformers cannot use the configuration in {path}"):
+        with blaming(f"{path} could not be loaded"):
             tokenizer, inputs = tokenize(path, prompt)
             steps.begin("loading the model", spin=False)  # which shows bars of its own
             loaded = from_pretrained(path, method=method, threads=threads, pools=pools)
