@@ -153,11 +153,12 @@ def time_jobs(
     """Nanoseconds of `count` empty jobs of the layer, in compiled code."""
     x, ids, weights = empty_batch(layer)
     layer.forward(x, ids, weights)  # starts the threads
-    group, descriptor = layer._ready()
+    ready = layer._ready()
+    group = ready.group
     job = StagedJob(layer.slot_shape(1, 1))
     job.stage(x, ids, weights, None)
     out = np.zeros_like(x)
-    template = job.address(int(descriptor.ctypes.data), out.ctypes.data)
+    template = job.address(ready.address, out.ctypes.data)
     found = np.zeros(1, np.int64)
     samples = np.zeros(count, np.int64)
     sleepers = sleeping_workers(group) if asleep else 0

@@ -296,7 +296,7 @@ class ExpertLayer:
             OSError: the system allows fewer threads than the pool has.
         """
         check_inputs(x, ids, weights, skip, self.hidden, self.num_experts)
-        ready = self._get_ready()
+        ready = self._ready()
         group = ready.group
         out = np.empty((len(x), self.hidden), np.uint16)
         if not len(x):
@@ -343,7 +343,7 @@ class ExpertLayer:
         """
         ready, idle = self._ready_state, self._small_jobs.get((tokens, top_k))
         if ready is None or idle is None:
-            ready = self._get_ready()
+            ready = self._ready()
             idle = idle_jobs(self._job_shape(ready, tokens, top_k))
             self._small_jobs[tokens, top_k] = idle
         try:
@@ -370,7 +370,7 @@ class ExpertLayer:
             )
         return shape
 
-    def _get_ready(self) -> _Ready:
+    def _ready(self) -> _Ready:
         """The threads and the descriptor; the first pass starts and builds them."""
         self._check_open()
         if not self._has_experts:
@@ -392,13 +392,9 @@ class ExpertLayer:
                 )
             return self._ready_state
 
-    def _ready(self) -> tuple[PoolGroup, Slots]:
-        ready = self._get_ready()
-        return ready.group, ready.descriptor
-
     def slot_shape(self, tokens: int, top_k: int) -> JobShape:
         """What the scratch of a slot depends on."""
-        return self._job_shape(self._get_ready(), tokens, top_k)
+        return self._job_shape(self._ready(), tokens, top_k)
 
     def job_slot(
         self,
@@ -424,7 +420,7 @@ class ExpertLayer:
             scratch: of `slot_shape(tokens, top_k)`.
             owned: what holds the memory at these addresses; kept for as long as they are used.
         """
-        ready = self._get_ready()
+        ready = self._ready()
         ready.group.start_background_worker()
         if skip not in self._live_masks:
             self._live_masks[skip] = LiveMask(skip, self.num_experts)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import logging
 import os
 import platform
 import threading
@@ -31,8 +30,6 @@ from hybrid_moe.locks import ProcessLock
 
 if TYPE_CHECKING:
     from hybrid_moe.cpu_kernels.job import StagedJob
-
-logger = logging.getLogger(__name__)
 
 Slots = npt.NDArray[np.int64]
 

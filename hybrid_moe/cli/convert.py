@@ -23,15 +23,10 @@ def convert(
     ] = None,
 ) -> None:
     """Quantise a checkpoint's experts; everything else is copied."""
-    from hybrid_moe.cpu_kernels.pool.topology import usable_cores
     from hybrid_moe.find_model import find_model
     from hybrid_moe.loaders import convert_checkpoint
 
     convert_checkpoint(
-        find_model(model),
-        out,
-        method,
-        threads=threads or usable_cores(),
-        gate_up_layout=gate_up_layout,
+        find_model(model), out, method, threads=threads, gate_up_layout=gate_up_layout
     )
     typer.echo(f"wrote {out}", err=True)

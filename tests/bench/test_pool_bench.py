@@ -29,7 +29,7 @@ def test_share_of_the_bare_signal(signal: float | None, share: float | None) -> 
 def test_tiny_job_is_one_task_for_each_thread(threads: int) -> None:
     layer = make_layer(pool.tiny_shape(threads), "MXFP4", PoolConfig(threads))
     layer.forward(*pool.empty_batch(layer))
-    group, _ = layer._ready()
+    group = layer._ready().group
     sequence = int(group._slots[f.G_COMPLETED])
     job = group._slots[f.G_RING + sequence % f.RING * f.JOB_SLOTS :]
     totals = job[f.J_TOTAL : f.J_TOTAL + f.PHASES]

@@ -250,7 +250,7 @@ def test_a_descriptor_owns_what_it_points_to() -> None:
     """Every address in it, and in the tables of biases, is that of an array that jobs own."""
     layer = CASE.layer()
     layer.forward(*BATCH)
-    ready = layer._get_ready()
+    ready = layer._ready()
     named = {array.ctypes.data for array in ready.memory if isinstance(array, np.ndarray)}
     pointers = (f.L_PARAMETERS, f.L_GATE_BIAS, f.L_UP_BIAS, f.L_DOWN_BIAS)
     pointers += (f.L_GATE_UP, f.L_DOWN, f.L_BLOCKS, f.L_STRIPS)

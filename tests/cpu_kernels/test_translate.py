@@ -364,7 +364,7 @@ def test_routing(tokens: int) -> None:
     results = []
     for run in (code, prepare):
         job.stage(x, ids, weights, None)
-        address = job.address(layer._get_ready().address, 0)
+        address = job.address(layer._ready().address, 0)
         before = job.template.copy()
         missing = run(address)
         pairs = int(job.template[f.J_ACTIVE]), int(job.template[f.J_MOST])

@@ -91,7 +91,7 @@ def _held_until_somebody_sleeps(group: PoolGroup, address: int) -> None:
 @contextmanager
 def one_task_stands_still(layer: ExpertLayer) -> Iterator[tuple[threading.Event, threading.Event]]:
     """The first gate/up task sets the first event, and waits for the second."""
-    descriptor = layer._ready()[1]
+    descriptor = layer._ready().descriptor
     kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 9)
     address = int(descriptor[f.L_ACTIVATE])
     activate = kind(address)

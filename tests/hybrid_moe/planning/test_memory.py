@@ -232,7 +232,7 @@ def test_a_long_prompt_takes_the_buffers_that_are_planned(
     model = read_model(TINY)
     wrapper = next(wrappers(TINY, "MXFP4"))
     layer, tokens = wrapper._layer, times * MAX_TOKENS_PER_JOB
-    layer._get_ready().group.idle.clear()
+    layer._ready().group.idle.clear()
     monkeypatch.setattr(Arena, "__init__", counted)
     x = np.zeros((tokens, model.hidden), np.uint16)
     ids = np.tile(np.arange(model.top_k), (tokens, 1))
