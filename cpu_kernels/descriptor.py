@@ -34,29 +34,26 @@ def describe(
     slots[f.L_HIDDEN] = GROUP * gate_up.groups
     slots[f.L_INTERMEDIATE] = GROUP * down.groups
     slots[f.L_ENCODE] = kernels.encode
+    slots[f.L_GATHER] = kernels.gather
     slots[f.L_ACTIVATE] = kernels.activate
     slots[f.L_COMBINE] = kernels.combine
     slots[f.L_CLEAR] = kernels.clear
     slots[f.L_FINISH] = kernels.finish
     slots[f.L_ENTER] = kernels.enter
     slots[f.L_LEAVE] = kernels.leave
-    slots[f.L_UNPACK] = kernels.unpack
-    slots[f.L_CHUNK_GROUP_BYTES] = kernels.chunk_group_bytes
-    slots[f.L_DIRECT_LIMIT] = kernels.direct_limit
+    slots[f.L_ENCODED_BYTES] = kernels.encoding.group_bytes
     slots[f.L_X_ROW_BYTES] = kernels.encoding.row_bytes(gate_up.groups)
     slots[f.L_H_ROW_BYTES] = kernels.encoding.row_bytes(down.groups)
-    slots[f.L_CHUNK_GROUPS] = kernels.chunk_groups
+    slots[f.L_TILED_FROM] = kernels.tiled_from
     for slot, table in tables.items():
         slots[slot] = table.ctypes.data
     for base, layout in ((f.L_GU_LAYOUT, gate_up), (f.L_DN_LAYOUT, down)):
-        slots[base : base + f.LAYOUT_SLOTS] = (
-            layout.groups,
-            layout.code_bytes_per_group,
-            layout.scale_bytes_per_group,
-            layout.scale_offset,
-            layout.nbytes,
-        )
-    for base, dots in ((f.L_DIRECT, kernels.direct), (f.L_TILED, kernels.tiled)):
-        words = [word for dot in dots for word in (dot.least, dot.most, dot.address)]
-        slots[base : base + len(words)] = words
+        slots[base : base + f.LAYOUT_SLOTS] = (layout.groups, layout.group_bytes, layout.nbytes)
+    for base, tiling in ((f.L_DIRECT, kernels.direct), (f.L_TILED, kernels.tiled)):
+        slots[base + f.TILES_MOST] = tiling.most
+        slots[base + f.TILES_UNIT] = tiling.unit
+        slots[base + f.TILES_GROUPS] = tiling.groups
+        slots[base + f.TILES_UNPACK] = tiling.unpack
+        for tokens, address in tiling.kernels.items():
+            slots[base + f.TILES_KERNELS + tokens - 1] = address
     return slots

@@ -17,6 +17,8 @@ _TASKS_PER_WORKER = 12  # of a phase, at least: the last one out waits for less 
 INLINE_ENCODE_TOKENS = 4
 _ENCODE_TOKENS_PER_TASK = 16
 _EXACT_CAPACITY = 8
+BLOCK_SLACK = 4096
+"""Bytes behind encoded rows: a matrix unit reads blocks of 16 or 32 tokens whole, 80 bytes each."""
 
 
 def capacity_for(tokens: int) -> int:
@@ -57,7 +59,7 @@ class JobShape:
     Attributes:
         capacity: most tokens. top_k: ids of a token. experts: E. hidden: H.
         x_row, h_row: bytes of an encoded row of inputs and of intermediates.
-        chunk_bytes: unpacked codes of one strip.
+        unpacked_bytes: groups of a strip that are unpacked at a time.
         workers, pools: of the group that runs it.
     """
 
@@ -67,7 +69,7 @@ class JobShape:
     hidden: int
     x_row: int
     h_row: int
-    chunk_bytes: int
+    unpacked_bytes: int
     workers: int
     pools: int
 
@@ -76,16 +78,22 @@ class JobShape:
         return self.capacity * self.top_k
 
     @property
-    def sums_bytes(self) -> int:
-        """float32 [most tokens of one expert][32]; an expert may get every pair, and a matrix unit
-        writes whole blocks."""
-        return 4 * STRIP_ROWS * round_up(max(1, self.pairs), MOST_BLOCK_TOKENS)
+    def _worker_areas(self) -> dict[int, int]:
+        """Slot -> bytes of each part of a worker's scratch, whose offset it holds.
+
+        Sums are those of a batch of one expert's tokens, or of fewer tokens and several strips; a
+        matrix unit writes, and reads, whole blocks. An expert may get every pair."""
+        most = min(f.BATCH_TOKENS, self.pairs)
+        return {
+            f.J_SCRATCH_SUMS: 4 * STRIP_ROWS * (f.BATCH_TOKENS + MOST_BLOCK_TOKENS),
+            f.J_SCRATCH_X: most * self.x_row + BLOCK_SLACK,
+            f.J_SCRATCH_UNPACKED: self.unpacked_bytes,
+            f.J_SCRATCH_OUT: f.MAX_STRIPS * 4 * STRIP_ROWS * max(1, self.capacity),
+        }
 
     @property
     def worker_bytes(self) -> int:
-        """Of each strip of a pass: sums, unpacked codes, and float32 [tokens][32] of output."""
-        out_bytes = 4 * STRIP_ROWS * max(1, self.capacity)
-        return round_up(f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes + out_bytes), 4096)
+        return round_up(sum(round_up(size, 64) for size in self._worker_areas.values()), 4096)
 
     @property
     def _areas(self) -> dict[int, int]:
@@ -102,9 +110,8 @@ class JobShape:
             f.J_PAIR_TOKEN: 4 * pairs,
             f.J_PAIR_WEIGHT: 4 * pairs,
             f.J_PAIR_X: 8 * pairs,
-            f.J_PAIR_H: 8 * pairs,
-            f.J_X_ROWS: tokens * self.x_row,
-            f.J_H_ROWS: pairs * self.h_row,
+            f.J_X_ROWS: tokens * self.x_row + BLOCK_SLACK,
+            f.J_H_ROWS: pairs * self.h_row + BLOCK_SLACK,
             f.J_SCRATCH: self.workers * self.worker_bytes,
         }
 
@@ -121,10 +128,10 @@ class JobShape:
         job[f.J_TOP_K] = self.top_k
         job[f.J_POOLS] = self.pools
         job[f.J_SCRATCH_BYTES] = self.worker_bytes
-        job[f.J_SCRATCH_SUMS] = 0
-        job[f.J_SUMS_BYTES] = self.sums_bytes
-        job[f.J_SCRATCH_UNPACKED] = f.MAX_STRIPS * self.sums_bytes
-        job[f.J_SCRATCH_OUT] = f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
+        offset = 0
+        for slot, size in self._worker_areas.items():
+            job[slot] = offset
+            offset += round_up(size, 64)
         job[f.J_ENCODE_TOKENS] = _ENCODE_TOKENS_PER_TASK
         job[f.J_INLINE_ENCODE] = int(self.capacity <= INLINE_ENCODE_TOKENS)
         job[f.J_TARGET_TASKS] = _TASKS_PER_WORKER * -(-self.workers // self.pools)

@@ -7,17 +7,23 @@ both import these constants, so there is one list of them.
 from __future__ import annotations
 
 MAX_POOLS = 8
-MAX_SIZES = 8
-MAX_STRIPS = 4  # strips that share one pass over the tokens
+MAX_TILE = 32  # tokens of the largest tile
+MAX_STRIPS = 4  # strips of a down task
+STRIPS_AT_ONCE = 16  # of gate/up, before their activations
+BATCH_TOKENS = 192  # of one expert that share a pass over its strips
+UNPACK_GROUPS = 32  # groups of a strip that are unpacked at a time
+SHARE_BYTES = 4096  # of the packed codes that come next, what each tile of a chunk fetches
 LINE_SLOTS = 8  # int64 slots of a cache line
 
 
-# A dot kernel in the tables of a layer.
+# How tokens of an expert are cut into tiles (`library.Tiling`), relative to L_DIRECT or L_TILED.
 
-DOT_LEAST = 0  # tokens that it may be called with
-DOT_MOST = 1
-DOT_ADDRESS = 2
-DOT_SLOTS = 3
+TILES_MOST = 0
+TILES_UNIT = 1
+TILES_GROUPS = 2
+TILES_UNPACK = 3
+TILES_KERNELS = 4  # [MAX_TILE]: by tokens, from 1
+TILES_SLOTS = TILES_KERNELS + MAX_TILE
 
 # Layer: constant once its experts are loaded.
 
@@ -25,40 +31,37 @@ L_EXPERTS = 0
 L_HIDDEN = 1
 L_INTERMEDIATE = 2
 L_ENCODE = 3
-L_ACTIVATE = 4
-L_COMBINE = 5
-L_CLEAR = 6
-L_FINISH = 7
-L_UNPACK = 8
-L_CHUNK_GROUP_BYTES = 9
-L_DIRECT_LIMIT = 10
-L_PARAMETERS = 11  # float32 [3]: limit, alpha, up offset
-L_X_ROW_BYTES = 12  # encoded row of hidden inputs
-L_H_ROW_BYTES = 13  # encoded row of intermediate inputs
-L_CHUNK_GROUPS = 14  # groups of a strip that are unpacked at a time
-L_GATE_BIAS = 15  # int64 [E]: address of float32 [intermediate, rounded up]
-L_UP_BIAS = 16
-L_DOWN_BIAS = 17
-L_GATE_UP = 18  # int64 [pools][E]: address of the pool's gate/up strips, 0 = not resident
-L_DOWN = 19
-L_BLOCKS = 20  # int64 [pools + 1]: first 32-row block of the intermediate of each pool
-L_STRIPS = 21  # int64 [pools + 1]: first strip of the hidden rows of each pool
-L_GU_LAYOUT = 22  # of gate/up strips, LAYOUT_SLOTS slots
-L_DN_LAYOUT = 27  # of down strips
-L_ENTER = 32  # what a thread calls before its first and
-L_LEAVE = 33  # after its last task of a job, or 0
-L_DIRECT = 34  # MAX_SIZES dot kernels, those for most tokens first; the last takes 1
-L_TILED = L_DIRECT + DOT_SLOTS * MAX_SIZES
-LAYER_SLOTS = L_TILED + DOT_SLOTS * MAX_SIZES
+L_GATHER = 4
+L_ACTIVATE = 5
+L_COMBINE = 6
+L_CLEAR = 7
+L_FINISH = 8
+L_PARAMETERS = 9  # float32 [3]: limit, alpha, up offset
+L_ENCODED_BYTES = 10  # of an encoded group
+L_X_ROW_BYTES = 11  # encoded row of hidden inputs
+L_H_ROW_BYTES = 12  # encoded row of intermediate inputs
+L_TILED_FROM = 13  # tokens of an expert that are cut by L_TILED; fewer by L_DIRECT
+L_GATE_BIAS = 14  # int64 [E]: address of float32 [intermediate, rounded up]
+L_UP_BIAS = 15
+L_DOWN_BIAS = 16
+L_GATE_UP = 17  # int64 [pools][E]: address of the pool's gate/up strips, 0 = not resident
+L_DOWN = 18
+L_BLOCKS = 19  # int64 [pools + 1]: first 32-row block of the intermediate of each pool
+L_STRIPS = 20  # int64 [pools + 1]: first strip of the hidden rows of each pool
+L_ENTER = 21  # what a thread calls before its first and
+L_LEAVE = 22  # after its last task of a job, or 0
+L_GU_LAYOUT = 23  # of gate/up strips, LAYOUT_SLOTS slots
+L_DN_LAYOUT = 26  # of down strips
+L_DIRECT = 29  # TILES_SLOTS slots
+L_TILED = L_DIRECT + TILES_SLOTS
+LAYER_SLOTS = L_TILED + TILES_SLOTS
 
 # A strip layout within a layer (`panels.StripLayout`), relative to L_GU_LAYOUT or L_DN_LAYOUT.
 
 LAYOUT_GROUPS = 0  # K / 32
-LAYOUT_CODE_BYTES = 1  # of a group
-LAYOUT_SCALE_BYTES = 2  # of a group
-LAYOUT_SCALE_OFFSET = 3
-LAYOUT_STRIP_BYTES = 4
-LAYOUT_SLOTS = 5
+LAYOUT_GROUP_BYTES = 1
+LAYOUT_STRIP_BYTES = 2
+LAYOUT_SLOTS = 3
 
 # Job: one forward of one layer. It lives in a slot of the group's ring and is reused, so every
 # claim word carries the job's sequence number.
@@ -79,9 +82,8 @@ J_ACTIVE_START = 12  # int32 [active + 1]: first pair of each active expert
 J_PAIR_TOKEN = 13  # int32 [T * k], grouped by expert in ascending id
 J_PAIR_WEIGHT = 14  # float32 [T * k]
 J_PAIR_X = 15  # int64 [T * k]: address of the token's encoded row
-J_PAIR_H = 16  # int64 [T * k]: address of the pair's encoded intermediate row
 J_X_ROWS = 17  # encoded inputs [T]
-J_H_ROWS = 18  # encoded intermediates [T * k]
+J_H_ROWS = 18  # encoded intermediates [T * k], in tiles of each expert's pairs
 J_ACTIVE = 19  # results of routing: number of active experts,
 J_MOST = 20  # most tokens of one expert,
 J_IGNORED = 21  # ids out of range,
@@ -93,7 +95,7 @@ J_BLOCKS_PER_TASK = 26
 J_STRIPS_PER_TASK = 27
 J_TARGET_TASKS = 28  # tasks to aim at in each pool and phase, at least
 J_SCRATCH_SUMS = 29  # offsets within a worker's scratch
-J_SUMS_BYTES = 30  # of one strip's sums
+J_SCRATCH_X = 30  # gathered tiles of inputs
 J_SCRATCH_UNPACKED = 31
 J_SCRATCH_OUT = 32
 J_INLINE_ENCODE = 33  # 1: the publisher encodes the inputs itself, phase 0 is empty

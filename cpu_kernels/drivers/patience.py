@@ -15,6 +15,7 @@ from __future__ import annotations
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.drivers.memory import driver, load_acquire, nanoseconds
 from hybrid_moe.cpu_kernels.drivers.route import get, put
+from hybrid_moe.cpu_kernels.panels import STRIP_ROWS
 
 NS_PER_MAC = 10
 
@@ -24,13 +25,13 @@ def task_nanoseconds(job: int) -> int:
     """What the largest task of a routed job takes a slow thread.
 
     A gate/up task has J_BLOCKS_PER_TASK blocks of 32 rows of gate and of up, for the tokens of one
-    expert; a down task J_STRIPS_PER_TASK strips of 32 rows, for all pairs of token and expert.
+    expert; a down task J_STRIPS_PER_TASK strips of 64 rows, for all pairs of token and expert.
     """
     layer = get(job, f.J_LAYER)
     gate_up_rows = 64 * get(job, f.J_BLOCKS_PER_TASK)
     gate_up = get(job, f.J_MOST) * gate_up_rows * get(layer, f.L_HIDDEN)
     pairs = get(job, f.J_TOKENS) * get(job, f.J_TOP_K)
-    down = pairs * 32 * get(job, f.J_STRIPS_PER_TASK) * get(layer, f.L_INTERMEDIATE)
+    down = pairs * STRIP_ROWS * get(job, f.J_STRIPS_PER_TASK) * get(layer, f.L_INTERMEDIATE)
     return NS_PER_MAC * max(gate_up, down)
 
 

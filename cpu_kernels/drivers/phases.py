@@ -1,8 +1,8 @@
 """The three phases of a layer, one task at a time.
 
     encode    input rows -> encoded rows                                    (large batches only)
-    gate/up   block of 32 intermediate rows of one expert -> encoded rows of h, all its tokens
-    down      strips of 32 hidden rows, all experts in ascending id -> output, all tokens
+    gate/up   strips of 32 intermediate rows of one expert -> encoded h of all its tokens, in tiles
+    down      strips of 64 hidden rows, all experts in ascending id -> output, all tokens
 
 A down task owns its output rows, so experts are summed without conflicts and no buffer of
 tokens x k x hidden exists. Between phases all tasks must be finished: two barriers a layer.
@@ -15,115 +15,121 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     call2,
     call3,
     call4,
+    call5,
     call6,
-    call8,
-    call9,
+    call7,
     driver,
     load32,
     load64,
 )
-from hybrid_moe.cpu_kernels.drivers.route import encode_tokens, get
+from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens, get
+from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, SUMS_BYTES
 
 
 @driver
-def dot_tokens(
-    kernels: int,
-    codes: int,
-    scales: int,
-    rows: int,
-    count: int,
-    sums: int,
-    begin: int,
-    end: int,
-    groups: int,
-) -> None:
-    """Dot `count` rows by the largest kernels that fit, from a table in descending order."""
-    done = 0
-    kernel = kernels
-    while done < count:
-        if count - done < get(kernel, f.DOT_LEAST):
-            kernel += 8 * f.DOT_SLOTS
-            continue
-        tokens = min(count - done, get(kernel, f.DOT_MOST))
-        call8(
-            get(kernel, f.DOT_ADDRESS),
-            codes,
-            scales,
-            rows + 8 * done,
-            tokens,
-            sums + 128 * done,
-            begin,
-            end,
-            groups,
-        )
-        done += tokens
+def part(total: int, parts: int, index: int) -> int:
+    """Where part `index` of `parts` nearly equal ones begins."""
+    return total * index // parts
 
 
 @driver
-def dot_strips(
-    layer: int,
-    layout: int,
-    strip: int,
-    strips: int,
-    rows: int,
-    count: int,
-    sums: int,
-    sums_bytes: int,
-    unpacked: int,
-) -> None:
-    """sums[s] [count][32] = strip s x rows, for `strips` neighbouring strips.
+def tiling_of(layer: int, count: int) -> int:
+    """How `count` tokens of one expert are cut into tiles, see `library.Tiling`."""
+    slot = f.L_DIRECT if count < get(layer, f.L_TILED_FROM) else f.L_TILED
+    return layer + 8 * slot
 
-    Few tokens read the codes as they stream from memory, one strip after the other. Many take a
-    chunk of K at a time: its codes are unpacked once into the cache, and a tile of tokens meets
-    all strips before the next tile, so that the tokens too are read once for all strips.
+
+@driver
+def tiles_of(tiling: int, count: int) -> int:
+    return ceil_div(count, get(tiling, f.TILES_MOST))
+
+
+@driver
+def tile_start(tiling: int, count: int, index: int) -> int:
+    """First token of a tile, or `count` for the index past the last."""
+    unit = get(tiling, f.TILES_UNIT)
+    units = ceil_div(count, unit)
+    return min(count, unit * part(units, tiles_of(tiling, count), index))
+
+
+@driver
+def dot_tiles(
+    layer: int, layout: int, codes: int, x: int, count: int, sums: int, unpacked: int
+) -> None:
+    """sums [count][64] = one strip x the tiles of `count` encoded tokens at `x`.
+
+    One tile reads the codes as they stream from memory. Several take a chunk of K at a time, which
+    comes from memory once and meets every tile while it is in the cache, unpacked first if that
+    pays; and each tile fetches a share of the chunk that follows.
     """
     groups = get(layer, layout + f.LAYOUT_GROUPS)
-    code_bytes = get(layer, layout + f.LAYOUT_CODE_BYTES)
-    scale_bytes = get(layer, layout + f.LAYOUT_SCALE_BYTES)
-    scale_offset = get(layer, layout + f.LAYOUT_SCALE_OFFSET)
-    strip_bytes = get(layer, layout + f.LAYOUT_STRIP_BYTES)
-    if count <= get(layer, f.L_DIRECT_LIMIT):
-        kernels = layer + 8 * f.L_DIRECT
-        for s in range(strips):
-            codes = strip + s * strip_bytes
-            scales = codes + scale_offset
-            dot_tokens(
-                kernels, codes, scales, rows, count, sums + s * sums_bytes, 0, groups, groups
-            )
-        return
-    kernels = layer + 8 * f.L_TILED
-    tile = get(kernels, f.DOT_MOST)
-    unpack = get(layer, f.L_UNPACK)
-    chunk = get(layer, f.L_CHUNK_GROUPS)
-    chunk_bytes = chunk * get(layer, f.L_CHUNK_GROUP_BYTES)
+    group_bytes = get(layer, layout + f.LAYOUT_GROUP_BYTES)
+    row_bytes = groups * get(layer, f.L_ENCODED_BYTES)
+    tiling = tiling_of(layer, count)
+    tiles = tiles_of(tiling, count)
+    unpack = get(tiling, f.TILES_UNPACK)
+    chunk = groups
+    if tiles > 1 or unpack != 0:
+        chunk = get(tiling, f.TILES_GROUPS)
     begin = 0
     while begin < groups:
         end = min(groups, begin + chunk)
+        at = codes + begin * group_bytes
+        after = codes + end * group_bytes
         if unpack != 0:
-            for s in range(strips):
-                codes = strip + s * strip_bytes + begin * code_bytes
-                call3(unpack, codes, unpacked + s * chunk_bytes, end - begin)
-        first = 0
-        while first < count:
-            tokens = min(tile, count - first)
-            for s in range(strips):
-                codes = strip + s * strip_bytes + begin * code_bytes
-                scales = strip + s * strip_bytes + scale_offset + begin * scale_bytes
-                if unpack != 0:
-                    codes = unpacked + s * chunk_bytes
-                dot_tokens(
-                    kernels,
-                    codes,
-                    scales,
-                    rows + 8 * first,
-                    tokens,
-                    sums + s * sums_bytes + 128 * first,
-                    begin,
-                    end,
-                    groups,
-                )
-            first += tokens
+            call3(unpack, at, unpacked, end - begin)
+            at = unpacked
+        for i in range(tiles):
+            first = tile_start(tiling, count, i)
+            tokens = tile_start(tiling, count, i + 1) - first
+            call7(
+                get(tiling, f.TILES_KERNELS + tokens - 1),
+                at,
+                after + (i * f.SHARE_BYTES) % (chunk * group_bytes),
+                x + first * row_bytes,
+                tokens,
+                sums + first * SUMS_BYTES,
+                begin,
+                end,
+            )
         begin = end
+
+
+@driver
+def gather_tiles(layer: int, rows: int, count: int, out: int) -> None:
+    """The encoded inputs at addresses rows[count] -> tiles."""
+    tiling = tiling_of(layer, count)
+    for i in range(tiles_of(tiling, count)):
+        first = tile_start(tiling, count, i)
+        tokens = tile_start(tiling, count, i + 1) - first
+        call4(
+            get(layer, f.L_GATHER),
+            rows + 8 * first,
+            tokens,
+            out + first * get(layer, f.L_X_ROW_BYTES),
+            get(layer, f.L_GU_LAYOUT + f.LAYOUT_GROUPS),
+        )
+
+
+@driver
+def activate_tiles(
+    layer: int, sums: int, count: int, h: int, block: int, gate_bias: int, up_bias: int
+) -> None:
+    """One strip's gates and ups -> group `block` of the tiles of h."""
+    tiling = tiling_of(layer, count)
+    for i in range(tiles_of(tiling, count)):
+        first = tile_start(tiling, count, i)
+        tokens = tile_start(tiling, count, i + 1) - first
+        tile = h + first * get(layer, f.L_H_ROW_BYTES)
+        call6(
+            get(layer, f.L_ACTIVATE),
+            sums + first * SUMS_BYTES,
+            tokens,
+            tile + block * tokens * get(layer, f.L_ENCODED_BYTES),
+            gate_bias,
+            up_bias,
+            get(layer, f.L_PARAMETERS),
+        )
 
 
 @driver
@@ -144,30 +150,39 @@ def gate_up_task(job: int, layer: int, pool: int, task: int, scratch: int) -> No
     strip_bytes = get(layer, f.L_GU_LAYOUT + f.LAYOUT_STRIP_BYTES)
     gate_bias = load64(get(layer, f.L_GATE_BIAS) + 8 * expert)
     up_bias = load64(get(layer, f.L_UP_BIAS) + 8 * expert)
-    rows = get(job, f.J_PAIR_X) + 8 * start
-    h_rows = get(job, f.J_PAIR_H) + 8 * start
     sums = scratch + get(job, f.J_SCRATCH_SUMS)
-    sums_bytes = get(job, f.J_SUMS_BYTES)
     unpacked = scratch + get(job, f.J_SCRATCH_UNPACKED)
-    block = begin
-    while block < end:
-        blocks = min(f.MAX_STRIPS // 2, end - block)
-        strip = base + 2 * (block - first_block) * strip_bytes
-        dot_strips(layer, f.L_GU_LAYOUT, strip, 2 * blocks, rows, count, sums, sums_bytes, unpacked)
-        for b in range(blocks):
-            call9(
-                get(layer, f.L_ACTIVATE),
-                sums + 2 * b * sums_bytes,
-                sums + (2 * b + 1) * sums_bytes,
-                count,
-                h_rows,
-                block + b,
-                get(layer, f.L_DN_LAYOUT + f.LAYOUT_GROUPS),
-                gate_bias + 128 * (block + b),
-                up_bias + 128 * (block + b),
-                get(layer, f.L_PARAMETERS),
-            )
-        block += blocks
+    batches = ceil_div(count, f.BATCH_TOKENS)
+    for b in range(batches):
+        first = part(count, batches, b)
+        tokens = part(count, batches, b + 1) - first
+        rows = get(job, f.J_PAIR_X) + 8 * (start + first)
+        h = get(job, f.J_H_ROWS) + (start + first) * get(layer, f.L_H_ROW_BYTES)
+        x = load64(rows)
+        if tokens > 1:
+            x = scratch + get(job, f.J_SCRATCH_X)
+            gather_tiles(layer, rows, tokens, x)
+        # some strips, then their activations: what interrupts the stream, interrupts it rarely
+        some = min(f.STRIPS_AT_ONCE, f.BATCH_TOKENS // tokens)
+        block = begin
+        while block < end:
+            blocks = min(some, end - block)
+            for i in range(blocks):
+                strip = base + (block + i - first_block) * strip_bytes
+                to = sums + i * tokens * SUMS_BYTES
+                dot_tiles(layer, f.L_GU_LAYOUT, strip, x, tokens, to, unpacked)
+            for i in range(blocks):
+                bias = 4 * GROUP * (block + i)
+                activate_tiles(
+                    layer,
+                    sums + i * tokens * SUMS_BYTES,
+                    tokens,
+                    h,
+                    block + i,
+                    gate_bias + bias,
+                    up_bias + bias,
+                )
+            block += blocks
 
 
 @driver
@@ -181,7 +196,6 @@ def down_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
     experts = get(layer, f.L_EXPERTS)
     strip_bytes = get(layer, f.L_DN_LAYOUT + f.LAYOUT_STRIP_BYTES)
     sums = scratch + get(job, f.J_SCRATCH_SUMS)
-    sums_bytes = get(job, f.J_SUMS_BYTES)
     unpacked = scratch + get(job, f.J_SCRATCH_UNPACKED)
     out = scratch + get(job, f.J_SCRATCH_OUT)
     call2(get(layer, f.L_CLEAR), out, tokens * (end - begin))
@@ -191,29 +205,32 @@ def down_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
         count = load32(get(job, f.J_ACTIVE_START) + 4 * index + 4) - start
         base = load64(get(layer, f.L_DOWN) + 8 * (pool * experts + expert))
         bias = load64(get(layer, f.L_DOWN_BIAS) + 8 * expert)
-        rows = get(job, f.J_PAIR_H) + 8 * start
-        codes = base + (begin - first_strip) * strip_bytes
-        dot_strips(
-            layer, f.L_DN_LAYOUT, codes, end - begin, rows, count, sums, sums_bytes, unpacked
-        )
+        batches = ceil_div(count, f.BATCH_TOKENS)
         for strip in range(begin, end):
-            call6(
-                get(layer, f.L_COMBINE),
-                sums + (strip - begin) * sums_bytes,
-                count,
-                get(job, f.J_PAIR_TOKEN) + 4 * start,
-                get(job, f.J_PAIR_WEIGHT) + 4 * start,
-                out + 128 * tokens * (strip - begin),
-                bias + 128 * strip,
-            )
-    hidden_bytes = 2 * get(layer, f.L_HIDDEN)
+            codes = base + (strip - first_strip) * strip_bytes
+            for b in range(batches):
+                first = start + part(count, batches, b)
+                some = start + part(count, batches, b + 1) - first
+                h = get(job, f.J_H_ROWS) + first * get(layer, f.L_H_ROW_BYTES)
+                dot_tiles(layer, f.L_DN_LAYOUT, codes, h, some, sums, unpacked)
+                call6(
+                    get(layer, f.L_COMBINE),
+                    sums,
+                    some,
+                    get(job, f.J_PAIR_TOKEN) + 4 * first,
+                    get(job, f.J_PAIR_WEIGHT) + 4 * first,
+                    out + SUMS_BYTES * tokens * (strip - begin),
+                    bias + SUMS_BYTES * strip,
+                )
+    hidden = get(layer, f.L_HIDDEN)
     for strip in range(begin, end):
-        call4(
+        call5(
             get(layer, f.L_FINISH),
-            out + 128 * tokens * (strip - begin),
+            out + SUMS_BYTES * tokens * (strip - begin),
             tokens,
-            get(job, f.J_OUT) + 64 * strip,
-            hidden_bytes,
+            get(job, f.J_OUT) + 2 * STRIP_ROWS * strip,
+            2 * hidden,
+            min(STRIP_ROWS, hidden - STRIP_ROWS * strip),
         )
 
 

@@ -91,7 +91,6 @@ def place_pairs(job: int, layer: int) -> None:
     weights = get(job, f.J_WEIGHTS)
     top_k = get(job, f.J_TOP_K)
     x_rows, x_bytes = get(job, f.J_X_ROWS), get(layer, f.L_X_ROW_BYTES)
-    h_rows, h_bytes = get(job, f.J_H_ROWS), get(layer, f.L_H_ROW_BYTES)
     for t in range(get(job, f.J_TOKENS)):
         for slot in range(top_k):
             i = t * top_k + slot
@@ -105,7 +104,6 @@ def place_pairs(job: int, layer: int) -> None:
             store32(get(job, f.J_PAIR_TOKEN) + 4 * pair, t)
             store32(get(job, f.J_PAIR_WEIGHT) + 4 * pair, load32(weights + 4 * i))
             store64(get(job, f.J_PAIR_X) + 8 * pair, x_rows + t * x_bytes)
-            store64(get(job, f.J_PAIR_H) + 8 * pair, h_rows + pair * h_bytes)
 
 
 @driver
