@@ -30,8 +30,8 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
     mxfp4_unpack,
 )
 from hybrid_moe.cpu_kernels.kernels.encode import META_BYTES, PLANE_BYTES
-from hybrid_moe.cpu_kernels.panels import STRIP_ROWS
-from hybrid_moe.formats import Array
+from hybrid_moe.formats.strips import STRIP_ROWS
+from hybrid_moe.formats.table import Array
 
 GROUP_BYTES = MXFP4_GROUP_BYTES + STRIP_ROWS
 """Codes and scales of a group of 32 inputs, of all rows of a strip."""

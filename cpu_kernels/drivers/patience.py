@@ -13,7 +13,7 @@ and a dead pool is found after a minute at decode sizes, and some ten at the lon
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.memory import driver, load_acquire, nanoseconds
+from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, load_acquire, nanoseconds
 from hybrid_moe.cpu_kernels.drivers.route import get, put
 
 NS_PER_MAC = 10

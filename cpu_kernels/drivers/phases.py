@@ -11,7 +11,7 @@ tokens x k x hidden exists. Between phases all tasks must be finished: two barri
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.memory import (
+from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     call2,
     call3,
     call4,

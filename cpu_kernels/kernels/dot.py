@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, I64, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
 from hybrid_moe.cpu_kernels.kernels.encode import META_BYTES, PLANE_BYTES
-from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS
-from hybrid_moe.formats import E2M1_VALUES
+from hybrid_moe.formats.strips import GROUP, STRIP_ROWS
+from hybrid_moe.formats.table import E2M1_VALUES
 
 PANELS = 2
 E2M1_DOUBLED = tuple(int(2 * v) for v in E2M1_VALUES)

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, KernelBody, Val
-from hybrid_moe.cpu_kernels.panels import GROUP, LINE
+from hybrid_moe.formats.strips import GROUP, LINE
 
 PLANE_BYTES = 64
 META_BYTES = 16

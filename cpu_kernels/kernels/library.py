@@ -14,7 +14,7 @@ from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.jit.sources import source_key
 from hybrid_moe.cpu_kernels.kernels import encode, epilogue
 from hybrid_moe.cpu_kernels.kernels.encode import Encoding
-from hybrid_moe.cpu_kernels.kernels.formats import FORMAT_KERNELS
+from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
 )
 from hybrid_moe.cpu_kernels.kernels.encode import META_BYTES, PLANE_BYTES
 from hybrid_moe.cpu_kernels.kernels.epilogue import clear
-from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS
+from hybrid_moe.formats.strips import GROUP, STRIP_ROWS
 
 _SUMS_STRIDE = 4 * STRIP_ROWS
 _PANELS_STRIDE = PANELS * ROW_BYTES  # from one B row of a panel to the next

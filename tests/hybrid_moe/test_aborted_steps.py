@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import hybrid_moe
-from hybrid_moe.deferral import DeferralChain
+from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, Weights, wrapper
 from tests.reference import assert_within

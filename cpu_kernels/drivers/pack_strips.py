@@ -1,0 +1,68 @@
+"""Packing: rows of a checkpoint -> strips, a transposition of 32-bit words; and telling others."""
+
+from __future__ import annotations
+
+from hybrid_moe.cpu_kernels.drivers.intrinsics import (
+    driver,
+    load8,
+    load32,
+    store8,
+    store32,
+    store_release,
+)
+
+
+@driver
+def pack_strips(
+    out: int,
+    first_strip: int,
+    last_strip: int,
+    strip_bytes: int,
+    scale_offset: int,
+    words: int,
+    scales_per_row: int,
+    codes0: int,
+    codes1: int,
+    code_stride: int,
+    scales0: int,
+    scales1: int,
+    scale_stride: int,
+    panel_rows: int,
+    rows: int,
+) -> int:
+    """Pack strips first..last-1 of a matrix.
+
+    Panel 0 of strip s holds rows s * panel_rows + lane of (codes0, scales0), panel 1 the same rows
+    of (codes1, scales1); for gate and up those are two matrices and panel_rows is 16, for down
+    they are one matrix (the second shifted by 16 rows) and panel_rows is 32. `rows` bounds the
+    rows of panel 0; a row at or past it is zeroes.
+    """
+    for strip in range(first_strip, last_strip):
+        to = out + (strip - first_strip) * strip_bytes
+        for panel in range(2):
+            codes = codes0 if panel == 0 else codes1
+            scales = scales0 if panel == 0 else scales1
+            shift = panel * 16 if panel_rows == 32 else 0
+            for lane in range(16):
+                row = strip * panel_rows + lane
+                at = to + 4 * (16 * panel + lane)
+                if row + shift >= rows:
+                    for w in range(words):
+                        store32(at + 128 * w, 0)
+                    for g in range(scales_per_row):
+                        store8(to + scale_offset + 32 * g + 16 * panel + lane, 0)
+                    continue
+                source = codes + row * code_stride
+                for w in range(words):
+                    store32(at + 128 * w, load32(source + 4 * w))
+                source = scales + row * scale_stride
+                for g in range(scales_per_row):
+                    store8(to + scale_offset + 32 * g + 16 * panel + lane, load8(source + g))
+    return 0
+
+
+@driver
+def publish_word(word: int, value: int) -> int:
+    """Store behind all earlier stores, for the acquiring load of `route.is_here`."""
+    store_release(word, value)
+    return 0
