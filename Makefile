@@ -52,10 +52,11 @@ fuzz: install-dev
 # Tests whose truth may depend on the processor's tier. Each runs once for every other tier that this
 # processor can run, and for the kinds of tier that it lacks with their instructions emulated
 # (tests/isa.py); `make test` has run them for its own.
-TIER_TESTS := $(addprefix tests/cpu_kernels/test_,tiers.py kernels.py layer.py coverage.py \
-	invariance.py pool.py slots.py ceilings.py) \
-	$(addprefix tests/hybrid_moe/test_,wrapper_forward.py wrapper_kernels.py wrapper_small.py \
-	transformers_experts.py export.py staging_kernels.py) \
+TIER_TESTS := $(addprefix tests/cpu_kernels/,dsl/test_tiers.py kernels/test_kernels.py test_layer.py \
+	kernels/test_coverage.py test_invariance.py pool/test_pool.py streams/test_slots.py ceilings) \
+	$(addprefix tests/hybrid_moe/,test_wrapper_forward.py test_wrapper_kernels.py \
+	test_wrapper_small.py integrations/test_transformers_experts.py runtime/test_export.py \
+	streams/test_staging_kernels.py) \
 	tests/bench/test_steps.py tests/conformance tests/examples tests/streams/test_hand_over.py
 test-tiers: install-dev
 	for isa in $$($(BIN)/python -m tests.isa); do \

@@ -22,9 +22,9 @@ from rich.table import Table
 from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats import FORMATS, WeightFormat, bf16_to_f32, f32_to_bf16
+from hybrid_moe.formats.table import FORMATS, WeightFormat, bf16_to_f32, f32_to_bf16
+from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from hybrid_moe.loaders.stored import encode
-from hybrid_moe.tensors import ExpertTensors, Matrix
 
 F64 = npt.NDArray[np.float64]
 OUTLIERS, OUTLIER_SCALE = 8, 40.0

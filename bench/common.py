@@ -13,13 +13,13 @@ from disturbance import ATTEMPTS, DISTURBED, OtherLoad
 from problem import SHAPES, SOURCES, Codes, Shape, random_experts
 
 from hybrid_moe.cpu_kernels.activation import Activation
-from hybrid_moe.cpu_kernels.bandwidth import ReadProbe
+from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats import format_named
-from hybrid_moe.receipt import processor, receipt, write_receipt
-from hybrid_moe.tensors import ExpertTensors, Matrix
+from hybrid_moe.formats.table import format_named
+from hybrid_moe.formats.tensors import ExpertTensors, Matrix
+from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
 __all__ = [
     "Timing",

@@ -32,8 +32,8 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
 )
 from hybrid_moe.cpu_kernels.kernels.encode import FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.order import Order, mxfp4_order
-from hybrid_moe.cpu_kernels.panels import PANELS, STRIP_ROWS, SUMS_BYTES
-from hybrid_moe.formats import Array
+from hybrid_moe.formats.strips import PANELS, STRIP_ROWS, SUMS_BYTES
+from hybrid_moe.formats.table import Array
 
 GROUP_BYTES, CODE_BYTES = MXFP4_STRIP.group_bytes, MXFP4_STRIP.code_bytes
 """Of a group of 32 inputs of all rows of a strip: codes and scales, and codes alone."""

@@ -7,7 +7,7 @@ between two samples.
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.memory import (
+from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     driver,
     fetch_add,
     load32,

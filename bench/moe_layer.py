@@ -29,8 +29,8 @@ from problem import Shape, batches_for, random_batches
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_moe.cpu_kernels.bandwidth import ReadProbe
-from hybrid_moe.cpu_kernels.ceilings import mac_ceiling, usable_tiers
+from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
+from hybrid_moe.cpu_kernels.ceilings.peaks import mac_ceiling, usable_tiers
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig

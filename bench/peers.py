@@ -29,11 +29,11 @@ from problem import SHAPES, Shape, batches_for, random_batches
 from rich.console import Console
 from targets import TARGETS
 
-from hybrid_moe.cpu_kernels.bandwidth import ReadProbe
-from hybrid_moe.cpu_kernels.ceilings import USES, mac_ceiling
+from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
+from hybrid_moe.cpu_kernels.ceilings.peaks import USES, mac_ceiling
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
-from hybrid_moe.formats import format_named
+from hybrid_moe.formats.table import format_named
 
 NAMES = (OURS, *PEERS)
 

@@ -46,10 +46,10 @@ from hybrid_moe.cpu_kernels.jit.driver import Driver
 from hybrid_moe.cpu_kernels.jit.translate import translate
 from hybrid_moe.cpu_kernels.job import StagedJob
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.cpu_kernels.panels import STRIP_ROWS
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import FUTEX_NUMBERS, PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+from hybrid_moe.formats.strips import STRIP_ROWS
 
 Samples = npt.NDArray[np.int64]
 

@@ -28,8 +28,8 @@ from problem import SHAPES
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_moe.cpu_kernels.bandwidth import ReadProbe
-from hybrid_moe.cpu_kernels.ceilings import mac_ceiling
+from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
+from hybrid_moe.cpu_kernels.ceilings.peaks import mac_ceiling
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from sweeps import GROUPS, LINES, STRIP_BYTES, Clock, K, Problem, Runner, seconds, step_runner
 
-from hybrid_moe.cpu_kernels.bandwidth import ReadProbe, repetitions_per_second
+from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe, repetitions_per_second
 from hybrid_moe.cpu_kernels.drivers.fields import UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier
@@ -40,9 +40,9 @@ from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY, TURN_GROUPS
 from hybrid_moe.cpu_kernels.kernels.library import functions_of, kernel_set
 from hybrid_moe.cpu_kernels.kernels.order import mxfp4_order
 from hybrid_moe.cpu_kernels.kernels.tile_dot import TURN
-from hybrid_moe.cpu_kernels.panels import PANELS, STRIP_ROWS
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+from hybrid_moe.formats.strips import PANELS, STRIP_ROWS
 
 TOKENS = (1, 2, 3, 6, 12, 24, 48)
 _REPEATS = 64

@@ -17,10 +17,10 @@ from hybrid_moe.cpu_kernels.dsl.tiers import Tier
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.kernels.encode import FIXED15, encode_rows
 from hybrid_moe.cpu_kernels.memory import Arena, Workspace
-from hybrid_moe.cpu_kernels.pack import pack_rows
-from hybrid_moe.cpu_kernels.panels import STRIP_ROWS, SUMS_BYTES, strip_layout
-from hybrid_moe.formats import MXFP4, Array
-from hybrid_moe.tensors import Matrix
+from hybrid_moe.cpu_kernels.strips.pack import pack_rows
+from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES, strip_layout
+from hybrid_moe.formats.table import MXFP4, Array
+from hybrid_moe.formats.tensors import Matrix
 
 K = 4096
 GROUPS = K // 32

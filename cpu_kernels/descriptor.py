@@ -8,9 +8,9 @@ import numpy as np
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.kernels.library import KernelSet
-from hybrid_moe.cpu_kernels.panels import GROUP, StripLayout
 from hybrid_moe.cpu_kernels.pool.group import Slots
-from hybrid_moe.formats import Array
+from hybrid_moe.formats.strips import GROUP, StripLayout
+from hybrid_moe.formats.table import Array
 
 
 def describe(

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.memory import Workspace
-from hybrid_moe.cpu_kernels.panels import MOST_BLOCK_TOKENS, STRIP_ROWS, round_up
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
+from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS, STRIP_ROWS, round_up
 
 _TASKS_PER_WORKER = 12  # of a phase, at least: the last one out waits for less than a task
 INLINE_ENCODE_TOKENS = 4

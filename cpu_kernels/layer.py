@@ -14,19 +14,25 @@ from hybrid_moe.cpu_kernels.drivers import check_machine
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
 from hybrid_moe.cpu_kernels.job import Job, JobShape, StagedJob, capacity_for, check_inputs
-from hybrid_moe.cpu_kernels.kernels.formats import FORMAT_KERNELS
+from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.memory import Arena
-from hybrid_moe.cpu_kernels.pack import pack_gate_up, pack_rows, publish_address
-from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, group_for
-from hybrid_moe.cpu_kernels.slots import JobSlot, LiveMask, SlotCounters, SlotReport, SlotScratch
 from hybrid_moe.cpu_kernels.small import SmallJob, SmallPass, fill, idle_jobs
-from hybrid_moe.cpu_kernels.unpack import RunAll, unpack_gate_up, unpack_rows
-from hybrid_moe.formats import Array, WeightFormat
+from hybrid_moe.cpu_kernels.streams.slots import (
+    JobSlot,
+    LiveMask,
+    SlotCounters,
+    SlotReport,
+    SlotScratch,
+)
+from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows, publish_address
+from hybrid_moe.cpu_kernels.strips.unpack import RunAll, unpack_gate_up, unpack_rows
+from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, round_up, strip_layout
+from hybrid_moe.formats.table import Array, WeightFormat
+from hybrid_moe.formats.tensors import ExpertTensors, check_matrix
 from hybrid_moe.locks import ProcessLock
-from hybrid_moe.tensors import ExpertTensors, check_matrix
 
 MAX_TOKENS_PER_JOB = 2048
 """Larger batches run part by part in the memory of one job: scratch grows with tokens x k, and 2048

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.pool import sysfiles
-from hybrid_moe.formats import Array
+from hybrid_moe.formats.table import Array
 
 logger = logging.getLogger(__name__)
 

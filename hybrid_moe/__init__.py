@@ -13,13 +13,13 @@ from hybrid_moe.integrations.import_hook import install as _install
 __version__ = "0.1.0"
 
 _LAZY = {
-    "DeferralChain": "hybrid_moe.deferral",
+    "DeferralChain": "hybrid_moe.runtime.deferral",
     "KTMoEWrapper": "hybrid_moe.wrapper",
-    "check_errors": "hybrid_moe.faults",
-    "generate_gpu_experts_masks": "hybrid_moe.placement",
-    "from_pretrained": "hybrid_moe.integrations.transformers",
-    "offload": "hybrid_moe.integrations.transformers",
-    "register": "hybrid_moe.integrations.transformers",
+    "check_errors": "hybrid_moe.streams.faults",
+    "generate_gpu_experts_masks": "hybrid_moe.placement.strategies",
+    "from_pretrained": "hybrid_moe.integrations.transformers.registration",
+    "offload": "hybrid_moe.integrations.transformers.registration",
+    "register": "hybrid_moe.integrations.transformers.registration",
 }
 
 __all__ = [
@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from hybrid_moe.deferral import DeferralChain
-    from hybrid_moe.faults import check_errors
-    from hybrid_moe.integrations.transformers import from_pretrained, offload, register
-    from hybrid_moe.placement import generate_gpu_experts_masks
+    from hybrid_moe.integrations.transformers.registration import from_pretrained, offload, register
+    from hybrid_moe.placement.strategies import generate_gpu_experts_masks
+    from hybrid_moe.runtime.deferral import DeferralChain
+    from hybrid_moe.streams.faults import check_errors
     from hybrid_moe.wrapper import KTMoEWrapper
 
 

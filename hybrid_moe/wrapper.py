@@ -14,18 +14,19 @@ import os
 
 import torch
 
-from hybrid_moe import arguments, checkpoints, construction_order, filling, ops
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.deferral import DeferralChain, declared_chain, split_deferred
-from hybrid_moe.export import ExpertWriter
-from hybrid_moe.filling import Fill
-from hybrid_moe.formats import chosen_format
-from hybrid_moe.layer_facts import LayerFacts
+from hybrid_moe.formats.table import chosen_format
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
-from hybrid_moe.process_wide import ProcessWide
-from hybrid_moe.runner import LayerRunner
-from hybrid_moe.weights import Stacked
+from hybrid_moe.runtime import arguments, construction_order, filling, ops
+from hybrid_moe.runtime import checkpoint_cache as checkpoints
+from hybrid_moe.runtime.deferral import DeferralChain, declared_chain, split_deferred
+from hybrid_moe.runtime.export import ExpertWriter
+from hybrid_moe.runtime.filling import Fill
+from hybrid_moe.runtime.layer_facts import LayerFacts
+from hybrid_moe.runtime.process_wide import ProcessWide
+from hybrid_moe.runtime.runner import LayerRunner
+from hybrid_moe.runtime.weights import Stacked
 
 
 class KTMoEWrapper(LayerFacts, ProcessWide):
@@ -46,8 +47,8 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             `load_weights_from_tensors`.
         chunked_prefill_size: accepted and not needed: calls may have any number of tokens.
         max_deferred_experts_per_token: experts per token that may arrive one MoE layer later, see
-            `hybrid_moe.deferral`; None for 0. The last layer of a model gets 0.
-        method: weight format, see `hybrid_moe.formats.FORMATS`; None or "STORED" for the one in
+            `hybrid_moe.runtime.deferral`; None for 0. The last layer of a model gets 0.
+        method: weight format, see `formats.table.FORMATS`; None or "STORED" for the one in
             which the checkpoint stores this layer.
         numa_nodes: NUMA node of each pool; None spreads them over every node.
         num_gpu_experts: the first so many ids are on the GPU; the older form of the mask.
@@ -62,7 +63,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             model that Transformers does not know.
         deferral_chain: the model that the layer is of, the same object for all of its layers and
             for no other. None: what the order of construction says, see
-            `hybrid_moe.construction_order`; a layer of which it says nothing defers nothing.
+            `runtime.construction_order`; a layer of which it says nothing defers nothing.
 
     The remaining options are kt-kernel's for training and for files that this package does not
     write; other values than their defaults raise `ValueError`.
@@ -325,7 +326,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         """`submit_forward` and `sync_forward` in one. Nothing stays under way if it fails.
 
         In a graph that is captured (`torch.compile`, `torch.export`, `make_fx`) it is one node, see
-        `hybrid_moe.ops`. With deferred experts it breaks the graph, as `submit_forward` and
+        `hybrid_moe.runtime.ops`. With deferred experts it breaks the graph, as `submit_forward` and
         `sync_forward` do: what they return depends on the call before.
         """
         if ops.is_traced(hidden_states) and not self.max_deferred_experts_per_token:
@@ -373,7 +374,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
     def select_deferred_experts(
         self, expert_ids: torch.Tensor, expert_scores: torch.Tensor, protected_k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(immediate, deferred) ids, see `hybrid_moe.deferral.split_deferred`."""
+        """(immediate, deferred) ids, see `hybrid_moe.runtime.deferral.split_deferred`."""
         self._check_open()
         return split_deferred(expert_ids, expert_scores, protected_k, self.num_experts)
 

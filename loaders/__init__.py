@@ -3,7 +3,7 @@
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.convert import convert_checkpoint
 from hybrid_moe.loaders.inspect import CheckpointSummary, inspect_checkpoint
-from hybrid_moe.loaders.layer import LayerSource
+from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.load import check_map, load_layer
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.files import ADAPTER, FOREIGN_WEIGHTS
-from hybrid_moe.tensors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.config import ModelConfig
 from hybrid_moe.loaders.naming import LayerKeys
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
-from hybrid_moe.tensors import CheckpointError
 
 _ROUTED = re.compile(
     r"\b(experts|shared_experts?|router|block_sparse_moe)\b|(\b(mlp|ffn|moe)\.|^)gate\."

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.regular import shortened
-from hybrid_moe.tensors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

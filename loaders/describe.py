@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.header import TensorInfo
-from hybrid_moe.loaders.layer import LayerSource, Stack
+from hybrid_moe.loaders.layer_source import LayerSource, Stack
 from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.loaders.naming import LayerKeys, NamingScheme
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.loaders.stored import STORED, Stored, describe_dtypes, known_dtypes, stored_as
-from hybrid_moe.tensors import CheckpointError
 
 _BIAS_DTYPES = ("BF16", "F32", "F16")
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.regular import (
     MAX_KEY_LENGTH,
     Stamp,
@@ -20,7 +21,6 @@ from hybrid_moe.loaders.regular import (
     shortened,
     stamp_of,
 )
-from hybrid_moe.tensors import CheckpointError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

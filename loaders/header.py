@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.header_text import walk
 from hybrid_moe.loaders.regular import Stamp, check_no_pointer, open_regular, shortened
 from hybrid_moe.locks import ProcessLock
-from hybrid_moe.tensors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; it also bounds what a damaged length can make a reader allocate."""

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hybrid_moe.formats import AS_STORED, FORMATS
+from hybrid_moe.formats.table import AS_STORED, FORMATS
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.config import TOP_K
 from hybrid_moe.loaders.drafts import DRAFT
-from hybrid_moe.loaders.layer import LayerSource
+from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.stored import can_encode
-from hybrid_moe.tensors import CheckpointError
 
 EXPERTS = "routed experts"
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.formats import WeightFormat
-from hybrid_moe.loaders.layer import LayerSource
+from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.tensors import ExpertTensors
+from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.parallel import for_each
 from hybrid_moe.loaders.safetensors import ReadBuffer
-from hybrid_moe.tensors import ExpertTensors
 
 logger = logging.getLogger(__name__)
 

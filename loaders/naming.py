@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from hybrid_moe.tensors import CheckpointError
+from hybrid_moe.formats.tensors import CheckpointError
 
 PREFIX = r"((?:(?:model|language_model|text_model|thinker)\.)*)"
 """What may stand before `layers.L`. Not `mtp.`: draft layers have numbers of their own."""

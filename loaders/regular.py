@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybrid_moe.tensors import CheckpointError
+from hybrid_moe.formats.tensors import CheckpointError
 
 MAX_JSON_BYTES = 64 << 20
 """Largest configuration or index that is read; the largest published index has 20 MB. Python's

@@ -17,12 +17,12 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.formats import Array
+from hybrid_moe.formats.table import Array
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.files import CheckpointFiles, choose_files
 from hybrid_moe.loaders.header import TensorInfo, read_header
 from hybrid_moe.loaders.regular import Stamp, open_regular, stamp
 from hybrid_moe.locks import ProcessLock
-from hybrid_moe.tensors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybrid_moe.formats import (
+from hybrid_moe.formats.table import (
     BF16,
     F32,
     FORMATS,

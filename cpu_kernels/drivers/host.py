@@ -19,7 +19,7 @@ word of a slot that a visit touches.
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.memory import (
+from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     compare_swap,
     driver,
     fence,

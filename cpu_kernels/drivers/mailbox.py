@@ -22,7 +22,7 @@ from hybrid_moe.cpu_kernels.drivers.host import (
     trouble,
     withdraw,
 )
-from hybrid_moe.cpu_kernels.drivers.memory import (
+from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     driver,
     load32,
     load_acquire,

@@ -13,9 +13,9 @@ and a dead pool is found after a minute at decode sizes, and some ten at the lon
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.memory import driver, load_acquire, nanoseconds
+from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, load_acquire, nanoseconds
 from hybrid_moe.cpu_kernels.drivers.route import get, put
-from hybrid_moe.cpu_kernels.panels import STRIP_ROWS
+from hybrid_moe.formats.strips import STRIP_ROWS
 
 NS_PER_MAC = 10
 

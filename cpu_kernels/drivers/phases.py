@@ -11,7 +11,7 @@ tokens x k x hidden exists. Between phases all tasks must be finished: two barri
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.memory import (
+from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     call2,
     call3,
     call4,
@@ -23,7 +23,7 @@ from hybrid_moe.cpu_kernels.drivers.memory import (
     load64,
 )
 from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens, get
-from hybrid_moe.cpu_kernels.panels import GROUP, STRIP_ROWS, SUMS_BYTES
+from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, SUMS_BYTES
 
 
 @driver

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.memory import (
+from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     call6,
     driver,
     load8,

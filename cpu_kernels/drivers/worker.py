@@ -18,7 +18,7 @@ bumped before the wake-up: who looks in between finds it changed and does not fa
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.memory import (
+from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     call0,
     compare_swap,
     driver,

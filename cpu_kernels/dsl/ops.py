@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, Val
-from hybrid_moe.formats import Array
+from hybrid_moe.formats.table import Array
 
 Lowering = Callable[..., Any]
 

@@ -17,7 +17,7 @@ import hybrid_moe.formats
 logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[1]
-_FORMATS = Path(hybrid_moe.formats.__file__)
+_FORMATS = tuple(Path(hybrid_moe.formats.__path__[0]).glob("*.py"))
 _START_FIELD = 19  # of /proc/PID/stat behind the name, in clock ticks since the system started
 
 
@@ -44,15 +44,15 @@ def source_key(what: str) -> str | None:
     return None if digest is None else f"{digest}|{what}"
 
 
-def source_digest(package: Path, module: Path, before: float) -> str | None:
-    """Hash of all Python files of a package and one more, none of them changed after `before`.
+def source_digest(package: Path, modules: tuple[Path, ...], before: float) -> str | None:
+    """Hash of all Python files of a package and some more, none of them changed after `before`.
     Compiled ones that stand in place of their sources count, those of `__pycache__` do not.
 
     A whole package, because a list of the files that matter would be wrong one day.
     """
     sources = [*package.rglob("*.py"), *package.rglob("*.pyc")]
-    files = (*sorted(file for file in sources if file.parent.name != "__pycache__"), module)
-    if len(files) == 1 or not all(file.is_file() for file in files):
+    files = *sorted(f for f in sources if f.parent.name != "__pycache__"), *sorted(modules)
+    if len(files) == len(modules) or not all(file.is_file() for file in files):
         return None
     digest = _content_digest(files)
     for file in files:  # once they are read; by ctime, since copies and installers set mtime

@@ -19,8 +19,8 @@ from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val,
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.order import Order
-from hybrid_moe.cpu_kernels.panels import GROUP, LINE, PANELS, SUMS_BYTES, strip_layout
-from hybrid_moe.formats import BF16, E2M1_VALUES, MXFP4
+from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES, strip_layout
+from hybrid_moe.formats.table import BF16, E2M1_VALUES, MXFP4
 
 E2M1_DOUBLED = tuple(int(2 * v) for v in E2M1_VALUES)
 """Integers in -12..12. Plus 12 they are unsigned, as byte_dot wants its weights."""

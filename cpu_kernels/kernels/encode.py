@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, I64, Emit, KernelBody, Val
-from hybrid_moe.cpu_kernels.panels import GROUP
+from hybrid_moe.formats.strips import GROUP
 
 
 @dataclass(frozen=True)

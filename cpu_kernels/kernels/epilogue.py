@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, I64, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.kernels.encode import Encoding, to_bf16
-from hybrid_moe.cpu_kernels.panels import GROUP, PANELS, SUMS_BYTES
+from hybrid_moe.formats.strips import GROUP, PANELS, SUMS_BYTES
 
 _LOG2_E = 1.44269504088896341
 _LN2_HIGH = 0.693359375  # 9 bits: n * _LN2_HIGH is exact for |n| < 2^15

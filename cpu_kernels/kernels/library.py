@@ -16,7 +16,7 @@ from hybrid_moe.cpu_kernels.jit.sources import source_key
 from hybrid_moe.cpu_kernels.kernels import encode, epilogue
 from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.encode import Encoding
-from hybrid_moe.cpu_kernels.kernels.formats import FORMAT_KERNELS, FormatKernels
+from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS, FormatKernels
 from hybrid_moe.cpu_kernels.kernels.order import MOST_TOKENS
 
 

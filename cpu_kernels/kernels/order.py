@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hybrid_moe.cpu_kernels.panels import PANELS
+from hybrid_moe.formats.strips import PANELS
 
 MOST_TOKENS = 6
 """Tokens beyond which a larger tile gains nothing: a line of codes then meets 24 dot products."""

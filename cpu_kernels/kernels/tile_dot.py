@@ -31,7 +31,7 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
 )
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.epilogue import clear
-from hybrid_moe.cpu_kernels.panels import GROUP, PANELS, SUMS_BYTES
+from hybrid_moe.formats.strips import GROUP, PANELS, SUMS_BYTES
 
 _PANELS_STRIDE = PANELS * ROW_BYTES  # from one B row of a panel to the next
 _PAIR = 2  # panels that meet a register of activations together

@@ -1,6 +1,6 @@
 """MXFP4 rounding in torch, fast enough to run in every training step.
 
-`fake_quantize` gives the values that `hybrid_moe.formats.MXFP4` would store, bit for bit on
+`fake_quantize` gives the values that `hybrid_moe.formats.table.MXFP4` would store, bit for bit on
 float64 input; the last part of the training runs on them (straight-through: the gradient of the
 rounded weight moves the weight beneath), so that the model that is stored in 4 bits loses little.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid_moe.formats import MXFP4
+from hybrid_moe.formats.table import MXFP4
 
 
 @torch.no_grad()

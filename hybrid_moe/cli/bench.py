@@ -15,7 +15,7 @@ from hybrid_moe.cli.tables import grid
 from hybrid_moe.cli.terminal import console
 
 if TYPE_CHECKING:
-    from hybrid_moe.cpu_kernels.ceilings import MacCeiling, ReadCeiling
+    from hybrid_moe.cpu_kernels.ceilings.peaks import MacCeiling, ReadCeiling
 
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
@@ -34,9 +34,9 @@ def ceilings(
     """Measure read bandwidths and peak multiply-accumulate rates: the ceilings of every figure."""
     from rich.progress import track
 
-    from hybrid_moe.cpu_kernels import ceilings as c
+    from hybrid_moe.cpu_kernels.ceilings import peaks as c
     from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-    from hybrid_moe.receipt import receipt, write_receipt
+    from hybrid_moe.planning.receipt import receipt, write_receipt
 
     threads = PoolConfig.choose(threads).threads
     chosen, skipped = c.usable_tiers(_names(tiers))
@@ -86,7 +86,7 @@ def show_reads(rows: Sequence[ReadCeiling]) -> None:
 
 def show_peaks(rows: Sequence[MacCeiling], threads: int) -> None:
     """Print the peak rates, what is left of them for each format, and why."""
-    from hybrid_moe.cpu_kernels.ceilings import USES
+    from hybrid_moe.cpu_kernels.ceilings.peaks import USES
 
     grid(
         "Peak multiply-accumulates, 10^9 a second: no layer can prefill faster",

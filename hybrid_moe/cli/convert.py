@@ -23,8 +23,8 @@ def convert(
     ] = None,
 ) -> None:
     """Quantise a checkpoint's experts; everything else is copied."""
-    from hybrid_moe.find_model import find_model
     from hybrid_moe.loaders import convert_checkpoint
+    from hybrid_moe.loaders.find_model import find_model
 
     convert_checkpoint(
         find_model(model), out, method, threads=threads, gate_up_layout=gate_up_layout

@@ -10,8 +10,8 @@ import typer
 from hybrid_moe.cli.tables import facts, gib, ranges
 
 if TYPE_CHECKING:
-    from hybrid_moe.doctor import Report
     from hybrid_moe.integrations.sglang.report import SglangReport
+    from hybrid_moe.planning.doctor import Report
 
 
 def doctor(
@@ -27,7 +27,7 @@ def doctor(
     if sglang:
         doctor_sglang(json)
         return
-    from hybrid_moe.doctor import examine
+    from hybrid_moe.planning.doctor import examine
 
     report = examine(measure_bandwidth=bandwidth)
     if json:

@@ -48,7 +48,10 @@ def generate(
 
         from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
         from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-        from hybrid_moe.integrations.transformers import check_directory, from_pretrained
+        from hybrid_moe.integrations.transformers.registration import (
+            check_directory,
+            from_pretrained,
+        )
         from hybrid_moe.loaders import inspect_checkpoint
 
         if not steps.console.is_terminal:
@@ -89,7 +92,7 @@ def generate(
 
 def headline(model: str, summary: CheckpointSummary, loaded: Any) -> str:
     """What runs, in one line: the model, its experts, their format, the tier and the threads."""
-    from hybrid_moe.integrations.hybrid_experts import HybridExperts
+    from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 
     experts = [module for module in loaded.modules() if isinstance(module, HybridExperts)]
     first = next(module.layer for module in experts if module.layer is not None)

@@ -24,8 +24,8 @@ def inspect(
 
     Exits with 1 where the checkpoint cannot be loaded as it is.
     """
-    from hybrid_moe.find_model import find_model
     from hybrid_moe.loaders import inspect_checkpoint
+    from hybrid_moe.loaders.find_model import find_model
 
     summary = inspect_checkpoint(find_model(model))
     if json:

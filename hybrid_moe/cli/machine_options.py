@@ -89,8 +89,8 @@ class MachineOptions:
         """Plan a model, see `find_model`; measures the ceilings if none were given."""
         from hybrid_moe import planning
         from hybrid_moe.cpu_kernels.pool.config import PoolConfig, default_pools
-        from hybrid_moe.find_model import find_model
-        from hybrid_moe.placement_profile import read_profile
+        from hybrid_moe.loaders.find_model import find_model
+        from hybrid_moe.placement.profile import read_profile
         from hybrid_moe.planning import machine
 
         gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
@@ -113,7 +113,7 @@ class MachineOptions:
         return planning.make_plan(model, request)
 
     def _speeds(self, threads: int) -> CpuSpeeds:
-        from hybrid_moe.formats import FORMATS
+        from hybrid_moe.formats.table import FORMATS
         from hybrid_moe.planning import machine
 
         if (self.ram_bandwidth is None) != (self.gmacs is None):

@@ -14,8 +14,8 @@ import logging
 from types import ModuleType
 from typing import Any
 
-from hybrid_moe.integrations.guard import NAME, guard
 from hybrid_moe.integrations.late import when_imported
+from hybrid_moe.integrations.transformers.guard import NAME, guard
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ MODULES = (*INTERFACES, MODELS)
 
 def experts_function(module: Any, *args: Any, **kwargs: Any) -> Any:
     """What Transformers calls: (experts module, hidden [S, H], ids [S, k], weights [S, k])."""
-    from hybrid_moe.integrations.dispatch import experts_forward
+    from hybrid_moe.integrations.transformers.dispatch import experts_forward
 
     return experts_forward(module, *args, **kwargs)
 

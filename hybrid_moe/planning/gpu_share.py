@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from hybrid_moe.placement_profile import PlacementProfile
+from hybrid_moe.placement.profile import PlacementProfile
 from hybrid_moe.planning.model import LayerExperts, Model
 
 

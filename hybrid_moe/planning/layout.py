@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from hybrid_moe.cpu_kernels.memory import HUGE_PAGE
-from hybrid_moe.formats import AS_STORED
+from hybrid_moe.formats.table import AS_STORED
 from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.planning import scratch
 from hybrid_moe.planning.gpu_share import (

@@ -115,7 +115,7 @@ def _gpu(nbytes: int, bandwidth: float | None) -> Gpu:
 
 def measure_cpu(threads: int, seconds: float = 0.3) -> CpuSpeeds:
     """Measure this machine: about four times `seconds`, and 512 MiB of memory meanwhile."""
-    from hybrid_moe.cpu_kernels import ceilings
+    from hybrid_moe.cpu_kernels.ceilings import peaks as ceilings
     from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 
     read = ceilings.read_ceiling("all threads", PoolConfig.choose(threads), seconds)
@@ -151,7 +151,7 @@ def memory_of_this_machine() -> int:
     Raises:
         ValueError: the system tells neither.
     """
-    from hybrid_moe.doctor import read_memory
+    from hybrid_moe.planning.doctor import read_memory
 
     memory = read_memory()
     amounts = [amount for amount in (memory.total, memory.limit) if amount is not None]
@@ -162,6 +162,6 @@ def memory_of_this_machine() -> int:
 
 def huge_pages_here() -> bool:
     """Whether arenas get huge pages on this machine."""
-    from hybrid_moe.doctor import huge_page_state
+    from hybrid_moe.planning.doctor import huge_page_state
 
     return huge_page_state() in ("always", "madvise")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hybrid_moe.cpu_kernels.drivers.fields import MAX_POOLS
-from hybrid_moe.placement_profile import PlacementProfile
+from hybrid_moe.placement.profile import PlacementProfile
 from hybrid_moe.planning.gpu_share import Placement
 from hybrid_moe.planning.kv_cache import KvCache
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu

@@ -7,10 +7,10 @@ Transformers take is assumed, and said so: the constants are here.
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.job import JobShape, capacity_for
-from hybrid_moe.cpu_kernels.kernels.formats import FORMAT_KERNELS
+from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
 from hybrid_moe.cpu_kernels.layer import MAX_TOKENS_PER_JOB
-from hybrid_moe.cpu_kernels.panels import GROUP
-from hybrid_moe.formats import WeightFormat
+from hybrid_moe.formats.strips import GROUP
+from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.planning.model import Model
 
 _GIB, _MIB = 1 << 30, 1 << 20

@@ -14,7 +14,7 @@ from instructions import Instruction, fewest_cycles
 from sweeps import GROUPS, Clock, Problem, Runner, step_runner
 
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, choose_tier
-from hybrid_moe.cpu_kernels.panels import PANELS
+from hybrid_moe.formats.strips import PANELS
 
 LINES_OF_CODES = CODE_BYTES // 64
 """Of a group."""

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import llvmlite.binding as llvm
 import pytest
 
-from hybrid_moe.cpu_kernels.drivers import drivers_ir, memory
+from hybrid_moe.cpu_kernels.drivers import drivers_ir
+from hybrid_moe.cpu_kernels.drivers import intrinsics as memory
 from hybrid_moe.cpu_kernels.dsl import neon
 from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import NEON, NEON_DOTPROD, PORTABLE, Tier
 from hybrid_moe.cpu_kernels.jit.compile import optimize
 from hybrid_moe.cpu_kernels.kernels.library import functions_of
-from hybrid_moe.formats import FORMATS
+from hybrid_moe.formats.table import FORMATS
 
 TRIPLE = "aarch64-unknown-linux-gnu"
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_moe.cpu_kernels.drivers.fingerprint import MULTIPLIER
+from hybrid_moe.cpu_kernels.drivers.hash_memory import MULTIPLIER
 from hybrid_moe.cpu_kernels.fingerprint import BLOCK, fingerprints
 
 Words = npt.NDArray[np.int64]

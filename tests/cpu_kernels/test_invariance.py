@@ -16,12 +16,12 @@ from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
-from hybrid_moe.cpu_kernels.panels import GROUP
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
-from hybrid_moe.formats import FORMATS, MXFP4, WeightFormat
-from hybrid_moe.tensors import ExpertTensors, Matrix
+from hybrid_moe.formats.strips import GROUP
+from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from tests.cpu_kernels.cases import Array, Case, flushes_subnormals, from_bf16, random_batch
 from tests.cpu_kernels.emulation import QUICK, RUNNABLE
 

@@ -13,8 +13,8 @@ from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats import BF16, FORMATS, MXFP4, WeightFormat
-from hybrid_moe.tensors import CheckpointError
+from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.tensors import CheckpointError
 from tests.cpu_kernels.cases import (
     Array,
     Case,

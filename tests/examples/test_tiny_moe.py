@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import hybrid_moe
-from hybrid_moe.formats import MXFP4
-from hybrid_moe.integrations.hybrid_experts import HybridExperts
+from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from tests.reference import assert_within, evaluate
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_moe"

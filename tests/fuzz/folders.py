@@ -18,9 +18,9 @@ import numpy as np
 from safetensors.numpy import save
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.regular import read_json
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
-from hybrid_moe.tensors import CheckpointError
 
 REASONS = {
     "shard of the index is missing": "this shard is missing",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hybrid_moe.cpu_kernels.dsl.tiers import available_tiers
-from hybrid_moe.formats import FORMATS
+from hybrid_moe.formats.table import FORMATS
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.cpu_kernels.cases import ACTIVATION_ERROR, decode, random_expert
 from tests.reference import Evaluation, evaluate

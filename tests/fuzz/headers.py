@@ -16,10 +16,10 @@ from random import Random
 
 from safetensors import SafetensorError, deserialize
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.header import MAX_AXES, STORAGE_TYPES, TensorInfo, read_tensors
 from hybrid_moe.loaders.header_text import MAX_ENTRY_LENGTH
 from hybrid_moe.loaders.regular import MAX_KEY_LENGTH
-from hybrid_moe.tensors import CheckpointError
 
 REASONS = {
     "key twice": r"key .* appears twice",

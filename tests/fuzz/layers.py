@@ -14,12 +14,12 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.formats import MXFP4
+from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.header import STORAGE_TYPES, TensorInfo
 from hybrid_moe.loaders.naming import SCHEMES, NamingScheme
 from hybrid_moe.loaders.safetensors import ReadBuffer, SafetensorsIndex
-from hybrid_moe.tensors import CheckpointError
 
 FILE = Path("memory.safetensors")
 _DTYPES = tuple(STORAGE_TYPES)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hybrid_moe.deferral import DeferralChain
+from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.fuzz.generate import Call, Sizes, Weights, save
 from tests.fuzz.oracle import Expected, Layer, Oracle

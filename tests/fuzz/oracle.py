@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hybrid_moe.deferral import split_deferred
+from hybrid_moe.runtime.deferral import split_deferred
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.fuzz.generate import Call, Sizes, Weights
 from tests.reference import Evaluation, added

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import header
 from hybrid_moe.loaders.header import read_header
 from hybrid_moe.loaders.regular import read_json
-from hybrid_moe.tensors import CheckpointError
 from tests.fuzz import folders, headers, layers
 from tests.fuzz.loaders import run
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybrid_moe.formats import FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.reference import Evaluation, evaluate
 

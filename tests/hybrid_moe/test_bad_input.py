@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import inspect_checkpoint
-from hybrid_moe.tensors import CheckpointError
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, E, H, I, K, Weights, wrapper
 

@@ -17,8 +17,8 @@ import hybrid_moe
 from hybrid_moe.cli.errors import explain
 from hybrid_moe.cli.tables import gib, ranges
 from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
-from hybrid_moe.integrations.transformers import from_pretrained
-from hybrid_moe.tensors import CheckpointError
+from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.integrations.transformers.registration import from_pretrained
 from tests.families import write_family
 from tests.hybrid_moe.checkpoints import edit_tensors, save
 from tests.hybrid_moe.command import CHARACTERS, PROMPT, run, write_model

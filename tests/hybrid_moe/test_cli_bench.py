@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hybrid_moe.cli import app
-from hybrid_moe.cpu_kernels import ceilings
-from hybrid_moe.receipt import receipt
+from hybrid_moe.cpu_kernels.ceilings import peaks as ceilings
+from hybrid_moe.planning.receipt import receipt
 
 
 def run(*arguments: object) -> Any:

@@ -18,7 +18,7 @@ import pytest
 
 from hybrid_moe import loaders
 from hybrid_moe.cli.errors import explain
-from hybrid_moe.cpu_kernels import ceilings
+from hybrid_moe.cpu_kernels.ceilings import peaks as ceilings
 from hybrid_moe.cpu_kernels.jit import sources
 from hybrid_moe.cpu_kernels.pool import sysfiles
 from tests.hybrid_moe.command import PROMPT, run, write_model

@@ -113,7 +113,7 @@ def all_locks():
     result = {}
     for name, module in sorted(sys.modules.items()):
         # a child cannot use CUDA if its parent did
-        if name.startswith("hybrid_moe") and name != "hybrid_moe.cuda":
+        if name.startswith("hybrid_moe") and name != "hybrid_moe.streams.cuda":
             for key, value in list(vars(module).items()):
                 result.update(found(value, f"{name}.{key}", set()))
     return result
@@ -152,7 +152,7 @@ def test_no_lock_of_the_package_stays_held_in_a_child() -> None:
     result = run_script(_HOLD_ALL)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "hybrid_moe.cpu_kernels.jit.compile._compile_lock" in result.stdout
-    assert "hybrid_moe.buffers.BUFFERS._lock" in result.stdout
+    assert "hybrid_moe.streams.buffers.BUFFERS._lock" in result.stdout
 
 
 _FORK_WHILE_COMPILING = """
@@ -161,9 +161,9 @@ import numpy as np
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.jit.compile import emit_object
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
-from hybrid_moe.formats import MXFP4
+from hybrid_moe.formats.table import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
-from tests.cpu_kernels.test_jit import _text
+from tests.cpu_kernels.jit.test_jit import _text
 
 case = Case.random(MXFP4, 64, 96)
 batch = random_batch(3, case.H, case.E, 2)

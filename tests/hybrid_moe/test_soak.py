@@ -23,8 +23,8 @@ from hybrid_moe.cpu_kernels import memory
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
-from hybrid_moe.formats import BF16
-from hybrid_moe.tensors import ExpertTensors, Matrix
+from hybrid_moe.formats.table import BF16
+from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 
 count, threads, closes = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "close"
 E, K, H, I = 32, 4, 256, 256

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from hybrid_moe import wrapper as wrapper_module
-from hybrid_moe.deferral import DeferralChain, split_deferred
+from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, E, K, Weights, wrapper
-from tests.hybrid_moe.fake_layer import FakeExpertLayer
+from tests.hybrid_moe.streams.fake_layer import FakeExpertLayer
 from tests.reference import Evaluation, added, assert_within
 
 LAYERS = (1, 2, 5)

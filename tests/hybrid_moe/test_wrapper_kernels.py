@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.deferral import DeferralChain
-from hybrid_moe.formats import FORMATS
+from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, E, K, Weights, wrapper
 from tests.reference import FIXED_POINT_ERROR, assert_within

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybrid_moe.formats import MXFP4
+from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint
-from hybrid_moe.tensors import CheckpointError
 from tests.families import EXPERTS, FamilyFixture, Tensors
 
 Family = Callable[[str], FamilyFixture]

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.config import MAX_LAYERS
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
-from hybrid_moe.tensors import CheckpointError
 
 FILE = Path("m.safetensors")
 EXPERT, ATTENTION, ROUTER = "mlp.experts.0.up_proj.weight", "self_attn.q.weight", "mlp.gate.weight"

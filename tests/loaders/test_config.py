@@ -13,6 +13,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.config import (
     MAX_LAYERS,
@@ -23,7 +24,6 @@ from hybrid_moe.loaders.config import (
 )
 from hybrid_moe.loaders.drafts import DraftLayers
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
-from hybrid_moe.tensors import CheckpointError
 
 WITHOUT = pytest.mark.parametrize("without", [False, True], ids=["with", "without"])
 """Transformers, which is an extra."""

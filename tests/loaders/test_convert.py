@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybrid_moe.formats import MXFP4
+from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint, convert_checkpoint
 from hybrid_moe.loaders import convert as convert_module
-from hybrid_moe.tensors import CheckpointError
 from tests.families import EXPERTS, HIDDEN, INTERMEDIATE, FamilyFixture, decode_mxfp4, write_family
 
 Family = Callable[[str], FamilyFixture]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_moe.formats import MXFP4
+from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix
 from hybrid_moe.loaders import Checkpoint, inspect_checkpoint
 from hybrid_moe.loaders.naming import SCHEMES, find_layers
 from hybrid_moe.loaders.safetensors import ReadBuffer
-from hybrid_moe.tensors import CheckpointError, ExpertTensors, Matrix
 from tests.families import (
     EXPERTS,
     FAMILIES,

@@ -16,11 +16,11 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
 
-from hybrid_moe import checkpoints
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint, SafetensorsIndex, convert_checkpoint, inspect_checkpoint
 from hybrid_moe.loaders.files import INDEX_NAME
 from hybrid_moe.planning.model import read_model
-from hybrid_moe.tensors import CheckpointError
+from hybrid_moe.runtime import checkpoint_cache as checkpoints
 from tests.families import FamilyFixture, write_family
 
 Family = Callable[[str], FamilyFixture]

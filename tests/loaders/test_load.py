@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.formats import BF16, MXFP4
+from hybrid_moe.formats.table import BF16, MXFP4
+from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors
 from hybrid_moe.loaders import Checkpoint, LayerSource, check_map, load_layer
 from hybrid_moe.loaders import load as load_module
 from hybrid_moe.loaders.parallel import for_each
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
-from hybrid_moe.tensors import CheckpointError, ExpertTensors
 from tests.families import EXPERTS, FamilyFixture
 
 Family = Callable[[str], FamilyFixture]

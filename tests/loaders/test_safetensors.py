@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save, save_file
 
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import SafetensorsIndex
 from hybrid_moe.loaders.files import INDEX_NAME
 from hybrid_moe.loaders.safetensors import ReadBuffer
-from hybrid_moe.tensors import CheckpointError
 
 DTYPES = ["?", "u1", "i1", "u2", "i2", "f2", "u4", "i4", "f4", "u8", "i8", "f8"]
 

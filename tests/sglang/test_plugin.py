@@ -21,8 +21,8 @@ from hybrid_moe.integrations.sglang.contract import ContractError, Requirement
 from hybrid_moe.integrations.sglang.expert_layer import UnsupportedLayerError, describe, swiglu_of
 from hybrid_moe.integrations.sglang.gpu_experts import PROFILE, GpuExperts, choose
 from hybrid_moe.integrations.sglang.step_faults import StepFaults
-from hybrid_moe.placement import generate_gpu_experts_masks
-from hybrid_moe.placement_profile import profile_of_masks, read_profile, write_profile
+from hybrid_moe.placement.profile import profile_of_masks, read_profile, write_profile
+from hybrid_moe.placement.strategies import generate_gpu_experts_masks
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_moe.buffers import BufferPool
-from hybrid_moe.cpu_kernels import keeping
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.faults import check_errors
+from hybrid_moe.cpu_kernels.streams import keeping
+from hybrid_moe.streams.buffers import BufferPool
+from hybrid_moe.streams.faults import check_errors
 from tests.streams.model import Captured, Check, Inputs, Model, layers, make_layers
 from tests.streams.watched_memory import Ledger, watched
 

@@ -268,7 +268,7 @@ def _ancestors(nodes: frozenset[Node]) -> set[Node]:
 
 
 class EmulatedStream:
-    """See `hybrid_moe.stream.Stream`."""
+    """See `hybrid_moe.streams.interface.Stream`."""
 
     def __init__(self, device: Device, handle: int) -> None:
         self.gpu, self.handle = device, handle

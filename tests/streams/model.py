@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybrid_moe.arguments import LayerShape
-from hybrid_moe.buffers import BufferPool, Mailboxes
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
-from hybrid_moe.cpu_kernels.watcher import Watcher
-from hybrid_moe.deferral import DeferralChain, split_deferred
-from hybrid_moe.formats import MXFP4
-from hybrid_moe.runner import LayerRunner
-from hybrid_moe.staging import Stager
-from hybrid_moe.tensors import ExpertTensors, Matrix
+from hybrid_moe.cpu_kernels.streams.watcher import Watcher
+from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.tensors import ExpertTensors, Matrix
+from hybrid_moe.runtime.arguments import LayerShape
+from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
+from hybrid_moe.runtime.runner import LayerRunner
+from hybrid_moe.streams.buffers import BufferPool, Mailboxes
+from hybrid_moe.streams.staging import Stager
 from tests.hybrid_moe.members import Layer
 from tests.streams.emulation import Device, EmulatedStream, Graph
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hybrid_moe import check_errors
-from hybrid_moe.flags import HANDOVER, try_flags
+from hybrid_moe.streams.flags import HANDOVER, try_flags
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, Weights, wrapper
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.buffers import BufferPool, Buffers
-from hybrid_moe.cpu_kernels import keeping, slots
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.slots import JobSlot, SlotState
-from hybrid_moe.staging import StagedJob
+from hybrid_moe.cpu_kernels.streams import keeping, slots
+from hybrid_moe.cpu_kernels.streams.slots import JobSlot, SlotState
+from hybrid_moe.streams.buffers import BufferPool, Buffers
+from hybrid_moe.streams.staging import StagedJob
 from tests.streams.drops import HOWS, Drop
 from tests.streams.model import Inputs, Model
 from tests.streams.watched_memory import UseAfterFreeError

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_moe.buffers import Mailboxes
-from hybrid_moe.cpu_kernels import drivers, slots
+from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.watcher import Watcher
-from hybrid_moe.faults import check_errors
+from hybrid_moe.cpu_kernels.streams import slots
+from hybrid_moe.cpu_kernels.streams.watcher import Watcher
+from hybrid_moe.streams.buffers import Mailboxes
+from hybrid_moe.streams.faults import check_errors
 from tests.streams.emulation import Device
 from tests.streams.model import Inputs, ManualWatcher, Model
 
@@ -209,7 +210,7 @@ def test_stopping_releases_streams() -> None:
 
 
 def test_the_process_has_one_watcher() -> None:
-    from hybrid_moe.cpu_kernels.watcher import watcher
+    from hybrid_moe.cpu_kernels.streams.watcher import watcher
 
     assert watcher() is watcher()
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_moe.cpu_kernels import keeping
-from hybrid_moe.cpu_kernels.slots import JobSlot, SlotScratch
-from hybrid_moe.staging import MOST_SLOTS
+from hybrid_moe.cpu_kernels.streams import keeping
+from hybrid_moe.cpu_kernels.streams.slots import JobSlot, SlotScratch
+from hybrid_moe.streams.staging import MOST_SLOTS
 from tests.streams.model import E, H, Inputs, K, Model, layers, make_layers
 
 SIZES = 4 * MOST_SLOTS

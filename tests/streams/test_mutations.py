@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_moe.buffers import BufferPool, Buffers
-from hybrid_moe.staging import StagedJob, Stager
-from hybrid_moe.stream import Stream
+from hybrid_moe.streams.buffers import BufferPool, Buffers
+from hybrid_moe.streams.interface import Stream
+from hybrid_moe.streams.staging import StagedJob, Stager
 from tests.streams.emulation import SIDE_HANDLES, CaptureError, DeadlockError, EmulatedStream
 from tests.streams.programs import Program
 

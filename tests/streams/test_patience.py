@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_moe.cpu_kernels import drivers, slots
+from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, worker
-from hybrid_moe.faults import check_errors
+from hybrid_moe.cpu_kernels.streams import slots
+from hybrid_moe.streams.faults import check_errors
 from tests.streams.interpreted import Clock, interpret
 from tests.streams.model import H, I, Inputs, K, Model
 

@@ -13,10 +13,10 @@ from functools import cached_property
 
 import torch
 
-from hybrid_moe.placement_profile import read_profile
+from hybrid_moe.placement.profile import read_profile
 
 PROFILE = "HYBRID_MOE_PLACEMENT"
-"""Environment variable: a placement profile, see `hybrid_moe.placement_profile`."""
+"""Environment variable: a placement profile, see `hybrid_moe.placement.profile`."""
 
 
 @dataclass(frozen=True)

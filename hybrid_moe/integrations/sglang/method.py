@@ -27,13 +27,13 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput, TopKOutputChecker
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import is_cuda
 
-from hybrid_moe.checkpoints import checked_layer
 from hybrid_moe.integrations.sglang import expert_layer, gpu_experts, numa_binding
 from hybrid_moe.integrations.sglang.expert_layer import ExpertLayerSpec, UnsupportedLayerError
 from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts
 from hybrid_moe.integrations.sglang.model_chain import TARGET_MODEL
 from hybrid_moe.integrations.sglang.slot_loading import physical_to_logical, slot_loader
 from hybrid_moe.integrations.sglang.step_faults import STEP_FAULTS
+from hybrid_moe.runtime.checkpoint_cache import checked_layer
 from hybrid_moe.wrapper import KTMoEWrapper
 
 logger = logging.getLogger(__name__)

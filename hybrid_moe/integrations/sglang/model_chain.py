@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrid_moe.deferral import DeferralChain
+from hybrid_moe.runtime.deferral import DeferralChain
 
 
 class TargetModel:

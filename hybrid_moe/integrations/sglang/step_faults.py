@@ -17,7 +17,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from hybrid_moe.faults import check_errors
+from hybrid_moe.streams.faults import check_errors
 
 logger = logging.getLogger(__name__)
 

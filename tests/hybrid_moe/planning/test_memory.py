@@ -20,8 +20,8 @@ from transformers.cache_utils import DynamicCache
 from hybrid_moe.cpu_kernels.layer import MAX_TOKENS_PER_JOB, ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats import FORMATS
-from hybrid_moe.integrations.transformers import from_pretrained
+from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.integrations.transformers.registration import from_pretrained
 from hybrid_moe.loaders import inspect_checkpoint
 from hybrid_moe.loaders.config import ModelConfig
 from hybrid_moe.planning import make_plan, read_model

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_moe.formats import MXFP4
+from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint, inspect_checkpoint
-from hybrid_moe.placement_profile import read_profile, write_profile
+from hybrid_moe.placement.profile import read_profile, write_profile
 from hybrid_moe.planning import (
     DoesNotFitError,
     Model,
@@ -31,7 +32,6 @@ from hybrid_moe.planning.machine import measure_cpu, read_receipt
 from hybrid_moe.planning.plan import GPU, RAM
 from hybrid_moe.planning.prediction import GPU_READ_SHARE, HANDOVER_S, MAC_SHARE, READ_SHARE
 from hybrid_moe.planning.serving import server_command
-from hybrid_moe.tensors import CheckpointError
 from tests.families import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, write_family
 from tests.hybrid_moe.planning.cases import CPU, GIB, request
 from tests.hybrid_moe.planning.conftest import Fake

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hybrid_moe.cli import app
 from hybrid_moe.integrations.sglang.gpu_experts import PROFILE
-from hybrid_moe.placement_profile import read_profile, write_profile
+from hybrid_moe.placement.profile import read_profile, write_profile
 from hybrid_moe.planning import DoesNotFitError, Model, make_plan, read_model
 from hybrid_moe.planning.plan import GPU
 from hybrid_moe.planning.serving import ServerCommand, server_command

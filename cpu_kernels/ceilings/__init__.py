@@ -1,0 +1,1 @@
+"""Measured limits: how fast memory is read, how fast a tier multiplies."""

@@ -1,0 +1,72 @@
+"""Packing: rows of a checkpoint -> strips, a transposition of 32-bit words; and telling others."""
+
+from __future__ import annotations
+
+from hybrid_moe.cpu_kernels.drivers.intrinsics import (
+    driver,
+    load8,
+    load32,
+    store8,
+    store32,
+    store_release,
+)
+from hybrid_moe.formats.strips import STRIP_ROWS
+
+HALF_ROWS = STRIP_ROWS // 2
+
+
+@driver
+def pack_strips(
+    out: int,
+    first_strip: int,
+    last_strip: int,
+    groups: int,
+    words: int,
+    scales: int,
+    codes0: int,
+    codes1: int,
+    code_stride: int,
+    scales0: int,
+    scales1: int,
+    scale_stride: int,
+    half_step: int,
+    rows: int,
+) -> int:
+    """Pack strips first..last-1 of a matrix, each [group][codes, scales] as `panels` says.
+
+    A strip is two halves of 32 rows. The first comes from (codes0, scales0), the second from
+    (codes1, scales1): for gate and up two matrices, of which a strip takes the same rows; for down
+    one matrix, whose next 32 rows are `half_step` = 32 rows on (gate and up: 0). A row at or past
+    `rows` is zeroes. In a group, a row has `words` 32-bit words of codes and `scales` bytes of
+    scales.
+    """
+    code_bytes = 4 * STRIP_ROWS * words
+    group_bytes = code_bytes + STRIP_ROWS * scales
+    for strip in range(first_strip, last_strip):
+        to = out + (strip - first_strip) * groups * group_bytes
+        for lane in range(STRIP_ROWS):
+            half = lane // HALF_ROWS
+            row = strip * (HALF_ROWS + half_step) + half * half_step + lane % HALF_ROWS
+            code = (codes0 if half == 0 else codes1) + row * code_stride
+            scale = (scales0 if half == 0 else scales1) + row * scale_stride
+            for g in range(groups):
+                at = to + g * group_bytes + 4 * lane
+                for w in range(words):
+                    value = 0
+                    if row < rows:
+                        value = load32(code + 4 * (g * words + w))
+                    store32(at + 4 * STRIP_ROWS * w, value)
+                at = to + g * group_bytes + code_bytes + lane
+                for s in range(scales):
+                    value = 0
+                    if row < rows:
+                        value = load8(scale + g * scales + s)
+                    store8(at + STRIP_ROWS * s, value)
+    return 0
+
+
+@driver
+def publish_word(word: int, value: int) -> int:
+    """Store behind all earlier stores, for the acquiring load of `route.is_here`."""
+    store_release(word, value)
+    return 0

@@ -1,0 +1,118 @@
+"""Which kernels a weight format has: the kernel side of the table in `hybrid_moe.formats.table`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from hybrid_moe.cpu_kernels.drivers.fields import UNPACK_GROUPS
+from hybrid_moe.cpu_kernels.dsl.emit import KernelBody
+from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
+from hybrid_moe.cpu_kernels.dsl.tiles import TileConfig
+from hybrid_moe.cpu_kernels.kernels import dot, order, tile_dot
+from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15, Encoding
+from hybrid_moe.cpu_kernels.kernels.order import Order
+from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS
+
+
+@dataclass(frozen=True)
+class TileKernels:
+    """The kernels of one format for tiers with a matrix unit.
+
+    Attributes:
+        config: of the tile registers, for all of them.
+        dots: M -> dot kernel for 1 to M tokens.
+        unpack: kernel that unpacks codes for them; None where packed codes are as good.
+        from_tokens: an expert with fewer tokens uses the `direct` kernels, which must have the same
+            arithmetic; 1: they serve any number of tokens.
+    """
+
+    config: TileConfig
+    dots: Mapping[int, KernelBody]
+    unpack: KernelBody | None
+    from_tokens: int
+
+    def __post_init__(self) -> None:
+        if max(self.dots) > MOST_BLOCK_TOKENS:
+            raise ValueError(
+                f"a block of {max(self.dots)} tokens is beyond the sums' room for "
+                f"{MOST_BLOCK_TOKENS}: raise panels.MOST_BLOCK_TOKENS"
+            )
+
+
+@dataclass(frozen=True)
+class FormatKernels:
+    """The kernels of one format.
+
+    Attributes:
+        encoding: of the activations.
+        most: (registers, registers of a panel) -> tokens of the largest tile.
+        order: (tokens, registers, registers of a panel) -> how that kernel goes.
+        direct: (tokens, order) -> dot kernel over packed codes.
+        tiled: (tokens, order) -> dot kernel over unpacked codes; None where packed codes are as
+            good.
+        unpack: kernel that unpacks codes; None with `tiled`.
+        unpacked_group_bytes: of one group of a strip, unpacked; 0 with `tiled`.
+        chunk_groups: groups of a strip that several tiles meet in turn, while they are in the
+            second-level cache.
+        tile: kernels for a matrix unit.
+    """
+
+    encoding: Encoding
+    most: Callable[[int, int], int]
+    order: Callable[[int, int, int], Order]
+    direct: Callable[[int, Order], KernelBody]
+    tiled: Callable[[int, Order], KernelBody] | None
+    unpack: KernelBody | None
+    unpacked_group_bytes: int
+    chunk_groups: int
+    tile: TileKernels
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Of the groups that are unpacked at a time."""
+        return UNPACK_GROUPS * self.unpacked_group_bytes
+
+
+FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
+    {
+        "MXFP4": FormatKernels(
+            encoding=FIXED15,
+            most=order.mxfp4_most,
+            order=order.mxfp4_order,
+            direct=dot.mxfp4_dot,
+            tiled=dot.mxfp4_unpacked_dot,
+            unpack=dot.mxfp4_unpack(BYTE_DOT_OFFSET),
+            unpacked_group_bytes=dot.UNPACKED_GROUP.nbytes,
+            chunk_groups=256,  # 272 KB, a quarter of Zen 4's second-level cache
+            # Cycles for a group of a panel: the matrix unit takes 16 for each plane, whatever the
+            # count; vectors take 16 byte products a token, two at a time. They meet at 4 tokens;
+            # unpacking through memory and storing the registers cost the blocks as much again.
+            tile=TileKernels(
+                config=tile_dot.MXFP4_CONFIG,
+                dots={16: tile_dot.mxfp4_tile_dot},
+                unpack=dot.mxfp4_unpack(0),
+                from_tokens=9,
+            ),
+        ),
+        "BF16": FormatKernels(
+            encoding=BF16_PAIRS,
+            most=order.bf16_most,
+            order=order.bf16_order,
+            direct=dot.bf16_dot,
+            tiled=None,
+            unpack=None,
+            unpacked_group_bytes=0,
+            chunk_groups=32,  # 128 KB
+            # Even one token: 16 cycles for 1 KiB of weights is faster than any memory.
+            tile=TileKernels(
+                config=tile_dot.BF16_CONFIG,
+                dots={m: tile_dot.bf16_tile_dot(m) for m in (32, 16)},
+                unpack=None,
+                from_tokens=1,
+            ),
+        ),
+    }
+)
+"""By the name of the format. A new format is a new row here."""

@@ -1,0 +1,1 @@
+"""The hand-over of jobs from a GPU's stream to the worker threads."""

@@ -1,0 +1,1 @@
+"""Matrices into strips and back (`hybrid_moe.formats.strips` has their layout)."""

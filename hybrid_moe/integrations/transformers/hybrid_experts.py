@@ -1,0 +1,156 @@
+"""The module that stands where a model's experts were, and the bridge from torch to NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec, expert_tensors
+from hybrid_moe.integrations.transformers.options import ExpertsOptions
+from hybrid_moe.loaders.parallel import for_each
+from hybrid_moe.loaders.safetensors import ReadBuffer
+from hybrid_moe.runtime import ops
+
+
+class HybridExperts(torch.nn.Module):
+    """Experts of one layer, packed for the CPU. It has no parameters.
+
+    Takes the same call as the module that it replaces, and runs whatever `experts_implementation`
+    says. Until `pack` has been given a filled layer, `forward` raises.
+    """
+
+    def __init__(self, spec: ExpertsSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layer: ExpertLayer | None = None
+        self.fmt: WeightFormat | None = None
+        self._handle = ops.Handle(self, _run)
+
+    def allocate(self, options: ExpertsOptions) -> ExpertLayer:
+        """An `ExpertLayer` for this module's sizes with room for every expert, kept here."""
+        self.layer, self.fmt = new_layer(self.spec, options), options.fmt
+        return self.layer
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden [..., H], ids [S, k], weights [S, k] -> like hidden."""
+        if ops.is_traced(hidden_states):
+            return ops.experts(hidden_states, top_k_index, top_k_weights, self._handle.value)
+        return _run(self, hidden_states, top_k_index, top_k_weights)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HybridExperts:
+        """Packed weights never change, so a copy of the model shares them."""
+        copy = HybridExperts(self.spec)
+        copy.layer, copy.fmt = self.layer, self.fmt
+        return copy.train(self.training)
+
+    def __getstate__(self) -> Any:
+        raise TypeError(f"{self.spec.where}: experts packed by hybrid_moe cannot be pickled")
+
+    def extra_repr(self) -> str:
+        s, fmt = self.spec, self.fmt.name if self.fmt else "not loaded"
+        return f"{s.num_experts} experts, hidden={s.hidden}, intermediate={s.intermediate}, {fmt}"
+
+
+def _run(
+    module: HybridExperts,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    cuda_stream: int | None = None,
+) -> torch.Tensor:
+    if module.layer is None:
+        raise RuntimeError(f"{module.spec.where}: forward before its experts are loaded")
+    return run_layer(module.layer, module.spec, hidden, ids, weights)
+
+
+def new_layer(spec: ExpertsSpec, options: ExpertsOptions) -> ExpertLayer:
+    """An empty `ExpertLayer` for `spec`, every expert resident."""
+    layer = ExpertLayer(
+        options.fmt,
+        spec.num_experts,
+        spec.hidden,
+        spec.intermediate,
+        pool=options.pool_config(),
+        activation=spec.activation,
+    )
+    layer.allocate(np.ones(spec.num_experts, dtype=np.bool_))
+    return layer
+
+
+def fill(layer: ExpertLayer, module: torch.nn.Module, spec: ExpertsSpec, fmt: WeightFormat) -> None:
+    """Load every expert of `module` into `layer`, several at a time."""
+
+    def load(expert: int, _: ReadBuffer) -> None:
+        layer.load(expert, expert_tensors(module, spec, expert, fmt))
+
+    for_each(range(spec.num_experts), load, min(8, usable_cores()))
+
+
+def run_layer(
+    layer: ExpertLayer,
+    spec: ExpertsSpec,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """The routed experts' sum for hidden [..., H], ids and weights [S, k], in hidden's dtype.
+
+    Activations are BF16: other dtypes are rounded to it. Tensors of other devices are copied to
+    the CPU and back. Ids outside 0..E-1 contribute zero: expert parallel runs send them.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if hidden.shape[-1] != spec.hidden:
+        raise ValueError(
+            f"{spec.where}: hidden states of size {hidden.shape[-1]}, expected {spec.hidden}"
+        )
+    rows = hidden.numel() // spec.hidden
+    if ids.ndim != 2 or ids.shape[0] != rows or weights.shape != ids.shape:
+        raise ValueError(
+            f"{spec.where}: ids {tuple(ids.shape)} and weights {tuple(weights.shape)} must both be "
+            f"[{rows}, k] for hidden states {tuple(hidden.shape)}"
+        )
+    output: torch.Tensor = _InferenceOnly.apply(hidden, layer, ids, weights)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Keeps the autograd graph whole, so that a backward pass fails here, by name, instead of
+    silently treating the experts as a constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        layer: ExpertLayer,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        x = bf16_bits(hidden.reshape(-1, hidden.shape[-1]))
+        y = layer.forward(
+            x,
+            ids.detach().to("cpu", torch.int64).contiguous().numpy(),
+            weights.detach().to("cpu", torch.float32).contiguous().numpy(),
+        )
+        output = torch.from_numpy(y.view(np.int16)).view(torch.bfloat16)
+        return output.to(hidden.device, hidden.dtype).view(hidden.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(ops.NO_GRADIENT)
+
+
+def bf16_bits(x: torch.Tensor) -> npt.NDArray[np.uint16]:
+    """`x` as bfloat16 bit patterns; a view where it is a contiguous BF16 tensor on the CPU."""
+    x = x.detach().to("cpu", torch.bfloat16).contiguous()
+    bits: npt.NDArray[np.uint16] = x.view(torch.int16).numpy().view(np.uint16)
+    return bits

@@ -1,0 +1,56 @@
+"""Which weight format and which threads a model's experts use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from hybrid_moe.formats.table import WeightFormat, format_named
+
+if TYPE_CHECKING:
+    from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+
+ATTRIBUTE = "hybrid_moe_options"
+"""Attribute of a model's config that holds the options of `experts_implementation="hybrid_moe"`."""
+
+
+@dataclass(frozen=True)
+class ExpertsOptions:
+    """How experts are packed and run.
+
+    Attributes:
+        method: name of a weight format, see `hybrid_moe.formats.table.FORMATS`.
+        threads: worker threads over all pools; None for one per available core.
+        pools: worker pools; None for one per NUMA node.
+    """
+
+    method: str = "BF16"
+    threads: int | None = None
+    pools: int | None = None
+
+    @property
+    def fmt(self) -> WeightFormat:
+        """The weight format. Raises ValueError for an unknown method."""
+        return format_named(self.method)
+
+    def pool_config(self) -> PoolConfig:
+        """The worker pools. Raises ValueError where this machine cannot have them."""
+        from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+
+        return PoolConfig.choose(self.threads, self.pools)
+
+    @classmethod
+    def of(cls, config: Any) -> ExpertsOptions:
+        """The options that a model's config carries in `ATTRIBUTE` (a mapping), if any."""
+        given = getattr(config, ATTRIBUTE, None)
+        if given is None:
+            return cls()
+        if isinstance(given, cls):
+            return given
+        known = [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping) or not set(given) <= set(known):
+            raise ValueError(
+                f"config.{ATTRIBUTE} is {given!r}, it must be a mapping with keys among {known}"
+            )
+        return cls(**given)

@@ -1,0 +1,219 @@
+"""Transformers models whose routed experts run on the CPU kernels.
+
+Three ways in: `from_pretrained` (experts go from the checkpoint into panels and never pass through
+torch), `offload` (experts of a loaded model move into panels), and the name "hybrid_moe" for
+Transformers' own `experts_implementation` (experts stay where they are and are packed at use).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdm import tqdm
+
+from hybrid_moe.formats.table import BF16, chosen_format
+from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.integrations.import_hook import MODULES, register_in
+from hybrid_moe.integrations.transformers.guard import NAME
+from hybrid_moe.integrations.transformers.options import ExpertsOptions
+from hybrid_moe.loaders.find_model import find_model
+
+if TYPE_CHECKING:
+    import torch
+
+Model = TypeVar("Model", bound="torch.nn.Module")
+
+
+def register() -> None:
+    """Register `experts_implementation="hybrid_moe"`, also for FP8 and FP4 experts. Idempotent.
+
+    Raises:
+        ImportError: Transformers is absent or too old to have the interface.
+    """
+    from importlib import import_module
+
+    for module_name in MODULES:
+        if not register_in(import_module(module_name)):
+            raise ImportError(f"{module_name} has no experts interface: transformers >= 5.17 has")
+
+
+def offload(
+    model: Model,
+    method: str = "MXFP4",
+    threads: int | None = None,
+    pools: int | None = None,
+    *,
+    progress: bool = True,
+) -> Model:
+    """Move the routed experts of a loaded model into packed panels, layer by layer.
+
+    Each experts module is replaced by a `HybridExperts` without parameters, which frees its
+    memory: `state_dict()` lacks the experts from then on and `save_pretrained` raises.
+    Weights in another format than `method` are quantised (BF16 to MXFP4: nearest, see
+    `WeightFormat.encode`). Inference only.
+
+    Args:
+        model: a Transformers model with experts on any device (not meta).
+        method: weight format of the panels.
+        threads: worker threads over all pools; None for one per available core.
+        pools: worker pools; None for one per NUMA node.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: unknown method, impossible threads, no experts or such as Transformers does not
+            dispatch, experts on meta.
+        NotImplementedError: an experts module computes something that this package does not;
+            adapters (LoRA) on the experts, which would be lost: merge them first. Nothing has been
+            moved then.
+    """
+    from hybrid_moe.integrations.transformers.experts_module import (
+        describe,
+        find_experts,
+        refuse_adapters,
+    )
+    from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts, fill
+    from hybrid_moe.integrations.transformers.loading import replace_module
+
+    options = _checked(method, threads, pools)
+    found = find_experts(model)
+    refuse_adapters(model, found)
+    specs = {name: describe(module, name) for name, module in found.items()}
+    for name, module in found.items():
+        if any(p.is_meta for p in module.parameters()):
+            raise ValueError(
+                f"{specs[name].where} is on the meta device: it has no weights to move"
+            )
+    for name in tqdm(
+        list(found), desc="Packing experts", unit="layer", disable=None if progress else True
+    ):
+        experts = HybridExperts(specs[name])
+        fill(experts.allocate(options), found.pop(name), specs[name], options.fmt)
+        replace_module(model, name, experts)
+    register()
+    select = getattr(model, "set_experts_implementation", None)
+    if select is not None:
+        select(NAME)
+    _refuse_saving(model)
+    return model
+
+
+def from_pretrained(
+    directory: str | Path,
+    method: str | None = "MXFP4",
+    threads: int | None = None,
+    pools: int | None = None,
+    *,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Load a causal language model with its routed experts in packed panels.
+
+    Experts go from the checkpoint's files straight into the panels, so the memory needed is that
+    of the packed experts and of everything else, once. `state_dict()` lacks the experts.
+
+    Args:
+        directory: a checkpoint in Transformers' layout, or in its family's published one; or the
+            id of one in the Hugging Face hub's cache.
+        method: weight format of the panels; None (or "STORED") for the one that the checkpoint
+            stores, layer by layer. BF16 experts are quantised while loading if it is another.
+        threads: worker threads over all pools; None for one per available core.
+        pools: worker pools; None for one per NUMA node.
+        progress: show a progress bar on stderr.
+        **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...; `variant`
+            and `subfolder` choose the files of experts too).
+
+    Raises:
+        FileNotFoundError: no such directory.
+        CheckpointError: the checkpoint is damaged or does not fit the model; names the tensor. Or
+            a token takes more experts than there are.
+        ValueError: unknown method, a layer whose stored weights do not become it, impossible
+            threads, no experts.
+        NotImplementedError: an experts module computes something that this package does not.
+    """
+    from hybrid_moe.integrations.transformers.checkpoint_files import (
+        open_checkpoint,
+        take_subfolder,
+    )
+    from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
+    from hybrid_moe.integrations.transformers.loading import (
+        experts_source,
+        load_experts,
+        load_skeleton,
+    )
+    from hybrid_moe.loaders.config import ModelConfig
+
+    path = check_directory(take_subfolder(directory, kwargs))
+    if "experts_implementation" in kwargs:
+        raise ValueError(
+            "hybrid_moe.from_pretrained always runs experts through hybrid_moe: "
+            "leave experts_implementation out"
+        )
+    checkpoint = open_checkpoint(path, kwargs)
+    stored = checkpoint.sources()
+    config = kwargs.get("config")
+    given = None if config is None else ModelConfig(config.to_dict(), "the configuration")
+    problem = checkpoint.routing_problem(stored.values(), given)
+    if problem is not None:
+        raise CheckpointError(problem)
+    chosen = chosen_format(method)
+    for source in stored.values():  # all of them before anything is loaded
+        source.check_format(chosen or source.format)
+    options = _checked((chosen or BF16).name, threads, pools)
+    register()
+    try:
+        model = load_skeleton(checkpoint, kwargs)
+        experts = {n: m for n, m in model.named_modules() if isinstance(m, HybridExperts)}
+        sources = [experts_source(stored, checkpoint, n, m.spec) for n, m in experts.items()]
+        pairs = zip(sources, experts.values(), strict=True)
+        for source, module in tqdm(
+            pairs, "Loading experts", len(sources), unit="layer", disable=None if progress else True
+        ):
+            method = (chosen or source.format).name
+            load_experts(source, module, replace(options, method=method))
+        _refuse_saving(model)
+    finally:
+        checkpoint.close()
+    return model
+
+
+def check_directory(directory: str | Path) -> Path:
+    """The model's folder, see `find_model`, before Transformers opens files in it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it has a pipe.
+    """
+    from hybrid_moe.loaders.regular import check_no_pipes
+
+    path = find_model(directory)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is not a directory: pass the folder of a downloaded checkpoint"
+        )
+    check_no_pipes(path)
+    return path
+
+
+def _checked(method: str, threads: int | None, pools: int | None) -> ExpertsOptions:
+    """The options, refused here rather than after a model has been loaded."""
+    options = ExpertsOptions(method, threads, pools)
+    options.pool_config()
+    return ExpertsOptions(options.fmt.name, threads, pools)
+
+
+def _refuse_saving(model: Any) -> None:
+    """`save_pretrained` would write a checkpoint without experts, and say nothing."""
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _cannot_save
+
+
+def _cannot_save(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "the experts of this model are packed and would be missing from what is saved: save it "
+        "before offload, or use `hybrid-moe convert` to write a checkpoint with quantised experts"
+    )

@@ -1,0 +1,149 @@
+"""Experts out of the packed layer, in the layout that a GPU layer is filled from.
+
+A runtime that prefills whole layers on GPUs asks for one expert at a time, cut for its tensor
+parallel ranks, in host buffers from which it copies on:
+
+    per rank r of n, with I/n of the intermediate dimension:
+    w13   [2 I/n, H]  the rank's rows of gate, then the same rows of up
+    w2    [H, I/n]    the rank's columns of down
+
+Codes are the checkpoint's. Scales are bf16, which holds every power of two of E8M0 exactly: so
+kt-kernel hands them over, and so its callers size their buffers. A format without scales has none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.formats.table import Array, WeightFormat, f32_to_bf16
+from hybrid_moe.formats.tensors import Matrix
+from hybrid_moe.runtime import arguments
+from hybrid_moe.runtime.arguments import LayerShape
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Addresses of the host buffers of each rank; those of scales are 0 without scales."""
+
+    w13_weight: list[int]
+    w13_scale: list[int]
+    w2_weight: list[int]
+    w2_scale: list[int]
+
+    @classmethod
+    def checked(cls, ranks: int, fmt: WeightFormat, given: dict[str, Any]) -> Buffers:
+        """The four lists of pointers, one per rank.
+
+        Raises:
+            TypeError: not a list of integers.
+            ValueError: not one per rank, or null where something will be written.
+        """
+        lists = {name: _addresses(name, pointers) for name, pointers in given.items()}
+        for name, addresses in lists.items():
+            needed = name.endswith("weight_ptrs") or fmt.scale is not None
+            if len(addresses) != ranks and (needed or addresses):
+                raise ValueError(
+                    f"{name} has {len(addresses)} pointers, must have one for each of the "
+                    f"{ranks} ranks of gpu_tp_count"
+                )
+            if needed and min(addresses) <= 0:
+                rank = int(np.argmin(addresses))
+                raise ValueError(f"{name}[{rank}] is {addresses[rank]}, must be an address")
+        return cls(*lists.values())
+
+
+def _addresses(name: str, pointers: Any) -> list[int]:
+    if not isinstance(pointers, Iterable):
+        raise TypeError(f"{name} must be a list of addresses, not {pointers!r}")
+    return [arguments.integer(f"a pointer in {name}", pointer) for pointer in pointers]
+
+
+class ExpertWriter:
+    """Writes a layer's experts one after the other, on threads of its own: one that keeps the
+    order, and as many as the layer's pools have to copy."""
+
+    def __init__(self, layer: ExpertLayer, shape: LayerShape) -> None:
+        self._layer, self._shape = layer, shape
+        self._order: ThreadPoolExecutor | None = None
+        self._copiers: ThreadPoolExecutor | None = None
+        self._pending: list[Future[None]] = []
+
+    def submit(self, gpu_tp_count: Any, expert_id: Any, pointers: dict[str, Any]) -> None:
+        """See `KTMoEWrapper.submit_write_weight_scale_to_buffer`."""
+        ranks = arguments.integer("gpu_tp_count", gpu_tp_count)
+        expert = arguments.integer("expert_id", expert_id)
+        fmt, I = self._layer.fmt, self._shape.moe_intermediate_size
+        if ranks < 1 or I % (ranks * fmt.k_multiple):
+            raise ValueError(
+                f"gpu_tp_count is {ranks}, must cut moe_intermediate_size {I} into multiples of "
+                f"{fmt.k_multiple}"
+            )
+        buffers = Buffers.checked(ranks, fmt, pointers)
+        self._layer.check_readable(expert)
+        if self._order is None or self._copiers is None:
+            threads = self._layer.pool.threads
+            self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="hybrid-moe-copy")
+            self._order = ThreadPoolExecutor(1, thread_name_prefix="hybrid-moe-export")
+        write = partial(self._write, self._copiers, ranks, expert, buffers)
+        self._pending.append(self._order.submit(write))
+
+    def sync(self) -> None:
+        """Wait for all that was submitted; raise the first error."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.exception()  # wait for each, so that no buffer is written after an error
+        for future in pending:
+            future.result()
+
+    def close(self) -> None:
+        """Wait, and end the threads."""
+        for executor in (self._order, self._copiers):
+            if executor is not None:
+                executor.shutdown()
+        self._order, self._copiers, self._pending = None, None, []
+
+    def _write(
+        self, copiers: ThreadPoolExecutor, ranks: int, expert: int, buffers: Buffers
+    ) -> None:
+        tensors, fmt = self._layer.unpack(expert, copiers.map), self._layer.fmt
+        I = self._shape.moe_intermediate_size // ranks
+        for r in range(ranks):
+            rows = slice(r * I, (r + 1) * I)
+            gate, up = (_rows(matrix, rows) for matrix in (tensors.gate, tensors.up))
+            w2 = _columns(tensors.down, r, ranks)
+            for weight, scale, parts in (
+                (buffers.w13_weight, buffers.w13_scale, (gate, up)),
+                (buffers.w2_weight, buffers.w2_scale, (w2,)),
+            ):
+                _copy(weight[r], [codes for codes, _ in parts])
+                if fmt.scale is not None:
+                    factors = [fmt.scale.decode(s) for _, s in parts if s is not None]
+                    _copy(scale[r], [f32_to_bf16(f) for f in factors])
+
+
+def _rows(matrix: Matrix, rows: slice) -> tuple[Array, Array | None]:
+    return matrix.codes[rows], None if matrix.scales is None else matrix.scales[rows]
+
+
+def _columns(matrix: Matrix, rank: int, ranks: int) -> tuple[Array, Array | None]:
+    def part(array: Array) -> Array:
+        width = array.shape[1] // ranks
+        return array[:, rank * width : (rank + 1) * width]
+
+    return part(matrix.codes), None if matrix.scales is None else part(matrix.scales)
+
+
+def _copy(address: int, parts: list[Array]) -> None:
+    """Write `parts`, one behind the other, to `address`."""
+    for part in parts:
+        memory = memoryview((ctypes.c_uint8 * part.nbytes).from_address(address))
+        np.copyto(np.ndarray(part.shape, part.dtype, memory), part)
+        address += part.nbytes

@@ -1,0 +1,95 @@
+"""What can be asked about one layer of a model: the part of `KTMoEWrapper` that only tells."""
+
+from __future__ import annotations
+
+import torch
+
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.runtime import arguments
+from hybrid_moe.runtime.arguments import LayerShape
+from hybrid_moe.runtime.runner import LayerRunner
+
+
+class LayerFacts:
+    """Sizes, placement and counters of a wrapper, which provides the attributes.
+
+    Attributes:
+        shape: its sizes.
+        format: its weight format.
+    """
+
+    shape: LayerShape
+    format: WeightFormat
+    _mask: torch.Tensor
+    _layer: ExpertLayer
+    _runner: LayerRunner | None  # None before loading and after closing
+
+    @property
+    def layer_idx(self) -> int:
+        """Index of the layer in the model."""
+        return self.shape.layer_idx
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts E."""
+        return self.shape.num_experts
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Experts per token k."""
+        return self.shape.num_experts_per_tok
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.shape.hidden_size
+
+    @property
+    def moe_intermediate_size(self) -> int:
+        """I."""
+        return self.shape.moe_intermediate_size
+
+    @property
+    def method(self) -> str:
+        """Name of the weight format."""
+        return self.format.name
+
+    @property
+    def gpu_experts_mask(self) -> torch.Tensor:
+        """bool [E] on the CPU: experts that the GPU computes. Change it in place; assignment copies
+        into it. Every submission works on the mask as it was when it was submitted; on CUDA
+        tensors: when its stream came to it, so that a non-blocking copy from the GPU on that stream
+        changes the mask together with what the GPU itself goes by."""
+        return self._mask
+
+    @gpu_experts_mask.setter
+    def gpu_experts_mask(self, mask: torch.Tensor) -> None:
+        arguments.check_mask(mask, self.num_experts)
+        self._mask.copy_(mask)
+
+    @property
+    def num_gpu_experts(self) -> int:
+        """Experts that the mask puts on the GPU now."""
+        return int(self._mask.sum())
+
+    @property
+    def mask_epoch(self) -> int:
+        """How many changes of the mask the latest run had seen; 0 before the first. On CUDA tensors
+        it is known when the run's results have arrived."""
+        return 0 if self._runner is None else self._runner.mask_epoch
+
+    @property
+    def loaded(self) -> bool:
+        """Whether weights are loaded."""
+        return self._runner is not None
+
+    @property
+    def ignored_ids(self) -> int:
+        """Ids outside 0..E-1 in all calls so far. With deferral on CUDA tensors not counted."""
+        return 0 if self._runner is None else self._runner.ignored_ids
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of packed weights held."""
+        return self._layer.nbytes

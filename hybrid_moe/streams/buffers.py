@@ -1,0 +1,247 @@
+"""Pinned memory through which submissions pass, and who may use it next.
+
+Buffers are keyed by all that shapes them. Everything a captured graph points at must stay where it
+is: buffers that were used under capture are kept for captures forever, the others are reused and
+can be freed. Reuse needs no events: buffers go back to the stream that collected the result, whose
+order keeps the uses apart.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from hybrid_moe.cpu_kernels.drivers.fields import M_DONE, M_POSTED, MAILBOX_SLOTS
+from hybrid_moe.cpu_kernels.job import JobShape
+from hybrid_moe.cpu_kernels.streams import keeping
+from hybrid_moe.cpu_kernels.streams.slots import SlotScratch
+from hybrid_moe.locks import ProcessLock
+from hybrid_moe.streams.interface import Stream
+
+logger = logging.getLogger(__name__)
+
+_MAILBOXES_PER_PAGE = 64
+
+
+@dataclass(frozen=True)
+class BufferKey:
+    """What makes two submissions able to share buffers. `capacity` is in tokens."""
+
+    capacity: int
+    hidden: int
+    top_k: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """Addresses of the two flags over which a stream hands over jobs, see
+    `hybrid_moe.cpu_kernels.drivers.mailbox`."""
+
+    posted: int
+    done: int
+
+    def clear(self) -> None:
+        """Take back an answer that no stream has been asked to wait for."""
+        ctypes.c_int64.from_address(self.done).value = 0
+
+
+@dataclass(eq=False)
+class Buffers:
+    """Memory of one submission: pinned x and out [capacity, H], ids and weights [capacity, k], and
+    the CPU's scratch, which all layers share that take turns in these buffers.
+
+    Without a mailbox, jobs are handed over by host functions.
+    """
+
+    key: BufferKey
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    out: torch.Tensor
+    mailbox: Mailbox | None
+    captured: bool = False
+    scratch: dict[JobShape, SlotScratch] = field(default_factory=dict)
+
+    def scratch_of(self, shape: JobShape) -> SlotScratch:
+        """The scratch of that shape: one for each model and size that use the buffers."""
+        if shape not in self.scratch:
+            self.scratch[shape] = SlotScratch(shape)
+        return self.scratch[shape]
+
+    @classmethod
+    def allocate(cls, key: BufferKey, stream: Stream, mailbox: Mailbox | None) -> Buffers:
+        """New pinned buffers."""
+        rows, routing = (key.capacity, key.hidden), (key.capacity, key.top_k)
+        return cls(
+            key,
+            x=stream.pinned(rows, key.dtype),
+            ids=stream.pinned(routing, torch.int64),
+            weights=stream.pinned(routing, torch.float32),
+            out=stream.pinned(rows, key.dtype),
+            mailbox=mailbox,
+        )
+
+
+class Answerer(Protocol):
+    """See `hybrid_moe.cpu_kernels.streams.watcher.Watcher`."""
+
+    def add(self, mailbox: int, owner: object) -> bool: ...
+
+
+def _watcher() -> Answerer:
+    from hybrid_moe.cpu_kernels.streams.watcher import watcher
+
+    return watcher()
+
+
+class Mailboxes:
+    """Mailboxes that a watcher answers. They are few, live forever, and are used again.
+
+    Args:
+        answerer: gives the watcher, when the first mailbox is needed.
+    """
+
+    def __init__(self, answerer: Callable[[], Answerer] = _watcher) -> None:
+        self._answerer = answerer
+        self._idle: list[Mailbox] = []
+        self._blank: list[tuple[int, torch.Tensor]] = []  # not yet watched, with their page
+        self._full = False
+
+    def take(self, stream: Stream) -> Mailbox | None:
+        """A mailbox of two zeros, or None where jobs must be handed over by host functions."""
+        if not stream.has_flags or self._full:
+            return None
+        if self._idle:
+            return self._idle.pop()
+        if not self._blank:
+            page = stream.pinned((_MAILBOXES_PER_PAGE, MAILBOX_SLOTS), torch.int64)
+            self._blank = [(row.data_ptr(), page) for row in page]
+        address, page = self._blank.pop()
+        if not self._answerer().add(address, page):
+            self._full = True
+            logger.warning("too many mailboxes: further buffers are handed over by host functions")
+            return None
+        return Mailbox(posted=address + 8 * M_POSTED, done=address + 8 * M_DONE)
+
+    def give_back(self, buffers: Buffers) -> None:
+        """Keep the mailbox of buffers that are freed, which no stream uses any more."""
+        if buffers.mailbox is not None:
+            self._idle.append(buffers.mailbox)
+
+
+class User(Protocol):
+    """Something that keeps what points at buffers."""
+
+    def forget(self, freed: set[Buffers]) -> None:
+        """Drop what points at `freed`."""
+
+
+class BufferPool:
+    """Free buffers: of each stream, and of captures.
+
+    Graphs captured from one stream share buffers: they are replayed one after the other, as
+    captured graphs that share a memory pool are.
+    """
+
+    def __init__(self, mailboxes: Mailboxes | None = None) -> None:
+        self._mailboxes = mailboxes or Mailboxes()
+        self._free: dict[tuple[BufferKey, int], list[Buffers]] = defaultdict(list)
+        self._captured: dict[tuple[BufferKey, int], list[Buffers]] = defaultdict(list)
+        self._lost: deque[tuple[Buffers, keeping.Progress, int]] = deque()
+        self._in_graphs: list[Buffers] = []
+        self._users: weakref.WeakSet[User] = weakref.WeakSet()
+        self._lock = ProcessLock()
+
+    def take(self, key: BufferKey, stream: Stream) -> Buffers:
+        """Buffers for one submission on `stream`.
+
+        Under capture, buffers of earlier captures come first, then eager ones, which a warm-up run
+        of this size left behind (a capture begins with a synchronized device, so no stream uses
+        them): nothing is allocated under capture after a warm-up.
+        """
+        capturing = stream.capturing()
+        with self._lock:
+            self._find_lost()
+            if not capturing:
+                free = self._free[key, stream.handle]
+                return free.pop() if free else self._allocate(key, stream)
+            candidates = [self._captured[key, stream.handle]]
+            candidates += [free for (other, _), free in self._free.items() if other == key]
+            found = next((free.pop() for free in candidates if free), None)
+            buffers = found or self._allocate(key, stream)
+            buffers.captured = True
+            return buffers
+
+    def _allocate(self, key: BufferKey, stream: Stream) -> Buffers:
+        return Buffers.allocate(key, stream, self._mailboxes.take(stream))
+
+    def give_back(self, buffers: Buffers, stream: Stream) -> None:
+        """Make `buffers` available to what is queued on `stream` from now on."""
+        with self._lock:
+            kept = self._captured if buffers.captured else self._free
+            kept[buffers.key, stream.handle].append(buffers)
+
+    def lost(self, buffers: Buffers, progress: keeping.Progress, stream: Stream) -> None:
+        """Take back buffers of a job whose wait was never queued. They are used again when
+        `progress` is idle; those that a graph has captured are not, since a replay posts into them
+        and does not wait. May be called from finalizers.
+        """
+        if buffers.captured:
+            self._in_graphs.append(buffers)
+        else:
+            self._lost.append((buffers, progress, stream.handle))
+
+    def _find_lost(self) -> None:
+        """Free those of the lost buffers that are idle. The caller holds the lock."""
+        for _ in range(len(self._lost)):
+            buffers, progress, handle = self._lost.popleft()
+            if not progress.idle:
+                self._lost.append((buffers, progress, handle))
+                continue
+            if buffers.mailbox is not None:
+                buffers.mailbox.clear()
+            self._free[buffers.key, handle].append(buffers)
+
+    def clear(self, synchronize: Callable[[torch.device], object]) -> None:
+        """Free the eager buffers, when their device is idle. Captured ones stay: graphs use them,
+        and so do those of submissions that wait to be collected.
+
+        Args:
+            synchronize: waits until a device has ended all that was queued.
+        """
+        with self._lock:
+            self._find_lost()
+            freed = {buffers for free in self._free.values() for buffers in free}
+            for device in {buffers.key.device for buffers in freed}:
+                synchronize(device)
+            self._free.clear()
+            for buffers in freed:
+                self._mailboxes.give_back(buffers)
+            for user in self._users:
+                user.forget(freed)
+        keeping.release(most=None)
+
+    def attach(self, user: User) -> None:
+        """Let `user` know of buffers that are freed."""
+        self._users.add(user)
+
+    def count(self) -> tuple[int, int]:
+        """Free buffers: (eager, captured)."""
+        with self._lock:
+            return (
+                sum(map(len, self._free.values())),
+                sum(map(len, self._captured.values())),
+            )
+
+
+BUFFERS = BufferPool()
+"""The process's pinned buffers, shared by all layers."""

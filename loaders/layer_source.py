@@ -1,0 +1,261 @@
+"""The experts of one layer, and how one of them is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from hybrid_moe.formats.table import Array, WeightFormat
+from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix, check_matrix
+from hybrid_moe.loaders.header import TensorInfo
+from hybrid_moe.loaders.layout import GateUp
+from hybrid_moe.loaders.naming import NamingScheme
+from hybrid_moe.loaders.safetensors import ReadBuffer, SafetensorsIndex, aligned
+from hybrid_moe.loaders.stored import Stored, can_encode, encode, round_to_bf16, to_float32
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The tensors of one projection: of one expert, or of all experts where they are fused."""
+
+    weight: TensorInfo
+    scale: TensorInfo | None
+    bias: TensorInfo | None
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Those that exist."""
+        return tuple(t for t in (self.weight, self.scale, self.bias) if t is not None)
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """The routed experts of one layer. Everything but the scales' values has been checked.
+
+    Attributes:
+        index: the checkpoint's tensors.
+        layer: number of the layer, dense layers counted.
+        prefix: what stands before `layers.` in the keys.
+        scheme: the naming scheme.
+        num_experts: routed experts E.
+        hidden: hidden size H.
+        intermediate: intermediate size I of one expert.
+        stored: how the checkpoint stores the weights.
+        transposed: fused tensors are [E, K, N], not [E, N, K].
+        stacks: tensors of (gate, up, down) per expert, or of (gate_up, down) once where fused.
+        unused: keys beside them that do not change what the weights mean, and are not read.
+        ask_model: how the model's own module lays out gate and up; None where nobody knows.
+        gate_up: the layout, where it is known already.
+    """
+
+    index: SafetensorsIndex
+    layer: int
+    prefix: str
+    scheme: NamingScheme
+    num_experts: int
+    hidden: int
+    intermediate: int
+    stored: Stored
+    transposed: bool
+    stacks: tuple[tuple[Stack, ...], ...]
+    unused: tuple[str, ...]
+    ask_model: Callable[[], GateUp | None]
+    gate_up: GateUp | None = None
+
+    @property
+    def format(self) -> WeightFormat:
+        """The format in which experts are handed on unless another is asked for."""
+        return self.stored.format
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the projections have biases."""
+        return self.stacks[0][0].bias is not None
+
+    @cached_property
+    def interleaved(self) -> bool:
+        """Whether rows of gate and up alternate in fused tensors; False where they are apart.
+
+        Raises:
+            CheckpointError: nothing tells.
+        """
+        if not self.scheme.fused:
+            return False
+        layout = self.gate_up or self.ask_model()
+        if layout is not None:
+            return layout == "interleaved"
+        if self.has_bias and not self.scheme.interleaved:
+            raise CheckpointError(
+                f"{self.stacks[0][0].weight.where}: gate and up may be two halves or alternate "
+                "(gpt-oss), and nothing here tells: there is no config.json of a model that "
+                'Transformers knows. Say gate_up_layout="halves" or "interleaved"'
+            )
+        return self.scheme.interleaved
+
+    def with_layout(self, layout: GateUp | None) -> LayerSource:
+        """This layer with the layout of gate and up as the caller knows it; None changes nothing.
+
+        Raises:
+            ValueError: the model's own module has another one.
+        """
+        if layout is None or not self.scheme.fused:
+            return self
+        known = self.ask_model()
+        if known not in (None, layout):
+            raise ValueError(
+                f'gate_up_layout is "{layout}", but the experts of the model that config.json of '
+                f'{self.index.path} names have "{known}"'
+            )
+        return replace(self, gate_up=layout)
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes that are read for one expert."""
+        return sum(t.nbytes for stack in self.stacks[0] for t in stack.tensors) // self._share
+
+    @property
+    def last_key(self) -> str:
+        """Key of the last expert's first weight, for messages."""
+        return self.stacks[-1][0].weight.where
+
+    @property
+    def _share(self) -> int:
+        """Experts that share one tensor."""
+        return self.num_experts if self.scheme.fused else 1
+
+    def nbytes_as(self, fmt: WeightFormat) -> int:
+        """Bytes of all the layer's experts in `fmt`, biases (float32) included."""
+        weights = 2 * fmt.nbytes(self.intermediate, self.hidden)
+        weights += fmt.nbytes(self.hidden, self.intermediate)
+        bias = 4 * (2 * self.intermediate + self.hidden) if self.has_bias else 0
+        return self.num_experts * (weights + bias)
+
+    def check_sizes(
+        self,
+        num_experts: int | None = None,
+        hidden: int | None = None,
+        intermediate: int | None = None,
+    ) -> None:
+        """Raise `CheckpointError` where the layer is not of the sizes that the caller expects."""
+        for name, expected, actual in (
+            ("num_experts", num_experts, self.num_experts),
+            ("hidden_size", hidden, self.hidden),
+            ("moe_intermediate_size", intermediate, self.intermediate),
+        ):
+            if expected is not None and expected != actual:
+                raise CheckpointError(
+                    f"layer {self.layer} of {self.index.path} has {name}={actual}, "
+                    f"not {expected} (from {self.last_key})"
+                )
+
+    def check_format(self, fmt: WeightFormat) -> None:
+        """Raise `ValueError` where experts cannot be handed on in `fmt`."""
+        if not can_encode(self.stored, fmt):
+            raise ValueError(
+                f"layer {self.layer} of {self.index.path} stores its experts as "
+                f"{self.format.name}, which does not become {fmt.name}: "
+                f'use method="{self.format.name}", or None to take each layer as it is stored'
+            )
+
+    def check_layout(self) -> None:
+        """Raise `CheckpointError` where nothing tells how gate and up lie in fused tensors."""
+        _ = self.interleaved
+
+    def expert(
+        self, expert: int, fmt: WeightFormat | None = None, buffer: ReadBuffer | None = None
+    ) -> ExpertTensors:
+        """Read one expert. Thread-safe.
+
+        Args:
+            expert: 0 to num_experts - 1, the checkpoint's own numbering.
+            fmt: the format to hand it on in; None is `format`. 16-bit weights are quantized to it.
+            buffer: memory to read into, which is reused: the arrays are then valid until the next
+                call with it. None allocates.
+
+        Returns:
+            gate and up [I, H], down [H, I]. Rows may be strided, the last axis is contiguous.
+
+        Raises:
+            IndexError: no such expert.
+            ValueError: weights stored so do not become `fmt`.
+            CheckpointError: a file has been truncated, a scale is invalid, or a weight that has
+                to be quantized is not finite.
+        """
+        if not 0 <= expert < self.num_experts:
+            raise IndexError(
+                f"expert {expert} of layer {self.layer}: there are {self.num_experts} experts"
+            )
+        fmt = fmt or self.format
+        self.check_format(fmt)
+        if buffer is not None:
+            tensors = [t for stack in self.stacks[0] for t in stack.tensors]
+            buffer.reset(sum(aligned(t.nbytes // self._share) for t in tensors))
+        stacks = self.stacks[0 if self.scheme.fused else expert]
+        matrices = [self._read(stack, expert, buffer) for stack in stacks]
+        if self.scheme.fused:
+            matrices = [*self._split(matrices[0]), matrices[1]]
+        gate, up, down = (self._encode(matrix, fmt) for matrix in matrices)
+        for matrix, N, K in (
+            (gate, self.intermediate, self.hidden),
+            (up, self.intermediate, self.hidden),
+            (down, self.hidden, self.intermediate),
+        ):
+            check_matrix(matrix, fmt, N, K)
+        return ExpertTensors(gate, up, down)
+
+    def _read(self, stack: Stack, expert: int, buffer: ReadBuffer | None) -> Matrix:
+        """One projection with the codes as they are stored, output rows first."""
+
+        def read(tensor: TensorInfo) -> Array:
+            out = None if buffer is None else buffer.take(tensor.nbytes // self._share)
+            if not self.scheme.fused:
+                return self.index.read(tensor.key, out=out)
+            part: Array = self.index.read(tensor.key, slice(expert, expert + 1), out)[0]
+            return part
+
+        codes = read(stack.weight)
+        codes = codes.reshape(codes.shape[0], -1)  # gpt-oss: [N, K/32, 16] -> [N, K/2]
+        return Matrix(
+            codes=codes.T if self.transposed else codes,
+            scales=None if stack.scale is None else read(stack.scale),
+            bias=None if stack.bias is None else to_float32(read(stack.bias)),
+            where=self._where(stack.weight, expert),
+            scales_where=None if stack.scale is None else self._where(stack.scale, expert),
+        )
+
+    def _where(self, tensor: TensorInfo, expert: int) -> str:
+        return f"expert {expert} of {tensor.where}" if self.scheme.fused else tensor.where
+
+    def _split(self, gate_up: Matrix) -> tuple[Matrix, Matrix]:
+        """Gate and up of a fused tensor: views, not copies."""
+        half = self.intermediate
+        rows = (
+            (slice(0, None, 2), slice(1, None, 2))
+            if self.interleaved
+            else (slice(0, half), slice(half, None))
+        )
+        gate, up = (
+            replace(
+                gate_up,
+                codes=gate_up.codes[part],
+                scales=None if gate_up.scales is None else gate_up.scales[part],
+                bias=None if gate_up.bias is None else gate_up.bias[part],
+            )
+            for part in rows
+        )
+        return gate, up
+
+    def _encode(self, matrix: Matrix, fmt: WeightFormat) -> Matrix:
+        if fmt is not self.format:
+            try:
+                codes, scales = encode(fmt, matrix.codes)
+            except ValueError as error:
+                raise CheckpointError(f"{matrix.where}: {error}") from error
+            return replace(matrix, codes=codes, scales=scales)
+        if not self.stored.exact:
+            return replace(matrix, codes=round_to_bf16(matrix.codes))
+        codes = np.ascontiguousarray(matrix.codes) if self.transposed else matrix.codes
+        return replace(matrix, codes=codes.view(fmt.code_dtype))

@@ -1,0 +1,144 @@
+"""A tier that no processor has: one row of lowerings, and every kernel of every format runs.
+
+Its ops are generic LLVM vectors that do the work in other ways than both the generic lowerings and
+the real tiers do, on registers of widths and counts that no kernel could have been written for. So
+nothing but the row says what a tier is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, Val
+from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, Lowering, fused, unpack_pair
+from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE, Tier
+from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
+from hybrid_moe.cpu_kernels.kernels.order import mxfp4_most
+from hybrid_moe.formats.table import FORMATS, WeightFormat
+from tests.cpu_kernels.cases import Case, from_bf16, random_batch
+from tests.cpu_kernels.kernels.test_kernels import check_dot_kernels
+from tests.reference import assert_within
+
+Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+
+# An accumulator of byte dots holds the sum times -4 (modulo 2^32: a sum has fewer than 29 bits).
+
+
+def _lookup16(emit: Emit, table: tuple[int, ...], index: Val) -> Val:
+    """Selects over the bits of the index, the upper bit first."""
+    if len(table) == 1:
+        return emit.splat(table[0], I8, index.lanes)
+    half = len(table) // 2
+    upper = (index & half).equals(half)
+    return upper.select(_lookup16(emit, table[half:], index), _lookup16(emit, table[:half], index))
+
+
+def _byte_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+    """The last product first, each times 4."""
+    w32, x32 = w.bits(I32), emit.broadcast(x, 16)
+    for i in (3, 2, 1, 0):
+        scaled = (x32 << (24 - 8 * i)).sar(22) & -4
+        accumulator = accumulator - ((w32 >> (8 * i)) & 255) * scaled
+    return accumulator
+
+
+def _byte_dot_bias(emit: Emit, x: Val) -> Val:
+    return emit.reduce("add", x.sext(I32)) * (4 * BYTE_DOT_OFFSET)
+
+
+def _byte_dot_total(emit: Emit, high: Val, low: Val) -> Val:
+    return -((high << 6) + low.sar(2))
+
+
+def _pair_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+    """Eight rows at a time."""
+    (w0, w1), (x0, x1) = unpack_pair(w), unpack_pair(emit.broadcast(x, 16))
+    halves = zip(*(v.halves() for v in (accumulator, w0, w1, x0, x1)), strict=True)
+    low, high = (fused(emit, a0, b0, fused(emit, a1, b1, c)) for c, a0, a1, b0, b1 in halves)
+    return low.concat(high)
+
+
+def _lookup_low4(emit: Emit, table: tuple[int, ...], index: Val) -> Val:
+    """Shifts out and in again what does not count."""
+    return _lookup16(emit, table, (index << 4) >> 4)
+
+
+def _times_power(emit: Emit, value: Val, factor: Val, exponent: Val) -> Val:
+    return (factor * value).bits(I32).bits(F32)
+
+
+_DOTS = {
+    ("MXFP4", False): {
+        *("lookup_low4", "byte_dot", "byte_dot_bias", "byte_dot_total", "times_power"),
+    },
+    ("MXFP4", True): {"byte_dot", "tile_dot_bytes", "tile_configure", "tile_release"},
+    ("BF16", False): {"pair_dot"},
+    ("BF16", True): {"tile_dot_pairs", "tile_configure", "tile_release"},
+}
+"""(format, with tiles) -> ops that its kernels cannot do without."""
+
+_LOWERINGS: dict[str, Lowering] = {
+    "lookup16": _lookup16,
+    "lookup_low4": _lookup_low4,
+    "byte_dot": _byte_dot,
+    "byte_dot_bias": _byte_dot_bias,
+    "byte_dot_total": _byte_dot_total,
+    "pair_dot": _pair_dot,
+    "times_power": _times_power,
+}
+
+
+def _fake(vector_bits: int, registers: int, tiles: bool, used: Counter[str]) -> Tier:
+    def counted(op: str, lowering: Lowering) -> Callable[..., Val]:
+        def lower(*operands: object) -> Val:
+            used[op] += 1
+            return lowering(*operands)
+
+        return lower
+
+    lowerings = _LOWERINGS | {name: op.lower for name, op in TILE_OPS.items()}
+    return Tier(
+        f"fake{vector_bits}x{registers}",
+        frozenset(),
+        "",
+        vector_bits=vector_bits,
+        registers=registers,
+        lowerings={op: counted(op, lowering) for op, lowering in lowerings.items()},
+        tiles=tiles,
+    )
+
+
+def test_the_fake_tier_lowers_every_op_its_own_way() -> None:
+    assert set(_LOWERINGS) == set(OPS)
+    for op, lowering in _LOWERINGS.items():
+        assert lowering is not OPS[op].lower
+
+
+@pytest.mark.parametrize(
+    ("vector_bits", "registers", "tiles", "most"),
+    [
+        (1024, 10, False, 3),
+        (64, 8, True, 1),
+    ],
+)
+@Formats
+def test_a_new_tier_is_one_row(
+    fmt: WeightFormat, vector_bits: int, registers: int, tiles: bool, most: int
+) -> None:
+    used: Counter[str] = Counter()
+    fake = _fake(vector_bits, registers, tiles, used)
+    assert mxfp4_most(fake.registers, fake.registers_per_panel) == most
+    check_dot_kernels(fmt, fake)
+    case = Case.random(fmt, 96, 64, bias=True)
+    layer, portable = case.layer(fake), case.layer(PORTABLE)
+    for tokens in (1, 3, 9, 50):
+        batch = random_batch(tokens, case.H, case.E, 3)
+        out = layer.forward(*batch)
+        assert_within(from_bf16(out), case.reference(*batch))
+        if fmt.name != "BF16" or not tiles:
+            assert np.array_equal(out, portable.forward(*batch)), "normal numbers: the same bits"
+    assert set(used) >= _DOTS[fmt.name, tiles]
