@@ -37,6 +37,8 @@ def describe(
     slots[f.L_GATHER] = kernels.gather
     slots[f.L_ACTIVATE] = kernels.activate
     slots[f.L_COMBINE] = kernels.combine
+    slots[f.L_WEIGH] = kernels.weigh
+    slots[f.L_ADD] = kernels.add
     slots[f.L_CLEAR] = kernels.clear
     slots[f.L_FINISH] = kernels.finish
     slots[f.L_ENTER] = kernels.enter

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
-from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS, STRIP_ROWS, round_up
+from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS, STRIP_ROWS, SUMS_BYTES, round_up
 
-_TASKS_PER_WORKER = 12  # of a phase, at least: the last one out waits for less than a task
 INLINE_ENCODE_TOKENS = 4
-_ENCODE_TOKENS_PER_TASK = 16
 _EXACT_CAPACITY = 8
 BLOCK_SLACK = 4096
 """Bytes behind encoded rows: a matrix unit reads blocks of 16 or 32 tokens whole, 80 bytes each."""
@@ -78,6 +77,23 @@ class JobShape:
         return self.capacity * self.top_k
 
     @property
+    def pool_workers(self) -> int:
+        """Of a pool, at most."""
+        return -(-self.workers // self.pools)
+
+    @property
+    def strips(self) -> int:
+        """Of the output."""
+        return -(-self.hidden // STRIP_ROWS)
+
+    @property
+    def _pair_rows(self) -> int:
+        """Bytes of what pairs add to the output, if few tokens keep that."""
+        if not tuning.rows_by_pair(-(-self.strips // self.pools), self.pool_workers):
+            return 0
+        return SUMS_BYTES * self.strips * self.top_k * min(self.capacity, tuning.PAIR_TOKENS)
+
+    @property
     def _worker_areas(self) -> dict[int, int]:
         """Slot -> bytes of each part of a worker's scratch, whose offset it holds.
 
@@ -85,10 +101,10 @@ class JobShape:
         matrix unit writes, and reads, whole blocks. An expert may get every pair."""
         most = min(f.BATCH_TOKENS, self.pairs)
         return {
-            f.J_SCRATCH_SUMS: 4 * STRIP_ROWS * (f.BATCH_TOKENS + MOST_BLOCK_TOKENS),
+            f.J_SCRATCH_SUMS: SUMS_BYTES * (f.BATCH_TOKENS + MOST_BLOCK_TOKENS),
             f.J_SCRATCH_X: most * self.x_row + BLOCK_SLACK,
             f.J_SCRATCH_UNPACKED: self.unpacked_bytes,
-            f.J_SCRATCH_OUT: f.MAX_STRIPS * 4 * STRIP_ROWS * max(1, self.capacity),
+            f.J_SCRATCH_OUT: SUMS_BYTES * tuning.out_rows(self.strips, self.capacity),
         }
 
     @property
@@ -112,6 +128,7 @@ class JobShape:
             f.J_PAIR_X: 8 * pairs,
             f.J_X_ROWS: tokens * self.x_row + BLOCK_SLACK,
             f.J_H_ROWS: pairs * self.h_row + BLOCK_SLACK,
+            f.J_PAIR_ROWS: self._pair_rows,
             f.J_SCRATCH: self.workers * self.worker_bytes,
         }
 
@@ -124,7 +141,7 @@ class JobShape:
         """A job's slots over `workspace`; J_LAYER, J_TOKENS and J_OUT remain to be filled in."""
         job: Slots = np.zeros(f.JOB_SLOTS, np.int64)
         for slot, size in self._areas.items():
-            job[slot] = workspace.take(size)
+            job[slot] = workspace.take(size) if size else 0
         job[f.J_TOP_K] = self.top_k
         job[f.J_POOLS] = self.pools
         job[f.J_SCRATCH_BYTES] = self.worker_bytes
@@ -132,9 +149,8 @@ class JobShape:
         for slot, size in self._worker_areas.items():
             job[slot] = offset
             offset += round_up(size, 64)
-        job[f.J_ENCODE_TOKENS] = _ENCODE_TOKENS_PER_TASK
         job[f.J_INLINE_ENCODE] = int(self.capacity <= INLINE_ENCODE_TOKENS)
-        job[f.J_TARGET_TASKS] = _TASKS_PER_WORKER * -(-self.workers // self.pools)
+        job[f.J_POOL_WORKERS] = self.pool_workers
         return job
 
 

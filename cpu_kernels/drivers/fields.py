@@ -8,7 +8,6 @@ from __future__ import annotations
 
 MAX_POOLS = 8
 MAX_TILE = 32  # tokens of the largest tile
-MAX_STRIPS = 4  # strips of a down task
 STRIPS_AT_ONCE = 16  # of gate/up, before their activations
 BATCH_TOKENS = 192  # of one expert that share a pass over its strips
 UNPACK_GROUPS = 32  # groups of a strip that are unpacked at a time
@@ -54,7 +53,9 @@ L_GU_LAYOUT = 23  # of gate/up strips, LAYOUT_SLOTS slots
 L_DN_LAYOUT = 26  # of down strips
 L_DIRECT = 29  # TILES_SLOTS slots
 L_TILED = L_DIRECT + TILES_SLOTS
-LAYER_SLOTS = L_TILED + TILES_SLOTS
+L_WEIGH = L_TILED + TILES_SLOTS
+L_ADD = L_WEIGH + 1
+LAYER_SLOTS = L_ADD + 1
 
 # A strip layout within a layer (`panels.StripLayout`), relative to L_GU_LAYOUT or L_DN_LAYOUT.
 
@@ -90,10 +91,9 @@ J_IGNORED = 21  # ids out of range,
 J_MISSING = 22  # 1 + an expert that is not loaded and not skipped, or 0
 J_SCRATCH = 23  # base of the workers' scratch
 J_SCRATCH_BYTES = 24  # of one worker
-J_ENCODE_TOKENS = 25  # tokens per task
-J_BLOCKS_PER_TASK = 26
-J_STRIPS_PER_TASK = 27
-J_TARGET_TASKS = 28  # tasks to aim at in each pool and phase, at least
+J_PAIR_ROWS = 26  # float32 [strips][pairs][64], what pairs add to the output, or 0
+J_LAST_PHASE = 27  # whose tasks write the output
+J_POOL_WORKERS = 28  # of a pool, at most
 J_SCRATCH_SUMS = 29  # offsets within a worker's scratch
 J_SCRATCH_X = 30  # gathered tiles of inputs
 J_SCRATCH_UNPACKED = 31
@@ -101,8 +101,8 @@ J_SCRATCH_OUT = 32
 J_INLINE_ENCODE = 33  # 1: the publisher encodes the inputs itself, phase 0 is empty
 J_TASK_NS = 34  # what the largest task takes a slow thread, see `patience`
 
-PHASES = 3
-PHASE_ENCODE, PHASE_GATE_UP, PHASE_DOWN = range(PHASES)
+PHASES = 4
+PHASE_ENCODE, PHASE_GATE_UP, PHASE_DOWN, PHASE_COMBINE = range(PHASES)
 J_TOTAL = 40  # [PHASES]: tasks of a phase, all pools
 J_TASKS = 48  # [PHASES][MAX_POOLS]
 J_DONE = J_TASKS + PHASES * MAX_POOLS  # [PHASES] finished tasks, a cache line each

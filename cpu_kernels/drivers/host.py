@@ -116,10 +116,11 @@ def is_withdrawn(host: int, sequence: int) -> bool:
     that it may have begun before it could see where the output goes now."""
     group = get(host, f.H_GROUP)
     job = ring_slot(group, sequence)
-    done = load_acquire(job + 8 * (f.J_DONE + f.PHASE_DOWN * f.LINE_SLOTS))
+    last = get(job, f.J_LAST_PHASE)
+    done = load_acquire(job + 8 * (f.J_DONE + last * f.LINE_SLOTS))
     taken = 0
     for pool in range(get(job, f.J_POOLS)):
-        at = f.PHASE_DOWN * f.MAX_POOLS + pool
+        at = last * f.MAX_POOLS + pool
         claims = load_acquire(job + 8 * (f.J_CLAIM + at * f.LINE_SLOTS)) & ((1 << f.CLAIM_BITS) - 1)
         taken += min(claims, get(job, f.J_TASKS + at))
     return load_acquire(group + 8 * f.G_COMPLETED) >= sequence or done >= taken

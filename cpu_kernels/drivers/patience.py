@@ -13,26 +13,41 @@ and a dead pool is found after a minute at decode sizes, and some ten at the lon
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, load_acquire, nanoseconds
-from hybrid_moe.cpu_kernels.drivers.route import get, put
+from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, load32, load_acquire, nanoseconds
+from hybrid_moe.cpu_kernels.drivers.route import ceil_div, get, put, units_of
 from hybrid_moe.formats.strips import STRIP_ROWS
 
 NS_PER_MAC = 10
 
 
 @driver
+def largest(units: int, tasks: int) -> int:
+    """Units of the largest of so many even tasks, or 0 if there are none."""
+    return 0 if tasks == 0 else ceil_div(units, tasks)
+
+
+@driver
 def task_nanoseconds(job: int) -> int:
     """What the largest task of a routed job takes a slow thread.
 
-    A gate/up task has J_BLOCKS_PER_TASK blocks of 32 rows of gate and of up, for the tokens of one
-    expert; a down task J_STRIPS_PER_TASK strips of 64 rows, for all pairs of token and expert.
+    A gate/up task has strips of 64 rows for the tokens of one expert at a time; so has a down task,
+    or it has them for all pairs of token and expert.
     """
     layer = get(job, f.J_LAYER)
-    gate_up_rows = 64 * get(job, f.J_BLOCKS_PER_TASK)
-    gate_up = get(job, f.J_MOST) * gate_up_rows * get(layer, f.L_HIDDEN)
-    pairs = get(job, f.J_TOKENS) * get(job, f.J_TOP_K)
-    down = pairs * STRIP_ROWS * get(job, f.J_STRIPS_PER_TASK) * get(layer, f.L_INTERMEDIATE)
-    return NS_PER_MAC * max(gate_up, down)
+    active = get(job, f.J_ACTIVE)
+    pairs = load32(get(job, f.J_ACTIVE_START) + 4 * active)
+    most = 0
+    for p in range(get(job, f.J_POOLS)):
+        strips = active * units_of(get(layer, f.L_BLOCKS), p)
+        tasks = get(job, f.J_TASKS + f.PHASE_GATE_UP * f.MAX_POOLS + p)
+        most = max(most, largest(strips, tasks) * get(job, f.J_MOST) * get(layer, f.L_HIDDEN))
+        strips = units_of(get(layer, f.L_STRIPS), p)
+        tokens = pairs
+        if get(job, f.J_LAST_PHASE) == f.PHASE_COMBINE:
+            strips, tokens = active * strips, get(job, f.J_MOST)
+        tasks = get(job, f.J_TASKS + f.PHASE_DOWN * f.MAX_POOLS + p)
+        most = max(most, largest(strips, tasks) * tokens * get(layer, f.L_INTERMEDIATE))
+    return NS_PER_MAC * STRIP_ROWS * most
 
 
 @driver

@@ -22,7 +22,7 @@ from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     load32,
     load64,
 )
-from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens, get
+from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens, get, units_of
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, SUMS_BYTES
 
 
@@ -133,20 +133,21 @@ def activate_tiles(
 
 
 @driver
-def gate_up_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
-    first_block = load64(get(layer, f.L_BLOCKS) + 8 * pool)
-    last_block = load64(get(layer, f.L_BLOCKS) + 8 * (pool + 1))
-    per_task = get(job, f.J_BLOCKS_PER_TASK)
-    tasks_per_expert = (last_block - first_block + per_task - 1) // per_task
-    index = task // tasks_per_expert
-    begin = first_block + (task - index * tasks_per_expert) * per_task
-    end = min(last_block, begin + per_task)
+def pairs_before(job: int, index: int) -> int:
+    """Pairs of the active experts before the one at `index`."""
+    return load32(get(job, f.J_ACTIVE_START) + 4 * index)
 
+
+@driver
+def gate_up_strips(
+    job: int, layer: int, pool: int, index: int, begin: int, end: int, scratch: int
+) -> None:
+    """Strips begin..end-1 of the pool, of the active expert at `index`."""
     expert = load32(get(job, f.J_ACTIVE_EXPERT) + 4 * index)
-    start = load32(get(job, f.J_ACTIVE_START) + 4 * index)
-    count = load32(get(job, f.J_ACTIVE_START) + 4 * index + 4) - start
-    experts = get(layer, f.L_EXPERTS)
-    base = load64(get(layer, f.L_GATE_UP) + 8 * (pool * experts + expert))
+    start = pairs_before(job, index)
+    count = pairs_before(job, index + 1) - start
+    first_block = load64(get(layer, f.L_BLOCKS) + 8 * pool)
+    strips = load64(get(layer, f.L_GATE_UP) + 8 * (pool * get(layer, f.L_EXPERTS) + expert))
     strip_bytes = get(layer, f.L_GU_LAYOUT + f.LAYOUT_STRIP_BYTES)
     gate_bias = load64(get(layer, f.L_GATE_BIAS) + 8 * expert)
     up_bias = load64(get(layer, f.L_UP_BIAS) + 8 * expert)
@@ -154,84 +155,146 @@ def gate_up_task(job: int, layer: int, pool: int, task: int, scratch: int) -> No
     unpacked = scratch + get(job, f.J_SCRATCH_UNPACKED)
     batches = ceil_div(count, f.BATCH_TOKENS)
     for b in range(batches):
-        first = part(count, batches, b)
-        tokens = part(count, batches, b + 1) - first
-        rows = get(job, f.J_PAIR_X) + 8 * (start + first)
-        h = get(job, f.J_H_ROWS) + (start + first) * get(layer, f.L_H_ROW_BYTES)
+        first = start + part(count, batches, b)
+        tokens = start + part(count, batches, b + 1) - first
+        rows = get(job, f.J_PAIR_X) + 8 * first
+        h = get(job, f.J_H_ROWS) + first * get(layer, f.L_H_ROW_BYTES)
         x = load64(rows)
         if tokens > 1:
             x = scratch + get(job, f.J_SCRATCH_X)
             gather_tiles(layer, rows, tokens, x)
         # some strips, then their activations: what interrupts the stream, interrupts it rarely
         some = min(f.STRIPS_AT_ONCE, f.BATCH_TOKENS // tokens)
-        block = begin
-        while block < end:
-            blocks = min(some, end - block)
-            for i in range(blocks):
-                strip = base + (block + i - first_block) * strip_bytes
-                to = sums + i * tokens * SUMS_BYTES
-                dot_tiles(layer, f.L_GU_LAYOUT, strip, x, tokens, to, unpacked)
-            for i in range(blocks):
-                bias = 4 * GROUP * (block + i)
+        strip = begin
+        while strip < end:
+            last = min(end, strip + some)
+            for i in range(strip, last):
+                to = sums + (i - strip) * tokens * SUMS_BYTES
+                dot_tiles(
+                    layer, f.L_GU_LAYOUT, strips + i * strip_bytes, x, tokens, to, unpacked
+                )
+            for i in range(strip, last):
+                block = first_block + i
                 activate_tiles(
                     layer,
-                    sums + i * tokens * SUMS_BYTES,
+                    sums + (i - strip) * tokens * SUMS_BYTES,
                     tokens,
                     h,
-                    block + i,
-                    gate_bias + bias,
-                    up_bias + bias,
+                    block,
+                    gate_bias + 4 * GROUP * block,
+                    up_bias + 4 * GROUP * block,
                 )
-            block += blocks
+            strip = last
+
+
+@driver
+def gate_up_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
+    strips = units_of(get(layer, f.L_BLOCKS), pool)
+    tasks = get(job, f.J_TASKS + f.PHASE_GATE_UP * f.MAX_POOLS + pool)
+    unit = part(get(job, f.J_ACTIVE) * strips, tasks, task)
+    last = part(get(job, f.J_ACTIVE) * strips, tasks, task + 1)
+    while unit < last:
+        index = unit // strips
+        begin = unit - index * strips
+        end = min(strips, begin + last - unit)
+        gate_up_strips(job, layer, pool, index, begin, end, scratch)
+        unit += end - begin
+
+
+@driver
+def down_strip(
+    job: int, layer: int, pool: int, index: int, strip: int, out: int, scratch: int
+) -> None:
+    """One strip of the active expert at `index`, times its pairs: weighted and added to `out`,
+    float32 [T][64], or where the job keeps them by pair, left for `combine_task`."""
+    expert = load32(get(job, f.J_ACTIVE_EXPERT) + 4 * index)
+    start = pairs_before(job, index)
+    count = pairs_before(job, index + 1) - start
+    strips = load64(get(layer, f.L_DOWN) + 8 * (pool * get(layer, f.L_EXPERTS) + expert))
+    codes = strips + strip * get(layer, f.L_DN_LAYOUT + f.LAYOUT_STRIP_BYTES)
+    row = load64(get(layer, f.L_STRIPS) + 8 * pool) + strip
+    bias = load64(get(layer, f.L_DOWN_BIAS) + 8 * expert) + SUMS_BYTES * row
+    sums = scratch + get(job, f.J_SCRATCH_SUMS)
+    unpacked = scratch + get(job, f.J_SCRATCH_UNPACKED)
+    batches = ceil_div(count, f.BATCH_TOKENS)
+    for b in range(batches):
+        first = start + part(count, batches, b)
+        tokens = start + part(count, batches, b + 1) - first
+        h = get(job, f.J_H_ROWS) + first * get(layer, f.L_H_ROW_BYTES)
+        weights = get(job, f.J_PAIR_WEIGHT) + 4 * first
+        dot_tiles(layer, f.L_DN_LAYOUT, codes, h, tokens, sums, unpacked)
+        if out != 0:
+            pair_tokens = get(job, f.J_PAIR_TOKEN) + 4 * first
+            call6(get(layer, f.L_COMBINE), sums, tokens, pair_tokens, weights, out, bias)
+        else:
+            call5(
+                get(layer, f.L_WEIGH), sums, tokens, weights, bias, pair_rows(job, row, first)
+            )
+
+
+@driver
+def pair_rows(job: int, row: int, pair: int) -> int:
+    """Where float32 [64] of a pair, those of strip `row` of the whole output, are kept."""
+    pairs = pairs_before(job, get(job, f.J_ACTIVE))
+    return get(job, f.J_PAIR_ROWS) + SUMS_BYTES * (row * pairs + pair)
+
+
+@driver
+def finish_strip(job: int, layer: int, pool: int, strip: int, out: int) -> None:
+    """Sums of all tokens, float32 [T][64] -> their outputs."""
+    row = STRIP_ROWS * (load64(get(layer, f.L_STRIPS) + 8 * pool) + strip)
+    hidden = get(layer, f.L_HIDDEN)
+    call5(
+        get(layer, f.L_FINISH),
+        out,
+        get(job, f.J_TOKENS),
+        get(job, f.J_OUT) + 2 * row,
+        2 * hidden,
+        min(STRIP_ROWS, hidden - row),
+    )
 
 
 @driver
 def down_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
-    first_strip = load64(get(layer, f.L_STRIPS) + 8 * pool)
-    last_strip = load64(get(layer, f.L_STRIPS) + 8 * (pool + 1))
-    per_task = get(job, f.J_STRIPS_PER_TASK)
-    begin = first_strip + task * per_task
-    end = min(last_strip, begin + per_task)
-    tokens = get(job, f.J_TOKENS)
-    experts = get(layer, f.L_EXPERTS)
-    strip_bytes = get(layer, f.L_DN_LAYOUT + f.LAYOUT_STRIP_BYTES)
-    sums = scratch + get(job, f.J_SCRATCH_SUMS)
-    unpacked = scratch + get(job, f.J_SCRATCH_UNPACKED)
+    """Strips of the output, each of all experts."""
+    strips = units_of(get(layer, f.L_STRIPS), pool)
+    tasks = get(job, f.J_TASKS + f.PHASE_DOWN * f.MAX_POOLS + pool)
+    begin = part(strips, tasks, task)
+    end = part(strips, tasks, task + 1)
     out = scratch + get(job, f.J_SCRATCH_OUT)
-    call2(get(layer, f.L_CLEAR), out, tokens * (end - begin))
+    out_bytes = SUMS_BYTES * get(job, f.J_TOKENS)
+    call2(get(layer, f.L_CLEAR), out, get(job, f.J_TOKENS) * (end - begin))
     for index in range(get(job, f.J_ACTIVE)):
-        expert = load32(get(job, f.J_ACTIVE_EXPERT) + 4 * index)
-        start = load32(get(job, f.J_ACTIVE_START) + 4 * index)
-        count = load32(get(job, f.J_ACTIVE_START) + 4 * index + 4) - start
-        base = load64(get(layer, f.L_DOWN) + 8 * (pool * experts + expert))
-        bias = load64(get(layer, f.L_DOWN_BIAS) + 8 * expert)
-        batches = ceil_div(count, f.BATCH_TOKENS)
-        for strip in range(begin, end):
-            codes = base + (strip - first_strip) * strip_bytes
-            for b in range(batches):
-                first = start + part(count, batches, b)
-                some = start + part(count, batches, b + 1) - first
-                h = get(job, f.J_H_ROWS) + first * get(layer, f.L_H_ROW_BYTES)
-                dot_tiles(layer, f.L_DN_LAYOUT, codes, h, some, sums, unpacked)
-                call6(
-                    get(layer, f.L_COMBINE),
-                    sums,
-                    some,
-                    get(job, f.J_PAIR_TOKEN) + 4 * first,
-                    get(job, f.J_PAIR_WEIGHT) + 4 * first,
-                    out + SUMS_BYTES * tokens * (strip - begin),
-                    bias + SUMS_BYTES * strip,
-                )
-    hidden = get(layer, f.L_HIDDEN)
-    for strip in range(begin, end):
-        call5(
-            get(layer, f.L_FINISH),
-            out + SUMS_BYTES * tokens * (strip - begin),
-            tokens,
-            get(job, f.J_OUT) + 2 * STRIP_ROWS * strip,
-            2 * hidden,
-            min(STRIP_ROWS, hidden - STRIP_ROWS * strip),
-        )
+        for i in range(begin, end):
+            down_strip(job, layer, pool, index, i, out + out_bytes * (i - begin), scratch)
+    for i in range(begin, end):
+        finish_strip(job, layer, pool, i, out + out_bytes * (i - begin))
+
+
+@driver
+def down_pairs_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
+    """Strips of any expert, for `combine_task`."""
+    strips = units_of(get(layer, f.L_STRIPS), pool)
+    tasks = get(job, f.J_TASKS + f.PHASE_DOWN * f.MAX_POOLS + pool)
+    units = get(job, f.J_ACTIVE) * strips
+    for unit in range(part(units, tasks, task), part(units, tasks, task + 1)):
+        index = unit // strips
+        down_strip(job, layer, pool, index, unit - index * strips, 0, scratch)
+
+
+@driver
+def combine_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
+    """Strips of the output: what the pairs add to it, in ascending order of experts."""
+    strips = units_of(get(layer, f.L_STRIPS), pool)
+    tasks = get(job, f.J_TASKS + f.PHASE_COMBINE * f.MAX_POOLS + pool)
+    out = scratch + get(job, f.J_SCRATCH_OUT)
+    pairs = pairs_before(job, get(job, f.J_ACTIVE))
+    first_strip = load64(get(layer, f.L_STRIPS) + 8 * pool)
+    for i in range(part(strips, tasks, task), part(strips, tasks, task + 1)):
+        call2(get(layer, f.L_CLEAR), out, get(job, f.J_TOKENS))
+        rows = pair_rows(job, first_strip + i, 0)
+        call4(get(layer, f.L_ADD), rows, pairs, get(job, f.J_PAIR_TOKEN), out)
+        finish_strip(job, layer, pool, i, out)
 
 
 @driver
@@ -239,10 +302,14 @@ def run_task(job: int, phase: int, pool: int, task: int, worker: int) -> None:
     layer = get(job, f.J_LAYER)
     scratch = get(job, f.J_SCRATCH) + worker * get(job, f.J_SCRATCH_BYTES)
     if phase == f.PHASE_ENCODE:
-        per_task = get(job, f.J_ENCODE_TOKENS)
-        begin = task * per_task
-        encode_tokens(job, layer, begin, min(get(job, f.J_TOKENS), begin + per_task))
+        tokens = get(job, f.J_TOKENS)
+        tasks = get(job, f.J_TASKS + f.PHASE_ENCODE * f.MAX_POOLS)
+        encode_tokens(job, layer, part(tokens, tasks, task), part(tokens, tasks, task + 1))
     elif phase == f.PHASE_GATE_UP:
         gate_up_task(job, layer, pool, task, scratch)
+    elif phase == f.PHASE_COMBINE:
+        combine_task(job, layer, pool, task, scratch)
+    elif get(job, f.J_LAST_PHASE) == f.PHASE_COMBINE:
+        down_pairs_task(job, layer, pool, task, scratch)
     else:
         down_task(job, layer, pool, task, scratch)

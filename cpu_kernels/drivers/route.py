@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     call6,
@@ -106,53 +107,55 @@ def place_pairs(job: int, layer: int) -> None:
             store64(get(job, f.J_PAIR_X) + 8 * pair, x_rows + t * x_bytes)
 
 
+encode_tasks = driver(tuning.encode_tasks)
+expert_tasks = driver(tuning.expert_tasks)
+row_tasks = driver(tuning.row_tasks)
+
+
 @driver
 def ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
 @driver
-def share(units: int, target: int) -> int:
-    """Units per task so that there are about `target` tasks, at least one."""
-    return max(1, units // max(1, target))
+def units_of(firsts: int, pool: int) -> int:
+    """Strips of a pool, by the first of each pool."""
+    return load64(firsts + 8 * (pool + 1)) - load64(firsts + 8 * pool)
 
 
 @driver
 def size_phases(job: int, layer: int) -> None:
-    """Tasks of each phase and pool: rows of one expert (gate/up) or rows of all (down)."""
+    """Tasks of each phase and pool, see `tuning`. Each task has an even part of the phase's units:
+
+    encode   tokens
+    gate/up  strips of all active experts, in ascending id
+    down     strips, each of all experts and finished; or of all active experts, as in gate/up,
+    combine  and strips to finish
+    """
     active = get(job, f.J_ACTIVE)
     tokens = get(job, f.J_TOKENS)
-    pools = get(job, f.J_POOLS)
-    target = get(job, f.J_TARGET_TASKS)
-    blocks = get(layer, f.L_BLOCKS)
-    strips = get(layer, f.L_STRIPS)
-
-    encode_tasks = 0
-    if get(job, f.J_INLINE_ENCODE) == 0:
-        encode_tasks = ceil_div(tokens, get(job, f.J_ENCODE_TOKENS))
-    most_blocks = 0
-    most_strips = 0
-    for p in range(pools):
-        most_blocks = max(most_blocks, load64(blocks + 8 * (p + 1)) - load64(blocks + 8 * p))
-        most_strips = max(most_strips, load64(strips + 8 * (p + 1)) - load64(strips + 8 * p))
-    per_block = share(most_blocks, ceil_div(target, max(1, active)))
-    per_strip = min(share(most_strips, target), f.MAX_STRIPS)
-    put(job, f.J_BLOCKS_PER_TASK, per_block)
-    put(job, f.J_STRIPS_PER_TASK, per_strip)
-
+    pairs = load32(get(job, f.J_ACTIVE_START) + 4 * active)
+    workers = get(job, f.J_POOL_WORKERS)
+    by_pair = get(job, f.J_PAIR_ROWS) != 0 and tokens <= tuning.PAIR_TOKENS
+    put(job, f.J_LAST_PHASE, f.PHASE_COMBINE if by_pair else f.PHASE_DOWN)
     for phase in range(f.PHASES):
         total = 0
-        for p in range(pools):
+        for p in range(get(job, f.J_POOLS)):
+            blocks = units_of(get(layer, f.L_BLOCKS), p)
+            strips = units_of(get(layer, f.L_STRIPS), p)
             n = 0
             if phase == f.PHASE_ENCODE:
-                if p == 0:
-                    n = encode_tasks
+                if p == 0 and get(job, f.J_INLINE_ENCODE) == 0:
+                    n = encode_tasks(tokens, workers)
             elif phase == f.PHASE_GATE_UP:
-                mine = load64(blocks + 8 * (p + 1)) - load64(blocks + 8 * p)
-                n = active * ceil_div(mine, per_block)
-            else:
-                mine = load64(strips + 8 * (p + 1)) - load64(strips + 8 * p)
-                n = ceil_div(mine, per_strip)
+                n = expert_tasks(active, blocks, pairs, workers)
+            elif phase == f.PHASE_DOWN:
+                if by_pair:
+                    n = expert_tasks(active, strips, pairs, workers)
+                else:
+                    n = row_tasks(active, strips, pairs, tokens, workers)
+            elif by_pair:
+                n = min(strips, workers)
             put(job, f.J_TASKS + phase * f.MAX_POOLS + p, n)
             total += n
         put(job, f.J_TOTAL + phase, total)

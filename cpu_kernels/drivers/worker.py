@@ -116,9 +116,9 @@ def complete(group: int, sequence: int) -> None:
 
 
 @driver
-def end_phase(group: int, sequence: int, phase: int) -> None:
+def end_phase(group: int, job: int, sequence: int, phase: int) -> None:
     """What whoever has counted the last task of a phase does next."""
-    if phase == f.PHASES - 1:
+    if phase == get(job, f.J_LAST_PHASE):
         complete(group, sequence)
     # ordered behind the counting of the task; with the fence of `sleep_in_phase`
     if load_ordered(group + 8 * f.G_PHASE_SLEEPERS) > 0:
@@ -166,7 +166,7 @@ def take_tasks(
         run_task(job, phase, pool, task, worker)
         finished = fetch_add(done, 1) + 1
         if finished == total:
-            end_phase(group, sequence, phase)
+            end_phase(group, job, sequence, phase)
 
 
 @driver
