@@ -335,31 +335,6 @@ def test_short_passes_of_other_numbers_of_experts(first: int) -> None:
         assert sizes == {layer.slot_shape(2, k).nbytes}
 
 
-@pytest.mark.parametrize(("threads", "pools"), [(1, 1), (2, 1), (2, 2), (5, 2), (8, 4)])
-def test_a_job_aims_at_twelve_tasks_for_each_worker(
-    threads: int, pools: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In each pool: at least as many as the units of work allow, at most twice as many and the
-    rest of a division for each expert."""
-    pretend_processors(monkeypatch)
-    config = PoolConfig(threads, pools, (min(numa_nodes()),) * pools)
-    case = Case.random(MXFP4, 32 * 24 * threads, 32 * 24 * threads, E=1)
-    layer = case.layer(pool=config)
-    job = StagedJob(layer.slot_shape(1, 1))
-    target = int(job.template[f.J_TARGET_TASKS])
-    assert target == 12 * max(config.threads_per_pool)
-    layer.forward(*random_batch(1, case.H, 1, 1))
-    group = group_for(config)
-    number = group.completed
-    begin = f.G_RING + number % f.RING * f.JOB_SLOTS + f.J_TASKS
-    tasks = group._slots[begin : begin + f.PHASES * f.MAX_POOLS].reshape(f.PHASES, -1)
-    for phase in (f.PHASE_GATE_UP, f.PHASE_DOWN):
-        for pool, workers in enumerate(config.threads_per_pool):
-            assert 12 * workers <= tasks[phase, pool] <= 2 * 12 * max(config.threads_per_pool)
-    group.stop()
-    layer_module.group_for.__globals__["_groups"].pop(config)
-
-
 def test_loading_while_closing() -> None:
     """A load that has begun writes into memory that is still there, and leaves nothing behind."""
     layer = CASE.layer()
