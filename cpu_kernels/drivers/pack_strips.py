@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.drivers.intrinsics import (
-    driver,
-    load8,
-    load32,
-    store8,
-    store32,
-    store_release,
-)
+from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, store_release
+from hybrid_moe.cpu_kernels.jit.records import Word, i32, u8
 
 
 @driver
@@ -29,7 +23,7 @@ def pack_strips(
     scale_stride: int,
     panel_rows: int,
     rows: int,
-) -> int:
+) -> None:
     """Pack strips first..last-1 of a matrix.
 
     Panel 0 of strip s holds rows s * panel_rows + lane of (codes0, scales0), panel 1 the same rows
@@ -45,24 +39,23 @@ def pack_strips(
             shift = panel * 16 if panel_rows == 32 else 0
             for lane in range(16):
                 row = strip * panel_rows + lane
-                at = to + 4 * (16 * panel + lane)
+                words_to = i32.at(to + 4 * (16 * panel + lane))  # one of each 32
+                scales_to = u8.at(to + scale_offset + 16 * panel + lane)
                 if row + shift >= rows:
                     for w in range(words):
-                        store32(at + 128 * w, 0)
+                        words_to[32 * w] = 0
                     for g in range(scales_per_row):
-                        store8(to + scale_offset + 32 * g + 16 * panel + lane, 0)
+                        scales_to[32 * g] = 0
                     continue
-                source = codes + row * code_stride
+                words_from = i32.at(codes + row * code_stride)
                 for w in range(words):
-                    store32(at + 128 * w, load32(source + 4 * w))
-                source = scales + row * scale_stride
+                    words_to[32 * w] = words_from[w]
+                scales_from = u8.at(scales + row * scale_stride)
                 for g in range(scales_per_row):
-                    store8(to + scale_offset + 32 * g + 16 * panel + lane, load8(source + g))
-    return 0
+                    scales_to[32 * g] = scales_from[g]
 
 
 @driver
-def publish_word(word: int, value: int) -> int:
-    """Store behind all earlier stores, for the acquiring load of `route.is_here`."""
+def publish_word(word: Word, value: int) -> None:
+    """Store behind all earlier stores: pairs with the acquire of `route.expert_state`."""
     store_release(word, value)
-    return 0

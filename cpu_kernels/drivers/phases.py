@@ -10,24 +10,25 @@ tokens x k x hidden exists. Between phases all tasks must be finished: two barri
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.intrinsics import (
-    call2,
-    call3,
-    call4,
-    call6,
-    call8,
-    call9,
-    driver,
-    load32,
-    load64,
+from hybrid_moe.cpu_kernels.drivers.intrinsics import call, driver, load_acquire
+from hybrid_moe.cpu_kernels.drivers.records import (
+    DOWN,
+    ENCODE,
+    GATE_UP,
+    MAX_STRIPS,
+    DotKernel,
+    Entry,
+    Layer,
+    Phase,
+    StripSizes,
 )
-from hybrid_moe.cpu_kernels.drivers.route import encode_tokens, get
+from hybrid_moe.cpu_kernels.drivers.route import encode_tokens
+from hybrid_moe.cpu_kernels.jit.records import Array
 
 
 @driver
 def dot_tokens(
-    kernels: int,
+    kernels: Array[DotKernel],
     codes: int,
     scales: int,
     rows: int,
@@ -39,14 +40,15 @@ def dot_tokens(
 ) -> None:
     """Dot `count` rows by the largest kernels that fit, from a table in descending order."""
     done = 0
-    kernel = kernels
+    index = 0
     while done < count:
-        if count - done < get(kernel, f.DOT_LEAST):
-            kernel += 8 * f.DOT_SLOTS
+        dot = kernels[index]
+        if count - done < dot.least:
+            index += 1
             continue
-        tokens = min(count - done, get(kernel, f.DOT_MOST))
-        call8(
-            get(kernel, f.DOT_ADDRESS),
+        tokens = min(count - done, dot.most)
+        call(
+            dot.kernel,
             codes,
             scales,
             rows + 8 * done,
@@ -61,8 +63,8 @@ def dot_tokens(
 
 @driver
 def dot_strips(
-    layer: int,
-    layout: int,
+    layer: Layer,
+    sizes: StripSizes,
     strip: int,
     strips: int,
     rows: int,
@@ -77,42 +79,39 @@ def dot_strips(
     chunk of K at a time: its codes are unpacked once into the cache, and a tile of tokens meets
     all strips before the next tile, so that the tokens too are read once for all strips.
     """
-    groups = get(layer, layout + f.LAYOUT_GROUPS)
-    code_bytes = get(layer, layout + f.LAYOUT_CODE_BYTES)
-    scale_bytes = get(layer, layout + f.LAYOUT_SCALE_BYTES)
-    scale_offset = get(layer, layout + f.LAYOUT_SCALE_OFFSET)
-    strip_bytes = get(layer, layout + f.LAYOUT_STRIP_BYTES)
-    if count <= get(layer, f.L_DIRECT_LIMIT):
-        kernels = layer + 8 * f.L_DIRECT
+    groups = sizes.groups
+    strip_bytes = sizes.strip_bytes
+    if count <= layer.direct_limit:
         for s in range(strips):
             codes = strip + s * strip_bytes
-            scales = codes + scale_offset
+            scales = codes + sizes.scale_offset
             dot_tokens(
-                kernels, codes, scales, rows, count, sums + s * sums_bytes, 0, groups, groups
+                layer.direct, codes, scales, rows, count, sums + s * sums_bytes, 0, groups, groups
             )
         return
-    kernels = layer + 8 * f.L_TILED
-    tile = get(kernels, f.DOT_MOST)
-    unpack = get(layer, f.L_UNPACK)
-    chunk = get(layer, f.L_CHUNK_GROUPS)
-    chunk_bytes = chunk * get(layer, f.L_CHUNK_GROUP_BYTES)
+    tile = layer.tiled[0].most
+    unpack = layer.unpack
+    chunk = layer.chunk_groups
+    chunk_bytes = chunk * layer.chunk_group_bytes
     begin = 0
     while begin < groups:
         end = min(groups, begin + chunk)
         if unpack != 0:
             for s in range(strips):
-                codes = strip + s * strip_bytes + begin * code_bytes
-                call3(unpack, codes, unpacked + s * chunk_bytes, end - begin)
+                codes = strip + s * strip_bytes + begin * sizes.code_bytes
+                call(unpack, codes, unpacked + s * chunk_bytes, end - begin)
         first = 0
         while first < count:
             tokens = min(tile, count - first)
             for s in range(strips):
-                codes = strip + s * strip_bytes + begin * code_bytes
-                scales = strip + s * strip_bytes + scale_offset + begin * scale_bytes
+                codes = strip + s * strip_bytes + begin * sizes.code_bytes
+                scales = (
+                    strip + s * strip_bytes + sizes.scale_offset + begin * sizes.scale_bytes
+                )
                 if unpack != 0:
                     codes = unpacked + s * chunk_bytes
                 dot_tokens(
-                    kernels,
+                    layer.tiled,
                     codes,
                     scales,
                     rows + 8 * first,
@@ -127,105 +126,98 @@ def dot_strips(
 
 
 @driver
-def gate_up_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
-    first_block = load64(get(layer, f.L_BLOCKS) + 8 * pool)
-    last_block = load64(get(layer, f.L_BLOCKS) + 8 * (pool + 1))
-    per_task = get(job, f.J_BLOCKS_PER_TASK)
+def gate_up_task(entry: Entry, phase: Phase, pool: int, task: int, scratch: int) -> None:
+    job = entry.job
+    layer = job.layer
+    first_block = layer.blocks[pool]
+    last_block = layer.blocks[pool + 1]
+    per_task = phase.per_task
     tasks_per_expert = (last_block - first_block + per_task - 1) // per_task
     index = task // tasks_per_expert
     begin = first_block + (task - index * tasks_per_expert) * per_task
     end = min(last_block, begin + per_task)
 
-    expert = load32(get(job, f.J_ACTIVE_EXPERT) + 4 * index)
-    start = load32(get(job, f.J_ACTIVE_START) + 4 * index)
-    count = load32(get(job, f.J_ACTIVE_START) + 4 * index + 4) - start
-    experts = get(layer, f.L_EXPERTS)
-    base = load64(get(layer, f.L_GATE_UP) + 8 * (pool * experts + expert))
-    strip_bytes = get(layer, f.L_GU_LAYOUT + f.LAYOUT_STRIP_BYTES)
-    gate_bias = load64(get(layer, f.L_GATE_BIAS) + 8 * expert)
-    up_bias = load64(get(layer, f.L_UP_BIAS) + 8 * expert)
-    rows = get(job, f.J_PAIR_X) + 8 * start
-    h_rows = get(job, f.J_PAIR_H) + 8 * start
-    sums = scratch + get(job, f.J_SCRATCH_SUMS)
-    sums_bytes = get(job, f.J_SUMS_BYTES)
-    unpacked = scratch + get(job, f.J_SCRATCH_UNPACKED)
+    expert = job.active_expert[index]
+    start = job.active_start[index]
+    count = job.active_start[index + 1] - start
+    base = load_acquire(layer.gate_up[pool * layer.experts + expert])
+    sizes = layer.gate_up_strips
+    rows = job.pair_x.address + 8 * start
+    h_rows = job.pair_h.address + 8 * start
+    sums_bytes = job.sums_bytes
+    unpacked = scratch + job.unpacked_offset
     block = begin
     while block < end:
-        blocks = min(f.MAX_STRIPS // 2, end - block)
-        strip = base + 2 * (block - first_block) * strip_bytes
-        dot_strips(layer, f.L_GU_LAYOUT, strip, 2 * blocks, rows, count, sums, sums_bytes, unpacked)
+        blocks = min(MAX_STRIPS // 2, end - block)
+        strip = base + 2 * (block - first_block) * sizes.strip_bytes
+        dot_strips(layer, sizes, strip, 2 * blocks, rows, count, scratch, sums_bytes, unpacked)
         for b in range(blocks):
-            call9(
-                get(layer, f.L_ACTIVATE),
-                sums + 2 * b * sums_bytes,
-                sums + (2 * b + 1) * sums_bytes,
+            call(
+                layer.activate,
+                scratch + 2 * b * sums_bytes,
+                scratch + (2 * b + 1) * sums_bytes,
                 count,
                 h_rows,
                 block + b,
-                get(layer, f.L_DN_LAYOUT + f.LAYOUT_GROUPS),
-                gate_bias + 128 * (block + b),
-                up_bias + 128 * (block + b),
-                get(layer, f.L_PARAMETERS),
+                layer.down_strips.groups,
+                layer.gate_bias[expert] + 128 * (block + b),
+                layer.up_bias[expert] + 128 * (block + b),
+                layer.parameters,
             )
         block += blocks
 
 
 @driver
-def down_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
-    first_strip = load64(get(layer, f.L_STRIPS) + 8 * pool)
-    last_strip = load64(get(layer, f.L_STRIPS) + 8 * (pool + 1))
-    per_task = get(job, f.J_STRIPS_PER_TASK)
-    begin = first_strip + task * per_task
-    end = min(last_strip, begin + per_task)
-    tokens = get(job, f.J_TOKENS)
-    experts = get(layer, f.L_EXPERTS)
-    strip_bytes = get(layer, f.L_DN_LAYOUT + f.LAYOUT_STRIP_BYTES)
-    sums = scratch + get(job, f.J_SCRATCH_SUMS)
-    sums_bytes = get(job, f.J_SUMS_BYTES)
-    unpacked = scratch + get(job, f.J_SCRATCH_UNPACKED)
-    out = scratch + get(job, f.J_SCRATCH_OUT)
-    call2(get(layer, f.L_CLEAR), out, tokens * (end - begin))
-    for index in range(get(job, f.J_ACTIVE)):
-        expert = load32(get(job, f.J_ACTIVE_EXPERT) + 4 * index)
-        start = load32(get(job, f.J_ACTIVE_START) + 4 * index)
-        count = load32(get(job, f.J_ACTIVE_START) + 4 * index + 4) - start
-        base = load64(get(layer, f.L_DOWN) + 8 * (pool * experts + expert))
-        bias = load64(get(layer, f.L_DOWN_BIAS) + 8 * expert)
-        rows = get(job, f.J_PAIR_H) + 8 * start
-        codes = base + (begin - first_strip) * strip_bytes
-        dot_strips(
-            layer, f.L_DN_LAYOUT, codes, end - begin, rows, count, sums, sums_bytes, unpacked
-        )
+def down_task(entry: Entry, phase: Phase, pool: int, task: int, scratch: int) -> None:
+    job = entry.job
+    layer = job.layer
+    first_strip = layer.strips[pool]
+    last_strip = layer.strips[pool + 1]
+    begin = first_strip + task * phase.per_task
+    end = min(last_strip, begin + phase.per_task)
+    tokens = job.tokens
+    sizes = layer.down_strips
+    sums_bytes = job.sums_bytes
+    unpacked = scratch + job.unpacked_offset
+    out = scratch + job.out_rows_offset
+    call(layer.clear, out, tokens * (end - begin))
+    for index in range(entry.active):
+        expert = job.active_expert[index]
+        start = job.active_start[index]
+        count = job.active_start[index + 1] - start
+        rows = job.pair_h.address + 8 * start
+        base = layer.down[pool * layer.experts + expert]
+        codes = base + (begin - first_strip) * sizes.strip_bytes
+        dot_strips(layer, sizes, codes, end - begin, rows, count, scratch, sums_bytes, unpacked)
         for strip in range(begin, end):
-            call6(
-                get(layer, f.L_COMBINE),
-                sums + (strip - begin) * sums_bytes,
+            call(
+                layer.combine,
+                scratch + (strip - begin) * sums_bytes,
                 count,
-                get(job, f.J_PAIR_TOKEN) + 4 * start,
-                get(job, f.J_PAIR_WEIGHT) + 4 * start,
+                job.pair_token.address + 4 * start,
+                job.pair_weight.address + 4 * start,
                 out + 128 * tokens * (strip - begin),
-                bias + 128 * strip,
+                layer.down_bias[expert] + 128 * strip,
             )
-    hidden_bytes = 2 * get(layer, f.L_HIDDEN)
     for strip in range(begin, end):
-        call4(
-            get(layer, f.L_FINISH),
+        call(
+            layer.finish,
             out + 128 * tokens * (strip - begin),
             tokens,
-            get(job, f.J_OUT) + 64 * strip,
-            hidden_bytes,
+            # pairs with the release in `host.withdraw`: a job that is given up writes elsewhere
+            load_acquire(job.out) + 64 * strip,
+            2 * layer.hidden,
         )
 
 
 @driver
-def run_task(job: int, phase: int, pool: int, task: int, worker: int) -> None:
-    layer = get(job, f.J_LAYER)
-    scratch = get(job, f.J_SCRATCH) + worker * get(job, f.J_SCRATCH_BYTES)
-    if phase == f.PHASE_ENCODE:
-        per_task = get(job, f.J_ENCODE_TOKENS)
-        begin = task * per_task
-        encode_tokens(job, layer, begin, min(get(job, f.J_TOKENS), begin + per_task))
-    elif phase == f.PHASE_GATE_UP:
-        gate_up_task(job, layer, pool, task, scratch)
-    else:
-        down_task(job, layer, pool, task, scratch)
+def run_task(entry: Entry, phase: Phase, pool: int, task: int, worker: int) -> None:
+    job = entry.job
+    scratch = job.scratch + worker * job.scratch_bytes
+    if phase.kind == ENCODE:
+        begin = task * phase.per_task
+        encode_tokens(job, begin, min(job.tokens, begin + phase.per_task))
+    elif phase.kind == GATE_UP:
+        gate_up_task(entry, phase, pool, task, scratch)
+    elif phase.kind == DOWN:
+        down_task(entry, phase, pool, task, scratch)

@@ -1,111 +1,106 @@
-"""Routing: token x slot ids -> pairs grouped by expert, and the sizes of each phase."""
+"""Routing: token x slot ids -> pairs grouped by expert, and the phases of the job."""
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.drivers.intrinsics import (
-    call6,
+    call,
     driver,
-    load8,
-    load32,
-    load64,
     load_acquire,
     restore_float_environment,
     set_float_environment,
-    store32,
-    store64,
+    store_release,
+)
+from hybrid_moe.cpu_kernels.drivers.patience import NS_PER_MAC
+from hybrid_moe.cpu_kernels.drivers.records import (
+    DOWN,
+    ENCODE,
+    GATE_UP,
+    MAX_STRIPS,
+    Entry,
+    Job,
+    Phase,
 )
 
-
-@driver
-def get(base: int, slot: int) -> int:
-    return load64(base + 8 * slot)
+COMPUTED, SKIPPED, NOT_LOADED = 1, 0, -1
 
 
 @driver
-def put(base: int, slot: int, value: int) -> None:
-    store64(base + 8 * slot, value)
-
-
-@driver
-def is_here(job: int, layer: int, expert: int) -> int:
-    """1 if the expert's pairs are computed here, 0 if they are skipped, -1 if it is not loaded.
+def expert_state(job: Job, expert: int) -> int:
+    """Whether an expert's pairs are computed here, belong elsewhere, or cannot be computed.
 
     Pool 0's gate and up are what `ExpertLayer.load` publishes last: who finds them finds the rest.
     """
-    skip = get(job, f.J_SKIP)
-    if skip != 0 and load8(skip + expert) != 0:
-        return 0
-    return 1 if load_acquire(get(layer, f.L_GATE_UP) + 8 * expert) != 0 else -1
+    if job.skip.address != 0 and job.skip[expert] != 0:
+        return SKIPPED
+    # pairs with the release of `pack_strips.publish_word`
+    return COMPUTED if load_acquire(job.layer.gate_up[expert]) != 0 else NOT_LOADED
 
 
 @driver
-def count_pairs(job: int, layer: int) -> None:
+def count_pairs(entry: Entry) -> None:
     """Pairs of each expert; ids out of range are counted and contribute nothing."""
-    experts = get(layer, f.L_EXPERTS)
-    counts = get(job, f.J_COUNTS)
-    ids = get(job, f.J_IDS)
-    total = get(job, f.J_TOKENS) * get(job, f.J_TOP_K)
+    job = entry.job
+    experts = job.layer.experts
+    counts = job.counts
     for e in range(experts):
-        store32(counts + 4 * e, 0)
+        counts[e] = 0
     ignored = 0
     missing = 0
-    for i in range(total):
-        e = load64(ids + 8 * i)
+    for i in range(job.tokens * job.top_k):
+        e = job.ids[i]
         if e < 0 or e >= experts:
             ignored += 1
             continue
-        here = is_here(job, layer, e)
-        if here > 0:
-            store32(counts + 4 * e, load32(counts + 4 * e) + 1)
-        elif here < 0:
+        state = expert_state(job, e)
+        if state == COMPUTED:
+            counts[e] += 1
+        elif state == NOT_LOADED:
             missing = e + 1
-    put(job, f.J_IGNORED, ignored)
-    put(job, f.J_MISSING, missing)
+    entry.ignored = ignored
+    entry.missing = missing
 
 
 @driver
-def place_pairs(job: int, layer: int) -> None:
+def place_pairs(entry: Entry) -> None:
     """Group pairs by ascending expert; within one, by token, then slot."""
-    experts = get(layer, f.L_EXPERTS)
-    counts = get(job, f.J_COUNTS)
+    job = entry.job
+    experts = job.layer.experts
+    counts = job.counts
     active = 0
     start = 0
     most = 0
     for e in range(experts):
-        n = load32(counts + 4 * e)
+        n = counts[e]
         if n > 0:
-            store32(get(job, f.J_ACTIVE_EXPERT) + 4 * active, e)
-            store32(get(job, f.J_ACTIVE_START) + 4 * active, start)
-            store32(counts + 4 * e, start)  # now: where the expert's next pair goes
+            job.active_expert[active] = e
+            job.active_start[active] = start
+            counts[e] = start  # now: where the expert's next pair goes
             start += n
             active += 1
             most = max(most, n)
         else:
-            store32(counts + 4 * e, -1)
-    store32(get(job, f.J_ACTIVE_START) + 4 * active, start)
-    put(job, f.J_ACTIVE, active)
-    put(job, f.J_MOST, most)
+            counts[e] = -1
+    job.active_start[active] = start
+    entry.active = active
+    entry.most = most
 
-    ids = get(job, f.J_IDS)
-    weights = get(job, f.J_WEIGHTS)
-    top_k = get(job, f.J_TOP_K)
-    x_rows, x_bytes = get(job, f.J_X_ROWS), get(layer, f.L_X_ROW_BYTES)
-    h_rows, h_bytes = get(job, f.J_H_ROWS), get(layer, f.L_H_ROW_BYTES)
-    for t in range(get(job, f.J_TOKENS)):
+    top_k = job.top_k
+    x_rows, x_bytes = job.x_rows, job.layer.x_row_bytes
+    h_rows, h_bytes = job.h_rows, job.layer.h_row_bytes
+    for t in range(job.tokens):
         for slot in range(top_k):
             i = t * top_k + slot
-            e = load64(ids + 8 * i)
+            e = job.ids[i]
             if e < 0 or e >= experts:
                 continue
-            pair = load32(counts + 4 * e)
+            pair = counts[e]
             if pair < 0:
                 continue
-            store32(counts + 4 * e, pair + 1)
-            store32(get(job, f.J_PAIR_TOKEN) + 4 * pair, t)
-            store32(get(job, f.J_PAIR_WEIGHT) + 4 * pair, load32(weights + 4 * i))
-            store64(get(job, f.J_PAIR_X) + 8 * pair, x_rows + t * x_bytes)
-            store64(get(job, f.J_PAIR_H) + 8 * pair, h_rows + pair * h_bytes)
+            counts[e] = pair + 1
+            job.pair_token[pair] = t
+            job.pair_weight[pair] = job.weights[i]
+            job.pair_x[pair] = x_rows + t * x_bytes
+            job.pair_h[pair] = h_rows + pair * h_bytes
 
 
 @driver
@@ -120,71 +115,91 @@ def share(units: int, target: int) -> int:
 
 
 @driver
-def size_phases(job: int, layer: int) -> None:
-    """Tasks of each phase and pool: rows of one expert (gate/up) or rows of all (down)."""
-    active = get(job, f.J_ACTIVE)
-    tokens = get(job, f.J_TOKENS)
-    pools = get(job, f.J_POOLS)
-    target = get(job, f.J_TARGET_TASKS)
-    blocks = get(layer, f.L_BLOCKS)
-    strips = get(layer, f.L_STRIPS)
+def append_phase(entry: Entry, kind: int, per_task: int, macs: int) -> Phase:
+    """A phase behind those that the job has, without tasks as yet.
 
-    encode_tasks = 0
-    if get(job, f.J_INLINE_ENCODE) == 0:
-        encode_tasks = ceil_div(tokens, get(job, f.J_ENCODE_TOKENS))
-    most_blocks = 0
-    most_strips = 0
-    for p in range(pools):
-        most_blocks = max(most_blocks, load64(blocks + 8 * (p + 1)) - load64(blocks + 8 * p))
-        most_strips = max(most_strips, load64(strips + 8 * (p + 1)) - load64(strips + 8 * p))
-    per_block = share(most_blocks, ceil_div(target, max(1, active)))
-    per_strip = min(share(most_strips, target), f.MAX_STRIPS)
-    put(job, f.J_BLOCKS_PER_TASK, per_block)
-    put(job, f.J_STRIPS_PER_TASK, per_strip)
-
-    for phase in range(f.PHASES):
-        total = 0
-        for p in range(pools):
-            n = 0
-            if phase == f.PHASE_ENCODE:
-                if p == 0:
-                    n = encode_tasks
-            elif phase == f.PHASE_GATE_UP:
-                mine = load64(blocks + 8 * (p + 1)) - load64(blocks + 8 * p)
-                n = active * ceil_div(mine, per_block)
-            else:
-                mine = load64(strips + 8 * (p + 1)) - load64(strips + 8 * p)
-                n = ceil_div(mine, per_strip)
-            put(job, f.J_TASKS + phase * f.MAX_POOLS + p, n)
-            total += n
-        put(job, f.J_TOTAL + phase, total)
+    Args:
+        per_task: what its tasks have of, see `Phase`.
+        macs: multiply-adds of its largest task.
+    """
+    index = load_acquire(entry.phase_count)  # this thread's own: it holds the ring's lock
+    phase = entry.phases[index]
+    phase.kind = kind
+    phase.per_task = per_task
+    store_release(phase.total, 0)
+    for pool in range(entry.job.pools):
+        store_release(phase.tasks[pool], 0)
+    task_ns = max(load_acquire(entry.task_ns), NS_PER_MAC * macs)
+    store_release(entry.task_ns, task_ns)  # for whoever watches the pool, see `patience`
+    store_release(entry.phase_count, index + 1)
+    return phase
 
 
 @driver
-def encode_tokens(job: int, layer: int, begin: int, end: int) -> None:
+def add_tasks(phase: Phase, pool: int, count: int) -> None:
+    # who reads these reads a claim word or the entry's number as well: `claim`, `phase_is_done`
+    store_release(phase.tasks[pool], count)
+    store_release(phase.total, load_acquire(phase.total) + count)
+
+
+@driver
+def append_phases(entry: Entry) -> None:
+    """The phases of an expert layer: rows of tokens, rows of one expert (gate/up), rows of all."""
+    job = entry.job
+    layer = job.layer
+    blocks = layer.blocks
+    strips = layer.strips
+    store_release(entry.phase_count, 0)
+    store_release(entry.task_ns, 0)
+    if job.inline_encode == 0:
+        phase = append_phase(entry, ENCODE, job.encode_tokens, 0)
+        add_tasks(phase, 0, ceil_div(job.tokens, job.encode_tokens))
+
+    most_blocks = 0
+    most_strips = 0
+    for p in range(job.pools):
+        most_blocks = max(most_blocks, blocks[p + 1] - blocks[p])
+        most_strips = max(most_strips, strips[p + 1] - strips[p])
+    target = job.target_tasks
+    per_task = share(most_blocks, ceil_div(target, max(1, entry.active)))
+    # 32 rows of gate and of up, for the tokens of one expert
+    phase = append_phase(entry, GATE_UP, per_task, entry.most * 64 * per_task * layer.hidden)
+    for p in range(job.pools):
+        add_tasks(phase, p, entry.active * ceil_div(blocks[p + 1] - blocks[p], per_task))
+
+    per_task = min(share(most_strips, target), MAX_STRIPS)
+    # 32 rows, for all pairs of token and expert
+    macs = job.tokens * job.top_k * 32 * per_task * layer.intermediate
+    phase = append_phase(entry, DOWN, per_task, macs)
+    for p in range(job.pools):
+        add_tasks(phase, p, ceil_div(strips[p + 1] - strips[p], per_task))
+
+
+@driver
+def encode_tokens(job: Job, begin: int, end: int) -> None:
     """Encode input rows begin..end-1."""
-    x_bytes = 2 * get(layer, f.L_HIDDEN)
-    row_bytes = get(layer, f.L_X_ROW_BYTES)
-    call6(
-        get(layer, f.L_ENCODE),
-        get(job, f.J_X) + begin * x_bytes,
+    layer = job.layer
+    x_bytes = 2 * layer.hidden
+    row_bytes = layer.x_row_bytes
+    call(
+        layer.encode,
+        job.x + begin * x_bytes,
         x_bytes,
-        get(job, f.J_X_ROWS) + begin * row_bytes,
+        job.x_rows + begin * row_bytes,
         row_bytes,
         end - begin,
-        get(layer, f.L_GU_LAYOUT + f.LAYOUT_GROUPS),
+        layer.gate_up_strips.groups,
     )
 
 
 @driver
-def prepare(job: int) -> int:
-    """Route a job and size its phases; a small one is encoded here too. Returns its missing."""
-    layer = get(job, f.J_LAYER)
-    count_pairs(job, layer)
-    place_pairs(job, layer)
-    size_phases(job, layer)
-    if get(job, f.J_INLINE_ENCODE) != 0:
+def prepare(entry: Entry) -> int:
+    """Route a job and append its phases; a small one is encoded here too. Returns its missing."""
+    count_pairs(entry)
+    place_pairs(entry)
+    append_phases(entry)
+    if entry.job.inline_encode != 0:
         before = set_float_environment()  # the caller's may flush subnormals
-        encode_tokens(job, layer, 0, get(job, f.J_TOKENS))
+        encode_tokens(entry.job, 0, entry.job.tokens)
         restore_float_environment(before)
-    return get(job, f.J_MISSING)
+    return entry.missing
