@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.records import Layer, StripSizes
 from hybrid_moe.cpu_kernels.kernels.library import KernelSet
-from hybrid_moe.cpu_kernels.pool.group import Slots
 from hybrid_moe.formats.strips import GROUP, StripLayout
 from hybrid_moe.formats.table import Array
 
@@ -18,45 +15,52 @@ def describe(
     experts: int,
     gate_up: StripLayout,
     down: StripLayout,
-    tables: Mapping[int, Array],
-) -> Slots:
+    tables: Mapping[str, Array],
+) -> Layer:
     """The descriptor of a layer.
 
     Args:
         kernels: of its format and tier.
         experts: E.
         gate_up, down: layouts of strips with hidden and with intermediate inputs.
-        tables: slot -> the array whose address it holds, of those that `drivers.fields` describes.
-            They must live for as long as the descriptor is used.
+        tables: field -> the array whose address it holds. They must live for as long as the
+            descriptor is used.
     """
-    slots: Slots = np.zeros(f.LAYER_SLOTS, np.int64)
-    slots[f.L_EXPERTS] = experts
-    slots[f.L_HIDDEN] = GROUP * gate_up.groups
-    slots[f.L_INTERMEDIATE] = GROUP * down.groups
-    slots[f.L_ENCODE] = kernels.encode
-    slots[f.L_ACTIVATE] = kernels.activate
-    slots[f.L_COMBINE] = kernels.combine
-    slots[f.L_CLEAR] = kernels.clear
-    slots[f.L_FINISH] = kernels.finish
-    slots[f.L_ENTER] = kernels.enter
-    slots[f.L_LEAVE] = kernels.leave
-    slots[f.L_UNPACK] = kernels.unpack
-    slots[f.L_CHUNK_GROUP_BYTES] = kernels.chunk_group_bytes
-    slots[f.L_DIRECT_LIMIT] = kernels.direct_limit
-    slots[f.L_X_ROW_BYTES] = kernels.encoding.row_bytes(gate_up.groups)
-    slots[f.L_H_ROW_BYTES] = kernels.encoding.row_bytes(down.groups)
-    slots[f.L_CHUNK_GROUPS] = kernels.chunk_groups
-    for slot, table in tables.items():
-        slots[slot] = table.ctypes.data
-    for base, layout in ((f.L_GU_LAYOUT, gate_up), (f.L_DN_LAYOUT, down)):
-        slots[base : base + f.LAYOUT_SLOTS] = (
-            layout.groups,
-            layout.code_bytes_per_group,
-            layout.scale_bytes_per_group,
-            layout.scale_offset,
-            layout.nbytes,
-        )
-    for base, dots in ((f.L_DIRECT, kernels.direct), (f.L_TILED, kernels.tiled)):
-        words = [word for dot in dots for word in (dot.least, dot.most, dot.address)]
-        slots[base : base + len(words)] = words
-    return slots
+    layer = Layer.new()
+    layer.experts = experts
+    layer.hidden = GROUP * gate_up.groups
+    layer.intermediate = GROUP * down.groups
+    for name in (
+        "encode",
+        "activate",
+        "combine",
+        "clear",
+        "finish",
+        "unpack",
+        "enter",
+        "leave",
+        "chunk_group_bytes",
+        "chunk_groups",
+        "direct_limit",
+    ):
+        setattr(layer, name, getattr(kernels, name))
+    layer.x_row_bytes = kernels.encoding.row_bytes(gate_up.groups)
+    layer.h_row_bytes = kernels.encoding.row_bytes(down.groups)
+    words = layer.words
+    for name, table in tables.items():
+        words[Layer.word(name)] = table.ctypes.data
+    for sizes, layout in ((layer.gate_up_strips, gate_up), (layer.down_strips, down)):
+        _describe_strips(sizes, layout)
+    for places, dots in ((layer.direct, kernels.direct), (layer.tiled, kernels.tiled)):
+        for index, dot in enumerate(dots):
+            place = places[index]
+            place.least, place.most, place.kernel = dot.least, dot.most, dot.address
+    return layer
+
+
+def _describe_strips(sizes: StripSizes, layout: StripLayout) -> None:
+    sizes.groups = layout.groups
+    sizes.code_bytes = layout.code_bytes_per_group
+    sizes.scale_bytes = layout.scale_bytes_per_group
+    sizes.scale_offset = layout.scale_offset
+    sizes.strip_bytes = layout.nbytes

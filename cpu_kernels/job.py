@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers import records
+from hybrid_moe.cpu_kernels.drivers.records import MAX_STRIPS
+from hybrid_moe.cpu_kernels.jit.records import u8
 from hybrid_moe.cpu_kernels.memory import Workspace
-from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
+from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS, STRIP_ROWS, round_up
 
 _TASKS_PER_WORKER = 12  # of a phase, at least: the last one out waits for less than a task
@@ -85,27 +87,27 @@ class JobShape:
     def worker_bytes(self) -> int:
         """Of each strip of a pass: sums, unpacked codes, and float32 [tokens][32] of output."""
         out_bytes = 4 * STRIP_ROWS * max(1, self.capacity)
-        return round_up(f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes + out_bytes), 4096)
+        return round_up(MAX_STRIPS * (self.sums_bytes + self.chunk_bytes + out_bytes), 4096)
 
     @property
-    def _areas(self) -> dict[int, int]:
-        """Slot -> bytes of the area whose address it holds."""
+    def _areas(self) -> dict[str, int]:
+        """Field -> bytes of the area whose address it holds."""
         pairs, tokens, experts = self.pairs, self.capacity, self.experts
         return {
-            f.J_X: 2 * tokens * self.hidden,
-            f.J_IDS: 8 * pairs,
-            f.J_WEIGHTS: 4 * pairs,
-            f.J_SKIP: experts,
-            f.J_COUNTS: 4 * (experts + 1),
-            f.J_ACTIVE_EXPERT: 4 * experts,
-            f.J_ACTIVE_START: 4 * (experts + 1),
-            f.J_PAIR_TOKEN: 4 * pairs,
-            f.J_PAIR_WEIGHT: 4 * pairs,
-            f.J_PAIR_X: 8 * pairs,
-            f.J_PAIR_H: 8 * pairs,
-            f.J_X_ROWS: tokens * self.x_row,
-            f.J_H_ROWS: pairs * self.h_row,
-            f.J_SCRATCH: self.workers * self.worker_bytes,
+            "x": 2 * tokens * self.hidden,
+            "ids": 8 * pairs,
+            "weights": 4 * pairs,
+            "skip": experts,
+            "counts": 4 * (experts + 1),
+            "active_expert": 4 * experts,
+            "active_start": 4 * (experts + 1),
+            "pair_token": 4 * pairs,
+            "pair_weight": 4 * pairs,
+            "pair_x": 8 * pairs,
+            "pair_h": 8 * pairs,
+            "x_rows": tokens * self.x_row,
+            "h_rows": pairs * self.h_row,
+            "scratch": self.workers * self.worker_bytes,
         }
 
     @property
@@ -113,21 +115,21 @@ class JobShape:
         """Of the whole workspace."""
         return sum(round_up(size, 64) for size in self._areas.values())
 
-    def template(self, workspace: Workspace) -> Slots:
-        """A job's slots over `workspace`; J_LAYER, J_TOKENS and J_OUT remain to be filled in."""
-        job: Slots = np.zeros(f.JOB_SLOTS, np.int64)
-        for slot, size in self._areas.items():
-            job[slot] = workspace.take(size)
-        job[f.J_TOP_K] = self.top_k
-        job[f.J_POOLS] = self.pools
-        job[f.J_SCRATCH_BYTES] = self.worker_bytes
-        job[f.J_SCRATCH_SUMS] = 0
-        job[f.J_SUMS_BYTES] = self.sums_bytes
-        job[f.J_SCRATCH_UNPACKED] = f.MAX_STRIPS * self.sums_bytes
-        job[f.J_SCRATCH_OUT] = f.MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
-        job[f.J_ENCODE_TOKENS] = _ENCODE_TOKENS_PER_TASK
-        job[f.J_INLINE_ENCODE] = int(self.capacity <= INLINE_ENCODE_TOKENS)
-        job[f.J_TARGET_TASKS] = _TASKS_PER_WORKER * -(-self.workers // self.pools)
+    def template(self, workspace: Workspace) -> records.Job:
+        """A job over `workspace`; its layer, tokens and out remain to be filled in."""
+        job = records.Job.new()
+        words = job.words
+        for name, size in self._areas.items():
+            words[records.Job.word(name)] = workspace.take(size)
+        job.top_k = self.top_k
+        job.pools = self.pools
+        job.scratch_bytes = self.worker_bytes
+        job.sums_bytes = self.sums_bytes
+        job.unpacked_offset = MAX_STRIPS * self.sums_bytes
+        job.out_rows_offset = MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
+        job.encode_tokens = _ENCODE_TOKENS_PER_TASK
+        job.inline_encode = int(self.capacity <= INLINE_ENCODE_TOKENS)
+        job.target_tasks = _TASKS_PER_WORKER * -(-self.workers // self.pools)
         return job
 
 
@@ -138,14 +140,13 @@ class StagedJob:
         self.shape = shape
         self._workspace = Workspace(shape.nbytes)
         self.template = shape.template(self._workspace)
-        self._address = int(self.template.ctypes.data)
         tokens, k = shape.capacity, shape.top_k
         view = self._workspace.view
-        self._x = view(self.template[f.J_X], (tokens, shape.hidden), np.uint16)
-        self._ids = view(self.template[f.J_IDS], (tokens, k), np.int64)
-        self._weights = view(self.template[f.J_WEIGHTS], (tokens, k), np.float32)
-        self._skip = view(self.template[f.J_SKIP], (shape.experts,), np.bool_)
-        self._skip_address = int(self.template[f.J_SKIP])
+        self._x = view(self.template.x, (tokens, shape.hidden), np.uint16)
+        self._ids = view(self.template.ids.address, (tokens, k), np.int64)
+        self._weights = view(self.template.weights.address, (tokens, k), np.float32)
+        self._skip_at = self.template.skip
+        self._skip = view(self._skip_at.address, (shape.experts,), np.bool_)
 
     @property
     def nbytes(self) -> int:
@@ -165,14 +166,14 @@ class StagedJob:
         self._weights[:tokens] = weights
         if skip is not None:
             self._skip[:] = skip
-        self.template[f.J_TOKENS] = tokens
-        self.template[f.J_SKIP] = 0 if skip is None else self._skip_address
+        self.template.tokens = tokens
+        self.template.skip = u8.at(0) if skip is None else self._skip_at
 
-    def address(self, descriptor: int, out: int) -> int:
-        """Address of the slots, for a layer and an output bf16 [T, H]."""
-        self.template[f.J_LAYER] = descriptor
-        self.template[f.J_OUT] = out
-        return self._address
+    def address(self, layer: records.Layer, out: int) -> int:
+        """Address of the job, for a layer and an output bf16 [T, H]."""
+        self.template.layer = layer
+        self.template.out.value = out
+        return self.template.address
 
 
 class Job:

@@ -10,14 +10,14 @@ import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.descriptor import describe
-from hybrid_moe.cpu_kernels.drivers import check_machine
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers import check_machine, records
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
+from hybrid_moe.cpu_kernels.jit.records import f32, i64
 from hybrid_moe.cpu_kernels.job import Job, JobShape, StagedJob, capacity_for, check_inputs
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, group_for
+from hybrid_moe.cpu_kernels.pool.group import PoolGroup, group_for
 from hybrid_moe.cpu_kernels.small import SmallJob, SmallPass, fill, idle_jobs
 from hybrid_moe.cpu_kernels.streams.slots import (
     JobSlot,
@@ -47,11 +47,10 @@ def _shares(units: int, parts: tuple[int, ...]) -> npt.NDArray[np.int64]:
 @dataclass(frozen=True)
 class _Ready:
     """What a layer needs to run, and what jobs own: its threads, the compiled code's view of it
-    (`descriptor`, at `address`), and whatever that points to (`memory`)."""
+    (`descriptor`), and whatever that points to (`memory`)."""
 
     group: PoolGroup
-    descriptor: Slots
-    address: int
+    descriptor: records.Layer
     memory: tuple[object, ...]
 
 
@@ -251,17 +250,17 @@ class ExpertLayer:
         return np.copy(self._loaded)
 
     @property
-    def _tables(self) -> dict[int, Array]:
-        """What a descriptor points to, by its slot."""
+    def _tables(self) -> dict[str, Array]:
+        """What a descriptor points to, by its field."""
         return {
-            f.L_PARAMETERS: self._parameters,
-            f.L_GATE_BIAS: self._bias_tables["gate"],
-            f.L_UP_BIAS: self._bias_tables["up"],
-            f.L_DOWN_BIAS: self._bias_tables["down"],
-            f.L_GATE_UP: self._gate_up,
-            f.L_DOWN: self._down,
-            f.L_BLOCKS: self._blocks,
-            f.L_STRIPS: self._strips,
+            "parameters": self._parameters,
+            "gate_bias": self._bias_tables["gate"],
+            "up_bias": self._bias_tables["up"],
+            "down_bias": self._bias_tables["down"],
+            "gate_up": self._gate_up,
+            "down": self._down,
+            "blocks": self._blocks,
+            "strips": self._strips,
         }
 
     # forward
@@ -316,7 +315,7 @@ class ExpertLayer:
                 group.wait(sequence)
             part = slice(start, start + most)
             job.stage(x[part], ids[part], weights[part], skip)
-            submission = group.submit(job.address(ready.address, out[part].ctypes.data), owned)
+            submission = group.submit(job.address(ready.descriptor, out[part].ctypes.data), owned)
             if submission.missing >= 0:
                 group.idle.give_back(job)
                 raise RuntimeError(
@@ -356,7 +355,7 @@ class ExpertLayer:
             job = idle.pop()
         except IndexError:
             job = SmallJob(self._job_shape(ready, tokens, top_k))
-        fill(job, ready.address, tokens, x, ids, weights, skip, out)
+        fill(job.words, ready.descriptor.address, tokens, x, ids, weights, skip, out)
         return SmallPass(ready.group, job, idle, (ready, owned))
 
     def _job_shape(self, ready: _Ready, tokens: int, top_k: int) -> JobShape:
@@ -368,9 +367,9 @@ class ExpertLayer:
                 *key,
                 experts=self.num_experts,
                 hidden=self.hidden,
-                x_row=int(descriptor[f.L_X_ROW_BYTES]),
-                h_row=int(descriptor[f.L_H_ROW_BYTES]),
-                chunk_bytes=int(descriptor[f.L_CHUNK_GROUPS] * descriptor[f.L_CHUNK_GROUP_BYTES]),
+                x_row=descriptor.x_row_bytes,
+                h_row=descriptor.h_row_bytes,
+                chunk_bytes=descriptor.chunk_groups * descriptor.chunk_group_bytes,
                 workers=self.pool.threads,
                 pools=self.pool.pools,
             )
@@ -393,7 +392,6 @@ class ExpertLayer:
                 self._ready_state = _Ready(
                     self._group,
                     descriptor,
-                    int(descriptor.ctypes.data),
                     (*tables.values(), self._no_bias, self._arenas, self._biases),
                 )
             return self._ready_state
@@ -422,7 +420,7 @@ class ExpertLayer:
             tokens, top_k: T and k.
             x, out: addresses of bf16 [T, H]. ids: of int64 [T, k]. weights: of float32 [T, k].
             skip: address of bool [E], the layer's live mask: each post takes a snapshot of it.
-            ignored_ids: what ids out of range mean, `fields.IDS_*`.
+            ignored_ids: what ids out of range mean, `records.IDS_*`.
             scratch: of `slot_shape(tokens, top_k)`.
             owned: what holds the memory at these addresses; kept for as long as they are used.
         """
@@ -441,10 +439,10 @@ class ExpertLayer:
             buffers=owned,
         )
         job = slot.template
-        job[f.J_LAYER] = ready.address
-        job[f.J_TOKENS] = tokens
-        job[f.J_X], job[f.J_IDS], job[f.J_WEIGHTS] = x, ids, weights
-        job[f.J_OUT] = out
+        job.layer = ready.descriptor
+        job.tokens = tokens
+        job.x, job.ids, job.weights = x, i64.at(ids), f32.at(weights)
+        job.out.value = out
         return slot
 
     def slot_report(self) -> SlotReport:

@@ -162,8 +162,6 @@ def watch(watcher: Watcher) -> None:
         elif nanoseconds() - last > watcher.hot_ns:
             word = watcher.nap_word
             seen = load_acquire(word)
-            system_call(
-                watcher.futex, word.address, FUTEX_WAIT_PRIVATE, seen, watcher.nap.address
-            )
+            system_call(watcher.futex, word.address, FUTEX_WAIT_PRIVATE, seen, watcher.nap.address)
         pause()
     release_all(watcher)

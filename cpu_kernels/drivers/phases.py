@@ -105,9 +105,7 @@ def dot_strips(
             tokens = min(tile, count - first)
             for s in range(strips):
                 codes = strip + s * strip_bytes + begin * sizes.code_bytes
-                scales = (
-                    strip + s * strip_bytes + sizes.scale_offset + begin * sizes.scale_bytes
-                )
+                scales = strip + s * strip_bytes + sizes.scale_offset + begin * sizes.scale_bytes
                 if unpack != 0:
                     codes = unpacked + s * chunk_bytes
                 dot_tokens(

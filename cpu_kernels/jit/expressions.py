@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from hybrid_moe.cpu_kernels.jit.driver import (
 )
 from hybrid_moe.cpu_kernels.jit.records import (
     ArrayPointer,
+    Field,
     Inline,
     Kind,
     Pointer,
@@ -74,11 +75,11 @@ class Expressions:
         self.driver = driver
         self.function = function
         self.declare = declare
-        code = driver.function.__code__  # type: ignore[attr-defined]
+        code = driver.function.__code__
         self.file: str = code.co_filename
         self.locals = frozenset(code.co_varnames)
         self.enclosing = frozenset(code.co_freevars)
-        self.globals = driver.function.__globals__  # type: ignore[attr-defined]
+        self.globals = driver.function.__globals__
         self.entry = self.block("entry")
         self.builder = ir.IRBuilder(self.block("body"))
         self.slots: dict[str, tuple[Any, RefType | None]] = {}
@@ -211,12 +212,15 @@ class Expressions:
             case ast.Attribute(value=owner, attr=name):
                 value = self.value(owner)
                 what = type_of(value)
-                if not isinstance(what, type) or name not in getattr(what, "fields", {}):
+                fields: Mapping[str, Field[Any]] = {}
+                if isinstance(what, type) and issubclass(what, Record):
+                    fields = what.fields
+                if name not in fields:
                     raise self.error(
                         node, f"{_code(owner)} is {name_of(what)}, which has no field `{name}`"
                     )
-                field = what.fields[name]
-                return field.kind, self.builder.add(value.address, ir.Constant(I64, field.offset))
+                offset = ir.Constant(I64, fields[name].offset)
+                return fields[name].kind, self.builder.add(value.address, offset)
             case ast.Subscript(value=owner, slice=index):
                 value = self.value(owner)
                 what = type_of(value)

@@ -107,14 +107,12 @@ class Array(Generic[T]):
 
     __slots__ = ("address", "kind", "shape")
 
-    def __init__(
-        self, address: int, kind: Kind[T], shape: tuple[int, ...] | None = None
-    ) -> None:
+    def __init__(self, address: int, kind: Kind[T], shape: tuple[int, ...] | None = None) -> None:
         self.address, self.kind, self.shape = address, kind, shape
 
     def _at(self, index: int | tuple[int, ...]) -> int:
         indices = index if isinstance(index, tuple) else (index,)
-        return self.address + self.kind.nbytes * flat_index(indices, self.shape)
+        return self.address + self.kind.nbytes * _flat_index(indices, self.shape or (1,))
 
     def __getitem__(self, index: int | tuple[int, ...]) -> T:
         return self.kind.read(self._at(index))
@@ -123,12 +121,12 @@ class Array(Generic[T]):
         self.kind.write(self._at(index), value)
 
 
-def flat_index(indices: tuple[Any, ...], shape: tuple[int, ...] | None) -> Any:
+def _flat_index(indices: tuple[int, ...], shape: tuple[int, ...]) -> int:
     """Items before the one at `indices`, in C order."""
-    if len(indices) != len(shape or (1,)):
-        raise IndexError(f"{len(indices)} indices for {len(shape or (1,))} dimensions")
+    if len(indices) != len(shape):
+        raise IndexError(f"{len(indices)} indices for {len(shape)} dimensions")
     flat = indices[0]
-    for size, index in zip((shape or (1,))[1:], indices[1:], strict=True):
+    for size, index in zip(shape[1:], indices[1:], strict=True):
         flat = flat * size + index
     return flat
 
@@ -147,7 +145,9 @@ class Scalar(Kind[int]):
     def nbytes(self) -> int:  # type: ignore[override]
         return ctypes.sizeof(self.ctype)
 
-    alignment = nbytes  # type: ignore[assignment]
+    @property
+    def alignment(self) -> int:  # type: ignore[override]
+        return self.nbytes
 
     @property
     def signed(self) -> bool:
@@ -311,6 +311,7 @@ class Record:
     fields: ClassVar[Mapping[str, Field[Any]]] = MappingProxyType({})
     nbytes: ClassVar[int] = 0
     alignment: ClassVar[int] = _WORD
+    dtype: ClassVar[np.dtype[Any]] = np.dtype([])
 
     def __init_subclass__(cls, alignment: int = _WORD) -> None:
         fields: dict[str, Field[Any]] = {}
@@ -327,6 +328,15 @@ class Record:
         cls.fields = MappingProxyType(fields)
         cls.alignment = alignment
         cls.nbytes = -(-end // alignment) * alignment
+        placed = fields.values()
+        cls.dtype = np.dtype(
+            {
+                "names": list(fields),
+                "formats": [field.kind.dtype for field in placed],
+                "offsets": [field.offset for field in placed],
+                "itemsize": cls.nbytes,
+            }
+        )
 
     def __init__(self, address: int, memory: npt.NDArray[np.uint8] | None = None) -> None:
         self.address, self._memory = address, memory
@@ -360,7 +370,7 @@ class Record:
     def words(self) -> memoryview:
         """Its memory as int64, which is kept alive; only of what `new` or `over` has made."""
         assert self._memory is not None, "the memory of a record that is elsewhere is not known"
-        return memoryview(self._memory).cast("q")
+        return self._memory.data.cast("q")
 
     @classmethod
     def word(cls, name: str) -> int:

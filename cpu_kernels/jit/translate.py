@@ -21,11 +21,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from llvmlite import ir
 
-from hybrid_moe.cpu_kernels.jit.driver import I1, I64, VOID, name_of
+from hybrid_moe.cpu_kernels.jit.driver import I1, I64, VOID
 from hybrid_moe.cpu_kernels.jit.expressions import AnyDriver, Expressions, Ref, type_of
 
 
@@ -62,7 +61,7 @@ def translate(entries: Mapping[str, AnyDriver]) -> str:
 
 
 def _refuse_recursion(translated: Mapping[AnyDriver, _Translation]) -> None:
-    """Raise if a driver calls itself, by whatever way: a worker's stack has no end to be checked."""
+    """Raise if a driver calls itself by whatever way: nothing would check a worker's stack."""
     under_way: list[AnyDriver] = []
     seen: set[AnyDriver] = set()
 
@@ -108,7 +107,8 @@ class _Translation(Expressions):
         self.loops: list[_Loop] = []
         parameters = self.driver.parameters.items()
         for (name, what), argument in zip(parameters, self.function.args, strict=True):
-            self.assign(self.driver.body[0], name, argument if what is None else Ref(what, argument))
+            value = argument if what is None else Ref(what, argument)
+            self.assign(self.driver.body[0], name, value)
         self.statements(self.driver.body)
         if not self.builder.block.is_terminated:
             if self.driver.kind.return_type != VOID:
