@@ -12,7 +12,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from llvmlite import ir
 
-from hybrid_moe.cpu_kernels.jit.records import Array, Kind, Record, Word, inline
+from hybrid_moe.cpu_kernels.jit.records import Array, Kind, Record, Word, inline, with_article
 
 I1, I64 = ir.IntType(1), ir.IntType(64)
 VOID = ir.VoidType()
@@ -40,7 +40,7 @@ def name_of(what: RefType | None) -> str:
     """A type in messages; None is an integer."""
     if what is None:
         return "an integer"
-    return f"a {what.__name__}" if isinstance(what, type) else f"an {what}"
+    return with_article(what.__name__ if isinstance(what, type) else str(what))
 
 
 class Intrinsic:

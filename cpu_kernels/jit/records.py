@@ -195,7 +195,7 @@ class Pointer(Kind[R]):
     to: type[R]
 
     def __str__(self) -> str:
-        return f"the address of a {self.to.__name__}"
+        return f"the address of {with_article(self.to.__name__)}"
 
     def read(self, address: int) -> R:
         return self.to.at(i64.read(address))
@@ -223,7 +223,7 @@ class Inline(Kind[R]):
     record: type[R]
 
     def __str__(self) -> str:
-        return f"a {self.record.__name__} within the record"
+        return f"{with_article(self.record.__name__)} within the record"
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -302,9 +302,22 @@ class Field(Generic[T]):
         self.kind.write(record.address + self.offset, value)
 
 
-class Record:
-    """The base of records, see the module. Comparing or copying one is comparing or copying an
-    address."""
+def with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+class _Slotted(type):
+    """Instances take no attributes but fields: a misspelt one is an error."""
+
+    def __new__(
+        cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any
+    ) -> _Slotted:
+        namespace.setdefault("__slots__", ())
+        return super().__new__(cls, name, bases, namespace, **options)
+
+
+class Record(metaclass=_Slotted):
+    """The base of records, see the module."""
 
     __slots__ = ("_memory", "address")
 
@@ -350,7 +363,8 @@ class Record:
     def over(cls: type[R], memory: npt.NDArray[np.uint8]) -> R:
         """The record at the start of `memory` (uint8), which it keeps alive."""
         if memory.nbytes < cls.nbytes:
-            raise ValueError(f"{memory.nbytes} bytes do not hold a {cls.__name__}: {cls.nbytes}")
+            held = f"{memory.nbytes} bytes do not hold {with_article(cls.__name__)}"
+            raise ValueError(f"{held}: {cls.nbytes}")
         return cls(int(memory.ctypes.data), memory[: cls.nbytes])
 
     @classmethod
