@@ -1,12 +1,12 @@
 """The MXFP4 decode kernel by steps: variants that `docs/kernels.md` derives, each a few lines.
 
-A variant multiplies one strip of 32 rows with one token:
+A variant multiplies one strip of 64 rows with one token:
 
-    body(emit, strip, rows, sums, groups)
+    body(emit, strip, x, sums, groups)
 
-`strip` holds 32 rows x `groups` groups of 32 codes, then their scales, 544 bytes a group in either
-layout: as a checkpoint stores them (codes [32][K / 2], scales [32][K / 32]), or as panels.
-`rows` is the address of one address, the token's encoded row; `sums` is float32 [32].
+`strip` holds 64 rows x `groups` groups of 32 codes and their scales, 1088 bytes a group in either
+layout: as a checkpoint stores them (codes [64][K / 2], then scales [64][K / 32]), or as panels.
+`x` is the address of the token's encoded row; `sums` is float32 [64].
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, I64, Emit, KernelBody, Val, vector
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, KernelBody, Val, vector
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, fused
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier
 from hybrid_moe.cpu_kernels.kernels.dot import (
     E2M1_DOUBLED,
-    MXFP4_GROUP_BYTES,
-    MXFP4_UNPACKED_GROUP_BYTES,
-    PANELS,
+    MXFP4_STRIP,
+    UNPACKED_GROUP,
+    Scale,
     mxfp4_dot,
-    mxfp4_scales,
+    mxfp4_scale,
     mxfp4_unpack,
+    mxfp4_unpacked_dot,
 )
-from hybrid_moe.cpu_kernels.kernels.encode import META_BYTES, PLANE_BYTES
-from hybrid_moe.formats.strips import STRIP_ROWS
+from hybrid_moe.cpu_kernels.kernels.encode import FIXED15_GROUP
+from hybrid_moe.cpu_kernels.kernels.order import Order, mxfp4_order
+from hybrid_moe.formats.strips import PANELS, STRIP_ROWS, SUMS_BYTES
 from hybrid_moe.formats.table import Array
 
-GROUP_BYTES = MXFP4_GROUP_BYTES + STRIP_ROWS
-"""Codes and scales of a group of 32 inputs, of all rows of a strip."""
+GROUP_BYTES, CODE_BYTES = MXFP4_STRIP.group_bytes, MXFP4_STRIP.code_bytes
+"""Of a group of 32 inputs of all rows of a strip: codes and scales, and codes alone."""
 
 Body = Callable[[Emit, Val, Val, Val, Val], None]
 _LINE_GROUPS = 4  # a cache line of a row's codes: 128 weights, four scales
-_PANELS_TOGETHER = 8
+_STRIPS_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,14 @@ class Step:
 
 
 def sweep(body: Body, tokens: int = 1, strips: int = 1) -> KernelBody:
-    """Kernel (at, rows, sums, count, strip_bytes, groups): `count` strips, one after the other."""
+    """Kernel (at, x, sums, count, strip_bytes, groups): `count` strips, one after the other."""
 
     def kernel(
-        emit: Emit, at: Val, rows: Val, sums: Val, count: Val, strip_bytes: Val, groups: Val
+        emit: Emit, at: Val, x: Val, sums: Val, count: Val, strip_bytes: Val, groups: Val
     ) -> None:
         with emit.loop(0, count, step=strips) as strip:
-            out = sums + strip * (4 * STRIP_ROWS * tokens)
-            body(emit, at + strip * strip_bytes, rows, out, groups)
+            out = sums + strip * (SUMS_BYTES * tokens)
+            body(emit, at + strip * strip_bytes, x, out, groups)
 
     return kernel
 
@@ -103,10 +105,9 @@ def _store_sum(emit: Emit, at: Val, lanes: Val) -> None:
     emit.store(at, lanes, align=4)
 
 
-def rows_in_floats(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+def rows_in_floats(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
     """Weights become float32: four groups of one row at a time, 8 weights an instruction."""
-    x = emit.load(rows, I64)
-    scales = strip + groups * MXFP4_GROUP_BYTES
+    scales = strip + groups * CODE_BYTES
     with emit.loop(0, emit.i64(STRIP_ROWS)) as row:
         total = emit.var(emit.splat(0.0, F32, 16))
         with emit.loop(0, groups, step=_LINE_GROUPS) as group:
@@ -145,21 +146,18 @@ def _times(emit: Emit, sums: Val, factor: int) -> Val:
     return low.concat(high)
 
 
-def rows_in_integers(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+def rows_in_integers(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
     """Weights stay bytes: 32 products an instruction, but each group of each row is converted."""
-    _rows_in_integers(emit, strip, rows, sums, groups, ahead=0)
+    _rows_in_integers(emit, strip, x, sums, groups, ahead=0)
 
 
-def rows_with_prefetch(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+def rows_with_prefetch(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
     """The same, a page ahead."""
-    _rows_in_integers(emit, strip, rows, sums, groups, ahead=4096)
+    _rows_in_integers(emit, strip, x, sums, groups, ahead=4096)
 
 
-def _rows_in_integers(
-    emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val, ahead: int
-) -> None:
-    x = emit.load(rows, I64)
-    scales = strip + groups * MXFP4_GROUP_BYTES
+def _rows_in_integers(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val, ahead: int) -> None:
+    scales = strip + groups * CODE_BYTES
     four_each = [lane // 4 for lane in range(16)]
     with emit.loop(0, emit.i64(STRIP_ROWS)) as row:
         total = emit.var(emit.splat(0.0, F32, 16))
@@ -209,21 +207,20 @@ def _line_bytes(part: Array, groups: int) -> Array:
     return np.ascontiguousarray(part).view(np.uint8).reshape(groups // _LINE_GROUPS, -1)
 
 
-def panels_in_floats(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+def panels_in_floats(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
     """A lane is a row: one scale vector serves 16 rows, activations are broadcast."""
-    x = emit.load(rows, I64)
-    scales = strip + groups * MXFP4_GROUP_BYTES
     _clear(emit, sums, PANELS)
     with emit.loop(0, groups) as group, emit.loop(0, emit.i64(PANELS)) as panel:
+        at = strip + group * GROUP_BYTES
         product = emit.splat(0.0, F32, 16)
-        for word in range(4):
-            at = strip + group * MXFP4_GROUP_BYTES + panel * 64 + 128 * word
-            decoded = _decode(emit, emit.load(at, I8, 64, align=64))
+        for word in range(MXFP4_STRIP.words):
+            codes = at + panel * 64 + 64 * PANELS * word
+            decoded = _decode(emit, emit.load(codes, I8, 64, align=64))
             for i in range(8):
                 w = ((decoded[i % 2].bits(I32) << (24 - 8 * (i // 2))).sar(24)).to_float()
                 value = emit.load(x + group * 128 + (32 * word + 4 * i), F32, align=4)
                 product = fused(emit, w, emit.broadcast(value, 16), product)
-        scale = mxfp4_scales(emit, scales + group * STRIP_ROWS + panel * 16)
+        scale = mxfp4_scale(emit, at + panel * 16 + CODE_BYTES)
         _add(emit, sums + panel * 64, product, scale)
 
 
@@ -237,68 +234,65 @@ def _clear(emit: Emit, sums: Val, panels: int) -> None:
         emit.store(sums + 64 * panel, emit.splat(0.0, F32, 16), align=64)
 
 
-def _add(emit: Emit, at: Val, product: Val, scale: Val) -> None:
+def _add(emit: Emit, at: Val, product: Val, scale: Scale) -> None:
     old = emit.load(at, F32, 16, align=64)
-    emit.store(at, emit.op("scale_add", old, product, scale), align=64)
+    emit.store(at, old + product * scale.power, align=64)
 
 
-def _byte_dots(
-    emit: Emit, at: Val, scale_at: Val, x: Val, group: Val, groups: Val, total: Val
-) -> None:
+def _byte_dots(emit: Emit, group: Val, panel: Val, x: Val, total: Val) -> None:
     """One panel, one group: both planes of 32 inputs against 16 rows."""
-    plane = x + group * PLANE_BYTES
-    meta = x + groups * PLANE_BYTES + group * META_BYTES
-    high = emit.broadcast(emit.load(meta + 4, I32, align=4), 16)
-    low = emit.broadcast(emit.load(meta + 8, I32, align=4), 16)
-    for word in range(4):
-        codes = emit.load(at + 64 * PANELS * word, I8, 64, align=64)
+    at = FIXED15_GROUP
+    high, low = (
+        emit.broadcast(emit.load(x + bias, I32, align=4), 16)
+        for bias in (at.high_bias, at.low_bias)
+    )
+    for word in range(MXFP4_STRIP.words):
+        codes = emit.load(group + panel * 64 + 64 * PANELS * word, I8, 64, align=64)
         for odd, w in enumerate(_decode(emit, codes, BYTE_DOT_OFFSET)):
-            quad = plane + 4 * (2 * word + odd)
-            high = emit.op("byte_dot", high, w, emit.load(quad, I32, align=4))
-            low = emit.op("byte_dot", low, w, emit.load(quad + 32, I32, align=4))
+            quad = x + 4 * (2 * word + odd)
+            high = emit.op("byte_dot", high, w, emit.load(quad + at.high, I32, align=4))
+            low = emit.op("byte_dot", low, w, emit.load(quad + at.low, I32, align=4))
     exact = emit.op("byte_dot_total", high, low).to_float()
-    _add(emit, total, exact * emit.load(meta, F32, align=4), mxfp4_scales(emit, scale_at))
+    product = exact * emit.load(x + at.factor, F32, align=4)
+    _add(emit, total, product, mxfp4_scale(emit, group + panel * 16 + CODE_BYTES))
 
 
-def panels_in_integers(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+def panels_in_integers(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
     """Bytes and lanes: 32 products an instruction, one conversion for 512 weights."""
-    x = emit.load(rows, I64)
-    scales = strip + groups * MXFP4_GROUP_BYTES
     _clear(emit, sums, PANELS)
     with emit.loop(0, groups) as group, emit.loop(0, emit.i64(PANELS)) as panel:
-        at = strip + group * MXFP4_GROUP_BYTES + panel * 64
-        scale_at = scales + group * STRIP_ROWS + panel * 16
-        _byte_dots(emit, at, scale_at, x, group, groups, sums + panel * 64)
+        inputs = x + group * FIXED15_GROUP.nbytes
+        _byte_dots(emit, strip + group * GROUP_BYTES, panel, inputs, sums + panel * 64)
 
 
-def eight_streams(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
+def eight_streams(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
     """The same, but group by group through eight neighbouring strips at once."""
-    x = emit.load(rows, I64)
     nbytes = groups * GROUP_BYTES
-    _clear(emit, sums, PANELS * _PANELS_TOGETHER)
+    _clear(emit, sums, PANELS * _STRIPS_TOGETHER)
     with (
         emit.loop(0, groups) as group,
-        emit.loop(0, emit.i64(_PANELS_TOGETHER)) as s,
+        emit.loop(0, emit.i64(_STRIPS_TOGETHER)) as s,
         emit.loop(0, emit.i64(PANELS)) as panel,
     ):
-        codes = strip + s * nbytes
-        at = codes + group * MXFP4_GROUP_BYTES + panel * 64
-        scale_at = codes + groups * MXFP4_GROUP_BYTES + group * STRIP_ROWS + panel * 16
-        total = sums + s * (4 * STRIP_ROWS) + panel * 64
-        _byte_dots(emit, at, scale_at, x, group, groups, total)
+        at = strip + s * nbytes + group * GROUP_BYTES
+        inputs = x + group * FIXED15_GROUP.nbytes
+        _byte_dots(emit, at, panel, inputs, sums + s * SUMS_BYTES + panel * 64)
+
+
+def _call(kernel: KernelBody, emit: Emit, *values: Val | int) -> None:
+    """A dot kernel's code in place: (codes, ahead, x, count, sums, begin, end)."""
+    kernel(emit, *(v if isinstance(v, Val) else emit.i64(v) for v in values))
 
 
 def direct(tokens: int, most: int) -> Body:
     """The library's kernels over packed codes, `most` tokens at a time: the first of them bring a
-    strip from memory, the others find it in the cache."""
+    strip from memory, the others find it in the cache. `x` is as many tiles."""
 
-    def body(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
-        scales, zero = strip + groups * MXFP4_GROUP_BYTES, emit.i64(0)
+    def body(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
+        kernel = mxfp4_dot(most, _order(emit, most))
         with emit.loop(0, emit.i64(tokens), step=most) as t:
-            to = sums + t * (4 * STRIP_ROWS)
-            mxfp4_dot(most, unpacked=False)(
-                emit, strip, scales, rows + t * 8, zero, to, zero, groups, groups
-            )
+            tile = x + t * groups * FIXED15_GROUP.nbytes
+            _call(kernel, emit, strip, 0, tile, most, sums + t * SUMS_BYTES, 0, groups)
 
     return body
 
@@ -306,23 +300,22 @@ def direct(tokens: int, most: int) -> Body:
 def unpacked(tokens: int, most: int, chunk: int) -> Body:
     """The library's kernels for many tokens: `chunk` groups are decoded once, then multiplied."""
 
-    def body(emit: Emit, strip: Val, rows: Val, sums: Val, groups: Val) -> None:
-        scales, memory = (
-            strip + groups * MXFP4_GROUP_BYTES,
-            emit.scratch(chunk * MXFP4_UNPACKED_GROUP_BYTES),
-        )
+    def body(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
+        kernel = mxfp4_unpacked_dot(most, _order(emit, most))
+        memory = emit.scratch(chunk * UNPACKED_GROUP.nbytes)
         with emit.loop(0, groups, step=chunk) as begin:
             end = (groups < begin + chunk).select(groups, begin + chunk)
-            mxfp4_unpack(BYTE_DOT_OFFSET)(
-                emit, strip + begin * MXFP4_GROUP_BYTES, memory, end - begin
-            )
+            at, after = strip + begin * GROUP_BYTES, strip + end * GROUP_BYTES
+            mxfp4_unpack(BYTE_DOT_OFFSET)(emit, at, memory, end - begin)
             with emit.loop(0, emit.i64(tokens), step=most) as t:
-                to, scale_at = sums + t * (4 * STRIP_ROWS), scales + begin * STRIP_ROWS
-                mxfp4_dot(most, unpacked=True)(
-                    emit, memory, scale_at, rows + t * 8, end, to, begin, end, groups
-                )
+                tile, to = x + t * groups * FIXED15_GROUP.nbytes, sums + t * SUMS_BYTES
+                _call(kernel, emit, memory, after, tile, most, to, begin, end)
 
     return body
+
+
+def _order(emit: Emit, tokens: int) -> Order:
+    return mxfp4_order(tokens, emit.tier.registers, emit.tier.registers_per_panel)
 
 
 def _row_trips(groups: int) -> Sequence[int]:
@@ -336,7 +329,7 @@ def _panel_trips(groups: int) -> Sequence[int]:
 _FLOAT_ROWS = (rows_in_floats, True, encode_rows_in_floats, _row_trips)
 _INTEGER_ROWS = (True, encode_rows_in_integers, _row_trips)
 
-KERNEL = Step("panels, integers, prefetch: the kernel", direct(1, 1), False, None, _panel_trips)
+KERNEL = Step("panels, integers, in order: the kernel", direct(1, 1), False, None, _panel_trips)
 
 STEPS: Mapping[str, Step] = {
     step.name: step
@@ -350,7 +343,7 @@ STEPS: Mapping[str, Step] = {
         Step("rows, integers, prefetch", rows_with_prefetch, *_INTEGER_ROWS, x86=True),
         Step(
             "panels, integers, eight strips at once", eight_streams, False, None,
-            lambda groups: (groups, _PANELS_TOGETHER, PANELS), strips=_PANELS_TOGETHER,
+            lambda groups: (groups, _STRIPS_TOGETHER, PANELS), strips=_STRIPS_TOGETHER,
         ),
     )
 }  # fmt: skip

@@ -50,6 +50,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import FUTEX_NUMBERS, PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+from hybrid_moe.formats.strips import STRIP_ROWS
 
 Samples = npt.NDArray[np.int64]
 
@@ -133,7 +134,7 @@ def bare_signal(loops: Mapping[str, Callable[..., int]], asleep: bool, count: in
 
 def tiny_shape(threads: int) -> Shape:
     """One task of the last phase for each thread, and nothing else."""
-    return Shape("tiny", "", hidden=32 * threads, intermediate=32, experts=1, top_k=1)
+    return Shape("tiny", "", hidden=STRIP_ROWS * threads, intermediate=32, experts=1, top_k=1)
 
 
 def empty_batch(

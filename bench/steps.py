@@ -2,7 +2,7 @@
 
     python bench/steps.py
 
-One thread multiplies strips of 32 rows x 4096 inputs with one token: once the same strip again and
+One thread multiplies strips of 64 rows x 4096 inputs with one token: once the same strip again and
 again, from the second-level cache, once a seventh of 512 MiB, from memory. Steps take turns.
 Before and after each the read bandwidth is measured, and the core's cycles are counted, so that all
 columns are of the same moment; figures are medians over rounds, of cycles from the cache the fewest
@@ -32,15 +32,17 @@ from rich.table import Table
 from sweeps import GROUPS, LINES, STRIP_BYTES, Clock, K, Problem, Runner, seconds, step_runner
 
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe, repetitions_per_second
+from hybrid_moe.cpu_kernels.drivers.records import UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier
 from hybrid_moe.cpu_kernels.jit.compile import assembly
-from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
-from hybrid_moe.cpu_kernels.kernels.library import functions_of, kernel_set, tile_sizes
+from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY, TURN_GROUPS
+from hybrid_moe.cpu_kernels.kernels.library import functions_of, kernel_set
+from hybrid_moe.cpu_kernels.kernels.order import mxfp4_order
 from hybrid_moe.cpu_kernels.kernels.tile_dot import TURN
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
-from hybrid_moe.formats.strips import PANEL_ROWS, STRIP_ROWS
+from hybrid_moe.formats.strips import PANELS, STRIP_ROWS
 
 TOKENS = (1, 2, 3, 6, 12, 24, 48)
 _REPEATS = 64
@@ -115,16 +117,15 @@ def _step_point(step: Step, tier: Tier, samples: Sequence[Mapping[str, float]]) 
 
 def measure_tokens(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
     """Both ways of the library for several tokens that share the stream."""
-    sizes = tile_sizes(tier, FORMAT_KERNELS["MXFP4"].reserved_registers)
-    chunk = kernel_set("MXFP4", tier).chunk_groups
+    largest = kernel_set("MXFP4", tier).direct.most
     runners: dict[tuple[int, str], Runner] = {}
     for tokens in TOKENS:
-        most = max(size for size in sizes if tokens % size == 0)
+        most = max(size for size in range(1, largest + 1) if tokens % size == 0)
         for way, body in (
             ("direct", direct(tokens, most)),
-            ("unpacked", unpacked(tokens, most, chunk)),
+            ("unpacked", unpacked(tokens, most, UNPACK_GROUPS)),
         ):
-            runners[tokens, way] = Runner(body, problem, tier, tokens=tokens)
+            runners[tokens, way] = Runner(body, problem, tier, tokens=tokens, tile=most)
     for runner in runners.values():
         runner.check()
     probe = ReadProbe(PoolConfig(1))
@@ -194,8 +195,12 @@ def tile_counts(tier: Tier) -> tuple[int, Counter[Instruction]]:
     kind = "block" if tier.tiles else "tiled"
     most = max(int(name[len(kind) :]) for name in functions if name.startswith(kind))
     name = f"{kind}{most}"
-    text = build_module([(name, 8, functions[name])], tier, "steps")
-    trips = (GROUPS, most // TURN if tier.tiles else STRIP_ROWS // PANEL_ROWS)
+    text = build_module([(name, DOT_ARITY, functions[name])], tier, "steps")
+    order = mxfp4_order(most, tier.registers, tier.registers_per_panel)
+    if tier.tiles:
+        trips = (GROUPS, most // TURN)
+    else:  # two panels take turns with two, or all four follow each other in memory
+        trips = (GROUPS // TURN_GROUPS, TURN_GROUPS) if order.kept else (GROUPS, PANELS)
     return most, count(assembly(text, tier.target), name, trips)
 
 

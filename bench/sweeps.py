@@ -18,7 +18,7 @@ from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.kernels.encode import FIXED15, encode_rows
 from hybrid_moe.cpu_kernels.memory import Arena, Workspace
 from hybrid_moe.cpu_kernels.strips.pack import pack_rows
-from hybrid_moe.formats.strips import STRIP_ROWS, strip_layout
+from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES, strip_layout
 from hybrid_moe.formats.table import MXFP4, Array
 from hybrid_moe.formats.tensors import Matrix
 
@@ -40,7 +40,7 @@ class Problem:
         strips: strips in memory, copies of `_SOURCE_STRIPS`.
         rows, panels: addresses of the first strip in the checkpoint's layout and as panels.
         x: float32 [tokens, K], integers.
-        exact: float64 [_SOURCE_STRIPS, tokens, 32].
+        exact: float64 [_SOURCE_STRIPS, tokens, 64].
         keep: owners of the memory.
     """
 
@@ -82,6 +82,7 @@ class Runner:
 
     Args:
         encode: x [K] -> its encoded row; None: the library's kernel.
+        tile: tokens that meet a strip together; rows of as many are gathered, [group][token].
     """
 
     def __init__(
@@ -94,32 +95,30 @@ class Runner:
         by_rows: bool = False,
         encode: Callable[[Array], Array] | None = None,
         strips: int = 1,
+        tile: int = 1,
     ) -> None:
         self._kernel = _compiled("sweep", 6, sweep(body, tokens, strips), tier)
         self._at = problem.rows if by_rows else problem.panels
         self._problem, self._tokens = problem, tokens
         encoder = _library_encoder(tier) if encode is None else encode
-        encoded = [np.ascontiguousarray(encoder(x)).view(np.uint8) for x in problem.x[:tokens]]
-        memory = Workspace((encoded[0].nbytes + 64) * tokens + 64 * (tokens + 1))
-        pointers = np.zeros(tokens, np.int64)
-        for t, row in enumerate(encoded):
-            pointers[t] = memory.take(row.nbytes)
-            memory.view(int(pointers[t]), row.shape, np.uint8)[...] = row
-        self._rows = memory.take(8 * tokens)
-        memory.view(self._rows, (tokens,), np.int64)[...] = pointers
-        self._memory = memory
-        self._out = Arena(4 * STRIP_ROWS * tokens * problem.strips)
+        encoded = np.stack([np.ascontiguousarray(encoder(x)) for x in problem.x[:tokens]])
+        tiles = encoded.view(np.uint8).reshape(tokens // tile, tile, GROUPS, -1)
+        tiles = np.ascontiguousarray(tiles.transpose(0, 2, 1, 3)).reshape(-1)
+        self._memory = Workspace(tiles.nbytes + 64)
+        self._x = self._memory.take(tiles.nbytes)
+        self._memory.view(self._x, tiles.shape, np.uint8)[...] = tiles
+        self._out = Arena(SUMS_BYTES * tokens * problem.strips)
 
     def run(self, first: int = 0, strips: int | None = None) -> None:
         """Multiply `strips` strips (default all) from the one numbered `first`."""
-        out = self._out.address + first * 4 * STRIP_ROWS * self._tokens
+        out = self._out.address + first * SUMS_BYTES * self._tokens
         at = self._at + first * STRIP_BYTES
         todo = self._problem.strips if strips is None else strips
-        self._kernel(at, self._rows, out, todo, STRIP_BYTES, GROUPS)
+        self._kernel(at, self._x, out, todo, STRIP_BYTES, GROUPS)
 
     def repeat(self, times: int) -> None:
         """Multiply the first strip again and again."""
-        self._kernel(self._at, self._rows, self._out.address, times, 0, GROUPS)
+        self._kernel(self._at, self._x, self._out.address, times, 0, GROUPS)
 
     def check(self) -> None:
         """Raises `SystemExit` unless the sums are float64's."""

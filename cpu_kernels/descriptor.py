@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hybrid_moe.cpu_kernels.drivers.records import Layer, StripSizes
-from hybrid_moe.cpu_kernels.kernels.library import KernelSet
+from hybrid_moe.cpu_kernels.drivers.records import Layer, StripSizes, Tiles
+from hybrid_moe.cpu_kernels.kernels.library import KernelSet, Tiling
 from hybrid_moe.formats.strips import GROUP, StripLayout
 from hybrid_moe.formats.table import Array
 
@@ -32,35 +32,36 @@ def describe(
     layer.intermediate = GROUP * down.groups
     for name in (
         "encode",
+        "gather",
         "activate",
         "combine",
         "clear",
         "finish",
-        "unpack",
         "enter",
         "leave",
-        "chunk_group_bytes",
-        "chunk_groups",
-        "direct_limit",
+        "tiled_from",
     ):
         setattr(layer, name, getattr(kernels, name))
+    layer.encoded_bytes = kernels.encoding.group_bytes
     layer.x_row_bytes = kernels.encoding.row_bytes(gate_up.groups)
     layer.h_row_bytes = kernels.encoding.row_bytes(down.groups)
     words = layer.words
     for name, table in tables.items():
         words[Layer.word(name)] = table.ctypes.data
-    for sizes, layout in ((layer.gate_up_strips, gate_up), (layer.down_strips, down)):
-        _describe_strips(sizes, layout)
-    for places, dots in ((layer.direct, kernels.direct), (layer.tiled, kernels.tiled)):
-        for index, dot in enumerate(dots):
-            place = places[index]
-            place.least, place.most, place.kernel = dot.least, dot.most, dot.address
+    _describe_strips(layer.gate_up_strips, gate_up)
+    _describe_strips(layer.down_strips, down)
+    _describe_tiles(layer.direct, kernels.direct)
+    _describe_tiles(layer.tiled, kernels.tiled)
     return layer
 
 
 def _describe_strips(sizes: StripSizes, layout: StripLayout) -> None:
-    sizes.groups = layout.groups
-    sizes.code_bytes = layout.code_bytes_per_group
-    sizes.scale_bytes = layout.scale_bytes_per_group
-    sizes.scale_offset = layout.scale_offset
+    sizes.groups, sizes.group_bytes = layout.groups, layout.group_bytes
     sizes.strip_bytes = layout.nbytes
+
+
+def _describe_tiles(tiles: Tiles, tiling: Tiling) -> None:
+    tiles.most, tiles.unit, tiles.groups = tiling.most, tiling.unit, tiling.groups
+    tiles.unpack = tiling.unpack
+    for tokens, address in tiling.kernels.items():
+        tiles.kernels[tokens - 1] = address

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.drivers import records
-from hybrid_moe.cpu_kernels.drivers.records import MAX_STRIPS
+from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS, MAX_STRIPS
 from hybrid_moe.cpu_kernels.jit.records import u8
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
@@ -19,6 +19,8 @@ _TASKS_PER_WORKER = 12  # of a phase, at least: the last one out waits for less 
 INLINE_ENCODE_TOKENS = 4
 _ENCODE_TOKENS_PER_TASK = 16
 _EXACT_CAPACITY = 8
+BLOCK_SLACK = 4096
+"""Bytes behind encoded rows: a matrix unit reads blocks of 16 or 32 tokens whole, 80 bytes each."""
 
 
 def capacity_for(tokens: int) -> int:
@@ -59,7 +61,7 @@ class JobShape:
     Attributes:
         capacity: most tokens. top_k: ids of a token. experts: E. hidden: H.
         x_row, h_row: bytes of an encoded row of inputs and of intermediates.
-        chunk_bytes: unpacked codes of one strip.
+        unpacked_bytes: groups of a strip that are unpacked at a time.
         workers, pools: of the group that runs it.
     """
 
@@ -69,7 +71,7 @@ class JobShape:
     hidden: int
     x_row: int
     h_row: int
-    chunk_bytes: int
+    unpacked_bytes: int
     workers: int
     pools: int
 
@@ -78,16 +80,22 @@ class JobShape:
         return self.capacity * self.top_k
 
     @property
-    def sums_bytes(self) -> int:
-        """float32 [most tokens of one expert][32]; an expert may get every pair, and a matrix unit
-        writes whole blocks."""
-        return 4 * STRIP_ROWS * round_up(max(1, self.pairs), MOST_BLOCK_TOKENS)
+    def _worker_areas(self) -> dict[str, int]:
+        """Bytes of each part of a worker's scratch, by the field that holds its offset.
+
+        Sums are those of a batch of one expert's tokens, or of fewer tokens and several strips; a
+        matrix unit writes, and reads, whole blocks. An expert may get every pair."""
+        most = min(BATCH_TOKENS, self.pairs)
+        return {
+            "sums_offset": 4 * STRIP_ROWS * (BATCH_TOKENS + MOST_BLOCK_TOKENS),
+            "x_offset": most * self.x_row + BLOCK_SLACK,
+            "unpacked_offset": self.unpacked_bytes,
+            "out_offset": MAX_STRIPS * 4 * STRIP_ROWS * max(1, self.capacity),
+        }
 
     @property
     def worker_bytes(self) -> int:
-        """Of each strip of a pass: sums, unpacked codes, and float32 [tokens][32] of output."""
-        out_bytes = 4 * STRIP_ROWS * max(1, self.capacity)
-        return round_up(MAX_STRIPS * (self.sums_bytes + self.chunk_bytes + out_bytes), 4096)
+        return round_up(sum(round_up(size, 64) for size in self._worker_areas.values()), 4096)
 
     @property
     def _areas(self) -> dict[str, int]:
@@ -104,9 +112,8 @@ class JobShape:
             "pair_token": 4 * pairs,
             "pair_weight": 4 * pairs,
             "pair_x": 8 * pairs,
-            "pair_h": 8 * pairs,
-            "x_rows": tokens * self.x_row,
-            "h_rows": pairs * self.h_row,
+            "x_rows": tokens * self.x_row + BLOCK_SLACK,
+            "h_rows": pairs * self.h_row + BLOCK_SLACK,
             "scratch": self.workers * self.worker_bytes,
         }
 
@@ -124,9 +131,10 @@ class JobShape:
         job.top_k = self.top_k
         job.pools = self.pools
         job.scratch_bytes = self.worker_bytes
-        job.sums_bytes = self.sums_bytes
-        job.unpacked_offset = MAX_STRIPS * self.sums_bytes
-        job.out_rows_offset = MAX_STRIPS * (self.sums_bytes + self.chunk_bytes)
+        offset = 0
+        for name, size in self._worker_areas.items():
+            words[records.Job.word(name)] = offset
+            offset += round_up(size, 64)
         job.encode_tokens = _ENCODE_TOKENS_PER_TASK
         job.inline_encode = int(self.capacity <= INLINE_ENCODE_TOKENS)
         job.target_tasks = _TASKS_PER_WORKER * -(-self.workers // self.pools)

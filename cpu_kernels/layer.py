@@ -14,6 +14,7 @@ from hybrid_moe.cpu_kernels.drivers import check_machine, records
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
 from hybrid_moe.cpu_kernels.jit.records import f32, i64
 from hybrid_moe.cpu_kernels.job import Job, JobShape, StagedJob, capacity_for, check_inputs
+from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -102,7 +103,7 @@ class ExpertLayer:
         self.down_layout = strip_layout(fmt, intermediate)
         parts = pool.threads_per_pool
         self._blocks = _shares(intermediate // GROUP, parts)
-        self._strips = _shares(hidden // STRIP_ROWS, parts)
+        self._strips = _shares(-(-hidden // STRIP_ROWS), parts)
         self._gate_up = np.zeros((pool.pools, num_experts), np.int64)
         self._down = np.zeros((pool.pools, num_experts), np.int64)
         self._arenas: list[Arena] = []
@@ -134,7 +135,7 @@ class ExpertLayer:
         """Packed bytes of one expert in one pool."""
         blocks = int(self._blocks[pool + 1] - self._blocks[pool])
         strips = int(self._strips[pool + 1] - self._strips[pool])
-        return 2 * blocks * self.gate_up_layout.nbytes + strips * self.down_layout.nbytes
+        return blocks * self.gate_up_layout.nbytes + strips * self.down_layout.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +184,7 @@ class ExpertLayer:
         for pool, arena in enumerate(arenas):
             address = arena.address + slot * self.expert_nbytes(pool)
             first, last = int(self._blocks[pool]), int(self._blocks[pool + 1])
-            strips = range(2 * first, 2 * last)
+            strips = range(first, last)
             pack_gate_up(address, strips, self.gate_up_layout, tensors.gate, tensors.up, I)
             down = address + len(strips) * self.gate_up_layout.nbytes
             first, last = int(self._strips[pool]), int(self._strips[pool + 1])
@@ -192,9 +193,11 @@ class ExpertLayer:
         for name in ("gate", "up", "down"):
             bias = getattr(tensors, name).bias
             if (name, expert) in biases:  # loaded once more: a pass may be reading it
-                biases[name, expert][:] = 0 if bias is None else bias
+                biases[name, expert][: I if name != "down" else H] = 0 if bias is None else bias
             elif bias is not None:
-                biases[name, expert] = np.array(bias, np.float32)
+                padded = np.zeros(round_up(len(bias), STRIP_ROWS), np.float32)
+                padded[: len(bias)] = bias
+                biases[name, expert] = padded
                 self._bias_tables[name][expert] = biases[name, expert].ctypes.data
         # routing looks at pool 0's gate and up: they are published last
         for pool, (address, down) in reversed(list(enumerate(places))):
@@ -241,7 +244,7 @@ class ExpertLayer:
         for name, matrix in matrices.items():
             bias = self._biases.get((name, expert))
             if bias is not None:
-                matrices[name] = replace(matrix, bias=bias.copy())
+                matrices[name] = replace(matrix, bias=bias[: len(matrix.codes)].copy())
         return ExpertTensors(**matrices)
 
     @property
@@ -369,7 +372,7 @@ class ExpertLayer:
                 hidden=self.hidden,
                 x_row=descriptor.x_row_bytes,
                 h_row=descriptor.h_row_bytes,
-                chunk_bytes=descriptor.chunk_groups * descriptor.chunk_group_bytes,
+                unpacked_bytes=FORMAT_KERNELS[self.fmt.name].unpacked_bytes,
                 workers=self.pool.threads,
                 pools=self.pool.pools,
             )

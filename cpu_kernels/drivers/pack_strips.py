@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, store_release
 from hybrid_moe.cpu_kernels.jit.records import Word, i32, u8
+from hybrid_moe.formats.strips import STRIP_ROWS
+
+HALF_ROWS = STRIP_ROWS // 2
 
 
 @driver
@@ -11,48 +14,48 @@ def pack_strips(
     out: int,
     first_strip: int,
     last_strip: int,
-    strip_bytes: int,
-    scale_offset: int,
+    groups: int,
     words: int,
-    scales_per_row: int,
+    scales: int,
     codes0: int,
     codes1: int,
     code_stride: int,
     scales0: int,
     scales1: int,
     scale_stride: int,
-    panel_rows: int,
+    half_step: int,
     rows: int,
 ) -> None:
-    """Pack strips first..last-1 of a matrix.
+    """Pack strips first..last-1 of a matrix, each [group][codes, scales] as `panels` says.
 
-    Panel 0 of strip s holds rows s * panel_rows + lane of (codes0, scales0), panel 1 the same rows
-    of (codes1, scales1); for gate and up those are two matrices and panel_rows is 16, for down
-    they are one matrix (the second shifted by 16 rows) and panel_rows is 32. `rows` bounds the
-    rows of panel 0; a row at or past it is zeroes.
+    A strip is two halves of 32 rows. The first comes from (codes0, scales0), the second from
+    (codes1, scales1): for gate and up two matrices, of which a strip takes the same rows; for down
+    one matrix, whose next 32 rows are `half_step` = 32 rows on (gate and up: 0). A row at or past
+    `rows` is zeroes. In a group, a row has `words` 32-bit words of codes and `scales` bytes of
+    scales.
     """
+    code_bytes = 4 * STRIP_ROWS * words
+    group_bytes = code_bytes + STRIP_ROWS * scales
     for strip in range(first_strip, last_strip):
-        to = out + (strip - first_strip) * strip_bytes
-        for panel in range(2):
-            codes = codes0 if panel == 0 else codes1
-            scales = scales0 if panel == 0 else scales1
-            shift = panel * 16 if panel_rows == 32 else 0
-            for lane in range(16):
-                row = strip * panel_rows + lane
-                words_to = i32.at(to + 4 * (16 * panel + lane))  # one of each 32
-                scales_to = u8.at(to + scale_offset + 16 * panel + lane)
-                if row + shift >= rows:
-                    for w in range(words):
-                        words_to[32 * w] = 0
-                    for g in range(scales_per_row):
-                        scales_to[32 * g] = 0
-                    continue
-                words_from = i32.at(codes + row * code_stride)
+        to = out + (strip - first_strip) * groups * group_bytes
+        for lane in range(STRIP_ROWS):
+            half = lane // HALF_ROWS
+            row = strip * (HALF_ROWS + half_step) + half * half_step + lane % HALF_ROWS
+            code = i32.at((codes0 if half == 0 else codes1) + row * code_stride)
+            scale = u8.at((scales0 if half == 0 else scales1) + row * scale_stride)
+            for g in range(groups):
+                code_to = i32.at(to + g * group_bytes + 4 * lane)
                 for w in range(words):
-                    words_to[32 * w] = words_from[w]
-                scales_from = u8.at(scales + row * scale_stride)
-                for g in range(scales_per_row):
-                    scales_to[32 * g] = scales_from[g]
+                    value = 0
+                    if row < rows:
+                        value = code[g * words + w]
+                    code_to[STRIP_ROWS * w] = value
+                scale_to = u8.at(to + g * group_bytes + code_bytes + lane)
+                for s in range(scales):
+                    value = 0
+                    if row < rows:
+                        value = scale[g * scales + s]
+                    scale_to[STRIP_ROWS * s] = value
 
 
 @driver

@@ -1,8 +1,8 @@
 """The three phases of a layer, one task at a time.
 
     encode    input rows -> encoded rows                                    (large batches only)
-    gate/up   block of 32 intermediate rows of one expert -> encoded rows of h, all its tokens
-    down      strips of 32 hidden rows, all experts in ascending id -> output, all tokens
+    gate/up   strips of 32 intermediate rows of one expert -> encoded h of all its tokens, in tiles
+    down      strips of 64 hidden rows, all experts in ascending id -> output, all tokens
 
 A down task owns its output rows, so experts are summed without conflicts and no buffer of
 tokens x k x hidden exists. Between phases all tasks must be finished: two barriers a layer.
@@ -12,115 +12,125 @@ from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers.intrinsics import call, driver, load_acquire
 from hybrid_moe.cpu_kernels.drivers.records import (
+    BATCH_TOKENS,
     DOWN,
     ENCODE,
     GATE_UP,
-    MAX_STRIPS,
-    DotKernel,
+    SHARE_BYTES,
+    STRIPS_AT_ONCE,
     Entry,
     Layer,
     Phase,
     StripSizes,
+    Tiles,
 )
-from hybrid_moe.cpu_kernels.drivers.route import encode_tokens
-from hybrid_moe.cpu_kernels.jit.records import Array
+from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens
+from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, SUMS_BYTES
 
 
 @driver
-def dot_tokens(
-    kernels: Array[DotKernel],
-    codes: int,
-    scales: int,
-    rows: int,
-    count: int,
-    sums: int,
-    begin: int,
-    end: int,
-    groups: int,
-) -> None:
-    """Dot `count` rows by the largest kernels that fit, from a table in descending order."""
-    done = 0
-    index = 0
-    while done < count:
-        dot = kernels[index]
-        if count - done < dot.least:
-            index += 1
-            continue
-        tokens = min(count - done, dot.most)
-        call(
-            dot.kernel,
-            codes,
-            scales,
-            rows + 8 * done,
-            tokens,
-            sums + 128 * done,
-            begin,
-            end,
-            groups,
-        )
-        done += tokens
+def part(total: int, parts: int, index: int) -> int:
+    """Where part `index` of `parts` nearly equal ones begins."""
+    return total * index // parts
 
 
 @driver
-def dot_strips(
-    layer: Layer,
-    sizes: StripSizes,
-    strip: int,
-    strips: int,
-    rows: int,
-    count: int,
-    sums: int,
-    sums_bytes: int,
-    unpacked: int,
-) -> None:
-    """sums[s] [count][32] = strip s x rows, for `strips` neighbouring strips.
+def tiles_for(layer: Layer, count: int) -> Tiles:
+    """How `count` tokens of one expert are cut into tiles, see `library.Tiling`."""
+    if count < layer.tiled_from:
+        return layer.direct
+    return layer.tiled
 
-    Few tokens read the codes as they stream from memory, one strip after the other. Many take a
-    chunk of K at a time: its codes are unpacked once into the cache, and a tile of tokens meets
-    all strips before the next tile, so that the tokens too are read once for all strips.
+
+@driver
+def tile_count(tiles: Tiles, count: int) -> int:
+    return ceil_div(count, tiles.most)
+
+
+@driver
+def tile_start(tiles: Tiles, count: int, index: int) -> int:
+    """First token of a tile, or `count` for the index past the last."""
+    units = ceil_div(count, tiles.unit)
+    return min(count, tiles.unit * part(units, tile_count(tiles, count), index))
+
+
+@driver
+def dot_tiles(
+    layer: Layer, sizes: StripSizes, codes: int, x: int, count: int, sums: int, unpacked: int
+) -> None:
+    """sums [count][64] = one strip x the tiles of `count` encoded tokens at `x`.
+
+    One tile reads the codes as they stream from memory. Several take a chunk of K at a time, which
+    comes from memory once and meets every tile while it is in the cache, unpacked first if that
+    pays; and each tile fetches a share of the chunk that follows.
     """
     groups = sizes.groups
-    strip_bytes = sizes.strip_bytes
-    if count <= layer.direct_limit:
-        for s in range(strips):
-            codes = strip + s * strip_bytes
-            scales = codes + sizes.scale_offset
-            dot_tokens(
-                layer.direct, codes, scales, rows, count, sums + s * sums_bytes, 0, groups, groups
-            )
-        return
-    tile = layer.tiled[0].most
-    unpack = layer.unpack
-    chunk = layer.chunk_groups
-    chunk_bytes = chunk * layer.chunk_group_bytes
+    group_bytes = sizes.group_bytes
+    row_bytes = groups * layer.encoded_bytes
+    tiles = tiles_for(layer, count)
+    number = tile_count(tiles, count)
+    chunk = groups
+    if number > 1 or tiles.unpack != 0:
+        chunk = tiles.groups
     begin = 0
     while begin < groups:
         end = min(groups, begin + chunk)
-        if unpack != 0:
-            for s in range(strips):
-                codes = strip + s * strip_bytes + begin * sizes.code_bytes
-                call(unpack, codes, unpacked + s * chunk_bytes, end - begin)
-        first = 0
-        while first < count:
-            tokens = min(tile, count - first)
-            for s in range(strips):
-                codes = strip + s * strip_bytes + begin * sizes.code_bytes
-                scales = strip + s * strip_bytes + sizes.scale_offset + begin * sizes.scale_bytes
-                if unpack != 0:
-                    codes = unpacked + s * chunk_bytes
-                dot_tokens(
-                    layer.tiled,
-                    codes,
-                    scales,
-                    rows + 8 * first,
-                    tokens,
-                    sums + s * sums_bytes + 128 * first,
-                    begin,
-                    end,
-                    groups,
-                )
-            first += tokens
+        at = codes + begin * group_bytes
+        after = codes + end * group_bytes
+        if tiles.unpack != 0:
+            call(tiles.unpack, at, unpacked, end - begin)
+            at = unpacked
+        for i in range(number):
+            first = tile_start(tiles, count, i)
+            tokens = tile_start(tiles, count, i + 1) - first
+            call(
+                tiles.kernels[tokens - 1],
+                at,
+                after + (i * SHARE_BYTES) % (chunk * group_bytes),
+                x + first * row_bytes,
+                tokens,
+                sums + first * SUMS_BYTES,
+                begin,
+                end,
+            )
         begin = end
+
+
+@driver
+def gather_tiles(layer: Layer, rows: int, count: int, out: int) -> None:
+    """The encoded inputs at addresses rows[count] -> tiles."""
+    tiles = tiles_for(layer, count)
+    for i in range(tile_count(tiles, count)):
+        first = tile_start(tiles, count, i)
+        tokens = tile_start(tiles, count, i + 1) - first
+        call(
+            layer.gather,
+            rows + 8 * first,
+            tokens,
+            out + first * layer.x_row_bytes,
+            layer.gate_up_strips.groups,
+        )
+
+
+@driver
+def activate_tiles(
+    layer: Layer, sums: int, count: int, h: int, block: int, gate_bias: int, up_bias: int
+) -> None:
+    """One strip's gates and ups -> group `block` of the tiles of h."""
+    tiles = tiles_for(layer, count)
+    for i in range(tile_count(tiles, count)):
+        first = tile_start(tiles, count, i)
+        tokens = tile_start(tiles, count, i + 1) - first
+        tile = h + first * layer.h_row_bytes
+        call(
+            layer.activate,
+            sums + first * SUMS_BYTES,
+            tokens,
+            tile + block * tokens * layer.encoded_bytes,
+            gate_bias,
+            up_bias,
+            layer.parameters,
+        )
 
 
 @driver
@@ -130,7 +140,7 @@ def gate_up_task(entry: Entry, phase: Phase, pool: int, task: int, scratch: int)
     first_block = layer.blocks[pool]
     last_block = layer.blocks[pool + 1]
     per_task = phase.per_task
-    tasks_per_expert = (last_block - first_block + per_task - 1) // per_task
+    tasks_per_expert = ceil_div(last_block - first_block, per_task)
     index = task // tasks_per_expert
     begin = first_block + (task - index * tasks_per_expert) * per_task
     end = min(last_block, begin + per_task)
@@ -140,29 +150,40 @@ def gate_up_task(entry: Entry, phase: Phase, pool: int, task: int, scratch: int)
     count = job.active_start[index + 1] - start
     base = load_acquire(layer.gate_up[pool * layer.experts + expert])
     sizes = layer.gate_up_strips
-    rows = job.pair_x.address + 8 * start
-    h_rows = job.pair_h.address + 8 * start
-    sums_bytes = job.sums_bytes
+    gate_bias = layer.gate_bias[expert]
+    up_bias = layer.up_bias[expert]
+    sums = scratch + job.sums_offset
     unpacked = scratch + job.unpacked_offset
-    block = begin
-    while block < end:
-        blocks = min(MAX_STRIPS // 2, end - block)
-        strip = base + 2 * (block - first_block) * sizes.strip_bytes
-        dot_strips(layer, sizes, strip, 2 * blocks, rows, count, scratch, sums_bytes, unpacked)
-        for b in range(blocks):
-            call(
-                layer.activate,
-                scratch + 2 * b * sums_bytes,
-                scratch + (2 * b + 1) * sums_bytes,
-                count,
-                h_rows,
-                block + b,
-                layer.down_strips.groups,
-                layer.gate_bias[expert] + 128 * (block + b),
-                layer.up_bias[expert] + 128 * (block + b),
-                layer.parameters,
-            )
-        block += blocks
+    batches = ceil_div(count, BATCH_TOKENS)
+    for b in range(batches):
+        first = part(count, batches, b)
+        tokens = part(count, batches, b + 1) - first
+        h = job.h_rows + (start + first) * layer.h_row_bytes
+        x = job.pair_x[start + first]
+        if tokens > 1:
+            x = scratch + job.x_offset
+            gather_tiles(layer, job.pair_x.address + 8 * (start + first), tokens, x)
+        # some strips, then their activations: what interrupts the stream, interrupts it rarely
+        some = min(STRIPS_AT_ONCE, BATCH_TOKENS // tokens)
+        block = begin
+        while block < end:
+            blocks = min(some, end - block)
+            for i in range(blocks):
+                strip = base + (block + i - first_block) * sizes.strip_bytes
+                to = sums + i * tokens * SUMS_BYTES
+                dot_tiles(layer, sizes, strip, x, tokens, to, unpacked)
+            for i in range(blocks):
+                bias = 4 * GROUP * (block + i)
+                activate_tiles(
+                    layer,
+                    sums + i * tokens * SUMS_BYTES,
+                    tokens,
+                    h,
+                    block + i,
+                    gate_bias + bias,
+                    up_bias + bias,
+                )
+            block += blocks
 
 
 @driver
@@ -175,36 +196,41 @@ def down_task(entry: Entry, phase: Phase, pool: int, task: int, scratch: int) ->
     end = min(last_strip, begin + phase.per_task)
     tokens = job.tokens
     sizes = layer.down_strips
-    sums_bytes = job.sums_bytes
+    sums = scratch + job.sums_offset
     unpacked = scratch + job.unpacked_offset
-    out = scratch + job.out_rows_offset
+    out = scratch + job.out_offset
     call(layer.clear, out, tokens * (end - begin))
     for index in range(entry.active):
         expert = job.active_expert[index]
         start = job.active_start[index]
         count = job.active_start[index + 1] - start
-        rows = job.pair_h.address + 8 * start
         base = layer.down[pool * layer.experts + expert]
-        codes = base + (begin - first_strip) * sizes.strip_bytes
-        dot_strips(layer, sizes, codes, end - begin, rows, count, scratch, sums_bytes, unpacked)
+        batches = ceil_div(count, BATCH_TOKENS)
         for strip in range(begin, end):
-            call(
-                layer.combine,
-                scratch + (strip - begin) * sums_bytes,
-                count,
-                job.pair_token.address + 4 * start,
-                job.pair_weight.address + 4 * start,
-                out + 128 * tokens * (strip - begin),
-                layer.down_bias[expert] + 128 * strip,
-            )
+            codes = base + (strip - first_strip) * sizes.strip_bytes
+            for b in range(batches):
+                first = start + part(count, batches, b)
+                some = start + part(count, batches, b + 1) - first
+                h = job.h_rows + first * layer.h_row_bytes
+                dot_tiles(layer, sizes, codes, h, some, sums, unpacked)
+                call(
+                    layer.combine,
+                    sums,
+                    some,
+                    job.pair_token.address + 4 * first,
+                    job.pair_weight.address + 4 * first,
+                    out + SUMS_BYTES * tokens * (strip - begin),
+                    layer.down_bias[expert] + SUMS_BYTES * strip,
+                )
     for strip in range(begin, end):
         call(
             layer.finish,
-            out + 128 * tokens * (strip - begin),
+            out + SUMS_BYTES * tokens * (strip - begin),
             tokens,
             # pairs with the release in `host.withdraw`: a job that is given up writes elsewhere
-            load_acquire(job.out) + 64 * strip,
+            load_acquire(job.out) + 2 * STRIP_ROWS * strip,
             2 * layer.hidden,
+            min(STRIP_ROWS, layer.hidden - STRIP_ROWS * strip),
         )
 
 

@@ -28,8 +28,12 @@ from hybrid_moe.cpu_kernels.jit.records import (
 
 MAX_POOLS = 8
 MAX_PHASES = 3
-MAX_SIZES = 8  # dot kernels of a layer, of each kind
-MAX_STRIPS = 4  # strips that share one pass over the tokens
+MAX_TILE = 32  # tokens of the largest tile
+MAX_STRIPS = 4  # strips of a down task
+STRIPS_AT_ONCE = 16  # of gate/up, before their activations
+BATCH_TOKENS = 192  # of one expert that share a pass over its strips
+UNPACK_GROUPS = 32  # groups of a strip that are unpacked at a time
+SHARE_BYTES = 4096  # of the packed codes that come next, what each tile of a chunk fetches
 RING = 16
 MAX_POSTS = 1024
 
@@ -49,21 +53,21 @@ ERROR_TIMEOUT, ERROR_STUCK, ERROR_STOPPED = range(1, 4)
 """Why a run was given up."""
 
 
-class DotKernel(Record):
-    """A dot kernel in the tables of a layer."""
+class Tiles(Record):
+    """A `library.Tiling`: how tokens of an expert are cut into tiles."""
 
-    least = i64  # tokens that it may be called with
-    most = i64
-    kernel = i64  # 0: the table ends
+    most = i64  # tokens of a tile
+    unit = i64  # of which all tiles but the last have a multiple
+    groups = i64  # of a strip that several tiles meet in turn
+    unpack = i64  # kernel that prepares these, or 0
+    kernels = i64[MAX_TILE]  # dot kernels by tokens, from 1
 
 
 class StripSizes(Record):
     """A `formats.strips.StripLayout`."""
 
     groups = i64  # K / 32
-    code_bytes = i64  # of a group
-    scale_bytes = i64  # of a group
-    scale_offset = i64
+    group_bytes = i64
     strip_bytes = i64
 
 
@@ -74,17 +78,15 @@ class Layer(Record):
     hidden = i64
     intermediate = i64
     encode = i64  # kernels
+    gather = i64
     activate = i64
     combine = i64
     clear = i64
     finish = i64
-    unpack = i64  # or 0
     enter = i64  # what a thread calls before its first and
     leave = i64  # after its last task of a job, or 0
-    chunk_group_bytes = i64  # of a group of a strip that is unpacked
-    chunk_groups = i64  # that are unpacked at a time
-    direct_limit = i64  # tokens of one expert up to which codes are read as they are
     parameters = i64  # float32 [3]: limit, alpha, up offset
+    encoded_bytes = i64  # of an encoded group
     x_row_bytes = i64  # encoded row of hidden inputs
     h_row_bytes = i64  # encoded row of intermediate inputs
     gate_bias = array(i64)  # [E] address of float32 [intermediate, rounded up]
@@ -96,8 +98,9 @@ class Layer(Record):
     strips = array(i64)  # [pools + 1] first strip of the hidden rows of each pool
     gate_up_strips = inline(StripSizes)
     down_strips = inline(StripSizes)
-    direct = inline(DotKernel)[MAX_SIZES]  # those for most tokens first; the last takes 1
-    tiled = inline(DotKernel)[MAX_SIZES]
+    direct = inline(Tiles)
+    tiled = inline(Tiles)
+    tiled_from = i64  # tokens of an expert that are cut by `tiled`; fewer by `direct`
 
 
 class Job(Record):
@@ -119,15 +122,15 @@ class Job(Record):
     pair_token = array(i32)  # [T * k] grouped by expert in ascending id
     pair_weight = array(f32)  # [T * k]
     pair_x = array(i64)  # [T * k] address of the token's encoded row
-    pair_h = array(i64)  # [T * k] address of the pair's encoded intermediate row
     x_rows = i64  # encoded inputs [T]
-    h_rows = i64  # encoded intermediates [T * k]
-    # what tasks work in: of each worker `sums`, `unpacked` and `out_rows`, behind each other
+    h_rows = i64  # encoded intermediates [T * k], in tiles of each expert's pairs
+    # what tasks work in
     scratch = i64
-    scratch_bytes = i64  # of one worker
-    sums_bytes = i64  # of one strip's sums
+    scratch_bytes = i64  # of one worker; in them:
+    sums_offset = i64
+    x_offset = i64  # gathered tiles of inputs
     unpacked_offset = i64
-    out_rows_offset = i64
+    out_offset = i64
     # how the work is cut
     inline_encode = i64  # 1: the publisher encodes the inputs, which is no phase then
     encode_tokens = i64  # of a task

@@ -20,6 +20,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     Job,
     Phase,
 )
+from hybrid_moe.formats.strips import STRIP_ROWS
 
 COMPUTED, SKIPPED, NOT_LOADED = 1, 0, -1
 
@@ -86,7 +87,6 @@ def place_pairs(entry: Entry) -> None:
 
     top_k = job.top_k
     x_rows, x_bytes = job.x_rows, job.layer.x_row_bytes
-    h_rows, h_bytes = job.h_rows, job.layer.h_row_bytes
     for t in range(job.tokens):
         for slot in range(top_k):
             i = t * top_k + slot
@@ -100,7 +100,6 @@ def place_pairs(entry: Entry) -> None:
             job.pair_token[pair] = t
             job.pair_weight[pair] = job.weights[i]
             job.pair_x[pair] = x_rows + t * x_bytes
-            job.pair_h[pair] = h_rows + pair * h_bytes
 
 
 @driver
@@ -168,8 +167,8 @@ def append_phases(entry: Entry) -> None:
         add_tasks(phase, p, entry.active * ceil_div(blocks[p + 1] - blocks[p], per_task))
 
     per_task = min(share(most_strips, target), MAX_STRIPS)
-    # 32 rows, for all pairs of token and expert
-    macs = job.tokens * job.top_k * 32 * per_task * layer.intermediate
+    # 64 rows, for all pairs of token and expert
+    macs = job.tokens * job.top_k * STRIP_ROWS * per_task * layer.intermediate
     phase = append_phase(entry, DOWN, per_task, macs)
     for p in range(job.pools):
         add_tasks(phase, p, ceil_div(strips[p + 1] - strips[p], per_task))

@@ -54,6 +54,17 @@ def _lookup16(emit: Emit, table: tuple[int, ...], index: Val) -> Val:
     return level[0]
 
 
+# lookup_low4(table, index): table as above, index is 64 bytes of which the lower four bits count
+
+
+def _lookup_low4_meaning(table: tuple[int, ...], index: Array) -> Array:
+    return _lookup16_meaning(table, index & 15)
+
+
+def _lookup_low4(emit: Emit, table: tuple[int, ...], index: Val) -> Val:
+    return emit.op("lookup16", table, (index.bits(I32) & 0x0F0F0F0F).bits(I8))
+
+
 # byte_dot: exact integer dot products of unsigned by signed bytes, four per 32-bit lane.
 # An accumulator is 16 lanes of 32 bits in a representation that is the tier's own; it starts at
 # zero or at a bias and is read by byte_dot_total. The contract that lets a tier keep 16-bit halves:
@@ -117,18 +128,20 @@ def _pair_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     return (accumulator + w_odd * x_odd) + w_even * x_even
 
 
-# scale_add(accumulator, a, b): accumulator + a * b in two roundings. b is a power of two, so a * b
-# is exact unless it is subnormal: a fused lowering would round such a sum once and give other bits.
+# times_power(value, factor, exponent): value * factor in one rounding. The factor is 2^exponent,
+# and a NaN if the exponent is one: both are given, and a tier reads the one that its instruction
+# takes. Equal bits on all tiers but for the sign of a NaN.
 
 
-def _scale_add_meaning(accumulator: Array, a: Array, b: Array) -> Array:
+def _times_power_meaning(value: Array, factor: Array, exponent: Array) -> Array:
+    """float32 each -> float32; `exponent` holds whole numbers."""
     with np.errstate(all="ignore"):
-        total: Array = accumulator + a * b
-    return total
+        product: Array = value * factor
+    return product
 
 
-def _scale_add(emit: Emit, accumulator: Val, a: Val, b: Val) -> Val:
-    return accumulator + a * b
+def _times_power(emit: Emit, value: Val, factor: Val, exponent: Val) -> Val:
+    return value * factor
 
 
 OPS: Mapping[str, Op] = MappingProxyType(
@@ -136,11 +149,12 @@ OPS: Mapping[str, Op] = MappingProxyType(
         op.name: op
         for op in (
             Op("lookup16", _lookup16_meaning, _lookup16),
+            Op("lookup_low4", _lookup_low4_meaning, _lookup_low4),
             Op("byte_dot", _byte_dot_meaning, _byte_dot),
             Op("byte_dot_bias", _byte_dot_bias_meaning, _byte_dot_bias),
             Op("byte_dot_total", _byte_dot_total_meaning, _byte_dot_total),
             Op("pair_dot", _pair_dot_meaning, _pair_dot, exact=False),
-            Op("scale_add", _scale_add_meaning, _scale_add),
+            Op("times_power", _times_power_meaning, _times_power),
         )
     }
 )

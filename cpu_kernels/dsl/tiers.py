@@ -16,7 +16,7 @@ from types import MappingProxyType
 import llvmlite.binding as llvm
 
 from hybrid_moe.cpu_kernels.dsl import amx, neon
-from hybrid_moe.cpu_kernels.dsl.emit import I8, I16, I32, Emit, Val, join, pieces, vector
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, Val, join, pieces, vector
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, Lowering, fused, unpack_pair
 from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
 from hybrid_moe.cpu_kernels.jit.compile import Target
@@ -164,6 +164,20 @@ def _pair_dot_bf16(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     return emit.intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", accumulator.ir.type, *operands)
 
 
+def _lookup_low4_vbmi(emit: Emit, table: tuple[int, ...], index: Val) -> Val:
+    """VPERMB looks up by six bits of the index; with the table four times the upper two of them do
+    not count, and it ignores the rest."""
+    repeated = emit.constant(list(table) * 4, I8)
+    return emit.intrinsic("llvm.x86.avx512.permvar.qi.512", vector(I8, 64), repeated, index)
+
+
+def _times_power_scalef(emit: Emit, value: Val, factor: Val, exponent: Val) -> Val:
+    """VSCALEFPS. Zen 4 has it beside the adders, where it leaves dot products their pipes."""
+    mask, rounding = emit.splat(-1, I16), emit.splat(4, I32)  # every lane; by MXCSR
+    operands = (value, exponent, value, mask, rounding)
+    return emit.intrinsic("llvm.x86.avx512.mask.scalef.ps.512", vector(F32, 16), *operands)
+
+
 _YMM = _Wide(256, "llvm.x86.avx2.pshuf.b", "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd")
 _ZMM = _Wide(
     512,
@@ -258,13 +272,25 @@ AVX512_BF16 = Tier(
     extends=AVX512_VNNI,
 )
 
-AMX = Tier(
-    "amx",
-    frozenset({"amx-tile", "amx-int8", "amx-bf16"}),
+AVX512_VBMI = Tier(
+    "avx512_vbmi",
+    frozenset({"avx512vbmi"}),
     "x86-64-v4",
     vector_bits=512,
     registers=32,
-    lowerings=amx.LOWERINGS,
+    lowerings={"lookup_low4": _lookup_low4_vbmi, "times_power": _times_power_scalef},
+    extends=AVX512_BF16,
+)
+
+_TILE_FEATURES = frozenset({"amx-tile", "amx-int8", "amx-bf16"})
+
+AMX = Tier(
+    "amx",
+    _TILE_FEATURES | {"avx512vbmi"},
+    "x86-64-v4",
+    vector_bits=512,
+    registers=32,
+    lowerings={**amx.LOWERINGS, "lookup_low4": _lookup_low4_vbmi},
     flushing=frozenset({"tile_dot_pairs"}),
     extends=AVX512_BF16,
     tiles=True,
@@ -272,7 +298,7 @@ AMX = Tier(
 
 _ALL = (
     *(PORTABLE, NEON, NEON_DOTPROD),
-    *(AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, AMX),
+    *(AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, AVX512_VBMI, AMX),
 )
 TIERS: Mapping[str, Tier] = MappingProxyType({t.name: t for t in _ALL})
 """Every tier, least capable first."""
@@ -296,7 +322,7 @@ def host_features() -> frozenset[str]:
     registers only where the system grants them)."""
     found = frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
     found |= neon.unreported_features()
-    return found if not AMX.features <= found or amx.permitted() else found - AMX.features
+    return found if not found >= _TILE_FEATURES or amx.permitted() else found - _TILE_FEATURES
 
 
 def available_tiers() -> list[TierReport]:

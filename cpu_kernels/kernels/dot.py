@@ -1,202 +1,400 @@
-"""Dot kernels: one strip of weights times the rows of a few tokens.
+"""Dot kernels: one strip of weights times the tokens of a tile.
 
-    kernel(codes, scales, rows, count, sums, begin, end, groups)
+    kernel(codes, ahead, x, count, sums, begin, end)
 
-adds, for tokens t < count, groups begin..end-1 of the products of the strip's 32 rows with the
-encoded row at address rows[t] (int64 [count]) to sums (float32 [count][32]); `begin` 0 starts from
-zero. `codes` and `scales` point at group `begin`. The kernels here are for one count M each. Sums
-run over groups in ascending order whatever M, chunking and source, so a token's bits do not depend
-on how a call is cut.
+adds, for tokens t < count, groups begin..end-1 of the products of the strip's 64 rows with the
+tile's encoded rows to sums, float32 [count][64]; see `DotArgs`. The kernels here are for one count
+T each. Sums run over groups in ascending order whatever T, order, chunking and source, so a token's
+bits do not depend on how a call is cut.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
-from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, I64, Emit, KernelBody, Val
+from hybrid_moe.cpu_kernels.drivers.records import SHARE_BYTES, UNPACK_GROUPS
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val, Var
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
-from hybrid_moe.cpu_kernels.kernels.encode import META_BYTES, PLANE_BYTES
-from hybrid_moe.formats.strips import GROUP, STRIP_ROWS
-from hybrid_moe.formats.table import E2M1_VALUES
+from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
+from hybrid_moe.cpu_kernels.kernels.order import Order
+from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES, strip_layout
+from hybrid_moe.formats.table import BF16, E2M1_VALUES, MXFP4
 
-PANELS = 2
 E2M1_DOUBLED = tuple(int(2 * v) for v in E2M1_VALUES)
 """Integers in -12..12. Plus 12 they are unsigned, as byte_dot wants its weights."""
 
-MXFP4_GROUP_BYTES = 512
-MXFP4_UNPACKED_GROUP_BYTES = 1024
-BF16_PAIR_BYTES = 128  # two inputs of 32 rows
-BF16_GROUP_BYTES = GROUP // 2 * BF16_PAIR_BYTES
+MXFP4_STRIP = strip_layout(MXFP4, GROUP)
+BF16_STRIP = strip_layout(BF16, GROUP)
 
 
-class _Sums:
-    """The float32 sums of M tokens x 2 panels in memory: [token][panel][lane]."""
+@dataclass(frozen=True)
+class DotArgs:
+    """Parameters of a dot kernel.
 
-    def __init__(self, emit: Emit, base: Val) -> None:
-        self._emit, self._base = emit, base
+    Attributes:
+        codes: address of group `begin` of the strip, packed, or as `mxfp4_unpack` leaves it.
+        ahead: address of packed codes that are unpacked next; who reads unpacked ones fetches
+            4 KiB of them meanwhile.
+        x: address of the tile, [group][token] of encoded groups.
+        count: tokens of the tile.
+        sums: address of float32 [count][64].
+        begin, end: groups. If `begin` is 0, sums start from zero and memory's are not read.
+    """
 
-    def _address(self, token: int, panel: Val | int) -> Val:
-        offset = panel * 64 if isinstance(panel, Val) else self._emit.i64(64 * panel)
-        return self._base + offset + 4 * STRIP_ROWS * token
-
-    def load(self, token: int, panel: Val | int) -> Val:
-        return self._emit.load(self._address(token, panel), F32, 16, align=64)
-
-    def store(self, token: int, panel: Val | int, value: Val) -> None:
-        self._emit.store(self._address(token, panel), value, align=64)
-
-    def clear(self, tokens: int) -> None:
-        zero = self._emit.splat(0.0, F32, 16)
-        for token in range(tokens):
-            for panel in range(PANELS):
-                self.store(token, panel, zero)
+    codes: Val
+    ahead: Val
+    x: Val
+    count: Val
+    sums: Val
+    begin: Val
+    end: Val
 
 
-def _decode_word(emit: Emit, word: Val, offset: int) -> tuple[Val, Val]:
+DOT_ARITY = len(fields(DotArgs))
+
+
+def dot_kernel(body: Callable[[Emit, DotArgs], None]) -> KernelBody:
+    """`body` as a kernel of DOT_ARITY parameters."""
+    return lambda emit, *values: body(emit, DotArgs(*values))
+
+
+Slot = tuple[int, int]
+"""Token and panel of a sum."""
+
+
+def _sum_address(sums: Val, slot: Slot) -> Val:
+    return sums + (SUMS_BYTES * slot[0] + 64 * slot[1])
+
+
+def load_sums(emit: Emit, sums: Val, begin: Val, slots: Sequence[Slot]) -> dict[Slot, Var]:
+    """The sums in registers; zero where `begin` is 0."""
+    total = {
+        slot: emit.var(emit.load(_sum_address(sums, slot), F32, 16, align=64)) for slot in slots
+    }
+    with emit.when(begin.equals(0)):
+        for value in total.values():
+            value.set(emit.splat(0.0, F32, 16))
+    return total
+
+
+def store_sums(emit: Emit, sums: Val, total: dict[Slot, Var]) -> None:
+    for slot, value in total.items():
+        emit.store(_sum_address(sums, slot), value.get(), align=64)
+
+
+def clear_sums(emit: Emit, sums: Val, tokens: int) -> None:
+    for slot in itertools.product(range(tokens), range(PANELS)):
+        emit.store(_sum_address(sums, slot), emit.splat(0.0, F32, 16), align=64)
+
+
+# MXFP4: exact sums of a group as integers, in two planes, then scaled
+
+
+@dataclass(frozen=True)
+class Scale:
+    """16 scales as powers of two and as their exponents, float32 both."""
+
+    power: Val
+    exponent: Val
+
+
+def mxfp4_scale(emit: Emit, address: Val) -> Scale:
+    """16 E8M0 bytes in memory. Byte 0 is 2^-127, whose bits are 0x00400000 and not 0."""
+    byte = emit.load(address, I8, 16, align=16).zext(I32)
+    bits = byte << 23
+    power = (bits < 0x00400000).select(0x00400000, bits).bits(F32)
+    return Scale(power, (byte - 127).to_float())
+
+
+@dataclass(frozen=True)
+class UnpackedGroup:
+    """Byte offsets within a group of a strip as `mxfp4_unpack` leaves it."""
+
+    weights: int = 0  # uint8 or int8 [quad 8][panel 4][lane 16][4]; a quad is four inputs of a row
+    powers: int = 8 * 64 * PANELS  # float32 [panel 4][lane 16]: the scales
+    exponents: int = 9 * 64 * PANELS  # and their exponents; a tier reads one of them
+    nbytes: int = 10 * 64 * PANELS
+
+
+UNPACKED_GROUP = UnpackedGroup()
+
+Weights = Sequence[tuple[int, Val]]
+"""(quad, 64 weight bytes) of one panel: four inputs of 16 rows each."""
+
+
+def _decode(emit: Emit, codes: Val, word: int, offset: int) -> Weights:
     """64 bytes of packed codes -> weights of the even and of the odd inputs: doubled, + offset."""
     table = tuple((weight + offset) & 255 for weight in E2M1_DOUBLED)
-    low = (word & 0x0F0F0F0F).bits(I8)
-    high = ((word >> 4) & 0x0F0F0F0F).bits(I8)
-    return emit.op("lookup16", table, low), emit.op("lookup16", table, high)
+    even, odd = (emit.op("lookup_low4", table, c.bits(I8)) for c in (codes, codes >> 4))
+    return [(2 * word, even), (2 * word + 1, odd)]
 
 
-def mxfp4_scales(emit: Emit, address: Val) -> Val:
-    """16 E8M0 bytes -> float32. Byte 0 is 2^-127, whose bits are 0x00400000 and not 0."""
-    bits = emit.load(address, I8, 16, align=16).zext(I32) << 23
-    return (bits < 0x00400000).select(0x00400000, bits).bits(F32)
+class _Packed:
+    """Codes as they stream from memory: four words of a row in a group, two quads each."""
 
+    nbytes = MXFP4_STRIP.group_bytes
+    steps = MXFP4_STRIP.words
 
-def mxfp4_dot(tokens: int, unpacked: bool) -> KernelBody:
-    """Dot kernel of MXFP4 for M = `tokens`, from packed codes or from `mxfp4_unpack`'s bytes."""
-
-    def body(
-        emit: Emit,
-        codes: Val,
-        scales: Val,
-        rows: Val,
-        count: Val,
-        sums: Val,
-        begin: Val,
-        end: Val,
-        groups: Val,
-    ) -> None:
-        del count
-        row = [emit.load(rows + 8 * t, I64) for t in range(tokens)]
-        total = _Sums(emit, sums)
-        with emit.when(begin.equals(0)):
-            total.clear(tokens)
-        step = MXFP4_UNPACKED_GROUP_BYTES if unpacked else MXFP4_GROUP_BYTES
-        with emit.loop(begin, end) as group:
-            at = codes + (group - begin) * step
-            scale_at = scales + (group - begin) * STRIP_ROWS
-            plane = [r + group * PLANE_BYTES for r in row]
-            meta = [r + groups * PLANE_BYTES + group * META_BYTES for r in row]
-            if not unpacked:
-                prefetch(emit, at, MXFP4_GROUP_BYTES)
-            # a loop, not two copies: the copies' equal loads of x would be kept in registers that
-            # the accumulators need
-            with emit.loop(0, emit.i64(PANELS)) as panel:
-                high = [emit.broadcast(emit.load(m + 4, I32, align=4), 16) for m in meta]
-                low = [emit.broadcast(emit.load(m + 8, I32, align=4), 16) for m in meta]
-                for quad, w in _weights(emit, at + panel * 64, unpacked):
-                    for t in range(tokens):
-                        x_high = emit.load(plane[t] + 4 * quad, I32, align=4)
-                        x_low = emit.load(plane[t] + (32 + 4 * quad), I32, align=4)
-                        high[t] = emit.op("byte_dot", high[t], w, x_high)
-                        low[t] = emit.op("byte_dot", low[t], w, x_low)
-                scale = mxfp4_scales(emit, scale_at + panel * 16)
-                for t in range(tokens):
-                    exact = emit.op("byte_dot_total", high[t], low[t]).to_float()
-                    product = exact * emit.load(meta[t], F32, align=4)
-                    old = total.load(t, panel)
-                    total.store(t, panel, emit.op("scale_add", old, product, scale))
-
-    return body
-
-
-def prefetch(emit: Emit, at: Val, nbytes: int, ahead: int = 4096) -> None:
-    """Fetch the lines of one group, `ahead` bytes on: a hardware prefetcher stops at the end of a
-    4 KiB page. One token, Zen 3: a sixth faster than without, 5 % faster than 2048 bytes ahead."""
-    for line in range(0, nbytes, 64):
-        emit.prefetch(at + (ahead + line))
-
-
-def _weights(
-    emit: Emit, at: Val, unpacked: bool, offset: int = BYTE_DOT_OFFSET
-) -> Iterator[tuple[int, Val]]:
-    """(quad, 64 weight bytes) of one panel and group; a quad is four inputs of 16 rows."""
-    if unpacked:
-        for quad in range(8):
-            yield quad, emit.load(at + 64 * PANELS * quad, I8, 64, align=64)
-        return
-    for word in range(4):
+    def weights(self, emit: Emit, group: Val, panel: Val | int, word: int) -> Weights:
+        at = group + panel * 64 if isinstance(panel, Val) else group + 64 * panel
         codes = emit.load(at + 64 * PANELS * word, I32, 16, align=64)
-        even, odd = _decode_word(emit, codes, offset)
-        yield 2 * word, even
-        yield 2 * word + 1, odd
+        return _decode(emit, codes, word, BYTE_DOT_OFFSET)
+
+    def scale(self, emit: Emit, group: Val, panel: Val | int) -> Scale:
+        at = group + panel * 16 if isinstance(panel, Val) else group + 16 * panel
+        return mxfp4_scale(emit, at + MXFP4_STRIP.code_bytes)
 
 
-_NEXT_CHUNK = 8192
-"""Packed bytes of a chunk (kernels.formats.chunk_bytes): the next one comes from memory while this
-one is multiplied. 64 tokens, Zen 3: 4 % faster than without."""
+class _Unpacked:
+    """Weight bytes in the cache: no lookup competes with the dot products."""
+
+    nbytes = UNPACKED_GROUP.nbytes
+    steps = 8
+
+    def weights(self, emit: Emit, group: Val, panel: Val | int, quad: int) -> Weights:
+        at = group + panel * 64 if isinstance(panel, Val) else group + 64 * panel
+        return [(quad, emit.load(at + 64 * PANELS * quad, I8, 64, align=64))]
+
+    def scale(self, emit: Emit, group: Val, panel: Val | int) -> Scale:
+        at = group + panel * 64 if isinstance(panel, Val) else group + 64 * panel
+        return Scale(
+            *(
+                emit.load(at + offset, F32, 16, align=64)
+                for offset in (UNPACKED_GROUP.powers, UNPACKED_GROUP.exponents)
+            )
+        )
+
+
+class _Planes:
+    """Integer sums of one panel and group: two accumulators for each token."""
+
+    def __init__(self, emit: Emit, x: Sequence[Val]) -> None:
+        """`x` has the address of each token's group."""
+        self._emit, self._x = emit, x
+        at = FIXED15_GROUP
+        self._high, self._low = (
+            [emit.broadcast(emit.load(address + bias, I32, align=4), 16) for address in x]
+            for bias in (at.high_bias, at.low_bias)
+        )
+
+    def add(self, weights: Weights) -> None:
+        emit = self._emit
+        planes = ((self._high, FIXED15_GROUP.high), (self._low, FIXED15_GROUP.low))
+        for quad, w in weights:
+            for sums, plane in planes:
+                for t, address in enumerate(self._x):
+                    x = emit.load(address + (plane + 4 * quad), I32, align=4)
+                    sums[t] = emit.op("byte_dot", sums[t], w, x)
+
+    def scaled(self, scale: Scale) -> list[Val]:
+        """The group's part of each token's result, float32 [16]."""
+        emit, at = self._emit, FIXED15_GROUP
+        products = []
+        for t, address in enumerate(self._x):
+            exact = emit.op("byte_dot_total", self._high[t], self._low[t]).to_float()
+            factor, exponent = (
+                emit.broadcast(emit.load(address + offset, F32, align=4), 16)
+                for offset in (at.factor, at.exponent)
+            )
+            if len(self._x) == 1:  # memory is what a single token waits for, not multipliers
+                products.append((exact * factor) * scale.power)
+            else:
+                product = emit.op("times_power", exact, factor, exponent)
+                products.append(emit.op("times_power", product, scale.power, scale.exponent))
+        return products
+
+
+TURN_GROUPS = 16
+"""Groups that two panels go ahead before the other two follow: 17 KB, half of a first-level
+cache."""
+
+_AHEAD = 8192
+"""Bytes ahead of their use that lines of codes are asked for."""
+
+
+class _Mxfp4:
+    """The making of one kernel."""
+
+    def __init__(
+        self, emit: Emit, args: DotArgs, tokens: int, source: _Packed | _Unpacked, order: Order
+    ) -> None:
+        self.emit, self.args, self.tokens = emit, args, tokens
+        self.source, self.order = source, order
+        self.row_bytes = tokens * FIXED15_GROUP.nbytes
+        self.lines: list[Val] = []  # still to be asked for in this group
+        self.ahead = emit.var(args.ahead)
+
+    def run(self) -> None:
+        args, kept = self.args, self.order.kept
+        if kept == PANELS:
+            self.in_registers(range(PANELS), args.codes, args.begin, args.end)
+        elif kept:
+            self.by_turns()
+        else:
+            self.in_memory()
+
+    def by_turns(self) -> None:
+        """Two panels of some groups, then the other two."""
+        emit, args, kept = self.emit, self.args, self.order.kept
+        with emit.loop(args.begin, args.end, step=TURN_GROUPS) as first:
+            last = first + TURN_GROUPS
+            last = (args.end < last).select(args.end, last)
+            codes = args.codes + (first - args.begin) * self.source.nbytes
+            for panel in range(0, PANELS, kept):
+                self.in_registers(range(panel, panel + kept), codes, first, last)
+
+    def in_registers(self, panels: Sequence[int], codes: Val, begin: Val, end: Val) -> None:
+        """Groups begin..end-1 of `panels`, the sums in registers meanwhile."""
+        emit, args, together = self.emit, self.args, self.order.together
+        slots = list(itertools.product(range(self.tokens), panels))
+        total = load_sums(emit, args.sums, begin, slots)
+        code, row = emit.var(codes), emit.var(args.x + begin * self.row_bytes)
+        with emit.loop(begin, end):
+            group, x = code.get(), self.token_addresses(row.get())
+            self.lines = self.wanted(group) if panels[0] == 0 else []
+            share = -(-len(self.lines) // (len(panels) // together * self.source.steps))
+            for first in range(0, len(panels), together):
+                now = panels[first : first + together]
+                planes = self.dot(group, x, now, share)
+                for p in now:
+                    products = planes[p].scaled(self.source.scale(emit, group, p))
+                    for t, product in enumerate(products):
+                        total[t, p].set(total[t, p].get() + product)
+                emit.fence()
+            code.set(group + self.source.nbytes)
+            row.set(row.get() + self.row_bytes)
+        store_sums(emit, args.sums, total)
+
+    def dot(
+        self, group: Val, x: Sequence[Val], panels: Sequence[int], share: int
+    ) -> dict[int, _Planes]:
+        """Step by step, each of all `panels`. Fences keep the order: weights, then their dot
+        products. Without them LLVM loads inputs and weights early, into registers that the
+        accumulators need (four tokens: 72 instead of 112 GMAC/s)."""
+        emit = self.emit
+        planes = {p: _Planes(emit, x) for p in panels}
+        emit.fence()
+        for step in range(self.source.steps):
+            self.ask(share)
+            for p in panels:
+                weights = self.source.weights(emit, group, p, step)
+                if self.tokens > 1:
+                    emit.fence()
+                planes[p].add(weights)
+                if self.tokens > 1:
+                    emit.fence()
+            emit.fence()
+        return planes
+
+    def in_memory(self) -> None:
+        """Panel by panel, each group's sums added to memory. A loop over panels, not four copies:
+        the copies' equal loads of x would be kept in registers that the accumulators need."""
+        emit, args, source = self.emit, self.args, self.source
+        with emit.when(args.begin.equals(0)):
+            clear_sums(emit, args.sums, self.tokens)
+        with emit.loop(args.begin, args.end) as index:
+            group = args.codes + (index - args.begin) * source.nbytes
+            x = self.token_addresses(args.x + index * self.row_bytes)
+            self.lines = self.wanted(group)
+            self.ask(len(self.lines))
+            with emit.loop(0, emit.i64(PANELS)) as panel:
+                planes = _Planes(emit, x)
+                for step in range(source.steps):
+                    planes.add(source.weights(emit, group, panel, step))
+                for t, product in enumerate(planes.scaled(source.scale(emit, group, panel))):
+                    to = args.sums + panel * 64 + SUMS_BYTES * t
+                    emit.store(to, emit.load(to, F32, 16, align=64) + product, align=64)
+
+    def token_addresses(self, row: Val) -> list[Val]:
+        return [row + FIXED15_GROUP.nbytes * t for t in range(self.tokens)]
+
+    def wanted(self, group: Val) -> list[Val]:
+        """Lines to ask for during a group: of the codes that stream by, or of the ones that are
+        unpacked next."""
+        if isinstance(self.source, _Packed):
+            ahead = group + _AHEAD
+            lines = self.source.nbytes // LINE if self.order.prefetch else 0
+        else:
+            ahead, lines = self.ahead.get(), SHARE_BYTES // UNPACK_GROUPS // LINE
+            self.ahead.set(ahead + lines * LINE)
+        return [ahead + LINE * line for line in range(lines)]
+
+    def ask(self, lines: int) -> None:
+        for line in self.lines[:lines]:
+            self.emit.prefetch(line)
+        self.lines = self.lines[lines:]
+
+
+def mxfp4_dot(tokens: int, order: Order) -> KernelBody:
+    """Dot kernel of MXFP4 for T = `tokens`, from packed codes."""
+    return dot_kernel(lambda emit, args: _Mxfp4(emit, args, tokens, _Packed(), order).run())
+
+
+def mxfp4_unpacked_dot(tokens: int, order: Order) -> KernelBody:
+    """Dot kernel of MXFP4 for T = `tokens`, from what `mxfp4_unpack` has made of the codes."""
+    return dot_kernel(lambda emit, args: _Mxfp4(emit, args, tokens, _Unpacked(), order).run())
 
 
 def mxfp4_unpack(offset: int) -> KernelBody:
-    """Kernel (codes, out, count): groups of packed codes -> weight bytes [group][quad][panel],
-    doubled, plus `offset`."""
+    """Kernel (codes, out, count): groups of a strip -> `UnpackedGroup`s. Weights are doubled,
+    plus `offset`."""
 
     def body(emit: Emit, codes: Val, out: Val, count: Val) -> None:
         with emit.loop(0, count) as group:
-            at, to = codes + group * MXFP4_GROUP_BYTES, out + group * MXFP4_UNPACKED_GROUP_BYTES
-            prefetch(emit, at, MXFP4_GROUP_BYTES, _NEXT_CHUNK)
-            for panel in range(PANELS):
-                for quad, w in _weights(emit, at + 64 * panel, unpacked=False, offset=offset):
+            at, to = codes + group * MXFP4_STRIP.group_bytes, out + group * UNPACKED_GROUP.nbytes
+            for word, panel in itertools.product(range(MXFP4_STRIP.words), range(PANELS)):
+                line = emit.load(at + 64 * (PANELS * word + panel), I32, 16, align=64)
+                for quad, w in _decode(emit, line, word, offset):
                     emit.store(to + 64 * (PANELS * quad + panel), w, align=64)
+            for panel in range(PANELS):
+                scale = mxfp4_scale(emit, at + (MXFP4_STRIP.code_bytes + 16 * panel))
+                emit.store(to + (UNPACKED_GROUP.powers + 64 * panel), scale.power, align=64)
+                emit.store(to + (UNPACKED_GROUP.exponents + 64 * panel), scale.exponent, align=64)
 
     return body
 
 
-def bf16_dot(tokens: int) -> KernelBody:
-    """Dot kernel of BF16 for M = `tokens`; `scales` and `groups` are not used."""
+# BF16
 
-    def body(
-        emit: Emit,
-        codes: Val,
-        scales: Val,
-        rows: Val,
-        count: Val,
-        sums: Val,
-        begin: Val,
-        end: Val,
-        groups: Val,
+
+def bf16_dot(tokens: int, order: Order) -> KernelBody:
+    """Dot kernel of BF16 for T = `tokens`."""
+
+    def pairs(
+        emit: Emit, at: Val, x: Val, panels: Sequence[int], total: dict[Slot, Var], ahead: int
     ) -> None:
-        del scales, count, groups
-        row = [emit.load(rows + 8 * t, I64) for t in range(tokens)]
-        memory = _Sums(emit, sums)
-        with emit.when(begin.equals(0)):
-            memory.clear(tokens)
-        slots = [(t, p) for t in range(tokens) for p in range(PANELS)]
-        total = {slot: emit.var(memory.load(*slot)) for slot in slots}
-        # Fences keep the order: a load of weights, then its dots. Without them the compiler goes
-        # token by token with all weights of a turn in registers, or keeps the inputs, which both
-        # panels read, in registers that the accumulators need (12 tokens: 24 of 32); so each input
-        # is an operand of the instruction that uses it. A turn takes several pairs because it also
-        # moves the pointers.
-        unrolled = max(2, 8 // tokens)
-        first = begin * (GROUP // 2)
-        with emit.loop(first, end * (GROUP // 2), step=unrolled) as pair:
-            at = codes + (pair - first) * BF16_PAIR_BYTES
-            inputs = [r + pair * 4 for r in row]
-            if tokens == 1:
-                prefetch(emit, at, unrolled * BF16_PAIR_BYTES)
-            for i, panel in itertools.product(range(unrolled), range(PANELS)):
-                w = emit.load(at + (BF16_PAIR_BYTES * i + 64 * panel), I32, 16, align=64)
-                for t in range(tokens):
-                    x = emit.load(inputs[t] + 4 * i, I32, align=4)
-                    total[t, panel].set(emit.op("pair_dot", total[t, panel].get(), w, x))
-                emit.fence()
-        for slot in slots:
-            memory.store(*slot, total[slot].get())
+        """A group of `panels`. Fences keep the order, a line of weights, then its dot products;
+        and each input is an operand of the instruction that uses it."""
+        for pair, panel in itertools.product(range(GROUP // 2), panels):
+            line = at + 64 * (PANELS * pair + panel)
+            if ahead:
+                emit.prefetch(line + ahead)
+            w = emit.load(line, I32, 16, align=64)
+            for t in range(tokens):
+                value = emit.load(x + (BF16_PAIRS.group_bytes * t + 4 * pair), I32, align=4)
+                total[t, panel].set(emit.op("pair_dot", total[t, panel].get(), w, value))
+            emit.fence()
 
-    return body
+    def body(emit: Emit, args: DotArgs) -> None:
+        step, ahead = tokens * BF16_PAIRS.group_bytes, 4096 if order.prefetch else 0
+        code, row = emit.var(args.codes), emit.var(args.x + args.begin * step)
+        halves = [range(p, p + order.together) for p in range(0, PANELS, order.together)]
+        slots = [list(itertools.product(range(tokens), panels)) for panels in halves]
+        total: dict[Slot, Var] = {}
+        if order.kept:
+            total = load_sums(emit, args.sums, args.begin, slots[0])
+        with emit.loop(args.begin, args.end) as group:
+            for panels, some in zip(halves, slots, strict=True):
+                if not order.kept:
+                    total = load_sums(emit, args.sums, group, some)
+                pairs(emit, code.get(), row.get(), panels, total, ahead)
+                if not order.kept:
+                    store_sums(emit, args.sums, total)
+            code.set(code.get() + BF16_STRIP.group_bytes)
+            row.set(row.get() + step)
+        if order.kept:
+            store_sums(emit, args.sums, total)
+
+    return dot_kernel(body)

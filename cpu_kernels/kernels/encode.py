@@ -6,16 +6,18 @@ MXFP4 takes 15-bit fixed point. E2M1 codes doubled are integers, so with integer
 sum over a group of 32 is exact and every ISA computes the same bits. For a group with maximum
 magnitude in [2^e, 2^(e+1)), q = round(x * 2^(13 - e)); a bf16 within 2^-6 of the maximum is exact
 (8 significant bits), a smaller one is off by at most 2^(e-14), and |q| <= 16320 = 255/128 * 2^13.
-q is split into two signed bytes, q = 256 * high + low. Per group of 32, 80 bytes:
+q is split into two signed bytes, q = 256 * high + low. A group of 32 is 80 bytes in one place,
+`Fixed15Group`: the planes high[32] and low[32], then what turns their sums into the group's part
+of the result. The factor is 2^(e - 14): the step of q, halved because the weights are doubled; it
+is stored as a float32 and as its exponent, of which a tier reads one. The biases undo the offset 12
+that makes the weights unsigned. Within each 8 inputs the order is 0 2 4 6 1 3 5 7: the low nibbles
+of a 32-bit word of codes hold the even inputs, the high nibbles the odd ones.
 
-    planes[group]: high[32], low[32]           meta[group]: factor f32, bias high, bias low, -
+A row is [group]. Tokens that meet the weights together, a tile, are [group][token]: one stream
+whatever their number, and the inputs of a group never meet in one set of the first-level cache, as
+those of rows 4096 bytes apart do.
 
-in the order planes of all groups, then meta of all groups. factor = 2^(e - 14): the step of q,
-halved because the weights are doubled. The biases undo the offset 12 that makes the weights
-unsigned. Within each 8 inputs the order is 0 2 4 6 1 3 5 7: the low nibbles of a 32-bit word of
-codes hold the even inputs, the high nibbles the odd ones.
-
-A group that holds NaN or infinity has factor NaN; the row's result is then NaN.
+A group that holds NaN or infinity has factor and exponent NaN; the row's result is then NaN.
 """
 
 from __future__ import annotations
@@ -23,11 +25,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, KernelBody, Val
-from hybrid_moe.formats.strips import GROUP, LINE
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, I64, Emit, KernelBody, Val
+from hybrid_moe.formats.strips import GROUP
 
-PLANE_BYTES = 64
-META_BYTES = 16
+
+@dataclass(frozen=True)
+class Fixed15Group:
+    """Byte offsets within a group of 32 encoded inputs."""
+
+    high: int = 0  # int8 [32]
+    low: int = 32  # int8 [32]
+    factor: int = 64  # float32
+    high_bias: int = 68  # int32, an accumulator of byte_dot to start from
+    low_bias: int = 72
+    exponent: int = 76  # float32, a whole number
+    nbytes: int = 80
+
+
+FIXED15_GROUP = Fixed15Group()
 _QUAD_ORDER = [8 * octet + i for octet in range(4) for i in (0, 2, 4, 6, 1, 3, 5, 7)]
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, left in the low mantissa bits
 _ROUND_BITS = 0x4B400000
@@ -51,8 +66,9 @@ def _power_of_two(exponent: Val) -> Val:
     return ((exponent + 127) << 23).bits(F32)
 
 
-def encode_fixed15_group(emit: Emit, x: Val, planes: Val, meta: Val) -> None:
-    """Encode 32 float32 that hold bf16 values."""
+def encode_fixed15_group(emit: Emit, x: Val, to: Val) -> None:
+    """Encode 32 float32 that hold bf16 values into the group at address `to`."""
+    group = FIXED15_GROUP
     magnitude = emit.reduce("umax", x.bits(I32) & 0x7FFFFFFF)
     biased = magnitude >> 23
     is_finite = biased < 255
@@ -63,25 +79,23 @@ def encode_fixed15_group(emit: Emit, x: Val, planes: Val, meta: Val) -> None:
     q = (q + _ROUND).bits(I32) - _ROUND_BITS
     low = ((q + 128) & 255) - 128
     high = (q - low).sar(8)
-    for index, plane in enumerate((high, low)):
+    for plane, at, bias in (
+        (high, group.high, group.high_bias),
+        (low, group.low, group.low_bias),
+    ):
         lanes = plane.trunc(I8).shuffle(_QUAD_ORDER)
-        emit.store(planes + 32 * index, lanes, align=32)
-        emit.store(meta + (4 + 4 * index), emit.op("byte_dot_bias", lanes), align=4)
+        emit.store(to + at, lanes, align=16)
+        emit.store(to + bias, emit.op("byte_dot_bias", lanes), align=4)
     step = -shift - 1
     half = step.sar(1)
     factor = _power_of_two(half) * _power_of_two(step - half)
     nan = emit.splat(0x7FC00000, I32).bits(F32)
-    emit.store(meta, is_finite.select(factor, nan), align=4)
+    emit.store(to + group.factor, is_finite.select(factor, nan), align=4)
+    emit.store(to + group.exponent, is_finite.select(step.to_float(), nan), align=4)
 
 
-def _store_fixed15(emit: Emit, x: Val, row: Val, group: Val, groups: Val) -> None:
-    planes = row + group * PLANE_BYTES
-    meta = row + groups * PLANE_BYTES + group * META_BYTES
-    encode_fixed15_group(emit, x, planes, meta)
-
-
-def _store_bf16(emit: Emit, x: Val, row: Val, group: Val, groups: Val) -> None:
-    emit.store(row + group * (2 * GROUP), (x.bits(I32) >> 16).trunc(I16), align=32)
+def _store_bf16(emit: Emit, x: Val, to: Val) -> None:
+    emit.store(to, (x.bits(I32) >> 16).trunc(I16), align=32)
 
 
 @dataclass(frozen=True)
@@ -90,26 +104,18 @@ class Encoding:
 
     Attributes:
         group_bytes: bytes of 32 encoded inputs.
-        store: emits the encoding of 32 float32 that hold bf16 values, as (emit, x, row, group,
-            groups): group `group` of the row at address `row` that has `groups` of them.
+        store: emits the encoding of 32 float32 that hold bf16 values, as (emit, x, address).
     """
 
     group_bytes: int
-    store: Callable[[Emit, Val, Val, Val, Val], None]
+    store: Callable[[Emit, Val, Val], None]
 
     def row_bytes(self, groups: int) -> int:
-        """Bytes of one encoded row: whole cache lines, 9 more than a multiple of 16 of them.
-
-        A tile reads the same group of up to 12 rows at once. Were rows a power of two apart (64
-        lines for 4096 inputs as bf16), all of these would fall into one of the 64 sets of a first
-        level cache with 8 or 12 ways. 9 lines modulo 16 are odd, so 64 neighbouring rows fall into
-        64 different sets. BF16, 1024 tokens: a fifth faster on Zen 5, a quarter on Zen 4.
-        """
-        lines = -(-groups * self.group_bytes // LINE)
-        return (lines + (9 - lines) % 16) * LINE
+        """Bytes of one encoded row; a tile of T tokens takes T times as many."""
+        return groups * self.group_bytes
 
 
-FIXED15 = Encoding(PLANE_BYTES + META_BYTES, _store_fixed15)
+FIXED15 = Encoding(FIXED15_GROUP.nbytes, encode_fixed15_group)
 BF16_PAIRS = Encoding(2 * GROUP, _store_bf16)
 
 
@@ -123,6 +129,23 @@ def encode_rows(encoding: Encoding) -> KernelBody:
             source, row = x + token * x_stride, rows + token * row_stride
             with emit.loop(0, groups) as group:
                 values = load_bf16(emit, source + group * (2 * GROUP), GROUP)
-                encoding.store(emit, values, row, group, groups)
+                encoding.store(emit, values, row + group * encoding.group_bytes)
+
+    return body
+
+
+def gather(encoding: Encoding) -> KernelBody:
+    """Kernel (rows, count, out, groups): the encoded rows at addresses rows (int64 [count]) -> one
+    tile [group][token] at `out`."""
+    nbytes = encoding.group_bytes
+
+    def body(emit: Emit, rows: Val, count: Val, out: Val, groups: Val) -> None:
+        with emit.loop(0, count) as token:
+            row = emit.load(rows + token * 8, I64, align=8)
+            with emit.loop(0, groups) as group:
+                at, to = row + group * nbytes, out + (group * count + token) * nbytes
+                for offset, lanes in ((0, 16), (64, (nbytes - 64) // 4)):
+                    if lanes:
+                        emit.store(to + offset, emit.load(at + offset, I32, lanes, 16), align=16)
 
     return body

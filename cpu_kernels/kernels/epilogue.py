@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, I64, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.kernels.encode import Encoding, to_bf16
-from hybrid_moe.formats.strips import STRIP_ROWS
+from hybrid_moe.formats.strips import GROUP, PANELS, SUMS_BYTES
 
 _LOG2_E = 1.44269504088896341
 _LN2_HIGH = 0.693359375  # 9 bits: n * _LN2_HIGH is exact for |n| < 2^15
@@ -45,35 +45,26 @@ def exp(x: Val) -> Val:
 
 
 def activate(encoding: Encoding) -> KernelBody:
-    """Kernel (sums0, sums1, count, rows, group, groups, gate_bias, up_bias, parameters).
+    """Kernel (sums, count, to, gate_bias, up_bias, parameters).
 
-    sums0 and sums1 are float32 [count][32] of two neighbouring strips: 16 gates, 16 ups each.
-    Writes group `group` of the encoded rows at the addresses rows[count]. The biases are float32
-    [32] each; `parameters` is float32 [3]: limit, alpha, up offset.
+    sums is float32 [count][64] of one gate/up strip: 32 gates, then 32 ups. Writes one group of a
+    tile of `count` encoded rows, [token] at address `to`. The biases are float32 [32] each;
+    `parameters` is float32 [3]: limit, alpha, up offset.
 
         gate' = min(gate, limit), up' = clamp(up, -limit, limit)
         h = gate' * sigmoid(alpha * gate') * (up' + offset), rounded once to bf16
     """
 
     def body(
-        emit: Emit,
-        sums0: Val,
-        sums1: Val,
-        count: Val,
-        rows: Val,
-        group: Val,
-        groups: Val,
-        gate_bias: Val,
-        up_bias: Val,
-        parameters: Val,
+        emit: Emit, sums: Val, count: Val, to: Val, gate_bias: Val, up_bias: Val, parameters: Val
     ) -> None:
         limit, alpha, offset = (emit.load(parameters + 4 * i, F32, align=4) for i in range(3))
         with emit.loop(0, count) as token:
-            at = token * (4 * STRIP_ROWS)
+            at = sums + token * SUMS_BYTES
             halves = []
-            for index, sums in enumerate((sums0, sums1)):
-                gate = emit.load(sums + at, F32, 16, align=64)
-                up = emit.load(sums + at + 64, F32, 16, align=64)
+            for index in range(PANELS // 2):
+                gate = emit.load(at + 64 * index, F32, 16, align=64)
+                up = emit.load(at + 64 * (PANELS // 2 + index), F32, 16, align=64)
                 gate = gate + emit.load(gate_bias + 64 * index, F32, 16, align=4)
                 up = up + emit.load(up_bias + 64 * index, F32, 16, align=4)
                 gate = (gate > limit).select(limit, gate)
@@ -81,8 +72,7 @@ def activate(encoding: Encoding) -> KernelBody:
                 glu = gate / (exp(-(gate * alpha)) + 1.0)
                 halves.append(to_bf16(glu * (up + offset)))
             h = (halves[0].concat(halves[1]).zext(I32) << 16).bits(F32)
-            row = emit.load(rows + token * 8, I64, align=8)
-            encoding.store(emit, h, row, group, groups)
+            encoding.store(emit, h, to + token * encoding.group_bytes)
 
     return body
 
@@ -90,32 +80,37 @@ def activate(encoding: Encoding) -> KernelBody:
 def combine(
     emit: Emit, sums: Val, count: Val, tokens: Val, weights: Val, out: Val, bias: Val
 ) -> None:
-    """Kernel: out[tokens[i]] += weights[i] * (sums[i] + bias) for the 32 rows of a strip.
+    """Kernel: out[tokens[i]] += weights[i] * (sums[i] + bias) for the 64 rows of a strip.
 
-    sums float32 [count][32], tokens int32 [count], weights float32 [count], out float32 [T][32],
-    bias float32 [32].
+    sums float32 [count][64], tokens int32 [count], weights float32 [count], out float32 [T][64],
+    bias float32 [64].
     """
     with emit.loop(0, count) as i:
         weight = emit.load(weights + i * 4, F32, align=4)
         token = emit.load(tokens + i * 4, I32, align=4).zext(I64)
-        for panel in range(2):
-            y = emit.load(sums + i * 128 + 64 * panel, F32, 16, align=64)
+        for panel in range(PANELS):
+            y = emit.load(sums + i * SUMS_BYTES + 64 * panel, F32, 16, align=64)
             y = y + emit.load(bias + 64 * panel, F32, 16, align=4)
-            to = out + token * 128 + 64 * panel
+            to = out + token * SUMS_BYTES + 64 * panel
             emit.store(to, emit.load(to, F32, 16, align=64) + y * weight, align=64)
 
 
 def clear(emit: Emit, out: Val, count: Val) -> None:
-    """Kernel: zeroes float32 [count][32]."""
+    """Kernel: zeroes float32 [count][64]."""
     zero = emit.splat(0.0, F32, 16)
     with emit.loop(0, count) as i:
-        emit.store(out + i * 128, zero, align=64)
-        emit.store(out + i * 128 + 64, zero, align=64)
+        for panel in range(PANELS):
+            emit.store(out + i * SUMS_BYTES + 64 * panel, zero, align=64)
 
 
-def finish(emit: Emit, sums: Val, count: Val, out: Val, out_stride: Val) -> None:
-    """Kernel: float32 [count][32] -> bf16 at out + i * out_stride."""
+def finish(emit: Emit, sums: Val, count: Val, out: Val, out_stride: Val, rows: Val) -> None:
+    """Kernel: the first `rows`, 32 or 64, of float32 [count][64] -> bf16 at out + i * out_stride.
+
+    The output ends with the last row, which may be in the middle of the last strip.
+    """
     with emit.loop(0, count) as i:
-        for panel in range(2):
-            y = emit.load(sums + i * 128 + 64 * panel, F32, 16, align=64)
-            emit.store(out + i * out_stride + 32 * panel, to_bf16(y), align=2)
+        for half in range(2):
+            with emit.when(rows > GROUP * half):
+                for panel in (2 * half, 2 * half + 1):
+                    y = emit.load(sums + i * SUMS_BYTES + 64 * panel, F32, 16, align=64)
+                    emit.store(out + i * out_stride + 32 * panel, to_bf16(y), align=2)

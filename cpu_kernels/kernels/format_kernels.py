@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from hybrid_moe.cpu_kernels.drivers.records import UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
 from hybrid_moe.cpu_kernels.dsl.tiles import TileConfig
-from hybrid_moe.cpu_kernels.kernels import dot, tile_dot
+from hybrid_moe.cpu_kernels.kernels import dot, order, tile_dot
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15, Encoding
+from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS
 
 
@@ -22,16 +24,14 @@ class TileKernels:
         config: of the tile registers, for all of them.
         dots: M -> dot kernel for 1 to M tokens.
         unpack: kernel that unpacks codes for them; None where packed codes are as good.
-        always: they serve any number of tokens. If not, an expert with few tokens uses the
-            `direct` kernels, which must have the same arithmetic.
-        pass_tokens: an expert with up to as many tokens meets a strip in one pass over all of K.
+        from_tokens: an expert with fewer tokens uses the `direct` kernels, which must have the same
+            arithmetic; 1: they serve any number of tokens.
     """
 
     config: TileConfig
     dots: Mapping[int, KernelBody]
     unpack: KernelBody | None
-    always: bool
-    pass_tokens: int
+    from_tokens: int
 
     def __post_init__(self) -> None:
         if max(self.dots) > MOST_BLOCK_TOKENS:
@@ -47,34 +47,45 @@ class FormatKernels:
 
     Attributes:
         encoding: of the activations.
-        direct: M -> dot kernel over packed codes.
-        tiled: M -> dot kernel over unpacked codes; None where packed codes are as good.
+        most: (registers, registers of a panel) -> tokens of the largest tile.
+        order: (tokens, registers, registers of a panel) -> how that kernel goes.
+        direct: (tokens, order) -> dot kernel over packed codes.
+        tiled: (tokens, order) -> dot kernel over unpacked codes; None where packed codes are as
+            good.
         unpack: kernel that unpacks codes; None with `tiled`.
-        chunk_group_bytes: bytes of one group of a strip as the tiled kernels read it.
-        reserved_registers: registers that a dot kernel needs beside its accumulators.
+        unpacked_group_bytes: of one group of a strip, unpacked; 0 with `tiled`.
+        chunk_groups: groups of a strip that several tiles meet in turn, while they are in the
+            second-level cache.
         tile: kernels for a matrix unit.
-        chunk_bytes: codes that a pass over many tokens keeps in the cache, of each strip.
     """
 
     encoding: Encoding
-    direct: Callable[[int], KernelBody]
-    tiled: Callable[[int], KernelBody] | None
+    most: Callable[[int, int], int]
+    order: Callable[[int, int, int], Order]
+    direct: Callable[[int, Order], KernelBody]
+    tiled: Callable[[int, Order], KernelBody] | None
     unpack: KernelBody | None
-    chunk_group_bytes: int
-    reserved_registers: int
+    unpacked_group_bytes: int
+    chunk_groups: int
     tile: TileKernels
-    chunk_bytes: int = 16 << 10  # half of a 32 KiB first-level cache
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Of the groups that are unpacked at a time."""
+        return UNPACK_GROUPS * self.unpacked_group_bytes
 
 
 FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
     {
         "MXFP4": FormatKernels(
             encoding=FIXED15,
-            direct=lambda m: dot.mxfp4_dot(m, unpacked=False),
-            tiled=lambda m: dot.mxfp4_dot(m, unpacked=True),
+            most=order.mxfp4_most,
+            order=order.mxfp4_order,
+            direct=dot.mxfp4_dot,
+            tiled=dot.mxfp4_unpacked_dot,
             unpack=dot.mxfp4_unpack(BYTE_DOT_OFFSET),
-            chunk_group_bytes=dot.MXFP4_UNPACKED_GROUP_BYTES,
-            reserved_registers=4,
+            unpacked_group_bytes=dot.UNPACKED_GROUP.nbytes,
+            chunk_groups=256,  # 272 KB, a quarter of Zen 4's second-level cache
             # Cycles for a group of a panel: the matrix unit takes 16 for each plane, whatever the
             # count; vectors take 16 byte products a token, two at a time. They meet at 4 tokens;
             # unpacking through memory and storing the registers cost the blocks as much again.
@@ -82,24 +93,24 @@ FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
                 config=tile_dot.MXFP4_CONFIG,
                 dots={16: tile_dot.mxfp4_tile_dot},
                 unpack=dot.mxfp4_unpack(0),
-                always=False,
-                pass_tokens=8,
+                from_tokens=9,
             ),
         ),
         "BF16": FormatKernels(
             encoding=BF16_PAIRS,
+            most=order.bf16_most,
+            order=order.bf16_order,
             direct=dot.bf16_dot,
             tiled=None,
             unpack=None,
-            chunk_group_bytes=dot.BF16_GROUP_BYTES,
-            reserved_registers=8,  # without a bf16 dot product, pairs are widened before they meet
+            unpacked_group_bytes=0,
+            chunk_groups=32,  # 128 KB
             # Even one token: 16 cycles for 1 KiB of weights is faster than any memory.
             tile=TileKernels(
                 config=tile_dot.BF16_CONFIG,
                 dots={m: tile_dot.bf16_tile_dot(m) for m in (32, 16)},
                 unpack=None,
-                always=True,
-                pass_tokens=32,
+                from_tokens=1,
             ),
         ),
     }

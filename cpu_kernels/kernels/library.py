@@ -4,51 +4,67 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS, UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.dsl.tiles import configure, release
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.jit.sources import source_key
 from hybrid_moe.cpu_kernels.kernels import encode, epilogue
+from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.encode import Encoding
-from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
+from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS, FormatKernels
+from hybrid_moe.cpu_kernels.kernels.order import MOST_TOKENS
 
 
 @dataclass(frozen=True)
-class DotKernel:
-    """A compiled dot kernel: its address, and how many tokens it may be called with."""
+class Tiling:
+    """How the tokens of one expert are cut into tiles, and a dot kernel for each size of a tile.
 
-    least: int
+    Attributes:
+        most: tokens of the largest tile.
+        unit: every tile but the last has a multiple of so many tokens. Vector kernels take exactly
+            their number of tokens, so that tiles are even; a matrix unit's block is whole.
+        groups: groups of a strip that several tiles meet in turn.
+        unpack: kernel that prepares these groups, or 0.
+        kernels: tokens of a tile -> address of its dot kernel.
+    """
+
     most: int
-    address: int
+    unit: int
+    groups: int
+    unpack: int
+    kernels: Mapping[int, int]
+
+    def sizes(self, count: int) -> list[int]:
+        """Tokens of each tile of `count`, as drivers.phases cuts them."""
+        units = -(-count // self.unit)
+        tiles = -(-count // self.most)
+        ends = [min(count, self.unit * (units * i // tiles)) for i in range(tiles + 1)]
+        return [end - start for start, end in itertools.pairwise(ends)]
 
 
 @dataclass(frozen=True)
 class KernelSet:
-    """Addresses of compiled kernels.
+    """Compiled kernels.
 
     Attributes:
-        direct: dot kernels over packed codes, those for most tokens first.
-        tiled: dot kernels over unpacked codes (or packed, without `unpack`), likewise.
-        unpack: codes -> weight bytes, or 0 where the format is read as it is packed.
-        chunk_group_bytes: bytes of one group of a strip as the tiled kernels read it.
-        chunk_groups: groups of a strip that a pass over many tokens keeps in the cache.
+        direct: tiles over packed codes.
+        tiled: tiles for many tokens, over unpacked codes if the format has them.
+        tiled_from: an expert with so many tokens in a pass uses `tiled`, one with fewer `direct`.
         encoding: of the activations.
-        direct_limit: an expert with more tokens than this uses the tiled kernels.
         enter, leave: what a thread calls before and after its part of a job, or 0.
     """
 
-    direct: Sequence[DotKernel]
-    tiled: Sequence[DotKernel]
-    unpack: int
-    chunk_group_bytes: int
-    chunk_groups: int
+    direct: Tiling
+    tiled: Tiling
+    tiled_from: int
     encoding: Encoding
-    direct_limit: int
     encode: int
+    gather: int
     activate: int
     combine: int
     clear: int
@@ -57,53 +73,74 @@ class KernelSet:
     leave: int
 
 
-_LARGEST_TILE = 12
-"""Tokens beyond which a wider tile gains nothing: a weight load is already shared by 24 dots."""
+def unpack_from(most: int) -> int:
+    """Tokens from which it pays to unpack a strip's codes first, with tiles of up to `most`.
+
+    Unpacking a group of a panel costs as much as some tiles save by not decoding it. On AVX-512
+    lookups share pipes with few other instructions (Zen 4: unpacking takes 27 cycles, a tile of six
+    saves 5); with the small tiles of narrow registers they are a fifth of the work (Zen 3: two
+    tiles are enough).
+    """
+    return 40 if most == MOST_TOKENS else 2 * most + 1
 
 
-def tile_sizes(tier: Tier, reserved: int, largest: int = _LARGEST_TILE) -> tuple[int, ...]:
-    """Token counts to make kernels for: the largest whose two accumulators each fit beside
-    `reserved` registers for weights, activations and constants, then about halves down to 1."""
-    fitting = (tier.registers - reserved) // (2 * tier.registers_per_panel)
-    sizes = [max(1, min(largest, fitting))]
-    while sizes[-1] > 1:
-        sizes.append((sizes[-1] + 1) // 2)
-    return tuple(sizes)
+def _unpacked_sizes(most: int) -> range:
+    """Tokens that tiles over unpacked codes can have."""
+    even = Tiling(most, 1, 0, 0, {})
+    return range(
+        min(min(even.sizes(n)) for n in range(unpack_from(most), 2 * BATCH_TOKENS)), most + 1
+    )
 
 
 def functions_of(format_name: str, tier: Tier) -> list[tuple[str, int, KernelBody]]:
     """(name, arity, body) of every kernel of the format on the tier."""
     kernels = FORMAT_KERNELS[format_name]
     blocks = kernels.tile if tier.tiles else None
-    few = blocks.pass_tokens if blocks else _LARGEST_TILE
-    sizes = tile_sizes(tier, kernels.reserved_registers, min(few, _LARGEST_TILE))
+    registers = tier.registers, tier.registers_per_panel
+    most = kernels.most(*registers)
+    orders = {tokens: kernels.order(tokens, *registers) for tokens in range(1, most + 1)}
     functions: list[tuple[str, int, KernelBody]] = [
         ("encode", 6, encode.encode_rows(kernels.encoding)),
-        ("activate", 9, epilogue.activate(kernels.encoding)),
+        ("gather", 4, encode.gather(kernels.encoding)),
+        ("activate", 6, epilogue.activate(kernels.encoding)),
         ("combine", 6, epilogue.combine),
         ("clear", 2, epilogue.clear),
-        ("finish", 4, epilogue.finish),
+        ("finish", 5, epilogue.finish),
     ]
-    if blocks is None or not blocks.always:
-        functions += [(f"direct{m}", 8, kernels.direct(m)) for m in sizes]
+    if blocks is None or blocks.from_tokens > 1:
+        functions += [(f"direct{m}", DOT_ARITY, kernels.direct(m, o)) for m, o in orders.items()]
     if blocks is not None:
-        functions += [(f"block{m}", 8, body) for m, body in blocks.dots.items()]
+        functions += [(f"block{m}", DOT_ARITY, body) for m, body in blocks.dots.items()]
         functions += [("enter", 0, configure(blocks.config)), ("leave", 0, release)]
     elif kernels.tiled is not None:
-        functions += [(f"tiled{m}", 8, kernels.tiled(m)) for m in sizes]
+        functions += [
+            (f"tiled{m}", DOT_ARITY, kernels.tiled(m, orders[m])) for m in _unpacked_sizes(most)
+        ]
     unpack = kernels.unpack if blocks is None else blocks.unpack
     if unpack is not None:
         functions += [("unpack", 3, unpack)]
     return functions
 
 
-def _dot_kernels(at: Mapping[str, int], kind: str) -> list[DotKernel]:
-    """The kernels named `kind` and a number of tokens; a block takes fewer tokens too."""
-    sizes = sorted((int(n[len(kind) :]) for n in at if n.startswith(kind)), reverse=True)
-    return [
-        DotKernel(less + 1 if kind == "block" else most, most, at[f"{kind}{most}"])
-        for most, less in itertools.pairwise([*sizes, 0])
-    ]
+def _named(at: Mapping[str, int], kind: str) -> dict[int, int]:
+    """Tokens -> address of the kernels named `kind` and a number."""
+    return {int(n[len(kind) :]): at[n] for n in at if n.startswith(kind)}
+
+
+def _tilings(kernels: FormatKernels, at: Mapping[str, int]) -> tuple[Tiling, Tiling, int]:
+    """(direct, tiled, tiled_from) of compiled kernels."""
+    direct, tiled, blocks = (_named(at, kind) for kind in ("direct", "tiled", "block"))
+    never = 2 * BATCH_TOKENS
+    unpack = at.get("unpack", 0)
+    groups = UNPACK_GROUPS if unpack else kernels.chunk_groups
+    few = Tiling(max(direct, default=0), 1, kernels.chunk_groups, 0, direct)
+    if blocks:
+        each = {t: blocks[min(m for m in blocks if m >= t)] for t in range(1, max(blocks) + 1)}
+        many = Tiling(max(blocks), min(blocks), groups, unpack, each)
+        return (few if direct else many), many, kernels.tile.from_tokens
+    if tiled:
+        return few, Tiling(few.most, 1, groups, unpack, tiled), unpack_from(few.most)
+    return few, few, never
 
 
 @functools.lru_cache(maxsize=64)
@@ -120,17 +157,14 @@ def kernel_set(format_name: str, tier: Tier) -> KernelSet:
         label,
         sources=source_key(label) if own else None,
     )
-    direct, tiled, blocks = (_dot_kernels(at, kind) for kind in ("direct", "tiled", "block"))
-    direct = direct or blocks
+    direct, tiled, tiled_from = _tilings(kernels, at)
     return KernelSet(
         direct=direct,
-        tiled=blocks or tiled or direct,
-        unpack=at.get("unpack", 0),
-        chunk_group_bytes=kernels.chunk_group_bytes,
-        chunk_groups=max(1, kernels.chunk_bytes // kernels.chunk_group_bytes),
+        tiled=tiled,
+        tiled_from=tiled_from,
         encoding=kernels.encoding,
-        direct_limit=kernels.tile.pass_tokens if blocks else 2 * direct[0].most,
         encode=at["encode"],
+        gather=at["gather"],
         activate=at["activate"],
         combine=at["combine"],
         clear=at["clear"],

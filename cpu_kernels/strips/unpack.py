@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from hybrid_moe.formats.strips import PANEL_ROWS, StripLayout
+from hybrid_moe.formats.strips import PANEL_ROWS, PANELS, StripLayout
 from hybrid_moe.formats.table import Array, WeightFormat
 from hybrid_moe.formats.tensors import Matrix
 
 RunAll = Callable[[Callable[[slice], None], Iterable[slice]], Iterable[Any]]
 """`map`, or that of an executor: copies need no GIL, so threads share them."""
 
-_STRIPS_PER_COPY = 4  # of 35 to 70 KB each at a model's sizes
+_STRIPS_PER_COPY = 2  # of 70 to 140 KB each at a model's sizes
 
 
 def unpack_gate_up(
@@ -28,8 +28,8 @@ def unpack_gate_up(
     """The gate and up matrices in strips uint8 [S, layout.nbytes], without biases."""
     codes, scales = _panels(strips, layout, fmt, run_all)
     gate, up = (
-        _matrix(codes[:, panel], None if scales is None else scales[:, panel], rows)
-        for panel in range(2)
+        _matrix(codes[:, half], None if scales is None else scales[:, half], rows)
+        for half in (slice(0, PANELS // 2), slice(PANELS // 2, PANELS))
     )
     return gate, up
 
@@ -44,23 +44,25 @@ def unpack_rows(
 def _panels(
     strips: Array, layout: StripLayout, fmt: WeightFormat, run_all: RunAll
 ) -> tuple[Array, Array | None]:
-    """Codes [S, 2, 16, units] and scales [S, 2, 16, K/group]; axis 1 is the panel."""
-    S = len(strips)
-    words = strips[:, : layout.scale_offset].view(np.uint32)
-    words = words.reshape(S, layout.words, 2, PANEL_ROWS)
-    codes = np.empty((S, 2, PANEL_ROWS, layout.words), np.uint32)
+    """Codes [S, 4, 16, units] and scales [S, 4, 16, K/group]; axis 1 is the panel."""
+    S, groups = len(strips), layout.groups
+    by_group = strips.reshape(S, groups, layout.group_bytes)
+    words = by_group[:, :, : layout.code_bytes].view(np.uint32)
+    words = words.reshape(S, groups, layout.words, PANELS, PANEL_ROWS)
+    codes = np.empty((S, PANELS, PANEL_ROWS, groups, layout.words), np.uint32)
 
     def copy(part: slice) -> None:
-        codes[part] = words[part].transpose(0, 2, 3, 1)
+        codes[part] = words[part].transpose(0, 3, 4, 1, 2)
 
     parts = (slice(at, at + _STRIPS_PER_COPY) for at in range(0, S, _STRIPS_PER_COPY))
     list(run_all(copy, parts))
+    rows = (S, PANELS, PANEL_ROWS, -1)
     if fmt.scale is None:
-        return codes.view(fmt.code_dtype), None
-    end = layout.scale_offset + layout.groups * layout.scale_bytes_per_group
-    scales = strips[:, layout.scale_offset : end].reshape(S, -1, 2, PANEL_ROWS)
-    scales = np.ascontiguousarray(scales.transpose(0, 2, 3, 1)).view(fmt.scale.dtype)
-    return codes.view(fmt.code_dtype), scales
+        return codes.reshape(rows).view(fmt.code_dtype), None
+    scales = by_group[:, :, layout.code_bytes :]
+    scales = scales.reshape(S, groups, layout.scales, PANELS, PANEL_ROWS)
+    scales = np.ascontiguousarray(scales.transpose(0, 3, 4, 1, 2)).reshape(rows)
+    return codes.reshape(rows).view(fmt.code_dtype), scales.view(fmt.scale.dtype)
 
 
 def _matrix(codes: Array, scales: Array | None, rows: int) -> Matrix:

@@ -1,17 +1,18 @@
-"""Layout of packed weights: strips of two panels, and of encoded activations.
+"""Layout of packed weights: strips of four panels, read as one stream.
 
-A panel is 16 output rows. A strip is two panels, read as one stream: for a down projection rows
-32s..32s+31; for gate and up, 16 rows of gate and the same 16 rows of up, so that one pass yields
-both factors of the activation. Codes are stored as 32-bit words (8 MXFP4 codes, 2 bf16) in the
-order of use:
+A panel is 16 output rows, a strip four panels: for a down projection rows 64s..64s+63; for gate
+and up, 32 rows of gate and the same 32 rows of up, so that one pass yields both factors of the
+activation of one group of h. Codes are stored as 32-bit words (8 MXFP4 codes, 2 bf16) in the order
+of use, and a group of 32 inputs has its scales right behind its codes:
 
-    strip = codes[word][panel 2][lane 16] then scales[group][panel 2][lane 16]
+    strip = [group][codes [word][panel 4][lane 16] | scales [panel 4][lane 16]]
 
 with `word` running along K. One lane is one output row, so a vector load brings the same inputs
 of 16 rows and no horizontal sum is ever needed. Packing is a transposition of 32-bit words; the
-nibble order inside a word is answered by the order in which activations are encoded.
+nibble order inside a word is answered by the order in which activations are encoded. A group is
+whole cache lines (MXFP4: 17, BF16: 64), read in ascending order.
 
-Rows past the last one and the padding of a strip to a cache line are zero (scale 2^-127).
+Rows past the last one are zero (scale 2^-127).
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from dataclasses import dataclass
 from hybrid_moe.formats.table import WeightFormat
 
 PANEL_ROWS = 16
-STRIP_ROWS = 32
+PANELS = 4
+STRIP_ROWS = PANELS * PANEL_ROWS
+SUMS_BYTES = 4 * STRIP_ROWS
+"""Of what a strip gives for one token: float32 [64]."""
 GROUP = 32
-"""Inputs per step of a kernel: the activations' group, and MXFP4's."""
+"""Inputs per step of a kernel: the activations' group, and MXFP4's. Also the rows of gate, and of
+up, in a strip: what comes out of it is one group of the down projection's inputs."""
 LINE = 64
 MOST_BLOCK_TOKENS = 32
 """Tokens of the largest block that a matrix unit's kernel writes whole; sums have room for it."""
@@ -35,37 +40,40 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class StripLayout:
-    """Sizes in bytes of the strips of a matrix with K inputs.
+    """Sizes of the strips of a matrix with K inputs.
 
     Attributes:
         groups: K / 32.
-        words: 32-bit words of codes in one row.
-        code_bytes_per_group: bytes of codes that a strip has for each group of 32 inputs.
-        scale_bytes_per_group: 32 (one byte per row), or 0 where the format has no scales.
-        scale_offset: from the strip's start to its scales.
-        nbytes: from one strip to the next.
+        words: 32-bit words of codes that a row has in a group.
+        scales: scales that a row has in a group; 0 where the format has none.
     """
 
     groups: int
     words: int
-    code_bytes_per_group: int
-    scale_bytes_per_group: int
-    scale_offset: int
-    nbytes: int
+    scales: int
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a group's codes, in front of its scales."""
+        return 4 * STRIP_ROWS * self.words
+
+    @property
+    def group_bytes(self) -> int:
+        """From one group to the next."""
+        return self.code_bytes + STRIP_ROWS * self.scales
+
+    @property
+    def nbytes(self) -> int:
+        """From one strip to the next."""
+        return self.groups * self.group_bytes
 
 
 def strip_layout(fmt: WeightFormat, K: int) -> StripLayout:
     """Layout of the strips of an (any number of rows) x K matrix of `fmt`."""
     if K <= 0 or K % fmt.k_multiple:
         raise ValueError(f"{fmt.name}: K = {K} must be a positive multiple of {fmt.k_multiple}")
-    groups = K // GROUP
-    code_bytes = GROUP * fmt.bits // 8 * STRIP_ROWS
-    scale_bytes = 0 if fmt.scale is None else STRIP_ROWS * GROUP // fmt.group
     return StripLayout(
-        groups=groups,
-        words=K * fmt.bits // 32,
-        code_bytes_per_group=code_bytes,
-        scale_bytes_per_group=scale_bytes,
-        scale_offset=groups * code_bytes,
-        nbytes=round_up(groups * (code_bytes + scale_bytes), LINE),
+        groups=K // GROUP,
+        words=GROUP * fmt.bits // 32,
+        scales=0 if fmt.scale is None else GROUP // fmt.group,
     )

@@ -123,9 +123,9 @@ class Model:
 
 
 def packed_nbytes(fmt: WeightFormat, hidden: int, intermediate: int) -> int:
-    """Bytes of one expert in panels, over all pools; biases are apart."""
+    """Bytes of one expert in strips, over all pools; biases are apart."""
     gate_up, down = strip_layout(fmt, hidden), strip_layout(fmt, intermediate)
-    return 2 * (intermediate // GROUP) * gate_up.nbytes + (hidden // STRIP_ROWS) * down.nbytes
+    return (intermediate // GROUP) * gate_up.nbytes + -(-hidden // STRIP_ROWS) * down.nbytes
 
 
 def read_model(path: Path, base: Path | None = None, method: str | None = None) -> Model:

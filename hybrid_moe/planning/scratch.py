@@ -33,7 +33,6 @@ def job_nbytes(model: Model, tokens: int, threads: int, pools: int) -> int:
 
 def _job_nbytes(model: Model, fmt: WeightFormat, tokens: int, threads: int, pools: int) -> int:
     kernels = FORMAT_KERNELS[fmt.name]
-    groups_kept = max(1, kernels.chunk_bytes // kernels.chunk_group_bytes)
     return JobShape(
         capacity=capacity_for(tokens),
         top_k=model.top_k,
@@ -41,7 +40,7 @@ def _job_nbytes(model: Model, fmt: WeightFormat, tokens: int, threads: int, pool
         hidden=model.hidden,
         x_row=kernels.encoding.row_bytes(model.hidden // GROUP),
         h_row=kernels.encoding.row_bytes(model.intermediate // GROUP),
-        chunk_bytes=groups_kept * kernels.chunk_group_bytes,
+        unpacked_bytes=kernels.unpacked_bytes,
         workers=threads,
         pools=pools,
     ).nbytes

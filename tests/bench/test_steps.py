@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import steps
-from derivation import KERNEL, STEPS, Step, direct, unpacked
+from derivation import CODE_BYTES, KERNEL, STEPS, Step, direct, unpacked
 from instructions import Instruction, fewest_cycles
 from sweeps import GROUPS, Clock, Problem, Runner, step_runner
 
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, choose_tier
+from hybrid_moe.formats.strips import PANELS
+
+LINES_OF_CODES = CODE_BYTES // 64
+"""Of a group."""
 
 X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 instructions")
 
@@ -32,10 +36,11 @@ def test_a_step_gives_the_exact_sums(step: Step, problem: Problem) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [direct(6, 3), direct(6, 1), unpacked(6, 2, 16), unpacked(6, 3, 7)]
+    ("most", "body"),
+    [(3, direct(6, 3)), (1, direct(6, 1)), (2, unpacked(6, 2, 16)), (3, unpacked(6, 3, 7))],
 )
-def test_tokens_share_a_strip(body: steps.Body, problem: Problem) -> None:
-    Runner(body, problem, choose_tier(), tokens=6).check()
+def test_tokens_share_a_strip(most: int, body: steps.Body, problem: Problem) -> None:
+    Runner(body, problem, choose_tier(), tokens=6, tile=most).check()
 
 
 @pytest.mark.parametrize("name", ["rows", "panels"])
@@ -68,25 +73,27 @@ def test_the_turns_of_a_step_are_right(step: Step, name: str) -> None:
     """Every step reads every line of codes once and finds 128 weights in it, whatever its loops
     look like: two lookups for each register of codes, or without lookups a float of each weight."""
     tier = TIERS[name]
-    lines = GROUPS * 8 * step.strips
+    lines = GROUPS * LINES_OF_CODES * step.strips
     counts = steps.step_counts(step, tier)
     if "lookup16" in step.without:
         converted = sum(n for i, n in counts.items() if i.mnemonic.endswith("cvtdq2ps"))
         assert converted == lines * 128 // (tier.vector_bits // 32)
         return
-    lookups = sum(n for i, n in counts.items() if i.mnemonic == "vpshufb" and _is_lookup(i))
+    lookups = sum(n for i, n in counts.items() if _is_lookup(i))
     assert lookups == lines * 2 * tier.registers_per_panel
 
 
 def _is_lookup(instruction: Instruction) -> bool:
-    """Its table is the second operand; other shuffles have a fixed control in its place."""
-    return not instruction.operands.startswith(".LCPI")
+    """A shuffle whose table is the second operand; others have a fixed control in its place."""
+    if instruction.mnemonic == "vpermb":
+        return True
+    return instruction.mnemonic == "vpshufb" and not instruction.operands.startswith(".LCPI")
 
 
 @X86
 def test_the_kernel_multiplies_as_often_as_derived() -> None:
     """For 128 weights of 2 planes AVX2 needs 8 multiplications of 32 bytes, VNNI half as many."""
-    lines = GROUPS * 8  # of codes
+    lines = GROUPS * LINES_OF_CODES
     counted = {
         tier: sum(n for i, n in steps.step_counts(KERNEL, TIERS[tier]).items()
                   if i.mnemonic == name) / lines
@@ -106,7 +113,7 @@ def test_the_turns_of_a_tile_are_right(name: str) -> None:
     tier = TIERS[name]
     tokens, counts = steps.tile_counts(tier)
     conversions = sum(n for i, n in counts.items() if i.mnemonic.endswith("cvtdq2ps"))
-    assert conversions == tokens * 2 * tier.registers_per_panel * GROUPS
+    assert conversions == tokens * PANELS * tier.registers_per_panel * GROUPS
 
 
 def test_a_clock_counts_what_it_runs() -> None:

@@ -12,7 +12,9 @@ instruction.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, available_tiers, host_
 from tests.cpu_kernels.amx import amx_tier
 
 PREFIX = "emulated."
+_FLOOR = 'declare <16 x float> @"llvm.floor.v16f32"(<16 x float>)'
 _FMA = 'declare <16 x float> @"llvm.fma.v16f32"(<16 x float>, <16 x float>, <16 x float>)'
 
 
@@ -33,8 +36,9 @@ class Instruction:
         mnemonic: Intel's.
         features: what a processor needs to have it.
         result, operands: LLVM types, in the intrinsic's order.
-        body: the emulating function's blocks, over the operands %a, %b, %c.
+        body: the emulating function's blocks, over the operands %a, %b, %c, %d, %e.
         needs: declarations that the body uses.
+        immediates: values of the last operands, which are constants: every lane, rounding by MXCSR.
     """
 
     intrinsic: str
@@ -44,11 +48,12 @@ class Instruction:
     operands: tuple[str, ...]
     body: str
     needs: str = ""
+    immediates: tuple[int, ...] = ()
 
     @property
     def definition(self) -> str:
         parameters = ", ".join(
-            f"{kind} %{n}" for kind, n in zip(self.operands, "abc", strict=False)
+            f"{kind} %{n}" for kind, n in zip(self.operands, "abcde", strict=False)
         )
         head = f'define internal {self.result} @"{PREFIX}{self.intrinsic}"({parameters}) noinline'
         return f"{head} {{\n{self.body}\n}}"
@@ -91,6 +96,54 @@ byte:
 done:
   %result = load <{n} x i8>, ptr %out
   ret <{n} x i8> %result"""
+
+
+def _vpermb() -> str:
+    """VPERMB: table[index & 63]."""
+    looked_up = _pshufb(64).replace("%low = and i8 %control, 15", "%low = and i8 %control, 63")
+    looked_up = looked_up.replace("%lane = and i64 %i, -16", "%lane = and i64 %i, 0")
+    return looked_up.replace("icmp slt i8 %control, 0", "icmp ult i8 %control, 0")
+
+
+def _vscalefps() -> str:
+    """VSCALEFPS of every lane: a * 2^floor(b) in one rounding. In two halves, which float64's range
+    holds exactly, since beyond 600 every result is zero or infinite."""
+    floats, wide = "<16 x float>", "<16 x double>"
+
+    def all_lanes(value: float) -> str:
+        (bits,) = struct.unpack("<Q", struct.pack("<d", value))
+        return f"<{', '.join([f'double 0x{bits:016X}'] * 16)}>"
+
+    return (
+        f'entry:\n  %whole = call {floats} @"llvm.floor.v16f32"({floats} %b)\n'
+        f"  %x = fpext {floats} %a to {wide}\n"
+        f"  %n = fpext {floats} %whole to {wide}\n"
+        f"  %above = fcmp ogt {wide} %n, {all_lanes(600)}\n"
+        f"  %capped = select <16 x i1> %above, {wide} {all_lanes(600)}, {wide} %n\n"
+        f"  %below = fcmp olt {wide} %capped, {all_lanes(-600)}\n"
+        f"  %kept = select <16 x i1> %below, {wide} {all_lanes(-600)}, {wide} %capped\n"
+        f"  %is.nan = fcmp uno {wide} %kept, %kept\n"
+        f"  %known = select <16 x i1> %is.nan, {wide} zeroinitializer, {wide} %kept\n"
+        "  %exponent = fptosi <16 x double> %known to <16 x i64>\n"
+        f"  %biased = add <16 x i64> %exponent, <{', '.join(['i64 1023'] * 16)}>\n"
+        f"  %finite.bits = shl <16 x i64> %biased, <{', '.join(['i64 52'] * 16)}>\n"
+        f"  %finite = bitcast <16 x i64> %finite.bits to {wide}\n"
+        f"  %is.least = fcmp oeq {wide} %n, {all_lanes(-math.inf)}\n"
+        f"  %is.most = fcmp oeq {wide} %n, {all_lanes(math.inf)}\n"
+        f"  %low = select <16 x i1> %is.least, {wide} zeroinitializer, {wide} %finite\n"
+        f"  %power = select <16 x i1> %is.most, {wide} %n, {wide} %low\n"
+        f"  %scaled = fmul {wide} %x, %power\n"
+        f"  %rounded = fptrunc {wide} %scaled to {floats}\n"
+        f"  %result = select <16 x i1> %is.nan, {floats} %b, {floats} %rounded\n"
+        f"  %raw = bitcast {floats} %a to <16 x i32>\n"
+        f"  %kind = and <16 x i32> %raw, <{', '.join([f'i32 {0x7FC00000}'] * 16)}>\n"
+        f"  %is.quiet = icmp eq <16 x i32> %kind, <{', '.join([f'i32 {0x7FC00000}'] * 16)}>\n"
+        "  %is.infinite = or <16 x i1> %is.least, %is.most\n"
+        "  %is.special = and <16 x i1> %is.quiet, %is.infinite\n"
+        f"  %limit = fptrunc {wide} %power to {floats}\n"
+        f"  %all = select <16 x i1> %is.special, {floats} %limit, {floats} %result\n"
+        f"  ret {floats} %all"
+    )
 
 
 def _pmaddubsw(n: int) -> str:
@@ -260,7 +313,18 @@ def _instructions() -> list[Instruction]:
     ):
         name, needs = f"llvm.aarch64.neon.{suffix}", frozenset({feature})
         found.append(Instruction(name, mnemonic, needs, result, operands, body))
-    d, f = "<16 x i32>", "<16 x float>"
+    b, d, f = "<64 x i8>", "<16 x i32>", "<16 x float>"
+    scalef = "llvm.x86.avx512.mask.scalef.ps.512"
+    found += [
+        Instruction(
+            "llvm.x86.avx512.permvar.qi.512", "vpermb", frozenset({"avx512vbmi"}), b, (b, b),
+            _vpermb(),
+        ),
+        Instruction(
+            scalef, "vscalefps", frozenset({"avx512f"}), f, (f, f, f, "i16", "i32"), _vscalefps(),
+            _FLOOR, immediates=(-1, 4),
+        ),
+    ]  # fmt: skip
     bf16 = frozenset({"avx512bf16"})
     return [
         *found,

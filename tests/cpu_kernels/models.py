@@ -24,6 +24,23 @@ def vpshufb(table: Array, index: Array) -> Array:
     return np.where(picks >= 128, 0, found).astype(np.uint8).reshape(-1)
 
 
+def vpermb(table: Array, index: Array) -> Array:
+    """uint8 [64], uint8 [64]"""
+    return table[index % 64]
+
+
+def vscalefps(a: Array, b: Array, _kept: Array) -> Array:
+    """float32 [n] each; the third is what lanes that a mask leaves out would keep. A NaN stays one,
+    but a quiet one times 2^-inf is 0, times 2^inf infinite; 0 * 2^inf and inf * 2^-inf are NaN."""
+    with np.errstate(all="ignore"):
+        whole = np.floor(b.astype(np.float64))
+        power = np.exp2(whole.clip(-600, 600))  # a float32 times 2^600 is infinite, 2^-600 zero
+        power = np.where(np.isinf(whole), np.where(whole > 0, np.inf, 0), power)
+        scaled = (a.astype(np.float64) * power).astype(np.float32)
+        quiet = np.isnan(a) & (a.view(np.uint32) & 0x400000 != 0)
+        return np.where(quiet & np.isinf(b), power, scaled).astype(np.float32)
+
+
 def vpmaddubsw(a: Array, b: Array) -> Array:
     """uint8 [n], uint8 [n] (read as int8) -> int16 [n / 2]"""
     products = a.astype(np.int64) * b.view(np.int8).astype(np.int64)
@@ -108,6 +125,8 @@ def pair_dot_fused(accumulator: Array, w: Array, x: Array) -> Array:
 
 MODELS: Mapping[str, Callable[..., Array]] = {
     "vpshufb": vpshufb,
+    "vpermb": vpermb,
+    "vscalefps": vscalefps,
     "vpmaddubsw": vpmaddubsw,
     "vpmaddwd": vpmaddwd,
     "vpdpbusd": vpdpbusd,

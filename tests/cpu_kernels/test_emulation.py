@@ -36,19 +36,27 @@ def _shape(kind: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
+def _vectors(instruction: Instruction) -> tuple[str, ...]:
+    """The types of the operands that are not constants."""
+    return instruction.operands[: len(instruction.operands) - len(instruction.immediates)]
+
+
 def _call_of(instruction: Instruction, how: str) -> Callable[..., None]:
     """Kernel (operands..., out): one call of the instruction."""
 
     def body(emit: Emit, *addresses: Val) -> None:
         operands = []
-        for address, kind in zip(addresses, instruction.operands, strict=False):
+        for address, kind in zip(addresses[:-1], _vectors(instruction), strict=True):
             n, element = _shape(kind)
             operands.append(emit.load(address, _ELEMENTS[element][0], n))
+        scalars = instruction.operands[len(operands) :]
+        for kind, value in zip(scalars, instruction.immediates, strict=True):
+            operands.append(emit.splat(value, _ELEMENTS[kind][0]))
         n, element = _shape(instruction.result)
         kind = vector(_ELEMENTS[element][0], n)
         emit.store(addresses[-1], emit.intrinsic(instruction.intrinsic, kind, *operands))
 
-    arity = len(instruction.operands) + 1
+    arity = len(_vectors(instruction)) + 1
     text = build_module([("kernel", arity, body)], PORTABLE, "instruction")
     target = Target("", ",".join(f"+{f}" for f in sorted(instruction.features | {"avx512f"})))
     if how != "processor":
@@ -73,6 +81,10 @@ def _random_operand(kind: str, mnemonic: str, round_: int, rng: np.random.Genera
             near16 = (wide.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
             choices = [bits, halves.view(np.int32), near16.view(np.int32)]
         return choices[round_ % 3] if round_ % 4 else np.choose(rng.integers(0, 3, n), choices)
+    if element == "float":
+        whole = rng.integers(-300, 301, n).astype(np.float32)
+        choices = [bits, rng.choice(EDGE_FLOATS, n), whole, rng.standard_normal(n).astype("f4")]
+        return np.choose(rng.integers(0, 4, n), choices)
     limits = [0, 1, 127, 128, 255] if element == "i8" else [0, 1, -1, 32767, -32768]
     edges = rng.choice(
         np.array(limits, np.uint8 if element == "i8" else np.int16),
@@ -101,7 +113,7 @@ def test_instruction_equals_its_model(name: str, how: str) -> None:
     for round_ in range(_ROUNDS):
         operands = [
             _random_operand(kind, instruction.mnemonic, round_, rng)
-            for kind in instruction.operands
+            for kind in _vectors(instruction)
         ]
         out = np.zeros(n, _ELEMENTS[element][1])
         call(*operands, out)
@@ -122,6 +134,12 @@ def test_models_saturate_wrap_and_flush() -> None:
     table = np.arange(32, dtype=np.uint8)
     assert MODELS["vpshufb"](table, np.full(32, 0x8F, np.uint8)).tolist() == [0] * 32
     assert MODELS["vpshufb"](table, np.full(32, 0x7F, np.uint8)).tolist() == [15] * 16 + [31] * 16
+
+    assert MODELS["vpermb"](np.arange(64, dtype=np.uint8), np.full(64, 0xC5, np.uint8)).max() == 5
+    scaled = MODELS["vscalefps"](np.full(4, 3, np.float32), *np.array([[1.9], [0]], np.float32))
+    assert scaled.tolist() == [6] * 4, "the exponent is rounded down"
+    tiny = np.array([2.0**-126 * 1.75], np.float32)
+    assert MODELS["vscalefps"](tiny, np.array([-22], np.float32), tiny)[0] == 2.0**-147
 
     def dot(acc: float, w: tuple[float, float], x: tuple[float, float]) -> float:
         def pair(values: tuple[float, float]) -> Array:

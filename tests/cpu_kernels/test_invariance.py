@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
@@ -26,9 +27,9 @@ from tests.cpu_kernels.emulation import QUICK, RUNNABLE
 
 TOKENS = 12
 """Distinct tokens; batches repeat them."""
-SHAPES = ((1120, 64), (512, 544))
-"""Groups of inputs, of gate/up and of down: 35, 2, 16, 17. A chunk of unpacked weights has 8 or 16
-groups: several chunks, a part of one, whole chunks, and one group more."""
+SHAPES = ((1120, 64), (1024, 1056))
+"""Groups of inputs, of gate/up and of down: 35, 2, 32, 33. A chunk that several tiles meet has 32
+groups: a part of one, a whole one, and one group more."""
 
 _NODE = min(numa_nodes())
 CONFIGS = [
@@ -72,9 +73,10 @@ def _alone(fmt_name: str, name: str, shape: tuple[int, int]) -> Array:
 def _edges(fmt_name: str, name: str) -> list[int]:
     """Numbers of tokens of one expert on either side of whatever a pass decides by."""
     kernels = kernel_set(fmt_name, QUICK[name])
-    limits = {kernels.direct_limit, *(dot.most for dot in (*kernels.direct, *kernels.tiled))}
-    limits |= {2 * max(limits), kernels.direct_limit + kernels.tiled[0].most}
-    return sorted({1, *(limit + i for limit in limits for i in (-1, 0, 1))} - {0})
+    limits = {kernels.tiled_from, BATCH_TOKENS, kernels.direct.most, kernels.tiled.most}
+    limits |= {2 * kernels.direct.most, 2 * kernels.tiled.most}
+    near = {limit + i for limit in limits for i in (-1, 0, 1)}
+    return sorted(count for count in {1, *near} if 0 < count <= BATCH_TOKENS + 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -84,8 +86,8 @@ def test_one_token_or_many(fmt: WeightFormat, name: str, shape: tuple[int, int])
     """A token alone, and with so many that its expert takes any other kernel, path or chunk."""
     kernels = kernel_set(fmt.name, QUICK[name])
     edges = _edges(fmt.name, name)
-    assert edges[0] == 1 <= kernels.direct_limit < edges[-1]
-    assert max(shape) // GROUP > kernels.chunk_groups
+    assert edges[0] == 1 and edges[-1] == BATCH_TOKENS + 1
+    assert max(shape) // GROUP > kernels.tiled.groups
     layer, alone = _layer(fmt.name, name, shape), _alone(fmt.name, name, shape)
     rng = np.random.default_rng(4)
     for count in edges:

@@ -16,6 +16,7 @@ from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, worker
 from hybrid_moe.cpu_kernels.drivers.records import DOWN, GATE_UP, RING, GraphJob, Group, Phase
 from hybrid_moe.cpu_kernels.jit.records import Word
 from hybrid_moe.cpu_kernels.streams import slots
+from hybrid_moe.formats.strips import STRIP_ROWS
 from hybrid_moe.streams.faults import check_errors
 from tests.streams.interpreted import Clock, interpret
 from tests.streams.model import H, I, Inputs, K, Model
@@ -89,10 +90,10 @@ def one_expert(tokens: int) -> Inputs:
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 def test_the_formula(tokens: int) -> None:
     """Multiply-adds of the largest task at 1e8 a second: with one block of intermediate rows and
-    one strip of outputs, a task is a whole matrix."""
+    one strip of outputs, counted with all its rows, a task is a whole matrix."""
     assert (H, I) == (32, 32)
     waiter = Waiter(False, one_expert(tokens))
-    gate_up, down = tokens * 2 * I * H, tokens * K * H * I
+    gate_up, down = tokens * 2 * I * H, tokens * K * STRIP_ROWS * I
     assert waiter.entry.task_ns.value == max(gate_up, down) * SECOND // 10**8
     with pytest.MonkeyPatch.context() as patch:
         interpret(patch, never)

@@ -16,7 +16,7 @@ import pytest
 
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
-from hybrid_moe.cpu_kernels.kernels.library import DotKernel, kernel_set
+from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.table import FORMATS, WeightFormat
 from tests.cpu_kernels.cases import Array, Case, from_bf16, has_portable_bits, random_batch
@@ -61,27 +61,23 @@ def _emulates_tiles(name: str) -> bool:
     return TIERS[name].tiles and RUNNABLE[name] is not TIERS[name]
 
 
-def _composing(count: int, table: Sequence[DotKernel]) -> list[DotKernel]:
-    """The kernels that `count` tokens take, those for most first."""
-    used = []
-    for dot in table:
-        while count >= dot.least:
-            used.append(dot)
-            count -= min(count, dot.most)
-    return used
-
-
 @functools.cache
 def _counts(fmt_name: str, name: str) -> Sequence[int]:
-    """Numbers of tokens: some fixed ones, and for each kernel that the tier has here (its tile
-    sizes follow from registers, its limits from whether it stands on a matrix unit) the fewest
-    that reach it, on either side of the limit between few and many."""
+    """Numbers of tokens: some fixed ones, both sides of the limit between few and many, and for
+    each kernel that the tier has here (its tile sizes follow from registers, its limits from
+    whether it stands on a matrix unit) the fewest tokens that reach it."""
     kernels = kernel_set(fmt_name, RUNNABLE[name])
-    few = range(1, kernels.direct_limit + 1)
-    counts = {*(FEWER if _emulates_tiles(name) else COUNTS), few[-1], few[-1] + 1}
-    for table, numbers in ((kernels.direct, few), (kernels.tiled, range(few[-1] + 1, MOST + 1))):
-        for dot in table:
-            counts.add(next(count for count in numbers if dot in _composing(count, table)))
+    limit = min(kernels.tiled_from, MOST)
+    counts = {*(FEWER if _emulates_tiles(name) else COUNTS), max(1, limit - 1), limit}
+    for tiling, numbers in (
+        (kernels.direct, range(1, limit)),
+        (kernels.tiled, range(limit, MOST + 1)),
+    ):
+        seen: dict[int, int] = {}
+        for count in numbers:
+            for size in tiling.sizes(count):
+                seen.setdefault(tiling.kernels[size], count)
+        counts.update(seen.values())
     return sorted(counts)
 
 
@@ -149,10 +145,11 @@ def test_tokens_of_one_expert(fmt: WeightFormat, shape: Shape, name: str) -> Non
 def test_the_counts_take_every_kernel(fmt: WeightFormat, name: str) -> None:
     """Both paths, and every kernel of both, whatever tile sizes the tier has on this machine."""
     kernels, counts = kernel_set(fmt.name, RUNNABLE[name]), _counts(fmt.name, name)
-    few = {count for count in counts if count <= kernels.direct_limit}
-    for table, numbers in ((kernels.direct, few), (kernels.tiled, {*counts} - few)):
-        taken = {dot for count in numbers for dot in _composing(count, table)}
-        assert taken == set(table)
+    taken = set()
+    for count in counts:
+        tiling = kernels.direct if count < kernels.tiled_from else kernels.tiled
+        taken |= {tiling.kernels[size] for size in tiling.sizes(count)}
+    assert taken == {*kernels.direct.kernels.values(), *kernels.tiled.kernels.values()}
 
 
 @TierNames

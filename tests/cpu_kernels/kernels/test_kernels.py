@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,17 +13,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I16, Emit, Val
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.kernels import encode, epilogue
-from hybrid_moe.cpu_kernels.kernels.library import DotKernel, KernelSet, kernel_set
+from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
+from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
+from hybrid_moe.cpu_kernels.kernels.library import KernelSet, kernel_set
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows
-from hybrid_moe.formats.strips import LINE, STRIP_ROWS, round_up, strip_layout
+from hybrid_moe.formats.strips import (
+    LINE,
+    PANEL_ROWS,
+    PANELS,
+    STRIP_ROWS,
+    round_up,
+    strip_layout,
+)
 from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat, f32_to_bf16
 from hybrid_moe.formats.tensors import Matrix
 from tests.cpu_kernels.cases import Array, decode, from_bf16, random_matrix, to_bf16
 from tests.cpu_kernels.emulation import RUNNABLE
-from tests.cpu_kernels.toolbox import aligned, callable_at, compile_kernel
+from tests.cpu_kernels.toolbox import aligned, aligned_copy, callable_at, compile_kernel
 
 Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
 TierNames = pytest.mark.parametrize("name", TIERS)
@@ -112,16 +122,22 @@ def _encode(kernels: KernelSet, x: Array) -> Array:
     return rows
 
 
-def _decode_rows(rows: Array, groups: int) -> tuple[Array, Array]:
+def _decode_rows(rows: Array) -> tuple[Array, Array]:
     """Encoded MXFP4 rows -> (integers q, factors) as [T, groups, 32] and [T, groups]."""
-    planes = rows[:, : groups * encode.PLANE_BYTES].reshape(len(rows), groups, 2, 32)
-    q = 256 * planes[:, :, 0].view(np.int8).astype(np.int64) + planes[:, :, 1].view(np.int8)
+    at = encode.FIXED15_GROUP
+    groups = rows.reshape(len(rows), -1, at.nbytes)
+
+    def field(offset: int, count: int, dtype: Any) -> Array:
+        nbytes = count * np.dtype(dtype).itemsize
+        return np.ascontiguousarray(groups[:, :, offset : offset + nbytes]).view(dtype)
+
+    high, low = (field(offset, 32, np.int8).astype(np.int64) for offset in (at.high, at.low))
     order = [8 * octet + i for octet in range(4) for i in (0, 2, 4, 6, 1, 3, 5, 7)]
-    restored = np.empty_like(q)
-    restored[:, :, order] = q
-    meta = rows[:, groups * encode.PLANE_BYTES :][:, : groups * encode.META_BYTES]
-    factors = np.ascontiguousarray(meta.reshape(len(rows), groups, encode.META_BYTES)[:, :, :4])
-    return restored, factors.view(np.float32)[..., 0]
+    restored = np.empty_like(high)
+    restored[:, :, order] = 256 * high + low
+    factors, exponents = (field(o, 1, np.float32)[..., 0] for o in (at.factor, at.exponent))
+    assert np.array_equal(np.exp2(exponents.astype(np.float64)), factors, equal_nan=True)
+    return restored, factors
 
 
 @TierNames
@@ -132,7 +148,7 @@ def test_encoding_keeps_its_bounds(name: str, seed: int, spread: int) -> None:
     centre = int(rng.integers(-100, 80))
     exponents = centre + rng.integers(-spread, spread + 1, (3, 96))
     x = to_bf16(np.ldexp(rng.standard_normal((3, 96)), exponents))
-    q, factors = _decode_rows(_encode(_kernels(MXFP4.name, name), x), 3)
+    q, factors = _decode_rows(_encode(_kernels(MXFP4.name, name), x))
     exact = from_bf16(x).reshape(3, 3, 32)
     decoded = q * 2.0 * factors[..., None].astype(np.float64)
     largest = np.abs(exact).max(axis=-1, keepdims=True)
@@ -150,7 +166,7 @@ def test_encoding_of_special_groups(name: str) -> None:
     x[2] = 0x0001  # the smallest subnormal
     x[3] = 0x7F7F  # the largest number
     x[4, 5], x[5, 31], x[6, 0] = 0x7FC0, 0x7F80, 0xFF80
-    q, factors = _decode_rows(_encode(_kernels(MXFP4.name, name), x), 1)
+    q, factors = _decode_rows(_encode(_kernels(MXFP4.name, name), x))
     assert (q[:2] == 0).all() and np.isfinite(factors[:4]).all()
     decoded = q * 2.0 * factors[..., None].astype(np.float64)
     for row in (2, 3):
@@ -165,42 +181,56 @@ def test_bf16_rows_are_the_activations(name: str) -> None:
     assert np.array_equal(rows.view(np.uint16)[:, :64], x)
 
 
-@given(st.integers(1, 4096), st.sampled_from([encode.FIXED15, encode.BF16_PAIRS]))
-def test_neighbouring_rows_share_no_cache_set(groups: int, encoding: encode.Encoding) -> None:
-    """The same bytes of 64 rows lie in all 64 sets of a first level cache (4 KiB a way)."""
-    row = encoding.row_bytes(groups)
-    assert row % LINE == 0 and 0 <= row - groups * encoding.group_bytes < 16 * LINE
-    assert len({i * row // LINE % 64 for i in range(64)}) == 64
+def _tile(encoding: encode.Encoding, rows: Array) -> Array:
+    """Encoded rows [T, row bytes] -> the tile [groups, T, group bytes]."""
+    by_group = rows.reshape(len(rows), -1, encoding.group_bytes)
+    tile = aligned(by_group.transpose(1, 0, 2).shape, np.uint8)
+    tile[...] = by_group.transpose(1, 0, 2)
+    return tile
+
+
+@TierNames
+@Formats
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_gathering_makes_a_tile(fmt: WeightFormat, tokens: int, name: str) -> None:
+    """Of rows in any order and at any distance; nothing behind the tile is written."""
+    kernels = _kernels(fmt.name, name)
+    rows = _encode(kernels, to_bf16(np.random.default_rng(7).standard_normal((9, 96))))
+    chosen = np.array([8, 0, 3, 3, 5])[:tokens]
+    addresses = rows.ctypes.data + rows.shape[1] * chosen
+    tile = aligned((tokens * rows.shape[1] + 64,), np.uint8, fill=0xAA)
+    callable_at(kernels.gather, 4)(addresses, tokens, tile, 3)
+    assert np.array_equal(tile[:-64], _tile(kernels.encoding, rows[chosen]).reshape(-1))
+    assert (tile[-64:] == 0xAA).all()
 
 
 # packing
 
 
 def _unpack(fmt: WeightFormat, strips: Array, K: int) -> Array:
-    """Strips as `panels` documents them -> float64 [strips, 2 panels, 16 lanes, K]."""
+    """Strips as `panels` documents them -> float64 [strips, 4 panels, 16 lanes, K]."""
     layout = strip_layout(fmt, K)
     panels = []
-    for strip in strips:
-        words = strip[: layout.scale_offset].view(np.uint32).reshape(layout.words, 2, 16)
-        codes = np.ascontiguousarray(words.transpose(1, 2, 0)).view(fmt.code_dtype)
+    for strip in strips.reshape(len(strips), layout.groups, layout.group_bytes):
+        words = np.ascontiguousarray(strip[:, : layout.code_bytes]).view(np.uint32)
+        words = words.reshape(-1, STRIP_ROWS)  # word by word along K
+        codes = np.ascontiguousarray(words.T).view(fmt.code_dtype)
         scales = None
         if fmt.scale is not None:
-            raw = strip[layout.scale_offset :][: layout.groups * layout.scale_bytes_per_group]
-            scales = raw.reshape(-1, 2, 16).transpose(1, 2, 0).reshape(32, -1)
-        matrix = Matrix(codes.reshape(32, -1), scales)
-        panels.append(decode(fmt, matrix).reshape(2, 16, K))
+            scales = strip[:, layout.code_bytes :].reshape(-1, STRIP_ROWS).T
+        panels.append(decode(fmt, Matrix(codes, scales)).reshape(PANELS, PANEL_ROWS, K))
     return np.stack(panels)
 
 
 @Formats
 @settings(max_examples=25)
-@given(rows=st.integers(1, 100), groups=st.integers(1, 12), seed=st.integers(0, 999))
+@given(rows=st.integers(1, 200), groups=st.integers(1, 12), seed=st.integers(0, 999))
 def test_packing_law(fmt: WeightFormat, rows: int, groups: int, seed: int) -> None:
     """Unpacking what was packed gives the matrix, any number of rows; the rest is zero."""
     K = 32 * groups
     rng = np.random.default_rng(seed)
     layout = strip_layout(fmt, K)
-    assert layout.nbytes % LINE == 0
+    assert layout.nbytes == STRIP_ROWS * fmt.nbytes(1, K) and layout.group_bytes % LINE == 0
     matrix, other = random_matrix(fmt, rng, rows, K), random_matrix(fmt, rng, rows, K)
 
     n = -(-rows // STRIP_ROWS)
@@ -210,12 +240,12 @@ def test_packing_law(fmt: WeightFormat, rows: int, groups: int, seed: int) -> No
     assert np.array_equal(values[:rows], decode(fmt, matrix))
     assert (values[rows:] == 0).all()
 
-    n = -(-rows // 16)
+    n = -(-rows // 32)
     strips = aligned((n, layout.nbytes), np.uint8, fill=0xFF)
     pack_gate_up(strips.ctypes.data, range(n), layout, matrix, other, rows)
     panels = _unpack(fmt, strips, K)
-    for panel, source in enumerate((matrix, other)):
-        values = panels[:, panel].reshape(-1, K)
+    for panel, source in ((0, matrix), (2, other)):
+        values = panels[:, panel : panel + 2].reshape(-1, K)
         assert np.array_equal(values[:rows], decode(fmt, source))
         assert (values[rows:] == 0).all()
 
@@ -223,12 +253,12 @@ def test_packing_law(fmt: WeightFormat, rows: int, groups: int, seed: int) -> No
 @Formats
 def test_packing_a_range_of_strips(fmt: WeightFormat) -> None:
     rng = np.random.default_rng(1)
-    matrix = random_matrix(fmt, rng, 160, 64)
+    matrix = random_matrix(fmt, rng, 320, 64)
     layout = strip_layout(fmt, 64)
     strips = aligned((2, layout.nbytes), np.uint8)
-    pack_rows(strips.ctypes.data, range(3, 5), layout, matrix, 160)
+    pack_rows(strips.ctypes.data, range(3, 5), layout, matrix, 320)
     values = _unpack(fmt, strips, 64).reshape(-1, 64)
-    assert np.array_equal(values, decode(fmt, matrix)[96:160])
+    assert np.array_equal(values, decode(fmt, matrix)[192:320])
 
 
 @pytest.mark.parametrize("K", [0, -32, 31, 48])
@@ -245,11 +275,11 @@ def _integer_case(
 ) -> tuple[Matrix, Array]:
     """Weights and activations whose sums are exact in float32 in any order."""
     if fmt is MXFP4:
-        codes = rng.integers(0, 256, (32, K // 2), dtype=np.uint8)
-        scales = rng.integers(126, 129, (32, K // 32)).astype(np.uint8)
+        codes = rng.integers(0, 256, (STRIP_ROWS, K // 2), dtype=np.uint8)
+        scales = rng.integers(126, 129, (STRIP_ROWS, K // 32)).astype(np.uint8)
         matrix = Matrix(codes, scales)
     else:
-        matrix = Matrix(to_bf16(rng.integers(-12, 13, (32, K)) / 2), None)
+        matrix = Matrix(to_bf16(rng.integers(-12, 13, (STRIP_ROWS, K)) / 2), None)
     return matrix, to_bf16(rng.integers(-60, 61, (T, K)))
 
 
@@ -263,15 +293,6 @@ def _entered(kernels: KernelSet) -> Iterator[None]:
         callable_at(kernels.leave, 0)()
 
 
-def _calls(table: Sequence[DotKernel]) -> list[tuple[DotKernel, int]]:
-    """Every kernel with the fewest and the most tokens that it takes, and one between."""
-    return [
-        (dot, count)
-        for dot in table
-        for count in sorted({dot.least, (dot.least + dot.most) // 2, dot.most})
-    ]
-
-
 @TierNames
 @Formats
 def test_dot_kernels(fmt: WeightFormat, name: str) -> None:
@@ -279,31 +300,49 @@ def test_dot_kernels(fmt: WeightFormat, name: str) -> None:
 
 
 def check_dot_kernels(fmt: WeightFormat, tier: Tier) -> None:
-    """Every kernel of every tile size, whole and in chunks, on sums that are exact."""
+    """Every kernel with every number of tokens, whole and in chunks, on sums that are exact."""
     kernels = kernel_set(fmt.name, tier)
-    layout = strip_layout(fmt, 160)
+    K, groups = 32 * 19, 19  # more groups than two panels go ahead of the others
+    layout = strip_layout(fmt, K)
     rng = np.random.default_rng(2)
-    most = max(dot.most for dot in (*kernels.direct, *kernels.tiled))
-    matrix, x = _integer_case(fmt, rng, most, 160)
+    matrix, x = _integer_case(fmt, rng, max(kernels.direct.most, kernels.tiled.most), K)
     strip = aligned((layout.nbytes,), np.uint8)
-    pack_rows(strip.ctypes.data, range(1), layout, matrix, 32)
+    pack_rows(strip.ctypes.data, range(1), layout, matrix, STRIP_ROWS)
     expected = from_bf16(x) @ decode(fmt, matrix).T
     rows = _encode(kernels, x)
-    addresses = rows.ctypes.data + rows.shape[1] * np.arange(most, dtype=np.int64)
-    assert kernels.direct[-1].least == kernels.tiled[-1].least == 1
-    for cuts in ([0, 5], [0, 2, 3, 5]):
-        for table, unpack in ((kernels.direct, 0), (kernels.tiled, kernels.unpack)):
-            for dot, count in _calls(table):
-                sums = aligned((round_up(count, 32), 32), np.float32, fill=0xFF)
-                for begin, end in itertools.pairwise(cuts):
-                    codes = strip.ctypes.data + begin * layout.code_bytes_per_group
-                    scales = layout.scale_offset + begin * layout.scale_bytes_per_group
-                    unpacked = aligned((5, kernels.chunk_group_bytes), np.uint8, fill=0xFF)
-                    if unpack:
-                        callable_at(unpack, 3)(codes, unpacked, end - begin)
-                        codes = unpacked.ctypes.data
-                    scales += strip.ctypes.data
-                    call = callable_at(dot.address, 8)
-                    with _entered(kernels):
-                        call(codes, scales, addresses, count, sums, begin, end, 5)
-                assert np.array_equal(sums[:count], expected[:count]), (count, bool(unpack), cuts)
+    unpacked = aligned((groups * FORMAT_KERNELS[fmt.name].unpacked_group_bytes,), np.uint8)
+    for cuts, tiling in itertools.product(
+        ([0, 19], [0, 2, 17, 19]), (kernels.direct, kernels.tiled)
+    ):
+        for count, address in tiling.kernels.items():
+            # a matrix unit reads and writes whole blocks
+            behind = aligned((4096,), np.uint8, fill=0xFF)
+            tile = np.concatenate([_tile(kernels.encoding, rows[:count]).reshape(-1), behind])
+            tile = aligned_copy(tile)
+            sums = aligned((round_up(count, tiling.unit), STRIP_ROWS), np.float32, fill=0xFF)
+            for begin, end in itertools.pairwise(cuts):
+                codes = strip.ctypes.data + begin * layout.group_bytes
+                ahead = strip.ctypes.data
+                if tiling.unpack:
+                    unpacked[:] = 0xFF
+                    callable_at(tiling.unpack, 3)(codes, unpacked, end - begin)
+                    codes = unpacked.ctypes.data
+                with _entered(kernels):
+                    call = callable_at(address, DOT_ARITY)
+                    call(codes, ahead, tile, count, sums, begin, end)
+            assert np.array_equal(sums[:count], expected[:count]), (count, tiling.unpack, cuts)
+
+
+@TierNames
+@Formats
+@given(count=st.integers(1, 2 * BATCH_TOKENS))
+def test_tiles_are_even_and_have_kernels(fmt: WeightFormat, name: str, count: int) -> None:
+    """As few as possible, none larger than the largest kernel, sizes that differ by one unit."""
+    kernels = _kernels(fmt.name, name)
+    tiling = kernels.direct if count < kernels.tiled_from else kernels.tiled
+    sizes = tiling.sizes(count)
+    assert sum(sizes) == count and len(sizes) == -(-count // tiling.most)
+    assert set(sizes) <= set(tiling.kernels)
+    units = [-(-size // tiling.unit) for size in sizes]
+    assert max(units) - min(units) <= 1
+    assert all(size % tiling.unit == 0 for size in sizes[:-1])
