@@ -41,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 from targets import FORK_JOIN_US
 
+from hybrid_moe.cpu_kernels.drivers.records import Found
 from hybrid_moe.cpu_kernels.jit.compile import Target, compile_functions
 from hybrid_moe.cpu_kernels.jit.driver import Driver
 from hybrid_moe.cpu_kernels.jit.translate import translate
@@ -97,7 +98,7 @@ def pinned(cpu: int) -> Iterator[None]:
 def compiled() -> Mapping[str, Callable[..., int]]:
     """The loops of `fork_join.py` as Python callables that release the GIL."""
     target = Target(cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten())
-    loops: dict[str, Driver] = {name: getattr(fork_join, name) for name in LOOPS}
+    loops: dict[str, Driver[..., None]] = {name: getattr(fork_join, name) for name in LOOPS}
     addresses = compile_functions(translate(loops), target, LOOPS, "fork_join", program=True)
     return {
         name: ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(loop.parameters))(
@@ -114,8 +115,8 @@ def bare_signal(loops: Mapping[str, Callable[..., int]], asleep: bool, count: in
         ValueError: this process may use one processor only.
     """
     here, there = PoolConfig(2).worker_cpus()
-    words = np.zeros(fork_join.SIGNAL_WORDS + 8, np.int64)
-    at = words.ctypes.data + -words.ctypes.data % 64
+    signal = fork_join.Signal.new()
+    at = signal.address
     samples = np.zeros(count, np.int64)
     futex = FUTEX_NUMBERS[platform.machine()]
 
@@ -159,13 +160,13 @@ def time_jobs(
     job = StagedJob(layer.slot_shape(1, 1))
     job.stage(x, ids, weights, None)
     out = np.zeros_like(x)
-    template = job.address(ready.address, out.ctypes.data)
-    found = np.zeros(1, np.int64)
+    template = job.address(ready.descriptor, out.ctypes.data)
+    found = Found.new()
     samples = np.zeros(count, np.int64)
     sleepers = sleeping_workers(group) if asleep else 0
     arguments = (int(caller_works), sleepers, samples.ctypes.data, count)
     with pinned(layer.pool.worker_cpus()[0]):
-        loops["fork_join"](group.address, template, found.ctypes.data, *arguments)
+        loops["fork_join"](group.address, template, found.address, *arguments)
     assert not out.any()
     return samples
 

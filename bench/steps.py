@@ -32,7 +32,7 @@ from rich.table import Table
 from sweeps import GROUPS, LINES, STRIP_BYTES, Clock, K, Problem, Runner, seconds, step_runner
 
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe, repetitions_per_second
-from hybrid_moe.cpu_kernels.drivers.fields import UNPACK_GROUPS
+from hybrid_moe.cpu_kernels.drivers.records import UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier
 from hybrid_moe.cpu_kernels.jit.compile import assembly

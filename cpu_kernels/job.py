@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels import tuning
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers import records
+from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS
+from hybrid_moe.cpu_kernels.jit.records import u8
 from hybrid_moe.cpu_kernels.memory import Workspace
-from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
+from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS, STRIP_ROWS, SUMS_BYTES, round_up
 
 INLINE_ENCODE_TOKENS = 4
@@ -77,11 +79,6 @@ class JobShape:
         return self.capacity * self.top_k
 
     @property
-    def pool_workers(self) -> int:
-        """Of a pool, at most."""
-        return -(-self.workers // self.pools)
-
-    @property
     def strips(self) -> int:
         """Of the output."""
         return -(-self.hidden // STRIP_ROWS)
@@ -89,22 +86,22 @@ class JobShape:
     @property
     def _pair_rows(self) -> int:
         """Bytes of what pairs add to the output, if few tokens keep that."""
-        if not tuning.rows_by_pair(-(-self.strips // self.pools), self.pool_workers):
+        if not tuning.rows_by_pair(self.strips, self.workers):
             return 0
         return SUMS_BYTES * self.strips * self.top_k * min(self.capacity, tuning.PAIR_TOKENS)
 
     @property
-    def _worker_areas(self) -> dict[int, int]:
-        """Slot -> bytes of each part of a worker's scratch, whose offset it holds.
+    def _worker_areas(self) -> dict[str, int]:
+        """Bytes of each part of a worker's scratch, by the field that holds its offset.
 
         Sums are those of a batch of one expert's tokens, or of fewer tokens and several strips; a
         matrix unit writes, and reads, whole blocks. An expert may get every pair."""
-        most = min(f.BATCH_TOKENS, self.pairs)
+        most = min(BATCH_TOKENS, self.pairs)
         return {
-            f.J_SCRATCH_SUMS: SUMS_BYTES * (f.BATCH_TOKENS + MOST_BLOCK_TOKENS),
-            f.J_SCRATCH_X: most * self.x_row + BLOCK_SLACK,
-            f.J_SCRATCH_UNPACKED: self.unpacked_bytes,
-            f.J_SCRATCH_OUT: SUMS_BYTES * tuning.out_rows(self.strips, self.capacity),
+            "sums_offset": SUMS_BYTES * (BATCH_TOKENS + MOST_BLOCK_TOKENS),
+            "x_offset": most * self.x_row + BLOCK_SLACK,
+            "unpacked_offset": self.unpacked_bytes,
+            "out_offset": SUMS_BYTES * tuning.out_rows(self.strips, self.capacity),
         }
 
     @property
@@ -112,24 +109,24 @@ class JobShape:
         return round_up(sum(round_up(size, 64) for size in self._worker_areas.values()), 4096)
 
     @property
-    def _areas(self) -> dict[int, int]:
-        """Slot -> bytes of the area whose address it holds."""
+    def _areas(self) -> dict[str, int]:
+        """Field -> bytes of the area whose address it holds."""
         pairs, tokens, experts = self.pairs, self.capacity, self.experts
         return {
-            f.J_X: 2 * tokens * self.hidden,
-            f.J_IDS: 8 * pairs,
-            f.J_WEIGHTS: 4 * pairs,
-            f.J_SKIP: experts,
-            f.J_COUNTS: 4 * (experts + 1),
-            f.J_ACTIVE_EXPERT: 4 * experts,
-            f.J_ACTIVE_START: 4 * (experts + 1),
-            f.J_PAIR_TOKEN: 4 * pairs,
-            f.J_PAIR_WEIGHT: 4 * pairs,
-            f.J_PAIR_X: 8 * pairs,
-            f.J_X_ROWS: tokens * self.x_row + BLOCK_SLACK,
-            f.J_H_ROWS: pairs * self.h_row + BLOCK_SLACK,
-            f.J_PAIR_ROWS: self._pair_rows,
-            f.J_SCRATCH: self.workers * self.worker_bytes,
+            "x": 2 * tokens * self.hidden,
+            "ids": 8 * pairs,
+            "weights": 4 * pairs,
+            "skip": experts,
+            "counts": 4 * (experts + 1),
+            "active_expert": 4 * experts,
+            "active_start": 4 * (experts + 1),
+            "pair_token": 4 * pairs,
+            "pair_weight": 4 * pairs,
+            "pair_x": 8 * pairs,
+            "x_rows": tokens * self.x_row + BLOCK_SLACK,
+            "h_rows": pairs * self.h_row + BLOCK_SLACK,
+            "pair_rows": self._pair_rows,
+            "scratch": self.workers * self.worker_bytes,
         }
 
     @property
@@ -137,20 +134,20 @@ class JobShape:
         """Of the whole workspace."""
         return sum(round_up(size, 64) for size in self._areas.values())
 
-    def template(self, workspace: Workspace) -> Slots:
-        """A job's slots over `workspace`; J_LAYER, J_TOKENS and J_OUT remain to be filled in."""
-        job: Slots = np.zeros(f.JOB_SLOTS, np.int64)
-        for slot, size in self._areas.items():
-            job[slot] = workspace.take(size) if size else 0
-        job[f.J_TOP_K] = self.top_k
-        job[f.J_POOLS] = self.pools
-        job[f.J_SCRATCH_BYTES] = self.worker_bytes
+    def template(self, workspace: Workspace) -> records.Job:
+        """A job over `workspace`; its layer, tokens and out remain to be filled in."""
+        job = records.Job.new()
+        words = job.words
+        for name, size in self._areas.items():
+            words[records.Job.word(name)] = workspace.take(size) if size else 0
+        job.top_k = self.top_k
+        job.pools = self.pools
+        job.scratch_bytes = self.worker_bytes
         offset = 0
-        for slot, size in self._worker_areas.items():
-            job[slot] = offset
+        for name, size in self._worker_areas.items():
+            words[records.Job.word(name)] = offset
             offset += round_up(size, 64)
-        job[f.J_INLINE_ENCODE] = int(self.capacity <= INLINE_ENCODE_TOKENS)
-        job[f.J_POOL_WORKERS] = self.pool_workers
+        job.inline_encode = int(self.capacity <= INLINE_ENCODE_TOKENS)
         return job
 
 
@@ -161,14 +158,13 @@ class StagedJob:
         self.shape = shape
         self._workspace = Workspace(shape.nbytes)
         self.template = shape.template(self._workspace)
-        self._address = int(self.template.ctypes.data)
         tokens, k = shape.capacity, shape.top_k
         view = self._workspace.view
-        self._x = view(self.template[f.J_X], (tokens, shape.hidden), np.uint16)
-        self._ids = view(self.template[f.J_IDS], (tokens, k), np.int64)
-        self._weights = view(self.template[f.J_WEIGHTS], (tokens, k), np.float32)
-        self._skip = view(self.template[f.J_SKIP], (shape.experts,), np.bool_)
-        self._skip_address = int(self.template[f.J_SKIP])
+        self._x = view(self.template.x, (tokens, shape.hidden), np.uint16)
+        self._ids = view(self.template.ids.address, (tokens, k), np.int64)
+        self._weights = view(self.template.weights.address, (tokens, k), np.float32)
+        self._skip_at = self.template.skip
+        self._skip = view(self._skip_at.address, (shape.experts,), np.bool_)
 
     @property
     def nbytes(self) -> int:
@@ -188,14 +184,14 @@ class StagedJob:
         self._weights[:tokens] = weights
         if skip is not None:
             self._skip[:] = skip
-        self.template[f.J_TOKENS] = tokens
-        self.template[f.J_SKIP] = 0 if skip is None else self._skip_address
+        self.template.tokens = tokens
+        self.template.skip = u8.at(0) if skip is None else self._skip_at
 
-    def address(self, descriptor: int, out: int) -> int:
-        """Address of the slots, for a layer and an output bf16 [T, H]."""
-        self.template[f.J_LAYER] = descriptor
-        self.template[f.J_OUT] = out
-        return self._address
+    def address(self, layer: records.Layer, out: int) -> int:
+        """Address of the job, for a layer and an output bf16 [T, H]."""
+        self.template.layer = layer
+        self.template.out.value = out
+        return self.template.address
 
 
 class Job:

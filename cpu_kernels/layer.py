@@ -10,15 +10,15 @@ import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.descriptor import describe
-from hybrid_moe.cpu_kernels.drivers import check_machine
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers import check_machine, records
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
+from hybrid_moe.cpu_kernels.jit.records import f32, i64
 from hybrid_moe.cpu_kernels.job import Job, JobShape, StagedJob, capacity_for, check_inputs
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots, group_for
+from hybrid_moe.cpu_kernels.pool.group import PoolGroup, group_for
 from hybrid_moe.cpu_kernels.small import SmallJob, SmallPass, fill, idle_jobs
 from hybrid_moe.cpu_kernels.streams.slots import (
     JobSlot,
@@ -48,11 +48,10 @@ def _shares(units: int, parts: tuple[int, ...]) -> npt.NDArray[np.int64]:
 @dataclass(frozen=True)
 class _Ready:
     """What a layer needs to run, and what jobs own: its threads, the compiled code's view of it
-    (`descriptor`, at `address`), and whatever that points to (`memory`)."""
+    (`descriptor`), and whatever that points to (`memory`)."""
 
     group: PoolGroup
-    descriptor: Slots
-    address: int
+    descriptor: records.Layer
     memory: tuple[object, ...]
 
 
@@ -103,6 +102,7 @@ class ExpertLayer:
         self.gate_up_layout = strip_layout(fmt, hidden)
         self.down_layout = strip_layout(fmt, intermediate)
         parts = pool.threads_per_pool
+        self._workers = np.array(parts, np.int64)
         self._blocks = _shares(intermediate // GROUP, parts)
         self._strips = _shares(-(-hidden // STRIP_ROWS), parts)
         self._gate_up = np.zeros((pool.pools, num_experts), np.int64)
@@ -254,17 +254,18 @@ class ExpertLayer:
         return np.copy(self._loaded)
 
     @property
-    def _tables(self) -> dict[int, Array]:
-        """What a descriptor points to, by its slot."""
+    def _tables(self) -> dict[str, Array]:
+        """What a descriptor points to, by its field."""
         return {
-            f.L_PARAMETERS: self._parameters,
-            f.L_GATE_BIAS: self._bias_tables["gate"],
-            f.L_UP_BIAS: self._bias_tables["up"],
-            f.L_DOWN_BIAS: self._bias_tables["down"],
-            f.L_GATE_UP: self._gate_up,
-            f.L_DOWN: self._down,
-            f.L_BLOCKS: self._blocks,
-            f.L_STRIPS: self._strips,
+            "parameters": self._parameters,
+            "gate_bias": self._bias_tables["gate"],
+            "up_bias": self._bias_tables["up"],
+            "down_bias": self._bias_tables["down"],
+            "gate_up": self._gate_up,
+            "down": self._down,
+            "workers": self._workers,
+            "blocks": self._blocks,
+            "strips": self._strips,
         }
 
     # forward
@@ -319,7 +320,7 @@ class ExpertLayer:
                 group.wait(sequence)
             part = slice(start, start + most)
             job.stage(x[part], ids[part], weights[part], skip)
-            submission = group.submit(job.address(ready.address, out[part].ctypes.data), owned)
+            submission = group.submit(job.address(ready.descriptor, out[part].ctypes.data), owned)
             if submission.missing >= 0:
                 group.idle.give_back(job)
                 raise RuntimeError(
@@ -359,7 +360,7 @@ class ExpertLayer:
             job = idle.pop()
         except IndexError:
             job = SmallJob(self._job_shape(ready, tokens, top_k))
-        fill(job, ready.address, tokens, x, ids, weights, skip, out)
+        fill(job.words, ready.descriptor.address, tokens, x, ids, weights, skip, out)
         return SmallPass(ready.group, job, idle, (ready, owned))
 
     def _job_shape(self, ready: _Ready, tokens: int, top_k: int) -> JobShape:
@@ -371,8 +372,8 @@ class ExpertLayer:
                 *key,
                 experts=self.num_experts,
                 hidden=self.hidden,
-                x_row=int(descriptor[f.L_X_ROW_BYTES]),
-                h_row=int(descriptor[f.L_H_ROW_BYTES]),
+                x_row=descriptor.x_row_bytes,
+                h_row=descriptor.h_row_bytes,
                 unpacked_bytes=FORMAT_KERNELS[self.fmt.name].unpacked_bytes,
                 workers=self.pool.threads,
                 pools=self.pool.pools,
@@ -396,7 +397,6 @@ class ExpertLayer:
                 self._ready_state = _Ready(
                     self._group,
                     descriptor,
-                    int(descriptor.ctypes.data),
                     (*tables.values(), self._no_bias, self._arenas, self._biases),
                 )
             return self._ready_state
@@ -425,7 +425,7 @@ class ExpertLayer:
             tokens, top_k: T and k.
             x, out: addresses of bf16 [T, H]. ids: of int64 [T, k]. weights: of float32 [T, k].
             skip: address of bool [E], the layer's live mask: each post takes a snapshot of it.
-            ignored_ids: what ids out of range mean, `fields.IDS_*`.
+            ignored_ids: what ids out of range mean, `records.IDS_*`.
             scratch: of `slot_shape(tokens, top_k)`.
             owned: what holds the memory at these addresses; kept for as long as they are used.
         """
@@ -444,10 +444,10 @@ class ExpertLayer:
             buffers=owned,
         )
         job = slot.template
-        job[f.J_LAYER] = ready.address
-        job[f.J_TOKENS] = tokens
-        job[f.J_X], job[f.J_IDS], job[f.J_WEIGHTS] = x, ids, weights
-        job[f.J_OUT] = out
+        job.layer = ready.descriptor
+        job.tokens = tokens
+        job.x, job.ids, job.weights = x, i64.at(ids), f32.at(weights)
+        job.out.value = out
         return slot
 
     def slot_report(self) -> SlotReport:

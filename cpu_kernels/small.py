@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.records import Job
 from hybrid_moe.cpu_kernels.job import INLINE_ENCODE_TOKENS as SMALL_TOKENS
 from hybrid_moe.cpu_kernels.job import JobShape
 from hybrid_moe.cpu_kernels.memory import Workspace
@@ -21,13 +21,13 @@ __all__ = ["SMALL_TOKENS", "SmallJob", "SmallPass", "idle_jobs"]
 class SmallJob:
     """Memory of one pass whose inputs are elsewhere."""
 
-    __slots__ = ("_template", "_workspace", "address", "slots")
+    __slots__ = ("_template", "_workspace", "address", "words")
 
     def __init__(self, shape: JobShape) -> None:
         self._workspace = Workspace(shape.nbytes)
         self._template = shape.template(self._workspace)
-        self.slots = self._template.data
-        self.address = int(self._template.ctypes.data)
+        self.words = self._template.words
+        self.address = self._template.address
 
 
 _idle: dict[JobShape, list[SmallJob]] = {}
@@ -53,7 +53,7 @@ class SmallPass:
     def __init__(
         self, group: PoolGroup, job: SmallJob, idle: list[SmallJob], owned: object
     ) -> None:
-        """Start `job`, whose slots are filled in.
+        """Start `job`, which is filled in.
 
         Args:
             idle: where the job goes afterwards.
@@ -73,15 +73,5 @@ class SmallPass:
             self._idle.append(self._job)
 
 
-def fill(
-    job: SmallJob, layer: int, tokens: int, x: int, ids: int, weights: int, skip: int, out: int
-) -> None:
-    """Fill in a job's slots, see `ExpertLayer.small`."""
-    slots = job.slots
-    slots[f.J_LAYER] = layer
-    slots[f.J_TOKENS] = tokens
-    slots[f.J_X] = x
-    slots[f.J_IDS] = ids
-    slots[f.J_WEIGHTS] = weights
-    slots[f.J_SKIP] = skip
-    slots[f.J_OUT] = out
+fill = Job.writer("layer", "tokens", "x", "ids", "weights", "skip", "out")
+"""`fill(job.words, ...)`: addresses as of `ExpertLayer.small`."""

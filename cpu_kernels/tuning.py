@@ -29,7 +29,6 @@ ENCODE_TOKENS = 16
 """Tokens of an encoding task, at most. 2 us each at 4096 inputs."""
 
 
-
 def encode_tasks(tokens: int, workers: int) -> int:
     return min(tokens, max(workers, (tokens + ENCODE_TOKENS - 1) // ENCODE_TOKENS))
 

@@ -1,110 +1,108 @@
-"""Routing: token x slot ids -> pairs grouped by expert, and the sizes of each phase."""
+"""Routing: token x slot ids -> pairs grouped by expert, and the phases of the job."""
 
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels import tuning
-from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.drivers.intrinsics import (
-    call6,
+    call,
     driver,
-    load8,
-    load32,
-    load64,
     load_acquire,
     restore_float_environment,
     set_float_environment,
-    store32,
-    store64,
+    store_release,
 )
+from hybrid_moe.cpu_kernels.drivers.patience import NS_PER_MAC
+from hybrid_moe.cpu_kernels.drivers.records import (
+    COMBINE,
+    DOWN,
+    DOWN_BY_PAIR,
+    ENCODE,
+    GATE_UP,
+    Entry,
+    Job,
+    Phase,
+)
+from hybrid_moe.formats.strips import STRIP_ROWS
+
+COMPUTED, SKIPPED, NOT_LOADED = 1, 0, -1
 
 
 @driver
-def get(base: int, slot: int) -> int:
-    return load64(base + 8 * slot)
-
-
-@driver
-def put(base: int, slot: int, value: int) -> None:
-    store64(base + 8 * slot, value)
-
-
-@driver
-def is_here(job: int, layer: int, expert: int) -> int:
-    """1 if the expert's pairs are computed here, 0 if they are skipped, -1 if it is not loaded.
+def expert_state(job: Job, expert: int) -> int:
+    """Whether an expert's pairs are computed here, belong elsewhere, or cannot be computed.
 
     Pool 0's gate and up are what `ExpertLayer.load` publishes last: who finds them finds the rest.
     """
-    skip = get(job, f.J_SKIP)
-    if skip != 0 and load8(skip + expert) != 0:
-        return 0
-    return 1 if load_acquire(get(layer, f.L_GATE_UP) + 8 * expert) != 0 else -1
+    if job.skip.address != 0 and job.skip[expert] != 0:
+        return SKIPPED
+    # pairs with the release of `pack_strips.publish_word`
+    return COMPUTED if load_acquire(job.layer.gate_up[expert]) != 0 else NOT_LOADED
 
 
 @driver
-def count_pairs(job: int, layer: int) -> None:
+def count_pairs(entry: Entry) -> None:
     """Pairs of each expert; ids out of range are counted and contribute nothing."""
-    experts = get(layer, f.L_EXPERTS)
-    counts = get(job, f.J_COUNTS)
-    ids = get(job, f.J_IDS)
-    total = get(job, f.J_TOKENS) * get(job, f.J_TOP_K)
+    job = entry.job
+    experts = job.layer.experts
+    counts = job.counts
     for e in range(experts):
-        store32(counts + 4 * e, 0)
+        counts[e] = 0
     ignored = 0
     missing = 0
-    for i in range(total):
-        e = load64(ids + 8 * i)
+    for i in range(job.tokens * job.top_k):
+        e = job.ids[i]
         if e < 0 or e >= experts:
             ignored += 1
             continue
-        here = is_here(job, layer, e)
-        if here > 0:
-            store32(counts + 4 * e, load32(counts + 4 * e) + 1)
-        elif here < 0:
+        state = expert_state(job, e)
+        if state == COMPUTED:
+            counts[e] += 1
+        elif state == NOT_LOADED:
             missing = e + 1
-    put(job, f.J_IGNORED, ignored)
-    put(job, f.J_MISSING, missing)
+    entry.ignored = ignored
+    entry.missing = missing
 
 
 @driver
-def place_pairs(job: int, layer: int) -> None:
+def place_pairs(entry: Entry) -> None:
     """Group pairs by ascending expert; within one, by token, then slot."""
-    experts = get(layer, f.L_EXPERTS)
-    counts = get(job, f.J_COUNTS)
+    job = entry.job
+    experts = job.layer.experts
+    counts = job.counts
     active = 0
     start = 0
     most = 0
     for e in range(experts):
-        n = load32(counts + 4 * e)
+        n = counts[e]
         if n > 0:
-            store32(get(job, f.J_ACTIVE_EXPERT) + 4 * active, e)
-            store32(get(job, f.J_ACTIVE_START) + 4 * active, start)
-            store32(counts + 4 * e, start)  # now: where the expert's next pair goes
+            job.active_expert[active] = e
+            job.active_start[active] = start
+            counts[e] = start  # now: where the expert's next pair goes
             start += n
             active += 1
             most = max(most, n)
         else:
-            store32(counts + 4 * e, -1)
-    store32(get(job, f.J_ACTIVE_START) + 4 * active, start)
-    put(job, f.J_ACTIVE, active)
-    put(job, f.J_MOST, most)
+            counts[e] = -1
+    job.active_start[active] = start
+    entry.active = active
+    entry.most = most
+    entry.pairs = start
 
-    ids = get(job, f.J_IDS)
-    weights = get(job, f.J_WEIGHTS)
-    top_k = get(job, f.J_TOP_K)
-    x_rows, x_bytes = get(job, f.J_X_ROWS), get(layer, f.L_X_ROW_BYTES)
-    for t in range(get(job, f.J_TOKENS)):
+    top_k = job.top_k
+    x_rows, x_bytes = job.x_rows, job.layer.x_row_bytes
+    for t in range(job.tokens):
         for slot in range(top_k):
             i = t * top_k + slot
-            e = load64(ids + 8 * i)
+            e = job.ids[i]
             if e < 0 or e >= experts:
                 continue
-            pair = load32(counts + 4 * e)
+            pair = counts[e]
             if pair < 0:
                 continue
-            store32(counts + 4 * e, pair + 1)
-            store32(get(job, f.J_PAIR_TOKEN) + 4 * pair, t)
-            store32(get(job, f.J_PAIR_WEIGHT) + 4 * pair, load32(weights + 4 * i))
-            store64(get(job, f.J_PAIR_X) + 8 * pair, x_rows + t * x_bytes)
+            counts[e] = pair + 1
+            job.pair_token[pair] = t
+            job.pair_weight[pair] = job.weights[i]
+            job.pair_x[pair] = x_rows + t * x_bytes
 
 
 encode_tasks = driver(tuning.encode_tasks)
@@ -118,74 +116,95 @@ def ceil_div(a: int, b: int) -> int:
 
 
 @driver
-def units_of(firsts: int, pool: int) -> int:
-    """Strips of a pool, by the first of each pool."""
-    return load64(firsts + 8 * (pool + 1)) - load64(firsts + 8 * pool)
+def append_phase(entry: Entry, kind: int) -> Phase:
+    """A phase behind those that the job has, without tasks as yet."""
+    index = load_acquire(entry.phase_count)  # this thread's own: it holds the ring's lock
+    phase = entry.phases[index]
+    phase.kind = kind
+    store_release(phase.total, 0)
+    for pool in range(entry.job.pools):
+        store_release(phase.tasks[pool], 0)
+    store_release(entry.phase_count, index + 1)
+    return phase
 
 
 @driver
-def size_phases(job: int, layer: int) -> None:
-    """Tasks of each phase and pool, see `tuning`. Each task has an even part of the phase's units:
-
-    encode   tokens
-    gate/up  strips of all active experts, in ascending id
-    down     strips, each of all experts and finished; or of all active experts, as in gate/up,
-    combine  and strips to finish
-    """
-    active = get(job, f.J_ACTIVE)
-    tokens = get(job, f.J_TOKENS)
-    pairs = load32(get(job, f.J_ACTIVE_START) + 4 * active)
-    workers = get(job, f.J_POOL_WORKERS)
-    by_pair = get(job, f.J_PAIR_ROWS) != 0 and tokens <= tuning.PAIR_TOKENS
-    put(job, f.J_LAST_PHASE, f.PHASE_COMBINE if by_pair else f.PHASE_DOWN)
-    for phase in range(f.PHASES):
-        total = 0
-        for p in range(get(job, f.J_POOLS)):
-            blocks = units_of(get(layer, f.L_BLOCKS), p)
-            strips = units_of(get(layer, f.L_STRIPS), p)
-            n = 0
-            if phase == f.PHASE_ENCODE:
-                if p == 0 and get(job, f.J_INLINE_ENCODE) == 0:
-                    n = encode_tasks(tokens, workers)
-            elif phase == f.PHASE_GATE_UP:
-                n = expert_tasks(active, blocks, pairs, workers)
-            elif phase == f.PHASE_DOWN:
-                if by_pair:
-                    n = expert_tasks(active, strips, pairs, workers)
-                else:
-                    n = row_tasks(active, strips, pairs, tokens, workers)
-            elif by_pair:
-                n = min(strips, workers)
-            put(job, f.J_TASKS + phase * f.MAX_POOLS + p, n)
-            total += n
-        put(job, f.J_TOTAL + phase, total)
+def add_tasks(entry: Entry, phase: Phase, pool: int, units: int, tasks: int, macs: int) -> None:
+    """Tasks that share units of work evenly, each of at most so many multiply-adds."""
+    if tasks == 0:
+        return
+    phase.units[pool] = units
+    # who reads these reads a claim word or the entry's number as well: `claim`, `phase_is_done`
+    store_release(phase.tasks[pool], tasks)
+    store_release(phase.total, load_acquire(phase.total) + tasks)
+    task_ns = NS_PER_MAC * macs * ceil_div(units, tasks)  # see `patience`
+    store_release(entry.task_ns, max(load_acquire(entry.task_ns), task_ns))
 
 
 @driver
-def encode_tokens(job: int, layer: int, begin: int, end: int) -> None:
+def append_phases(entry: Entry) -> None:
+    """The phases of an expert layer, see `phases` for what each does and `tuning` for its tasks."""
+    job = entry.job
+    layer = job.layer
+    active, pairs, workers = entry.active, entry.pairs, layer.workers
+    store_release(entry.phase_count, 0)
+    store_release(entry.task_ns, 0)
+    if job.inline_encode == 0:
+        phase = append_phase(entry, ENCODE)
+        add_tasks(entry, phase, 0, job.tokens, encode_tasks(job.tokens, workers[0]), 0)
+
+    phase = append_phase(entry, GATE_UP)
+    macs = STRIP_ROWS * entry.most * layer.hidden
+    for p in range(job.pools):
+        strips = layer.blocks[p + 1] - layer.blocks[p]
+        tasks = expert_tasks(active, strips, pairs, workers[p])
+        add_tasks(entry, phase, p, active * strips, tasks, macs)
+
+    if job.pair_rows != 0 and job.tokens <= tuning.PAIR_TOKENS:
+        phase = append_phase(entry, DOWN_BY_PAIR)
+        macs = STRIP_ROWS * entry.most * layer.intermediate
+        for p in range(job.pools):
+            strips = layer.strips[p + 1] - layer.strips[p]
+            tasks = expert_tasks(active, strips, pairs, workers[p])
+            add_tasks(entry, phase, p, active * strips, tasks, macs)
+        phase = append_phase(entry, COMBINE)
+        for p in range(job.pools):
+            strips = layer.strips[p + 1] - layer.strips[p]
+            add_tasks(entry, phase, p, strips, min(strips, workers[p]), STRIP_ROWS * pairs)
+    else:
+        phase = append_phase(entry, DOWN)
+        macs = STRIP_ROWS * pairs * layer.intermediate
+        for p in range(job.pools):
+            strips = layer.strips[p + 1] - layer.strips[p]
+            tasks = row_tasks(active, strips, pairs, job.tokens, workers[p])
+            add_tasks(entry, phase, p, strips, tasks, macs)
+
+
+@driver
+def encode_tokens(job: Job, begin: int, end: int) -> None:
     """Encode input rows begin..end-1."""
-    x_bytes = 2 * get(layer, f.L_HIDDEN)
-    row_bytes = get(layer, f.L_X_ROW_BYTES)
-    call6(
-        get(layer, f.L_ENCODE),
-        get(job, f.J_X) + begin * x_bytes,
+    layer = job.layer
+    x_bytes = 2 * layer.hidden
+    row_bytes = layer.x_row_bytes
+    call(
+        layer.encode,
+        job.x + begin * x_bytes,
         x_bytes,
-        get(job, f.J_X_ROWS) + begin * row_bytes,
+        job.x_rows + begin * row_bytes,
         row_bytes,
         end - begin,
-        get(layer, f.L_GU_LAYOUT + f.LAYOUT_GROUPS),
+        layer.gate_up_strips.groups,
     )
 
 
 @driver
-def prepare(job: int) -> int:
-    """Route a job and size its phases; a small one is encoded here too. Returns its missing."""
-    layer = get(job, f.J_LAYER)
-    count_pairs(job, layer)
-    place_pairs(job, layer)
-    size_phases(job, layer)
-    if get(job, f.J_INLINE_ENCODE) != 0:
+def prepare(entry: Entry) -> int:
+    """Route a job and append its phases; a small one is encoded here too. Returns its missing."""
+    count_pairs(entry)
+    place_pairs(entry)
+    append_phases(entry)
+    if entry.job.inline_encode != 0:
         before = set_float_environment()  # the caller's may flush subnormals
-        encode_tokens(job, layer, 0, get(job, f.J_TOKENS))
+        encode_tokens(entry.job, 0, entry.job.tokens)
         restore_float_environment(before)
-    return get(job, f.J_MISSING)
+    return entry.missing

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
-from hybrid_moe.cpu_kernels.drivers.fields import SHARE_BYTES, UNPACK_GROUPS
+from hybrid_moe.cpu_kernels.drivers.records import SHARE_BYTES, UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val, Var
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hybrid_moe.cpu_kernels.drivers.fields import BATCH_TOKENS, UNPACK_GROUPS
+from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS, UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.dsl.tiles import configure, release

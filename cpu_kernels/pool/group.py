@@ -17,11 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from hybrid_moe.cpu_kernels import drivers
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.records import NO_ROOM, Found, Group
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.affinity import bind_thread
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -31,7 +28,7 @@ from hybrid_moe.locks import ProcessLock
 if TYPE_CHECKING:
     from hybrid_moe.cpu_kernels.job import StagedJob
 
-Slots = npt.NDArray[np.int64]
+_COMPLETED, _SUBMITTED, _STOP = map(Group.word, ("completed", "submitted", "stop"))
 
 FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
 """Of the system call, by machine."""
@@ -67,28 +64,25 @@ class PoolGroup:
         self.config = config
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._block = Arena(8 * f.GROUP_SLOTS)
-        self._slots: Slots = self._block.bytes.view(np.int64)
-        self._words = self._slots.data  # the same, quicker to read one by one
-        self.address = self._block.address
         drivers.check_machine()
-        self._slots[f.G_SPIN_NS] = _SPIN_NS
-        self._slots[f.G_WAIT_SPIN_NS] = _WAIT_SPIN_NS
-        self._slots[f.G_FUTEX] = FUTEX_NUMBERS[platform.machine()]
-        self._slots[f.G_TIMEOUT_NS] = _TIMEOUT_NS
-        self._slots[f.G_TIMESPEC : f.G_TIMESPEC + 2] = (0, _TIMEOUT_NS)
+        self.control = control = Group.over(Arena(Group.nbytes).bytes)
+        self._words = control.words  # the same, quicker to read one by one
+        self.address = control.address
+        control.spin_ns = _SPIN_NS
+        control.wait_spin_ns = _WAIT_SPIN_NS
+        control.futex = FUTEX_NUMBERS[platform.machine()]
+        control.timeout_ns = control.timeout[1] = _TIMEOUT_NS
         self._in_flight: dict[int, object] = {}
         """What jobs own, by number. Entries leave by `dict.pop`, which needs no lock."""
         self._starting: object = None
-        self._found = np.zeros(1, np.int64)
-        self._found_at = int(self._found.ctypes.data)
-        self._found_word = self._found.data
+        self._found = Found.new()
+        self._found_words = self._found.words
         self.idle: IdleJobs[StagedJob] = IdleJobs()
         self._launch = _function("try_launch", 3)
         self._help_until = _function("help_until", 5)
         self._wake_all = _function("wake_all", 1)
         self._work = _function("work", 3)
-        self._take_worker0 = _function("take_worker0", 1)
+        self._become_worker0 = _function("become_worker0", 1)
         self._pools = config.worker_pools()
         self._masks = config.worker_masks()
         self.caller_works = True
@@ -122,7 +116,7 @@ class PoolGroup:
 
     def _run(self, worker: int) -> None:
         bind_thread(self._masks[worker])
-        while worker == 0 and not (self._take_worker0(self.address) or self._words[f.G_STOP]):
+        while worker == 0 and not (self._become_worker0(self.address) or self._words[_STOP]):
             time.sleep(_TAKE_OVER_S)  # a caller that is worker 0 leaves within its time-out
         self._work(self.address, self._pools[worker], worker)
 
@@ -142,7 +136,7 @@ class PoolGroup:
     def check_process(self) -> None:
         """Raise in a forked child, where the workers do not exist, and after `stop`."""
         self._check_not_forked()
-        if self._words[f.G_STOP]:
+        if self._words[_STOP]:
             raise RuntimeError("the worker threads of hybrid_moe have been stopped")
 
     def _check_not_forked(self) -> None:
@@ -156,7 +150,7 @@ class PoolGroup:
         """Route and publish a job.
 
         Args:
-            job: address of its slots, which are copied into the ring.
+            job: address of a `Job`, which is copied into the ring.
             owned: kept alive until the job is complete, even if nobody waits for it.
         """
         sequence, ignored = self.launch(job, owned)
@@ -174,20 +168,20 @@ class PoolGroup:
             in_flight = self._in_flight
             # owned before it starts: an interrupt between these lines must not free its memory
             if self._starting is not None:
-                newest = self._words[f.G_SUBMITTED]
+                newest = self._words[_SUBMITTED]
                 in_flight[newest] = (in_flight.get(newest), self._starting)
             self._starting = owned
             while True:
-                completed = self._words[f.G_COMPLETED]
-                sequence = self._launch(self.address, job, self._found_at)
-                if sequence != f.NO_ROOM:
+                completed = self._words[_COMPLETED]
+                sequence = self._launch(self.address, job, self._found.address)
+                if sequence != NO_ROOM:
                     break
                 self._advance(completed + 1)
                 self.check_process()  # stopped: nothing will make room
             if sequence > 0:
                 in_flight[sequence] = owned
             self._starting = None
-            return sequence, self._found_word[0]
+            return sequence, self._found_words[0]
 
     def _advance(self, sequence: int) -> bool:
         """Wait a while for job `sequence`, as worker 0 if nobody else is; true when complete."""
@@ -210,7 +204,7 @@ class PoolGroup:
 
     def forget_completed(self) -> None:
         """Let go of what all completed jobs owned."""
-        completed = self._words[f.G_COMPLETED]
+        completed = self._words[_COMPLETED]
         for sequence in list(self._in_flight):
             if sequence <= completed:
                 self._in_flight.pop(sequence, None)
@@ -218,13 +212,13 @@ class PoolGroup:
     @property
     def completed(self) -> int:
         """Number of the newest job that is complete."""
-        self._check_not_forked()  # the child has no mapping of the slots
-        return self._words[f.G_COMPLETED]
+        self._check_not_forked()  # the child has no mapping of the words
+        return self._words[_COMPLETED]
 
     def is_complete(self, sequence: int) -> bool:
         """Whether job `sequence` is. What completed jobs owned is let go."""
-        self._check_not_forked()  # the child has no mapping of the slots
-        if self._words[f.G_COMPLETED] < sequence:
+        self._check_not_forked()  # the child has no mapping of the words
+        if self._words[_COMPLETED] < sequence:
             return False
         self._forget(sequence)
         return True
@@ -233,7 +227,7 @@ class PoolGroup:
         """Stop the threads; bounded, since a daemon thread may not hold up the exit."""
         if os.getpid() != self._pid:
             return
-        self._slots[f.G_STOP] = 1
+        self.control.stop.value = 1
         self._wake_all(self.address)
         for thread in self._threads:
             thread.join(timeout=1.0)

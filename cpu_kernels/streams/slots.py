@@ -18,35 +18,46 @@ import weakref
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels import drivers
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.records import (
+    ERROR_STOPPED,
+    ERROR_STUCK,
+    ERROR_TIMEOUT,
+    Counters,
+    Faults,
+    GraphJob,
+    Mask,
+)
+from hybrid_moe.cpu_kernels.jit.records import u8
 from hybrid_moe.cpu_kernels.job import JobShape
 from hybrid_moe.cpu_kernels.memory import Workspace
-from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
+from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.streams import keeping
 
 TIMEOUT_S = 60.0
 """A pool that ends no task for so long, and as long again as the largest task of its job may take
 a slow thread (`drivers.patience`), is taken for dead."""
 
-_FAULTS: Slots = np.zeros(2, np.int64)
+_FAULTS = Faults.new()
+_FAULT_WORDS = _FAULTS.words
 
 _REASONS = {
-    f.ERROR_TIMEOUT: "the CPU workers completed nothing for {waited} s",
-    f.ERROR_STUCK: "the CPU workers were still busy with a job that had been given up",
-    f.ERROR_STOPPED: "the CPU workers have been stopped",
+    ERROR_TIMEOUT: "the CPU workers completed nothing for {waited} s",
+    ERROR_STUCK: "the CPU workers were still busy with a job that had been given up",
+    ERROR_STOPPED: "the CPU workers have been stopped",
 }
 
 
 def faults() -> int:
     """How many runs of slots have gone wrong in this process; reading it costs nothing."""
-    return int(_FAULTS[0])
+    return _FAULT_WORDS[0]
 
 
 def closed_runs() -> int:
     """How many of them were replays of slots whose layer was gone."""
-    return int(_FAULTS[1])
+    return _FAULT_WORDS[1]
 
 
 class SlotScratch:
@@ -67,11 +78,11 @@ class LiveMask:
     """
 
     def __init__(self, live: int, experts: int) -> None:
-        self._block: Slots = np.zeros(f.K_SLOTS + -(-experts // 8), np.int64)
-        self._block[f.K_LIVE] = live
-        self._block[f.K_EXPERTS] = experts
-        self.address = int(self._block.ctypes.data)
-        self.snapshot = self.address + 8 * f.K_SLOTS
+        self._seen: npt.NDArray[np.uint8] = np.zeros(experts, np.uint8)
+        self.record = mask = Mask.new()
+        mask.experts = experts
+        mask.live = u8.at(live)
+        mask.seen = u8.at(self._seen.ctypes.data)
 
 
 @dataclass(frozen=True)
@@ -95,24 +106,23 @@ class SlotCounters:
     """What the runs of all slots of one layer have met, those of slots that are gone included."""
 
     def __init__(self) -> None:
-        self._words: Slots = np.zeros(f.COUNTER_SLOTS, np.int64)
+        self.record = Counters.new()
         self._reported = (0, 0, 0)
-        self.address = int(self._words.ctypes.data)
 
     def report(self) -> SlotReport:
         """What is new since the last call; never blocks."""
-        words = self._words.tolist()
-        totals = (words[f.C_IGNORED], words[f.C_MISSING], words[f.C_ERRORS])
+        found = self.record
+        totals = (found.ignored.value, found.missing.value, found.errors.value)
         ignored, missing, errors = (
             now - then for now, then in zip(totals, self._reported, strict=True)
         )
         self._reported = totals
-        waited = f"{words[f.C_WAITED_NS] / 1e9:.2f}".rstrip("0").rstrip(".")
+        waited = f"{found.waited_ns.value / 1e9:.2f}".rstrip("0").rstrip(".")
         return SlotReport(
             ignored,
             missing,
-            words[f.C_MISSING_EXPERT] if missing else -1,
-            _REASONS[words[f.C_ERROR]].format(waited=waited) if errors else None,
+            found.missing_expert.value if missing else -1,
+            _REASONS[found.error.value].format(waited=waited) if errors else None,
         )
 
 
@@ -124,8 +134,8 @@ class SlotState:
         captured: whether a graph may ask for more.
     """
 
-    def __init__(self, group: PoolGroup, host: Slots) -> None:
-        self._group, self._host = group, host
+    def __init__(self, group: PoolGroup, record: GraphJob) -> None:
+        self._group, self._record = group, record
         self._process = os.getpid()
         self.queued = 0
         self.captured = False
@@ -139,20 +149,20 @@ class SlotState:
     def idle(self) -> bool:
         """Whether all visits are over and no job runs, one that was given up included. Replays of
         graphs may come all the same."""
-        if self._host[f.H_ENDED] < self.queued:
+        if self._record.visits.value < self.queued:
             return False
-        latest = max(self._host[f.H_SEQUENCE], self._host[f.H_ABANDONED])
-        return bool(latest <= self._group.completed)
+        latest = max(self._record.sequence.value, self._record.abandoned.value)
+        return latest <= self._group.completed
 
     @property
     def epoch(self) -> int:
         """Changes of the layer's mask that launches had seen when the latest run was launched."""
-        return int(self._host[f.H_EPOCH])
+        return self._record.epoch.value
 
     def close(self) -> None:
         """Let no run begin any more: replays give NaN from now on."""
         close = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(drivers.addresses()["close_host"])
-        close(int(self._host.ctypes.data))
+        close(self._record.address)
 
 
 class JobSlot:
@@ -166,7 +176,7 @@ class JobSlot:
         mask: the layer's.
         counters: the layer's.
         hidden: H.
-        ignored_ids: what ids out of range mean, `fields.IDS_*`.
+        ignored_ids: what ids out of range mean, `records.IDS_*`.
         layer: what a job in flight uses, of the layer.
         buffers: what holds the memory that the caller fills in the addresses of.
 
@@ -175,7 +185,7 @@ class JobSlot:
             job; it waits only while the ring of jobs is full.
         wait_fn: address of `void(void *)` that returns when the latest run has ended.
         user_data: argument of both, and what a stream writes into a mailbox.
-        template: the job's slots, to be filled in before the first post.
+        template: the job, to be filled in before the first post.
         state: how far it is.
     """
 
@@ -195,20 +205,20 @@ class JobSlot:
         self.post_fn = functions["post_host"]
         self.wait_fn = functions["wait_host"]
         self.template = scratch.template.copy()
-        self.template[f.J_SKIP] = mask.snapshot
-        host: Slots = np.zeros(f.HOST_SLOTS, np.int64)
-        host[f.H_GROUP] = group.address
-        host[f.H_TEMPLATE] = self.template.ctypes.data
-        host[f.H_IGNORED_IDS] = ignored_ids
-        host[f.H_COUNTERS] = counters.address
-        host[f.H_TIMEOUT_NS] = int(TIMEOUT_S * 1e9)
-        host[f.H_FAULTS] = _FAULTS.ctypes.data
-        host[f.H_DUMP] = scratch.template[f.J_X]  # inputs of other jobs lie there
-        host[f.H_MASK] = mask.address
-        host[f.H_HIDDEN] = hidden
-        self.user_data = int(host.ctypes.data)
-        self.state = SlotState(group, host)
-        replayed = (group, host, self.template, scratch, mask, counters, buffers)
+        self.template.skip = mask.record.seen
+        record = GraphJob.new()
+        record.group = group.control
+        record.job = self.template
+        record.mask = mask.record
+        record.counters = counters.record
+        record.faults = _FAULTS
+        record.hidden = hidden
+        record.ignored_ids = ignored_ids
+        record.timeout_ns = int(TIMEOUT_S * 1e9)
+        record.dump = scratch.template.x  # inputs of other jobs lie there
+        self.user_data = record.address
+        self.state = SlotState(group, record)
+        replayed = (group, record, self.template, scratch, mask, counters, buffers)
         weakref.finalize(self, _let_go, self.state, replayed, layer).atexit = False
 
     def will_visit(self, *, captured: bool, number: int = 1) -> None:

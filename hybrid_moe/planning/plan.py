@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hybrid_moe.cpu_kernels.drivers.fields import MAX_POOLS
+from hybrid_moe.cpu_kernels.drivers.records import MAX_POOLS
 from hybrid_moe.placement.profile import PlacementProfile
 from hybrid_moe.planning.gpu_share import Placement
 from hybrid_moe.planning.kv_cache import KvCache

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybrid_moe.cpu_kernels.drivers.fields import IDS_COUNT, IDS_FAULT, IDS_PASS
+from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_FAULT, IDS_PASS
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.small import SMALL_TOKENS, SmallPass
 from hybrid_moe.runtime.arguments import LayerShape

@@ -8,7 +8,6 @@ order keeps the uses apart.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import weakref
 from collections import defaultdict, deque
@@ -18,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from hybrid_moe.cpu_kernels.drivers.fields import M_DONE, M_POSTED, MAILBOX_SLOTS
+from hybrid_moe.cpu_kernels.drivers.records import Mailbox
 from hybrid_moe.cpu_kernels.job import JobShape
 from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.cpu_kernels.streams.slots import SlotScratch
@@ -39,19 +38,6 @@ class BufferKey:
     top_k: int
     dtype: torch.dtype
     device: torch.device
-
-
-@dataclass(frozen=True)
-class Mailbox:
-    """Addresses of the two flags over which a stream hands over jobs, see
-    `hybrid_moe.cpu_kernels.drivers.mailbox`."""
-
-    posted: int
-    done: int
-
-    def clear(self) -> None:
-        """Take back an answer that no stream has been asked to wait for."""
-        ctypes.c_int64.from_address(self.done).value = 0
 
 
 @dataclass(eq=False)
@@ -123,14 +109,14 @@ class Mailboxes:
         if self._idle:
             return self._idle.pop()
         if not self._blank:
-            page = stream.pinned((_MAILBOXES_PER_PAGE, MAILBOX_SLOTS), torch.int64)
+            page = stream.pinned((_MAILBOXES_PER_PAGE, Mailbox.nbytes // 8), torch.int64)
             self._blank = [(row.data_ptr(), page) for row in page]
         address, page = self._blank.pop()
         if not self._answerer().add(address, page):
             self._full = True
             logger.warning("too many mailboxes: further buffers are handed over by host functions")
             return None
-        return Mailbox(posted=address + 8 * M_POSTED, done=address + 8 * M_DONE)
+        return Mailbox.at(address)
 
     def give_back(self, buffers: Buffers) -> None:
         """Keep the mailbox of buffers that are freed, which no stream uses any more."""
@@ -208,7 +194,7 @@ class BufferPool:
                 self._lost.append((buffers, progress, handle))
                 continue
             if buffers.mailbox is not None:
-                buffers.mailbox.clear()
+                buffers.mailbox.done.value = 0  # no stream has been asked to wait for it
             self._free[buffers.key, handle].append(buffers)
 
     def clear(self, synchronize: Callable[[torch.device], object]) -> None:

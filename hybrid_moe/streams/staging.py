@@ -29,7 +29,7 @@ from typing import Protocol
 
 import torch
 
-from hybrid_moe.cpu_kernels.drivers.fields import IDS_COUNT
+from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT
 from hybrid_moe.cpu_kernels.job import JobShape
 from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.cpu_kernels.streams.slots import SlotReport, SlotScratch
@@ -118,7 +118,7 @@ class Stager:
         """Queue the copies of hidden [B, H], ids and weights [B, k], and the job's start.
 
         Args:
-            ignored_ids: what ids out of range mean, `fields.IDS_*`.
+            ignored_ids: what ids out of range mean, `records.IDS_*`.
             join: let the stream wait for the post, for a result that is collected elsewhere: a
                 captured graph must end with all its streams joined.
         """
@@ -143,7 +143,7 @@ class Stager:
         mailbox = buffers.mailbox
         with _visit(slot, buffers.captured):
             if mailbox is not None:
-                side.write_value(mailbox.posted, slot.user_data)
+                side.write_value(mailbox.posted.address, slot.user_data)
             else:
                 side.host_function(slot.post_fn, slot.user_data)
         job.posted = side.record()
@@ -261,5 +261,5 @@ class StagedJob:
             self.settled = True
         else:
             self.settled = True  # a stream that waits may not find its answer taken back
-            stream.wait_value(mailbox.done, 1)
-            stream.write_value(mailbox.done, 0)
+            stream.wait_value(mailbox.done.address, 1)
+            stream.write_value(mailbox.done.address, 0)

@@ -7,7 +7,7 @@ import pool
 import pytest
 from common import make_layer
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.records import DOWN, GATE_UP, RING
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 
@@ -30,10 +30,9 @@ def test_tiny_job_is_one_task_for_each_thread(threads: int) -> None:
     layer = make_layer(pool.tiny_shape(threads), "MXFP4", PoolConfig(threads))
     layer.forward(*pool.empty_batch(layer))
     group = layer._ready().group
-    sequence = int(group._slots[f.G_COMPLETED])
-    job = group._slots[f.G_RING + sequence % f.RING * f.JOB_SLOTS :]
-    totals = job[f.J_TOTAL : f.J_TOTAL + f.PHASES]
-    assert list(totals) == [0, 0, threads]
+    entry = group.control.ring[group.completed % RING]
+    phases = [entry.phases[index] for index in range(entry.phase_count.value)]
+    assert [(phase.kind, phase.total.value) for phase in phases] == [(GATE_UP, 0), (DOWN, threads)]
     layer.close()
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from hybrid_moe.cpu_kernels import layer as layer_module
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.records import DOWN, GATE_UP, RING
+from hybrid_moe.cpu_kernels.jit.records import ArrayPointer
 from hybrid_moe.cpu_kernels.job import StagedJob
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
@@ -62,7 +63,7 @@ def dropped(layer: ExpertLayer) -> None:
     """Complete before `close`, though nobody has waited for it."""
     layer.submit(*BATCH)
     group = group_for(layer.pool)
-    while not group._advance(group._words[f.G_SUBMITTED]):
+    while not group._advance(group.control.submitted.value):
         continue
 
 
@@ -252,9 +253,12 @@ def test_a_descriptor_owns_what_it_points_to() -> None:
     layer.forward(*BATCH)
     ready = layer._ready()
     named = {array.ctypes.data for array in ready.memory if isinstance(array, np.ndarray)}
-    pointers = (f.L_PARAMETERS, f.L_GATE_BIAS, f.L_UP_BIAS, f.L_DOWN_BIAS)
-    pointers += (f.L_GATE_UP, f.L_DOWN, f.L_BLOCKS, f.L_STRIPS)
-    assert {int(ready.descriptor[slot]) for slot in pointers} <= named
+    layer_record = ready.descriptor
+    kinds = {name: field.kind for name, field in type(layer_record).fields.items()}
+    pointers = [name for name, kind in kinds.items() if isinstance(kind, ArrayPointer)]
+    assert {"gate_up", "down", "blocks", "strips", "gate_bias"} <= set(pointers)
+    addresses = {getattr(layer_record, name).address for name in pointers}
+    assert addresses | {layer_record.parameters} <= named
     biases = {array.ctypes.data for array in layer._biases.values()}
     assert any(own is layer._biases for own in ready.memory)
     for table in layer._bias_tables.values():
@@ -317,7 +321,7 @@ def test_an_unloaded_expert_in_a_later_part(
     ids[17] = 4
     with pytest.raises(RuntimeError, match="expert 4"):
         layer.forward(x, ids, weights)
-    assert group.is_complete(group._words[f.G_SUBMITTED]) and not group._in_flight
+    assert group.is_complete(group.control.submitted.value) and not group._in_flight
     mapped.clear()
     ids[17] = 0
     layer.forward(x, ids, weights)

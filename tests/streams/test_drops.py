@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.streams import keeping, slots
 from hybrid_moe.cpu_kernels.streams.slots import JobSlot, SlotState
 from hybrid_moe.streams.buffers import BufferPool, Buffers
@@ -119,8 +118,8 @@ def test_slots_that_forget_their_running_job(monkeypatch: pytest.MonkeyPatch) ->
     """Only jobs that were given up, and posts to come, keep memory."""
 
     def idle(self: SlotState) -> bool:
-        posted = self._host[f.H_ENDED] >= self.queued
-        return bool(posted and self._host[f.H_ABANDONED] <= self._group.completed)
+        posted = self._record.visits.value >= self.queued
+        return posted and self._record.abandoned.value <= self._group.completed
 
     monkeypatch.setattr(SlotState, "idle", property(idle))
     assert USED in found(points())

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hybrid_moe.cpu_kernels.descriptor import describe
-from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers import phases, route
-from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
+from hybrid_moe.cpu_kernels.drivers import phases, records, route
+from hybrid_moe.cpu_kernels.drivers.records import DOWN, DOWN_BY_PAIR, ENCODE, GATE_UP
 from hybrid_moe.cpu_kernels.job import JobShape, StagedJob, capacity_for
-from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
-from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.layer import _shares
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, strip_layout
 from hybrid_moe.formats.table import MXFP4
 from tests.cpu_kernels.cases import random_batch
 from tests.streams.interpreted import interpret
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Hidden, intermediate, experts, ids of a token."""
+
+    H: int
+    I: int
+    E: int
+    k: int
 
 
 @dataclass
@@ -42,102 +50,124 @@ class Worker:
         self.strips.append(address)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Hidden, intermediate, experts, ids of a token."""
-
-    H: int
-    I: int
-    E: int
-    k: int
-
-
 @dataclass
-class CountedJob:
-    """A pass over experts at addresses where nothing is, whose drivers run as Python.
+class Read:
+    """A phase of weights.
 
     Attributes:
-        workers: phase -> pool -> its workers, each task taken by the one that has read least.
-        active: experts with pairs.
+        kind: GATE_UP, ...
+        strip_bytes: of each of its strips.
+        wanted: address of a strip -> how often it is read, if all tasks together are the phase.
+        pools: workers of each; each task was taken by the one that had read least.
     """
 
-    shape: Shape
-    tokens: int
-    threads: tuple[int, ...]
-    monkeypatch: pytest.MonkeyPatch
-    workers: dict[int, list[list[Worker]]] = field(init=False)
-    active: int = field(init=False)
+    kind: int
+    strip_bytes: int
+    wanted: Counter[int]
+    pools: list[list[Worker]]
 
-    def __post_init__(self) -> None:
-        shape, pools = self.shape, len(self.threads)
+
+class CountedJob:
+    """A pass of random tokens over experts of which there are addresses only. Its drivers run as
+    Python, its kernels do nothing.
+
+    Attributes:
+        active: experts that have tokens.
+        reads: the phases that read weights.
+        pair_rows: whether it may keep rows by pair.
+    """
+
+    def __init__(self, shape: Shape, tokens: int, threads: tuple[int, ...]) -> None:
         gate_up, down = strip_layout(MXFP4, shape.H), strip_layout(MXFP4, shape.I)
-        blocks = _shares(shape.I // GROUP, self.threads)
-        strips = _shares(-(-shape.H // STRIP_ROWS), self.threads)
-        expert = gate_up.nbytes * shape.I // GROUP + down.nbytes * -(-shape.H // STRIP_ROWS)
-        each = np.arange(1, 1 + pools * shape.E, dtype=np.int64).reshape(pools, shape.E)
-        nothing = np.zeros(shape.E, np.int64)
+        pools = len(threads)
+        blocks = _shares(shape.I // GROUP, threads)
+        strips = _shares(-(-shape.H // STRIP_ROWS), threads)
+        expert_bytes = int(blocks[-1]) * gate_up.nbytes + int(strips[-1]) * down.nbytes
+        places = np.arange(1, 1 + pools * shape.E, dtype=np.int64) * 2 * expert_bytes
         tables = {
-            f.L_GATE_UP: each * 2 * expert,
-            f.L_DOWN: each * 2 * expert + gate_up.nbytes * shape.I // GROUP,
-            f.L_BLOCKS: blocks,
-            f.L_STRIPS: strips,
-            f.L_GATE_BIAS: nothing,
-            f.L_UP_BIAS: nothing,
-            f.L_DOWN_BIAS: nothing,
-            f.L_PARAMETERS: np.zeros(3, np.float32),
+            "gate_up": places,
+            "down": places + int(blocks[-1]) * gate_up.nbytes,
+            "workers": np.array(threads, np.int64),
+            "blocks": blocks,
+            "strips": strips,
         }
-        kernels = kernel_set(MXFP4.name, TIERS["portable"])
-        layer = describe(kernels, shape.E, gate_up, down, tables)
-        encoding = kernels.encoding
+        nothing = np.zeros(shape.E, np.int64)
+        layer = records.Layer.new()
+        layer.experts, layer.hidden, layer.intermediate = shape.E, shape.H, shape.I
+        layer.gate_up_strips.strip_bytes = gate_up.nbytes
+        layer.down_strips.strip_bytes = down.nbytes
+        for name in ("gate_bias", "up_bias", "down_bias"):
+            tables[name] = nothing
+        for name, table in tables.items():
+            layer.words[records.Layer.word(name)] = table.ctypes.data
         job = StagedJob(
             JobShape(
-                capacity=capacity_for(self.tokens),
+                capacity=capacity_for(tokens),
                 top_k=shape.k,
                 experts=shape.E,
                 hidden=shape.H,
-                x_row=encoding.row_bytes(gate_up.groups),
-                h_row=encoding.row_bytes(down.groups),
-                unpacked_bytes=FORMAT_KERNELS[MXFP4.name].unpacked_bytes,
-                workers=sum(self.threads),
+                x_row=64,
+                h_row=64,
+                unpacked_bytes=64,
+                workers=sum(threads),
                 pools=pools,
             )
         )
-        job.stage(*random_batch(self.tokens, shape.H, shape.E, shape.k), None)
-        address = job.address(layer.ctypes.data, 0)
-        with self.monkeypatch.context() as patch:
+        job.stage(*random_batch(tokens, shape.H, shape.E, shape.k), None)
+        entry = records.Entry.new()
+        job.address(layer, 0)
+        at, size = records.Entry.word("job"), len(job.template.words)
+        entry.words[at : at + size] = job.template.words
+        with pytest.MonkeyPatch.context() as patch:
             self._interpret(patch)
-            assert route.prepare(address) == 0
-            slots = job.template
-            self.active = int(slots[f.J_ACTIVE])
-            self.workers = {
-                phase: [
-                    self._work(address, phase, pool, int(slots[f.J_TASKS + phase * f.MAX_POOLS + pool]))
-                    for pool in range(pools)
-                ]
-                for phase in (f.PHASE_GATE_UP, f.PHASE_DOWN)
-            }
+            assert route.prepare(entry) == 0
+            self.active = entry.active
+            self.reads = []
+            for index in range(entry.phase_count.value):
+                phase = entry.phases[index]
+                assert phase.total.value == sum(phase.tasks[p].value for p in range(pools))
+                work = [self._work(entry, phase, p, threads[p]) for p in range(pools)]
+                if phase.kind in (GATE_UP, DOWN, DOWN_BY_PAIR):
+                    name, bounds, layout = (
+                        ("gate_up", blocks, gate_up)
+                        if phase.kind == GATE_UP
+                        else ("down", strips, down)
+                    )
+                    wanted = Counter()
+                    for pool in range(pools):
+                        for i in range(self.active):
+                            count = entry.job.active_start[i + 1] - entry.job.active_start[i]
+                            base = int(tables[name][pool * shape.E + entry.job.active_expert[i]])
+                            for strip in range(int(bounds[pool + 1] - bounds[pool])):
+                                passes = -(-count // records.BATCH_TOKENS)
+                                wanted[base + strip * layout.nbytes] = passes
+                    self.reads.append(Read(phase.kind, layout.nbytes, wanted, work))
 
     def _interpret(self, patch: pytest.MonkeyPatch) -> None:
-        """Kernels do nothing; strips are noted."""
         interpret(patch, lambda: None)
-        for module in (route, phases):
-            for name in vars(module):
-                if name.startswith("call") and name[4:].isdigit():
-                    patch.setattr(module, name, lambda *arguments: None)
-        for name in ("set_float_environment", "restore_float_environment"):
-            patch.setattr(route, name, lambda *arguments: 0)
+        for module, name in (
+            (route, "call"),
+            (route, "set_float_environment"),
+            (route, "restore_float_environment"),
+            (phases, "call"),
+            (phases, "gather_tiles"),
+            (phases, "activate_tiles"),
+        ):
+            patch.setattr(module, name, lambda *arguments: 0)
 
-        def dot_tiles(layer: int, layout: int, codes: int, *arguments: int) -> None:
-            self.reader.read(codes, route.get(layer, layout + f.LAYOUT_STRIP_BYTES))
+        def dot_tiles(layer: Any, sizes: records.StripSizes, codes: int, *arguments: int) -> None:
+            self._worker.read(codes, sizes.strip_bytes)
 
         patch.setattr(phases, "dot_tiles", dot_tiles)
 
-    def _work(self, job: int, phase: int, pool: int, tasks: int) -> list[Worker]:
-        workers = [Worker() for _ in range(self.threads[pool])]
-        free = [(0, index) for index in range(len(workers))]
-        for task in range(tasks):
+    def _work(
+        self, entry: records.Entry, phase: records.Phase, pool: int, threads: int
+    ) -> list[Worker]:
+        workers = [Worker() for _ in range(threads)]
+        free = [(0, index) for index in range(threads)]
+        for task in range(phase.tasks[pool].value):
             _, index = heapq.heappop(free)
-            self.reader = workers[index]
-            phases.run_task(job, phase, pool, task, index)
-            heapq.heappush(free, (self.reader.nbytes, index))
+            self._worker = workers[index]
+            phases.run_task(entry, phase, pool, task, index)
+            heapq.heappush(free, (self._worker.nbytes, index))
         return workers

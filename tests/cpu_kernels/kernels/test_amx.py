@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.dsl import amx as lowering
 from hybrid_moe.cpu_kernels.dsl import tiers
 from hybrid_moe.cpu_kernels.dsl.emit import Emit, KernelBody, Val, build_module
@@ -249,8 +248,8 @@ def test_a_job_configures_each_thread_once(fmt: WeightFormat, threads: int) -> N
         pytest.skip("needs two cores")
     case = Case.random(fmt, 64, 96, E=3)
     layer = case.layer(RUNNABLE["amx"], PoolConfig(threads))
-    slots = group_for(PoolConfig(threads))._slots
-    patience, slots[f.G_TIMEOUT_NS] = int(slots[f.G_TIMEOUT_NS]), 10**12
+    control = group_for(PoolConfig(threads)).control
+    patience, control.timeout_ns = control.timeout_ns, 10**12
     try:  # a caller leaves the job now and then to see signals: not while we count
         for _ in range(3):
             before = emulator().executed.copy()
@@ -258,7 +257,7 @@ def test_a_job_configures_each_thread_once(fmt: WeightFormat, threads: int) -> N
             executed = emulator().executed - before
             assert 1 <= executed["ldtilecfg"] <= threads
     finally:
-        slots[f.G_TIMEOUT_NS] = patience
+        control.timeout_ns = patience
     layer.close()
 
 

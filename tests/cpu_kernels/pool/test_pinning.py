@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hybrid_moe.cli.machine_options import MachineOptions
 from hybrid_moe.cpu_kernels.ceilings import peaks as ceilings
-from hybrid_moe.cpu_kernels.drivers.fields import MAX_POOLS
+from hybrid_moe.cpu_kernels.drivers.records import MAX_POOLS
 from hybrid_moe.cpu_kernels.pool import affinity
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.integrations.transformers.options import ExpertsOptions

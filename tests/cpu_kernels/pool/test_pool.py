@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_moe.cpu_kernels.drivers.fields import G_SUBMITTED, MAX_POOLS, RING
+from hybrid_moe.cpu_kernels.drivers.records import MAX_POOLS, RING
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool import group as group_module
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -124,7 +124,7 @@ def test_completed_jobs_are_forgotten(layer: ExpertLayer) -> None:
     layer.submit(*batch).wait()
     assert not group._in_flight and job.done
     jobs = [layer.submit(*batch) for _ in range(4)]
-    group.wait(group._words[G_SUBMITTED])
+    group.wait(group.control.submitted.value)
     assert all(job.done for job in jobs) and not group._in_flight
 
 

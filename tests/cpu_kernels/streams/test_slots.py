@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_PASS
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.streams.slots import SlotScratch
@@ -51,7 +51,7 @@ class Buffers:
             np.zeros((T, H), np.uint16),
         )
 
-    def slot(self, layer: ExpertLayer, *, ignored_ids: int = f.IDS_COUNT):
+    def slot(self, layer: ExpertLayer, *, ignored_ids: int = IDS_COUNT):
         at = {name: getattr(self, name).ctypes.data for name in ("x", "ids", "weights", "skip")}
         return layer.job_slot(
             tokens=T,
@@ -101,7 +101,7 @@ def test_several_slots_may_be_posted_before_any_wait() -> None:
         np.testing.assert_array_equal(run.out, layer.forward(run.x, run.ids, run.weights))
 
 
-@pytest.mark.parametrize("ignored_ids", [f.IDS_COUNT, f.IDS_PASS])
+@pytest.mark.parametrize("ignored_ids", [IDS_COUNT, IDS_PASS])
 def test_ignored_ids_are_reported_once(ignored_ids: int) -> None:
     layer = _layer(np.ones(E, bool))
     buffers = Buffers.random(3)
@@ -109,7 +109,7 @@ def test_ignored_ids_are_reported_once(ignored_ids: int) -> None:
     slot = buffers.slot(layer, ignored_ids=ignored_ids)
     _replay(slot)
     _replay(slot)
-    assert layer.slot_report().ignored == (4 if ignored_ids == f.IDS_COUNT else 0)
+    assert layer.slot_report().ignored == (4 if ignored_ids == IDS_COUNT else 0)
     assert layer.slot_report().ignored == 0
 
 

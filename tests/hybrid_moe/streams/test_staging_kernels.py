@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.records import Mailbox
 from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.streams.buffers import BufferPool
 from hybrid_moe.streams.faults import check_errors
@@ -205,7 +205,7 @@ def pinned(stream: EmulatedStream) -> int:
     """Pieces of pinned memory, besides mailboxes, which are few and stay."""
     gc.collect()
     living = [tensor for ref in stream.gpu.allocated if (tensor := ref()) is not None]
-    return sum(tensor.shape[-1] != f.MAILBOX_SLOTS for tensor in living)
+    return sum(tensor.shape[-1] != Mailbox.nbytes // 8 for tensor in living)
 
 
 def soon(condition: Callable[[], bool]) -> bool:
