@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from peer.find import Place
@@ -23,7 +22,7 @@ class WorkerProcess:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [place.python, "-m", "peer.worker", name],
-            cwd=Path(__file__).resolve().parents[1],
+            cwd=place.bench,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
