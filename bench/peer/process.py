@@ -9,6 +9,8 @@ import subprocess
 import tempfile
 from typing import Any
 
+from problem import Calls
+
 from peer.find import Place
 
 
@@ -48,6 +50,11 @@ class WorkerProcess:
         self._process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def run(self, seconds: float) -> Calls:
+        """Calls for so many seconds, one at least."""
+        answer = self.ask("run", seconds=seconds, least=1)
+        return Calls(answer["samples"], answer["others"])
 
     def close(self) -> None:
         self._process.kill()
