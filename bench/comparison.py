@@ -70,7 +70,7 @@ def _beside(peer: str) -> Column:
     return Column(f"{peer}, ms", shown)
 
 
-COMPARISON = (
+COLUMNS = (
     text("layer", "{layer}"),
     number("threads", "threads"),
     number("tokens", "tokens"),
@@ -83,8 +83,8 @@ COMPARISON = (
 )
 
 
-def comparison(points: Iterable[Point]) -> list[dict[str, Any]]:
-    """What `COMPARISON` is the table of: for each point the libraries that ran it, by name."""
+def side_by_side(points: Iterable[Point]) -> list[dict[str, Any]]:
+    """Rows of `COLUMNS`: for each point the libraries that ran it, by name."""
     return [
         {"layer": f"{method} {shape}", "tokens": tokens, "threads": threads, **libraries}
         for (method, shape, tokens, threads), libraries in by_point(points).items()

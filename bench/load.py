@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from problem import SHAPES, SOURCES, random_experts
 
 _PROJECTIONS = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -84,10 +85,8 @@ class PeakMemory:
 
     @staticmethod
     def now() -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError("/proc/self/status has no RssAnon: Linux 4.5 or later is needed")
+        memory = psutil.Process().memory_info()
+        return int(memory.rss - memory.shared)
 
     def _sample(self) -> None:
         while not self._stop.wait(self._interval):

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from harness import Reads, layer_parser, layer_point, parse_list
 from peer.find import Place
+from peer.interface import UnavailableError
 from peer.process import WorkerProcess
 from problem import Shape, batches_for, random_batches
 from rich.console import Console
@@ -77,10 +78,10 @@ def start(places: Sequence[Place], threads: int, **problem: Any) -> list[WorkerP
     """
     workers = [WorkerProcess("ours", place, threads) for place in places]
     for worker, place in zip(workers, places, strict=True):
-        answer = worker.ask("setup", threads=threads, **problem)
-        if "unavailable" in answer:
-            raise SystemExit(f"{place.bench.parent} cannot run this: {answer['unavailable']}")
-        worker.label = answer["label"]
+        try:
+            worker.load(threads=threads, **problem)
+        except UnavailableError as reason:
+            raise SystemExit(f"{place.bench.parent} cannot run this: {reason}") from None
     return workers
 
 

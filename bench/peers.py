@@ -21,19 +21,11 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from comparison import (
-    COMPARISON,
-    OUR_ERROR,
-    OURS,
-    PEERS,
-    TARGETS,
-    VERDICTS,
-    comparison,
-    labels,
-    verdicts,
-)
+import comparison
+from comparison import OUR_ERROR, OURS, PEERS, TARGETS
 from harness import Reads, layer_parser, parse_list, time_beside_reads, weight_bytes
 from peer.find import Place, find_ggml, find_kt
+from peer.interface import UnavailableError
 from peer.process import WorkerProcess
 from problem import SHAPES, Shape, batches_for, random_batches
 from rich.console import Console
@@ -109,15 +101,11 @@ def set_up(
         worker = WorkerProcess(name, place, threads)
         console.log(f"{name}: loading {problem['method']}, shape {problem['shape']}")
         try:
-            answer = worker.ask("setup", threads=threads, **problem)
-        except RuntimeError as error:
-            answer = {"unavailable": str(error)}
-        if "unavailable" in answer:
-            console.print(f"[yellow]{name} is left out:[/] {answer['unavailable']}")
-            worker.close()
-        else:
-            worker.label = answer["label"]
+            worker.load(threads=threads, **problem)
             ready.append(worker)
+        except (RuntimeError, UnavailableError) as reason:
+            console.print(f"[yellow]{name} is left out:[/] {reason}")
+            worker.close()
     return ready
 
 
@@ -275,10 +263,10 @@ def rows(points: list[Point]) -> list[dict[str, Any]]:
 def show_all(console: Console, points: list[dict[str, Any]], errors: list[dict[str, Any]]) -> None:
     """Print the tables."""
     title = f"one call (ours is faster by), {processor()}"
-    show(console, title, COMPARISON, comparison(points))
-    console.print("; ".join(labels(points)))
-    if wanted := verdicts(points):
-        show(console, "targets", VERDICTS, wanted)
+    show(console, title, comparison.COLUMNS, comparison.side_by_side(points))
+    console.print("; ".join(comparison.labels(points)))
+    if wanted := comparison.verdicts(points):
+        show(console, "targets", comparison.VERDICTS, wanted)
     if errors:
         title = "error ||y - reference|| / ||reference||, reference in float64"
         show(console, title, ERRORS, errors)

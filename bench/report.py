@@ -20,21 +20,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from comparison import COMPARISON, OUR_ERROR, VERDICTS, by_point, comparison, labels, verdicts
-from tables import (
-    ERRORS,
-    LOAD,
-    MOE_LAYER,
-    POOL,
-    POOL_WANTED,
-    QUICK,
-    READ_CEILINGS,
-    STEPS,
-    Column,
-    markdown,
-    number,
-    text,
-)
+import comparison
+import tables
+from comparison import OUR_ERROR, by_point
+from tables import Column, markdown, number, text
 
 from hybrid_moe.planning.receipt import write_receipt
 
@@ -62,7 +51,7 @@ that it was higher during the point than around it.
 def ceilings(bench: Bench) -> Iterator[str]:
     """Read bandwidths and peaks."""
     yield "### Ceilings\n\n`hybrid-moe bench ceilings`\n"
-    yield markdown(READ_CEILINGS, bench["reads"])
+    yield markdown(tables.READ_CEILINGS, bench["reads"])
     columns = (
         text("tier, op", "{tier}, {op}"),
         number("1 thread, GMAC/s", "one_thread", 1),
@@ -75,7 +64,7 @@ def ceilings(bench: Bench) -> Iterator[str]:
 def moe_layer(bench: Bench) -> Iterator[str]:
     """Our layer beside both ceilings."""
     yield "### One MoE layer\n\n`python bench/moe_layer.py`\n"
-    yield markdown(MOE_LAYER, bench["points"])
+    yield markdown(tables.MOE_LAYER, bench["points"])
 
 
 def peers(bench: Bench) -> Iterator[str]:
@@ -87,9 +76,9 @@ def peers(bench: Bench) -> Iterator[str]:
         "brackets the median over rounds of their time over ours: below 1 we lose. kt-kernel runs "
         "only where a core is spare, since its queue thread busy-waits through a call. GB/s count "
         "the format's own bits per weight, whatever a library keeps. Missing figures took too "
-        f"long. {'; '.join(labels(points))}.\n"
+        f"long. {'; '.join(comparison.labels(points))}.\n"
     )
-    yield markdown(COMPARISON, comparison(points))
+    yield markdown(comparison.COLUMNS, comparison.side_by_side(points))
     lost = [
         f"{p['label']} at {method} {shape}, {tokens} tokens, {threads} threads "
         f"({p['ours_is_faster']:.2f})"
@@ -98,16 +87,15 @@ def peers(bench: Bench) -> Iterator[str]:
         if p["ours_is_faster"] is not None and p["ours_is_faster"] < 1
     ]
     yield f"Faster than we are: {'; '.join(lost) if lost else 'none of these'}.\n"
-    wanted = verdicts(points)
-    if wanted:
-        yield markdown(VERDICTS, wanted)
+    if wanted := comparison.verdicts(points):
+        yield markdown(comparison.VERDICTS, wanted)
     if bench["errors"]:
         yield (
             "Error ‖y − reference‖ / ‖reference‖ against float64 on the same dequantized weights "
             "(hidden 1024, intermediate 512, top-4); rounding the exact result to BF16 alone gives "
             f"0.0017; ggml returns float32. Wanted of ours: at most {OUR_ERROR:.4f}.\n"
         )
-        yield markdown(ERRORS, bench["errors"])
+        yield markdown(tables.ERRORS, bench["errors"])
 
 
 def pool(bench: Bench) -> Iterator[str]:
@@ -116,10 +104,9 @@ def pool(bench: Bench) -> Iterator[str]:
     yield (
         "Microseconds, in compiled code. \"Handed over\": another thread runs the job; its ceiling "
         "is a bare signal between two threads, or a bare futex wake and its answer. On layer A a "
-        "row is encoded and a row of zeros written. "
-        f"{POOL_WANTED}\n"
+        f"row is encoded and a row of zeros written. {tables.POOL_WANTED}\n"
     )  # fmt: skip
-    yield markdown(POOL, bench["points"])
+    yield markdown(tables.POOL, bench["points"])
 
 
 def load(bench: Bench) -> Iterator[str]:
@@ -133,7 +120,7 @@ def load(bench: Bench) -> Iterator[str]:
         'anonymous memory, the ceiling of a first load; "again" loads once more into the memory '
         "just given back, which leaves reading and packing.\n"
     )
-    yield markdown(LOAD, ({"round": i, **p} for i, p in enumerate(points, 1)))
+    yield markdown(tables.LOAD, ({"round": i, **p} for i, p in enumerate(points, 1)))
     again = statistics.median(p["again_GBps"] for p in points)
     first = statistics.median(p["GBps"] for p in points)
     yield f"Medians: {first:.2f} GB/s, again {again:.2f} GB/s.\n"
@@ -142,7 +129,7 @@ def load(bench: Bench) -> Iterator[str]:
 def quick(bench: Bench) -> Iterator[str]:
     """What `make bench-quick` compares with."""
     yield "### Quick check\n\n`make bench-quick` compares with these.\n"
-    yield markdown(QUICK, bench["points"])
+    yield markdown(tables.QUICK, bench["points"])
 
 
 def steps(bench: Bench) -> Iterator[str]:
@@ -150,7 +137,7 @@ def steps(bench: Bench) -> Iterator[str]:
     yield "### The decode kernel, step by step\n\n`python bench/steps.py`, see docs/kernels.md\n"
     for part in dict.fromkeys(p["part"] for p in bench["points"]):
         points = [p for p in bench["points"] if p["part"] == part]
-        yield markdown(STEPS, points)
+        yield markdown(tables.STEPS, points)
 
 
 SECTIONS: Mapping[str, Callable[[Bench], Iterator[str]]] = MappingProxyType(

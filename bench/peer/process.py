@@ -12,6 +12,7 @@ from typing import Any
 from problem import Calls
 
 from peer.find import Place
+from peer.interface import UnavailableError
 
 
 class WorkerProcess:
@@ -50,6 +51,18 @@ class WorkerProcess:
         self._process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def load(self, **problem: Any) -> None:
+        """Load a layer.
+
+        Raises:
+            RuntimeError: the process ended.
+            UnavailableError: the library cannot run it.
+        """
+        answer = self.ask("setup", **problem)
+        if "unavailable" in answer:
+            raise UnavailableError(answer["unavailable"])
+        self.label = answer["label"]
 
     def run(self, seconds: float) -> Calls:
         """Calls for so many seconds, one at least."""

@@ -6,17 +6,9 @@ import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+import comparison
 import pytest
-from comparison import (
-    COMPARISON,
-    TARGETS,
-    Target,
-    comparison,
-    peak_share,
-    read_share,
-    target_for,
-    verdicts,
-)
+from comparison import TARGETS, Target, peak_share, read_share, target_for, verdicts
 from peer import find
 from peers import Pace, parse_arguments, series
 from tables import rows
@@ -40,7 +32,7 @@ def test_one_row_per_point_with_ratios() -> None:
         peer_point("kt-kernel", [4.0], None),
         peer_point("ggml", [9.0], None, tokens=4),
     ]
-    header, texts = rows(COMPARISON, comparison(points))
+    header, texts = rows(comparison.COLUMNS, comparison.side_by_side(points))
     one, four = (dict(zip(header, row, strict=True)) for row in texts)
     assert (one["tokens"], four["tokens"]) == ("1", "4")
     assert one["ggml, ms"] == "5.00 (2.50 x)" and one["kt-kernel, ms"] == "4.00"
