@@ -174,7 +174,7 @@ def layer_point(
         "weight_bandwidth": weight_bytes(method, shape, batches) / median / 1e9,
         "read_bandwidth": every,
         "one_thread_reads": one,
-        "quiet": threads == 1 or every >= QUIET * one,
+        "quiet": every >= QUIET * one if threads > 1 else None,  # one thread cannot tell
         "rate": shape.macs(tokens) / median / 1e9,
         "rate_ceiling": peak / 1e9,
         "tokens_per_s": tokens / median,

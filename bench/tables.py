@@ -96,7 +96,7 @@ MOE_LAYER = (
     number("GB/s of weights", "weight_bandwidth", 2),
     number("read now", "read_bandwidth", 1),
     number("1 thread reads", "one_thread_reads", 1, optional=True),
-    Column("memory is", lambda p: "quiet" if p["quiet"] else "busy", "quiet"),
+    Column("memory is", lambda p: {True: "quiet", False: "busy", None: ""}[p["quiet"]], "quiet"),
     percent("% of read", "weight_bandwidth", "read_bandwidth"),
     number("GMAC/s", "rate", 1),
     number("peak", "rate_ceiling"),

@@ -58,7 +58,7 @@ def test_the_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         # tokens x top-4 x 3 matrices of 1024 x 512
         macs = p["tokens"] * 4 * 3 * 1024 * 512
         assert p["rate"] == pytest.approx(macs / p["ms"] / 1e6) and p["rate_ceiling"] == 1000
-        assert p["quiet"] and p["read_bandwidth"] == p["one_thread_reads"] > 0
+        assert p["quiet"] is None and p["read_bandwidth"] == p["one_thread_reads"] > 0
     one = document["points"][0]
     # 4 of 8 experts at 4.25 bits a weight, whichever they are
     assert one["weight_bandwidth"] == pytest.approx(4 * 3 * 1024 * 512 * 4.25 / 8 / one["ms"] / 1e6)
