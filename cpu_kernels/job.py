@@ -10,13 +10,11 @@ import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.drivers import records
-from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS
 from hybrid_moe.cpu_kernels.jit.records import u8
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS, STRIP_ROWS, SUMS_BYTES, round_up
 
-INLINE_ENCODE_TOKENS = 4
 _EXACT_CAPACITY = 8
 BLOCK_SLACK = 4096
 """Bytes behind encoded rows: a matrix unit reads blocks of 16 or 32 tokens whole, 80 bytes each."""
@@ -96,9 +94,9 @@ class JobShape:
 
         Sums are those of a batch of one expert's tokens, or of fewer tokens and several strips; a
         matrix unit writes, and reads, whole blocks. An expert may get every pair."""
-        most = min(BATCH_TOKENS, self.pairs)
+        most = min(tuning.BATCH_TOKENS, self.pairs)
         return {
-            "sums_offset": SUMS_BYTES * (BATCH_TOKENS + MOST_BLOCK_TOKENS),
+            "sums_offset": SUMS_BYTES * (tuning.BATCH_TOKENS + MOST_BLOCK_TOKENS),
             "x_offset": most * self.x_row + BLOCK_SLACK,
             "unpacked_offset": self.unpacked_bytes,
             "out_offset": SUMS_BYTES * tuning.out_rows(self.strips, self.capacity),
@@ -147,7 +145,7 @@ class JobShape:
         for name, size in self._worker_areas.items():
             words[records.Job.word(name)] = offset
             offset += round_up(size, 64)
-        job.inline_encode = int(self.capacity <= INLINE_ENCODE_TOKENS)
+        job.inline_encode = int(self.capacity <= tuning.INLINE_ENCODE_TOKENS)
         return job
 
 

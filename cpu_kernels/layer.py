@@ -29,14 +29,11 @@ from hybrid_moe.cpu_kernels.streams.slots import (
 )
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows, publish_address
 from hybrid_moe.cpu_kernels.strips.unpack import RunAll, unpack_gate_up, unpack_rows
+from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.formats.table import Array, WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors, check_matrix
 from hybrid_moe.locks import ProcessLock
-
-MAX_TOKENS_PER_JOB = 2048
-"""Larger batches run part by part in the memory of one job: scratch grows with tokens x k, and 2048
-tokens already amortise unpacking."""
 
 
 def _shares(units: int, parts: tuple[int, ...]) -> npt.NDArray[np.int64]:

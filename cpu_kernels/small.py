@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 
 from hybrid_moe.cpu_kernels.drivers.records import Job
-from hybrid_moe.cpu_kernels.job import INLINE_ENCODE_TOKENS as SMALL_TOKENS
 from hybrid_moe.cpu_kernels.job import JobShape
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
+from hybrid_moe.cpu_kernels.tuning import INLINE_ENCODE_TOKENS as SMALL_TOKENS
 
 __all__ = ["SMALL_TOKENS", "SmallJob", "SmallPass", "idle_jobs"]
 

@@ -17,14 +17,11 @@ from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers.intrinsics import call, driver, load_acquire
 from hybrid_moe.cpu_kernels.drivers.records import (
-    BATCH_TOKENS,
     COMBINE,
     DOWN,
     DOWN_BY_PAIR,
     ENCODE,
     GATE_UP,
-    SHARE_BYTES,
-    STRIPS_AT_ONCE,
     Entry,
     Job,
     Layer,
@@ -33,6 +30,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     TilePlan,
 )
 from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens
+from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS, SHARE_BYTES, STRIPS_AT_ONCE
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, SUMS_BYTES
 
 

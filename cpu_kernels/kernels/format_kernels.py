@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from hybrid_moe.cpu_kernels.drivers.records import UNPACK_GROUPS
+from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
 from hybrid_moe.cpu_kernels.dsl.tiles import TileConfig
@@ -72,7 +72,7 @@ class FormatKernels:
     @property
     def unpacked_bytes(self) -> int:
         """Of the groups that are unpacked at a time."""
-        return UNPACK_GROUPS * self.unpacked_group_bytes
+        return tuning.UNPACK_GROUPS * self.unpacked_group_bytes
 
 
 FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
@@ -85,15 +85,12 @@ FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
             tiled=dot.mxfp4_unpacked_dot,
             unpack=dot.mxfp4_unpack(BYTE_DOT_OFFSET),
             unpacked_group_bytes=dot.UNPACKED_GROUP.nbytes,
-            chunk_groups=256,  # 272 KB, a quarter of Zen 4's second-level cache
-            # Cycles for a group of a panel: the matrix unit takes 16 for each plane, whatever the
-            # count; vectors take 16 byte products a token, two at a time. They meet at 4 tokens;
-            # unpacking through memory and storing the registers cost the blocks as much again.
+            chunk_groups=tuning.MXFP4_CHUNK_GROUPS,
             tile=TileKernels(
                 config=tile_dot.MXFP4_CONFIG,
                 dots={16: tile_dot.mxfp4_tile_dot},
                 unpack=dot.mxfp4_unpack(0),
-                from_tokens=9,
+                from_tokens=tuning.MXFP4_BLOCKS_FROM,
             ),
         ),
         "BF16": FormatKernels(
@@ -104,13 +101,12 @@ FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
             tiled=None,
             unpack=None,
             unpacked_group_bytes=0,
-            chunk_groups=32,  # 128 KB
-            # Even one token: 16 cycles for 1 KiB of weights is faster than any memory.
+            chunk_groups=tuning.BF16_CHUNK_GROUPS,
             tile=TileKernels(
                 config=tile_dot.BF16_CONFIG,
                 dots={m: tile_dot.bf16_tile_dot(m) for m in (32, 16)},
                 unpack=None,
-                from_tokens=1,
+                from_tokens=tuning.BF16_BLOCKS_FROM,
             ),
         ),
     }

@@ -31,6 +31,7 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
 )
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.epilogue import clear
+from hybrid_moe.cpu_kernels.tuning import BLOCK_TURN_TOKENS
 from hybrid_moe.formats.strips import GROUP, PANELS, SUMS_BYTES
 
 _PANELS_STRIDE = PANELS * ROW_BYTES  # from one B row of a panel to the next
@@ -42,15 +43,12 @@ _QUADS = TileShape(GROUP // 4, ROW_BYTES)
 MXFP4_CONFIG = TileConfig((_PLANE, _PLANE, _QUADS, _QUADS, _WHOLE, _WHOLE, _WHOLE, _WHOLE))
 BF16_CONFIG = TileConfig((_WHOLE,) * 8)
 
-TURN = 4
-"""Tokens per turn of the loops beside the matrix unit, which else are longer than its products."""
-
 
 @dot_kernel
 def mxfp4_tile_dot(emit: Emit, args: DotArgs) -> None:
     """Dot kernel of MXFP4 for up to 16 tokens, from unpacked signed bytes, two panels at a time."""
     tiles = Tiles(emit, MXFP4_CONFIG)
-    turns = (args.count + (TURN - 1)) & -TURN
+    turns = (args.count + (BLOCK_TURN_TOKENS - 1)) & -BLOCK_TURN_TOKENS
     totals = emit.scratch(2 * _PAIR * REGISTER_BYTES)  # of [panel][plane], as registers
     with emit.when(args.begin.equals(0)):
         clear(emit, args.sums, turns)
@@ -79,8 +77,8 @@ def mxfp4_tile_dot(emit: Emit, args: DotArgs) -> None:
                 )
                 for p in range(_PAIR)
             ]
-            with emit.loop(0, turns, step=TURN) as turn:
-                for token in (turn + i for i in range(TURN)):
+            with emit.loop(0, turns, step=BLOCK_TURN_TOKENS) as turn:
+                for token in (turn + i for i in range(BLOCK_TURN_TOKENS)):
                     encoded = x + token * FIXED15_GROUP.nbytes
                     factor, exponent = (
                         emit.broadcast(emit.load(encoded + offset, F32, align=4), 16)

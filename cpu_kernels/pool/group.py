@@ -23,6 +23,7 @@ from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.affinity import bind_thread
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.idle import IdleJobs
+from hybrid_moe.cpu_kernels.tuning import SPIN_NS, WAIT_SPIN_NS
 from hybrid_moe.locks import ProcessLock
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
 """Of the system call, by machine."""
 
 _TIMEOUT_NS = 50_000_000  # of a caller's wait: Ctrl-C is seen after two of these at the latest
-_SPIN_NS = 50_000  # of an idle worker: torch's own threads want the cores when we are idle
-_WAIT_SPIN_NS = 200_000  # for a phase or a job: as long as the tasks of a decode step that are left
 _TAKE_OVER_S = 0.0005  # between two looks of a new worker 0 whether the place is free
 
 
@@ -68,8 +67,8 @@ class PoolGroup:
         self.control = control = Group.over(Arena(Group.nbytes).bytes)
         self._words = control.words  # the same, quicker to read one by one
         self.address = control.address
-        control.spin_ns = _SPIN_NS
-        control.wait_spin_ns = _WAIT_SPIN_NS
+        control.spin_ns = SPIN_NS
+        control.wait_spin_ns = WAIT_SPIN_NS
         control.futex = FUTEX_NUMBERS[platform.machine()]
         control.timeout_ns = control.timeout[1] = _TIMEOUT_NS
         self._in_flight: dict[int, object] = {}
