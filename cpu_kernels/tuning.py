@@ -47,9 +47,9 @@ BLOCK_TURN_TOKENS = 4
 # Chunks: groups of a strip that several tiles meet in turn, from the second-level cache
 
 UNPACK_GROUPS = 32
-"""Groups that are unpacked at a time: 80 KB, beside the inputs of a tile. Several strips in turn for
-each chunk, so that inputs too come from the third-level cache once, gained nothing on Zen 4 (4096 x
-2048, 96 tokens an expert, 8 strips: 104.3 GMAC/s, 104.7 without)."""
+"""Groups that are unpacked at a time: 80 KB, beside the inputs of a tile. Several strips in turn
+for each chunk, so that inputs too come from the third-level cache once, gained nothing on Zen 4
+(4096 x 2048, 96 tokens an expert, 8 strips: 104.3 GMAC/s, 104.7 without)."""
 MXFP4_CHUNK_GROUPS = 256
 """Groups of packed codes: 272 KB, a quarter of Zen 4's second-level cache."""
 BF16_CHUNK_GROUPS = 32
