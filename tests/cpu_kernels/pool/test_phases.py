@@ -21,14 +21,16 @@ def never() -> None:
 
 
 def published(group: Group, phases: Phases) -> Entry:
-    """The next job of the group: tasks of one pool."""
+    """The next job of the group: tasks of one pool, each of 1 + index units or one less. A unit is
+    10 * kind multiply-adds."""
     sequence = group.submitted.value + 1
     entry = worker.ring_entry(group, sequence)
     worker.open_entry(entry, sequence)
     entry.job.pools = 1
     entry.phase_count.value = entry.task_ns.value = 0
     for index, (kind, tasks) in enumerate(phases):
-        add_tasks(append_phase(entry, kind, 1 + index, 10 * kind), 0, tasks)
+        units = max(0, (1 + index) * tasks - 1)
+        add_tasks(entry, append_phase(entry, kind), 0, units, tasks, 10 * kind)
     worker.publish(group, entry)
     return entry
 
@@ -48,7 +50,7 @@ def test_tasks_run_once_and_phase_by_phase(
         ran: list[tuple[int, int, int]] = []
 
         def run_task(entry: Entry, phase: Phase, pool: int, task: int, worker: int) -> None:
-            ran.append((phase.kind, phase.per_task, task))
+            ran.append((phase.kind, phase.units[pool], task))
 
         patch.setattr(worker, "run_task", run_task)
         patch.setattr(worker, "enter", lambda layer: 0)
@@ -57,11 +59,16 @@ def test_tasks_run_once_and_phase_by_phase(
             ran.clear()
             entry = published(group, phases)
             assert group.completed.value == number - 1
-            assert entry.task_ns.value == NS_PER_MAC * 10 * max(kind for kind, _ in phases)
+            largest = [
+                10 * kind * -(-((1 + index) * tasks - 1) // tasks)
+                for index, (kind, tasks) in enumerate(phases)
+                if tasks
+            ]
+            assert entry.task_ns.value == NS_PER_MAC * max(largest)
             before = progress(group)
             worker.participate(group, number, 0, 0, 0)
             assert ran == [
-                (kind, 1 + index, task)
+                (kind, (1 + index) * tasks - 1, task)
                 for index, (kind, tasks) in enumerate(phases)
                 for task in range(tasks)
             ]
