@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 
 from hybrid_moe.cpu_kernels import layer as layer_module
-from hybrid_moe.cpu_kernels.drivers.records import DOWN, GATE_UP, RING
 from hybrid_moe.cpu_kernels.jit.records import ArrayPointer
-from hybrid_moe.cpu_kernels.job import StagedJob
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -24,7 +22,6 @@ from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.formats.table import BF16, MXFP4
 from hybrid_moe.formats.tensors import ExpertTensors
 from tests.cpu_kernels.cases import Array, Case, random_batch
-from tests.machines import pretend_processors
 
 CASE = Case.random(MXFP4, 64, 96, bias=True)
 BATCH = random_batch(3, CASE.H, CASE.E, 2)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hybrid_moe.cpu_kernels.drivers import phases, records, route
-from hybrid_moe.cpu_kernels.drivers.records import DOWN, DOWN_BY_PAIR, ENCODE, GATE_UP
+from hybrid_moe.cpu_kernels.drivers.records import DOWN, DOWN_BY_PAIR, GATE_UP
 from hybrid_moe.cpu_kernels.job import JobShape, StagedJob, capacity_for
 from hybrid_moe.cpu_kernels.layer import _shares
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, strip_layout
