@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.kernels.encode import BLOCK_SLACK
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, Slots
 from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS, STRIP_ROWS, round_up
@@ -17,8 +18,6 @@ _TASKS_PER_WORKER = 12  # of a phase, at least: the last one out waits for less 
 INLINE_ENCODE_TOKENS = 4
 _ENCODE_TOKENS_PER_TASK = 16
 _EXACT_CAPACITY = 8
-BLOCK_SLACK = 4096
-"""Bytes behind encoded rows: a matrix unit reads blocks of 16 or 32 tokens whole, 80 bytes each."""
 
 
 def capacity_for(tokens: int) -> int:
