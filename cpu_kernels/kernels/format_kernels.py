@@ -86,10 +86,11 @@ FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
             unpack=dot.mxfp4_unpack(BYTE_DOT_OFFSET),
             unpacked_group_bytes=dot.UNPACKED_GROUP.nbytes,
             chunk_groups=256,  # 272 KB, a quarter of Zen 4's second-level cache
-            # Counted cycles for a group of a strip: T tokens take 32 to decode and 44 each directly,
-            # again for every tile of up to 6; a block takes 40 to unpack, then 128 or, if that is
-            # more, 12 a token. By count it wins from 4 on, but nobody has seen it run: it begins
-            # where the direct way would decode twice (7 tokens: 372 cycles against 200).
+            # Cycles for a group of a strip, counted in docs/kernels.md: T tokens take 32 for
+            # decoding and 44 each directly, in tiles of up to 6; a block takes 40 for unpacking and
+            # the more of 12 T (vectors) and 128 + 4 T (stores), T in fours. By count it wins from 4
+            # on, but none has run yet: it begins where the direct way decodes twice (7 tokens: 372
+            # against 200).
             tile=TileKernels(
                 config=tile_dot.MXFP4_CONFIG,
                 dots={16: tile_dot.mxfp4_tile_dot},

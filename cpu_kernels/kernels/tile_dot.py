@@ -110,9 +110,7 @@ def _mxfp4_products(tiles: Tiles, weights: Val, totals: Val) -> None:
         tiles.store(4 + n, totals + REGISTER_BYTES * n, emit.i64(ROW_BYTES))
 
 
-def _add_scaled(
-    emit: Emit, totals: Val, encoded: Val, scales: Sequence[Scale], sums: Val
-) -> None:
+def _add_scaled(emit: Emit, totals: Val, encoded: Val, scales: Sequence[Scale], sums: Val) -> None:
     """One token's totals of some panels, scaled, added to its sums."""
     factor, exponent = (
         emit.broadcast(emit.load(encoded + offset, F32, align=4), 16)
