@@ -12,14 +12,13 @@ from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.drivers import records
 from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS
 from hybrid_moe.cpu_kernels.jit.records import u8
+from hybrid_moe.cpu_kernels.kernels.encode import BLOCK_SLACK
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS, STRIP_ROWS, SUMS_BYTES, round_up
 
 INLINE_ENCODE_TOKENS = 4
 _EXACT_CAPACITY = 8
-BLOCK_SLACK = 4096
-"""Bytes behind encoded rows: a matrix unit reads blocks of 16 or 32 tokens whole, 80 bytes each."""
 
 
 def capacity_for(tokens: int) -> int:

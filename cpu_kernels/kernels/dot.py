@@ -120,6 +120,17 @@ class UnpackedGroup:
 
 UNPACKED_GROUP = UnpackedGroup()
 
+
+def unpacked_scale(emit: Emit, panel: Val) -> Scale:
+    """The scales of the panel whose weights begin at address `panel`."""
+    return Scale(
+        *(
+            emit.load(panel + offset, F32, 16, align=64)
+            for offset in (UNPACKED_GROUP.powers, UNPACKED_GROUP.exponents)
+        )
+    )
+
+
 Weights = Sequence[tuple[int, Val]]
 """(quad, 64 weight bytes) of one panel: four inputs of 16 rows each."""
 
@@ -158,12 +169,8 @@ class _Unpacked:
         return [(quad, emit.load(at + 64 * PANELS * quad, I8, 64, align=64))]
 
     def scale(self, emit: Emit, group: Val, panel: Val | int) -> Scale:
-        at = group + panel * 64 if isinstance(panel, Val) else group + 64 * panel
-        return Scale(
-            *(
-                emit.load(at + offset, F32, 16, align=64)
-                for offset in (UNPACKED_GROUP.powers, UNPACKED_GROUP.exponents)
-            )
+        return unpacked_scale(
+            emit, group + panel * 64 if isinstance(panel, Val) else group + 64 * panel
         )
 
 
@@ -210,7 +217,7 @@ TURN_GROUPS = 16
 """Groups that two panels go ahead before the other two follow: 17 KB, half of a first-level
 cache."""
 
-_AHEAD = 8192
+AHEAD_BYTES = 8192
 """Bytes ahead of their use that lines of codes are asked for."""
 
 
@@ -314,7 +321,7 @@ class _Mxfp4:
         """Lines to ask for during a group: of the codes that stream by, or of the ones that are
         unpacked next."""
         if isinstance(self.source, _Packed):
-            ahead = group + _AHEAD
+            ahead = group + AHEAD_BYTES
             lines = self.source.nbytes // LINE if self.order.prefetch else 0
         else:
             ahead, lines = self.ahead.get(), SHARE_BYTES // UNPACK_GROUPS // LINE

@@ -122,11 +122,13 @@ class Emulator:
     Attributes:
         executed: instruction -> how often.
         errors: what a processor would have raised; a callback cannot.
+        loads: if a list, it is told every TILELOADD: (register, address, stride).
     """
 
     def __init__(self) -> None:
         self.executed: Counter[str] = Counter()
         self.errors: list[str] = []
+        self.loads: list[tuple[int, int, int]] | None = None
         self._registers: dict[int, Registers] = {}
         self._lock = threading.Lock()
         kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
@@ -169,6 +171,8 @@ class Emulator:
         self._state().tiles[n] = 0
 
     def _tileloadd(self, n: int, *_: int, address: int, stride: int) -> None:
+        if self.loads is not None:
+            self.loads.append((n, address, stride))
         state = self._state()
         rows, row_bytes = state.rows[n], state.row_bytes[n]
         state.tiles[n] = 0
