@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from hybrid_moe.cpu_kernels.drivers.fields import SHARE_BYTES, UNPACK_GROUPS
+from hybrid_moe.cpu_kernels.drivers.records import SHARE_BYTES, UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.dsl.tiles import (
     REGISTER_BYTES,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.dsl.tiles import configure, release
 from hybrid_moe.cpu_kernels.job import JobShape
@@ -245,7 +246,7 @@ def test_a_job_has_room_for_whole_blocks(capacity: int) -> None:
             capacity=capacity, top_k=2, experts=4, hidden=96, x_row=x_row, h_row=h_row,
             unpacked_bytes=kernels.unpacked_bytes, workers=2, pools=1,
         )  # fmt: skip
-        batch = min(f.BATCH_TOKENS, 2 * capacity)
+        batch = min(BATCH_TOKENS, 2 * capacity)
         assert shape._areas["x_rows"] >= capacity * x_row + BLOCK_SLACK
         assert shape._areas["h_rows"] >= 2 * capacity * h_row + BLOCK_SLACK
         assert shape._worker_areas["x_offset"] >= batch * x_row + BLOCK_SLACK
