@@ -29,9 +29,9 @@ _ENTRIES = {
     "close_host": "host",
     "watch": "mailbox",
     "watch_once": "mailbox",
-    "pack_strips": "pack",
-    "fingerprint": "fingerprint",
-    "publish_word": "pack",
+    "pack_strips": "pack_strips",
+    "fingerprint": "hash_memory",
+    "publish_word": "pack_strips",
 }
 """Driver that Python calls -> its module here."""
 
