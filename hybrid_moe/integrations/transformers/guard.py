@@ -148,7 +148,9 @@ def check_checkpoint(source: Any, kwargs: Mapping[str, Any]) -> None:
         raise NotImplementedError(
             f'{source} stores its experts as {", ".join(stored)}: experts_implementation="{NAME}" '
             "takes experts that Transformers has loaded, and it loads them as BF16 only. Use "
-            f"hybrid_moe.from_pretrained({str(source)!r}), which reads them as they are stored"
+            f"hybrid_moe.from_pretrained({str(source)!r}), which reads them as they are stored. "
+            "(For BF16 checkpoints the name is known after hybrid_moe.register(), or where "
+            "hybrid_moe is imported after transformers)"
         )
 
 

@@ -6,7 +6,9 @@ import copy
 import inspect
 import logging
 import pickle
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from hybrid_moe.integrations.transformers.experts_module import (
 )
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.proof import recognise_activation
-from hybrid_moe.integrations.transformers.registration import offload, register
+from hybrid_moe.integrations.transformers.registration import offload, register, register_or_warn
 from tests.hybrid_moe.tiny_models import FAMILIES, build, greedy, logits, prompt
 from tests.reference import assert_within, evaluate
 
@@ -407,13 +409,15 @@ def test_offload_refuses_bad_arguments() -> None:
     assert find_experts(model)
 
 
-def test_old_interfaces_are_told_apart(caplog: pytest.LogCaptureFixture) -> None:
-    from types import ModuleType
-
-    from hybrid_moe.integrations.import_hook import register_in
-
+def test_old_interfaces_are_told_apart(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "transformers.integrations.moe"
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    with pytest.raises(ImportError, match=r"has no ExpertsInterface: transformers >= 5\.17"):
+        register()
     with caplog.at_level(logging.WARNING):
-        assert not register_in(ModuleType("transformers.integrations.moe"))
+        register_or_warn()
     assert "transformers >= 5.17" in caplog.text
 
 
