@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+import hybrid_moe.imported  # noqa: F401, before anything that it dates
+
 __version__ = "0.1.0"
 
 _LAZY = {
