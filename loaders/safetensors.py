@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,6 +23,7 @@ from hybrid_moe.loaders.files import CheckpointFiles, choose_files
 from hybrid_moe.loaders.header import TensorInfo, read_header
 from hybrid_moe.loaders.regular import Stamp, open_regular, stamp
 from hybrid_moe.locks import ProcessLock
+from hybrid_moe.parallel import map_all
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,13 @@ class ReadBuffer:
             return np.empty(nbytes, np.uint8)
         self._used = start + aligned(nbytes)
         return self._memory[start : start + nbytes]
+
+
+class ReadBuffers(threading.local):
+    """`ReadBuffers().mine` is the calling thread's own buffer."""
+
+    def __init__(self) -> None:
+        self.mine = ReadBuffer()
 
 
 def aligned(nbytes: int) -> int:
@@ -125,8 +133,7 @@ class SafetensorsIndex:
                 f"{files.path} holds two checkpoints, {single} and {rival} with its neighbours: "
                 f"{single} is read, as by Transformers"
             )
-        with ThreadPoolExecutor(min(_SCAN_THREADS, len(files.shards))) as pool:
-            scanned = list(pool.map(read_header, files.shards))
+        scanned = map_all(read_header, files.shards, min(_SCAN_THREADS, len(files.shards)))
         headers = [tensors for tensors, _ in scanned]
         stamps = dict(zip(files.shards, (stamp for _, stamp in scanned), strict=True))
         if files.index is None:

@@ -13,8 +13,7 @@ from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec, expert_tensors
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
-from hybrid_moe.loaders.parallel import for_each
-from hybrid_moe.loaders.safetensors import ReadBuffer
+from hybrid_moe.parallel import for_each
 from hybrid_moe.runtime import ops
 
 
@@ -88,7 +87,7 @@ def new_layer(spec: ExpertsSpec, options: ExpertsOptions) -> ExpertLayer:
 def fill(layer: ExpertLayer, module: torch.nn.Module, spec: ExpertsSpec, fmt: WeightFormat) -> None:
     """Load every expert of `module` into `layer`, several at a time."""
 
-    def load(expert: int, _: ReadBuffer) -> None:
+    def load(expert: int) -> None:
         layer.load(expert, expert_tensors(module, spec, expert, fmt))
 
     for_each(range(spec.num_experts), load, min(8, usable_cores()))
