@@ -111,19 +111,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         gate_up_layout: str | None = None,
         deferral_chain: DeferralChain | None = None,
     ) -> None:
-        arguments.refuse_unsupported(
-            {
-                "cpu_save": cpu_save,
-                "mode": mode,
-                "lora_rank": lora_rank,
-                "lora_alpha": lora_alpha,
-                "lora_dropout": lora_dropout,
-                "max_cache_depth": max_cache_depth,
-                "group_size": group_size,
-                "zero_point": zero_point,
-                "full_weight_grad": full_weight_grad,
-            }
-        )
+        arguments.refuse_unsupported(locals())
         chosen = chosen_format(method)
         self._layout = layout_named(gate_up_layout)
         self.activation = Activation(
