@@ -25,7 +25,10 @@ from tests.hybrid_moe.cases import Batch, Weights, wrapper
 from tests.reference import assert_within
 
 FOLDER = Path(hybrid_moe.__file__).parent
-TRACED = {str(FOLDER / f"{name}.py") for name in ("wrapper", "runner", "deferral", "submission")}
+TRACED = {
+    str(FOLDER / f"{name}.py")
+    for name in ("wrapper", "runtime/runner", "runtime/deferral", "runtime/submission")
+}
 LAYERS = (0, 1, 3)
 WEIGHTS = [Weights.random(seed=index) for index in LAYERS]
 
