@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.cpu_kernels.pool import sysfiles
+from hybrid_moe import sysfiles
 from hybrid_moe.formats.table import Array
 
 logger = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from typing import Any
 
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.completeness import missing_layers
-from hybrid_moe.loaders.config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
 from hybrid_moe.loaders.describe import describe_layer
 from hybrid_moe.loaders.drafts import DraftLayers
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.layout import layout_of_model
+from hybrid_moe.loaders.model_config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
 from hybrid_moe.loaders.naming import LayerKeys, find_layers
 from hybrid_moe.loaders.regular import Stamp, read_json, stamp_of
 from hybrid_moe.loaders.safetensors import SafetensorsIndex

@@ -19,10 +19,10 @@ from hybrid_moe.formats.table import Array, WeightFormat, format_named
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.companions import companion_files
-from hybrid_moe.loaders.config import CONFIG_NAME
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
+from hybrid_moe.loaders.model_config import CONFIG_NAME
 from hybrid_moe.loaders.naming import FUSED, GPT_OSS_MXFP4, PER_EXPERT, NamingScheme
 from hybrid_moe.loaders.safetensors import ReadBuffers
 from hybrid_moe.loaders.writer import PlannedTensor, ShardedWriter

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from hybrid_moe import sysfiles
 from hybrid_moe.cpu_kernels.ceilings.probe import BYTES_PER_STEP, reader
 from hybrid_moe.cpu_kernels.memory import Arena
-from hybrid_moe.cpu_kernels.pool import sysfiles
 from hybrid_moe.cpu_kernels.pool.affinity import bind_thread
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 

@@ -17,7 +17,8 @@ import os
 import re
 from collections.abc import Iterable
 
-from hybrid_moe.cpu_kernels.pool import cgroups, sysfiles
+from hybrid_moe import sysfiles
+from hybrid_moe.cpu_kernels.pool import cgroups
 
 BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 """With any of these, an OpenMP runtime may bind threads; without, none does."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.pool import sysfiles
+from hybrid_moe import sysfiles
 
 _MOUNT = "sys/fs/cgroup"
 

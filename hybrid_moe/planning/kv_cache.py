@@ -123,7 +123,7 @@ def sglang_cache(config: Mapping[str, Any], context: int, chunk: int, requests: 
 
     Args:
         config: the language model's part of `config.json`, with `layer_types` where layers differ
-            (see `loaders.config`).
+            (see `loaders.model_config`).
         chunk: tokens that are prefilled at once.
         requests: requests that run at the same time; each keeps a window of its own.
 

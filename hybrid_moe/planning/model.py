@@ -18,11 +18,11 @@ from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, strip_layout
 from hybrid_moe.formats.table import AS_STORED, BF16, WeightFormat, chosen_format
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint, LayerSource
-from hybrid_moe.loaders.config import TOP_K
 from hybrid_moe.loaders.convert import CONFIG_KEY
 from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.inspect import part_of
+from hybrid_moe.loaders.model_config import TOP_K
 from hybrid_moe.placement.profile import PlacementProfile
 
 EMBEDDINGS = "embeddings"

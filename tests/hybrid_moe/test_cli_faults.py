@@ -16,11 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from hybrid_moe import loaders
+from hybrid_moe import loaders, sysfiles
 from hybrid_moe.cli.errors import explain
 from hybrid_moe.cpu_kernels.ceilings import peaks as ceilings
 from hybrid_moe.cpu_kernels.jit import sources
-from hybrid_moe.cpu_kernels.pool import sysfiles
 from tests.hybrid_moe.command import PROMPT, run, write_model
 from tests.machines import Machine
 

@@ -175,7 +175,7 @@ def _is_dequantised(folder: Path) -> bool:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     from hybrid_moe.formats.tensors import CheckpointError
-    from hybrid_moe.loaders.config import CONFIG_NAME
+    from hybrid_moe.loaders.model_config import CONFIG_NAME
     from hybrid_moe.loaders.regular import read_json
 
     try:

@@ -181,7 +181,7 @@ def from_pretrained(
         load_experts,
         load_skeleton,
     )
-    from hybrid_moe.loaders.config import ModelConfig
+    from hybrid_moe.loaders.model_config import ModelConfig
 
     path = check_directory(take_subfolder(directory, kwargs))
     if "experts_implementation" in kwargs:

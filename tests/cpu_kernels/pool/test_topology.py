@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_moe.cpu_kernels.pool import affinity, cgroups, sysfiles, topology
+from hybrid_moe import sysfiles
+from hybrid_moe.cpu_kernels.pool import affinity, cgroups, topology
 from tests.machines import Machine
 
 

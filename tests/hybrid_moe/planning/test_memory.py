@@ -23,7 +23,7 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats.table import FORMATS
 from hybrid_moe.integrations.transformers.registration import from_pretrained
 from hybrid_moe.loaders import inspect_checkpoint
-from hybrid_moe.loaders.config import ModelConfig
+from hybrid_moe.loaders.model_config import ModelConfig
 from hybrid_moe.planning import make_plan, read_model
 from hybrid_moe.planning.kv_cache import sglang_cache, transformers_cache
 from hybrid_moe.planning.machine import huge_pages_here
