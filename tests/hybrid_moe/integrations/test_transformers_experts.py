@@ -39,11 +39,6 @@ ACTIVATIONS = {
 """(limit, alpha) of each tiny model, from its config and its family's modeling file."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def fused(module: torch.nn.Module) -> dict[str, Any]:
     """gate, up [E, I, H], down [E, H, I] and biases in float32, read off a Transformers module."""
     w = {n: p.detach().float() for n, p in module.named_parameters()}
