@@ -17,6 +17,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
+from hybrid_moe.formats.strips import round_up
 from hybrid_moe.formats.table import Array
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.files import CheckpointFiles, choose_files
@@ -26,6 +27,9 @@ from hybrid_moe.locks import ProcessLock
 from hybrid_moe.parallel import map_all
 
 logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 64
+"""Bytes: of arrays in a `ReadBuffer`."""
 
 _SCAN_THREADS = 8  # headers are small: this hides the latency of a cold or remote disk
 
@@ -50,8 +54,9 @@ class ReadBuffer:
         self._memory: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
         self._used = 0
 
-    def reset(self, nbytes: int) -> None:
-        """Make room for arrays of `nbytes` bytes in all, and forget those taken before."""
+    def reset(self, sizes: Iterable[int]) -> None:
+        """Make room for arrays of so many bytes each, and forget those taken before."""
+        nbytes = sum(round_up(size, _ALIGNMENT) for size in sizes)
         if self._memory.size < nbytes:
             self._memory = np.empty(nbytes, np.uint8)
         self._used = 0
@@ -61,7 +66,7 @@ class ReadBuffer:
         start = self._used
         if start + nbytes > self._memory.size:  # not reserved: fresh memory, still correct
             return np.empty(nbytes, np.uint8)
-        self._used = start + aligned(nbytes)
+        self._used = start + round_up(nbytes, _ALIGNMENT)
         return self._memory[start : start + nbytes]
 
 
@@ -70,11 +75,6 @@ class ReadBuffers(threading.local):
 
     def __init__(self) -> None:
         self.mine = ReadBuffer()
-
-
-def aligned(nbytes: int) -> int:
-    """`nbytes` rounded up to what `ReadBuffer.take` advances by."""
-    return -(-nbytes // 64) * 64
 
 
 class SafetensorsIndex:

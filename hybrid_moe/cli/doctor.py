@@ -28,9 +28,9 @@ def doctor(
     if sglang:
         doctor_sglang(json)
         return
-    from hybrid_moe.planning.doctor import examine
+    from hybrid_moe.planning.doctor import machine_report
 
-    report = examine(measure_bandwidth=bandwidth)
+    report = machine_report(measure_bandwidth=bandwidth)
     if json:
         typer.echo(json_module.dumps(report.to_dict(), indent=2))
         return
@@ -43,9 +43,9 @@ def doctor(
 
 def doctor_sglang(json: bool) -> None:
     """Show what the plugin would do in this environment; exit code 1 if SGLang has changed."""
-    from hybrid_moe.integrations.sglang.report import examine
+    from hybrid_moe.integrations.sglang.report import plugin_report
 
-    report = examine()
+    report = plugin_report()
     if json:
         typer.echo(json_module.dumps(report.to_dict(), indent=2))
     else:

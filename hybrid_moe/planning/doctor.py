@@ -98,7 +98,7 @@ class Report:
         return asdict(self)
 
 
-def examine(measure_bandwidth: bool = True) -> Report:
+def machine_report(measure_bandwidth: bool = True) -> Report:
     """Gather the report. Measuring takes about a second per thread count."""
     cores = read_cores()
     return Report(

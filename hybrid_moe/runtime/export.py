@@ -112,28 +112,24 @@ class ExpertWriter:
         I = self._shape.moe_intermediate_size // ranks
         for r in range(ranks):
             rows = slice(r * I, (r + 1) * I)
-            gate, up = (_rows(matrix, rows) for matrix in (tensors.gate, tensors.up))
+            gate, up = tensors.gate.rows(rows), tensors.up.rows(rows)
             w2 = _columns(tensors.down, r, ranks)
             for weight, scale, parts in (
                 (buffers.w13_weight, buffers.w13_scale, (gate, up)),
                 (buffers.w2_weight, buffers.w2_scale, (w2,)),
             ):
-                _copy(weight[r], [codes for codes, _ in parts])
+                _copy(weight[r], [part.codes for part in parts])
                 if fmt.scale is not None:
-                    factors = [fmt.scale.decode(s) for _, s in parts if s is not None]
+                    factors = [fmt.scale.decode(p.scales) for p in parts if p.scales is not None]
                     _copy(scale[r], [f32_to_bf16(f) for f in factors])
 
 
-def _rows(matrix: Matrix, rows: slice) -> tuple[Array, Array | None]:
-    return matrix.codes[rows], None if matrix.scales is None else matrix.scales[rows]
-
-
-def _columns(matrix: Matrix, rank: int, ranks: int) -> tuple[Array, Array | None]:
+def _columns(matrix: Matrix, rank: int, ranks: int) -> Matrix:
     def part(array: Array) -> Array:
         width = array.shape[1] // ranks
         return array[:, rank * width : (rank + 1) * width]
 
-    return part(matrix.codes), None if matrix.scales is None else part(matrix.scales)
+    return Matrix(part(matrix.codes), None if matrix.scales is None else part(matrix.scales))
 
 
 def _copy(address: int, parts: list[Array]) -> None:

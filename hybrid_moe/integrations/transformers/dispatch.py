@@ -26,7 +26,11 @@ from torch.nn.utils import parametrize
 
 from hybrid_moe.cpu_kernels.fingerprint import fingerprints
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec, describe, weights_of
+from hybrid_moe.integrations.transformers.experts_module import (
+    ExpertsSpec,
+    experts_spec,
+    weights_of,
+)
 from hybrid_moe.integrations.transformers.hybrid_experts import fill, new_layer, run_layer
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.locks import ProcessLock
@@ -141,7 +145,7 @@ def _packed(module: torch.nn.Module, ids: torch.Tensor) -> _Packed:
     module.__dict__.pop(_PACKED, None)  # frees the panels, unless a copy has them too
     if _is_offloaded(module):
         _warn_of_offloading()
-    spec = describe(module)
+    spec = experts_spec(module)
     layer = new_layer(spec, options)
     # Before packing: what changes meanwhile is found by the next call
     prints = _prints(weights, range(spec.num_experts), layer.pool.threads)

@@ -108,7 +108,7 @@ def offload(
             moved then.
     """
     from hybrid_moe.integrations.transformers.experts_module import (
-        describe,
+        experts_spec,
         find_experts,
         refuse_adapters,
     )
@@ -118,7 +118,7 @@ def offload(
     options = _checked(method, threads, pools)
     found = find_experts(model)
     refuse_adapters(model, found)
-    specs = {name: describe(module, name) for name, module in found.items()}
+    specs = {name: experts_spec(module, name) for name, module in found.items()}
     for name, module in found.items():
         if any(p.is_meta for p in module.parameters()):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""When `experts_implementation="hybrid_moe"` is known to Transformers: what was imported and called."""
+"""When Transformers knows `experts_implementation="hybrid_moe"`: what was imported and called."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ import torch
 
 from hybrid_moe.formats.table import FORMATS, bf16_to_f32, f32_to_bf16
 from hybrid_moe.integrations.transformers.experts_module import (
-    describe,
     expert_tensors,
+    experts_spec,
     find_experts,
 )
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
@@ -103,7 +103,7 @@ def contract_implementation() -> Any:
 def test_activation_and_sizes_are_recognised(family: str) -> None:
     model = build(family)
     for name, module in find_experts(model).items():
-        spec = describe(module, name)
+        spec = experts_spec(module, name)
         reference = fused(module)
         assert (spec.activation.limit, spec.activation.alpha) == ACTIVATIONS[family]
         assert (spec.num_experts, spec.intermediate, spec.hidden) == reference["gate"].shape
@@ -116,7 +116,7 @@ def test_expert_tensors_hold_the_module_s_weights(family: str, method: str) -> N
     fmt = FORMATS[method]
     module = next(iter(find_experts(build(family)).values()))
     reference = fused(module)
-    tensors = expert_tensors(module, describe(module), 1, fmt)
+    tensors = expert_tensors(module, experts_spec(module), 1, fmt)
     for name in ("gate", "up", "down"):
         matrix, expected = getattr(tensors, name), np.ascontiguousarray(reference[name][1])
         codes = np.ascontiguousarray(matrix.codes)
@@ -223,7 +223,7 @@ def test_changed_weights_and_options_are_packed_again() -> None:
 def test_ids_beyond_the_experts_contribute_zero() -> None:
     model = build("qwen3_moe")
     name, module = next(iter(find_experts(model).items()))
-    E = describe(module).num_experts
+    E = experts_spec(module).num_experts
     offload(model, "BF16", threads=1, progress=False)
     experts = model.get_submodule(name)
     x = torch.randn(3, 64, dtype=torch.bfloat16)
@@ -386,7 +386,7 @@ def test_unknown_modules_are_refused(change: dict[str, Any], message: str) -> No
     for name, value in change.items():
         setattr(module, name, value)
     with pytest.raises(NotImplementedError, match=message):
-        describe(module)
+        experts_spec(module)
 
 
 def test_offload_refuses_bad_arguments() -> None:

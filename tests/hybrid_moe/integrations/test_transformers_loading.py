@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from hybrid_moe.formats.table import FORMATS
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.integrations.transformers.experts_module import describe, find_experts
+from hybrid_moe.integrations.transformers.experts_module import experts_spec, find_experts
 from hybrid_moe.integrations.transformers.loading import (
     experts_source,
     layer_index,
@@ -67,7 +67,7 @@ def test_the_module_decides_where_gate_and_up_lie(tmp_path: Path) -> None:
     model = transformers.AutoModelForTokenClassification.from_config(fixture.config)
     checkpoint = Checkpoint.open(fixture.directory)
     for name, module in find_experts(model).items():
-        source = experts_source({}, checkpoint, name, describe(module, name))
+        source = experts_source({}, checkpoint, name, experts_spec(module, name))
         layer = fixture.layers[source.layer]
         for expert in range(fixture.num_experts):
             assert_is_expert(source.expert(expert), layer, expert)
