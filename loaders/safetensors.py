@@ -6,7 +6,6 @@ shrinks under a mapping ends the process with SIGBUS, whereas a short read is an
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import weakref
@@ -24,24 +23,13 @@ from hybrid_moe.loaders.files import CheckpointFiles, choose_files
 from hybrid_moe.loaders.header import TensorInfo, read_header
 from hybrid_moe.loaders.regular import Stamp, open_regular, stamp
 from hybrid_moe.locks import ProcessLock
+from hybrid_moe.logs import warn_once
 from hybrid_moe.parallel import map_all
-
-logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
 """Bytes: of arrays in a `ReadBuffer`."""
 
 _SCAN_THREADS = 8  # headers are small: this hides the latency of a cold or remote disk
-
-
-_told: set[str] = set()
-
-
-def warn_once(message: str) -> None:
-    """Log a warning, once in this process: a checkpoint may be opened for every layer."""
-    if message not in _told:
-        _told.add(message)
-        logger.warning("%s", message)
 
 
 class ReadBuffer:

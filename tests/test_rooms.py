@@ -38,7 +38,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("cpu_kernels.drivers", "cpu_kernels.dsl"),
     ("cpu_kernels.jit", "cpu_kernels.tuning", "cpu_kernels.activation"),
     ("formats",),
-    ("imported", "locks", "parallel", "sysfiles", "text"),
+    ("parallel", "sysfiles"),
+    ("imported", "locks", "logs", "text"),
 )
 """Rooms, the highest first. Those of one level know nothing of each other."""
 

@@ -132,11 +132,6 @@ class Plan:
         """Bytes in all at a place."""
         return sum(part.nbytes for part in self.parts if part.place == place)
 
-    @property
-    def expert_ram(self) -> int:
-        """Resident bytes of the experts on the CPU: panels, biases, and rounding to pages."""
-        return sum(part.nbytes for part in self.parts if part.name.startswith(CPU_EXPERTS))
-
     def check(self) -> None:
         """Raise `DoesNotFitError` where something is too small."""
         if self.shortages:

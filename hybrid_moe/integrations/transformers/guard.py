@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hybrid_moe.logs import warn_once
+
 NAME = "hybrid_moe"
 """The `experts_implementation` under which the CPU experts are known."""
 
@@ -108,15 +110,9 @@ def check_model(model: Any) -> None:
         return
     message = unsupported(type(model).__name__, foreign)
     if any(is_experts(m) or isinstance(m, HybridExperts) for m in model.modules()):
-        _warn(message)
+        warn_once(message)
     else:
         raise ValueError(message)
-
-
-@functools.lru_cache(maxsize=256)
-def _warn(message: str) -> None:
-    """Logs a message once."""
-    _log.warning(message)
 
 
 def check_checkpoint(source: Any, kwargs: Mapping[str, Any]) -> None:

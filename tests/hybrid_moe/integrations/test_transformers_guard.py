@@ -17,6 +17,7 @@ from hybrid_moe.integrations.transformers import guard
 from hybrid_moe.integrations.transformers.experts_module import find_experts
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.registration import from_pretrained, offload, register
+from hybrid_moe.logs import warn_once
 from tests.hybrid_moe.tiny_models import COMMON, build, logits, prompt
 
 NAMED = {"experts_implementation": "hybrid_moe"}
@@ -81,7 +82,7 @@ def test_lists_of_experts_are_named_by_the_class_of_one() -> None:
 
 
 def test_a_model_of_both_kinds_runs_and_says_what_stays(caplog: pytest.LogCaptureFixture) -> None:
-    guard._warn.cache_clear()
+    warn_once.cache_clear()
     model = build("qwen3_moe")
     model.extra_experts = torch.nn.ModuleDict({"experts": torch.nn.Linear(2, 2)})
     with caplog.at_level(logging.WARNING):

@@ -34,7 +34,7 @@ from hybrid_moe.planning.prediction import GPU_READ_SHARE, HANDOVER_S, MAC_SHARE
 from hybrid_moe.planning.serving import server_command
 from hybrid_moe.text import format_bytes
 from tests.families import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, write_family
-from tests.hybrid_moe.planning.cases import CPU, GIB, request
+from tests.hybrid_moe.planning.cases import CPU, GIB, expert_ram, request
 from tests.hybrid_moe.planning.conftest import Fake
 from tests.hybrid_moe.planning.fake_checkpoints import MODELS, write_headers
 
@@ -164,7 +164,7 @@ def test_each_layer_in_its_own_format(tmp_path: Path) -> None:
         # panels are padded to cache lines, by less than 2%
         assert parts[f"routed experts, CPU, {name}"] == EXPERTS * layer.packed
         assert EXPERTS * layer.packed == pytest.approx(weights * bits[name] / 8, rel=0.02)
-    assert plan.expert_ram == sum(EXPERTS * layer.packed for layer in model.layers)
+    assert expert_ram(plan) == sum(EXPERTS * layer.packed for layer in model.layers)
     read = TOP_K * sum(layer.packed for layer in model.layers)
     term = next(t for t in plan.decode.terms if t.name == "RAM bandwidth")
     assert term.seconds == pytest.approx(read / (CPU.read * READ_SHARE))
@@ -431,7 +431,7 @@ def test_prefill_on_the_cpu_is_arithmetic(gpt_oss: Model) -> None:
 
 def test_all_experts_on_the_gpu_leave_nothing_for_the_cpu(gpt_oss: Model) -> None:
     plan = make_plan(gpt_oss, request("48GB"))
-    assert plan.hot.most == 32 and plan.expert_ram == 0
+    assert plan.hot.most == 32 and expert_ram(plan) == 0
     assert {term.name for term in plan.decode.terms} == {"GPU bandwidth"}
     assert plan.decode.help.startswith("a GPU with faster memory")
 
