@@ -19,7 +19,6 @@ and a row of zeros written.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import dataclasses
 import functools
@@ -35,11 +34,10 @@ import fork_join
 import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
-from common import make_layer, parse_list, processor, receipt, write_receipt
+from harness import make_layer, parse_numbers, parser
 from problem import SHAPES, Shape
 from rich.console import Console
-from rich.table import Table
-from targets import FORK_JOIN_US
+from tables import POOL, POOL_WANTED, show
 
 from hybrid_moe.cpu_kernels.jit.compile import Target, compile_functions
 from hybrid_moe.cpu_kernels.jit.driver import Driver
@@ -49,6 +47,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import FUTEX_NUMBERS, PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
 Samples = npt.NDArray[np.int64]
 
@@ -68,11 +67,6 @@ class Point:
     p99_us: float
     signal_us: float | None
     python_us: float | None
-
-    @property
-    def ceiling_share(self) -> float | None:
-        """The part of the time that no thread pool could avoid, 0 to 1."""
-        return None if self.signal_us is None else self.signal_us / self.median_us
 
 
 def summary(samples: Samples) -> tuple[float, float]:
@@ -217,47 +211,19 @@ def measure(threads: int, shapes: list[Shape], count: int) -> list[Point]:
     return points
 
 
-def table(points: list[Point]) -> Table:
-    """The points as a rich table."""
-    shown = Table(title=f"fork-join of an empty job, microseconds, {processor()}")
-    for name in ("layer", "state", "caller"):
-        shown.add_column(name)
-    for name in ("threads", "median", "p99", "bare signal", "% of it", "Python adds"):
-        shown.add_column(name, justify="right")
-    for p in points:
-        share = p.ceiling_share
-        shown.add_row(
-            p.job,
-            p.state,
-            p.caller,
-            str(p.threads),
-            f"{p.median_us:.2f}",
-            f"{p.p99_us:.2f}",
-            "" if p.signal_us is None else f"{p.signal_us:.2f}",
-            "" if share is None else f"{100 * share:.0f}",
-            "" if p.python_us is None else f"{p.python_us:.1f}",
-        )
-    return shown
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", default=str(usable_cores()), help="with commas")
-    parser.add_argument("--samples", type=int, default=2000, help="jobs of each case")
-    parser.add_argument("--json", metavar="FILE", help="write the receipt there")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--threads", type=parse_numbers, default=str(usable_cores()))
+    arguments.add_argument("--samples", type=int, default=2000, help="jobs of each case")
+    args = arguments.parse_args()
     points = []
-    for threads in map(int, parse_list(args.threads)):
+    for threads in args.threads:
         points += measure(threads, [tiny_shape(threads), SHAPES["A"]], args.samples)
     console = Console(width=120)
-    console.print(table(points))
-    console.print(
-        f"Wanted of the tiny layer with two threads: at most {FORK_JOIN_US['hot']:g} us hot, "
-        f"{FORK_JOIN_US['asleep']:g} us from sleep."
-    )
-    write_receipt(args.json, receipt("pool", points=[asdict(p) for p in points]))
+    rows = [asdict(p) for p in points]
+    show(console, f"fork-join of an empty job, microseconds, {processor()}", POOL, rows)
+    console.print(POOL_WANTED)
+    write_receipt(args.json, receipt("pool", points=rows))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pool
 import pytest
-from common import make_layer
+from harness import make_layer
+from tables import POOL, rows
 
 from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -19,10 +22,11 @@ def test_median_and_99th_percentile_in_microseconds() -> None:
     assert pool.summary(nanoseconds) == (51.0, 100.0)
 
 
-@pytest.mark.parametrize(("signal", "share"), [(0.25, 0.5), (None, None)])
-def test_share_of_the_bare_signal(signal: float | None, share: float | None) -> None:
+@pytest.mark.parametrize(("signal", "share"), [(0.25, "50"), (None, "")])
+def test_share_of_the_bare_signal(signal: float | None, share: str) -> None:
     point = pool.Point("tiny", 2, "hot", "handed over", 0.5, 1.0, signal, None)
-    assert point.ceiling_share == share
+    header, (row,) = rows(POOL, [asdict(point)])
+    assert row[header.index("% of it")] == share
 
 
 @pytest.mark.parametrize("threads", THREADS)

@@ -18,7 +18,7 @@ import pytest
 
 from hybrid_moe import loaders, sysfiles
 from hybrid_moe.cli.errors import explain
-from hybrid_moe.cpu_kernels.ceilings import peaks as ceilings
+from hybrid_moe.cpu_kernels.ceilings import bandwidth
 from tests.hybrid_moe.command import PROMPT, run, write_model
 from tests.machines import Machine
 
@@ -33,8 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the bandwidth probe: the real ones are far beyond the caches."""
-    real = ceilings.ReadProbe
-    monkeypatch.setattr(ceilings, "ReadProbe", lambda pool: real(pool, 1 << 20, block=64 << 10))
+    real = bandwidth.ReadProbe
+    monkeypatch.setattr(bandwidth, "ReadProbe", lambda pool: real(pool, 1 << 20, block=64 << 10))
 
 
 COMMANDS: dict[str, Callable[[Path, Path], tuple[object, ...]]] = {

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from derivation import GROUP_BYTES, Body, Step, sweep
 from llvmlite import ir
 
+from decode.derivation import GROUP_BYTES, Body, Step, sweep
 from hybrid_moe.cpu_kernels.dsl.emit import I64, Emit, KernelBody, Val, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
