@@ -35,7 +35,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -267,6 +267,7 @@ class Table(Kind[Array[T]]):
 
 i64: Kind[int] = Scalar(ctypes.c_int64, "i64")
 i32: Kind[int] = Scalar(ctypes.c_int32, "i32")
+i8: Kind[int] = Scalar(ctypes.c_int8, "i8")
 u8: Kind[int] = Scalar(ctypes.c_uint8, "u8")
 f32: Kind[int] = Scalar(ctypes.c_int32, "f32")
 """A float, of which drivers only move the bits."""
@@ -393,6 +394,13 @@ class Record(metaclass=_Slotted):
         if field.kind.alignment % _WORD:
             raise TypeError(f"{cls.__name__}.{name} is no word but {field.kind}")
         return field.offset // _WORD
+
+    @classmethod
+    def offsets(cls) -> SimpleNamespace:
+        """Byte offsets by field, and `nbytes`: for kernels, whose language has addresses only."""
+        return SimpleNamespace(
+            **{name: field.offset for name, field in cls.fields.items()}, nbytes=cls.nbytes
+        )
 
     @classmethod
     def writer(cls, *names: str) -> Callable[..., None]:
