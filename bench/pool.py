@@ -39,11 +39,11 @@ from problem import SHAPES, Shape
 from rich.console import Console
 from tables import POOL, POOL_WANTED, show
 
-from hybrid_moe.cpu_kernels.drivers.records import Found
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.jit.compile import Target, compile_functions
 from hybrid_moe.cpu_kernels.jit.driver import Driver
 from hybrid_moe.cpu_kernels.jit.translate import translate
-from hybrid_moe.cpu_kernels.job import StagedJob
+from hybrid_moe.cpu_kernels.job import JobMemory
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import FUTEX_NUMBERS, PoolGroup
@@ -151,16 +151,15 @@ def time_jobs(
     layer.forward(x, ids, weights)  # starts the threads
     ready = layer._ready()
     group = ready.group
-    job = StagedJob(layer.slot_shape(1, 1))
-    job.stage(x, ids, weights, None)
+    job = JobMemory.new(layer.job_shape(1, 1))
     out = np.zeros_like(x)
-    template = job.address(ready.descriptor, out.ctypes.data)
-    found = Found.new()
+    at = [array.ctypes.data for array in (x, ids, weights)]
+    job.fill(ready.descriptor.address, Batch(1, 1, *at, skip=0, out=out.ctypes.data))
     samples = np.zeros(count, np.int64)
     sleepers = sleeping_workers(group) if asleep else 0
     arguments = (int(caller_works), sleepers, samples.ctypes.data, count)
     with pinned(layer.pool.worker_cpus()[0]):
-        loops["fork_join"](group.address, template, found.address, *arguments)
+        loops["fork_join"](group.address, job.address, *arguments)
     assert not out.any()
     return samples
 

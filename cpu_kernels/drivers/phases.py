@@ -3,6 +3,7 @@
     encode    input rows -> encoded rows                                    (large batches only)
     gate/up   strips of 32 intermediate rows of one expert -> encoded h of all its tokens, in tiles
     down      strips of 64 hidden rows, all experts in ascending id -> output, all tokens
+    zero      in place of all three, where no expert is active
 
 A down task owns its output rows, so experts are summed without conflicts and no buffer of
 tokens x k x hidden exists. Between phases all tasks must be finished: two barriers a layer.
@@ -18,13 +19,16 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     GATE_UP,
     SHARE_BYTES,
     STRIPS_AT_ONCE,
+    ZERO,
     Entry,
+    Job,
     Layer,
     Phase,
     StripSizes,
     Tiles,
 )
 from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens
+from hybrid_moe.cpu_kernels.jit.records import LINE, i64
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, SUMS_BYTES
 
 
@@ -148,10 +152,9 @@ def gate_up_task(entry: Entry, phase: Phase, pool: int, task: int, scratch: int)
     expert = job.active_expert[index]
     start = job.active_start[index]
     count = job.active_start[index + 1] - start
-    base = load_acquire(layer.gate_up[pool * layer.experts + expert])
+    packed = layer.packed[expert * job.pools + pool]
+    base = load_acquire(packed.gate_up)
     sizes = layer.gate_up_strips
-    gate_bias = layer.gate_bias[expert]
-    up_bias = layer.up_bias[expert]
     sums = scratch + job.sums_offset
     unpacked = scratch + job.unpacked_offset
     batches = ceil_div(count, BATCH_TOKENS)
@@ -180,8 +183,8 @@ def gate_up_task(entry: Entry, phase: Phase, pool: int, task: int, scratch: int)
                     tokens,
                     h,
                     block + i,
-                    gate_bias + bias,
-                    up_bias + bias,
+                    packed.gate_bias + bias,
+                    packed.up_bias + bias,
                 )
             block += blocks
 
@@ -200,14 +203,14 @@ def down_task(entry: Entry, phase: Phase, pool: int, task: int, scratch: int) ->
     unpacked = scratch + job.unpacked_offset
     out = scratch + job.out_offset
     call(layer.clear, out, tokens * (end - begin))
-    for index in range(entry.active):
+    for index in range(job.active):
         expert = job.active_expert[index]
         start = job.active_start[index]
         count = job.active_start[index + 1] - start
-        base = layer.down[pool * layer.experts + expert]
+        packed = layer.packed[expert * job.pools + pool]
         batches = ceil_div(count, BATCH_TOKENS)
         for strip in range(begin, end):
-            codes = base + (strip - first_strip) * sizes.strip_bytes
+            codes = packed.down + (strip - first_strip) * sizes.strip_bytes
             for b in range(batches):
                 first = start + part(count, batches, b)
                 some = start + part(count, batches, b + 1) - first
@@ -220,7 +223,7 @@ def down_task(entry: Entry, phase: Phase, pool: int, task: int, scratch: int) ->
                     job.pair_token.address + 4 * first,
                     job.pair_weight.address + 4 * first,
                     out + SUMS_BYTES * tokens * (strip - begin),
-                    layer.down_bias[expert] + SUMS_BYTES * strip,
+                    packed.down_bias + SUMS_BYTES * strip,
                 )
     for strip in range(begin, end):
         call(
@@ -235,6 +238,30 @@ def down_task(entry: Entry, phase: Phase, pool: int, task: int, scratch: int) ->
 
 
 @driver
+def zero_words(begin: int, end: int) -> None:
+    words = i64.at(begin)
+    for i in range((end - begin) // 8):
+        words[i] = 0
+
+
+@driver
+def zero_task(job: Job, phase: Phase, task: int) -> None:
+    """Output of tokens for which nothing is computed here, in rows of `clear`: float32 [64] on a
+    cache line. What is left of the output at both ends is less than a row and a line."""
+    out = load_acquire(job.out)
+    end = out + 2 * job.tokens * job.layer.hidden
+    first = (out + LINE - 1) // LINE * LINE
+    rows = max(0, end - first) // SUMS_BYTES
+    begin = min(rows, task * phase.per_task)
+    count = min(rows - begin, phase.per_task)
+    if count > 0:
+        call(job.layer.clear, first + SUMS_BYTES * begin, count)
+    if task == 0:
+        zero_words(out, min(first, end))
+        zero_words(first + SUMS_BYTES * rows, end)
+
+
+@driver
 def run_task(entry: Entry, phase: Phase, pool: int, task: int, worker: int) -> None:
     job = entry.job
     scratch = job.scratch + worker * job.scratch_bytes
@@ -245,3 +272,5 @@ def run_task(entry: Entry, phase: Phase, pool: int, task: int, worker: int) -> N
         gate_up_task(entry, phase, pool, task, scratch)
     elif phase.kind == DOWN:
         down_task(entry, phase, pool, task, scratch)
+    elif phase.kind == ZERO:
+        zero_task(job, phase, task)

@@ -16,31 +16,30 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     ENCODE,
     GATE_UP,
     MAX_STRIPS,
+    ZERO,
     Entry,
     Job,
     Phase,
 )
-from hybrid_moe.formats.strips import STRIP_ROWS
+from hybrid_moe.cpu_kernels.jit.records import i64
+from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES
 
 COMPUTED, SKIPPED, NOT_LOADED = 1, 0, -1
 
 
 @driver
 def expert_state(job: Job, expert: int) -> int:
-    """Whether an expert's pairs are computed here, belong elsewhere, or cannot be computed.
-
-    Pool 0's gate and up are what `ExpertLayer.load` publishes last: who finds them finds the rest.
-    """
+    """Whether an expert's pairs are computed here, belong elsewhere, or cannot be computed."""
     if job.skip.address != 0 and job.skip[expert] != 0:
         return SKIPPED
     # pairs with the release of `pack_strips.publish_word`
-    return COMPUTED if load_acquire(job.layer.gate_up[expert]) != 0 else NOT_LOADED
+    strips = load_acquire(job.layer.packed[expert * job.pools].gate_up)
+    return COMPUTED if strips != 0 else NOT_LOADED
 
 
 @driver
-def count_pairs(entry: Entry) -> None:
+def count_pairs(job: Job) -> None:
     """Pairs of each expert; ids out of range are counted and contribute nothing."""
-    job = entry.job
     experts = job.layer.experts
     counts = job.counts
     for e in range(experts):
@@ -57,14 +56,13 @@ def count_pairs(entry: Entry) -> None:
             counts[e] += 1
         elif state == NOT_LOADED:
             missing = e + 1
-    entry.ignored = ignored
-    entry.missing = missing
+    job.ignored = ignored
+    job.missing = missing
 
 
 @driver
-def place_pairs(entry: Entry) -> None:
+def place_pairs(job: Job) -> None:
     """Group pairs by ascending expert; within one, by token, then slot."""
-    job = entry.job
     experts = job.layer.experts
     counts = job.counts
     active = 0
@@ -82,8 +80,8 @@ def place_pairs(entry: Entry) -> None:
         else:
             counts[e] = -1
     job.active_start[active] = start
-    entry.active = active
-    entry.most = most
+    job.active = active
+    job.most = most
 
     top_k = job.top_k
     x_rows, x_bytes = job.x_rows, job.layer.x_row_bytes
@@ -143,13 +141,19 @@ def add_tasks(phase: Phase, pool: int, count: int) -> None:
 
 @driver
 def append_phases(entry: Entry) -> None:
-    """The phases of an expert layer: rows of tokens, rows of one expert (gate/up), rows of all."""
+    """The phases of an expert layer: rows of tokens, rows of one expert (gate/up), rows of all. Or
+    zeros, where no expert is active."""
     job = entry.job
     layer = job.layer
     blocks = layer.blocks
     strips = layer.strips
     store_release(entry.phase_count, 0)
     store_release(entry.task_ns, 0)
+    if job.active == 0:
+        per_task = ceil_div(2 * job.tokens * layer.hidden, SUMS_BYTES * job.workers)
+        phase = append_phase(entry, ZERO, per_task, 0)
+        add_tasks(phase, 0, job.workers)
+        return
     if job.inline_encode == 0:
         phase = append_phase(entry, ENCODE, job.encode_tokens, 0)
         add_tasks(phase, 0, ceil_div(job.tokens, job.encode_tokens))
@@ -160,11 +164,11 @@ def append_phases(entry: Entry) -> None:
         most_blocks = max(most_blocks, blocks[p + 1] - blocks[p])
         most_strips = max(most_strips, strips[p + 1] - strips[p])
     target = job.target_tasks
-    per_task = share(most_blocks, ceil_div(target, max(1, entry.active)))
+    per_task = share(most_blocks, ceil_div(target, max(1, job.active)))
     # 32 rows of gate and of up, for the tokens of one expert
-    phase = append_phase(entry, GATE_UP, per_task, entry.most * 64 * per_task * layer.hidden)
+    phase = append_phase(entry, GATE_UP, per_task, job.most * 64 * per_task * layer.hidden)
     for p in range(job.pools):
-        add_tasks(phase, p, entry.active * ceil_div(blocks[p + 1] - blocks[p], per_task))
+        add_tasks(phase, p, job.active * ceil_div(blocks[p + 1] - blocks[p], per_task))
 
     per_task = min(share(most_strips, target), MAX_STRIPS)
     # 64 rows, for all pairs of token and expert
@@ -192,13 +196,28 @@ def encode_tokens(job: Job, begin: int, end: int) -> None:
 
 
 @driver
-def prepare(entry: Entry) -> int:
-    """Route a job and append its phases; a small one is encoded here too. Returns its missing."""
-    count_pairs(entry)
-    place_pairs(entry)
-    append_phases(entry)
-    if entry.job.inline_encode != 0:
+def take_in(job: Job) -> None:
+    """Encode the rows of x, or copy them where the workers are to encode them, so that the caller's
+    memory is free when the job has been launched. Nobody needs them if no expert is active."""
+    if job.active == 0:
+        return
+    if job.inline_encode != 0:
         before = set_float_environment()  # the caller's may flush subnormals
-        encode_tokens(entry.job, 0, entry.job.tokens)
+        encode_tokens(job, 0, job.tokens)
         restore_float_environment(before)
-    return entry.missing
+    elif job.x_copy != 0:
+        x = i64.at(job.x)
+        copy = i64.at(job.x_copy)
+        for i in range(job.tokens * job.layer.hidden // 4):
+            copy[i] = x[i]
+        job.x = job.x_copy
+
+
+@driver
+def route(job: Job) -> int:
+    """Group the pairs of a job and take in its inputs. Returns its missing."""
+    count_pairs(job)
+    place_pairs(job)
+    if job.missing == 0:
+        take_in(job)
+    return job.missing
