@@ -13,8 +13,8 @@ pass of the same batch is a column of its own. Four cases:
 
 The ceiling of a job that is handed over is a bare signal between two threads: a store that the
 other sees and answers ("hot"), or a futex wake and the answer of the thread that slept ("asleep").
-Layer "tiny" has one task for each thread and nothing else; on layer "A" the token's row is encoded
-and a row of zeros written.
+Layer "tiny" has one task for each thread and nothing else; on layer "A" these
+write a longer row of zeros.
 """
 
 from __future__ import annotations

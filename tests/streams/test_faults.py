@@ -151,7 +151,7 @@ def test_progress_of_others_is_progress(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Client:
-    """A stream's end of a mailbox, and a slot to post."""
+    """A stream's end of a mailbox, and a graph job to post."""
 
     def __init__(self, watcher: Watcher) -> None:
         self.model = Model(count=1)
