@@ -156,8 +156,8 @@ class GraphJob:
         memory = memory.share()
         memory.fill(layer, batch._replace(skip=mask.seen))
         job = records.GraphJob.new()
-        job.dump = memory.descriptor.x_copy  # inputs of other jobs lie there
-        memory.descriptor.x_copy = 0  # x stays until the job is over
+        job.dump = memory.descriptor.x_copy  # nothing lies there: x stays until the job is over
+        memory.descriptor.x_copy = 0
         job.group = group.control
         job.job = memory.descriptor
         job.mask = mask.record

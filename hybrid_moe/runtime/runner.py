@@ -127,9 +127,8 @@ class LayerRunner:
             )
         self._submission = None
         try:
-            if isinstance(submission.job, Job):
-                return submission.result(None)
-            stream = self._stream(hidden, cuda_stream)
+            on_host = isinstance(submission.job, Job)
+            stream = None if on_host else self._stream(hidden, cuda_stream)
             output = submission.result(stream)
         except BaseException:
             self._give_up(submission.incoming)

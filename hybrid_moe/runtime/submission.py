@@ -62,10 +62,10 @@ class Submission:
 
     def result(self, stream: Stream | None) -> torch.Tensor:
         """The output, with what came in from the layer before; or the fault is raised."""
+        output = result_of(self.job, stream)
         if (fault := self.fault) is not None:
             # a new one: its traceback would lead back to one that is kept here, and keep us
             raise type(fault)(*fault.args)
-        output = result_of(self.job, stream)
         incoming, self.incoming = self.incoming, None
         if incoming is None:
             return output
