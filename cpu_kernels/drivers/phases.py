@@ -25,7 +25,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     Layer,
     Phase,
     StripSizes,
-    Tiles,
+    TilePlan,
 )
 from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens
 from hybrid_moe.cpu_kernels.jit.records import LINE, i64
@@ -39,7 +39,7 @@ def part(total: int, parts: int, index: int) -> int:
 
 
 @driver
-def tiles_for(layer: Layer, count: int) -> Tiles:
+def tiles_for(layer: Layer, count: int) -> TilePlan:
     """How `count` tokens of one expert are cut into tiles, see `library.Tiling`."""
     if count < layer.tiled_from:
         return layer.direct
@@ -47,12 +47,12 @@ def tiles_for(layer: Layer, count: int) -> Tiles:
 
 
 @driver
-def tile_count(tiles: Tiles, count: int) -> int:
+def tile_count(tiles: TilePlan, count: int) -> int:
     return ceil_div(count, tiles.most)
 
 
 @driver
-def tile_start(tiles: Tiles, count: int, index: int) -> int:
+def tile_start(tiles: TilePlan, count: int, index: int) -> int:
     """First token of a tile, or `count` for the index past the last."""
     units = ceil_div(count, tiles.unit)
     return min(count, tiles.unit * part(units, tile_count(tiles, count), index))

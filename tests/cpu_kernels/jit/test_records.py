@@ -230,6 +230,10 @@ def test_what_is_not_assigned_to() -> None:
         record.pair = Pair.new()
     with pytest.raises(IndexError, match="1 indices for 2 dimensions"):
         record.table[1]
+    with pytest.raises(IndexError, match="index 3 is not one of 3"):
+        record.table[1, 3]
+    with pytest.raises(IndexError, match="has one index"):
+        record.items[1, 3]
     with pytest.raises(ValueError, match="8 bytes do not hold an All: 384"):
         All.over(np.zeros(8, np.uint8))
 
