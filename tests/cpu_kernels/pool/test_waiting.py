@@ -262,7 +262,8 @@ def test_who_waits_for_the_mask_of_a_layer_sleeps(patient: Groups) -> None:
     mask.lock.value = 1  # held
     posting = started(posted.post)
     _held_until_somebody_sleeps(group, mask.lock)
-    ended(posting, started(posted.wait))
+    ended(posting)
+    ended(started(posted.wait))
     assert np.array_equal(posted.out, posted.expected)
 
 
