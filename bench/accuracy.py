@@ -12,12 +12,12 @@ result rounded once to bf16, which no output in bf16 can beat. See docs/numerics
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from problem import expert_output, relative_error
 from rich.console import Console
-from rich.table import Table
+from tables import number, show, text
 
 from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
@@ -44,23 +44,6 @@ def random_expert(fmt: WeightFormat, seed: tuple[int, int], H: int, I: int) -> E
     return ExpertTensors(*(random_matrix(fmt, rng, N, K) for N, K in shapes))
 
 
-def product(fmt: WeightFormat, matrix: Matrix, x: F64) -> F64:
-    """x [T, K] times the dequantized matrix [N, K], in float64."""
-    y: F64 = x @ fmt.dequantize(matrix.codes, matrix.scales).astype(np.float64).T
-    return y
-
-
-def expert_output(fmt: WeightFormat, expert: ExpertTensors, x: F64) -> F64:
-    """down(silu(gate x) * up x) in float64; x [T, H]."""
-    gate = product(fmt, expert.gate, x)
-    h = gate / (1 + np.exp(-gate)) * product(fmt, expert.up, x)
-    return product(fmt, expert.down, h)
-
-
-def relative_error(y: npt.NDArray[Any], reference: F64) -> float:
-    return float(np.linalg.norm(y - reference) / np.linalg.norm(reference))
-
-
 def measure(fmt: WeightFormat, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """Name of the inputs -> (error of the kernels, error of the rounded float64 result)."""
     H, I, E, k, T = args.hidden, args.intermediate, args.experts, args.top_k, args.tokens
@@ -80,8 +63,12 @@ def measure(fmt: WeightFormat, args: argparse.Namespace) -> dict[str, tuple[floa
         expert = random_expert(fmt, (args.seed, e), H, I)
         layer.load(e, expert)
         tokens, slots = np.nonzero(ids == e)
+        dense = [
+            fmt.dequantize(m.codes, m.scales).astype(np.float64)
+            for m in (expert.gate, expert.up, expert.down)
+        ]
         for name, x in inputs.items():
-            y = expert_output(fmt, expert, bf16_to_f32(x[tokens]).astype(np.float64))
+            y = expert_output(bf16_to_f32(x[tokens]).astype(np.float64), *dense)
             references[name][tokens] += weights[tokens, slots, None].astype(np.float64) * y
     errors = {}
     for name, x in inputs.items():
@@ -106,14 +93,19 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--isa", help="instruction set tier; default: the best one")
     args = parser.parse_args()
-    table = Table(title="relative l2 error against float64")
-    for heading in ("method", "tier", "inputs", "hybrid_moe", "bf16 floor"):
-        table.add_column(heading)
-    for fmt in FORMATS.values():
-        for name, (error, floor) in measure(fmt, args).items():
-            tier = choose_tier(args.isa).name
-            table.add_row(fmt.name, tier, name, f"{error:.5f}", f"{floor:.5f}")
-    Console().print(table)
+    points = [
+        {"method": fmt.name, "inputs": name, "error": error, "floor": floor}
+        for fmt in FORMATS.values()
+        for name, (error, floor) in measure(fmt, args).items()
+    ]
+    columns = (
+        text("method", "{method}"),
+        text("inputs", "{inputs}"),
+        number("hybrid_moe", "error", 5),
+        number("bf16 floor", "floor", 5),
+    )
+    title = f"relative l2 error against float64, tier {choose_tier(args.isa).name}"
+    show(Console(), title, columns, points)
 
 
 if __name__ == "__main__":

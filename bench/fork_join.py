@@ -6,26 +6,33 @@ between two samples.
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     driver,
     fetch_add,
-    load32,
     load_acquire,
     nanoseconds,
     pause,
-    store64,
     store_release,
     system_call,
 )
-from hybrid_moe.cpu_kernels.drivers.worker import help_until, try_launch
+from hybrid_moe.cpu_kernels.drivers.records import Group, Job
+from hybrid_moe.cpu_kernels.drivers.worker import (
+    FUTEX_WAIT_PRIVATE,
+    FUTEX_WAKE_PRIVATE,
+    help_until,
+    try_launch,
+)
+from hybrid_moe.cpu_kernels.jit.records import Record, i64, shared_line
 
 SETTLE_NS = 30_000  # from the counter of sleepers to being asleep: one system call
 
-# words of a pair of threads that exchange bare signals, a cache line each
-ASKED, ANSWERED, ASLEEP, SIGNAL_WORDS = 0, 8, 16, 24
 
-_WAIT_PRIVATE, _WAKE_PRIVATE = 128, 129
+class Signal(Record):
+    """Words of a pair of threads that exchange bare signals."""
+
+    asked = shared_line
+    answered = shared_line
+    asleep = shared_line
 
 
 @driver
@@ -36,55 +43,50 @@ def settle() -> None:
 
 
 @driver
-def fork_join(
-    group: int, template: int, found: int, assist: int, asleep: int, samples: int, count: int
-) -> int:
+def fork_join(group: Group, job: Job, assist: int, asleep: int, samples: int, count: int) -> None:
     """Launch a job and wait for it `count` times; nanoseconds of each go to `samples`.
 
     `assist`: the caller works as worker 0. `asleep`: so many workers must sleep before each.
     """
     for i in range(count):
         if asleep > 0:
-            while load_acquire(group + 8 * f.G_SLEEPERS) < asleep:
+            while load_acquire(group.work.sleepers) < asleep:
                 pause()
             settle()
         begin = nanoseconds()
-        sequence = try_launch(group, template, found)
-        while help_until(group, sequence, 0, 0, assist) == 0:
+        sequence = try_launch(group, job)
+        while not help_until(group, sequence, 0, 0, assist):
             pause()
-        store64(samples + 8 * i, nanoseconds() - begin)
-    return 0
+        i64.at(samples)[i] = nanoseconds() - begin
 
 
 @driver
-def ask(words: int, futex: int, sleeps: int, samples: int, count: int) -> int:
+def ask(signal: Signal, futex: int, sleeps: int, samples: int, count: int) -> None:
     """Store a word, wait until the other thread has stored its own: the least a fork-join can
     take. With `sleeps` the other one is asleep on the word and has to be woken."""
     for i in range(count):
         if sleeps != 0:
-            while load_acquire(words + 8 * ASLEEP) == 0:
+            while load_acquire(signal.asleep) == 0:
                 pause()
             settle()
         begin = nanoseconds()
-        fetch_add(words + 8 * ASKED, 1)
+        fetch_add(signal.asked, 1)
         if sleeps != 0:
-            system_call(futex, words + 8 * ASKED, _WAKE_PRIVATE, 1, 0)
-        while load_acquire(words + 8 * ANSWERED) <= i:
+            system_call(futex, signal.asked.address, FUTEX_WAKE_PRIVATE, 1, 0)
+        while load_acquire(signal.answered) <= i:
             pause()
-        store64(samples + 8 * i, nanoseconds() - begin)
-    return 0
+        i64.at(samples)[i] = nanoseconds() - begin
 
 
 @driver
-def answer(words: int, futex: int, sleeps: int, count: int) -> int:
+def answer(signal: Signal, futex: int, sleeps: int, count: int) -> None:
     """The other thread of `ask`."""
     for i in range(count):
         if sleeps != 0:
-            store_release(words + 8 * ASLEEP, 1)
-            while load32(words + 8 * ASKED) == i:
-                system_call(futex, words + 8 * ASKED, _WAIT_PRIVATE, i, 0)
-            store_release(words + 8 * ASLEEP, 0)
-        while load_acquire(words + 8 * ASKED) <= i:
+            store_release(signal.asleep, 1)
+            while load_acquire(signal.asked) == i:
+                system_call(futex, signal.asked.address, FUTEX_WAIT_PRIVATE, i, 0)
+            store_release(signal.asleep, 0)
+        while load_acquire(signal.asked) <= i:
             pause()
-        store_release(words + 8 * ANSWERED, i + 1)
-    return 0
+        store_release(signal.answered, i + 1)

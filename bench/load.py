@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from problem import SHAPES, SOURCES, random_experts
 
 _PROJECTIONS = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -84,10 +85,8 @@ class PeakMemory:
 
     @staticmethod
     def now() -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError("/proc/self/status has no RssAnon: Linux 4.5 or later is needed")
+        memory = psutil.Process().memory_info()
+        return int(memory.rss - memory.shared)
 
     def _sample(self) -> None:
         while not self._stop.wait(self._interval):
@@ -168,25 +167,23 @@ def benchmark(directory: Path, experts: int, threads: int, rounds: int) -> list[
 
 
 def main() -> None:
-    from common import processor, receipt, write_receipt
+    from harness import parser
     from rich.console import Console
-    from rich.table import Table
+    from tables import LOAD, show
 
     from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+    from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
+    arguments = parser(__doc__)
+    arguments.add_argument("--experts", type=int, default=64)
+    arguments.add_argument("--threads", type=int, default=usable_cores())
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument(
         "--directory", help="where to write the checkpoint; a temporary one if not given"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the receipt there")
-    parser.add_argument("--load", help=argparse.SUPPRESS)
-    parser.add_argument("--touch", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    arguments.add_argument("--load", help=argparse.SUPPRESS)
+    arguments.add_argument("--touch", type=int, help=argparse.SUPPRESS)
+    args = arguments.parse_args()
     if args.touch:
         print(json.dumps({"first_touch_GBps": first_touch(args.touch)}))
         return
@@ -195,18 +192,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.directory) as name:
         points = benchmark(Path(name), args.experts, args.threads, args.rounds)
-    table = Table(title=f"loading MXFP4 from the page cache, {args.threads} threads, {processor()}")
-    for column in ("round", "system hands out", "load", "again", "peak memory"):
-        table.add_column(column, justify="right")
-    for number, p in enumerate(points, 1):
-        table.add_row(
-            str(number),
-            f"{p['first_touch_GBps']:.2f} GB/s",
-            f"{p['GBps']:.2f} GB/s",
-            f"{p['again_GBps']:.2f} GB/s",
-            f"{p['peak_over_packed']:.3f} x packed",
-        )
-    Console(width=120).print(table)
+    title = f"loading MXFP4 from the page cache, {args.threads} threads, {processor()}"
+    rounds = ({"round": i, **p} for i, p in enumerate(points, 1))
+    show(Console(width=120), title, LOAD, rounds)
     packed = points[0]["packed_bytes"] / 1e9
     print(f"{packed:.3f} GB packed. Peak of anonymous memory, less what was there after import.")
     write_receipt(args.json, receipt("load", points=points, threads=args.threads))

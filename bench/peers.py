@@ -18,22 +18,23 @@ import argparse
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
-from common import parse_list, parse_shapes, receipt, write_receipt
-from comparison import OURS, PEERS, show
-from disturbance import ATTEMPTS, DISTURBED
+import comparison
+from comparison import OUR_ERROR, OURS, PEERS, TARGETS
+from harness import Reads, layer_parser, parse_list, time_beside_reads, weight_bytes
 from peer.find import Place, find_ggml, find_kt
+from peer.interface import UnavailableError
 from peer.process import WorkerProcess
 from problem import SHAPES, Shape, batches_for, random_batches
 from rich.console import Console
-from targets import TARGETS
+from tables import ERRORS, show
 
-from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
-from hybrid_moe.cpu_kernels.ceilings.peaks import USES, mac_ceiling
+from hybrid_moe.cpu_kernels.ceilings.peaks import mac_ceiling
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
-from hybrid_moe.formats.table import format_named
+from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
 NAMES = (OURS, *PEERS)
 
@@ -50,6 +51,7 @@ class Point:
     threads: int
     rounds_ms: list[float] = field(default_factory=list)
     read_bandwidths: list[float] = field(default_factory=list)
+    one_thread_reads: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
     weight_bytes: float = 0.0
     macs: float = 0.0
@@ -74,12 +76,11 @@ def places(args: argparse.Namespace, console: Console) -> dict[str, Place]:
         "ggml": find_ggml(args.ggml_lib),
         "kt-kernel": find_kt(args.kt_python, args.kt_path),
     }
-    wanted = parse_list(args.libraries)
-    unknown = [name for name in wanted if name not in found]
+    unknown = [name for name in args.libraries if name not in found]
     if unknown:
         raise SystemExit(f"unknown library {unknown[0]}: there are {', '.join(NAMES)}")
     there = {}
-    for name in wanted:
+    for name in args.libraries:
         place = found[name]
         if place is None:
             console.print(f"[yellow]{name} is left out:[/] not found; see bench/README.md")
@@ -100,15 +101,11 @@ def set_up(
         worker = WorkerProcess(name, place, threads)
         console.log(f"{name}: loading {problem['method']}, shape {problem['shape']}")
         try:
-            answer = worker.ask("setup", threads=threads, **problem)
-        except RuntimeError as error:
-            answer = {"unavailable": str(error)}
-        if "unavailable" in answer:
-            console.print(f"[yellow]{name} is left out:[/] {answer['unavailable']}")
-            worker.close()
-        else:
-            worker.label = answer["label"]
+            worker.load(threads=threads, **problem)
             ready.append(worker)
+        except (RuntimeError, UnavailableError) as reason:
+            console.print(f"[yellow]{name} is left out:[/] {reason}")
+            worker.close()
     return ready
 
 
@@ -134,29 +131,6 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Round:
-    """Median of one library's calls in one round, and the conditions."""
-
-    ms: float
-    read_bandwidth: float
-    others: float
-
-
-def run_round(worker: WorkerProcess, seconds: float, probe: ReadProbe) -> Round:
-    """Time one library; again if other processes were busy, and then the least disturbed."""
-    rounds = []
-    for _ in range(ATTEMPTS):
-        before = probe.measure(0.1)
-        answer = worker.ask("run", seconds=seconds, least=1)
-        after = probe.measure(0.1)
-        ms = 1e3 * statistics.median(answer["samples"])
-        rounds.append(Round(ms, (before + after) / 2, answer["others"]))
-        if answer["others"] < DISTURBED:
-            break
-    return min(rounds, key=lambda r: r.others)
-
-
-@dataclass(frozen=True)
 class Bench:
     """What all points of one number of threads share."""
 
@@ -164,7 +138,7 @@ class Bench:
     rounds: int
     seconds: float
     seed: int
-    probe: ReadProbe
+    reads: Reads
 
 
 def measure(
@@ -179,7 +153,7 @@ def measure(
     """One batch size, all libraries in turn."""
     batches = random_batches(shape, tokens, batches_for(tokens), bench.seed)
     distinct = statistics.mean(b.distinct_experts for b in batches)
-    nbytes = distinct * shape.weights_per_expert * format_named(method).bits_per_weight / 8
+    nbytes = weight_bytes(method, shape, batches)
     points: dict[str, Point] = {}
     for worker in workers:
         if worker.name != OURS and not pace.expects(worker.name, distinct):
@@ -194,10 +168,12 @@ def measure(
     for _ in range(bench.rounds):
         for worker in workers:
             if worker.name in points:
-                round_ = run_round(worker, bench.seconds, bench.probe)
-                points[worker.name].rounds_ms.append(round_.ms)
-                points[worker.name].read_bandwidths.append(round_.read_bandwidth)
-                points[worker.name].others.append(round_.others)
+                timing = time_beside_reads(partial(worker.run, bench.seconds), bench.reads)
+                point = points[worker.name]
+                point.rounds_ms.append(1e3 * timing.median)
+                point.one_thread_reads.append(timing.reads[0])
+                point.read_bandwidths.append(timing.reads[1])
+                point.others.append(timing.calls.others)
     if OURS in points:
         for point in points.values():
             pairs = zip(point.rounds_ms, points[OURS].rounds_ms, strict=True)
@@ -230,24 +206,14 @@ def series(args: argparse.Namespace) -> dict[tuple[str, str], list[int]]:
         for target in TARGETS:
             wanted.setdefault((target.method, target.shape), []).append(target.tokens)
         return {key: sorted(tokens) for key, tokens in wanted.items()}
-    tokens = [int(t) for t in parse_list(args.tokens)]
-    shapes = parse_shapes(args.shapes)
-    return {(method, s.name): tokens for method in parse_list(args.methods) for s in shapes}
+    return {(method, s.name): args.tokens for method in args.methods for s in args.shapes}
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    cores = usable_cores()
+    parser = layer_parser(__doc__, "MXFP4", ",".join(str(n) for n in (cores - 1, cores) if n))
     parser.add_argument("--targets", action="store_true", help="the points that have targets")
-    parser.add_argument("--methods", default="MXFP4", help=", ".join(USES))
-    parser.add_argument("--shapes", default="A")
-    parser.add_argument("--tokens", default="1,4,16,64,256,1024")
-    parser.add_argument("--libraries", default=",".join(NAMES))
-    parser.add_argument(
-        "--threads", default=",".join(str(n) for n in (usable_cores() - 1, usable_cores()) if n),
-        help="of each library, with commas; default: all cores but one (for kt-kernel), and all",
-    )  # fmt: skip
+    parser.add_argument("--libraries", type=parse_list, default=",".join(NAMES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.4, help="of each library and round")
     parser.add_argument("--longest-call", type=float, default=3.0, help="skip slower points")
@@ -256,7 +222,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kt-path", help="folder of `pip install --target` with kt-kernel")
     parser.add_argument("--ggml-lib", help="folder with libggml-base.so and libggml-cpu.so")
     parser.add_argument("--no-accuracy", action="store_true")
-    parser.add_argument("--json", metavar="FILE", help="write the receipt there")
     return parser.parse_args()
 
 
@@ -265,15 +230,14 @@ def main() -> None:
     console = Console(width=140)
     libraries = places(args, console)
     wanted = series(args)
-    thread_counts = [int(t) for t in parse_list(args.threads)]
     points: list[Point] = []
     errors: list[dict[str, Any]] = []
     if not args.no_accuracy:
         for method in dict.fromkeys(method for method, _ in wanted):
-            errors += accuracy(libraries, method, min(thread_counts), console)
-    for threads in thread_counts:
+            errors += accuracy(libraries, method, min(args.threads), console)
+    for threads in args.threads:
         pool = PoolConfig(threads)
-        bench = Bench(threads, args.rounds, args.seconds, args.seed, ReadProbe(pool))
+        bench = Bench(threads, args.rounds, args.seconds, args.seed, Reads(threads))
         for (method, shape), tokens in wanted.items():
             ceiling = mac_ceiling(method, pool)
             workers = set_up(
@@ -288,12 +252,29 @@ def main() -> None:
                 write_receipt(args.json, receipt("peers", points=rows(points), errors=errors))
     if not points:
         raise SystemExit("no library could run")
-    show(rows(points), errors, console)
+    show_all(console, rows(points), errors)
 
 
 def rows(points: list[Point]) -> list[dict[str, Any]]:
     """The points as a receipt stores them."""
     return [{**asdict(p), "ms": p.ms, "read_bandwidth": p.read_bandwidth} for p in points]
+
+
+def show_all(console: Console, points: list[dict[str, Any]], errors: list[dict[str, Any]]) -> None:
+    """Print the tables."""
+    title = f"one call (ours is faster by), {processor()}"
+    show(console, title, comparison.COLUMNS, comparison.side_by_side(points))
+    console.print("; ".join(comparison.labels(points)))
+    if wanted := comparison.verdicts(points):
+        show(console, "targets", comparison.VERDICTS, wanted)
+    if errors:
+        title = "error ||y - reference|| / ||reference||, reference in float64"
+        show(console, title, ERRORS, errors)
+        console.print(f"Ours should be at most {OUR_ERROR:.4f}.")
+    console.print(
+        "Percentages: of the read bandwidth around each point, and of the peak of our tier's "
+        "instruction. Shape C runs without its biases and clamps, which not every library has."
+    )
 
 
 if __name__ == "__main__":

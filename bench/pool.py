@@ -13,13 +13,12 @@ pass of the same batch is a column of its own. Four cases:
 
 The ceiling of a job that is handed over is a bare signal between two threads: a store that the
 other sees and answers ("hot"), or a futex wake and the answer of the thread that slept ("asleep").
-Layer "tiny" has one task for each thread and nothing else; on layer "A" the token's row is encoded
-and a row of zeros written.
+Layer "tiny" has one task for each thread and nothing else; on layer "A" these
+write a longer row of zeros.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import dataclasses
 import functools
@@ -35,21 +34,22 @@ import fork_join
 import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
-from common import make_layer, parse_list, processor, receipt, write_receipt
+from harness import make_layer, parse_numbers, parser
 from problem import SHAPES, Shape
 from rich.console import Console
-from rich.table import Table
-from targets import FORK_JOIN_US
+from tables import POOL, POOL_WANTED, show
 
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.jit.compile import Target, compile_functions
 from hybrid_moe.cpu_kernels.jit.driver import Driver
 from hybrid_moe.cpu_kernels.jit.translate import translate
-from hybrid_moe.cpu_kernels.job import StagedJob
+from hybrid_moe.cpu_kernels.job import JobMemory
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import FUTEX_NUMBERS, PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.strips import STRIP_ROWS
+from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
 Samples = npt.NDArray[np.int64]
 
@@ -69,11 +69,6 @@ class Point:
     p99_us: float
     signal_us: float | None
     python_us: float | None
-
-    @property
-    def ceiling_share(self) -> float | None:
-        """The part of the time that no thread pool could avoid, 0 to 1."""
-        return None if self.signal_us is None else self.signal_us / self.median_us
 
 
 def summary(samples: Samples) -> tuple[float, float]:
@@ -97,7 +92,7 @@ def pinned(cpu: int) -> Iterator[None]:
 def compiled() -> Mapping[str, Callable[..., int]]:
     """The loops of `fork_join.py` as Python callables that release the GIL."""
     target = Target(cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten())
-    loops: dict[str, Driver] = {name: getattr(fork_join, name) for name in LOOPS}
+    loops: dict[str, Driver[..., None]] = {name: getattr(fork_join, name) for name in LOOPS}
     addresses = compile_functions(translate(loops), target, LOOPS, "fork_join", program=True)
     return {
         name: ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(loop.parameters))(
@@ -114,8 +109,8 @@ def bare_signal(loops: Mapping[str, Callable[..., int]], asleep: bool, count: in
         ValueError: this process may use one processor only.
     """
     here, there = PoolConfig(2).worker_cpus()
-    words = np.zeros(fork_join.SIGNAL_WORDS + 8, np.int64)
-    at = words.ctypes.data + -words.ctypes.data % 64
+    signal = fork_join.Signal.new()
+    at = signal.address
     samples = np.zeros(count, np.int64)
     futex = FUTEX_NUMBERS[platform.machine()]
 
@@ -156,16 +151,15 @@ def time_jobs(
     layer.forward(x, ids, weights)  # starts the threads
     ready = layer._ready()
     group = ready.group
-    job = StagedJob(layer.slot_shape(1, 1))
-    job.stage(x, ids, weights, None)
+    job = JobMemory.new(layer.job_shape(1, 1))
     out = np.zeros_like(x)
-    template = job.address(ready.address, out.ctypes.data)
-    found = np.zeros(1, np.int64)
+    at = [array.ctypes.data for array in (x, ids, weights)]
+    job.fill(ready.descriptor.address, Batch(1, 1, *at, skip=0, out=out.ctypes.data))
     samples = np.zeros(count, np.int64)
     sleepers = sleeping_workers(group) if asleep else 0
     arguments = (int(caller_works), sleepers, samples.ctypes.data, count)
     with pinned(layer.pool.worker_cpus()[0]):
-        loops["fork_join"](group.address, template, found.ctypes.data, *arguments)
+        loops["fork_join"](group.address, job.address, *arguments)
     assert not out.any()
     return samples
 
@@ -218,47 +212,19 @@ def measure(threads: int, shapes: list[Shape], count: int) -> list[Point]:
     return points
 
 
-def table(points: list[Point]) -> Table:
-    """The points as a rich table."""
-    shown = Table(title=f"fork-join of an empty job, microseconds, {processor()}")
-    for name in ("layer", "state", "caller"):
-        shown.add_column(name)
-    for name in ("threads", "median", "p99", "bare signal", "% of it", "Python adds"):
-        shown.add_column(name, justify="right")
-    for p in points:
-        share = p.ceiling_share
-        shown.add_row(
-            p.job,
-            p.state,
-            p.caller,
-            str(p.threads),
-            f"{p.median_us:.2f}",
-            f"{p.p99_us:.2f}",
-            "" if p.signal_us is None else f"{p.signal_us:.2f}",
-            "" if share is None else f"{100 * share:.0f}",
-            "" if p.python_us is None else f"{p.python_us:.1f}",
-        )
-    return shown
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", default=str(usable_cores()), help="with commas")
-    parser.add_argument("--samples", type=int, default=2000, help="jobs of each case")
-    parser.add_argument("--json", metavar="FILE", help="write the receipt there")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--threads", type=parse_numbers, default=str(usable_cores()))
+    arguments.add_argument("--samples", type=int, default=2000, help="jobs of each case")
+    args = arguments.parse_args()
     points = []
-    for threads in map(int, parse_list(args.threads)):
+    for threads in args.threads:
         points += measure(threads, [tiny_shape(threads), SHAPES["A"]], args.samples)
     console = Console(width=120)
-    console.print(table(points))
-    console.print(
-        f"Wanted of the tiny layer with two threads: at most {FORK_JOIN_US['hot']:g} us hot, "
-        f"{FORK_JOIN_US['asleep']:g} us from sleep."
-    )
-    write_receipt(args.json, receipt("pool", points=[asdict(p) for p in points]))
+    rows = [asdict(p) for p in points]
+    show(console, f"fork-join of an empty job, microseconds, {processor()}", POOL, rows)
+    console.print(POOL_WANTED)
+    write_receipt(args.json, receipt("pool", points=rows))
 
 
 if __name__ == "__main__":

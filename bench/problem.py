@@ -1,12 +1,16 @@
-"""What every benchmark computes: shapes, random routing, random weights, a float64 reference.
+"""What every library computes, and how its calls are timed: shapes, random weights and routing, a
+float64 reference, a clock that notices disturbance.
 
 NumPy only, so that a peer's worker can run in an environment that has nothing else of ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -154,13 +158,69 @@ def batches_for(tokens: int) -> int:
     return 64 if tokens == 1 else 16 if tokens <= 16 else 4
 
 
-def reference(experts: list[dict[str, Codes]], batch: Batch) -> Array:
-    """float64 [T, H]: plain SwiGLU experts on the dequantized weights."""
-    x = bf16_values(batch.x).astype(np.float64)
-    dense = [{name: codes.dequantize() for name, codes in expert.items()} for expert in experts]
-    y = np.zeros_like(x)
-    for token, slot in np.ndindex(batch.ids.shape):
-        w = dense[batch.ids[token, slot] % len(dense)]
-        gate, up = w["gate"] @ x[token], w["up"] @ x[token]
-        y[token] += batch.weights[token, slot] * (w["down"] @ (gate / (1 + np.exp(-gate)) * up))
+def expert_output(x: Array, gate: Array, up: Array, down: Array) -> Array:
+    """down(silu(gate x) * up x) of float64 x [T, H] and float64 matrices [N, K]."""
+    a = x @ gate.T
+    y: Array = (a / (1 + np.exp(-a)) * (x @ up.T)) @ down.T
     return y
+
+
+def reference(experts: list[dict[str, Codes]], batch: Batch) -> Array:
+    """float64 [T, H]: plain SwiGLU experts, cyclically, on the dequantized weights."""
+    x = bf16_values(batch.x).astype(np.float64)
+    y = np.zeros_like(x)
+    for i, expert in enumerate(experts):
+        dense = {name: codes.dequantize() for name, codes in expert.items()}
+        tokens, slots = np.nonzero(batch.ids % len(experts) == i)
+        weights = batch.weights[tokens, slots, None].astype(np.float64)
+        np.add.at(y, tokens, weights * expert_output(x[tokens], **dense))
+    return y
+
+
+def relative_error(y: Array, expected: Array) -> float:
+    """||y - expected|| / ||expected||."""
+    return float(np.linalg.norm(y - expected) / np.linalg.norm(expected))
+
+
+class OtherLoad:
+    """Processor time that was not ours since this was made: other processes, other guests."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._wall = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+        ticks = user + nice + system + irq + softirq + steal
+        own = os.times()
+        busy = ticks / os.sysconf("SC_CLK_TCK")
+        return busy, own.user + own.system, time.perf_counter()
+
+    def share(self) -> float:
+        """As a part of all the machine's processors, 0 to 1."""
+        busy, own, wall = self._now()
+        others = (busy - self._busy) - (own - self._own)
+        return max(0.0, others / ((wall - self._wall) * (os.cpu_count() or 1)))
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Seconds of each call, and the share of all processors that others had meanwhile."""
+
+    seconds: list[float]
+    others: float
+
+
+def time_calls(call: Callable[[int], object], seconds: float, least: int = 3) -> Calls:
+    """call(1), call(2), ... until `seconds` have passed, `least` of them at least; call(0) goes
+    first and does not count."""
+    call(0)
+    samples: list[float] = []
+    others = OtherLoad()
+    begin = time.perf_counter()
+    while len(samples) < least or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        call(len(samples) + 1)
+        samples.append(time.perf_counter() - start)
+    return Calls(samples, others.share())

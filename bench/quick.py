@@ -10,28 +10,27 @@ fork-join and the start from the object cache are times. Ends with 0 whatever it
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 import pool
-from common import make_layer, processor, receipt, write_receipt
-from disturbance import DISTURBED
+from harness import DISTURBED, Reads, make_layer
 from moe_layer import measure
 from problem import SHAPES
 from rich.console import Console
-from rich.table import Table
+from tables import number, show, text
 
-from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
 from hybrid_moe.cpu_kernels.ceilings.peaks import mac_ceiling
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 SLOWER = 0.85
@@ -93,8 +92,7 @@ def layer_figures(threads: int, seconds: float) -> tuple[list[Figure], float]:
     Returns:
         The figures, and the largest share of the processors that others had meanwhile.
     """
-    config = PoolConfig(threads)
-    probe = ReadProbe(config)
+    config, reads = PoolConfig(threads), Reads(threads)
     figures = []
     others = 0.0
     for method, name in LAYERS:
@@ -102,15 +100,17 @@ def layer_figures(threads: int, seconds: float) -> tuple[list[Figure], float]:
         ceiling = mac_ceiling(method, config)
         layer = make_layer(shape, method, config)
         decode, prefill = (
-            measure(layer, shape, tokens, seconds, probe, ceiling, attempts=2)
+            measure(layer, shape, tokens, seconds, reads, ceiling, attempts=2)
             for tokens in (DECODE_TOKENS, PREFILL_TOKENS)
         )
         layer.close()
-        others = max(others, decode.others, prefill.others)
+        others = max(others, decode["others"], prefill["others"])
+        read = decode["weight_bandwidth"] / decode["read_bandwidth"]
+        peak = prefill["rate"] / prefill["rate_ceiling"]
         title = f"{method} {name}, {threads} threads"
         figures += [
-            Figure(f"decode, {title}", 100 * decode.read_share, "% of read bandwidth", True),
-            Figure(f"prefill, {title}", 100 * prefill.rate_share, "% of peak", True),
+            Figure(f"decode, {title}", 100 * read, "% of read bandwidth", True),
+            Figure(f"prefill, {title}", 100 * peak, "% of peak", True),
         ]
     return figures, others
 
@@ -139,45 +139,44 @@ def start_figure(rounds: int = 3) -> Figure:
     return Figure("kernels from the cache", statistics.median(times[1:]), "s", False)
 
 
-def table(figures: Sequence[Figure], stored: dict[str, Figure], date: str | None) -> Table:
-    """Now beside stored."""
-    shown = Table(title=f"quick check, {processor()}")
-    shown.add_column("figure")
-    for name in ("now", f"stored {date}" if date else "stored", "speed", "verdict"):
-        shown.add_column(name, justify="right")
+def now_and_then(figures: Sequence[Figure], stored: Mapping[str, Figure]) -> list[dict[str, Any]]:
+    """Rows of the table."""
+    rows = []
     for figure in figures:
         before = stored.get(figure.name)
-        word = verdict(figure, before)
-        shown.add_row(
-            f"{figure.name}, {figure.unit}",
-            f"{figure.value:.3g}",
-            "" if before is None else f"{before.value:.3g}",
-            "" if before is None else f"{speed(figure, before):.2f}",
-            f"[red]{word}[/]" if word == "SLOWER" else word,
-        )
-    return shown
+        rows.append({
+            "figure": f"{figure.name}, {figure.unit}",
+            "now": f"{figure.value:.3g}",
+            "stored": "" if before is None else f"{before.value:.3g}",
+            "speed": None if before is None else speed(figure, before),
+            "verdict": verdict(figure, before),
+        })  # fmt: skip
+    return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--seconds", type=float, default=1.5, help="of each point of a layer")
     parser.add_argument("--strict", action="store_true", help="end with 1 if a figure is slower")
-    parser.add_argument("--json", metavar="FILE", help="write the receipt there")
     args = parser.parse_args()
     layers, others = layer_figures(args.threads, args.seconds)
     figures = [*layers, *pool_figures(args.threads, 300), start_figure()]
     date, stored = stored_figures(RESULTS, processor())
     console = Console(width=120)
-    console.print(table(figures, stored, date))
+    columns = (
+        text("figure", "{figure}"),
+        text("now", "{now}"),
+        text(f"stored {date}" if date else "stored", "{stored}"),
+        number("speed", "speed", 2),
+        text("verdict", "{verdict}"),
+    )
+    rows = now_and_then(figures, stored)
+    show(console, f"quick check, {processor()}", columns, rows)
     if others > DISTURBED:
         console.print(f"Others had {100 * others:.0f} % of the processors: try again when idle.")
-    document: dict[str, Any] = receipt("quick", points=[asdict(figure) for figure in figures])
-    write_receipt(args.json, document)
-    slower = any(verdict(figure, stored.get(figure.name)) == "SLOWER" for figure in figures)
-    return int(args.strict and slower)
+    write_receipt(args.json, receipt("quick", points=[asdict(figure) for figure in figures]))
+    return int(args.strict and any(row["verdict"] == "SLOWER" for row in rows))
 
 
 if __name__ == "__main__":

@@ -14,16 +14,154 @@ import argparse
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from common import write_receipt
-from sections import page
+import comparison
+import tables
+from comparison import OUR_ERROR, by_point
+from tables import Column, markdown, number, text
+
+from hybrid_moe.planning.receipt import write_receipt
+
+Bench = dict[str, Any]
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
 ROOFLINE = "roofline.svg"
+
+HEAD = """# Measured results
+
+Written by `bench/report.py` from the receipts beside this file; every figure can be measured again
+with the command above its table ([bench/README.md](../../bench/README.md) says what each one does).
+Figures are medians. Each stands beside its ceiling: the read bandwidth measured with as many
+threads just before and after the point ("read now": on shared hosts it changes from minute to
+minute), and the peak multiply-accumulates per second of the instruction that the ISA tier gives the
+format, with decoding, scales and memory left out (`hybrid-moe bench ceilings`). Weights are random,
+every call routes every token anew, and the layer is far larger than the caches. Shapes (hidden,
+intermediate, experts in memory, top-k): A 4096, 2048, 64, 6; B 2048, 768, 128, 8; C 2880, 2880, 32,
+4 with biases and clamped SwiGLU; D 7168, 2048, 24, 8. More than 100 % of the read bandwidth means
+that it was higher during the point than around it.
+"""
+
+
+def ceilings(bench: Bench) -> Iterator[str]:
+    """Read bandwidths and peaks."""
+    yield "### Ceilings\n\n`hybrid-moe bench ceilings`\n"
+    yield markdown(tables.READ_CEILINGS, bench["reads"])
+    columns = (
+        text("tier, op", "{tier}, {op}"),
+        number("1 thread, GMAC/s", "one_thread", 1),
+        number(f"{bench['threads']} threads", "all_threads", 1),
+        Column("of a format", lambda p: ", ".join(f"{n} {r:.1f}" for n, r in p["formats"].items())),
+    )
+    yield markdown(columns, bench["peaks"])
+
+
+def moe_layer(bench: Bench) -> Iterator[str]:
+    """Our layer beside both ceilings."""
+    yield "### One MoE layer\n\n`python bench/moe_layer.py`\n"
+    yield markdown(tables.MOE_LAYER, bench["points"])
+
+
+def peers(bench: Bench) -> Iterator[str]:
+    """Ours and theirs, with ratios; targets; errors."""
+    points = bench["points"]
+    yield "### Beside other libraries\n\n`python bench/peers.py --targets`\n"
+    yield (
+        "Libraries take turns in processes of their own, with the same number of threads; in "
+        "brackets the median over rounds of their time over ours: below 1 we lose. kt-kernel runs "
+        "only where a core is spare, since its queue thread busy-waits through a call. GB/s count "
+        "the format's own bits per weight, whatever a library keeps. Missing figures took too "
+        f"long. {'; '.join(comparison.labels(points))}.\n"
+    )
+    yield markdown(comparison.COLUMNS, comparison.side_by_side(points))
+    lost = [
+        f"{p['label']} at {method} {shape}, {tokens} tokens, {threads} threads "
+        f"({p['ours_is_faster']:.2f})"
+        for (method, shape, tokens, threads), libraries in by_point(points).items()
+        for p in libraries.values()
+        if p["ours_is_faster"] is not None and p["ours_is_faster"] < 1
+    ]
+    yield f"Faster than we are: {'; '.join(lost) if lost else 'none of these'}.\n"
+    if wanted := comparison.verdicts(points):
+        yield markdown(comparison.VERDICTS, wanted)
+    if bench["errors"]:
+        yield (
+            "Error ‖y − reference‖ / ‖reference‖ against float64 on the same dequantized weights "
+            "(hidden 1024, intermediate 512, top-4); rounding the exact result to BF16 alone gives "
+            f"0.0017; ggml returns float32. Wanted of ours: at most {OUR_ERROR:.4f}.\n"
+        )
+        yield markdown(tables.ERRORS, bench["errors"])
+
+
+def pool(bench: Bench) -> Iterator[str]:
+    """Fork-join."""
+    yield "### Fork-join of an empty job\n\n`python bench/pool.py`\n"
+    yield (
+        "Microseconds, in compiled code. \"Handed over\": another thread runs the job; its ceiling "
+        "is a bare signal between two threads, or a bare futex wake and its answer. On layer A a "
+        f"row is encoded and a row of zeros written. {tables.POOL_WANTED}\n"
+    )  # fmt: skip
+    yield markdown(tables.POOL, bench["points"])
+
+
+def load(bench: Bench) -> Iterator[str]:
+    """Loading a checkpoint."""
+    points = bench["points"]
+    packed = points[0]["packed_bytes"] / 1e9
+    yield "### Loading from the page cache\n\n`python bench/load.py`\n"
+    yield (
+        f"{packed:.2f} GB of MXFP4 experts (shape A), {bench['threads']} threads, each round in a "
+        'fresh process. "System hands out" is how fast another process had just been given '
+        'anonymous memory, the ceiling of a first load; "again" loads once more into the memory '
+        "just given back, which leaves reading and packing.\n"
+    )
+    yield markdown(tables.LOAD, ({"round": i, **p} for i, p in enumerate(points, 1)))
+    again = statistics.median(p["again_GBps"] for p in points)
+    first = statistics.median(p["GBps"] for p in points)
+    yield f"Medians: {first:.2f} GB/s, again {again:.2f} GB/s.\n"
+
+
+def quick(bench: Bench) -> Iterator[str]:
+    """What `make bench-quick` compares with."""
+    yield "### Quick check\n\n`make bench-quick` compares with these.\n"
+    yield markdown(tables.QUICK, bench["points"])
+
+
+def steps(bench: Bench) -> Iterator[str]:
+    """The tables of docs/kernels.md."""
+    yield "### The decode kernel, step by step\n\n`python bench/steps.py`, see docs/kernels.md\n"
+    for part in dict.fromkeys(p["part"] for p in bench["points"]):
+        points = [p for p in bench["points"] if p["part"] == part]
+        yield markdown(tables.STEPS, points)
+
+
+SECTIONS: Mapping[str, Callable[[Bench], Iterator[str]]] = MappingProxyType(
+    {s.__name__: s for s in (ceilings, moe_layer, peers, pool, load, steps, quick)}
+)
+"""Benchmark, as its receipt names it -> its section, in the order of the page."""
+
+
+def page(documents: Iterable[tuple[dict[str, Any], Mapping[str, str]]]) -> str:
+    """The whole page.
+
+    Args:
+        documents: stored results, each with its plots: benchmark -> name of a picture beside it.
+    """
+    parts = [HEAD]
+    for document, pictures in documents:
+        versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+        parts.append(f"## {document['processor']}, {document['date']}\n\n{versions}.\n")
+        for name, section in SECTIONS.items():
+            if name in document["benches"]:
+                parts += section(document["benches"][name])
+                if name in pictures:
+                    parts.append(f"![{name}]({pictures[name]})\n")
+    return "\n".join(parts)
 
 
 def slug(text: str) -> str:

@@ -15,7 +15,6 @@ thread and on two; its instructions on every x86 tier, whether this processor ha
 
 from __future__ import annotations
 
-import argparse
 import functools
 import platform
 import statistics
@@ -23,16 +22,26 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from columns import COLUMNS
-from common import parse_list, processor, receipt, write_receipt
-from derivation import KERNEL, STEPS, Body, Step, direct, sweep, unpacked
-from instructions import Instruction, count, fewest_cycles
+from decode.derivation import KERNEL, STEPS, Body, Step, direct, sweep, unpacked
+from decode.instructions import Instruction, count, fewest_cycles
+from decode.sweeps import (
+    GROUPS,
+    LINES,
+    STRIP_BYTES,
+    Clock,
+    K,
+    Problem,
+    Runner,
+    seconds,
+    step_runner,
+)
+from harness import parse_list, parser
 from rich.console import Console
-from rich.table import Table
-from sweeps import GROUPS, LINES, STRIP_BYTES, Clock, K, Problem, Runner, seconds, step_runner
+from tables import STEPS as COLUMNS
+from tables import show
 
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe, repetitions_per_second
-from hybrid_moe.cpu_kernels.drivers.fields import UNPACK_GROUPS
+from hybrid_moe.cpu_kernels.drivers.records import UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier
 from hybrid_moe.cpu_kernels.jit.compile import assembly
@@ -43,6 +52,7 @@ from hybrid_moe.cpu_kernels.kernels.tile_dot import TURN
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.strips import PANELS, STRIP_ROWS
+from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
 TOKENS = (1, 2, 3, 6, 12, 24, 48)
 _REPEATS = 64
@@ -204,27 +214,13 @@ def tile_counts(tier: Tier) -> tuple[int, Counter[Instruction]]:
     return most, count(assembly(text, tier.target), name, trips)
 
 
-def show(console: Console, title: str, points: Sequence[Point]) -> None:
-    """A table of one part."""
-    keys = [key for key in COLUMNS if key in points[0]]
-    table = Table(title=title)
-    for key in keys:
-        table.add_column(COLUMNS[key].heading, justify="left" if key == "step" else "right")
-    for point in points:
-        table.add_row(*(COLUMNS[key].text(point[key]) for key in keys))
-    console.print(table)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--parts", default="steps,tokens,threads,tiers", help="which tables")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--mib", type=int, default=512, help="of strips, in each layout")
-    parser.add_argument("--isa", help="tier (default: the best here)")
-    parser.add_argument("--json", metavar="FILE", help="write a receipt")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--parts", type=parse_list, default="steps,tokens,threads,tiers")
+    arguments.add_argument("--rounds", type=int, default=11)
+    arguments.add_argument("--mib", type=int, default=512, help="of strips, in each layout")
+    arguments.add_argument("--isa", help="tier (default: the best here)")
+    args = arguments.parse_args()
     tier = choose_tier(args.isa)
     problem = Problem.random(args.mib << 20, max(TOKENS))
     parts: Mapping[str, Callable[[], list[Point]]] = {
@@ -233,17 +229,17 @@ def main() -> None:
         "threads": lambda: measure_threads(problem, tier, args.rounds),
         "tiers": count_tiers,
     }
-    unknown = [part for part in parse_list(args.parts) if part not in parts]
+    unknown = [part for part in args.parts if part not in parts]
     if unknown:
         raise SystemExit(f"no part {unknown[0]}: there are {', '.join(parts)}")
     console = Console()
     console.print(f"{processor()}, tier {tier.name}")
     points = []
-    for part in parse_list(args.parts):
+    for part in args.parts:
         measured = parts[part]()
         reads = [point["read_GBps"] for point in measured if "read_GBps" in point]
         title = f"{part}; {statistics.median(reads):.1f} GB/s are read" if reads else part
-        show(console, title, measured)
+        show(console, title, COLUMNS, measured)
         points += [{"part": part, **point} for point in measured]
     write_receipt(args.json, receipt("steps", isa=tier.name, points=points))
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
-from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.kernels.library import KernelSet
-from hybrid_moe.cpu_kernels.pool.group import Slots
+from hybrid_moe.cpu_kernels.drivers.records import Layer, StripSizes, TilePlan
+from hybrid_moe.cpu_kernels.kernels.library import KernelSet, Tiling
 from hybrid_moe.formats.strips import GROUP, StripLayout
 from hybrid_moe.formats.table import Array
 
@@ -18,42 +15,55 @@ def describe(
     experts: int,
     gate_up: StripLayout,
     down: StripLayout,
-    tables: Mapping[int, Array],
-) -> Slots:
+    tables: Mapping[str, Array],
+) -> Layer:
     """The descriptor of a layer.
 
     Args:
         kernels: of its format and tier.
         experts: E.
         gate_up, down: layouts of strips with hidden and with intermediate inputs.
-        tables: slot -> the array whose address it holds, of those that `drivers.fields` describes.
-            They must live for as long as the descriptor is used.
+        tables: field -> the array whose address it holds. They must live for as long as the
+            descriptor is used.
     """
-    slots: Slots = np.zeros(f.LAYER_SLOTS, np.int64)
-    slots[f.L_EXPERTS] = experts
-    slots[f.L_HIDDEN] = GROUP * gate_up.groups
-    slots[f.L_INTERMEDIATE] = GROUP * down.groups
-    slots[f.L_ENCODE] = kernels.encode
-    slots[f.L_GATHER] = kernels.gather
-    slots[f.L_ACTIVATE] = kernels.activate
-    slots[f.L_COMBINE] = kernels.combine
-    slots[f.L_CLEAR] = kernels.clear
-    slots[f.L_FINISH] = kernels.finish
-    slots[f.L_ENTER] = kernels.enter
-    slots[f.L_LEAVE] = kernels.leave
-    slots[f.L_ENCODED_BYTES] = kernels.encoding.group_bytes
-    slots[f.L_X_ROW_BYTES] = kernels.encoding.row_bytes(gate_up.groups)
-    slots[f.L_H_ROW_BYTES] = kernels.encoding.row_bytes(down.groups)
-    slots[f.L_TILED_FROM] = kernels.tiled_from
-    for slot, table in tables.items():
-        slots[slot] = table.ctypes.data
-    for base, layout in ((f.L_GU_LAYOUT, gate_up), (f.L_DN_LAYOUT, down)):
-        slots[base : base + f.LAYOUT_SLOTS] = (layout.groups, layout.group_bytes, layout.nbytes)
-    for base, tiling in ((f.L_DIRECT, kernels.direct), (f.L_TILED, kernels.tiled)):
-        slots[base + f.TILES_MOST] = tiling.most
-        slots[base + f.TILES_UNIT] = tiling.unit
-        slots[base + f.TILES_GROUPS] = tiling.groups
-        slots[base + f.TILES_UNPACK] = tiling.unpack
-        for tokens, address in tiling.kernels.items():
-            slots[base + f.TILES_KERNELS + tokens - 1] = address
-    return slots
+    layer = Layer.new()
+    layer.experts = experts
+    layer.hidden = GROUP * gate_up.groups
+    layer.intermediate = GROUP * down.groups
+    for name in (
+        "encode",
+        "gather",
+        "activate",
+        "combine",
+        "weigh",
+        "add",
+        "clear",
+        "finish",
+        "enter",
+        "leave",
+        "tiled_from",
+    ):
+        setattr(layer, name, getattr(kernels, name))
+    layer.encoded_bytes = kernels.encoding.group_bytes
+    layer.x_row_bytes = kernels.encoding.row_bytes(gate_up.groups)
+    layer.h_row_bytes = kernels.encoding.row_bytes(down.groups)
+    words = layer.words
+    for name, table in tables.items():
+        words[Layer.word(name)] = table.ctypes.data
+    _describe_strips(layer.gate_up_strips, gate_up)
+    _describe_strips(layer.down_strips, down)
+    _describe_tiles(layer.direct, kernels.direct)
+    _describe_tiles(layer.tiled, kernels.tiled)
+    return layer
+
+
+def _describe_strips(sizes: StripSizes, layout: StripLayout) -> None:
+    sizes.groups, sizes.group_bytes = layout.groups, layout.group_bytes
+    sizes.strip_bytes = layout.nbytes
+
+
+def _describe_tiles(tiles: TilePlan, tiling: Tiling) -> None:
+    tiles.most, tiles.unit, tiles.groups = tiling.most, tiling.unit, tiling.groups
+    tiles.unpack = tiling.unpack
+    for tokens, address in tiling.kernels.items():
+        tiles.kernels[tokens - 1] = address

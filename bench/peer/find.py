@@ -13,15 +13,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-INSTALLED = Path(__file__).resolve().parents[2] / "build" / "peers"
+BENCH = Path(__file__).resolve().parents[1]
+INSTALLED = BENCH.parent / "build" / "peers"
 
 
 @dataclass(frozen=True)
 class Place:
-    """How to start the worker of a library: an interpreter, and what its environment adds."""
+    """How to start the worker of a library: an interpreter, what its environment adds, and the
+    folder whose `peer.worker` it runs."""
 
     python: str
     variables: dict[str, str]
+    bench: Path = BENCH
 
 
 def find_ggml(folder: str | None) -> Place | None:

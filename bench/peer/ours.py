@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import make_layer
+from harness import make_layer
 from problem import Array, Batch, Shape, bf16_values
 
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import tempfile
-from pathlib import Path
 from typing import Any
 
+from problem import Calls
+
 from peer.find import Place
+from peer.interface import UnavailableError
 
 
 class WorkerProcess:
@@ -23,7 +25,7 @@ class WorkerProcess:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [place.python, "-m", "peer.worker", name],
-            cwd=Path(__file__).resolve().parents[1],
+            cwd=place.bench,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -49,6 +51,23 @@ class WorkerProcess:
         self._process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def load(self, **problem: Any) -> None:
+        """Load a layer.
+
+        Raises:
+            RuntimeError: the process ended.
+            UnavailableError: the library cannot run it.
+        """
+        answer = self.ask("setup", **problem)
+        if "unavailable" in answer:
+            raise UnavailableError(answer["unavailable"])
+        self.label = answer["label"]
+
+    def run(self, seconds: float) -> Calls:
+        """Calls for so many seconds, one at least."""
+        answer = self.ask("run", seconds=seconds, least=1)
+        return Calls(answer["samples"], answer["others"])
 
     def close(self) -> None:
         self._process.kill()

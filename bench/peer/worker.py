@@ -15,9 +15,15 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
-from disturbance import OtherLoad
-from problem import SHAPES, batches_for, random_batches, random_experts, reference
+from problem import (
+    SHAPES,
+    batches_for,
+    random_batches,
+    random_experts,
+    reference,
+    relative_error,
+    time_calls,
+)
 
 from peer.interface import Peer, UnavailableError
 
@@ -59,16 +65,11 @@ class Worker:
 
     def run(self, seconds: float, least: int) -> dict[str, Any]:
         """Time calls; the first is a warm-up, since the process was stopped until now."""
-        assert self._peer is not None
-        samples: list[float] = []
-        others = OtherLoad()
-        begin = time.perf_counter()
-        while len(samples) <= least or time.perf_counter() - begin < seconds:
-            start = time.perf_counter()
-            self._peer.call(self._next % len(self._batches))
-            samples.append(time.perf_counter() - start)
-            self._next += 1
-        return {"samples": samples[1:], "others": others.share()}
+        peer, first = self._peer, self._next
+        assert peer is not None
+        calls = time_calls(lambda i: peer.call((first + i) % len(self._batches)), seconds, least)
+        self._next += 1 + len(calls.seconds)
+        return {"samples": calls.seconds, "others": calls.others}
 
     def error(self, tokens: int, seed: int, outliers: int) -> dict[str, Any]:
         """||y - reference|| / ||reference|| against float64 on the dequantized weights."""
@@ -77,8 +78,7 @@ class Worker:
         expected = reference(random_experts(self._shape, self._method), batch)
         self._peer.prepare([batch])
         self._peer.call(0)
-        difference = self._peer.output().astype(np.float64) - expected
-        return {"error": float(np.linalg.norm(difference) / np.linalg.norm(expected))}
+        return {"error": relative_error(self._peer.output(), expected)}
 
 
 def _end_with_parent() -> None:

@@ -6,21 +6,25 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from hybrid_moe import sysfiles
 from hybrid_moe.cpu_kernels.ceilings.probe import BYTES_PER_STEP, reader
 from hybrid_moe.cpu_kernels.memory import Arena
-from hybrid_moe.cpu_kernels.pool import sysfiles
 from hybrid_moe.cpu_kernels.pool.affinity import bind_thread
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 
 BLOCK = 4 << 20
 """Bytes read in a row where blocks come in random order: about a projection of a small expert."""
 
 _LEAST_BUFFER = 512 << 20
 _BLOCKS_PER_THREAD = 8
+_PAGE = 4096
+_TRIALS = 3
 _CPUS = "sys/devices/system/cpu"
 _UNITS = {"K": 10, "M": 20, "G": 30}
 
@@ -78,7 +82,12 @@ def cache_bytes() -> int:
 class ReadProbe:
     """Reads buffers far larger than the caches with pinned threads.
 
-    Every pool of `config` has a buffer on its own NUMA nodes, and every thread its part of it.
+    Every pool of `config` has a buffer on its own NUMA nodes, and every thread its part of it. Of
+    two loops, with prefetch instructions and without, the one is used that reads faster here with
+    as many threads.
+
+    Attributes:
+        prefetches: which loop that is.
 
     Args:
         config: threads and where they run; a number places them as a model's workers.
@@ -109,13 +118,22 @@ class ReadProbe:
         pools = zip(self._config.memory_nodes, self._config.threads_per_pool, strict=True)
         for nodes, members in pools:
             arena = Arena(members * self._bytes_per_call, nodes)
-            arena.bytes[:] = 1  # untouched pages would all be the one zero page
+            arena.bytes[::_PAGE] = 1  # untouched pages would all be the one zero page
             self._arenas.append(arena)
             starts = arena.address + block * np.arange(members * blocks, dtype=np.int64)
             self._in_order += list(starts.reshape(members, blocks))
         rng = np.random.default_rng(0)
         self._at_random = [rng.permutation(starts) for starts in self._in_order]
-        self._read = reader()
+        self.prefetches = self._faster_loop()
+
+    def _faster_loop(self) -> bool:
+        """By the best of some passes of each, in turn: interference only makes one slower."""
+        speeds: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(_TRIALS):
+            for prefetches, seen in speeds.items():
+                self.prefetches = prefetches
+                seen.append(self.measure(0))
+        return max(speeds[True]) > max(speeds[False])
 
     def measure(self, seconds: float = 0.2, at_random: bool = False) -> float:
         """GB/s over about `seconds` of reading.
@@ -125,13 +143,51 @@ class ReadProbe:
         """
         tables = self._at_random if at_random else self._in_order
         outs = [np.zeros(16, np.int32) for _ in tables]
+        loop = reader(self.prefetches)
 
         def read(thread: int) -> None:
             table = tables[thread]
-            self._read(table.ctypes.data, len(table), self._block, outs[thread].ctypes.data)
+            loop(table.ctypes.data, len(table), self._block, outs[thread].ctypes.data)
 
         rate = repetitions_per_second(self._config, read, seconds)
         return rate * self._bytes_per_call / 1e9
+
+
+@dataclass(frozen=True)
+class ReadCeiling:
+    """Read bandwidth of some threads on their own memory, GB/s (10^9 bytes).
+
+    Attributes:
+        where: "1 thread", "all threads" or "node N".
+        in_order: each thread reads its part from start to end.
+        at_random: the same in blocks of 4 MiB, in random order.
+        prefetches: whether the loop that reads so fast has prefetch instructions.
+    """
+
+    where: str
+    threads: int
+    in_order: float
+    at_random: float
+    prefetches: bool
+
+
+def read_places(threads: int) -> dict[str, PoolConfig]:
+    """What `ReadCeiling.where` means: who reads, and where."""
+    alone = {node: PoolConfig.choose(numa_nodes=(node,)) for node in numa_nodes()}
+    one = PoolConfig(1, numa_nodes=(min(alone),))
+    nodes = {f"node {node}": pool for node, pool in alone.items()}
+    return {"1 thread": one, "all threads": PoolConfig.choose(threads), **nodes}
+
+
+def read_ceiling(where: str, pool: PoolConfig, seconds: float = 0.5) -> ReadCeiling:
+    """Medians of three measurements in either order, taken in turn."""
+    probe = ReadProbe(pool)
+    orders: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(3):
+        for at_random, speeds in orders.items():
+            speeds.append(probe.measure(seconds / 6, at_random))
+    medians = [float(np.median(speeds)) for speeds in orders.values()]
+    return ReadCeiling(where, pool.threads, medians[0], medians[1], probe.prefetches)
 
 
 def measure_read_bandwidth(threads: int, seconds: float = 0.5) -> float:

@@ -1,9 +1,8 @@
-"""What the machine can do at most: bytes read and multiply-accumulates per second.
+"""Multiply-accumulates per second that the machine can do at most: the ceiling of prefill.
 
-Decode cannot pass the read bandwidth, prefill cannot pass the rate of the instruction that it
-multiplies with. A peak is measured on a tile of a few accumulators, with weights in registers and
-activations broadcast from the first-level cache: what a dot kernel could reach if decoding, scales
-and memory were free.
+Prefill cannot pass the rate of the instruction that it multiplies with. A peak is measured on a
+tile of a few accumulators, with weights in registers and activations broadcast from the first-level
+cache: what a dot kernel could reach if decoding, scales and memory were free.
 """
 
 from __future__ import annotations
@@ -18,14 +17,13 @@ from types import MappingProxyType
 
 import numpy as np
 
-from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe, repetitions_per_second
+from hybrid_moe.cpu_kernels.ceilings.bandwidth import repetitions_per_second
 from hybrid_moe.cpu_kernels.dsl import tiles
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, available_tiers, choose_tier
 from hybrid_moe.cpu_kernels.dsl.tiles import Tiles
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 
 ROWS = 16
 _WINDOW = 2048  # bytes of activations: well inside a first-level cache
@@ -272,22 +270,6 @@ def mac_ceiling(
 
 
 @dataclass(frozen=True)
-class ReadCeiling:
-    """Read bandwidth of some threads on their own memory, GB/s (10^9 bytes).
-
-    Attributes:
-        where: "1 thread", "all threads" or "node N".
-        in_order: each thread reads its part from start to end.
-        at_random: the same in blocks of 4 MiB, in random order.
-    """
-
-    where: str
-    threads: int
-    in_order: float
-    at_random: float
-
-
-@dataclass(frozen=True)
 class MacCeiling:
     """Peak of one op on one tier, 10^9 multiply-accumulates per second.
 
@@ -302,24 +284,6 @@ class MacCeiling:
     one_thread: float
     all_threads: float
     formats: Mapping[str, float]
-
-
-def read_places(threads: int) -> dict[str, PoolConfig]:
-    """What `ReadCeiling.where` means: who reads, and where."""
-    alone = {node: PoolConfig.choose(numa_nodes=(node,)) for node in numa_nodes()}
-    one = PoolConfig(1, numa_nodes=(min(alone),))
-    nodes = {f"node {node}": pool for node, pool in alone.items()}
-    return {"1 thread": one, "all threads": PoolConfig.choose(threads), **nodes}
-
-
-def read_ceiling(where: str, pool: PoolConfig, seconds: float = 0.5) -> ReadCeiling:
-    """Medians of three measurements in either order, taken in turn."""
-    probe = ReadProbe(pool)
-    orders: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(3):
-        for at_random, speeds in orders.items():
-            speeds.append(probe.measure(seconds / 6, at_random))
-    return ReadCeiling(where, pool.threads, *(float(np.median(s)) for s in orders.values()))
 
 
 def mac_ceilings(tier: Tier, op: MacOp, threads: int, seconds: float = 0.5) -> MacCeiling | None:

@@ -1,7 +1,6 @@
-"""Compiled loops around the kernels: packing, routing, the three phases of a layer, workers,
-fingerprints.
+"""Compiled loops around the kernels: packing, routing, phases of a layer, workers, fingerprints.
 
-Everything here but `fields` is compiled, and imported only when the object cache is cold.
+Everything here but `records` is compiled, and imported only when the object cache is cold.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _ENTRIES = {
     "work": "worker",
     "help_until": "worker",
     "wake_all": "worker",
-    "take_worker0": "worker",
+    "become_worker0": "worker",
     "post_host": "host",
     "wait_host": "host",
     "close_host": "host",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, load64
+from hybrid_moe.cpu_kernels.drivers.intrinsics import driver
+from hybrid_moe.cpu_kernels.jit.records import i64
 
 MULTIPLIER = 0x1E3779B97F4A7C15
 """Odd, so that a product by it determines the other factor; bits of the golden ratio."""
@@ -24,14 +25,15 @@ def fingerprint(address: int, words: int) -> int:
     a, b, c, d = 1, 2, 3, 4
     e, f, g, h = 5, 6, 7, 8
     whole = words // 8
+    word = i64.at(address)
     for i in range(whole):
-        at = address + 64 * i
-        a, b = mix(a, load64(at)), mix(b, load64(at + 8))
-        c, d = mix(c, load64(at + 16)), mix(d, load64(at + 24))
-        e, f = mix(e, load64(at + 32)), mix(f, load64(at + 40))
-        g, h = mix(g, load64(at + 48)), mix(h, load64(at + 56))
+        at = 8 * i
+        a, b = mix(a, word[at]), mix(b, word[at + 1])
+        c, d = mix(c, word[at + 2]), mix(d, word[at + 3])
+        e, f = mix(e, word[at + 4]), mix(f, word[at + 5])
+        g, h = mix(g, word[at + 6]), mix(h, word[at + 7])
     state = mix(mix(mix(mix(a, b), c), d), e)
     state = mix(mix(mix(mix(state, f), g), h), words)
     for i in range(8 * whole, words):
-        state = mix(state, load64(address + 8 * i))
+        state = mix(state, word[i])
     return state

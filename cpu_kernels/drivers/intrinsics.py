@@ -1,4 +1,4 @@
-"""Raw memory, atomics and system calls as intrinsics of drivers. Addresses are int64."""
+"""Atomics, system calls and calls of kernels as intrinsics of drivers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from llvmlite import ir
 
-from hybrid_moe.cpu_kernels.jit.driver import I64, VOID, Driver, Intrinsic
+from hybrid_moe.cpu_kernels.jit.driver import I64, VOID, Driver, Intrinsic, P, T
 
-_I8, _I32 = ir.IntType(8), ir.IntType(32)
+_I32 = ir.IntType(32)
 _X86 = platform.machine() == "x86_64"
 
 
@@ -19,13 +19,18 @@ def intrinsic(emit: Callable[..., Any]) -> Any:
     return Intrinsic(emit)
 
 
-def driver(function: Callable[..., Any]) -> Any:
+def atomic(emit: Callable[..., Any]) -> Any:
+    """Decorator: an intrinsic whose first operand is a `Word`, the address of 64 shared bits."""
+    return Intrinsic(emit, atomic=True)
+
+
+def driver(function: Callable[P, T]) -> Driver[P, T]:
     """Decorator of drivers: no interpreter, no objects, no exceptions. See `jit.translate`."""
     return Driver(function)
 
 
-def _pointer(builder: ir.IRBuilder, address: Any, kind: ir.Type = I64) -> Any:
-    return builder.inttoptr(address, kind.as_pointer())
+def _pointer(builder: ir.IRBuilder, address: Any) -> Any:
+    return builder.inttoptr(address, I64.as_pointer())
 
 
 def _call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[Any]) -> Any:
@@ -42,65 +47,32 @@ def _stack(builder: ir.IRBuilder, kind: ir.Type, count: int = 1) -> Any:
         return builder.alloca(kind, count)
 
 
-@intrinsic
-def load64(builder: ir.IRBuilder, address: Any) -> Any:
-    """int64 at address."""
-    return builder.load(_pointer(builder, address), align=8)
+@atomic
+def load_acquire(builder: ir.IRBuilder, word: Any) -> Any:
+    return builder.load_atomic(_pointer(builder, word), "acquire", 8)
 
 
-@intrinsic
-def store64(builder: ir.IRBuilder, address: Any, value: Any) -> None:
-    builder.store(value, _pointer(builder, address), align=8)
-
-
-@intrinsic
-def load32(builder: ir.IRBuilder, address: Any) -> Any:
-    """int32 at address, sign-extended."""
-    return builder.sext(builder.load(_pointer(builder, address, _I32), align=4), I64)
-
-
-@intrinsic
-def store32(builder: ir.IRBuilder, address: Any, value: Any) -> None:
-    builder.store(builder.trunc(value, _I32), _pointer(builder, address, _I32), align=4)
-
-
-@intrinsic
-def load8(builder: ir.IRBuilder, address: Any) -> Any:
-    """uint8 at address."""
-    return builder.zext(builder.load(_pointer(builder, address, _I8), align=1), I64)
-
-
-@intrinsic
-def store8(builder: ir.IRBuilder, address: Any, value: Any) -> None:
-    builder.store(builder.trunc(value, _I8), _pointer(builder, address, _I8), align=1)
-
-
-@intrinsic
-def load_acquire(builder: ir.IRBuilder, address: Any) -> Any:
-    return builder.load_atomic(_pointer(builder, address), "acquire", 8)
-
-
-@intrinsic
-def load_ordered(builder: ir.IRBuilder, address: Any) -> Any:
+@atomic
+def load_ordered(builder: ir.IRBuilder, word: Any) -> Any:
     """Sequentially consistent: not before an earlier `fetch_add` of this thread is seen."""
-    return builder.load_atomic(_pointer(builder, address), "seq_cst", 8)
+    return builder.load_atomic(_pointer(builder, word), "seq_cst", 8)
 
 
-@intrinsic
-def store_release(builder: ir.IRBuilder, address: Any, value: Any) -> None:
-    builder.store_atomic(value, _pointer(builder, address), "release", 8)
+@atomic
+def store_release(builder: ir.IRBuilder, word: Any, value: Any) -> None:
+    builder.store_atomic(value, _pointer(builder, word), "release", 8)
 
 
-@intrinsic
-def fetch_add(builder: ir.IRBuilder, address: Any, value: Any) -> Any:
+@atomic
+def fetch_add(builder: ir.IRBuilder, word: Any, value: Any) -> Any:
     """Sequentially consistent; returns the old value."""
-    return builder.atomic_rmw("add", _pointer(builder, address), value, "seq_cst")
+    return builder.atomic_rmw("add", _pointer(builder, word), value, "seq_cst")
 
 
-@intrinsic
-def compare_swap(builder: ir.IRBuilder, address: Any, expected: Any, desired: Any) -> Any:
+@atomic
+def compare_swap(builder: ir.IRBuilder, word: Any, expected: Any, desired: Any) -> Any:
     """True if the word was `expected` and is now `desired`."""
-    pair = builder.cmpxchg(_pointer(builder, address), expected, desired, "seq_cst", "seq_cst")
+    pair = builder.cmpxchg(_pointer(builder, word), expected, desired, "seq_cst", "seq_cst")
     return builder.extract_value(pair, 1)
 
 
@@ -163,15 +135,8 @@ def restore_float_environment(builder: ir.IRBuilder, word: Any) -> None:
         _call(builder, "llvm.aarch64.set.fpcr", VOID, [word])
 
 
-def _kernel_call(arity: int) -> Any:
-    """call<arity>(address, a0, ..., a[arity - 1]): void kernel(int64, ...)."""
-
-    def emit(builder: ir.IRBuilder, kernel: Any, *arguments: Any) -> None:
-        kind = ir.FunctionType(VOID, [I64] * arity)
-        builder.call(builder.inttoptr(kernel, kind.as_pointer()), arguments)
-
-    emit.__name__ = f"call{arity}"
-    return Intrinsic(emit)
-
-
-call0, call1, call2, call3, call4, call5, call6, call7, call8, call9 = map(_kernel_call, range(10))
+@intrinsic
+def call(builder: ir.IRBuilder, kernel: Any, *arguments: Any) -> None:
+    """Call a kernel by its address: void kernel(int64, ...)."""
+    kind = ir.FunctionType(VOID, [I64] * len(arguments))
+    builder.call(builder.inttoptr(kernel, kind.as_pointer()), arguments)

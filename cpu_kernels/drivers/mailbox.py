@@ -1,30 +1,33 @@
 """Mailboxes through which a GPU's stream posts and awaits jobs, and the thread that reads them.
 
-A stream writes the address of a job slot into M_POSTED and waits until M_DONE is 1; `watch` is the
-thread on the other side. It alone answers, in this order: clear M_POSTED, run the job, set M_DONE.
-The stream clears M_DONE after its wait and before its next post. Whatever a graph has captured is a
+A stream writes the address of a graph job into `posted` and waits until `done` is 1; `watch` is the
+thread on the other side. It alone answers, in this order: clear `posted`, run the job, set `done`.
+The stream clears `done` after its wait and before its next post. Whatever a graph has captured is a
 constant, so a captured number could not tell one replay from the next; words that go back to zero
-can: when a stream waits for a job, its own post comes after its own clearing of M_DONE, and nobody
+can: when a stream waits for a job, its own post comes after its own clearing of `done`, and nobody
 but the watcher's answer to that post sets it again.
+
+    word     released by             acquired by          what it hands over
+    posted   the stream's write      look                 the inputs, copied before
+    posted   accept (0)              the stream           nothing: it posts again after `done` only
+    done     complete                the stream's wait    the output
+    count    Watcher.add in Python   watch_once           the address in the post
 """
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.drivers.host import (
     abandon,
-    ended,
+    end_visit,
     fail,
-    has_room,
+    grace_ns,
+    group_error,
     is_withdrawn,
-    launch_slot,
-    mercy,
-    trouble,
+    launch,
     withdraw,
 )
 from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     driver,
-    load32,
     load_acquire,
     nanoseconds,
     pause,
@@ -32,129 +35,138 @@ from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     system_call,
 )
 from hybrid_moe.cpu_kernels.drivers.patience import is_late, start_clock
-from hybrid_moe.cpu_kernels.drivers.route import get, put
-
-_FUTEX_WAIT_PRIVATE = 128
-
-
-@driver
-def answer(entry: int) -> None:
-    """Release the stream that waits at an entry's mailbox."""
-    host = get(entry, f.E_HOST)
-    put(entry, f.E_HOST, 0)
-    store_release(get(entry, f.E_MAILBOX) + 8 * f.M_DONE, 1)
-    ended(host)
+from hybrid_moe.cpu_kernels.drivers.records import (
+    ERROR_STOPPED,
+    ERROR_TIMEOUT,
+    NO_ROOM,
+    GraphJob,
+    Mailbox,
+    Post,
+    Watcher,
+)
+from hybrid_moe.cpu_kernels.drivers.worker import FUTEX_WAIT_PRIVATE, has_room
 
 
 @driver
-def accept(entry: int, host: int) -> None:
+def mailbox_of(post: Post) -> Mailbox:
+    # pairs with the release of `count`, behind which Python has written the address
+    return Mailbox.at(load_acquire(post.mailbox))
+
+
+@driver
+def complete(post: Post) -> None:
+    """Release the stream that waits at a mailbox."""
+    graph_job = post.graph_job
+    post.graph_job = GraphJob.at(0)
+    # behind the job's output; pairs with the stream's wait for the value
+    store_release(mailbox_of(post).done, 1)
+    end_visit(graph_job)
+
+
+@driver
+def accept(post: Post, graph_job: GraphJob) -> None:
     """Take a post out of the mailbox."""
-    store_release(get(entry, f.E_MAILBOX) + 8 * f.M_POSTED, 0)
-    put(entry, f.E_SEQUENCE, 0)
-    put(entry, f.E_CODE, 0)
-    start_clock(host)
-    put(entry, f.E_HOST, host)
+    # the stream posts no more before it has seen `done`, so nothing is lost
+    store_release(mailbox_of(post).posted, 0)
+    post.sequence = 0
+    post.error = 0
+    start_clock(graph_job)
+    post.graph_job = graph_job
 
 
 @driver
-def give_up(entry: int, host: int) -> None:
-    """Answer for a job that is withdrawn: once nobody writes to its output, or some time later."""
-    late = nanoseconds() - get(host, f.H_SINCE) > mercy(host)
-    if late or is_withdrawn(host, get(entry, f.E_SEQUENCE)):
-        fail(host, get(entry, f.E_CODE))
-        answer(entry)
+def give_up(post: Post, graph_job: GraphJob) -> None:
+    """End a post whose job is withdrawn: once nobody writes to its output, or some time later."""
+    late = nanoseconds() - graph_job.seen_at > grace_ns(graph_job)
+    if late or is_withdrawn(graph_job, post.sequence):
+        fail(graph_job, post.error)
+        complete(post)
 
 
 @driver
-def advance(entry: int, host: int) -> None:
-    """Bring the job of an entry one step further; never waits."""
-    if get(entry, f.E_CODE) != 0:
-        give_up(entry, host)
+def advance(post: Post, graph_job: GraphJob) -> None:
+    """Bring the job of a post one step further; never waits."""
+    if post.error != 0:
+        give_up(post, graph_job)
         return
-    group = get(host, f.H_GROUP)
-    sequence = get(entry, f.E_SEQUENCE)
-    if sequence != 0 and load_acquire(group + 8 * f.G_COMPLETED) >= sequence:
-        answer(entry)
+    group = graph_job.group
+    sequence = post.sequence
+    if sequence != 0 and load_acquire(group.completed) >= sequence:
+        complete(post)
         return
-    code = trouble(group)
-    if code == 0 and sequence == 0 and has_room(group):
-        launched = launch_slot(host)
+    error = group_error(group)
+    if error == 0 and sequence == 0 and has_room(group):
+        launched = launch(graph_job)
         if launched == 0:
-            answer(entry)
+            complete(post)
             return
-        if launched != f.NO_ROOM:
-            put(entry, f.E_SEQUENCE, launched)
+        if launched != NO_ROOM:
+            post.sequence = launched
             return
-    if code == 0 and is_late(host):
-        code = f.ERROR_TIMEOUT
-    if code == 0:
+    if error == 0 and is_late(graph_job):
+        error = ERROR_TIMEOUT
+    if error == 0:
         return
     if sequence == 0:
-        fail(host, code)
-        answer(entry)
+        fail(graph_job, error)
+        complete(post)
         return
-    withdraw(host, sequence)
-    put(entry, f.E_CODE, code)
-    put(host, f.H_SINCE, nanoseconds())
-    give_up(entry, host)
+    withdraw(graph_job, sequence)
+    post.error = error
+    graph_job.seen_at = nanoseconds()
+    give_up(post, graph_job)
 
 
 @driver
-def host_under_way(entry: int) -> int:
-    """The job slot that the entry's mailbox is busy with, which may have just been posted; or 0."""
-    mailbox = load_acquire(entry + 8 * f.E_MAILBOX)
-    if mailbox == 0:
-        return 0
-    host = get(entry, f.E_HOST)
-    if host == 0:
-        host = load_acquire(mailbox + 8 * f.M_POSTED)
-        if host != 0:
-            accept(entry, host)
-    return host
+def look(post: Post) -> GraphJob:
+    """The graph job that a mailbox is busy with, which may have just been posted; or 0."""
+    if mailbox_of(post).address != 0 and post.graph_job.address == 0:
+        # pairs with the stream's write: the inputs are there
+        posted = load_acquire(mailbox_of(post).posted)
+        if posted != 0:
+            accept(post, GraphJob.at(posted))
+    return post.graph_job
 
 
 @driver
-def watch_once(watcher: int) -> int:
+def watch_once(watcher: Watcher) -> int:
     """Look at every mailbox once; how many of them are in use at the moment."""
     busy = 0
-    for i in range(load_acquire(watcher + 8 * f.W_COUNT)):
-        entry = watcher + 8 * (f.W_ENTRIES + i * f.ENTRY_SLOTS)
-        host = host_under_way(entry)
-        if host != 0:
-            advance(entry, host)
+    for i in range(load_acquire(watcher.count)):  # pairs with Python's store behind a new post
+        post = watcher.posts[i]
+        graph_job = look(post)
+        if graph_job.address != 0:
+            advance(post, graph_job)
             busy += 1
     return busy
 
 
 @driver
-def release_all(watcher: int) -> None:
+def release_all(watcher: Watcher) -> None:
     """Fail what is under way, so that no stream waits for a watcher that is gone."""
-    for i in range(load_acquire(watcher + 8 * f.W_COUNT)):
-        entry = watcher + 8 * (f.W_ENTRIES + i * f.ENTRY_SLOTS)
-        host = host_under_way(entry)
-        if host == 0:
+    for i in range(load_acquire(watcher.count)):
+        post = watcher.posts[i]
+        graph_job = look(post)
+        if graph_job.address == 0:
             continue
-        if get(entry, f.E_SEQUENCE) == 0:
-            fail(host, f.ERROR_STOPPED)
+        if post.sequence == 0:
+            fail(graph_job, ERROR_STOPPED)
         else:
-            abandon(host, get(entry, f.E_SEQUENCE), f.ERROR_STOPPED, 0)
-        answer(entry)
+            abandon(graph_job, post.sequence, ERROR_STOPPED, 0)
+        complete(post)
 
 
 @driver
-def watch(watcher: int) -> int:
-    """The watcher's loop: spins while there is work and W_HOT_NS longer, then naps between looks.
-    Returns when W_STOP is set."""
+def watch(watcher: Watcher) -> None:
+    """The watcher's loop: spins while there is work and `hot_ns` longer, then naps between looks.
+    Returns when it is told to stop."""
     last = nanoseconds()
-    while load_acquire(watcher + 8 * f.W_STOP) == 0:
+    while load_acquire(watcher.stop) == 0:
         if watch_once(watcher) > 0:
             last = nanoseconds()
-        elif nanoseconds() - last > get(watcher, f.W_HOT_NS):
-            word = watcher + 8 * f.W_WORD
-            seen = load32(word)
-            system_call(
-                get(watcher, f.W_FUTEX), word, _FUTEX_WAIT_PRIVATE, seen, watcher + 8 * f.W_NAP
-            )
+        elif nanoseconds() - last > watcher.hot_ns:
+            word = watcher.nap_word
+            seen = load_acquire(word)
+            system_call(watcher.futex, word.address, FUTEX_WAIT_PRIVATE, seen, watcher.nap.address)
         pause()
     release_all(watcher)
-    return 0

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.drivers.intrinsics import (
-    driver,
-    load8,
-    load32,
-    store8,
-    store32,
-    store_release,
-)
+from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, store_release
+from hybrid_moe.cpu_kernels.jit.records import Word, i32, u8
 from hybrid_moe.formats.strips import STRIP_ROWS
 
 HALF_ROWS = STRIP_ROWS // 2
@@ -31,7 +25,7 @@ def pack_strips(
     scale_stride: int,
     half_step: int,
     rows: int,
-) -> int:
+) -> None:
     """Pack strips first..last-1 of a matrix, each [group][codes, scales] as `panels` says.
 
     A strip is two halves of 32 rows. The first comes from (codes0, scales0), the second from
@@ -47,26 +41,24 @@ def pack_strips(
         for lane in range(STRIP_ROWS):
             half = lane // HALF_ROWS
             row = strip * (HALF_ROWS + half_step) + half * half_step + lane % HALF_ROWS
-            code = (codes0 if half == 0 else codes1) + row * code_stride
-            scale = (scales0 if half == 0 else scales1) + row * scale_stride
+            code = i32.at((codes0 if half == 0 else codes1) + row * code_stride)
+            scale = u8.at((scales0 if half == 0 else scales1) + row * scale_stride)
             for g in range(groups):
-                at = to + g * group_bytes + 4 * lane
+                code_to = i32.at(to + g * group_bytes + 4 * lane)
                 for w in range(words):
                     value = 0
                     if row < rows:
-                        value = load32(code + 4 * (g * words + w))
-                    store32(at + 4 * STRIP_ROWS * w, value)
-                at = to + g * group_bytes + code_bytes + lane
+                        value = code[g * words + w]
+                    code_to[STRIP_ROWS * w] = value
+                scale_to = u8.at(to + g * group_bytes + code_bytes + lane)
                 for s in range(scales):
                     value = 0
                     if row < rows:
-                        value = load8(scale + g * scales + s)
-                    store8(at + STRIP_ROWS * s, value)
-    return 0
+                        value = scale[g * scales + s]
+                    scale_to[STRIP_ROWS * s] = value
 
 
 @driver
-def publish_word(word: int, value: int) -> int:
-    """Store behind all earlier stores, for the acquiring load of `route.is_here`."""
+def publish_word(word: Word, value: int) -> None:
+    """Store behind all earlier stores: pairs with the acquire of `route.expert_state`."""
     store_release(word, value)
-    return 0

@@ -3,75 +3,64 @@
 A pool is alive as long as it ends tasks. One task is run by one thread, so nothing can be said of a
 pool before the largest task of the job that it is at would be over on a slow thread:
 
-    patience = H_TIMEOUT_NS + NS_PER_MAC * (multiply-adds of the job's largest task)
+    patience = GraphJob.timeout_ns + NS_PER_MAC * (multiply-adds of the job's largest task)
 
 NS_PER_MAC is 1e8 multiply-adds a second: the portable tier does 1.2e9 on one thread of the slowest
 machine that has been measured, at one token; batches are faster. So a batch of any length passes,
 and a dead pool is found after a minute at decode sizes, and some ten at the longest prefills.
+`route.add_tasks` writes the product into `Entry.task_ns`.
 """
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, load_acquire, nanoseconds
-from hybrid_moe.cpu_kernels.drivers.route import get, put
-from hybrid_moe.formats.strips import STRIP_ROWS
+from hybrid_moe.cpu_kernels.drivers.records import RING, Entry, GraphJob, Group
 
 NS_PER_MAC = 10
 
 
 @driver
-def task_nanoseconds(job: int) -> int:
-    """What the largest task of a routed job takes a slow thread.
-
-    A gate/up task has J_BLOCKS_PER_TASK blocks of 32 rows of gate and of up, for the tokens of one
-    expert; a down task J_STRIPS_PER_TASK strips of 64 rows, for all pairs of token and expert.
-    """
-    layer = get(job, f.J_LAYER)
-    gate_up_rows = 64 * get(job, f.J_BLOCKS_PER_TASK)
-    gate_up = get(job, f.J_MOST) * gate_up_rows * get(layer, f.L_HIDDEN)
-    pairs = get(job, f.J_TOKENS) * get(job, f.J_TOP_K)
-    down = pairs * STRIP_ROWS * get(job, f.J_STRIPS_PER_TASK) * get(layer, f.L_INTERMEDIATE)
-    return NS_PER_MAC * max(gate_up, down)
+def ring_entry(group: Group, sequence: int) -> Entry:
+    """The entry of a job."""
+    return group.ring[sequence % RING]
 
 
 @driver
-def head_of(group: int) -> int:
-    """The ring's entry of the job that the pool is at."""
-    sequence = load_acquire(group + 8 * f.G_COMPLETED) + 1
-    return group + 8 * (f.G_RING + (sequence % f.RING) * f.JOB_SLOTS)
+def oldest_entry(group: Group) -> Entry:
+    """The entry of the job that the pool is at."""
+    return ring_entry(group, load_acquire(group.completed) + 1)
 
 
 @driver
-def progress(group: int) -> int:
+def progress(group: Group) -> int:
     """A number that changes whenever the pool ends a task."""
-    job = head_of(group)
+    entry = oldest_entry(group)
     ended = 0
-    for phase in range(f.PHASES):
-        ended += load_acquire(job + 8 * (f.J_DONE + phase * f.LINE_SLOTS))
-    return (load_acquire(group + 8 * f.G_COMPLETED) << 32) + ended
+    for index in range(load_acquire(entry.phase_count)):
+        ended += load_acquire(entry.phases[index].done)
+    return (load_acquire(group.completed) << 32) + ended
 
 
 @driver
-def patience(host: int) -> int:
-    """Nanoseconds without progress after which the job that a slot waits for is given up. Only the
+def patience_ns(graph_job: GraphJob) -> int:
+    """Nanoseconds without progress after which the job that a visit waits for is given up. Only the
     ring is read: what a job of others points at may be gone."""
-    return get(host, f.H_TIMEOUT_NS) + get(head_of(get(host, f.H_GROUP)), f.J_TASK_NS)
+    return graph_job.timeout_ns + load_acquire(oldest_entry(graph_job.group).task_ns)
 
 
 @driver
-def start_clock(host: int) -> None:
-    """A visit of a slot begins to wait."""
-    put(host, f.H_SEEN, progress(get(host, f.H_GROUP)))
-    put(host, f.H_SINCE, nanoseconds())
+def start_clock(graph_job: GraphJob) -> None:
+    """A visit of a job begins to wait."""
+    graph_job.seen_progress = progress(graph_job.group)
+    graph_job.seen_at = nanoseconds()
 
 
 @driver
-def is_late(host: int) -> bool:
-    """Whether the pool has made no progress for as long as the slot has patience."""
-    now = progress(get(host, f.H_GROUP))
-    if now != get(host, f.H_SEEN):
-        put(host, f.H_SEEN, now)
-        put(host, f.H_SINCE, nanoseconds())
+def is_late(graph_job: GraphJob) -> bool:
+    """Whether the pool has made no progress for as long as its patience lasts."""
+    now = progress(graph_job.group)
+    if now != graph_job.seen_progress:
+        graph_job.seen_progress = now
+        graph_job.seen_at = nanoseconds()
         return False
-    return nanoseconds() - get(host, f.H_SINCE) > patience(host)
+    return nanoseconds() - graph_job.seen_at > patience_ns(graph_job)

@@ -1,28 +1,42 @@
-"""The three phases of a layer, one task at a time.
+"""The phases of an expert layer, one task at a time.
 
-    encode    input rows -> encoded rows                                    (large batches only)
-    gate/up   strips of 32 intermediate rows of one expert -> encoded h of all its tokens, in tiles
-    down      strips of 64 hidden rows, all experts in ascending id -> output, all tokens
+    encode        input rows -> encoded rows                               (large batches only)
+    gate/up       strips of 32 intermediate rows of one expert -> encoded h of its tokens, in tiles
+    down          strips of 64 hidden rows, all experts in ascending id -> output, all tokens
+or
+    down by pair  strips of 64 hidden rows of one expert -> a float32 row for each of its pairs
+    combine       strips of those rows, pairs in ascending expert -> output, all tokens
+or, where no expert is active, nothing but
+    zero          rows of the output
 
 A down task owns its output rows, so experts are summed without conflicts and no buffer of
-tokens x k x hidden exists. Between phases all tasks must be finished: two barriers a layer.
+tokens x k x hidden exists. Few tokens on many workers want smaller tasks than that gives: they keep
+such a buffer, and add the same numbers in the same order. Between phases all tasks must be
+finished: two or three barriers a layer.
 """
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.intrinsics import (
-    call2,
-    call3,
-    call4,
-    call5,
-    call6,
-    call7,
-    driver,
-    load32,
-    load64,
+from hybrid_moe.cpu_kernels.drivers.intrinsics import call, driver, load_acquire
+from hybrid_moe.cpu_kernels.drivers.records import (
+    BATCH_TOKENS,
+    COMBINE,
+    DOWN,
+    DOWN_BY_PAIR,
+    ENCODE,
+    GATE_UP,
+    SHARE_BYTES,
+    STRIPS_AT_ONCE,
+    ZERO,
+    Entry,
+    Job,
+    Layer,
+    Phase,
+    StripSizes,
+    TilePlan,
 )
-from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens, get
+from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens
+from hybrid_moe.cpu_kernels.jit.records import LINE, i64
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, SUMS_BYTES
 
 
@@ -33,28 +47,28 @@ def part(total: int, parts: int, index: int) -> int:
 
 
 @driver
-def tiling_of(layer: int, count: int) -> int:
+def tiles_for(layer: Layer, count: int) -> TilePlan:
     """How `count` tokens of one expert are cut into tiles, see `library.Tiling`."""
-    slot = f.L_DIRECT if count < get(layer, f.L_TILED_FROM) else f.L_TILED
-    return layer + 8 * slot
+    if count < layer.tiled_from:
+        return layer.direct
+    return layer.tiled
 
 
 @driver
-def tiles_of(tiling: int, count: int) -> int:
-    return ceil_div(count, get(tiling, f.TILES_MOST))
+def tile_count(tiles: TilePlan, count: int) -> int:
+    return ceil_div(count, tiles.most)
 
 
 @driver
-def tile_start(tiling: int, count: int, index: int) -> int:
+def tile_start(tiles: TilePlan, count: int, index: int) -> int:
     """First token of a tile, or `count` for the index past the last."""
-    unit = get(tiling, f.TILES_UNIT)
-    units = ceil_div(count, unit)
-    return min(count, unit * part(units, tiles_of(tiling, count), index))
+    units = ceil_div(count, tiles.unit)
+    return min(count, tiles.unit * part(units, tile_count(tiles, count), index))
 
 
 @driver
 def dot_tiles(
-    layer: int, layout: int, codes: int, x: int, count: int, sums: int, unpacked: int
+    layer: Layer, sizes: StripSizes, codes: int, x: int, count: int, sums: int, unpacked: int
 ) -> None:
     """sums [count][64] = one strip x the tiles of `count` encoded tokens at `x`.
 
@@ -62,30 +76,29 @@ def dot_tiles(
     comes from memory once and meets every tile while it is in the cache, unpacked first if that
     pays; and each tile fetches a share of the chunk that follows.
     """
-    groups = get(layer, layout + f.LAYOUT_GROUPS)
-    group_bytes = get(layer, layout + f.LAYOUT_GROUP_BYTES)
-    row_bytes = groups * get(layer, f.L_ENCODED_BYTES)
-    tiling = tiling_of(layer, count)
-    tiles = tiles_of(tiling, count)
-    unpack = get(tiling, f.TILES_UNPACK)
+    groups = sizes.groups
+    group_bytes = sizes.group_bytes
+    row_bytes = groups * layer.encoded_bytes
+    tiles = tiles_for(layer, count)
+    number = tile_count(tiles, count)
     chunk = groups
-    if tiles > 1 or unpack != 0:
-        chunk = get(tiling, f.TILES_GROUPS)
+    if number > 1 or tiles.unpack != 0:
+        chunk = tiles.groups
     begin = 0
     while begin < groups:
         end = min(groups, begin + chunk)
         at = codes + begin * group_bytes
         after = codes + end * group_bytes
-        if unpack != 0:
-            call3(unpack, at, unpacked, end - begin)
+        if tiles.unpack != 0:
+            call(tiles.unpack, at, unpacked, end - begin)
             at = unpacked
-        for i in range(tiles):
-            first = tile_start(tiling, count, i)
-            tokens = tile_start(tiling, count, i + 1) - first
-            call7(
-                get(tiling, f.TILES_KERNELS + tokens - 1),
+        for i in range(number):
+            first = tile_start(tiles, count, i)
+            tokens = tile_start(tiles, count, i + 1) - first
+            call(
+                tiles.kernels[tokens - 1],
                 at,
-                after + (i * f.SHARE_BYTES) % (chunk * group_bytes),
+                after + (i * SHARE_BYTES) % (chunk * group_bytes),
                 x + first * row_bytes,
                 tokens,
                 sums + first * SUMS_BYTES,
@@ -96,153 +109,228 @@ def dot_tiles(
 
 
 @driver
-def gather_tiles(layer: int, rows: int, count: int, out: int) -> None:
+def gather_tiles(layer: Layer, rows: int, count: int, out: int) -> None:
     """The encoded inputs at addresses rows[count] -> tiles."""
-    tiling = tiling_of(layer, count)
-    for i in range(tiles_of(tiling, count)):
-        first = tile_start(tiling, count, i)
-        tokens = tile_start(tiling, count, i + 1) - first
-        call4(
-            get(layer, f.L_GATHER),
+    tiles = tiles_for(layer, count)
+    for i in range(tile_count(tiles, count)):
+        first = tile_start(tiles, count, i)
+        tokens = tile_start(tiles, count, i + 1) - first
+        call(
+            layer.gather,
             rows + 8 * first,
             tokens,
-            out + first * get(layer, f.L_X_ROW_BYTES),
-            get(layer, f.L_GU_LAYOUT + f.LAYOUT_GROUPS),
+            out + first * layer.x_row_bytes,
+            layer.gate_up_strips.groups,
         )
 
 
 @driver
 def activate_tiles(
-    layer: int, sums: int, count: int, h: int, block: int, gate_bias: int, up_bias: int
+    layer: Layer, sums: int, count: int, h: int, block: int, gate_bias: int, up_bias: int
 ) -> None:
     """One strip's gates and ups -> group `block` of the tiles of h."""
-    tiling = tiling_of(layer, count)
-    for i in range(tiles_of(tiling, count)):
-        first = tile_start(tiling, count, i)
-        tokens = tile_start(tiling, count, i + 1) - first
-        tile = h + first * get(layer, f.L_H_ROW_BYTES)
-        call6(
-            get(layer, f.L_ACTIVATE),
+    tiles = tiles_for(layer, count)
+    for i in range(tile_count(tiles, count)):
+        first = tile_start(tiles, count, i)
+        tokens = tile_start(tiles, count, i + 1) - first
+        tile = h + first * layer.h_row_bytes
+        call(
+            layer.activate,
             sums + first * SUMS_BYTES,
             tokens,
-            tile + block * tokens * get(layer, f.L_ENCODED_BYTES),
+            tile + block * tokens * layer.encoded_bytes,
             gate_bias,
             up_bias,
-            get(layer, f.L_PARAMETERS),
+            layer.parameters,
         )
 
 
 @driver
-def gate_up_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
-    first_block = load64(get(layer, f.L_BLOCKS) + 8 * pool)
-    last_block = load64(get(layer, f.L_BLOCKS) + 8 * (pool + 1))
-    per_task = get(job, f.J_BLOCKS_PER_TASK)
-    tasks_per_expert = (last_block - first_block + per_task - 1) // per_task
-    index = task // tasks_per_expert
-    begin = first_block + (task - index * tasks_per_expert) * per_task
-    end = min(last_block, begin + per_task)
-
-    expert = load32(get(job, f.J_ACTIVE_EXPERT) + 4 * index)
-    start = load32(get(job, f.J_ACTIVE_START) + 4 * index)
-    count = load32(get(job, f.J_ACTIVE_START) + 4 * index + 4) - start
-    experts = get(layer, f.L_EXPERTS)
-    base = load64(get(layer, f.L_GATE_UP) + 8 * (pool * experts + expert))
-    strip_bytes = get(layer, f.L_GU_LAYOUT + f.LAYOUT_STRIP_BYTES)
-    gate_bias = load64(get(layer, f.L_GATE_BIAS) + 8 * expert)
-    up_bias = load64(get(layer, f.L_UP_BIAS) + 8 * expert)
-    sums = scratch + get(job, f.J_SCRATCH_SUMS)
-    unpacked = scratch + get(job, f.J_SCRATCH_UNPACKED)
-    batches = ceil_div(count, f.BATCH_TOKENS)
+def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, scratch: int) -> None:
+    """Strips begin..end-1 of the pool, of the active expert at `index`."""
+    job = entry.job
+    layer = job.layer
+    expert = job.active_expert[index]
+    start = job.active_start[index]
+    count = job.active_start[index + 1] - start
+    packed = layer.packed[expert * job.pools + pool]
+    first_block = layer.blocks[pool]
+    sizes = layer.gate_up_strips
+    strips = load_acquire(packed.gate_up)
+    sums = scratch + job.sums_offset
+    unpacked = scratch + job.unpacked_offset
+    batches = ceil_div(count, BATCH_TOKENS)
     for b in range(batches):
-        first = part(count, batches, b)
-        tokens = part(count, batches, b + 1) - first
-        rows = get(job, f.J_PAIR_X) + 8 * (start + first)
-        h = get(job, f.J_H_ROWS) + (start + first) * get(layer, f.L_H_ROW_BYTES)
-        x = load64(rows)
+        first = start + part(count, batches, b)
+        tokens = start + part(count, batches, b + 1) - first
+        h = job.h_rows + first * layer.h_row_bytes
+        x = job.pair_x[first]
         if tokens > 1:
-            x = scratch + get(job, f.J_SCRATCH_X)
-            gather_tiles(layer, rows, tokens, x)
+            x = scratch + job.x_offset
+            gather_tiles(layer, job.pair_x.address + 8 * first, tokens, x)
         # some strips, then their activations: what interrupts the stream, interrupts it rarely
-        some = min(f.STRIPS_AT_ONCE, f.BATCH_TOKENS // tokens)
-        block = begin
-        while block < end:
-            blocks = min(some, end - block)
-            for i in range(blocks):
-                strip = base + (block + i - first_block) * strip_bytes
-                to = sums + i * tokens * SUMS_BYTES
-                dot_tiles(layer, f.L_GU_LAYOUT, strip, x, tokens, to, unpacked)
-            for i in range(blocks):
-                bias = 4 * GROUP * (block + i)
+        some = min(STRIPS_AT_ONCE, BATCH_TOKENS // tokens)
+        strip = begin
+        while strip < end:
+            last = min(end, strip + some)
+            for i in range(strip, last):
+                to = sums + (i - strip) * tokens * SUMS_BYTES
+                dot_tiles(layer, sizes, strips + i * sizes.strip_bytes, x, tokens, to, unpacked)
+            for i in range(strip, last):
+                block = first_block + i
+                bias = 4 * GROUP * block
                 activate_tiles(
                     layer,
-                    sums + i * tokens * SUMS_BYTES,
+                    sums + (i - strip) * tokens * SUMS_BYTES,
                     tokens,
                     h,
-                    block + i,
-                    gate_bias + bias,
-                    up_bias + bias,
+                    block,
+                    packed.gate_bias + bias,
+                    packed.up_bias + bias,
                 )
-            block += blocks
+            strip = last
 
 
 @driver
-def down_task(job: int, layer: int, pool: int, task: int, scratch: int) -> None:
-    first_strip = load64(get(layer, f.L_STRIPS) + 8 * pool)
-    last_strip = load64(get(layer, f.L_STRIPS) + 8 * (pool + 1))
-    per_task = get(job, f.J_STRIPS_PER_TASK)
-    begin = first_strip + task * per_task
-    end = min(last_strip, begin + per_task)
-    tokens = get(job, f.J_TOKENS)
-    experts = get(layer, f.L_EXPERTS)
-    strip_bytes = get(layer, f.L_DN_LAYOUT + f.LAYOUT_STRIP_BYTES)
-    sums = scratch + get(job, f.J_SCRATCH_SUMS)
-    unpacked = scratch + get(job, f.J_SCRATCH_UNPACKED)
-    out = scratch + get(job, f.J_SCRATCH_OUT)
-    call2(get(layer, f.L_CLEAR), out, tokens * (end - begin))
-    for index in range(get(job, f.J_ACTIVE)):
-        expert = load32(get(job, f.J_ACTIVE_EXPERT) + 4 * index)
-        start = load32(get(job, f.J_ACTIVE_START) + 4 * index)
-        count = load32(get(job, f.J_ACTIVE_START) + 4 * index + 4) - start
-        base = load64(get(layer, f.L_DOWN) + 8 * (pool * experts + expert))
-        bias = load64(get(layer, f.L_DOWN_BIAS) + 8 * expert)
-        batches = ceil_div(count, f.BATCH_TOKENS)
+def gate_up_task(entry: Entry, pool: int, begin: int, end: int, scratch: int) -> None:
+    """Units begin..end-1: strips of all active experts, one expert behind the other."""
+    blocks = entry.job.layer.blocks
+    strips = blocks[pool + 1] - blocks[pool]
+    while begin < end:
+        index = begin // strips
+        first = begin - index * strips
+        last = min(strips, first + end - begin)
+        gate_up_strips(entry, pool, index, first, last, scratch)
+        begin += last - first
+
+
+@driver
+def pair_rows(entry: Entry, row: int) -> int:
+    """float32 [pairs][64]: what each pair adds to rows 64 * `row` to 64 * `row` + 63 of its
+    token."""
+    return entry.job.pair_rows + SUMS_BYTES * entry.job.pairs * row
+
+
+@driver
+def down_strip(entry: Entry, pool: int, index: int, strip: int, out: int, scratch: int) -> None:
+    """One strip of the active expert at `index`, times the h of its pairs: weighted, and added to
+    `out`, float32 [T][64]; or if that is 0, left in `pair_rows`."""
+    job = entry.job
+    layer = job.layer
+    expert = job.active_expert[index]
+    start = job.active_start[index]
+    count = job.active_start[index + 1] - start
+    sizes = layer.down_strips
+    packed = layer.packed[expert * job.pools + pool]
+    codes = packed.down + strip * sizes.strip_bytes
+    row = layer.strips[pool] + strip
+    bias = packed.down_bias + SUMS_BYTES * row
+    sums = scratch + job.sums_offset
+    batches = ceil_div(count, BATCH_TOKENS)
+    for b in range(batches):
+        first = start + part(count, batches, b)
+        tokens = start + part(count, batches, b + 1) - first
+        h = job.h_rows + first * layer.h_row_bytes
+        weights = job.pair_weight.address + 4 * first
+        dot_tiles(layer, sizes, codes, h, tokens, sums, scratch + job.unpacked_offset)
+        if out != 0:
+            to = job.pair_token.address + 4 * first
+            call(layer.combine, sums, tokens, to, weights, out, bias)
+        else:
+            rows = pair_rows(entry, row) + SUMS_BYTES * first
+            call(layer.weigh, sums, tokens, weights, bias, rows)
+
+
+@driver
+def finish_strip(job: Job, row: int, out: int) -> None:
+    """The sums of rows 64 * `row` to 64 * `row` + 63, float32 [T][64] -> the job's output."""
+    hidden = job.layer.hidden
+    call(
+        job.layer.finish,
+        out,
+        job.tokens,
+        # pairs with the release in `host.withdraw`: a job that is given up writes elsewhere
+        load_acquire(job.out) + 2 * STRIP_ROWS * row,
+        2 * hidden,
+        min(STRIP_ROWS, hidden - STRIP_ROWS * row),
+    )
+
+
+@driver
+def down_task(entry: Entry, pool: int, begin: int, end: int, scratch: int) -> None:
+    """Strips begin..end-1 of the pool, each of all active experts."""
+    job = entry.job
+    out = scratch + job.out_offset
+    out_bytes = SUMS_BYTES * job.tokens
+    call(job.layer.clear, out, job.tokens * (end - begin))
+    for index in range(entry.job.active):
         for strip in range(begin, end):
-            codes = base + (strip - first_strip) * strip_bytes
-            for b in range(batches):
-                first = start + part(count, batches, b)
-                some = start + part(count, batches, b + 1) - first
-                h = get(job, f.J_H_ROWS) + first * get(layer, f.L_H_ROW_BYTES)
-                dot_tiles(layer, f.L_DN_LAYOUT, codes, h, some, sums, unpacked)
-                call6(
-                    get(layer, f.L_COMBINE),
-                    sums,
-                    some,
-                    get(job, f.J_PAIR_TOKEN) + 4 * first,
-                    get(job, f.J_PAIR_WEIGHT) + 4 * first,
-                    out + SUMS_BYTES * tokens * (strip - begin),
-                    bias + SUMS_BYTES * strip,
-                )
-    hidden = get(layer, f.L_HIDDEN)
+            down_strip(entry, pool, index, strip, out + out_bytes * (strip - begin), scratch)
     for strip in range(begin, end):
-        call5(
-            get(layer, f.L_FINISH),
-            out + SUMS_BYTES * tokens * (strip - begin),
-            tokens,
-            get(job, f.J_OUT) + 2 * STRIP_ROWS * strip,
-            2 * hidden,
-            min(STRIP_ROWS, hidden - STRIP_ROWS * strip),
-        )
+        finish_strip(job, job.layer.strips[pool] + strip, out + out_bytes * (strip - begin))
 
 
 @driver
-def run_task(job: int, phase: int, pool: int, task: int, worker: int) -> None:
-    layer = get(job, f.J_LAYER)
-    scratch = get(job, f.J_SCRATCH) + worker * get(job, f.J_SCRATCH_BYTES)
-    if phase == f.PHASE_ENCODE:
-        per_task = get(job, f.J_ENCODE_TOKENS)
-        begin = task * per_task
-        encode_tokens(job, layer, begin, min(get(job, f.J_TOKENS), begin + per_task))
-    elif phase == f.PHASE_GATE_UP:
-        gate_up_task(job, layer, pool, task, scratch)
-    else:
-        down_task(job, layer, pool, task, scratch)
+def down_by_pair_task(entry: Entry, pool: int, begin: int, end: int, scratch: int) -> None:
+    """Units begin..end-1: strips of all active experts, one expert behind the other."""
+    bounds = entry.job.layer.strips
+    strips = bounds[pool + 1] - bounds[pool]
+    for unit in range(begin, end):
+        down_strip(entry, pool, unit // strips, unit % strips, 0, scratch)
+
+
+@driver
+def combine_task(entry: Entry, pool: int, begin: int, end: int, scratch: int) -> None:
+    """Strips begin..end-1 of the pool."""
+    job = entry.job
+    layer = job.layer
+    out = scratch + job.out_offset
+    for row in range(layer.strips[pool] + begin, layer.strips[pool] + end):
+        call(layer.clear, out, job.tokens)
+        call(layer.add, pair_rows(entry, row), entry.job.pairs, job.pair_token.address, out)
+        finish_strip(job, row, out)
+
+
+@driver
+def zero_words(begin: int, end: int) -> None:
+    words = i64.at(begin)
+    for i in range((end - begin) // 8):
+        words[i] = 0
+
+
+@driver
+def zero_task(job: Job, begin: int, end: int) -> None:
+    """Output of tokens for which nothing is computed here, in units of `clear`: float32 [64] on a
+    cache line. What is left of the output at both ends is less than a unit and a line, and comes
+    with the first unit."""
+    out = load_acquire(job.out)
+    past = out + 2 * job.tokens * job.layer.hidden
+    first = (out + LINE - 1) // LINE * LINE
+    units = max(0, past - first) // SUMS_BYTES
+    last = min(units, end)
+    if last > begin:
+        call(job.layer.clear, first + SUMS_BYTES * begin, last - begin)
+    if begin == 0:
+        zero_words(out, min(first, past))
+        zero_words(first + SUMS_BYTES * units, past)
+
+
+@driver
+def run_task(entry: Entry, phase: Phase, pool: int, task: int, worker: int) -> None:
+    job = entry.job
+    scratch = job.scratch + worker * job.scratch_bytes
+    tasks = load_acquire(phase.tasks[pool])
+    begin = part(phase.units[pool], tasks, task)
+    end = part(phase.units[pool], tasks, task + 1)
+    if phase.kind == ENCODE:
+        encode_tokens(job, begin, end)
+    elif phase.kind == GATE_UP:
+        gate_up_task(entry, pool, begin, end, scratch)
+    elif phase.kind == DOWN:
+        down_task(entry, pool, begin, end, scratch)
+    elif phase.kind == DOWN_BY_PAIR:
+        down_by_pair_task(entry, pool, begin, end, scratch)
+    elif phase.kind == COMBINE:
+        combine_task(entry, pool, begin, end, scratch)
+    elif phase.kind == ZERO:
+        zero_task(job, begin, end)

@@ -1,109 +1,111 @@
-"""Routing: token x slot ids -> pairs grouped by expert, and the sizes of each phase."""
+"""Routing: token x slot ids -> pairs grouped by expert, and the phases of the job."""
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.drivers.intrinsics import (
-    call6,
+    call,
     driver,
-    load8,
-    load32,
-    load64,
     load_acquire,
     restore_float_environment,
     set_float_environment,
-    store32,
-    store64,
+    store_release,
 )
+from hybrid_moe.cpu_kernels.drivers.patience import NS_PER_MAC
+from hybrid_moe.cpu_kernels.drivers.records import (
+    COMBINE,
+    DOWN,
+    DOWN_BY_PAIR,
+    ENCODE,
+    GATE_UP,
+    ZERO,
+    Entry,
+    Job,
+    Phase,
+)
+from hybrid_moe.cpu_kernels.jit.records import i64
+from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES
+
+COMPUTED, SKIPPED, NOT_LOADED = 1, 0, -1
 
 
 @driver
-def get(base: int, slot: int) -> int:
-    return load64(base + 8 * slot)
+def expert_state(job: Job, expert: int) -> int:
+    """Whether an expert's pairs are computed here, belong elsewhere, or cannot be computed."""
+    if job.skip.address != 0 and job.skip[expert] != 0:
+        return SKIPPED
+    # pairs with the release of `pack_strips.publish_word`
+    strips = load_acquire(job.layer.packed[expert * job.pools].gate_up)
+    return COMPUTED if strips != 0 else NOT_LOADED
 
 
 @driver
-def put(base: int, slot: int, value: int) -> None:
-    store64(base + 8 * slot, value)
-
-
-@driver
-def is_here(job: int, layer: int, expert: int) -> int:
-    """1 if the expert's pairs are computed here, 0 if they are skipped, -1 if it is not loaded.
-
-    Pool 0's gate and up are what `ExpertLayer.load` publishes last: who finds them finds the rest.
-    """
-    skip = get(job, f.J_SKIP)
-    if skip != 0 and load8(skip + expert) != 0:
-        return 0
-    return 1 if load_acquire(get(layer, f.L_GATE_UP) + 8 * expert) != 0 else -1
-
-
-@driver
-def count_pairs(job: int, layer: int) -> None:
+def count_pairs(job: Job) -> None:
     """Pairs of each expert; ids out of range are counted and contribute nothing."""
-    experts = get(layer, f.L_EXPERTS)
-    counts = get(job, f.J_COUNTS)
-    ids = get(job, f.J_IDS)
-    total = get(job, f.J_TOKENS) * get(job, f.J_TOP_K)
+    experts = job.layer.experts
+    counts = job.counts
     for e in range(experts):
-        store32(counts + 4 * e, 0)
+        counts[e] = 0
     ignored = 0
     missing = 0
-    for i in range(total):
-        e = load64(ids + 8 * i)
+    for i in range(job.tokens * job.top_k):
+        e = job.ids[i]
         if e < 0 or e >= experts:
             ignored += 1
             continue
-        here = is_here(job, layer, e)
-        if here > 0:
-            store32(counts + 4 * e, load32(counts + 4 * e) + 1)
-        elif here < 0:
+        state = expert_state(job, e)
+        if state == COMPUTED:
+            counts[e] += 1
+        elif state == NOT_LOADED:
             missing = e + 1
-    put(job, f.J_IGNORED, ignored)
-    put(job, f.J_MISSING, missing)
+    job.ignored = ignored
+    job.missing = missing
 
 
 @driver
-def place_pairs(job: int, layer: int) -> None:
+def place_pairs(job: Job) -> None:
     """Group pairs by ascending expert; within one, by token, then slot."""
-    experts = get(layer, f.L_EXPERTS)
-    counts = get(job, f.J_COUNTS)
+    experts = job.layer.experts
+    counts = job.counts
     active = 0
     start = 0
     most = 0
     for e in range(experts):
-        n = load32(counts + 4 * e)
+        n = counts[e]
         if n > 0:
-            store32(get(job, f.J_ACTIVE_EXPERT) + 4 * active, e)
-            store32(get(job, f.J_ACTIVE_START) + 4 * active, start)
-            store32(counts + 4 * e, start)  # now: where the expert's next pair goes
+            job.active_expert[active] = e
+            job.active_start[active] = start
+            counts[e] = start  # now: where the expert's next pair goes
             start += n
             active += 1
             most = max(most, n)
         else:
-            store32(counts + 4 * e, -1)
-    store32(get(job, f.J_ACTIVE_START) + 4 * active, start)
-    put(job, f.J_ACTIVE, active)
-    put(job, f.J_MOST, most)
+            counts[e] = -1
+    job.active_start[active] = start
+    job.active = active
+    job.most = most
+    job.pairs = start
 
-    ids = get(job, f.J_IDS)
-    weights = get(job, f.J_WEIGHTS)
-    top_k = get(job, f.J_TOP_K)
-    x_rows, x_bytes = get(job, f.J_X_ROWS), get(layer, f.L_X_ROW_BYTES)
-    for t in range(get(job, f.J_TOKENS)):
+    top_k = job.top_k
+    x_rows, x_bytes = job.x_rows, job.layer.x_row_bytes
+    for t in range(job.tokens):
         for slot in range(top_k):
             i = t * top_k + slot
-            e = load64(ids + 8 * i)
+            e = job.ids[i]
             if e < 0 or e >= experts:
                 continue
-            pair = load32(counts + 4 * e)
+            pair = counts[e]
             if pair < 0:
                 continue
-            store32(counts + 4 * e, pair + 1)
-            store32(get(job, f.J_PAIR_TOKEN) + 4 * pair, t)
-            store32(get(job, f.J_PAIR_WEIGHT) + 4 * pair, load32(weights + 4 * i))
-            store64(get(job, f.J_PAIR_X) + 8 * pair, x_rows + t * x_bytes)
+            counts[e] = pair + 1
+            job.pair_token[pair] = t
+            job.pair_weight[pair] = job.weights[i]
+            job.pair_x[pair] = x_rows + t * x_bytes
+
+
+encode_tasks = driver(tuning.encode_tasks)
+expert_tasks = driver(tuning.expert_tasks)
+row_tasks = driver(tuning.row_tasks)
 
 
 @driver
@@ -112,77 +114,114 @@ def ceil_div(a: int, b: int) -> int:
 
 
 @driver
-def share(units: int, target: int) -> int:
-    """Units per task so that there are about `target` tasks, at least one."""
-    return max(1, units // max(1, target))
+def append_phase(entry: Entry, kind: int) -> Phase:
+    """A phase behind those that the job has, without tasks as yet."""
+    index = load_acquire(entry.phase_count)  # this thread's own: it holds the ring's lock
+    phase = entry.phases[index]
+    phase.kind = kind
+    store_release(phase.total, 0)
+    for pool in range(entry.job.pools):
+        store_release(phase.tasks[pool], 0)
+    store_release(entry.phase_count, index + 1)
+    return phase
 
 
 @driver
-def size_phases(job: int, layer: int) -> None:
-    """Tasks of each phase and pool: rows of one expert (gate/up) or rows of all (down)."""
-    active = get(job, f.J_ACTIVE)
-    tokens = get(job, f.J_TOKENS)
-    pools = get(job, f.J_POOLS)
-    target = get(job, f.J_TARGET_TASKS)
-    blocks = get(layer, f.L_BLOCKS)
-    strips = get(layer, f.L_STRIPS)
-
-    encode_tasks = 0
-    if get(job, f.J_INLINE_ENCODE) == 0:
-        encode_tasks = ceil_div(tokens, get(job, f.J_ENCODE_TOKENS))
-    most_blocks = 0
-    most_strips = 0
-    for p in range(pools):
-        most_blocks = max(most_blocks, load64(blocks + 8 * (p + 1)) - load64(blocks + 8 * p))
-        most_strips = max(most_strips, load64(strips + 8 * (p + 1)) - load64(strips + 8 * p))
-    per_block = share(most_blocks, ceil_div(target, max(1, active)))
-    per_strip = min(share(most_strips, target), f.MAX_STRIPS)
-    put(job, f.J_BLOCKS_PER_TASK, per_block)
-    put(job, f.J_STRIPS_PER_TASK, per_strip)
-
-    for phase in range(f.PHASES):
-        total = 0
-        for p in range(pools):
-            n = 0
-            if phase == f.PHASE_ENCODE:
-                if p == 0:
-                    n = encode_tasks
-            elif phase == f.PHASE_GATE_UP:
-                mine = load64(blocks + 8 * (p + 1)) - load64(blocks + 8 * p)
-                n = active * ceil_div(mine, per_block)
-            else:
-                mine = load64(strips + 8 * (p + 1)) - load64(strips + 8 * p)
-                n = ceil_div(mine, per_strip)
-            put(job, f.J_TASKS + phase * f.MAX_POOLS + p, n)
-            total += n
-        put(job, f.J_TOTAL + phase, total)
+def add_tasks(entry: Entry, phase: Phase, pool: int, units: int, tasks: int, macs: int) -> None:
+    """Tasks that share units of work evenly, each of at most so many multiply-adds."""
+    if tasks == 0:
+        return
+    phase.units[pool] = units
+    # who reads these reads a claim word or the entry's number as well: `claim`, `phase_is_done`
+    store_release(phase.tasks[pool], tasks)
+    store_release(phase.total, load_acquire(phase.total) + tasks)
+    task_ns = NS_PER_MAC * macs * ceil_div(units, tasks)  # see `patience`
+    store_release(entry.task_ns, max(load_acquire(entry.task_ns), task_ns))
 
 
 @driver
-def encode_tokens(job: int, layer: int, begin: int, end: int) -> None:
+def append_phases(entry: Entry) -> None:
+    """The phases of an expert layer, see `phases` for what each does and `tuning` for its tasks."""
+    job = entry.job
+    layer = job.layer
+    active, pairs, workers = job.active, job.pairs, layer.workers
+    store_release(entry.phase_count, 0)
+    store_release(entry.task_ns, 0)
+    if active == 0:
+        units = ceil_div(2 * job.tokens * layer.hidden, SUMS_BYTES)
+        add_tasks(entry, append_phase(entry, ZERO), 0, units, min(units, workers[0]), 0)
+        return
+    if job.inline_encode == 0:
+        phase = append_phase(entry, ENCODE)
+        add_tasks(entry, phase, 0, job.tokens, encode_tasks(job.tokens, workers[0]), 0)
+
+    phase = append_phase(entry, GATE_UP)
+    macs = STRIP_ROWS * job.most * layer.hidden
+    for p in range(job.pools):
+        strips = layer.blocks[p + 1] - layer.blocks[p]
+        tasks = expert_tasks(active, strips, pairs, workers[p])
+        add_tasks(entry, phase, p, active * strips, tasks, macs)
+
+    if job.pair_rows != 0 and job.tokens <= tuning.PAIR_TOKENS:
+        phase = append_phase(entry, DOWN_BY_PAIR)
+        macs = STRIP_ROWS * job.most * layer.intermediate
+        for p in range(job.pools):
+            strips = layer.strips[p + 1] - layer.strips[p]
+            tasks = expert_tasks(active, strips, pairs, workers[p])
+            add_tasks(entry, phase, p, active * strips, tasks, macs)
+        phase = append_phase(entry, COMBINE)
+        for p in range(job.pools):
+            strips = layer.strips[p + 1] - layer.strips[p]
+            add_tasks(entry, phase, p, strips, min(strips, workers[p]), STRIP_ROWS * pairs)
+    else:
+        phase = append_phase(entry, DOWN)
+        macs = STRIP_ROWS * pairs * layer.intermediate
+        for p in range(job.pools):
+            strips = layer.strips[p + 1] - layer.strips[p]
+            tasks = row_tasks(active, strips, pairs, job.tokens, workers[p])
+            add_tasks(entry, phase, p, strips, tasks, macs)
+
+
+@driver
+def encode_tokens(job: Job, begin: int, end: int) -> None:
     """Encode input rows begin..end-1."""
-    x_bytes = 2 * get(layer, f.L_HIDDEN)
-    row_bytes = get(layer, f.L_X_ROW_BYTES)
-    call6(
-        get(layer, f.L_ENCODE),
-        get(job, f.J_X) + begin * x_bytes,
+    layer = job.layer
+    x_bytes = 2 * layer.hidden
+    row_bytes = layer.x_row_bytes
+    call(
+        layer.encode,
+        job.x + begin * x_bytes,
         x_bytes,
-        get(job, f.J_X_ROWS) + begin * row_bytes,
+        job.x_rows + begin * row_bytes,
         row_bytes,
         end - begin,
-        get(layer, f.L_GU_LAYOUT + f.LAYOUT_GROUPS),
+        layer.gate_up_strips.groups,
     )
 
 
 @driver
-def prepare(job: int) -> int:
-    """Route a job and size its phases; a small one is encoded here too. Returns its missing."""
-    layer = get(job, f.J_LAYER)
-    count_pairs(job, layer)
-    place_pairs(job, layer)
-    size_phases(job, layer)
-    if get(job, f.J_INLINE_ENCODE) != 0:
+def take_in(job: Job) -> None:
+    """Encode the rows of x, or copy them where the workers are to encode them, so that the caller's
+    memory is free when the job has been launched. Nobody needs them if no expert is active."""
+    if job.active == 0:
+        return
+    if job.inline_encode != 0:
         before = set_float_environment()  # the caller's may flush subnormals
-        encode_tokens(job, layer, 0, get(job, f.J_TOKENS))
+        encode_tokens(job, 0, job.tokens)
         restore_float_environment(before)
-    return get(job, f.J_MISSING)
+    elif job.x_copy != 0:
+        x = i64.at(job.x)
+        copy = i64.at(job.x_copy)
+        for i in range(job.tokens * job.layer.hidden // 4):
+            copy[i] = x[i]
+        job.x = job.x_copy
+
+
+@driver
+def route(job: Job) -> int:
+    """Group the pairs of a job and take in its inputs. Returns its missing."""
+    count_pairs(job)
+    place_pairs(job)
+    if job.missing == 0:
+        take_in(job)
+    return job.missing

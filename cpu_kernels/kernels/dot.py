@@ -14,9 +14,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
-from hybrid_moe.cpu_kernels.drivers.fields import SHARE_BYTES, UNPACK_GROUPS
+from hybrid_moe.cpu_kernels.drivers.records import SHARE_BYTES, UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val, Var
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
+from hybrid_moe.cpu_kernels.jit.records import Record, f32, u8
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES, strip_layout
@@ -108,17 +109,26 @@ def mxfp4_scale(emit: Emit, address: Val) -> Scale:
     return Scale(power, (byte - 127).to_float())
 
 
-@dataclass(frozen=True)
-class UnpackedGroup:
-    """Byte offsets within a group of a strip as `mxfp4_unpack` leaves it."""
+class UnpackedGroup(Record):
+    """A group of a strip as `mxfp4_unpack` leaves it."""
 
-    weights: int = 0  # uint8 or int8 [quad 8][panel 4][lane 16][4]; a quad is four inputs of a row
-    powers: int = 8 * 64 * PANELS  # float32 [panel 4][lane 16]: the scales
-    exponents: int = 9 * 64 * PANELS  # and their exponents; a tier reads one of them
-    nbytes: int = 10 * 64 * PANELS
+    weights = u8[8, PANELS, 16, 4]  # or int8; [quad][panel][lane]: four inputs of a row
+    powers = f32[PANELS, 16]  # the scales [panel][lane]
+    exponents = f32[PANELS, 16]  # and their exponents; a tier reads one of them
 
 
-UNPACKED_GROUP = UnpackedGroup()
+UNPACKED_GROUP = UnpackedGroup.offsets()
+
+
+def unpacked_scale(emit: Emit, panel: Val) -> Scale:
+    """The scales of the panel whose weights begin at address `panel`."""
+    return Scale(
+        *(
+            emit.load(panel + offset, F32, 16, align=64)
+            for offset in (UNPACKED_GROUP.powers, UNPACKED_GROUP.exponents)
+        )
+    )
+
 
 Weights = Sequence[tuple[int, Val]]
 """(quad, 64 weight bytes) of one panel: four inputs of 16 rows each."""
@@ -158,12 +168,8 @@ class _Unpacked:
         return [(quad, emit.load(at + 64 * PANELS * quad, I8, 64, align=64))]
 
     def scale(self, emit: Emit, group: Val, panel: Val | int) -> Scale:
-        at = group + panel * 64 if isinstance(panel, Val) else group + 64 * panel
-        return Scale(
-            *(
-                emit.load(at + offset, F32, 16, align=64)
-                for offset in (UNPACKED_GROUP.powers, UNPACKED_GROUP.exponents)
-            )
+        return unpacked_scale(
+            emit, group + panel * 64 if isinstance(panel, Val) else group + 64 * panel
         )
 
 
@@ -207,7 +213,7 @@ TURN_GROUPS = 16
 """Groups that two panels go ahead before the other two follow: 17 KB, half of a first-level
 cache."""
 
-_AHEAD = 8192
+AHEAD_BYTES = 8192
 """Bytes ahead of their use that lines of codes are asked for."""
 
 
@@ -357,7 +363,7 @@ class _Mxfp4:
         """Lines to ask for during a group: of the codes that stream by, or of the ones that are
         unpacked next."""
         if isinstance(self.source, _Packed):
-            ahead = group + _AHEAD
+            ahead = group + AHEAD_BYTES
             lines = self.source.nbytes // LINE if self.order.prefetch else 0
         else:
             ahead, lines = self.ahead.get(), SHARE_BYTES // UNPACK_GROUPS // LINE

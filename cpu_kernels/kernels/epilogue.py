@@ -77,22 +77,48 @@ def activate(encoding: Encoding) -> KernelBody:
     return body
 
 
+def _weighted(emit: Emit, sums: Val, weight: Val, bias: Val, panel: int) -> Val:
+    """What a pair adds to its token: weight * (sums + bias), of one panel."""
+    y = emit.load(sums + 64 * panel, F32, 16, align=64)
+    return (y + emit.load(bias + 64 * panel, F32, 16, align=4)) * weight
+
+
+def _add(emit: Emit, to: Val, value: Val) -> None:
+    emit.store(to, emit.load(to, F32, 16, align=64) + value, align=64)
+
+
 def combine(
     emit: Emit, sums: Val, count: Val, tokens: Val, weights: Val, out: Val, bias: Val
 ) -> None:
     """Kernel: out[tokens[i]] += weights[i] * (sums[i] + bias) for the 64 rows of a strip.
 
     sums float32 [count][64], tokens int32 [count], weights float32 [count], out float32 [T][64],
-    bias float32 [64].
+    bias float32 [64]. `weigh`, then `add`, gives the same bits.
     """
     with emit.loop(0, count) as i:
         weight = emit.load(weights + i * 4, F32, align=4)
         token = emit.load(tokens + i * 4, I32, align=4).zext(I64)
         for panel in range(PANELS):
-            y = emit.load(sums + i * SUMS_BYTES + 64 * panel, F32, 16, align=64)
-            y = y + emit.load(bias + 64 * panel, F32, 16, align=4)
-            to = out + token * SUMS_BYTES + 64 * panel
-            emit.store(to, emit.load(to, F32, 16, align=64) + y * weight, align=64)
+            y = _weighted(emit, sums + i * SUMS_BYTES, weight, bias, panel)
+            _add(emit, out + token * SUMS_BYTES + 64 * panel, y)
+
+
+def weigh(emit: Emit, sums: Val, count: Val, weights: Val, bias: Val, rows: Val) -> None:
+    """Kernel: rows[i] = weights[i] * (sums[i] + bias), see `combine`; rows float32 [count][64]."""
+    with emit.loop(0, count) as i:
+        weight = emit.load(weights + i * 4, F32, align=4)
+        for panel in range(PANELS):
+            y = _weighted(emit, sums + i * SUMS_BYTES, weight, bias, panel)
+            emit.store(rows + i * SUMS_BYTES + 64 * panel, y, align=64)
+
+
+def add(emit: Emit, rows: Val, count: Val, tokens: Val, out: Val) -> None:
+    """Kernel: out[tokens[i]] += rows[i], see `combine`."""
+    with emit.loop(0, count) as i:
+        token = emit.load(tokens + i * 4, I32, align=4).zext(I64)
+        for panel in range(PANELS):
+            y = emit.load(rows + i * SUMS_BYTES + 64 * panel, F32, 16, align=64)
+            _add(emit, out + token * SUMS_BYTES + 64 * panel, y)
 
 
 def clear(emit: Emit, out: Val, count: Val) -> None:

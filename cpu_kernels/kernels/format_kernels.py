@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from hybrid_moe.cpu_kernels.drivers.fields import UNPACK_GROUPS
+from hybrid_moe.cpu_kernels.drivers.records import UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
 from hybrid_moe.cpu_kernels.dsl.tiles import TileConfig
@@ -37,7 +37,7 @@ class TileKernels:
         if max(self.dots) > MOST_BLOCK_TOKENS:
             raise ValueError(
                 f"a block of {max(self.dots)} tokens is beyond the sums' room for "
-                f"{MOST_BLOCK_TOKENS}: raise panels.MOST_BLOCK_TOKENS"
+                f"{MOST_BLOCK_TOKENS}: raise strips.MOST_BLOCK_TOKENS"
             )
 
 
@@ -86,14 +86,16 @@ FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
             unpack=dot.mxfp4_unpack(BYTE_DOT_OFFSET),
             unpacked_group_bytes=dot.UNPACKED_GROUP.nbytes,
             chunk_groups=256,  # 272 KB, a quarter of Zen 4's second-level cache
-            # Cycles for a group of a panel: the matrix unit takes 16 for each plane, whatever the
-            # count; vectors take 16 byte products a token, two at a time. They meet at 4 tokens;
-            # unpacking through memory and storing the registers cost the blocks as much again.
+            # Cycles for a group of a strip, counted in docs/kernels.md: T tokens take 32 for
+            # decoding and 44 each directly, in tiles of up to 6; a block takes 40 for unpacking and
+            # the more of 12 T (vectors) and 128 + 4 T (stores), T in fours. By count it wins from 4
+            # on, but none has run yet: it begins where the direct way decodes twice (7 tokens: 372
+            # against 200).
             tile=TileKernels(
                 config=tile_dot.MXFP4_CONFIG,
                 dots={16: tile_dot.mxfp4_tile_dot},
                 unpack=dot.mxfp4_unpack(0),
-                from_tokens=9,
+                from_tokens=order.MOST_TOKENS + 1,
             ),
         ),
         "BF16": FormatKernels(

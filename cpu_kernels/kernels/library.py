@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hybrid_moe.cpu_kernels.drivers.fields import BATCH_TOKENS, UNPACK_GROUPS
+from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS, UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.dsl.tiles import configure, release
@@ -67,6 +67,8 @@ class KernelSet:
     gather: int
     activate: int
     combine: int
+    weigh: int
+    add: int
     clear: int
     finish: int
     enter: int
@@ -104,6 +106,8 @@ def functions_of(format_name: str, tier: Tier) -> list[tuple[str, int, KernelBod
         ("gather", 4, encode.gather(kernels.encoding)),
         ("activate", 6, epilogue.activate(kernels.encoding)),
         ("combine", 6, epilogue.combine),
+        ("weigh", 5, epilogue.weigh),
+        ("add", 4, epilogue.add),
         ("clear", 2, epilogue.clear),
         ("finish", 5, epilogue.finish),
     ]
@@ -167,6 +171,8 @@ def kernel_set(format_name: str, tier: Tier) -> KernelSet:
         gather=at["gather"],
         activate=at["activate"],
         combine=at["combine"],
+        weigh=at["weigh"],
+        add=at["add"],
         clear=at["clear"],
         finish=at["finish"],
         enter=at.get("enter", 0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hybrid_moe.cpu_kernels.drivers.fields import MAX_POOLS
+from hybrid_moe.cpu_kernels.drivers.records import MAX_POOLS
 from hybrid_moe.cpu_kernels.pool.affinity import bound_to
 from hybrid_moe.cpu_kernels.pool.pinning import Nodes, Placement, place, spread_pools
 from hybrid_moe.cpu_kernels.pool.topology import cores_of, numa_nodes, usable_cores

@@ -14,11 +14,9 @@ import os
 import platform
 import threading
 
-import numpy as np
-
 from hybrid_moe.cpu_kernels import drivers
-from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.pool.group import FUTEX_NUMBERS, Slots
+from hybrid_moe.cpu_kernels.drivers import records
+from hybrid_moe.cpu_kernels.pool.group import FUTEX_NUMBERS
 from hybrid_moe.locks import ProcessLock
 
 _HOT_NS = 20_000_000  # steps of a decoding server follow each other more closely
@@ -26,7 +24,7 @@ _NAP_NS = 50_000
 
 
 class Watcher:
-    """Mailboxes and the thread that answers them.
+    """Mailboxes and the thread that reads them.
 
     Args:
         hot_ns: how long to spin after the last sign of life.
@@ -34,17 +32,17 @@ class Watcher:
     """
 
     def __init__(self, hot_ns: int = _HOT_NS, nap_ns: int = _NAP_NS) -> None:
-        self._block: Slots = np.zeros(f.WATCHER_SLOTS, np.int64)
-        self._block[f.W_FUTEX] = FUTEX_NUMBERS[platform.machine()]
-        self._block[f.W_HOT_NS] = hot_ns
-        self._block[f.W_NAP : f.W_NAP + 2] = (0, nap_ns)
-        self.address = int(self._block.ctypes.data)
+        self.control = records.Watcher.new()
+        self.control.futex = FUTEX_NUMBERS[platform.machine()]
+        self.control.hot_ns = hot_ns
+        self.control.nap[1] = nap_ns
+        self.address = self.control.address
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._kept: list[object] = []
 
     def add(self, mailbox: int, owner: object) -> bool:
-        """Answer what is posted at `mailbox`, the address of MAILBOX_SLOTS zeros.
+        """Serve what is posted at `mailbox`, the address of a `records.Mailbox` of zeros.
 
         Args:
             owner: of that memory; kept for as long as the process lives.
@@ -53,12 +51,12 @@ class Watcher:
             False if there are too many mailboxes already.
         """
         with self._lock:
-            count = int(self._block[f.W_COUNT])
-            if count == f.W_CAPACITY:
+            count = self.control.count.value
+            if count == records.MAX_POSTS:
                 return False
             self._kept.append(owner)
-            self._block[f.W_ENTRIES + count * f.ENTRY_SLOTS + f.E_MAILBOX] = mailbox
-            self._block[f.W_COUNT] = count + 1  # an entry whose address is not yet seen is unused
+            self.control.posts[count].mailbox.value = mailbox
+            self.control.count.value = count + 1  # a post whose address is not yet seen is unused
             return True
 
     def start(self) -> None:
@@ -78,7 +76,7 @@ class Watcher:
     def stop(self) -> None:
         """End the thread; jobs under way fail, so that no stream waits for them."""
         with self._lock:
-            self._block[f.W_STOP] = 1
+            self.control.stop.value = 1
             if self._thread is not None:
                 self._thread.join(timeout=1.0)
 

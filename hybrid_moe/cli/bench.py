@@ -15,7 +15,8 @@ from hybrid_moe.cli.tables import grid
 from hybrid_moe.cli.terminal import console
 
 if TYPE_CHECKING:
-    from hybrid_moe.cpu_kernels.ceilings.peaks import MacCeiling, ReadCeiling
+    from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadCeiling
+    from hybrid_moe.cpu_kernels.ceilings.peaks import MacCeiling
 
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
@@ -34,19 +35,22 @@ def ceilings(
     """Measure read bandwidths and peak multiply-accumulate rates: the ceilings of every figure."""
     from rich.progress import track
 
-    from hybrid_moe.cpu_kernels.ceilings import peaks as c
+    from hybrid_moe.cpu_kernels.ceilings import bandwidth, peaks
     from hybrid_moe.cpu_kernels.pool.config import PoolConfig
     from hybrid_moe.planning.receipt import receipt, write_receipt
 
     threads = PoolConfig.choose(threads).threads
-    chosen, skipped = c.usable_tiers(_names(tiers))
+    chosen, skipped = peaks.usable_tiers(_names(tiers))
     progress_console = console(stderr=True)
     steps: list[Callable[[], ReadCeiling | MacCeiling | None]] = [
-        *(partial(c.read_ceiling, *place, seconds) for place in c.read_places(threads).items()),
         *(
-            partial(c.mac_ceilings, tier, op, threads, seconds)
+            partial(bandwidth.read_ceiling, *place, seconds)
+            for place in bandwidth.read_places(threads).items()
+        ),
+        *(
+            partial(peaks.mac_ceilings, tier, op, threads, seconds)
             for tier in chosen
-            for op in c.MAC_OPS.values()
+            for op in peaks.MAC_OPS.values()
         ),
     ]
     if json is not None:
@@ -59,8 +63,8 @@ def ceilings(
         disable=silent or not progress_console.is_terminal,
     )
     rows = [step() for step in progress]
-    reads = [row for row in rows if isinstance(row, c.ReadCeiling)]
-    macs = [row for row in rows if isinstance(row, c.MacCeiling)]
+    reads = [row for row in rows if isinstance(row, bandwidth.ReadCeiling)]
+    macs = [row for row in rows if isinstance(row, peaks.MacCeiling)]
     show_reads(reads)
     show_peaks(macs, threads)
     for tier_name, missing in skipped.items():

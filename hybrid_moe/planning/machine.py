@@ -115,11 +115,12 @@ def _gpu(nbytes: int, bandwidth: float | None) -> Gpu:
 
 def measure_cpu(threads: int, seconds: float = 0.3) -> CpuSpeeds:
     """Measure this machine: about four times `seconds`, and 512 MiB of memory meanwhile."""
-    from hybrid_moe.cpu_kernels.ceilings import peaks as ceilings
+    from hybrid_moe.cpu_kernels.ceilings.bandwidth import read_ceiling
+    from hybrid_moe.cpu_kernels.ceilings.peaks import USES, mac_ceiling
     from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 
-    read = ceilings.read_ceiling("all threads", PoolConfig.choose(threads), seconds)
-    macs = {name: ceilings.mac_ceiling(name, threads, seconds=seconds) for name in ceilings.USES}
+    read = read_ceiling("all threads", PoolConfig.choose(threads), seconds)
+    macs = {name: mac_ceiling(name, threads, seconds=seconds) for name in USES}
     return CpuSpeeds(read.at_random * 1e9, macs, f"measured here with {threads} threads")
 
 

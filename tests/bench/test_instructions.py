@@ -7,7 +7,7 @@ import re
 from collections import Counter
 
 import pytest
-from instructions import Instruction, count
+from decode.instructions import Instruction, count
 
 TRIPS = (10, 100, 1000)
 

@@ -6,11 +6,12 @@ import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+import comparison
 import pytest
-from comparison import HEADER, comparison, peak_share, read_share, verdicts
+from comparison import TARGETS, Target, peak_share, read_share, target_for, verdicts
 from peer import find
 from peers import Pace, parse_arguments, series
-from targets import TARGETS, Target, target_for
+from tables import rows
 
 from tests.bench.receipts import peer_point
 
@@ -31,11 +32,12 @@ def test_one_row_per_point_with_ratios() -> None:
         peer_point("kt-kernel", [4.0], None),
         peer_point("ggml", [9.0], None, tokens=4),
     ]
-    rows = [dict(zip(HEADER, row, strict=True)) for row in comparison(points)]
-    assert [row["tokens"] for row in rows] == ["1", "4"]
-    assert rows[0]["ggml, ms"] == "5.00 (2.50 x)" and rows[0]["kt-kernel, ms"] == "4.00"
-    assert rows[0]["torch, ms"] == "" and rows[0]["GB/s"] == "20.0"
-    assert rows[1]["ours, ms"] == "" and rows[1]["ggml, ms"] == "9.00"
+    header, texts = rows(comparison.COLUMNS, comparison.side_by_side(points))
+    one, four = (dict(zip(header, row, strict=True)) for row in texts)
+    assert (one["tokens"], four["tokens"]) == ("1", "4")
+    assert one["ggml, ms"] == "5.00 (2.50 x)" and one["kt-kernel, ms"] == "4.00"
+    assert one["torch, ms"] == "" and one["GB/s"] == "20.0"
+    assert four["ours, ms"] == "" and four["ggml, ms"] == "9.00"
 
 
 def test_target_parts() -> None:
@@ -52,8 +54,8 @@ def test_targets_are_judged_with_the_most_threads() -> None:
         peer_point("ours", [1.0], 1.0, threads=2, tokens=3),
     ]
     parts = verdicts(points)
-    assert [(layer, tokens, met) for layer, tokens, _, met in parts] == [("MXFP4 A", "1", True)] * 2
-    assert "160 %" in parts[0][2]
+    assert [(p["layer"], p["tokens"], p["met"]) for p in parts] == [("MXFP4 A", 1, True)] * 2
+    assert "160 %" in parts[0]["measured"]
 
 
 def test_each_point_has_one_target() -> None:

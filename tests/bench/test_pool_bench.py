@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pool
 import pytest
-from common import make_layer
+from harness import make_layer
+from tables import POOL, rows
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.records import RING, ZERO
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 
@@ -19,10 +22,11 @@ def test_median_and_99th_percentile_in_microseconds() -> None:
     assert pool.summary(nanoseconds) == (51.0, 100.0)
 
 
-@pytest.mark.parametrize(("signal", "share"), [(0.25, 0.5), (None, None)])
-def test_share_of_the_bare_signal(signal: float | None, share: float | None) -> None:
+@pytest.mark.parametrize(("signal", "share"), [(0.25, "50"), (None, "")])
+def test_share_of_the_bare_signal(signal: float | None, share: str) -> None:
     point = pool.Point("tiny", 2, "hot", "handed over", 0.5, 1.0, signal, None)
-    assert point.ceiling_share == share
+    header, (row,) = rows(POOL, [asdict(point)])
+    assert row[header.index("% of it")] == share
 
 
 @pytest.mark.parametrize("threads", THREADS)
@@ -30,10 +34,9 @@ def test_tiny_job_is_one_task_for_each_thread(threads: int) -> None:
     layer = make_layer(pool.tiny_shape(threads), "MXFP4", PoolConfig(threads))
     layer.forward(*pool.empty_batch(layer))
     group = layer._ready().group
-    sequence = int(group._slots[f.G_COMPLETED])
-    job = group._slots[f.G_RING + sequence % f.RING * f.JOB_SLOTS :]
-    totals = job[f.J_TOTAL : f.J_TOTAL + f.PHASES]
-    assert list(totals) == [0, 0, threads]
+    entry = group.control.ring[group.completed % RING]
+    phases = [entry.phases[index] for index in range(entry.phase_count.value)]
+    assert [(phase.kind, phase.total.value) for phase in phases] == [(ZERO, threads)]
     layer.close()
 
 

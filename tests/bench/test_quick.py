@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import quick
-from common import write_receipt
 from quick import Figure, speed, verdict
+
+from hybrid_moe.planning.receipt import write_receipt
 
 
 def share(value: float) -> Figure:

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import report
-import sections
-from common import write_receipt
 
+from hybrid_moe.planning.receipt import write_receipt
 from tests.bench.receipts import every_bench, layer_point, machine, peer_point
 
 
@@ -55,7 +54,7 @@ def test_store_keeps_what_was_not_measured_again(tmp_path: Path) -> None:
 
 
 def test_every_benchmark_has_a_section() -> None:
-    assert set(sections.SECTIONS) == {receipt["bench"] for receipt in every_bench()}
+    assert set(report.SECTIONS) == {receipt["bench"] for receipt in every_bench()}
 
 
 def test_page(tmp_path: Path) -> None:

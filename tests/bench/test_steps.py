@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import steps
-from derivation import CODE_BYTES, KERNEL, STEPS, Step, direct, unpacked
-from instructions import Instruction, fewest_cycles
-from sweeps import GROUPS, Clock, Problem, Runner, step_runner
+from decode.derivation import CODE_BYTES, KERNEL, STEPS, Step, direct, unpacked
+from decode.instructions import Instruction, fewest_cycles
+from decode.sweeps import GROUPS, Clock, Problem, Runner, step_runner
 
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, choose_tier
 from hybrid_moe.formats.strips import PANELS

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hybrid_moe.cli import app
-from hybrid_moe.cpu_kernels.ceilings import peaks as ceilings
+from hybrid_moe.cpu_kernels.ceilings import bandwidth
 from hybrid_moe.planning.receipt import receipt
 
 
@@ -21,8 +21,8 @@ def run(*arguments: object) -> Any:
 @pytest.fixture(autouse=True)
 def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real ones are far beyond the caches, and take seconds to get."""
-    real = ceilings.ReadProbe
-    monkeypatch.setattr(ceilings, "ReadProbe", lambda pool: real(pool, 1 << 20, block=64 << 10))
+    real = bandwidth.ReadProbe
+    monkeypatch.setattr(bandwidth, "ReadProbe", lambda pool: real(pool, 1 << 20, block=64 << 10))
 
 
 def test_tables_and_receipt(tmp_path: Path) -> None:

@@ -88,11 +88,11 @@ def model():
 _REST = """
 for _ in range(3):  # allocators, caches and threads take what they keep
     model()
-group_for(PoolConfig(threads)).wait(group_for(PoolConfig(threads))._words[0])
+group_for(PoolConfig(threads)).wait(group_for(PoolConfig(threads)).control.submitted.value)
 before = state()
 for _ in range(count):
     model()
-group_for(PoolConfig(threads)).wait(group_for(PoolConfig(threads))._words[0])
+group_for(PoolConfig(threads)).wait(group_for(PoolConfig(threads)).control.submitted.value)
 after = state()
 print(before, after)
 assert after[:2] == before[:2], "arenas or threads stay"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.records import Mailbox
 from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.streams.buffers import BufferPool
 from hybrid_moe.streams.faults import check_errors
@@ -180,4 +180,4 @@ class _Run:
         assert captured is not None or replayed == self.before[1]
         pinned = [tensor for ref in self.model.gpu.allocated if (tensor := ref()) is not None]
         if captured is None:
-            assert all(t.shape[-1] == f.MAILBOX_SLOTS for t in pinned), "pinned memory stays"
+            assert all(t.shape[-1] == Mailbox.nbytes // 8 for t in pinned), "pinned memory stays"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from hybrid_moe.cpu_kernels import drivers
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.records import RING, GraphJob, Job, Mailbox
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
@@ -50,8 +50,8 @@ class ManualGroup(PoolGroup):
 
     def work(self) -> bool:
         """End the oldest job; whether there was one."""
-        completed = int(self._slots[f.G_COMPLETED])
-        if int(self._slots[f.G_SUBMITTED]) == completed:
+        completed = self.control.completed.value
+        if self.control.submitted.value == completed:
             return False
         while self._help_until(self.address, completed + 1, 0, 0, 1) == 0:
             continue  # it gives up after some time, for the sake of Ctrl-C
@@ -59,18 +59,17 @@ class ManualGroup(PoolGroup):
 
     def addresses(self) -> Iterator[int]:
         """What jobs that are not complete point at."""
-        words = self._slots
-        for sequence in range(int(words[f.G_COMPLETED]) + 1, int(words[f.G_SUBMITTED]) + 1):
-            begin = f.G_RING + sequence % f.RING * f.JOB_SLOTS
-            yield from words[begin + f.J_LAYER : begin + f.J_TOTAL].tolist()
+        group = self.control
+        for sequence in range(group.completed.value + 1, group.submitted.value + 1):
+            job = group.ring[sequence % RING].job
+            yield from (ctypes.c_int64 * (Job.nbytes // 8)).from_address(job.address)
 
     def would_block(self, function: int, user_data: int) -> bool:
         """Whether a host function would wait: for its job, or for room."""
-        host = (ctypes.c_int64 * f.HOST_SLOTS).from_address(user_data)
-        completed = int(self._slots[f.G_COMPLETED])
+        completed = self.control.completed.value
         if function == drivers.addresses()["wait_host"]:
-            return completed < host[f.H_SEQUENCE]
-        return int(self._slots[f.G_SUBMITTED]) + 1 >= completed + f.RING
+            return completed < GraphJob.at(user_data).sequence.value
+        return self.control.submitted.value + 1 >= completed + RING
 
 
 class ManualWatcher(Watcher):
@@ -83,17 +82,17 @@ class ManualWatcher(Watcher):
         )
 
     def _seen(self) -> list[bytes]:
-        """Its entries, and the mailboxes."""
-        count = int(self._block[f.W_COUNT])
-        entries = self._block[f.W_ENTRIES :][: count * f.ENTRY_SLOTS].reshape(-1, f.ENTRY_SLOTS)
-        mailboxes = entries[:, f.E_MAILBOX].tolist()
-        return [entries.tobytes(), *(ctypes.string_at(m, 8 * f.MAILBOX_SLOTS) for m in mailboxes)]
+        """Its posts, and the mailboxes."""
+        posts = [self.control.posts[i] for i in range(self.control.count.value)]
+        pieces = [(post.address, post.nbytes) for post in posts]
+        pieces += [(post.mailbox.value, Mailbox.nbytes) for post in posts]
+        return [ctypes.string_at(*piece) for piece in pieces]
 
     def addresses(self) -> Iterator[int]:
-        """Mailboxes, and slots under way."""
-        for i in range(int(self._block[f.W_COUNT])):
-            entry = f.W_ENTRIES + i * f.ENTRY_SLOTS
-            yield from self._block[[entry + f.E_MAILBOX, entry + f.E_HOST]].tolist()
+        """Mailboxes, and graph jobs under way."""
+        for i in range(self.control.count.value):
+            post = self.control.posts[i]
+            yield from (post.mailbox.value, post.graph_job.address)
 
     def look(self) -> bool:
         """Look once; whether that changed anything."""
@@ -250,7 +249,6 @@ class Model:
             )
             runner._stager = Stager(layer, self.mask, self.pool)
             runner._stream = lambda device, handle: self._stream
-            runner._small_calls = set()  # for tensors on the CPU, which these only seem to be
             self.runners.append(runner)
         self.masked: tuple[bool, ...] = (False,) * E
 
@@ -357,7 +355,11 @@ class Model:
                 check.got, check.expected(), rtol=0, atol=0, msg=lambda m, c=check: f"{c.what}: {m}"
             )
         for page in (ref() for ref in self.gpu.allocated):
-            if page is not None and page.shape[-1] == f.MAILBOX_SLOTS and page.dtype == torch.int64:
+            if (
+                page is not None
+                and page.shape[-1] == Mailbox.nbytes // 8
+                and page.dtype == torch.int64
+            ):
                 assert not page.any(), "a flag is left"
         for runner in self.runners:
             assert runner.take_error() is None

@@ -11,13 +11,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from hybrid_moe.cpu_kernels import drivers
-from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.streams import slots
+from hybrid_moe.cpu_kernels.drivers.records import MAX_POSTS, RING, Mailbox
+from hybrid_moe.cpu_kernels.streams import graph_job
 from hybrid_moe.cpu_kernels.streams.watcher import Watcher
 from hybrid_moe.streams.buffers import Mailboxes
 from hybrid_moe.streams.faults import check_errors
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("clean")
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "TIMEOUT_S", 0.03)
+    monkeypatch.setattr(graph_job, "TIMEOUT_S", 0.03)
 
 
 def model_without_workers(flags: bool) -> Model:
@@ -45,8 +44,8 @@ def watching(model: Model) -> Callable[[], bool]:
 
     def step() -> bool:
         return model.watcher.look() or any(
-            model.watcher._block[f.W_ENTRIES + i * f.ENTRY_SLOTS + f.E_HOST]
-            for i in range(int(model.watcher._block[f.W_COUNT]))
+            model.watcher.control.posts[i].graph_job.address
+            for i in range(model.watcher.control.count.value)
         )
 
     return step
@@ -86,7 +85,7 @@ def test_layers_after_a_dead_worker_do_not_wait_for_it(
 ) -> None:
     model = model_without_workers(flags)
     step = model.capture(2)
-    monkeypatch.setattr(slots, "TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(graph_job, "TIMEOUT_S", 3600.0)
     patient = model.capture(2)
     for graph, reason in ((step, "nothing for 0.03 s"), (patient, "still busy"), (step, "still")):
         model.replay(graph, seed=0)
@@ -113,25 +112,25 @@ def test_an_abandoned_job_writes_elsewhere() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_an_abandoned_job_outlives_its_slot() -> None:
+def test_the_memory_of_an_abandoned_job_outlives_it() -> None:
     model = model_without_workers(flags=True)
     model.replay(model.capture(2), seed=0)
     model.gpu.run()
     runner: Any = model.runners[0]
-    (slot,) = map(weakref.ref, runner._stager._captured.values())
+    (job,) = map(weakref.ref, runner._stager._captured.values())
     ((buffers,),) = model.pool._captured.values()
-    scratch = weakref.ref(next(iter(buffers.scratch.values())))
+    memory = weakref.ref(next(iter(buffers.memory.values()))._workspace)
     group = model.group
     del runner, model, buffers
     gc.collect()
-    assert slot() is None and scratch() is not None
+    assert job() is None and memory() is not None
     while group.work():
         pass
 
 
 def test_progress_of_others_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job behind long ones is not late as long as those complete."""
-    monkeypatch.setattr(slots, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(graph_job, "TIMEOUT_S", 0.2)
     model = Model(flags=True, count=1)
     for seed in range(8):
         model.step(1, seed)
@@ -152,30 +151,30 @@ def test_progress_of_others_is_progress(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Client:
-    """A stream's end of a mailbox, and a slot to post."""
+    """A stream's end of a mailbox, and a graph job to post."""
 
     def __init__(self, watcher: Watcher) -> None:
         self.model = Model(count=1)
-        self.words = np.zeros(f.MAILBOX_SLOTS, np.int64)
-        assert watcher.add(int(self.words.ctypes.data), self.words)
+        self.mailbox = Mailbox.new()
+        assert watcher.add(self.mailbox.address, self.mailbox)
         runner: Any = self.model.runners[0]
         given = Inputs.random(2, 0)
         job = runner._stager.submit(self.model.streams[0], *given.tensors)
         self.model.gpu.agents = []
         self.model.gpu.run()  # the copies; and a post that nobody reads
-        self.slot, self.out = job.slot, job.buffers.out[:2]
+        self.job, self.out = job.graph_job, job.buffers.out[:2]
 
     def post(self) -> None:
-        self.words[f.M_POSTED] = self.slot.user_data
+        self.mailbox.posted.value = self.job.user_data
 
     def finish(self) -> None:
         """Wait for the answer, and clear it."""
         end = time.monotonic() + 30
-        while self.words[f.M_DONE] == 0:
+        while self.mailbox.done.value == 0:
             assert time.monotonic() < end, "no answer"
             self.model.group.work()
-        assert self.words.tolist() == [0, 1] + [0] * (f.MAILBOX_SLOTS - 2)
-        self.words[f.M_DONE] = 0
+        assert self.mailbox.words.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+        self.mailbox.done.value = 0
 
 
 @pytest.mark.parametrize("hot_ns", [0, 10**9])
@@ -199,10 +198,10 @@ def test_stopping_releases_streams() -> None:
     client = Client(watcher)
     watcher.start()
     client.post()
-    while client.words[f.M_POSTED] != 0:
+    while client.mailbox.posted.value != 0:
         time.sleep(0.001)
     watcher.stop()
-    assert client.words[f.M_DONE] == 1 and client.out.isnan().all()
+    assert client.mailbox.done.value == 1 and client.out.isnan().all()
     with pytest.raises(RuntimeError, match="the CPU workers have been stopped"):
         check_errors()
     while client.model.group.work():
@@ -219,9 +218,9 @@ def test_too_many_mailboxes(caplog: pytest.LogCaptureFixture) -> None:
     watcher = ManualWatcher()
     mailboxes = Mailboxes(lambda: watcher)
     stream = Device(random.Random(0)).stream()
-    taken = [mailboxes.take(stream) for _ in range(f.W_CAPACITY)]
-    addresses = {box.posted for box in taken if box is not None}
-    assert len(addresses) == f.W_CAPACITY
+    taken = [mailboxes.take(stream) for _ in range(MAX_POSTS)]
+    addresses = {box.posted.address for box in taken if box is not None}
+    assert len(addresses) == MAX_POSTS
     with caplog.at_level(logging.WARNING, logger="hybrid_moe"):
         assert mailboxes.take(stream) is None
         assert mailboxes.take(stream) is None
@@ -234,20 +233,20 @@ def test_too_many_mailboxes(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_full_ring_makes_a_post_wait_and_give_up() -> None:
     """Host functions only: the watcher never waits."""
     model = model_without_workers(flags=False)
-    for _ in range(f.RING - 1):
+    for _ in range(RING - 1):
         runner: Any = model.runners[0]
         runner._stager.submit(model.streams[0], *Inputs.random(1, 0).tensors)
     model.gpu.run()
-    slots_of = model.group._slots
-    assert slots_of[f.G_SUBMITTED] - slots_of[f.G_COMPLETED] == f.RING - 1
+    group = model.group.control
+    assert group.submitted.value - group.completed.value == RING - 1
     job = runner._stager.submit(model.streams[0], *Inputs.random(1, 0).tensors)
     model.gpu.run()
-    assert slots_of[f.G_SUBMITTED] - slots_of[f.G_COMPLETED] == f.RING - 1
+    assert group.submitted.value - group.completed.value == RING - 1
     with pytest.raises(RuntimeError, match="completed nothing for"):
         check_errors()
     assert job.buffers.out[:1].isnan().all()
     while model.group.work():
         pass
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-    call(drivers.addresses()["post_host"])(job.slot.user_data)
+    call(drivers.addresses()["post_host"])(job.graph_job.user_data)
     assert model.group.work() and not job.buffers.out[:1].isnan().any()

@@ -8,20 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from hybrid_moe.cpu_kernels import drivers
-from hybrid_moe.cpu_kernels.drivers import fields as f
 from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, worker
-from hybrid_moe.cpu_kernels.streams import slots
+from hybrid_moe.cpu_kernels.drivers.records import DOWN, GATE_UP, RING, GraphJob, Group, Phase
+from hybrid_moe.cpu_kernels.jit.records import Word
+from hybrid_moe.cpu_kernels.streams import graph_job
+from hybrid_moe.formats.strips import STRIP_ROWS
 from hybrid_moe.streams.faults import check_errors
 from tests.streams.interpreted import Clock, interpret
 from tests.streams.model import H, I, Inputs, K, Model
 
 SECOND = 10**9
-TIMEOUT = int(slots.TIMEOUT_S) * SECOND
+TIMEOUT = int(graph_job.TIMEOUT_S) * SECOND
 
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -40,32 +41,36 @@ class Waiter:
         self.inputs = inputs
         runner: Any = model.runners[0]
         runner.submit(*inputs.tensors, 1)
-        job = runner._pending.job
-        self.slot, self.buffers = job.slot, job.buffers
+        job = runner._submission.job
+        self.posted, self.buffers = job.graph_job, job.buffers
         self.result = runner.sync(inputs.hidden, 1)
         model.gpu.run_some(200)
         group = model.group
-        self.group = group.address
-        self.sequence = int(group._slots[f.G_SUBMITTED])
-        assert self.sequence == int(group._slots[f.G_COMPLETED]) + 1
-        self.job = worker.ring_slot(self.group, self.sequence)
+        self.group = group.control
+        self.sequence = self.group.submitted.value
+        assert self.sequence == self.group.completed.value + 1
+        self.entry = worker.ring_entry(self.group, self.sequence)
+        self.graph_job = GraphJob.at(self.posted.user_data)
 
     @property
     def patience(self) -> int:
         """By the formula, in nanoseconds."""
-        return TIMEOUT + self.field(f.J_TASK_NS)
+        return TIMEOUT + self.entry.task_ns.value
 
-    def field(self, slot: int) -> int:
-        return ctypes.c_int64.from_address(self.job + 8 * slot).value
+    def phase(self, kind: int) -> Phase:
+        """Its phase of this kind."""
+        phases = map(self.entry.phases.__getitem__, range(self.entry.phase_count.value))
+        (found,) = (phase for phase in phases if phase.kind == kind)
+        return found
 
     def look(self) -> None:
         """The watcher looks."""
-        mailbox.watch_once(self.model.watcher.address)
+        mailbox.watch_once(self.model.watcher.control)
 
     @property
     def answered(self) -> bool:
         assert self.buffers.mailbox is not None
-        return ctypes.c_int64.from_address(self.buffers.mailbox.done).value != 0
+        return self.buffers.mailbox.done.value != 0
 
     def finish(self) -> None:
         """Let the pool work, and the stream run to its end."""
@@ -85,15 +90,14 @@ def one_expert(tokens: int) -> Inputs:
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 def test_the_formula(tokens: int) -> None:
     """Multiply-adds of the largest task at 1e8 a second: with one block of intermediate rows and
-    one strip of outputs, a task is a whole matrix."""
+    one strip of outputs, counted with all its rows, a task is a whole matrix."""
     assert (H, I) == (32, 32)
     waiter = Waiter(False, one_expert(tokens))
-    gate_up, down = tokens * 2 * I * H, tokens * K * H * I
-    assert waiter.field(f.J_TASK_NS) == max(gate_up, down) * SECOND // 10**8
-    interpreted = patience.patience
+    gate_up, down = tokens * 2 * I * H, tokens * K * STRIP_ROWS * I
+    assert waiter.entry.task_ns.value == max(gate_up, down) * SECOND // 10**8
     with pytest.MonkeyPatch.context() as patch:
         interpret(patch, never)
-        assert interpreted(waiter.slot.user_data) == waiter.patience
+        assert patience.patience_ns(waiter.graph_job) == waiter.patience
     waiter.finish()
 
 
@@ -102,10 +106,10 @@ def test_no_task_is_larger_than_the_formula_says(tokens: int) -> None:
     """A task of average size is not, and all tasks together are at least the job."""
     given = Inputs.random(tokens, 1)
     waiter = Waiter(False, given)
-    seconds = waiter.field(f.J_TASK_NS) / SECOND
+    seconds = waiter.entry.task_ns.value / SECOND
     pairs = int((given.ids >= 0).sum())
-    for phase, macs in ((f.PHASE_GATE_UP, 2 * I * H * pairs), (f.PHASE_DOWN, H * I * pairs)):
-        tasks = waiter.field(f.J_TOTAL + phase)
+    for kind, macs in ((GATE_UP, 2 * I * H * pairs), (DOWN, H * I * pairs)):
+        tasks = waiter.phase(kind).total.value
         assert seconds * tasks >= macs / 1e8
     assert seconds <= 3 * I * H * K * tokens / 1e8
     waiter.finish()
@@ -116,7 +120,7 @@ def slow_pool(waiter: Waiter, clock: Clock, portion: float, monkeypatch: pytest.
     watcher looks; returns how many tasks it ended."""
     ended = []
 
-    def run_task(*arguments: int) -> None:
+    def run_task(*arguments: object) -> None:
         for _ in range(10):
             clock.pass_by(int(portion * waiter.patience / 10))
             waiter.look()
@@ -178,27 +182,24 @@ def test_host_functions_wait_as_long(
     clock = interpret(monkeypatch, lambda: clock.pass_by(SECOND))
     done = [0]
 
-    def help_until(group: int, sequence: int, *_: int) -> int:
+    def help_until(group: Group, sequence: int, *_: int) -> bool:
         """One task of the pool's, then a look whether all are done."""
         clock.pass_by(int(portion * waiter.patience))
-        word = waiter.job + 8 * (f.J_DONE + f.PHASE_GATE_UP * f.LINE_SLOTS)
-        host.fetch_add(word, 1)
+        host.fetch_add(waiter.phase(GATE_UP).done, 1)
         done[0] += 1
         if done[0] < 20:
-            return 0
-        host.store_release(group + 8 * f.G_COMPLETED, sequence)
-        return 1
+            return False
+        host.store_release(group.completed, sequence)
+        return True
 
     if error:
         monkeypatch.setattr(host, "fetch_add", lambda word, value: None)
     monkeypatch.setattr(host, "help_until", help_until)
-    host.wait(waiter.slot.user_data)
+    host.wait(waiter.graph_job)
     assert (done[0] == 20) is not error
-    abandoned = ctypes.c_int64.from_address(waiter.slot.user_data + 8 * f.H_ABANDONED).value
-    assert abandoned == (waiter.sequence if error else 0)
+    assert waiter.graph_job.abandoned.value == (waiter.sequence if error else 0)
     if error:
-        words = waiter.model.group._slots
-        words[f.G_COMPLETED] = words[f.G_ABANDONED] = waiter.sequence
+        waiter.group.completed.value = waiter.group.abandoned.value = waiter.sequence
     waiter.model.gpu.run()
 
 
@@ -209,10 +210,8 @@ def test_host_functions_wait_as_long(
 def worker_inside_a_task(waiter: Waiter) -> Iterator[Callable[[], None]]:
     """A worker has taken a task of the last phase, and leaves it when the given function is called.
     Afterwards nobody has."""
-    at = waiter.job + 8 * (f.J_CLAIM + f.PHASE_DOWN * f.MAX_POOLS * f.LINE_SLOTS)
-    claims = ctypes.c_int64.from_address(at)
-    at = waiter.job + 8 * (f.J_DONE + f.PHASE_DOWN * f.LINE_SLOTS)
-    done = ctypes.c_int64.from_address(at)
+    phase = waiter.phase(DOWN)
+    claims, done = phase.claims[0], phase.done
 
     def leave() -> None:
         done.value += 1
@@ -229,13 +228,13 @@ def test_a_worker_inside_a_task_cannot_spoil_the_nan(monkeypatch: pytest.MonkeyP
     """It has read where the output goes before the job was given up, and writes after that."""
     waiter = Waiter(True, Inputs.random(3, 2))
     clock = interpret(monkeypatch, never)
-    out = waiter.field(f.J_OUT)
+    out = waiter.entry.job.out.value
     assert out == waiter.buffers.out.data_ptr()
     with worker_inside_a_task(waiter) as leave:
         clock.pass_by(waiter.patience + SECOND)
         for _ in range(3):
             waiter.look()
-        assert waiter.field(f.J_OUT) != out and not waiter.answered
+        assert waiter.entry.job.out.value != out and not waiter.answered
         ctypes.memset(out, 0x3F, 2 * H * 3)
         leave()
         waiter.look()
@@ -266,19 +265,19 @@ def test_a_worker_that_stands_still_inside_a_task_is_not_waited_for(
 def test_the_newest_job_that_was_given_up_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Watcher and host function give up two jobs at a time, in whichever order."""
     interpret(monkeypatch, never)
-    word = np.zeros(1, np.int64)
+    word = Group.new().abandoned
     swap = host.compare_swap
 
-    def interrupted(address: int, expected: int, desired: int) -> bool:
+    def interrupted(word: Word, expected: int, desired: int) -> bool:
         monkeypatch.setattr(host, "compare_swap", swap)
-        word[0] = 9  # the other one, between the look and the store
-        return swap(address, expected, desired)
+        word.value = 9  # the other one, between the look and the store
+        return bool(swap(word, expected, desired))
 
     monkeypatch.setattr(host, "compare_swap", interrupted)
-    host.raise_word(word.ctypes.data, 7)
-    assert word[0] == 9
-    host.raise_word(word.ctypes.data, 12)
-    assert word[0] == 12
+    host.raise_word(word, 7)
+    assert word.value == 9
+    host.raise_word(word, 12)
+    assert word.value == 12
 
 
 # A full ring ------------------------------------------------------------------------------------
@@ -290,22 +289,21 @@ def test_a_launch_that_finds_no_room_after_all_waits_for_nobody(
     """The last entry goes to somebody else between the look and the launch; the pool is dead."""
     model = Model(flags=True, count=1)
     model.gpu.agents = [(1.0, model.watcher.look)]
-    for seed in range(f.RING - 1):
+    for seed in range(RING - 1):
         model.runners[0]._stager.submit(model.streams[0], *Inputs.random(1, seed).tensors)  # type: ignore[union-attr]
     model.gpu.run()
     late = model.runners[0]._stager.submit(model.streams[0], *Inputs.random(1, 0).tensors)  # type: ignore[union-attr]
     model.gpu.run()  # accepted, and there is no room
-    words = model.group._slots
-    assert words[f.G_SUBMITTED] - words[f.G_COMPLETED] == f.RING - 1
+    group = model.group.control
+    assert group.submitted.value - group.completed.value == RING - 1
     clock = interpret(monkeypatch, never)
     monkeypatch.setattr(mailbox, "has_room", lambda group: True)
-    mailbox.watch_once(model.watcher.address)
-    assert words[f.G_LOCK] == 0 and words[f.G_SUBMITTED] - words[f.G_COMPLETED] == f.RING - 1
-    mask = ctypes.c_int64.from_address(late.slot.user_data + 8 * f.H_MASK).value
-    assert ctypes.c_int64.from_address(mask + 8 * f.K_LOCK).value == 0
+    mailbox.watch_once(model.watcher.control)
+    assert group.lock.value == 0 and group.submitted.value - group.completed.value == RING - 1
+    assert GraphJob.at(late.graph_job.user_data).mask.lock.value == 0
     clock.pass_by(2 * TIMEOUT)
     for _ in range(2):
-        mailbox.watch_once(model.watcher.address)
+        mailbox.watch_once(model.watcher.control)
     assert late.buffers.out[:1].isnan().all()
     with pytest.raises(RuntimeError, match="the CPU workers"):
         check_errors()
@@ -315,21 +313,21 @@ def test_a_post_that_finds_no_room_gives_up_in_time(monkeypatch: pytest.MonkeyPa
     model = Model(flags=False, count=1)
     model.gpu.agents = []
     model.gpu.would_block = lambda function, user_data: False
-    for seed in range(f.RING - 1):
+    for seed in range(RING - 1):
         model.runners[0]._stager.submit(model.streams[0], *Inputs.random(1, seed).tensors)  # type: ignore[union-attr]
     model.gpu.run()
     clock = interpret(monkeypatch, never)
-    oldest = int(model.group._slots[f.G_COMPLETED]) + 1
+    oldest = model.group.control.completed.value + 1
 
-    def help_until(group: int, sequence: int, *_: int) -> int:
+    def help_until(group: Group, sequence: int, *_: int) -> bool:
         """Sleeps for a while in vain."""
         assert sequence == oldest
         clock.pass_by(10 * SECOND)
-        return 0
+        return False
 
     monkeypatch.setattr(host, "help_until", help_until)
     monkeypatch.setattr(host, "has_room", lambda group: True)
-    model.gpu.python[drivers.addresses()["post_host"]] = host.post_host
+    model.gpu.python[drivers.addresses()["post_host"]] = lambda at: host.post_host(GraphJob.at(at))
     late = model.runners[0]._stager.submit(model.streams[0], *Inputs.random(1, 0).tensors)  # type: ignore[union-attr]
     model.gpu.run()
     assert late.buffers.out[:1].isnan().all() and TIMEOUT <= clock.ahead < 2 * TIMEOUT

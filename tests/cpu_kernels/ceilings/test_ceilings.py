@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hybrid_moe import sysfiles
 from hybrid_moe.cpu_kernels.ceilings import bandwidth
 from hybrid_moe.cpu_kernels.ceilings import peaks as ceilings
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
@@ -18,7 +19,6 @@ from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE, Tier, available_tiers
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
-from hybrid_moe.cpu_kernels.pool import sysfiles
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 
@@ -35,7 +35,8 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bandwidth.ReadProbe.__init__, "__defaults__", (None, 64 << 10))
 
 
-def test_reader_reads_every_word_of_its_blocks() -> None:
+@pytest.mark.parametrize("prefetches", [False, True])
+def test_reader_reads_every_word_of_its_blocks(prefetches: bool) -> None:
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2**31, 8 * 256, np.int64).astype(np.int32)
     arena = bandwidth.Arena(words.nbytes)
@@ -43,7 +44,7 @@ def test_reader_reads_every_word_of_its_blocks() -> None:
     blocks = np.array([5, 0, 3], np.int64)
     table = arena.address + 1024 * blocks
     out = np.zeros(16, np.int32)
-    reader()(table.ctypes.data, len(table), 1024, out.ctypes.data)
+    reader(prefetches)(table.ctypes.data, len(table), 1024, out.ctypes.data)
     expected = words.reshape(8, -1, 16)[blocks].astype(np.int64).sum(axis=(0, 1)).astype(np.int32)
     assert np.array_equal(out, expected)
 
@@ -55,6 +56,22 @@ def test_random_order_reads_the_same_blocks() -> None:
     assert not np.array_equal(in_order, at_random)
     assert np.array_equal(in_order, np.sort(at_random))
     assert probe.measure(0.001) > 0 and probe.measure(0.001, at_random=True) > 0
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_the_faster_loop_reads(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one never: not after the trial of both."""
+    used: list[bool] = []
+    monkeypatch.setattr(bandwidth, "reader", lambda prefetches: lambda *_: used.append(prefetches))
+    monkeypatch.setattr(
+        bandwidth, "repetitions_per_second",
+        lambda config, repeat, seconds: (repeat(0), 2.0 if used[-1] == faster else 1.0)[1],
+    )  # fmt: skip
+    probe = ReadProbe(1, nbytes=1 << 20, block=4096)
+    assert set(used) == {False, True} and probe.prefetches is faster
+    used.clear()
+    assert probe.measure(0.1) == 2.0 * (1 << 20) / 1e9
+    assert used == [faster]
 
 
 @pytest.mark.parametrize(("nbytes", "block"), [(4096, 8192), (1 << 20, 1000)])
@@ -160,9 +177,9 @@ def test_tiers_that_do_not_run_here_are_told() -> None:
 
 @pytest.mark.usefixtures("small_buffers")
 def test_places_cover_the_machine() -> None:
-    places = ceilings.read_places(1)
+    places = bandwidth.read_places(1)
     assert list(places)[:2] == ["1 thread", "all threads"]
     assert len(places) == 2 + len(numa_nodes())
-    row = ceilings.read_ceiling("1 thread", places["1 thread"], seconds=0.006)
+    row = bandwidth.read_ceiling("1 thread", places["1 thread"], seconds=0.006)
     assert row.where == "1 thread" and row.threads == 1
     assert row.in_order > 0 and row.at_random > 0

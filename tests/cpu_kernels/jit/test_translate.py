@@ -15,15 +15,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_moe.cpu_kernels import drivers
-from hybrid_moe.cpu_kernels.drivers import fields as f
-from hybrid_moe.cpu_kernels.drivers.intrinsics import compare_swap, driver, load64, store64
+from hybrid_moe.cpu_kernels.batch import Batch
+from hybrid_moe.cpu_kernels.drivers import records
+from hybrid_moe.cpu_kernels.drivers.intrinsics import compare_swap, driver, load_acquire
 from hybrid_moe.cpu_kernels.drivers.pack_strips import pack_strips
-from hybrid_moe.cpu_kernels.drivers.route import prepare
+from hybrid_moe.cpu_kernels.drivers.records import Entry
+from hybrid_moe.cpu_kernels.drivers.route import append_phases, route
+from hybrid_moe.cpu_kernels.drivers.worker import copy_job
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.jit.driver import Driver, Intrinsic
+from hybrid_moe.cpu_kernels.jit.records import (
+    Array,
+    Record,
+    Word,
+    array,
+    i8,
+    i32,
+    i64,
+    inline,
+    pointer,
+    shared,
+    shared_line,
+    u8,
+)
 from hybrid_moe.cpu_kernels.jit.translate import translate
-from hybrid_moe.cpu_kernels.job import StagedJob
+from hybrid_moe.cpu_kernels.job import INLINE_ENCODE_TOKENS, JobMemory
 from hybrid_moe.formats.table import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
 
@@ -32,7 +49,7 @@ SMALL = st.integers(-20, 40)
 SEVEN = 7
 
 
-def compiled(*functions: Driver) -> list[Callable[..., int]]:
+def compiled(*functions: Driver[..., Any]) -> list[Callable[..., int]]:
     """The drivers as machine code."""
     names = [function.__name__ for function in functions]
     text = translate(dict(zip(names, functions, strict=True)))
@@ -80,12 +97,12 @@ def bits(a: int, b: int) -> int:
 
 @driver
 def shift(a: int, b: int) -> int:
-    return (a << (b & 63)) - (a >> (b & 63))
+    return (a << (b & 127)) - (a >> (b & 127)) + (a << 63) - (a >> 62)
 
 
 @driver
 def by_constants(a: int, b: int) -> int:
-    return a // 3 + a % SEVEN - a // -5 + b % -16 + a // f.LINE_SLOTS
+    return a // 3 + a % SEVEN - a // -5 + b % -16 + a // records.MAX_POOLS
 
 
 @driver
@@ -135,6 +152,28 @@ def test_operators(operators: list[Callable[..., int]], a: int, b: int) -> None:
             assert code(a, b) == 0
         else:
             assert code(a, b) == wrapped(int(function(a, b))), function.__name__
+
+
+@driver
+def shift_up(a: int, b: int) -> int:
+    return a << b
+
+
+@driver
+def shift_down(a: int, b: int) -> int:
+    return a >> b
+
+
+@pytest.fixture(scope="module")
+def shifts() -> list[Callable[..., int]]:
+    return compiled(shift_up, shift_down)
+
+
+@given(a=INT64, b=st.integers(-200, 200) | INT64)
+def test_shifts_by_any_number(shifts: list[Callable[..., int]], a: int, b: int) -> None:
+    """By 64 or more, as Python's of a number with endless sign bits; so by less than 0."""
+    by = b if 0 <= b < 64 else 64
+    assert [code(a, b) for code in shifts] == [wrapped(a << by), a >> by]
 
 
 # control flow
@@ -203,14 +242,14 @@ def bounds_are_evaluated_once(a: int, b: int) -> int:
 
 @driver
 def is_even(n: int) -> bool:
-    if n == 0:
-        return True
-    return is_odd(n - 1)
+    while n > 1:
+        n -= 2
+    return n == 0
 
 
 @driver
 def is_odd(n: int) -> bool:
-    return n != 0 and is_even(n - 1)
+    return not is_even(n)
 
 
 @driver
@@ -255,36 +294,30 @@ def test_control_flow(control: list[Callable[..., int]], a: int, b: int) -> None
 # memory
 
 
-def _at(kind: Any, address: int) -> Any:
-    return ctypes.cast(address, ctypes.POINTER(kind))
-
-
-def _compare_swap(address: int, expected: int, desired: int) -> bool:
-    word = _at(ctypes.c_int64, address)
-    if word[0] != expected:
+def _compare_swap(word: Word, expected: int, desired: int) -> bool:
+    if word.value != expected:
         return False
-    word[0] = desired
+    word.value = desired
     return True
 
 
-def _call6(kernel: int, *arguments: int) -> None:
-    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(kernel)(*arguments)
+def _store(word: Word, value: int) -> None:
+    word.value = value
+
+
+def _call(kernel: int, *arguments: int) -> None:
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(arguments))(kernel)(*arguments)
 
 
 MEANINGS: dict[str, Callable[..., Any]] = {
-    "load64": lambda a: _at(ctypes.c_int64, a)[0],
-    "load32": lambda a: _at(ctypes.c_int32, a)[0],
-    "load8": lambda a: _at(ctypes.c_uint8, a)[0],
-    "load_acquire": lambda a: _at(ctypes.c_int64, a)[0],
-    "store64": lambda a, v: _at(ctypes.c_int64, a).__setitem__(0, v),
-    "store32": lambda a, v: _at(ctypes.c_int32, a).__setitem__(0, v),
-    "store8": lambda a, v: _at(ctypes.c_uint8, a).__setitem__(0, v),
+    "load_acquire": lambda word: word.value,
+    "store_release": _store,
     "compare_swap": _compare_swap,
-    "call6": _call6,
+    "call": _call,
     "set_float_environment": lambda: 0,
     "restore_float_environment": lambda _: None,
 }
-"""What intrinsics do, in Python."""
+"""What intrinsics do, in Python; fields and arrays are read and written there as they are."""
 
 
 @pytest.fixture
@@ -298,21 +331,22 @@ def _python_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @driver
 def bump(at: int, by: int) -> bool:
-    store64(at, load64(at) + by)
-    return load64(at) > 0
+    word = i64.at(at)
+    word[0] += by
+    return word[0] > 0
 
 
 @driver
 def evaluates_conditionally(at: int, a: int) -> None:
     if (bump(at, 1) and bump(at + 8, a)) or bump(at + 16, 1):
-        bump(at + 24, 1 if compare_swap(at + 32, a, 5) else load64(at + 8))
+        bump(at + 24, 1 if compare_swap(shared.at(at)[4], a, 5) else i64.at(at)[1])
     ignored = bump(at + 40, a) if a > 3 else bump(at + 48, a)
-    store64(at, load64(at) + ignored)
+    i64.at(at)[0] += ignored
 
 
 def test_an_intrinsic_has_no_meaning_in_python() -> None:
-    with pytest.raises(RuntimeError, match="load64 exists in compiled drivers only"):
-        load64(0)
+    with pytest.raises(RuntimeError, match="load_acquire exists in compiled drivers only"):
+        load_acquire(Word(0))
 
 
 @pytest.mark.usefixtures("_python_memory")
@@ -326,6 +360,89 @@ def test_what_is_evaluated(a: int) -> None:
         assert code(row.ctypes.data, a) == 0
         evaluates_conditionally(other.ctypes.data, a)
     assert np.array_equal(memory, expected)
+
+
+# records
+
+
+class Leaf(Record):
+    small = u8
+    large = i64
+
+
+class Tree(Record):
+    leaf = pointer(Leaf)
+    own = inline(Leaf)
+    leaves = inline(Leaf)[3]
+    tiny = array(i8)
+    table = i32[2, 3]
+    lines = shared_line[2]
+    lone = shared
+
+
+@driver
+def largest(leaves: Array[Leaf], count: int) -> int:
+    found = leaves[0].large
+    for i in range(1, count):
+        found = max(found, leaves[i].large)
+    return found
+
+
+@driver
+def take(word: Word, value: int) -> bool:
+    return compare_swap(word, value, value + 1)
+
+
+@driver
+def leaf_of(tree: Tree, other: int) -> Leaf:
+    if other != 0:
+        return tree.own
+    return tree.leaf
+
+
+@driver
+def walk(tree: Tree, a: int) -> int:
+    tree.leaf.large += a
+    tree.leaves[a % 3].large = a
+    tree.leaves[1].small -= 300 + a
+    tree.own.large = largest(tree.leaves, 3)
+    tiny = tree.tiny
+    tiny[2] ^= a
+    i8.at(tree.tiny.address)[0] = tree.leaf.small
+    tree.table[a % 2, 2] = tree.table[1, a % 3] - a
+    leaf_of(tree, a % 2).small += 1
+    if a > 0:
+        tree.leaf = tree.own
+    return take(tree.lines[a % 2], a) + 2 * take(tree.lone, 3) + tree.leaf.large
+
+
+@pytest.mark.usefixtures("_python_memory")
+@given(a=SMALL, seed=st.integers(0, 99))
+def test_records(walks: Callable[..., int], a: int, seed: int) -> None:
+    """Whatever a driver does to them is the same in Python."""
+    rng = np.random.default_rng(seed)
+    results = []
+    tree, leaf, tiny = Tree.new(), Leaf.new(), rng.integers(-128, 127, 4, np.int8)
+    for word in range(len(tree.words)):
+        tree.words[word] = int(rng.integers(-(2**40), 2**40))
+    tree.lines[a % 2].value, tree.lone.value = a + seed % 2, 3
+    for run in (walks, walk):
+        mine, own_leaf, own_tiny = tree.copy(), leaf.copy(), tiny.copy()
+        mine.leaf, mine.tiny = own_leaf, i8.at(own_tiny.ctypes.data)
+        value = walks(mine.address, a) if run is walks else walk(mine, a)
+        points_inside = mine.leaf.address == mine.own.address
+        mine.leaf, mine.tiny = Leaf.at(0), i8.at(0)
+        results.append(
+            (int(value), points_inside, mine.words.tolist(), own_leaf.words.tolist(),
+             own_tiny.tolist())
+        )  # fmt: skip
+    assert results[0] == results[1]
+
+
+@pytest.fixture(scope="module")
+def walks() -> Callable[..., int]:
+    (code,) = compiled(walk)
+    return code
 
 
 # the drivers themselves
@@ -354,37 +471,48 @@ def test_packing(rows: int, half_step: int) -> None:
 @pytest.mark.usefixtures("_python_memory")
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_routing(tokens: int) -> None:
-    """`prepare` on the same memory, as Python and as machine code."""
-    (code,) = compiled(prepare)
+    """The same job, as Python and as machine code: its pairs, its encoded or copied rows, and the
+    phases of its entry."""
+    code_route, code_phases = compiled(route, append_phases)
     case = Case.random(MXFP4, 64, 96)
     layer = case.layer()
-    x, ids, weights = random_batch(tokens, case.H, case.E, 3)
+    batch = random_batch(tokens, case.H, case.E, 3)
+    x, ids, weights = map(np.ascontiguousarray, batch)
     ids[0, 0], ids[-1, -1] = -1, case.E + 5
     layer.forward(x, ids, weights)
-    job = StagedJob(layer.slot_shape(tokens, 3))
+    memory = JobMemory.new(layer.job_shape(tokens, 3))
+    at = [array.ctypes.data for array in (x, ids, weights)]
     results = []
-    for run in (code, prepare):
-        job.stage(x, ids, weights, None)
-        address = job.address(layer._ready().address, 0)
-        before = job.template.copy()
-        missing = run(address)
-        pairs = int(job.template[f.J_ACTIVE]), int(job.template[f.J_MOST])
+    for find, cut in (
+        (lambda job: code_route(job.address), lambda entry: code_phases(entry.address)),
+        (route, append_phases),
+    ):
+        memory.fill(layer._ready().descriptor.address, Batch(tokens, 3, *at, skip=0, out=0))
+        job, entry = memory.descriptor, Entry.new()
+        missing = find(job)
+        copy_job(entry.job, job)
+        cut(entry)
+        pairs = 3 * tokens - 2
         placed = [
-            np.ctypeslib.as_array(_at(ctypes.c_int32, int(job.template[slot])), (count,)).copy()
-            for slot, count in (
-                (f.J_ACTIVE_EXPERT, pairs[0]),
-                (f.J_ACTIVE_START, pairs[0] + 1),
-                (f.J_PAIR_TOKEN, 3 * tokens - 2),
-                (f.J_PAIR_WEIGHT, 3 * tokens - 2),
-                (f.J_PAIR_X, 2 * (3 * tokens - 2)),
+            np.array([array[i] for i in range(count)])
+            for array, count in (
+                (job.active_expert, job.active),
+                (job.active_start, job.active + 1),
+                (job.pair_token, pairs),
+                (job.pair_weight, pairs),
+                (job.pair_x, pairs),
             )
         ]
-        results.append((missing, job.template.copy(), placed))
-        job.template[:] = before
-    (missing, template, placed), (other_missing, other_template, other_placed) = results
-    assert missing == other_missing == 0
-    assert np.array_equal(template, other_template)
-    assert template[f.J_IGNORED] == 2
+        copied = tokens > INLINE_ENCODE_TOKENS
+        assert job.x == (job.x_copy if copied else x.ctypes.data)
+        taken_in, nbytes = job.x_rows, tokens * job.layer.x_row_bytes
+        if copied:
+            taken_in, nbytes = job.x, x.nbytes
+        placed.append(np.frombuffer(ctypes.string_at(taken_in, nbytes), np.uint8))
+        results.append((missing, job.ignored, entry.words.tolist(), placed))
+    (*numbers, words, placed), (*other_numbers, other_words, other_placed) = results
+    assert numbers == other_numbers == [0, 2]
+    assert words == other_words
     for one, other in zip(placed, other_placed, strict=True):
         assert np.array_equal(one, other)
 
@@ -392,7 +520,7 @@ def test_routing(tokens: int) -> None:
 def test_every_driver_is_reached() -> None:
     """What a driver module defines is part of the compiled program, under its own name."""
     text = drivers.drivers_ir()
-    for module in ("worker", "route", "phases", "pack_strips", "host"):
+    for module in ("worker", "route", "phases", "pack_strips", "host", "mailbox", "patience"):
         found = vars(importlib.import_module(f"{drivers.__name__}.{module}"))
         mine = [value for value in found.values() if isinstance(value, Driver)]
         assert mine
@@ -403,14 +531,45 @@ def test_every_driver_is_reached() -> None:
 # what drivers may not do
 
 
+DRIVER_MODULE = """
+from __future__ import annotations
+from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, fence, fetch_add, load_acquire
+from hybrid_moe.cpu_kernels.drivers import records
+from hybrid_moe.cpu_kernels.jit.records import *
+
+pair = 1, 2
+
+class Layer(Record):
+    experts = i64
+
+class Job(Record):
+    layer = pointer(Layer)
+    tokens = i64
+    ids = array(i64)
+    counts = array(i32)
+    tasks = i64[2, 3]
+    first = inline(Layer)
+    done = shared
+
+@driver
+def other(job: Job) -> int:
+    return job.tokens
+
+@driver
+def some(job: Job, a: int) -> int:
+    {body}
+"""
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("a.b = 1", "drivers have no `a.b = 1`"),
+        ("a.b = 1", "`a` is an integer, which has no field `b`"),
         ("a = b = 1", "drivers have no"),
         ("a, b = pair", "drivers have no"),
-        ("a, pair[0] = 1, 2", "drivers have no"),
+        ("a, job.tokens = 1, 2", "drivers have no"),
         ("a, b = 1, 2, 3", "drivers have no"),
+        ("b: int = a", "drivers have no `b: int = a`"),
         ("for i in range(0, a, 2):\n        a = 1", "drivers have no `for i in range(0, a, 2)"),
         ("for i in [1, 2]:\n        a = 1", "drivers have no"),
         ("while a:\n        a = 0\n    else:\n        a = 1", "drivers have no"),
@@ -419,22 +578,77 @@ def test_every_driver_is_reached() -> None:
         ("return", "drivers have no `return`"),
         ("a = 1 < a < 3", "drivers have no `1 < a < 3`"),
         ("a = [1]", "drivers have no `[1]`"),
+        ("a = pair[0]", "`pair` is not an integer"),
         ("a = a / 2", "drivers have no Div"),
         ("a **= 2", "drivers have no Pow"),
         ("a = 1.5", "`1.5` is not an integer"),
         ("a = 1 << a if a else 0x8000000000000000", "takes more than 64 bits"),
         ("a = a or 3", "`a` is not a truth value"),
         ("a = a > 1 and (a < 9 or a)", "`a` is not a truth value"),
-        ("a = f.RING\n    f = a", "`f` is not known"),
+        ("a = records.RING\n    records = a", "`records` may be read before it is assigned"),
         ("a = nothing", "`nothing` is not known"),
         ("a = len(a)", "`len` is neither driver nor intrinsic"),
         ("a = max(a, key=a)", "by position"),
         ("a = max(*a)", "by position"),
-        ("a = store64(a, a)", "`store64(a, a)` has no value"),
-        ("a = some(a, a)", "some takes 1 values"),
+        ("a = fence()", "`fence()` has no value"),
+        ("fence(a)", "fence does not take 1 values"),
+        ("a = some(job, a, a)", "some takes 2 values"),
         ("return 1\n    a = 2", "never reached"),
         ("while True:\n        a = 2\n    a = 3", "never reached"),
         ("if a:\n        return 1", "may end without a value"),
+        # shifts, names
+        ("a = a << 64", "`a << 64` shifts by 64: 0 to 63 can"),
+        ("a >>= 64", "shifts by 64"),
+        ("a = a >> -1", "shifts by -1"),
+        ("a = b\n    b = 1", "`b` may be read before it is assigned"),
+        ("if a:\n        b = 1\n    a = b", "`b` may be read before it is assigned"),
+        ("for i in range(a):\n        b = i\n    a = b", "`b` may be read before"),
+        ("for i in range(a):\n        a = i\n    a = i", "`i` may be read before"),
+        ("while a:\n        b = a\n    a = b", "`b` may be read before"),
+        (
+            "while True:\n        if a:\n            break\n        b = 1\n    a = b",
+            "`b` may be read before",
+        ),
+        ("b += 1", "`b` may be read before"),
+        ("range = a\n    for i in range(a):\n        a = i", "`range` is not Python's here"),
+        ("return some(job, a)", "some ends up calling itself"),
+        # records
+        ("a = job.token", "`job` is a Job, which has no field `token`"),
+        ("job.token = a", "`job` is a Job, which has no field `token`"),
+        ("a = job.layer.tokens", "`job.layer` is a Layer, which has no field `tokens`"),
+        ("a = job + 1", "`job` is a Job, not an integer"),
+        ("if job:\n        a = 1", "`job` is a Job, not an integer"),
+        ("a = other(job.layer)", "`job` of other must be a Job, and `job.layer` is a Layer"),
+        ("a = other(a)", "`job` of other must be a Job, and `a` is an integer"),
+        ("b = job\n    b = job.layer", "`b` is a Job, and becomes a Layer"),
+        ("a = job", "`a` is an integer, and becomes a Job"),
+        ("job.layer = job", "`job.layer` must be a Layer, and `job` is a Job"),
+        ("job.layer = a", "`job.layer` must be a Layer, and `a` is an integer"),
+        ("job.ids = job.counts", "`job.ids` must be an array of i64, and `job.counts` is an array"),
+        ("job.tokens = job", "`job` is a Job, not an integer"),
+        ("a = job.ids[0, 1]", "`job.ids[0, 1]` takes 1 indices"),
+        ("a = job.tasks[1]", "`job.tasks[1]` takes 2 indices"),
+        ("a = job.tokens[1]", "`job.tokens` is an integer, not an array"),
+        ("a = job.tasks + 1", "array of i64, not an integer"),
+        (
+            "job.tasks = job.ids",
+            "`job.tasks` is i64[2, 3] within the record, and is not assigned to",
+        ),
+        ("job.first = job.layer", "is a Layer within the record, and is not assigned to"),
+        ("a = a.address", "`a` is an integer and has no address"),
+        (
+            "a = job.done + 1",
+            "`job.done` is a Word, which threads share: use the atomics, not an integer",
+        ),
+        ("job.done = a", "`job.done` is a word that threads share, and is not assigned to"),
+        ("job.done += 1", "`job.done` is a word that threads share, not an integer"),
+        (
+            "a = load_acquire(job.tokens)",
+            "the first value of load_acquire must be a Word, and `job.tokens` is an integer",
+        ),
+        ("a = job.done.value", "`job.done` is a Word, which has no field `value`"),
+        ("a = load_acquire(a)", "must be a Word, and `a` is an integer"),
+        ("a = fetch_add(job.done, job)", "`job` is a Job, not an integer"),
     ],
 )
 def test_what_is_not_a_driver(
@@ -444,24 +658,54 @@ def test_what_is_not_a_driver(
     monkeypatch.syspath_prepend(tmp_path)
     name = f"bad_{abs(hash(body))}"
     path = tmp_path / f"{name}.py"
-    path.write_text(
-        "from __future__ import annotations\n"
-        "from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, store64\n"
-        "from hybrid_moe.cpu_kernels.drivers import fields as f\n"
-        "pair = 1, 2\n\n\n"
-        f"@driver\ndef some(a: int) -> int:\n    {body}\n"
-    )
+    path.write_text(DRIVER_MODULE.format(body=body))
     module = importlib.import_module(name)
     with pytest.raises(SyntaxError, match=rf"{name}\.py:\d+: .*{re.escape(words)}.*in driver some"):
         translate({"some": module.some})
 
 
-def test_a_driver_says_what_it_returns() -> None:
-    with pytest.raises(TypeError, match=r"f must return one of int, bool, None, not float"):
+def test_what_a_driver_takes_and_returns() -> None:
+    with pytest.raises(TypeError, match=r"f must return int, bool, None or a record, not float"):
 
         @driver
         def f(a: int) -> float:
             return a
+
+    with pytest.raises(TypeError, match=r"g: a must be an int, a record, .* not float"):
+
+        @driver
+        def g(a: float) -> int:
+            return 1
+
+    with pytest.raises(TypeError, match=r"h must return .* not without an annotation"):
+
+        @driver
+        def h(a: int):
+            return 1
+
+
+def test_annotations_may_be_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a module that does not import annotations from the future."""
+    monkeypatch.syspath_prepend(tmp_path)
+    text = DRIVER_MODULE.format(body="return a + job.tokens")
+    (tmp_path / "with_objects.py").write_text(text.replace("from __future__", "# "))
+    module = importlib.import_module("with_objects")
+    (code,) = compiled(module.some)
+    job = module.Job.new()
+    job.tokens = 5
+    assert code(job.address, 2) == module.some(job, 2) == 7
+
+
+def test_variables_of_an_enclosing_function() -> None:
+    """Python reads them, and a driver cannot: also not where a global has the same name."""
+    SEVEN = 6
+
+    @driver
+    def f(a: int) -> int:
+        return a + SEVEN
+
+    with pytest.raises(SyntaxError, match=r"`SEVEN` is a variable of the enclosing function"):
+        translate({"f": f})
 
 
 def test_no_driver_needs_an_interpreter() -> None:

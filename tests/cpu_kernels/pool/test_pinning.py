@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_moe.cli.machine_options import MachineOptions
-from hybrid_moe.cpu_kernels.ceilings import peaks as ceilings
-from hybrid_moe.cpu_kernels.drivers.fields import MAX_POOLS
+from hybrid_moe.cpu_kernels.ceilings import bandwidth
+from hybrid_moe.cpu_kernels.drivers.records import MAX_POOLS
 from hybrid_moe.cpu_kernels.pool import affinity
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
@@ -144,7 +144,7 @@ def test_every_door_chooses_the_same(name: str, on: Callable[[str], Machine]) ->
     request = _plan_options().plan(MODEL).request
     report = doctor.read_cores()
     assert ExpertsOptions().pool_config() == pool_config(None, None, None) == chosen
-    assert ceilings.read_places(chosen.threads)["all threads"] == chosen
+    assert bandwidth.read_places(chosen.threads)["all threads"] == chosen
     assert (request.threads, request.pools) == (chosen.threads, chosen.pools)
     assert (report.threads, report.pools) == (chosen.threads, chosen.pools)
     assert report.bound == chosen.placement.bound

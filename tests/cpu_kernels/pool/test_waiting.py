@@ -15,13 +15,15 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import worker
+from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, RING, GraphJob, Group
+from hybrid_moe.cpu_kernels.jit.records import Word
+from hybrid_moe.cpu_kernels.job import JobMemory
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
-from hybrid_moe.cpu_kernels.streams.slots import SlotScratch
 from hybrid_moe.formats.table import BF16, MXFP4
 from tests.cpu_kernels.cases import Array, Case, random_batch
 from tests.machines import pretend_processors
@@ -43,8 +45,9 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> Iterator[Groups]:
     def make(threads: int, pools: int = 1) -> PoolGroup:
         group = PoolGroup(PoolConfig(threads, pools, (min(numa_nodes()),) * pools))
         groups.append(group)
-        group._slots[f.G_TIMEOUT_NS] = HOUR * 10**9
-        group._slots[f.G_TIMESPEC : f.G_TIMESPEC + 2] = (HOUR, 0)
+        control = group.control
+        control.timeout_ns = HOUR * 10**9
+        control.timeout[0], control.timeout[1] = HOUR, 0
         return group
 
     yield make
@@ -78,13 +81,12 @@ def ended(*threads: threading.Thread) -> None:
         assert not thread.is_alive(), "a thread waits for a wake-up that never came"
 
 
-def _held_until_somebody_sleeps(group: PoolGroup, address: int) -> None:
+def _held_until_somebody_sleeps(group: PoolGroup, word: Word) -> None:
     """Open a lock, which was held, when another thread sleeps on it."""
-    word = ctypes.c_int64.from_address(address)
     until(lambda: word.value == 2, "nobody sleeps on the lock")
     word.value = 0
     wake_private = 129
-    arguments = (int(group._slots[f.G_FUTEX]), address, wake_private, 1, 0)
+    arguments = (group.control.futex, word.address, wake_private, 1, 0)
     ctypes.CDLL(None).syscall(*map(ctypes.c_long, arguments))
 
 
@@ -93,7 +95,7 @@ def one_task_stands_still(layer: ExpertLayer) -> Iterator[tuple[threading.Event,
     """The first gate/up task sets the first event, and waits for the second."""
     descriptor = layer._ready().descriptor
     kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 9)
-    address = int(descriptor[f.L_ACTIVATE])
+    address = descriptor.activate
     activate = kind(address)
     aside, go_on, first = threading.Event(), threading.Event(), threading.Lock()
 
@@ -104,16 +106,16 @@ def one_task_stands_still(layer: ExpertLayer) -> Iterator[tuple[threading.Event,
         activate(*arguments)
 
     replaced = kind(stalled)
-    descriptor[f.L_ACTIVATE] = ctypes.cast(replaced, ctypes.c_void_p).value
+    descriptor.activate = ctypes.cast(replaced, ctypes.c_void_p).value
     try:
         yield aside, go_on
     finally:
         go_on.set()
-        descriptor[f.L_ACTIVATE] = address
+        descriptor.activate = address
 
 
 class Posted:
-    """A slot of a layer, over buffers of its own."""
+    """A graph job of a layer, over buffers of its own."""
 
     def __init__(self, layer: ExpertLayer, tokens: int, seed: int) -> None:
         batch = random_batch(tokens, CASE.H, CASE.E, 2, seed=seed)
@@ -121,21 +123,22 @@ class Posted:
         self.out = np.zeros((tokens, CASE.H), np.uint16)
         self.skip = np.zeros(CASE.E, np.bool_)
         x, ids, weights = (array.ctypes.data for array in self.inputs)
-        self.slot = layer.job_slot(
-            tokens=tokens, top_k=2, x=x, ids=ids, weights=weights, skip=self.skip.ctypes.data,
-            out=self.out.ctypes.data, ignored_ids=f.IDS_COUNT,
-            scratch=SlotScratch(layer.slot_shape(tokens, 2)),
-        )  # fmt: skip
+        skip, out = self.skip.ctypes.data, self.out.ctypes.data
+        self.job = layer.graph_job(
+            Batch(tokens, 2, x, ids, weights, skip, out),
+            JobMemory.new(layer.job_shape(tokens, 2)),
+            ignored_ids=IDS_COUNT,
+        )
         self.expected = CASE.layer().forward(*batch)
 
     def post(self) -> None:
-        self._call(self.slot.post_fn)
+        self._call(self.job.post_fn)
 
     def wait(self) -> None:
-        self._call(self.slot.wait_fn)
+        self._call(self.job.wait_fn)
 
     def _call(self, function: int) -> None:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(self.slot.user_data)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(self.job.user_data)
 
 
 def test_a_waiter_takes_over_from_worker_0(patient: Groups) -> None:
@@ -144,11 +147,13 @@ def test_a_waiter_takes_over_from_worker_0(patient: Groups) -> None:
     layer = layer_of(Case.random(MXFP4, 512, 512, E=4), group)
     jobs = [layer.submit(*random_batch(tokens, 512, 4, 2)) for tokens in (1000, 3)]
     first = started(jobs[0].wait)
-    until(lambda: group._words[f.G_WORKER0] == 1 or jobs[0].done, "nobody became worker 0")
+    until(lambda: group.control.worker0.value == 1 or jobs[0].done, "nobody became worker 0")
     second = started(jobs[1].wait)
-    until(lambda: group._words[f.G_WAITERS] == 1 or jobs[0].done, "the second did not sleep")
+    until(
+        lambda: group.control.done.sleepers.value == 1 or jobs[0].done, "the second did not sleep"
+    )
     ended(first, second)
-    assert group._words[f.G_WORKER0] == 0 and jobs[1].done
+    assert group.control.worker0.value == 0 and jobs[1].done
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -185,7 +190,7 @@ def test_submission_from_several_threads(patient: Groups, threads: int, pools: i
 
     ended(*[started(run, seed) for seed in range(4)])
     assert not failures
-    assert group._words[f.G_WORKER0] == 0
+    assert group.control.worker0.value == 0
 
 
 def test_a_wait_inside_a_job_sleeps(patient: Groups) -> None:
@@ -199,7 +204,7 @@ def test_a_wait_inside_a_job_sleeps(patient: Groups) -> None:
     with one_task_stands_still(layer) as (aside, go_on):
         waiting = started(lambda: results.append(layer.forward(*batch)))
         assert aside.wait(MINUTE)
-        until(lambda: group._words[f.G_PHASE_SLEEPERS] == 2, "the others do not sleep")
+        until(lambda: group.control.phase_done.sleepers.value == 2, "the others do not sleep")
         go_on.set()
         ended(waiting)
     assert np.array_equal(results[0], expected)
@@ -209,32 +214,30 @@ def test_a_late_thread_does_not_sleep_for_a_job_that_is_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is put aside when it has read the sequence number of its job, and another job takes the
-    ring slot, with more tasks. Nobody would wake it: its job has ended all phases long ago."""
+    entry, with more tasks. Nobody would wake it: its job has ended all phases long ago."""
     interpret(monkeypatch, lambda: None)
-    block = np.zeros(f.GROUP_SLOTS, np.int64)
-    group, mine, phase = block.ctypes.data, 1, f.PHASE_GATE_UP
-    job = worker.ring_slot(group, mine)
-    slots = block[(job - group) // 8 :]
-    slots[f.J_SEQUENCE], slots[f.J_TOTAL + phase] = mine, 8
-    slots[f.J_DONE + phase * f.LINE_SLOTS] = 7
+    group, mine, index = Group.new(), 1, 1
+    entry = worker.ring_entry(group, mine)
+    phase = entry.phases[index]
+    entry.sequence.value, phase.total.value, phase.done.value = mine, 8, 7
     asleep: list[bool] = []
-    monkeypatch.setattr(worker, "sleep_on", lambda *_: asleep.append(True))
-    worker.sleep_in_phase(group, job, mine, phase, 0)
+    monkeypatch.setattr(worker, "sleep", lambda *_: asleep.append(True))
+    worker.sleep_in_phase(group, entry, mine, index, 0)
     assert asleep, "it does not wait for a task that is left"
     asleep.clear()
-    slots[f.J_DONE + phase * f.LINE_SLOTS] = 8
+    phase.done.value = 8
     load = worker.load_acquire
 
-    def put_aside(address: int) -> int:
-        value = load(address)
-        if address == job + 8 * f.J_SEQUENCE:
-            block[f.G_COMPLETED] = f.RING
-            slots[f.J_SEQUENCE], slots[f.J_TOTAL + phase] = mine + f.RING, 20
+    def put_aside(word: Word) -> int:
+        value = load(word)
+        if word.address == entry.sequence.address:
+            group.completed.value = RING
+            entry.sequence.value, phase.total.value = mine + RING, 20
         return value
 
     monkeypatch.setattr(worker, "load_acquire", put_aside)
-    worker.sleep_in_phase(group, job, mine, phase, 0)
-    assert slots[f.J_SEQUENCE] != mine and not asleep
+    worker.sleep_in_phase(group, entry, mine, index, 0)
+    assert entry.sequence.value != mine and not asleep
 
 
 def test_who_waits_for_the_ring_sleeps(patient: Groups) -> None:
@@ -243,10 +246,10 @@ def test_who_waits_for_the_ring_sleeps(patient: Groups) -> None:
     layer = layer_of(CASE, group)
     batch = random_batch(3, CASE.H, CASE.E, 2)
     expected = layer.forward(*batch)
-    group._slots[f.G_LOCK] = 1  # held
+    group.control.lock.value = 1  # held
     results: list[Array] = []
     waiting = started(lambda: results.append(layer.forward(*batch)))
-    _held_until_somebody_sleeps(group, group.address + 8 * f.G_LOCK)
+    _held_until_somebody_sleeps(group, group.control.lock)
     ended(waiting)
     assert np.array_equal(results[0], expected)
 
@@ -255,10 +258,10 @@ def test_who_waits_for_the_mask_of_a_layer_sleeps(patient: Groups) -> None:
     """Two streams launch runs of a layer, and the one that holds its mask is put aside."""
     group = patient(2)
     posted = Posted(layer_of(CASE, group), 3, seed=1)
-    mask = ctypes.c_int64.from_address(posted.slot.user_data + 8 * f.H_MASK).value
-    ctypes.c_int64.from_address(mask + 8 * f.K_LOCK).value = 1  # held
+    mask = GraphJob.at(posted.job.user_data).mask
+    mask.lock.value = 1  # held
     posting = started(posted.post)
-    _held_until_somebody_sleeps(group, mask + 8 * f.K_LOCK)
+    _held_until_somebody_sleeps(group, mask.lock)
     ended(posting, started(posted.wait))
     assert np.array_equal(posted.out, posted.expected)
 
@@ -267,13 +270,13 @@ def test_a_post_that_finds_the_ring_full_sleeps(patient: Groups) -> None:
     """Until the oldest job is complete. Workers may need the core meanwhile."""
     group = patient(2)
     layer = layer_of(CASE, group)
-    jobs = [Posted(layer, 2, seed) for seed in range(f.RING)]
+    jobs = [Posted(layer, 2, seed) for seed in range(RING)]
     with one_task_stands_still(layer) as (aside, go_on):
         for job in jobs[:-1]:
             job.post()
         assert aside.wait(MINUTE)
         last = started(jobs[-1].post)
-        until(lambda: group._words[f.G_WAITERS] == 1, "it does not sleep")
+        until(lambda: group.control.done.sleepers.value == 1, "it does not sleep")
         go_on.set()
         ended(last, *[started(job.wait) for job in jobs])
     for job in jobs:
@@ -286,20 +289,20 @@ def test_idle_workers_stay_away_from_python(patient: Groups) -> None:
     returned: list[int] = []
     worker = started(lambda: returned.append(group._work(group.address, 0, 1)))
     for _ in range(20):
-        until(lambda: group._words[f.G_SLEEPERS] == 2, "the workers do not sleep")
+        until(lambda: group.control.work.sleepers.value == 2, "the workers do not sleep")
         group._wake_all(group.address)
-    until(lambda: group._words[f.G_SLEEPERS] == 2, "the workers do not sleep")
+    until(lambda: group.control.work.sleepers.value == 2, "the workers do not sleep")
     assert not returned and worker.is_alive()
     group.stop()
     ended(worker)
-    assert returned == [1]
+    assert returned == [0]
 
 
 @pytest.mark.parametrize("spin_ns", [0, 1, 10**4])
 def test_sleeping_at_every_opportunity(patient: Groups, spin_ns: int) -> None:
     """With next to no spinning every wait goes through its sleep, and every wake-up is needed."""
     group = patient(4, 2)
-    group._slots[f.G_SPIN_NS] = group._slots[f.G_WAIT_SPIN_NS] = spin_ns
+    group.control.spin_ns = group.control.wait_spin_ns = spin_ns
     layer = layer_of(CASE, group)
     batches = [random_batch(tokens, CASE.H, CASE.E, 2, seed=tokens) for tokens in (1, 7, 40)]
     expected = [CASE.layer().forward(*batch) for batch in batches]

@@ -1,4 +1,4 @@
-"""The CUDA path on the real job slots: compiled hand-over and worker threads, emulated streams."""
+"""The CUDA path on real graph jobs: compiled hand-over and worker threads, emulated streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_moe.cpu_kernels.drivers import fields as f
+from hybrid_moe.cpu_kernels.drivers.records import Mailbox
 from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.streams.buffers import BufferPool
 from hybrid_moe.streams.faults import check_errors
@@ -42,7 +42,7 @@ def stream(
     gpu.agents = [(1.0, wait_for_threads)]
     stream = gpu.stream(1)
     yield stream
-    assert not any(gpu._queues.values()), "slots that are gone could be posted"
+    assert not any(gpu._queues.values()), "jobs that are gone could be posted"
 
 
 def run(stream: EmulatedStream) -> None:
@@ -55,7 +55,6 @@ def on(stream: EmulatedStream, w: KTMoEWrapper) -> KTMoEWrapper:
     """A wrapper whose calls go to `stream`."""
     runner: Any = w._runner
     runner._stream = lambda device, handle: stream
-    runner._small_calls = set()  # for tensors on the CPU, which these only seem to be
     return w
 
 
@@ -205,7 +204,7 @@ def pinned(stream: EmulatedStream) -> int:
     """Pieces of pinned memory, besides mailboxes, which are few and stay."""
     gc.collect()
     living = [tensor for ref in stream.gpu.allocated if (tensor := ref()) is not None]
-    return sum(tensor.shape[-1] != f.MAILBOX_SLOTS for tensor in living)
+    return sum(tensor.shape[-1] != Mailbox.nbytes // 8 for tensor in living)
 
 
 def soon(condition: Callable[[], bool]) -> bool:

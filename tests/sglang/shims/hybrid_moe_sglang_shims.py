@@ -154,11 +154,11 @@ def pairs_per_expert(ids: torch.Tensor, num_experts: int) -> npt.NDArray[np.int6
 def watch_workers(finished: Callable[[npt.NDArray[np.int64]], None]) -> None:
     """Call `finished` with the pairs per expert of each job that hybrid_moe's workers complete.
 
-    Read from the job's slots in the ring when somebody has waited for the job and before its
+    Read from the job's entry in the ring when somebody has waited for the job and before its
     memory is used again: routing as the workers saw it, and that every task of both matrix phases
     was done. Whatever way a batch takes on the CPU, it is waited for there.
     """
-    from hybrid_moe.cpu_kernels.drivers import fields as f
+    from hybrid_moe.cpu_kernels.drivers.records import RING
     from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 
     original = PoolGroup.wait
@@ -168,18 +168,17 @@ def watch_workers(finished: Callable[[npt.NDArray[np.int64]], None]) -> None:
         finished(pairs_of_job(self, sequence))
 
     def pairs_of_job(group: PoolGroup, sequence: int) -> npt.NDArray[np.int64]:
-        start = f.G_RING + (sequence % f.RING) * f.JOB_SLOTS
-        slots = group._slots[start : start + f.JOB_SLOTS]
-        if slots[f.J_SEQUENCE] != sequence:
+        entry = group.control.ring[sequence % RING]
+        if entry.sequence.value != sequence:
             raise RuntimeError(f"job {sequence} is no longer in the ring: its pairs are unknown")
-        for phase in (f.PHASE_GATE_UP, f.PHASE_DOWN):
-            done, total = slots[f.J_DONE + phase * f.LINE_SLOTS], slots[f.J_TOTAL + phase]
+        for index in range(entry.phase_count.value):
+            done, total = entry.phases[index].done.value, entry.phases[index].total.value
             if done != total:
-                raise RuntimeError(f"job {sequence}: {done} of {total} tasks of phase {phase}")
-        active = int(slots[f.J_ACTIVE])
-        ids = int32_at(int(slots[f.J_ACTIVE_EXPERT]), active)
-        starts = int32_at(int(slots[f.J_ACTIVE_START]), active + 1)
-        experts = ctypes.c_int64.from_address(int(slots[f.J_LAYER]) + 8 * f.L_EXPERTS).value
+                raise RuntimeError(f"job {sequence}: {done} of {total} tasks of phase {index}")
+        job = entry.job
+        ids = int32_at(job.active_expert.address, job.active)
+        starts = int32_at(job.active_start.address, job.active + 1)
+        experts = job.layer.experts
         pairs = np.zeros(experts, np.int64)
         pairs[ids] = np.diff(starts)
         return pairs

@@ -1,0 +1,193 @@
+"""Strips of random MXFP4 weights in memory, and what runs over them: kernels, a clock."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+
+from decode.derivation import GROUP_BYTES, Body, Step, sweep
+from hybrid_moe.cpu_kernels.dsl.emit import I64, Emit, KernelBody, Val, build_module
+from hybrid_moe.cpu_kernels.dsl.tiers import Tier
+from hybrid_moe.cpu_kernels.jit.compile import compile_functions
+from hybrid_moe.cpu_kernels.kernels.encode import FIXED15, encode_rows
+from hybrid_moe.cpu_kernels.memory import Arena, Workspace
+from hybrid_moe.cpu_kernels.strips.pack import pack_rows
+from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES, strip_layout
+from hybrid_moe.formats.table import MXFP4, Array
+from hybrid_moe.formats.tensors import Matrix
+
+K = 4096
+GROUPS = K // 32
+STRIP_BYTES = GROUPS * GROUP_BYTES
+LINES = STRIP_BYTES // 64
+"""Cache lines of a strip."""
+_SOURCE_STRIPS = 64
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Random strips in both layouts, and what they give.
+
+    Attributes:
+        strips: strips in memory, copies of `_SOURCE_STRIPS`.
+        rows, panels: addresses of the first strip in the checkpoint's layout and as panels.
+        x: float32 [tokens, K], integers.
+        exact: float64 [_SOURCE_STRIPS, tokens, 64].
+        keep: owners of the memory.
+    """
+
+    strips: int
+    rows: int
+    panels: int
+    x: Array
+    exact: Array
+    keep: tuple[Arena, ...]
+
+    @staticmethod
+    def random(nbytes: int, tokens: int) -> Problem:
+        """About `nbytes` of strips in each layout, to be multiplied with up to `tokens` tokens.
+
+        Weights are multiples of 1/4 below 12, inputs integers below 128: sums of 4096 products
+        stay far below 2^22, so float32 holds every one of them.
+        """
+        rng = np.random.default_rng(5)
+        N = _SOURCE_STRIPS * STRIP_ROWS
+        codes = rng.integers(0, 256, (N, K // 2), np.uint8)
+        scales = rng.integers(126, 129, (N, GROUPS), np.uint8)
+        x = rng.integers(-127, 128, (tokens, K)).astype(np.float32)
+        exact = x.astype(np.float64) @ MXFP4.dequantize(codes, scales).astype(np.float64).T
+        strips = max(1, nbytes // STRIP_BYTES // _SOURCE_STRIPS) * _SOURCE_STRIPS
+        rows, panels = (Arena(strips * STRIP_BYTES) for _ in range(2))
+        first = _SOURCE_STRIPS * STRIP_BYTES
+        by_strip = (codes.reshape(_SOURCE_STRIPS, -1), scales.reshape(_SOURCE_STRIPS, -1))
+        rows.bytes[:first] = np.concatenate(by_strip, axis=1).reshape(-1)
+        every = range(_SOURCE_STRIPS)
+        pack_rows(panels.address, every, strip_layout(MXFP4, K), Matrix(codes, scales), N)
+        for arena in (rows, panels):
+            arena.bytes.reshape(-1, first)[1:] = arena.bytes[:first]
+        exact = exact.reshape(tokens, _SOURCE_STRIPS, STRIP_ROWS).transpose(1, 0, 2)
+        return Problem(strips, rows.address, panels.address, x, exact, (rows, panels))
+
+
+class Runner:
+    """A compiled sweep over a problem's strips.
+
+    Args:
+        encode: x [K] -> its encoded row; None: the library's kernel.
+        tile: tokens that meet a strip together; rows of as many are gathered, [group][token].
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        problem: Problem,
+        tier: Tier,
+        *,
+        tokens: int = 1,
+        by_rows: bool = False,
+        encode: Callable[[Array], Array] | None = None,
+        strips: int = 1,
+        tile: int = 1,
+    ) -> None:
+        self._kernel = _compiled("sweep", 6, sweep(body, tokens, strips), tier)
+        self._at = problem.rows if by_rows else problem.panels
+        self._problem, self._tokens = problem, tokens
+        encoder = _library_encoder(tier) if encode is None else encode
+        encoded = np.stack([np.ascontiguousarray(encoder(x)) for x in problem.x[:tokens]])
+        tiles = encoded.view(np.uint8).reshape(tokens // tile, tile, GROUPS, -1)
+        tiles = np.ascontiguousarray(tiles.transpose(0, 2, 1, 3)).reshape(-1)
+        self._memory = Workspace(tiles.nbytes + 64)
+        self._x = self._memory.take(tiles.nbytes)
+        self._memory.view(self._x, tiles.shape, np.uint8)[...] = tiles
+        self._out = Arena(SUMS_BYTES * tokens * problem.strips)
+
+    def run(self, first: int = 0, strips: int | None = None) -> None:
+        """Multiply `strips` strips (default all) from the one numbered `first`."""
+        out = self._out.address + first * SUMS_BYTES * self._tokens
+        at = self._at + first * STRIP_BYTES
+        todo = self._problem.strips if strips is None else strips
+        self._kernel(at, self._x, out, todo, STRIP_BYTES, GROUPS)
+
+    def repeat(self, times: int) -> None:
+        """Multiply the first strip again and again."""
+        self._kernel(self._at, self._x, self._out.address, times, 0, GROUPS)
+
+    def check(self) -> None:
+        """Raises `SystemExit` unless the sums are float64's."""
+        self._out.bytes[:] = 255
+        self.run()
+        got = self._out.bytes.view(np.float32).reshape(-1, self._tokens, STRIP_ROWS)
+        expected = self._problem.exact[:, : self._tokens]
+        for first in range(0, len(got), _SOURCE_STRIPS):
+            if not np.array_equal(got[first : first + _SOURCE_STRIPS], expected):
+                raise SystemExit("sums differ from float64")
+
+
+def _compiled(name: str, arity: int, body: KernelBody, tier: Tier) -> Callable[..., None]:
+    text = build_module([(name, arity, body)], tier, "steps")
+    address = compile_functions(text, tier.target, [name], "steps")[name]
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arity)(address)
+
+
+def _library_encoder(tier: Tier) -> Callable[[Array], Array]:
+    kernel = _compiled("encode", 6, encode_rows(FIXED15), tier)
+
+    def encode(x: Array) -> Array:
+        source = (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        row = np.zeros(FIXED15.row_bytes(GROUPS) + 64, np.uint8)
+        start = -row.ctypes.data % 64
+        kernel(source.ctypes.data, 0, row.ctypes.data + start, 0, 1, GROUPS)
+        return row[start : start + FIXED15.row_bytes(GROUPS)]
+
+    return encode
+
+
+def step_runner(step: Step, problem: Problem, tier: Tier) -> Runner:
+    """The compiled step."""
+    return Runner(
+        step.body, problem, step.tier(tier),
+        by_rows=step.by_rows, encode=step.encode, strips=step.strips,
+    )  # fmt: skip
+
+
+_CHAIN = 64
+
+
+def _chain(emit: Emit, turns: Val, out: Val) -> None:
+    """Additions that wait for each other: one a cycle."""
+    kind = ir.FunctionType(I64, [I64])
+    total = emit.var(turns)
+    with emit.loop(0, turns):
+        for _ in range(_CHAIN):
+            added = (total.get() + turns).ir
+            unknown = emit.builder.asm(kind, "", "=r,0", [added], False)  # else one product
+            total.set(Val(emit, unknown))
+    emit.store(out, total.get(), align=8)
+
+
+class Clock:
+    """The core's cycles in a second, by instructions of known latency."""
+
+    def __init__(self, tier: Tier) -> None:
+        self._kernel = _compiled("chain", 2, _chain, tier)
+        self._out = np.zeros(1, np.int64)
+
+    def measure(self, turns: int = 40_000) -> float:
+        """The fastest of a few runs: what stops a run only makes it longer."""
+        run = functools.partial(self._kernel, turns, self._out.ctypes.data)
+        return turns * _CHAIN / min(seconds(run) for _ in range(5))
+
+
+def seconds(call: Call) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

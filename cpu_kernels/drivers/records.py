@@ -1,0 +1,281 @@
+"""The records that Python and compiled drivers share, see `jit.records`.
+
+    Group  the control block of a pool group: what its threads wait for, and the ring of entries
+    Entry  a job under way: a copy of the launched `Job`, and its phases
+    Job    one forward of one layer, and what routing found  ->  Layer  its kernels and strips
+    GraphJob  a job that a GPU's stream posts, over and over  ->  Job, Group, Mask, Counters
+    Watcher   the thread that reads mailboxes: Post, a mailbox and what is under way there
+
+Addresses that kernels get are plain integers (i64), and say what lies there. Words that one thread
+writes while another may read are `shared`; those on which threads spin have a line to themselves.
+"""
+
+from __future__ import annotations
+
+from hybrid_moe.cpu_kernels.jit.records import (
+    LINE,
+    Record,
+    array,
+    f32,
+    i32,
+    i64,
+    inline,
+    pointer,
+    shared,
+    shared_line,
+    u8,
+)
+
+MAX_POOLS = 8
+MAX_PHASES = 4
+MAX_TILE = 32  # tokens of the largest tile
+STRIPS_AT_ONCE = 16  # of gate/up, before their activations
+BATCH_TOKENS = 192  # of one expert that share a pass over its strips
+UNPACK_GROUPS = 32  # groups of a strip that are unpacked at a time
+SHARE_BYTES = 4096  # of the packed codes that come next, what each tile of a chunk fetches
+RING = 16
+MAX_POSTS = 1024
+
+CLAIM_BITS = 24
+"""A claim word is sequence << CLAIM_BITS | next task."""
+
+NO_ROOM = -(1 << 62)
+"""What `try_launch` returns when the ring is full."""
+
+ENCODE, GATE_UP, DOWN, DOWN_BY_PAIR, COMBINE, ZERO = range(6)
+"""Kinds of phases: what `phases.run_task` does."""
+
+IDS_PASS, IDS_COUNT, IDS_FAULT = range(3)
+"""What ids out of range mean: nothing, are counted, are a fault as well."""
+
+ERROR_TIMEOUT, ERROR_STUCK, ERROR_STOPPED = range(1, 4)
+"""Why a run was given up."""
+
+
+class TilePlan(Record):
+    """A `library.Tiling`: how tokens of an expert are cut into tiles."""
+
+    most = i64  # tokens of a tile
+    unit = i64  # of which all tiles but the last have a multiple
+    groups = i64  # of a strip that several tiles meet in turn
+    unpack = i64  # kernel that prepares these, or 0
+    kernels = i64[MAX_TILE]  # dot kernels by tokens, from 1
+
+
+class StripSizes(Record):
+    """A `formats.strips.StripLayout`."""
+
+    groups = i64  # K / 32
+    group_bytes = i64
+    strip_bytes = i64
+
+
+class Expert(Record):
+    """A pool's share of an expert. That of pool 0 is the last to be written, and its `gate_up` the
+    last word of all: whoever finds an address there finds the whole expert."""
+
+    gate_up = shared  # address of the gate/up strips, 0: not loaded
+    down = i64  # of the down strips
+    gate_bias = i64  # address of float32 [intermediate, rounded up]
+    up_bias = i64
+    down_bias = i64  # address of float32 [hidden, rounded up]
+
+
+class Layer(Record):
+    """What does not change once a layer is ready, but for the tables of experts."""
+
+    experts = i64
+    hidden = i64
+    intermediate = i64
+    encode = i64  # kernels
+    gather = i64
+    activate = i64
+    combine = i64
+    weigh = i64
+    add = i64
+    clear = i64
+    finish = i64
+    enter = i64  # what a thread calls before its first and
+    leave = i64  # after its last task of a job, or 0
+    parameters = i64  # float32 [3]: limit, alpha, up offset
+    encoded_bytes = i64  # of an encoded group
+    x_row_bytes = i64  # encoded row of hidden inputs
+    h_row_bytes = i64  # encoded row of intermediate inputs
+    workers = array(i64)  # [pools]
+    packed = array(inline(Expert))  # [E][pools]
+    blocks = array(i64)  # [pools + 1] first 32-row block of the intermediate of each pool
+    strips = array(i64)  # [pools + 1] first strip of the hidden rows of each pool
+    gate_up_strips = inline(StripSizes)
+    down_strips = inline(StripSizes)
+    direct = inline(TilePlan)
+    tiled = inline(TilePlan)
+    tiled_from = i64  # tokens of an expert that are cut by `tiled`; fewer by `direct`
+
+
+class Job(Record):
+    """One forward of one layer. T tokens, k ids each, E experts. Of the inputs only x is read after
+    the launch, and that only where no `x_copy` has been taken."""
+
+    layer = pointer(Layer)
+    tokens = i64
+    top_k = i64
+    x = i64  # bf16 [T][hidden]
+    ids = array(i64)  # [T][k]
+    weights = array(f32)  # [T][k]
+    skip = array(u8)  # [E] or 0: experts that contribute nothing here
+    out = shared  # address of bf16 [T][hidden]; elsewhere once the job is given up
+    pools = i64
+    # what routing works in and writes; "active" experts have pairs
+    counts = array(i32)  # [E + 1]
+    active_expert = array(i32)  # [active]
+    active_start = array(i32)  # [active + 1] first pair of each active expert
+    pair_token = array(i32)  # [T * k] grouped by expert in ascending id
+    pair_weight = array(f32)  # [T * k]
+    pair_x = array(i64)  # [T * k] address of the token's encoded row
+    x_rows = i64  # encoded inputs [T]
+    h_rows = i64  # encoded intermediates [T * k], in tiles of each expert's pairs
+    pair_rows = i64  # float32 [strips][pairs][64]: what each pair adds to the output; or 0
+    # what tasks work in
+    scratch = i64
+    scratch_bytes = i64  # of one worker; in them:
+    sums_offset = i64
+    x_offset = i64  # gathered tiles of inputs
+    unpacked_offset = i64
+    out_offset = i64
+    inline_encode = i64  # 1: the publisher encodes the inputs, which is no phase then
+    x_copy = i64  # where the launch copies x to, unless it encodes it; 0: x stays as it is
+    # what routing found
+    active = i64  # number of active experts
+    most = i64  # most tokens of one expert
+    pairs = i64  # of all of them
+    ignored = i64  # ids out of range
+    missing = i64  # 1 + an expert that is not loaded and not skipped, or 0
+
+
+class Phase(Record):
+    """A part of a job: tasks that may run at the same time, behind all tasks of the phase before.
+
+    A thread that the system has put aside for long may look at a phase of a later job. What it may
+    see is shared; the rest is read by those who have claimed a task.
+    """
+
+    kind = i64  # ENCODE, ...
+    units = i64[MAX_POOLS]  # which tasks share evenly
+    tasks = shared[MAX_POOLS]
+    total = shared  # tasks, all pools
+    done = shared_line  # finished tasks
+    claims = shared_line[MAX_POOLS]
+
+
+class Entry(Record):
+    """A place in the ring, which job after job uses: every claim word has the job's number."""
+
+    sequence = shared
+    phase_count = shared
+    task_ns = shared  # what the largest task takes a slow thread, see `patience`
+    job = inline(Job)
+    phases = inline(Phase)[MAX_PHASES]  # the last one writes the output
+
+
+class EventCount(Record):
+    """Threads that sleep until something happens, see `worker`."""
+
+    epoch = shared_line  # futex word: bumped when it happens
+    sleepers = shared_line  # threads that are about to sleep on it
+
+
+class Group(Record):
+    """The control block of a pool group."""
+
+    submitted = shared_line  # number of the newest job that is published,
+    completed = shared_line  # and of the newest that is complete: they end in this order
+    work = inline(EventCount)  # for workers: a job is there to work on
+    done = inline(EventCount)  # for waiters: a job is complete, or worker 0 has left
+    phase_done = inline(EventCount)  # for both: a phase is over
+    stop = shared_line
+    lock = shared_line  # of who fills the next entry, see `lock`
+    abandoned = shared_line  # newest job that was given up: the group is stuck until it is complete
+    worker0 = shared_line  # 1 while somebody is worker 0
+    spin_ns = i64  # how long an idle worker spins before it sleeps,
+    wait_spin_ns = i64  # and whoever waits for a phase, a job or a lock
+    futex = i64  # number of the system call
+    timeout_ns = i64  # of one wait of a caller,
+    timeout = i64[2]  # and the same as a struct timespec
+    ring = inline(Entry)[RING]
+
+
+class Counters(Record, alignment=LINE):
+    """What the runs of a layer's graph jobs have met. Counts only grow; several threads add."""
+
+    ignored = shared  # ids out of range, of jobs that count them
+    missing = shared  # runs that met an expert that is neither loaded nor skipped,
+    missing_expert = shared  # the latest
+    errors = shared  # runs that were given up,
+    error = shared  # why the latest was: ERROR_TIMEOUT, ...
+    waited_ns = shared  # how long that had waited in vain at least
+
+
+class Faults(Record):
+    """What a process's graph jobs have met; only grows."""
+
+    runs = shared  # that went wrong,
+    closed_runs = shared  # of them those of layers that were gone
+
+
+class Mask(Record):
+    """The mask of a layer as its latest launch saw it."""
+
+    lock = shared  # of who launches a run of the layer, never while the pool is waited for
+    epoch = i64  # grows by one at every launch that finds the mask changed
+    experts = i64
+    live = array(u8)  # [E], which others change at any time
+    seen = array(u8)  # [E]
+
+
+class GraphJob(Record):
+    """A job over fixed buffers that a stream posts and awaits, in a graph over and over."""
+
+    group = pointer(Group)
+    job = pointer(Job)  # what each launch copies into the ring
+    mask = pointer(Mask)  # the layer's
+    counters = pointer(Counters)  # the layer's
+    faults = pointer(Faults)  # the process's
+    hidden = i64  # of the layer
+    ignored_ids = i64  # IDS_PASS, ...
+    timeout_ns = i64  # without any task of the group ended, beside Entry.task_ns
+    dump = i64  # where a job that nobody waits for any more writes its output
+    closed = i64  # 1: the layer is gone, and whoever replays the job gets NaN
+    seen_progress = i64  # how far the pool was when the visit under way last saw progress,
+    seen_at = i64  # and when that was, nanoseconds; or when its job was given up
+    sequence = shared  # of the latest launch; 0 when it was not published
+    abandoned = shared  # newest launch that its waiter gave up
+    epoch = shared  # of the mask in the latest launch
+    visits = shared  # of streams that are over: for them nothing here is touched any more
+
+
+class Mailbox(Record, alignment=LINE):
+    """Two words in pinned memory through which a GPU's stream hands over jobs."""
+
+    posted = shared  # the GPU writes the address of a graph job; the watcher clears it
+    done = shared  # the watcher writes 1; the GPU clears it
+
+
+class Post(Record, alignment=LINE):
+    """A mailbox of a watcher, and what is under way there."""
+
+    mailbox = shared  # its address, or 0: unused
+    graph_job = pointer(GraphJob)  # or 0: nothing
+    sequence = i64  # of its launch, or 0 while the ring has no room
+    error = i64  # why it is being given up, or 0
+
+
+class Watcher(Record):
+    """The thread that reads mailboxes."""
+
+    stop = shared_line
+    count = shared_line  # posts in use, released after one is filled in
+    nap_word = shared_line  # futex word of naps, which nobody bumps
+    futex = i64  # number of the system call
+    hot_ns = i64  # how long to spin after the last sign of life,
+    nap = i64[2]  # struct timespec of the naps that follow
+    posts = inline(Post)[MAX_POSTS]

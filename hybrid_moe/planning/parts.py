@@ -1,0 +1,193 @@
+"""What of a model takes memory on a machine and where, fitting or not; and which experts are on
+the GPU: as many as fit beside everything else, or those that were asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hybrid_moe.cpu_kernels.memory import HUGE_PAGE
+from hybrid_moe.formats.table import AS_STORED
+from hybrid_moe.loaders.drafts import DRAFT
+from hybrid_moe.placement.profile import PlacementProfile
+from hybrid_moe.planning import scratch
+from hybrid_moe.planning.kv_cache import KvCache, kind_of, sglang_cache, transformers_cache
+from hybrid_moe.planning.model import EMBEDDINGS, HotExperts, Model
+from hybrid_moe.planning.plan import CPU_EXPERTS, GPU, NOWHERE, RAM, MemoryPart, Plan, Request
+from hybrid_moe.planning.prediction import predict_decode, predict_prefill
+from hybrid_moe.text import format_bytes
+
+DIVIDED = frozenset({"attention", "shared experts", "dense MLP", EMBEDDINGS})
+"""Parts that tensor parallelism divides among GPUs; the others are whole on each."""
+
+
+def lay_out(model: Model, request: Request) -> Plan:
+    """The plan, fitting or not: `shortages` is empty.
+
+    Raises:
+        ValueError: the configuration lacks a size, or the profile does not fit the model.
+    """
+    config = model.config
+    if request.gpus:
+        cache = sglang_cache(config, request.context, request.chunk, request.requests)
+        fixed = _gpu_parts(model, request, cache)
+        hot = _choose_hot(model, request, sum(p.nbytes for p in fixed if p.place == GPU))
+        share = -(-hot_bytes(model, hot) // len(request.gpus))
+        name = f"routed experts, {model.gpu_format}"
+        parts = [MemoryPart(name, GPU, share, _counts(hot)), *fixed]
+    else:
+        cache = transformers_cache(config, request.context)
+        hot = first_ids(model, 0, "no GPU")
+        parts = _cpu_parts(model, request, cache)
+    parts = [*_expert_parts(model, request, hot), *parts]
+    return Plan(
+        model=model,
+        request=request,
+        parts=tuple(part for part in parts if part.nbytes),
+        hot=hot,
+        cache=cache,
+        decode=predict_decode(model, hot, request.cpu, request.gpus, cache),
+        prefill=predict_prefill(
+            model, hot, request.cpu, request.gpus, min(request.chunk, request.context)
+        ),
+        shortages=(),
+        notes=tuple(_notes(model, request)),
+    )
+
+
+def _choose_hot(model: Model, request: Request, fixed: int) -> HotExperts:
+    """Experts on the GPU, beside `fixed` bytes on each."""
+    if request.profile is not None:
+        return of_profile(model, request.profile)
+    if request.num_gpu_experts is not None:
+        return first_ids(model, request.num_gpu_experts, "as given, the first ids of every layer")
+    if not model.hot_possible:
+        differ = "none: the layers' experts differ in format"
+        unread = "none: no checkpoint that SGLang can read them from"
+        return first_ids(model, 0, differ if model.gpu_format == AS_STORED else unread)
+    return as_many_as_fit(model, (request.room - fixed) * len(request.gpus))
+
+
+def hot_bytes(model: Model, hot: HotExperts) -> int:
+    """Bytes of the experts on the GPU, over all GPUs."""
+    return sum(hot.counts[layer.layer] * layer.on_gpu for layer in model.layers)
+
+
+def first_ids(model: Model, count: int, rule: str) -> HotExperts:
+    """The first `count` experts of every layer.
+
+    Raises:
+        ValueError: more than there are, or fewer than none.
+    """
+    if not 0 <= count <= model.num_experts:
+        raise ValueError(f"{count} experts on the GPU: a layer has 0 to {model.num_experts}")
+    return HotExperts({layer.layer: min(count, layer.num_experts) for layer in model.layers}, rule)
+
+
+def of_profile(model: Model, profile: PlacementProfile) -> HotExperts:
+    """The experts that a profile names.
+
+    Raises:
+        ValueError: it lacks a layer, or names an expert that there is not.
+    """
+    counts = {
+        layer.layer: len(profile.experts_of(layer.layer, layer.num_experts))
+        for layer in model.layers
+    }
+    return HotExperts(counts, f"{profile.path.name}", profile)
+
+
+def as_many_as_fit(model: Model, room: int) -> HotExperts:
+    """The same number of experts in every layer, as many as `room` bytes hold (of all GPUs)."""
+    each = sum(layer.on_gpu for layer in model.layers)
+    count = max(0, min(model.num_experts, room // each))
+    return first_ids(model, count, "as many as fit, the first ids of every layer")
+
+
+def _expert_parts(model: Model, request: Request, hot: HotExperts) -> list[MemoryPart]:
+    """The experts on the CPU: one arena for each layer and pool."""
+    panels: Counter[str] = Counter()
+    rounding = biases = 0
+    for layer in model.layers:
+        cold = hot.cold(layer)
+        panels[layer.method.name] += cold * layer.packed
+        biases += cold * layer.bias
+        if request.huge_pages and cold:  # each pool's share is rounded; shares are nearly equal
+            share = cold * layer.packed / request.pools
+            rounding += round(request.pools * (-share % HUGE_PAGE))
+    return [
+        *(
+            MemoryPart(f"{CPU_EXPERTS}, {name}", RAM, nbytes, "panels, as large as stored")
+            for name, nbytes in panels.items()
+        ),
+        MemoryPart(f"{CPU_EXPERTS}, biases", RAM, biases, "float32"),
+        MemoryPart(f"{CPU_EXPERTS}, page rounding", RAM, rounding, "huge pages of 2 MiB"),
+    ]
+
+
+def _gpu_parts(model: Model, request: Request, cache: KvCache) -> list[MemoryPart]:
+    """Everything but routed experts, on each GPU and in RAM, under SGLang."""
+    gpus = len(request.gpus)
+    parts = []
+    for name, nbytes in model.parts.items():
+        if name == DRAFT:
+            parts.append(MemoryPart(name, NOWHERE, nbytes, "only for speculative decoding"))
+        elif name in DIVIDED and gpus > 1:
+            parts.append(
+                MemoryPart(name, GPU, -(-nbytes // gpus), f"1/{gpus} of {format_bytes(nbytes)}")
+            )
+        else:
+            parts.append(MemoryPart(name, GPU, nbytes))
+    mla = kind_of(model.config) in ("mla", "deepseek_v4")
+    reserve = scratch.gpu_reserve(request.chunk, request.requests, gpus, mla=mla)
+    runtime = scratch.SGLANG_RAM + gpus * scratch.SGLANG_RAM_PER_GPU
+    buffers = scratch.stream_buffers(model, request.chunk, request.threads, request.pools)
+    return [
+        *parts,
+        MemoryPart("KV cache", GPU, cache.per_gpu(gpus), cache.formula),
+        MemoryPart("activations, graphs", GPU, reserve, "SGLang's own rule", assumed=True),
+        MemoryPart("CUDA context", GPU, scratch.GPU_CONTEXT, "1 GiB", assumed=True),
+        MemoryPart("buffers of the CPU experts", RAM, buffers, f"chunks of {request.chunk} tokens"),
+        MemoryPart("SGLang's processes", RAM, runtime, "4 GiB and 2 GiB per GPU", assumed=True),
+    ]
+
+
+def _cpu_parts(model: Model, request: Request, cache: KvCache) -> list[MemoryPart]:
+    """Everything but the experts, in RAM, under Transformers."""
+    stored = sum(nbytes for name, nbytes in model.parts.items() if name != DRAFT)
+    note = "as stored" if stored == model.bytes_16bit else f"BF16; {format_bytes(stored)} stored"
+    buffers = scratch.cpu_buffers(model, request.context, request.threads, request.pools)
+    activations = scratch.cpu_activations(model, request.context)
+    return [
+        MemoryPart("everything but routed experts", RAM, model.bytes_16bit, note),
+        MemoryPart(DRAFT, NOWHERE, model.parts.get(DRAFT, 0), "only for speculative decoding"),
+        MemoryPart("KV cache", RAM, cache.per_gpu(), cache.formula),
+        MemoryPart("buffers of the CPU experts", RAM, buffers, "batches are cut at 2048 tokens"),
+        MemoryPart("activations", RAM, activations, "16 x context x H x 2 B", assumed=True),
+        MemoryPart("Python, torch", RAM, scratch.TRANSFORMERS_RAM, "1 GiB", assumed=True),
+    ]
+
+
+def _counts(hot: HotExperts) -> str:
+    counts = set(hot.counts.values())
+    low, high = min(counts), max(counts)
+    number = f"{low}" if low == high else f"{low} to {high}"
+    return f"{number} per layer; {hot.rule}"
+
+
+def _notes(model: Model, request: Request) -> list[str]:
+    notes = []
+    if request.gpus and not model.hot_possible:
+        notes.append(
+            f"{model.base} was written by `hybrid-moe convert`, whose experts SGLang cannot put on "
+            "a GPU: give the original checkpoint as --base to use GPU experts"
+        )
+    if request.gpus and len({gpu.nbytes for gpu in request.gpus}) > 1:
+        notes.append("tensor parallelism gives every GPU the same: the smallest one counts")
+    limit = model.max_context
+    if limit is not None and request.context > limit:
+        notes.append(f"the model was made for {limit} tokens, fewer than --context")
+    if request.gpus:
+        notes.append("no GPU has run this yet: GPU figures are computed, not measured")
+    else:
+        notes.append("everything is for Transformers, as `hybrid-moe generate` runs it")
+    return notes
