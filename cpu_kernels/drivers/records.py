@@ -29,10 +29,6 @@ from hybrid_moe.cpu_kernels.jit.records import (
 MAX_POOLS = 8
 MAX_PHASES = 4
 MAX_TILE = 32  # tokens of the largest tile
-STRIPS_AT_ONCE = 16  # of gate/up, before their activations
-BATCH_TOKENS = 192  # of one expert that share a pass over its strips
-UNPACK_GROUPS = 32  # groups of a strip that are unpacked at a time
-SHARE_BYTES = 4096  # of the packed codes that come next, what each tile of a chunk fetches
 RING = 16
 MAX_POSTS = 1024
 

@@ -40,7 +40,8 @@ from hybrid_moe.cpu_kernels.jit.records import (
     u8,
 )
 from hybrid_moe.cpu_kernels.jit.translate import translate
-from hybrid_moe.cpu_kernels.job import INLINE_ENCODE_TOKENS, JobMemory
+from hybrid_moe.cpu_kernels.job import JobMemory
+from hybrid_moe.cpu_kernels.tuning import INLINE_ENCODE_TOKENS
 from hybrid_moe.formats.table import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
 
