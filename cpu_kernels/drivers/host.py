@@ -10,6 +10,16 @@ Nobody waits for ever. When the pool has shown no sign of life for as long as `p
 waiter abandons the job: its output becomes NaN, and so does at once that of later jobs until the
 pool has recovered. Every failed run adds to the layer's counters and to the process's faults.
 
+Words that hand something over, as in `worker`:
+
+    word             released by   acquired by              what it hands over
+    Job.out          withdraw      phases.down_task         where the output goes now
+    Group.abandoned  raise_word    group_error              nothing: the number itself
+    sequence         launch        wait; Python             a launch that is under way
+    counters         fail, launch  Python's `report`        counts come behind what explains them
+    faults           add_fault     Python's `check_errors`  the counters
+    visits           end_visit     Python's `idle`          that the visit touches nothing any more
+
 A graph job's memory may go when `visits` has come to the number that streams were asked for (a post
 that is answered, a wait that returns) and no launch of it runs. `visits` is therefore the last word
 that a visit touches.

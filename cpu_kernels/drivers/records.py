@@ -52,7 +52,7 @@ ERROR_TIMEOUT, ERROR_STUCK, ERROR_STOPPED = range(1, 4)
 """Why a run was given up."""
 
 
-class Tiles(Record):
+class TilePlan(Record):
     """A `library.Tiling`: how tokens of an expert are cut into tiles."""
 
     most = i64  # tokens of a tile
@@ -100,8 +100,8 @@ class Layer(Record):
     strips = array(i64)  # [pools + 1] first strip of the hidden rows of each pool
     gate_up_strips = inline(StripSizes)
     down_strips = inline(StripSizes)
-    direct = inline(Tiles)
-    tiled = inline(Tiles)
+    direct = inline(TilePlan)
+    tiled = inline(TilePlan)
     tiled_from = i64  # tokens of an expert that are cut by `tiled`; fewer by `direct`
 
 

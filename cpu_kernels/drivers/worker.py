@@ -5,6 +5,16 @@ tasks are done, not when threads have met: a thread that the system has put asid
 has work. A thread that wakes late finds other sequence numbers in the claim words and leaves
 without touching what the job owned.
 
+What a thread has written before a release, another reads behind the acquire that sees it:
+
+    word        released by                  acquired by           what it hands over
+    submitted   publish                      work, work_until      a job is in its entry
+    claims      publish                      claim                 all that a task reads
+    done        take_tasks (fetch_add)       phase_is_done         what the phase's tasks wrote
+    completed   complete                     who waits for a job   its output; the entry is free
+    worker0     leave_worker0 (fetch_add)    become_worker0        worker 0's scratch
+    a lock      unlock                       lock                  what it guards
+
 Every wait spins for a while and then sleeps on a futex, that of an `EventCount`. No wake-up is
 lost, because both sides first write and then read what the other writes:
 

@@ -24,7 +24,20 @@ from hybrid_moe.cpu_kernels.drivers.worker import copy_job
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.jit.driver import Driver, Intrinsic
-from hybrid_moe.cpu_kernels.jit.records import Word, i64, shared
+from hybrid_moe.cpu_kernels.jit.records import (
+    Array,
+    Record,
+    Word,
+    array,
+    i8,
+    i32,
+    i64,
+    inline,
+    pointer,
+    shared,
+    shared_line,
+    u8,
+)
 from hybrid_moe.cpu_kernels.jit.translate import translate
 from hybrid_moe.cpu_kernels.job import StagedJob
 from hybrid_moe.formats.table import MXFP4
@@ -138,6 +151,28 @@ def test_operators(operators: list[Callable[..., int]], a: int, b: int) -> None:
             assert code(a, b) == 0
         else:
             assert code(a, b) == wrapped(int(function(a, b))), function.__name__
+
+
+@driver
+def shift_up(a: int, b: int) -> int:
+    return a << b
+
+
+@driver
+def shift_down(a: int, b: int) -> int:
+    return a >> b
+
+
+@pytest.fixture(scope="module")
+def shifts() -> list[Callable[..., int]]:
+    return compiled(shift_up, shift_down)
+
+
+@given(a=INT64, b=st.integers(-200, 200) | INT64)
+def test_shifts_by_any_number(shifts: list[Callable[..., int]], a: int, b: int) -> None:
+    """By 64 or more, as Python's of a number with endless sign bits; so by less than 0."""
+    by = b if 0 <= b < 64 else 64
+    assert [code(a, b) for code in shifts] == [wrapped(a << by), a >> by]
 
 
 # control flow
@@ -324,6 +359,89 @@ def test_what_is_evaluated(a: int) -> None:
         assert code(row.ctypes.data, a) == 0
         evaluates_conditionally(other.ctypes.data, a)
     assert np.array_equal(memory, expected)
+
+
+# records
+
+
+class Leaf(Record):
+    small = u8
+    large = i64
+
+
+class Tree(Record):
+    leaf = pointer(Leaf)
+    own = inline(Leaf)
+    leaves = inline(Leaf)[3]
+    tiny = array(i8)
+    table = i32[2, 3]
+    lines = shared_line[2]
+    lone = shared
+
+
+@driver
+def largest(leaves: Array[Leaf], count: int) -> int:
+    found = leaves[0].large
+    for i in range(1, count):
+        found = max(found, leaves[i].large)
+    return found
+
+
+@driver
+def take(word: Word, value: int) -> bool:
+    return compare_swap(word, value, value + 1)
+
+
+@driver
+def leaf_of(tree: Tree, other: int) -> Leaf:
+    if other != 0:
+        return tree.own
+    return tree.leaf
+
+
+@driver
+def walk(tree: Tree, a: int) -> int:
+    tree.leaf.large += a
+    tree.leaves[a % 3].large = a
+    tree.leaves[1].small -= 300 + a
+    tree.own.large = largest(tree.leaves, 3)
+    tiny = tree.tiny
+    tiny[2] ^= a
+    i8.at(tree.tiny.address)[0] = tree.leaf.small
+    tree.table[a % 2, 2] = tree.table[1, a % 3] - a
+    leaf_of(tree, a % 2).small += 1
+    if a > 0:
+        tree.leaf = tree.own
+    return take(tree.lines[a % 2], a) + 2 * take(tree.lone, 3) + tree.leaf.large
+
+
+@pytest.mark.usefixtures("_python_memory")
+@given(a=SMALL, seed=st.integers(0, 99))
+def test_records(walks: Callable[..., int], a: int, seed: int) -> None:
+    """Whatever a driver does to them is the same in Python."""
+    rng = np.random.default_rng(seed)
+    results = []
+    tree, leaf, tiny = Tree.new(), Leaf.new(), rng.integers(-128, 127, 4, np.int8)
+    for word in range(len(tree.words)):
+        tree.words[word] = int(rng.integers(-(2**40), 2**40))
+    tree.lines[a % 2].value, tree.lone.value = a + seed % 2, 3
+    for run in (walks, walk):
+        mine, own_leaf, own_tiny = tree.copy(), leaf.copy(), tiny.copy()
+        mine.leaf, mine.tiny = own_leaf, i8.at(own_tiny.ctypes.data)
+        value = walks(mine.address, a) if run is walks else walk(mine, a)
+        points_inside = mine.leaf.address == mine.own.address
+        mine.leaf, mine.tiny = Leaf.at(0), i8.at(0)
+        results.append(
+            (int(value), points_inside, mine.words.tolist(), own_leaf.words.tolist(),
+             own_tiny.tolist())
+        )  # fmt: skip
+    assert results[0] == results[1]
+
+
+@pytest.fixture(scope="module")
+def walks() -> Callable[..., int]:
+    (code,) = compiled(walk)
+    return code
 
 
 # the drivers themselves
@@ -515,6 +633,7 @@ def some(job: Job, a: int) -> int:
             "a = load_acquire(job.tokens)",
             "the first value of load_acquire must be a Word, and `job.tokens` is an integer",
         ),
+        ("a = job.done.value", "`job.done` is a Word, which has no field `value`"),
         ("a = load_acquire(a)", "must be a Word, and `a` is an integer"),
         ("a = fetch_add(job.done, job)", "`job` is a Job, not an integer"),
     ],
