@@ -36,10 +36,10 @@ def unpack_from(most: int) -> int:
 
 MXFP4_BLOCKS_FROM = TILE_TOKENS + 1
 """Tokens from which a matrix unit takes over (AMX, by counting cycles, not measured: the counts are
-in docs/kernels.md). For a group of a strip T tokens take 32 cycles for decoding and 44 each directly, in
-tiles of up to 6; a block takes 40 for unpacking and the more of 12 T (vectors) and 128 + 4 T
-(stores), T in fours. By count it wins from 4 on, but none has run yet: it begins where the direct
-way decodes twice (7 tokens: 372 against 200)."""
+in docs/kernels.md). For a group of a strip T tokens take 32 cycles for decoding and 44 each
+directly, in tiles of up to 6; a block takes 40 for unpacking and the more of 12 T (vectors) and 128
++ 4 T (stores), T in fours. By count it wins from 4 on, but none has run yet: it begins where the
+direct way decodes twice (7 tokens: 372 against 200)."""
 BF16_BLOCKS_FROM = 1
 """Likewise: 16 cycles for 1 KiB of weights are faster than any memory."""
 BLOCK_TURN_TOKENS = 4

@@ -33,7 +33,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     TilePlan,
 )
 from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens
-from hybrid_moe.cpu_kernels.jit.records import LINE, i64
+from hybrid_moe.cpu_kernels.jit.record import LINE, i64
 from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS, SHARE_BYTES, STRIPS_AT_ONCE
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, SUMS_BYTES
 

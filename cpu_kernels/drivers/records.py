@@ -1,4 +1,4 @@
-"""The records that Python and compiled drivers share, see `jit.records`.
+"""The records that Python and compiled drivers share, see `jit.record`.
 
     Group  the control block of a pool group: what its threads wait for, and the ring of entries
     Entry  a job under way: a copy of the launched `Job`, and its phases
@@ -12,7 +12,7 @@ writes while another may read are `shared`; those on which threads spin have a l
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.jit.records import (
+from hybrid_moe.cpu_kernels.jit.record import (
     LINE,
     Record,
     array,

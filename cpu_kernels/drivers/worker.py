@@ -58,7 +58,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     Phase,
 )
 from hybrid_moe.cpu_kernels.drivers.route import append_phases, route
-from hybrid_moe.cpu_kernels.jit.records import Word, i64
+from hybrid_moe.cpu_kernels.jit.record import Word, i64
 from hybrid_moe.cpu_kernels.tuning import PAUSES_PER_LOOK
 
 FUTEX_WAIT_PRIVATE = 128

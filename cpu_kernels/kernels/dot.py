@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val, Var
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
-from hybrid_moe.cpu_kernels.jit.records import Record, f32, u8
+from hybrid_moe.cpu_kernels.jit.record import Record, f32, u8
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.cpu_kernels.tuning import BF16_AHEAD, MXFP4_AHEAD, SHARE_LINES, TURN_GROUPS

@@ -18,7 +18,7 @@ import pytest
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import worker
 from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, RING, GraphJob, Group
-from hybrid_moe.cpu_kernels.jit.records import Word
+from hybrid_moe.cpu_kernels.jit.record import Word
 from hybrid_moe.cpu_kernels.job import JobMemory
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
