@@ -34,11 +34,12 @@ def unpack_from(most: int) -> int:
     return 40 if most == TILE_TOKENS else 2 * most + 1
 
 
-MXFP4_BLOCKS_FROM = 9
-"""Tokens from which a matrix unit takes over (AMX, by counting cycles, not measured). For a group
-of a panel it takes 16 cycles for each plane, whatever the count; vectors take 16 byte products a
-token, two at a time. They meet at 4 tokens; unpacking through memory and storing the registers cost
-the blocks as much again."""
+MXFP4_BLOCKS_FROM = TILE_TOKENS + 1
+"""Tokens from which a matrix unit takes over (AMX, by counting cycles, not measured: the counts are
+in docs/kernels.md). For a group of a strip T tokens take 32 cycles for decoding and 44 each
+directly, in tiles of up to 6; a block takes 40 for unpacking and the more of 12 T (vectors) and 128
++ 4 T (stores), T in fours. By count it wins from 4 on, but none has run yet: it begins where the
+direct way decodes twice (7 tokens: 372 against 200)."""
 BF16_BLOCKS_FROM = 1
 """Likewise: 16 cycles for 1 KiB of weights are faster than any memory."""
 BLOCK_TURN_TOKENS = 4
@@ -64,6 +65,8 @@ MXFP4_AHEAD = 8192
 """Bytes ahead of their use that lines of packed codes are asked for, by kernels that do not read
 them in order. Those that do leave it to the processor: any instruction costs them 20 to 25 % on Zen
 4."""
+BF16_BLOCK_AHEAD = 8192
+"""Likewise, of BF16 in a matrix unit's one pass over a strip."""
 BF16_AHEAD = 4096
 """Likewise for one token on narrow registers. Zen 3, whose prefetchers stop at the end of a 4 KiB
 page, is a sixth faster so."""

@@ -45,7 +45,6 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     IDS_FAULT,
     IDS_PASS,
     NO_ROOM,
-    RING,
     GraphJob,
     Group,
     Layer,
@@ -53,13 +52,14 @@ from hybrid_moe.cpu_kernels.drivers.records import (
 )
 from hybrid_moe.cpu_kernels.drivers.worker import (
     NO_TASK,
+    has_room,
     has_stopped,
     help_until,
     lock,
     try_launch,
     unlock,
 )
-from hybrid_moe.cpu_kernels.jit.records import Word, i32
+from hybrid_moe.cpu_kernels.jit.record import Word, i32
 
 _NAN_PAIR = 0x7FC07FC0  # two bf16
 
@@ -169,13 +169,6 @@ def group_error(group: Group) -> int:
 
 
 @driver
-def has_room(group: Group) -> bool:
-    """Whether the ring would take a job now: a cheap look, before `try_launch` which knows."""
-    submitted = load_acquire(group.submitted)
-    return load_acquire(group.completed) + RING > submitted + 1
-
-
-@driver
 def snapshot_mask(mask: Mask) -> int:
     """Bring the layer's copy of the mask up to date; return its epoch. The caller holds the mask's
     lock."""
@@ -203,15 +196,15 @@ def launch(graph_job: GraphJob) -> int:
         add_fault(graph_job)
         return 0
     epoch = snapshot_mask(mask)
-    sequence = try_launch(group, graph_job.job, graph_job.found)
+    sequence = try_launch(group, graph_job.job)
     if sequence > 0:
         store_release(graph_job.sequence, sequence)  # for `GraphJobState.idle` in Python
     unlock(group, mask.lock)
     if sequence == NO_ROOM:
         return sequence
     store_release(graph_job.epoch, epoch)
-    if graph_job.ignored_ids != IDS_PASS and graph_job.found.ignored > 0:
-        fetch_add(graph_job.counters.ignored, graph_job.found.ignored)
+    if graph_job.ignored_ids != IDS_PASS and graph_job.job.ignored > 0:
+        fetch_add(graph_job.counters.ignored, graph_job.job.ignored)
         if graph_job.ignored_ids == IDS_FAULT:
             add_fault(graph_job)
     if sequence <= 0:

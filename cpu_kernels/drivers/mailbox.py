@@ -22,7 +22,6 @@ from hybrid_moe.cpu_kernels.drivers.host import (
     fail,
     grace_ns,
     group_error,
-    has_room,
     is_withdrawn,
     launch,
     withdraw,
@@ -45,7 +44,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     Post,
     Watcher,
 )
-from hybrid_moe.cpu_kernels.drivers.worker import FUTEX_WAIT_PRIVATE
+from hybrid_moe.cpu_kernels.drivers.worker import FUTEX_WAIT_PRIVATE, has_room
 
 
 @driver

@@ -6,6 +6,8 @@
 or
     down by pair  strips of 64 hidden rows of one expert -> a float32 row for each of its pairs
     combine       strips of those rows, pairs in ascending expert -> output, all tokens
+or, where no expert is active, nothing but
+    zero          rows of the output
 
 A down task owns its output rows, so experts are summed without conflicts and no buffer of
 tokens x k x hidden exists. Few tokens on many workers want smaller tasks than that gives: they keep
@@ -22,6 +24,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     DOWN_BY_PAIR,
     ENCODE,
     GATE_UP,
+    ZERO,
     Entry,
     Job,
     Layer,
@@ -30,6 +33,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     TilePlan,
 )
 from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens
+from hybrid_moe.cpu_kernels.jit.record import LINE, i64
 from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS, SHARE_BYTES, STRIPS_AT_ONCE
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, SUMS_BYTES
 
@@ -147,9 +151,10 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
     expert = job.active_expert[index]
     start = job.active_start[index]
     count = job.active_start[index + 1] - start
+    packed = layer.packed[expert * job.pools + pool]
     first_block = layer.blocks[pool]
     sizes = layer.gate_up_strips
-    strips = load_acquire(layer.gate_up[pool * layer.experts + expert])
+    strips = load_acquire(packed.gate_up)
     sums = scratch + job.sums_offset
     unpacked = scratch + job.unpacked_offset
     batches = ceil_div(count, BATCH_TOKENS)
@@ -178,8 +183,8 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
                     tokens,
                     h,
                     block,
-                    layer.gate_bias[expert] + bias,
-                    layer.up_bias[expert] + bias,
+                    packed.gate_bias + bias,
+                    packed.up_bias + bias,
                 )
             strip = last
 
@@ -201,7 +206,7 @@ def gate_up_task(entry: Entry, pool: int, begin: int, end: int, scratch: int) ->
 def pair_rows(entry: Entry, row: int) -> int:
     """float32 [pairs][64]: what each pair adds to rows 64 * `row` to 64 * `row` + 63 of its
     token."""
-    return entry.job.pair_rows + SUMS_BYTES * entry.pairs * row
+    return entry.job.pair_rows + SUMS_BYTES * entry.job.pairs * row
 
 
 @driver
@@ -217,7 +222,8 @@ def down_strips(
     start = job.active_start[index]
     count = job.active_start[index + 1] - start
     sizes = layer.down_strips
-    strips = layer.down[pool * layer.experts + expert]
+    packed = layer.packed[expert * job.pools + pool]
+    strips = packed.down
     sums = scratch + job.sums_offset
     unpacked = scratch + job.unpacked_offset
     batches = ceil_div(count, BATCH_TOKENS)
@@ -236,7 +242,7 @@ def down_strips(
             for i in range(strip, last):
                 of = sums + (i - strip) * tokens * SUMS_BYTES
                 row = layer.strips[pool] + i
-                bias = layer.down_bias[expert] + SUMS_BYTES * row
+                bias = packed.down_bias + SUMS_BYTES * row
                 if out != 0:
                     to = out + (i - begin) * job.tokens * SUMS_BYTES
                     pair_tokens = job.pair_token.address + 4 * first
@@ -269,7 +275,7 @@ def down_task(entry: Entry, pool: int, begin: int, end: int, scratch: int) -> No
     out = scratch + job.out_offset
     out_bytes = SUMS_BYTES * job.tokens
     call(job.layer.clear, out, job.tokens * (end - begin))
-    for index in range(entry.active):
+    for index in range(job.active):
         down_strips(entry, pool, index, begin, end, out, scratch)
     for strip in range(begin, end):
         finish_strip(job, job.layer.strips[pool] + strip, out + out_bytes * (strip - begin))
@@ -296,8 +302,32 @@ def combine_task(entry: Entry, pool: int, begin: int, end: int, scratch: int) ->
     out = scratch + job.out_offset
     for row in range(layer.strips[pool] + begin, layer.strips[pool] + end):
         call(layer.clear, out, job.tokens)
-        call(layer.add, pair_rows(entry, row), entry.pairs, job.pair_token.address, out)
+        call(layer.add, pair_rows(entry, row), entry.job.pairs, job.pair_token.address, out)
         finish_strip(job, row, out)
+
+
+@driver
+def zero_words(begin: int, end: int) -> None:
+    words = i64.at(begin)
+    for i in range((end - begin) // 8):
+        words[i] = 0
+
+
+@driver
+def zero_task(job: Job, begin: int, end: int) -> None:
+    """Output of tokens for which nothing is computed here, in units of `clear`: float32 [64] on a
+    cache line. What is left of the output at both ends is less than a unit and a line, and comes
+    with the first unit."""
+    out = load_acquire(job.out)
+    past = out + 2 * job.tokens * job.layer.hidden
+    first = (out + LINE - 1) // LINE * LINE
+    units = max(0, past - first) // SUMS_BYTES
+    last = min(units, end)
+    if last > begin:
+        call(job.layer.clear, first + SUMS_BYTES * begin, last - begin)
+    if begin == 0:
+        zero_words(out, min(first, past))
+        zero_words(first + SUMS_BYTES * units, past)
 
 
 @driver
@@ -317,3 +347,5 @@ def run_task(entry: Entry, phase: Phase, pool: int, task: int, worker: int) -> N
         down_by_pair_task(entry, pool, begin, end, scratch)
     elif phase.kind == COMBINE:
         combine_task(entry, pool, begin, end, scratch)
+    elif phase.kind == ZERO:
+        zero_task(job, begin, end)

@@ -26,8 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, I64, Emit, KernelBody, Val
-from hybrid_moe.cpu_kernels.jit.records import Record, f32, i8, i32
-from hybrid_moe.formats.strips import GROUP
+from hybrid_moe.cpu_kernels.jit.record import Record, f32, i8, i32
+from hybrid_moe.formats.strips import GROUP, MOST_BLOCK_TOKENS
 
 
 class Fixed15Group(Record):
@@ -116,6 +116,10 @@ class Encoding:
 
 FIXED15 = Encoding(FIXED15_GROUP.nbytes, encode_fixed15_group)
 BF16_PAIRS = Encoding(2 * GROUP, _store_bf16)
+
+BLOCK_SLACK = (MOST_BLOCK_TOKENS - 1) * max(FIXED15.group_bytes, BF16_PAIRS.group_bytes)
+"""Bytes that must be mapped behind a tile, whatever they hold. A matrix unit loads a group's tokens
+as a whole block, so for one token it also reads the 31 that would follow it."""
 
 
 def encode_rows(encoding: Encoding) -> KernelBody:

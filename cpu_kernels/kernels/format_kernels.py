@@ -37,7 +37,7 @@ class TileKernels:
         if max(self.dots) > MOST_BLOCK_TOKENS:
             raise ValueError(
                 f"a block of {max(self.dots)} tokens is beyond the sums' room for "
-                f"{MOST_BLOCK_TOKENS}: raise panels.MOST_BLOCK_TOKENS"
+                f"{MOST_BLOCK_TOKENS}: raise strips.MOST_BLOCK_TOKENS"
             )
 
 

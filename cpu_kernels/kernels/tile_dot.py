@@ -1,11 +1,17 @@
-"""Dot kernels for a matrix unit: a strip times up to 16 or 32 tokens, block by block.
+"""Dot kernels for a matrix unit: a strip times a block of up to 16 or 32 tokens.
 
-Same call and same sums as in `dot`, for any count from 1 to M. Sums of a block beyond `count`,
-which the caller has room for, mean nothing; nor do the bytes behind a tile, which it reads.
+Same call and same sums as in `dot`, for any count from 1 to M = 16 or 32. Registers are loaded and
+stored whole, so a kernel reads up to `BLOCK_SLACK` bytes behind its tile, and writes sums for M
+tokens, of which those from `count` on mean nothing. Rows of a product do not mix: what lies behind
+the tile reaches no token's sums.
 
-A register of activations is 16 tokens of a tile as they lie there, 80 (MXFP4) or 64 bytes apart.
-Panels of packed BF16 are B registers as they lie in a strip, 256 bytes from row to row; those of
-MXFP4 once they are unpacked to bytes.
+Operands lie in memory as TILELOADD wants them:
+
+    A  activations of 16 tokens in one group, as they follow each other in a tile: 80 bytes apart
+       (MXFP4, 32 bytes of one plane each) or 64 (BF16, the whole group)
+    B  one panel in one group, 256 bytes from row to row, since a row of the strip has four panels:
+       8 rows of unpacked bytes (MXFP4) or 16 rows of packed pairs (BF16)
+    C  16 tokens x 16 rows of weights: sums of BF16 256 bytes apart; those of MXFP4 go to scratch
 
 MXFP4 sums a group in two integer registers, one for each plane of the activations, and scales them
 by vector: exact sums, so the bits are those of `dot`. BF16 sums in the order of `tile_dot_pairs`.
@@ -13,9 +19,13 @@ by vector: exact sums, so the bits are those of `dot`. BF16 sums in the order of
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, Emit, KernelBody
+import itertools
+from collections.abc import Sequence
+
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.dsl.tiles import (
     REGISTER_BYTES,
+    REGISTERS,
     ROW_BYTES,
     ROWS,
     TileConfig,
@@ -28,101 +38,153 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
     DotArgs,
     Scale,
     dot_kernel,
+    unpacked_scale,
 )
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.epilogue import clear
-from hybrid_moe.cpu_kernels.tuning import BLOCK_TURN_TOKENS
-from hybrid_moe.formats.strips import GROUP, PANELS, SUMS_BYTES
+from hybrid_moe.cpu_kernels.tuning import (
+    BF16_BLOCK_AHEAD,
+    BF16_CHUNK_GROUPS,
+    BLOCK_TURN_TOKENS,
+    SHARE_BYTES,
+    UNPACK_GROUPS,
+)
+from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES
 
-_PANELS_STRIDE = PANELS * ROW_BYTES  # from one B row of a panel to the next
-_PAIR = 2  # panels that meet a register of activations together
+_B_STRIDE = PANELS * ROW_BYTES
 
 _WHOLE = TileShape()
 _PLANE = TileShape(ROWS, GROUP)  # 32 int8 inputs of 16 tokens
 _QUADS = TileShape(GROUP // 4, ROW_BYTES)
 MXFP4_CONFIG = TileConfig((_PLANE, _PLANE, _QUADS, _QUADS, _WHOLE, _WHOLE, _WHOLE, _WHOLE))
-BF16_CONFIG = TileConfig((_WHOLE,) * 8)
+BF16_CONFIG = TileConfig((_WHOLE,) * REGISTERS)
+
+_PAIR = 2  # panels of MXFP4 whose planes are in C registers at a time: 2 x 2 of them
+_PLANES = (FIXED15_GROUP.high, FIXED15_GROUP.low)
 
 
 @dot_kernel
 def mxfp4_tile_dot(emit: Emit, args: DotArgs) -> None:
-    """Dot kernel of MXFP4 for up to 16 tokens, from unpacked signed bytes, two panels at a time."""
+    """Dot kernel of MXFP4 for up to 16 tokens, from unpacked signed bytes, two panels at a time.
+
+    Registers: 0-1 A, a plane each; 2-3 B, a panel each; 4-7 C, [panel][plane].
+    """
     tiles = Tiles(emit, MXFP4_CONFIG)
+    totals = emit.scratch(2 * _PAIR * REGISTER_BYTES)
     turns = (args.count + (BLOCK_TURN_TOKENS - 1)) & -BLOCK_TURN_TOKENS
-    totals = emit.scratch(2 * _PAIR * REGISTER_BYTES)  # of [panel][plane], as registers
     with emit.when(args.begin.equals(0)):
         clear(emit, args.sums, turns)
-    nbytes = args.count * FIXED15_GROUP.nbytes
-    a_stride, b_stride = emit.i64(FIXED15_GROUP.nbytes), emit.i64(_PANELS_STRIDE)
+    share = SHARE_BYTES // UNPACK_GROUPS
     with emit.loop(args.begin, args.end) as group:
-        at = args.codes + (group - args.begin) * UNPACKED_GROUP.nbytes
-        x = args.x + group * nbytes
-        for plane, offset in enumerate((FIXED15_GROUP.high, FIXED15_GROUP.low)):
-            tiles.load(plane, x + offset, a_stride)
+        index = group - args.begin
+        weights = args.codes + index * UNPACKED_GROUP.nbytes
+        x = args.x + group * (args.count * FIXED15_GROUP.nbytes)
+        for line in range(0, share, LINE):
+            emit.prefetch(args.ahead + index * share + line)
+        for plane, offset in enumerate(_PLANES):
+            tiles.load(plane, x + offset, emit.i64(FIXED15_GROUP.nbytes))
         for first in range(0, PANELS, _PAIR):
-            for p in range(_PAIR):
-                tiles.load(2 + p, at + ROW_BYTES * (first + p), b_stride)
-                for plane in range(2):
-                    total = 4 + 2 * p + plane
-                    tiles.zero(total)
-                    tiles.dot_bytes(total, plane, 2 + p)
-            for n in range(2 * _PAIR):
-                tiles.store(4 + n, totals + REGISTER_BYTES * n, emit.i64(ROW_BYTES))
+            _mxfp4_products(tiles, weights + ROW_BYTES * first, totals)
             scales = [
-                Scale(
-                    emit.load(at + (UNPACKED_GROUP.powers + 64 * (first + p)), F32, 16, align=64),
-                    emit.load(
-                        at + (UNPACKED_GROUP.exponents + 64 * (first + p)), F32, 16, align=64
-                    ),
-                )
-                for p in range(_PAIR)
+                unpacked_scale(emit, weights + 64 * panel) for panel in range(first, first + _PAIR)
             ]
             with emit.loop(0, turns, step=BLOCK_TURN_TOKENS) as turn:
                 for token in (turn + i for i in range(BLOCK_TURN_TOKENS)):
-                    encoded = x + token * FIXED15_GROUP.nbytes
-                    factor, exponent = (
-                        emit.broadcast(emit.load(encoded + offset, F32, align=4), 16)
-                        for offset in (FIXED15_GROUP.factor, FIXED15_GROUP.exponent)
+                    _add_scaled(
+                        emit,
+                        totals + token * ROW_BYTES,
+                        x + token * FIXED15_GROUP.nbytes,
+                        scales,
+                        args.sums + token * SUMS_BYTES + 64 * first,
                     )
-                    for p, scale in enumerate(scales):
-                        planes = totals + token * ROW_BYTES + 2 * REGISTER_BYTES * p
-                        high = emit.load(planes, I32, 16, align=64)
-                        low = emit.load(planes + REGISTER_BYTES, I32, 16, align=64)
-                        exact = ((high << 8) + low).to_float()
-                        product = emit.op("times_power", exact, factor, exponent)
-                        product = emit.op("times_power", product, scale.power, scale.exponent)
-                        to = args.sums + token * SUMS_BYTES + 64 * (first + p)
-                        emit.store(to, emit.load(to, F32, 16, align=64) + product, align=64)
+
+
+def _mxfp4_products(tiles: Tiles, weights: Val, totals: Val) -> None:
+    """The products of two panels with both planes, in `totals` as [panel][plane] registers."""
+    emit = tiles.emit
+    for p in range(_PAIR):
+        tiles.load(2 + p, weights + ROW_BYTES * p, emit.i64(_B_STRIDE))
+        for plane in range(2):
+            c = 4 + 2 * p + plane
+            tiles.zero(c)
+            tiles.dot_bytes(c, plane, 2 + p)
+    for n in range(2 * _PAIR):
+        tiles.store(4 + n, totals + REGISTER_BYTES * n, emit.i64(ROW_BYTES))
+
+
+def _add_scaled(emit: Emit, totals: Val, encoded: Val, scales: Sequence[Scale], sums: Val) -> None:
+    """One token's totals of some panels, scaled, added to its sums."""
+    factor, exponent = (
+        emit.broadcast(emit.load(encoded + offset, F32, align=4), 16)
+        for offset in (FIXED15_GROUP.factor, FIXED15_GROUP.exponent)
+    )
+    for p, scale in enumerate(scales):
+        high, low = (
+            emit.load(totals + REGISTER_BYTES * (2 * p + plane), I32, 16, align=64)
+            for plane in range(2)
+        )
+        exact = ((high << 8) + low).to_float()
+        product = emit.op("times_power", exact, factor, exponent)
+        product = emit.op("times_power", product, scale.power, scale.exponent)
+        emit.store(sums + 64 * p, emit.load(sums + 64 * p, F32, 16, align=64) + product, align=64)
 
 
 def bf16_tile_dot(most: int) -> KernelBody:
-    """Dot kernel of BF16 for up to `most` tokens, 16 or 32: one or two registers of activations
-    against two panels, so that each is loaded once for two or four products."""
+    """Dot kernel of BF16 for up to `most` tokens, 16 or 32.
+
+    Four C registers have the sums of 16 tokens and four panels, so that a strip is read once, group
+    by group; or of 32 tokens and two panels, which meet each register of weights twice. Then the
+    other two panels follow, chunk by chunk; sums are stored in between as they are. Registers:
+
+        16 tokens   0-3 C, 4 A, 5-7 B in turn
+        32 tokens   0-3 C, 4-5 A, 6-7 B
+    """
     blocks = most // ROWS
+    together = PANELS // blocks
+    b_registers = range(PANELS + blocks, REGISTERS)
+
+    def in_registers(
+        tiles: Tiles, args: DotArgs, panels: Sequence[int], begin: Val, end: Val
+    ) -> None:
+        """Groups begin..end-1 of `panels`, the sums in registers meanwhile."""
+        emit = tiles.emit
+        sums = {
+            together * b + i: args.sums + (b * ROWS * SUMS_BYTES + 64 * panel)
+            for b in range(blocks)
+            for i, panel in enumerate(panels)
+        }
+        for c in sums:
+            tiles.zero(c)
+        with emit.when(begin > 0):
+            for c, at in sums.items():
+                tiles.load(c, at, emit.i64(SUMS_BYTES))
+        with emit.loop(begin, end) as group:
+            codes = args.codes + (group - args.begin) * BF16_STRIP.group_bytes
+            x = args.x + group * (args.count * BF16_PAIRS.group_bytes)
+            for b in range(blocks):
+                at = x + b * ROWS * BF16_PAIRS.group_bytes
+                tiles.load(PANELS + b, at, emit.i64(BF16_PAIRS.group_bytes))
+            # A panel's lines are 256 bytes apart: whoever comes first asks for all lines in order.
+            lines = iter(range(0, BF16_STRIP.group_bytes if panels[0] == 0 else 0, LINE))
+            for i, panel in enumerate(panels):
+                register = b_registers[i % len(b_registers)]
+                tiles.load(register, codes + ROW_BYTES * panel, emit.i64(_B_STRIDE))
+                for line in itertools.islice(lines, BF16_STRIP.group_bytes // LINE // together):
+                    emit.prefetch(codes + (BF16_BLOCK_AHEAD + line))
+                for b in range(blocks):
+                    tiles.dot_pairs(together * b + i, PANELS + b, register)
+        for c, at in sums.items():
+            tiles.store(c, at, emit.i64(SUMS_BYTES))
 
     def body(emit: Emit, args: DotArgs) -> None:
         tiles = Tiles(emit, BF16_CONFIG)
-        products = [(b, p) for b in range(blocks) for p in range(_PAIR)]
-        nbytes = args.count * BF16_PAIRS.group_bytes
-        sums_stride = emit.i64(SUMS_BYTES)
-        a_stride, b_stride = emit.i64(BF16_PAIRS.group_bytes), emit.i64(_PANELS_STRIDE)
-        with emit.loop(0, emit.i64(PANELS), step=_PAIR) as first:
-            sums = args.sums + first * 64
-            for b, p in products:
-                tiles.zero(2 * b + p)
-            with emit.when(args.begin > 0):
-                for b, p in products:
-                    tiles.load(2 * b + p, sums + (b * ROWS * SUMS_BYTES + 64 * p), sums_stride)
-            with emit.loop(args.begin, args.end) as group:
-                at = args.codes + (group - args.begin) * BF16_STRIP.group_bytes + first * ROW_BYTES
-                x = args.x + group * nbytes
-                for b in range(blocks):
-                    tiles.load(4 + b, x + b * ROWS * BF16_PAIRS.group_bytes, a_stride)
-                for p in range(_PAIR):
-                    tiles.load(6 + p, at + ROW_BYTES * p, b_stride)
-                for b, p in products:
-                    tiles.dot_pairs(2 * b + p, 4 + b, 6 + p)
-            for b, p in products:
-                tiles.store(2 * b + p, sums + (b * ROWS * SUMS_BYTES + 64 * p), sums_stride)
+        if together == PANELS:
+            in_registers(tiles, args, range(PANELS), args.begin, args.end)
+            return
+        with emit.loop(args.begin, args.end, step=BF16_CHUNK_GROUPS) as first:
+            last = first + BF16_CHUNK_GROUPS
+            last = (args.end < last).select(args.end, last)
+            for panel in range(0, PANELS, together):
+                in_registers(tiles, args, range(panel, panel + together), first, last)
 
     return dot_kernel(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -47,6 +48,20 @@ def aligned(shape: Any, dtype: Any, fill: int = 0) -> Array:
 def aligned_copy(array: Array) -> Array:
     out = aligned(array.shape, array.dtype)
     out[...] = array
+    return out
+
+
+def before_a_guard(nbytes: int, fill: int = 0) -> Array:
+    """Bytes, every one `fill`, that end where a page begins which must not be touched."""
+    page = mmap.PAGESIZE
+    size = -(-nbytes // page) * page
+    mapping = mmap.mmap(-1, size + page)
+    raw = np.frombuffer(mapping, np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(raw.ctypes.data + size), ctypes.c_size_t(page), 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    out = raw[size - nbytes : size]
+    out[:] = fill
     return out
 
 

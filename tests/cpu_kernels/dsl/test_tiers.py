@@ -66,6 +66,8 @@ def _host(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
         (_BF16 - {"avx512vnni"}, AVX512),
         (_VBMI, AVX512_VBMI),
         (_VBMI | {"amx-tile", "amx-int8"}, AVX512_VBMI),
+        (AMX.all_features, AMX),
+        (AMX.all_features - {"avx512vbmi"}, AVX512_BF16),
         (_VBMI - {"avx512bf16"}, AVX512_VNNI),
         (_BF16 - {"fma"}, PORTABLE),
         (_BF16 | {"amx-int8", "avx10.1"}, AVX512_BF16),
@@ -133,6 +135,7 @@ def test_tiers_inherit() -> None:
     assert AVX2_VNNI.lowering("lookup16") == AVX2.lowering("lookup16")
     assert NEON_DOTPROD.lowering("lookup16") == NEON.lowering("lookup16")
     assert AVX512_VBMI.lowering("pair_dot") == AVX512_BF16.lowering("pair_dot")
+    assert AMX.extends is AVX512_BF16, "VSCALEFPS takes the multipliers' ports there"
     assert AMX.lowering("lookup_low4") == AVX512_VBMI.lowering("lookup_low4")
     assert AMX.lowering("times_power") == OPS["times_power"].lower
     assert AVX512.extends is AVX2, "a processor with AVX-512 need not have the VEX form"

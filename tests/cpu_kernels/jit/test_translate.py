@@ -15,16 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_moe.cpu_kernels import drivers
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import records
 from hybrid_moe.cpu_kernels.drivers.intrinsics import compare_swap, driver, load_acquire
 from hybrid_moe.cpu_kernels.drivers.pack_strips import pack_strips
 from hybrid_moe.cpu_kernels.drivers.records import Entry
-from hybrid_moe.cpu_kernels.drivers.route import prepare
+from hybrid_moe.cpu_kernels.drivers.route import append_phases, route
 from hybrid_moe.cpu_kernels.drivers.worker import copy_job
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.jit.driver import Driver, Intrinsic
-from hybrid_moe.cpu_kernels.jit.records import (
+from hybrid_moe.cpu_kernels.jit.record import (
     Array,
     Record,
     Word,
@@ -39,7 +40,8 @@ from hybrid_moe.cpu_kernels.jit.records import (
     u8,
 )
 from hybrid_moe.cpu_kernels.jit.translate import translate
-from hybrid_moe.cpu_kernels.job import StagedJob
+from hybrid_moe.cpu_kernels.job import JobMemory
+from hybrid_moe.cpu_kernels.tuning import INLINE_ENCODE_TOKENS
 from hybrid_moe.formats.table import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
 
@@ -470,33 +472,45 @@ def test_packing(rows: int, half_step: int) -> None:
 @pytest.mark.usefixtures("_python_memory")
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_routing(tokens: int) -> None:
-    """`prepare` on the same entry, as Python and as machine code."""
-    (code,) = compiled(prepare)
+    """The same job, as Python and as machine code: its pairs, its encoded or copied rows, and the
+    phases of its entry."""
+    code_route, code_phases = compiled(route, append_phases)
     case = Case.random(MXFP4, 64, 96)
     layer = case.layer()
-    x, ids, weights = random_batch(tokens, case.H, case.E, 3)
+    batch = random_batch(tokens, case.H, case.E, 3)
+    x, ids, weights = map(np.ascontiguousarray, batch)
     ids[0, 0], ids[-1, -1] = -1, case.E + 5
     layer.forward(x, ids, weights)
-    job = StagedJob(layer.slot_shape(tokens, 3))
-    job.stage(x, ids, weights, None)
-    job.address(layer._ready().descriptor, 0)
+    memory = JobMemory.new(layer.job_shape(tokens, 3))
+    at = [array.ctypes.data for array in (x, ids, weights)]
     results = []
-    for run in (lambda entry: code(entry.address), prepare):
-        entry = Entry.new()
-        copy_job(entry.job, job.template)
-        missing = run(entry)
-        pairs, routed = 3 * tokens - 2, entry.job
+    for find, cut in (
+        (lambda job: code_route(job.address), lambda entry: code_phases(entry.address)),
+        (route, append_phases),
+    ):
+        memory.fill(layer._ready().descriptor.address, Batch(tokens, 3, *at, skip=0, out=0))
+        job, entry = memory.descriptor, Entry.new()
+        missing = find(job)
+        copy_job(entry.job, job)
+        cut(entry)
+        pairs = 3 * tokens - 2
         placed = [
             np.array([array[i] for i in range(count)])
             for array, count in (
-                (routed.active_expert, entry.active),
-                (routed.active_start, entry.active + 1),
-                (routed.pair_token, pairs),
-                (routed.pair_weight, pairs),
-                (routed.pair_x, pairs),
+                (job.active_expert, job.active),
+                (job.active_start, job.active + 1),
+                (job.pair_token, pairs),
+                (job.pair_weight, pairs),
+                (job.pair_x, pairs),
             )
         ]
-        results.append((missing, entry.ignored, entry.words.tolist(), placed))
+        copied = tokens > INLINE_ENCODE_TOKENS
+        assert job.x == (job.x_copy if copied else x.ctypes.data)
+        taken_in, nbytes = job.x_rows, tokens * job.layer.x_row_bytes
+        if copied:
+            taken_in, nbytes = job.x, x.nbytes
+        placed.append(np.frombuffer(ctypes.string_at(taken_in, nbytes), np.uint8))
+        results.append((missing, job.ignored, entry.words.tolist(), placed))
     (*numbers, words, placed), (*other_numbers, other_words, other_placed) = results
     assert numbers == other_numbers == [0, 2]
     assert words == other_words
@@ -522,7 +536,7 @@ DRIVER_MODULE = """
 from __future__ import annotations
 from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, fence, fetch_add, load_acquire
 from hybrid_moe.cpu_kernels.drivers import records
-from hybrid_moe.cpu_kernels.jit.records import *
+from hybrid_moe.cpu_kernels.jit.record import *
 
 pair = 1, 2
 

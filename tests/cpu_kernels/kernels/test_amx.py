@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from hybrid_moe.cpu_kernels.dsl.tiles import (
 )
 from hybrid_moe.cpu_kernels.jit.compile import Target, assembly
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
-from hybrid_moe.cpu_kernels.kernels.library import functions_of
+from hybrid_moe.cpu_kernels.kernels.library import functions_of, kernel_set
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
@@ -261,39 +261,57 @@ def test_a_job_configures_each_thread_once(fmt: WeightFormat, threads: int) -> N
     layer.close()
 
 
+def _expected(fmt: WeightFormat, sizes: Sequence[int], groups: int, strips: int) -> Counter[str]:
+    """Instructions of tiles of `sizes` tokens, of `strips` that have `groups` in all, one chunk
+    each."""
+    counts: Counter[str] = Counter()
+    for size in sizes:
+        blocks = round_up(size, 16) // 16
+        if fmt is MXFP4:  # a group: A for two planes, B for four panels; C, a plane of a panel each
+            counts += Counter(tileloadd=(2 + 4) * groups, tdpbssd=2 * 4 * groups)
+            counts += Counter(tilezero=2 * 4 * groups, tilestored=2 * 4 * groups)
+        else:  # A again for each pair of panels, B once; C stays over the groups of a strip
+            counts += Counter(tileloadd=(blocks * blocks + 4) * groups)
+            counts += Counter(tdpbf16ps=blocks * 4 * groups)
+            counts += Counter(tilezero=blocks * 4 * strips, tilestored=blocks * 4 * strips)
+    return counts
+
+
 @Emulated
 @Formats
-@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 33])
+@pytest.mark.parametrize("tokens", [1, 6, 7, 16, 17, 33])
 def test_tiles_do_all_of_the_work(fmt: WeightFormat, tokens: int) -> None:
-    """One expert, so that products can be counted."""
+    """One expert, so that instructions can be counted."""
     H, I = 64, 96
+    kernels = kernel_set(fmt.name, RUNNABLE["amx"])
     layer = Case.random(fmt, H, I, E=1).layer(RUNNABLE["amx"])
     x, ids, weights = random_batch(tokens, H, 1, 1)
     before = emulator().executed.copy()
     layer.forward(x, ids, weights)
     executed = emulator().executed - before
-    blocks = FORMAT_KERNELS[fmt.name].tile
-    products, planes = ("tdpbssd", 2) if fmt is MXFP4 else ("tdpbf16ps", 1)
-    if tokens >= blocks.from_tokens:
-        panel_groups = (2 * I // 16 * H + H // 16 * I) // 32
-        activations = round_up(tokens, 16) // 16  # registers; no kernel takes a partial one more
-        assert executed[products] == planes * panel_groups * activations
+    executed -= Counter(ldtilecfg=executed["ldtilecfg"], tilerelease=executed["tilerelease"])
+    gate_up, down = I // 32, H // 64  # strips
+    if tokens >= FORMAT_KERNELS[fmt.name].tile.from_tokens:
+        groups = gate_up * (H // 32) + down * (I // 32)
+        assert executed == _expected(fmt, kernels.tiled.sizes(tokens), groups, gate_up + down)
     else:
-        assert executed[products] == 0
+        assert not executed
     layer.close()
 
 
 # What LLVM makes of them for a processor that has AMX.
 
-_SAPPHIRE_RAPIDS = Target("sapphirerapids")
+_TARGETS = {"tier": TIERS["amx"].target, "sapphirerapids": Target("sapphirerapids")}
+"""As the library compiles for the tier, and as LLVM does for its first processor."""
 
 
-@functools.lru_cache(maxsize=2)
-def _golden(format_name: str) -> dict[str, list[str]]:
-    """Kernel -> its instructions."""
-    text = build_module(functions_of(format_name, TIERS["amx"]), TIERS["amx"], "golden")
+@functools.cache
+def _golden(format_name: str, target: str, kind: str = "") -> dict[str, list[str]]:
+    """Kernel -> its instructions, of those whose name begins with `kind`."""
+    chosen = [one for one in functions_of(format_name, TIERS["amx"]) if one[0].startswith(kind)]
+    text = build_module(chosen, TIERS["amx"], "golden")
     functions: dict[str, list[str]] = {}
-    for line in assembly(text, _SAPPHIRE_RAPIDS).splitlines():
+    for line in assembly(text, _TARGETS[target]).splitlines():
         label = re.match(r"^(\w+):", line)
         if label and not line.startswith("."):
             functions[label[1]] = []
@@ -308,7 +326,7 @@ def _count(instructions: list[str], pattern: str) -> int:
 
 @Formats
 def test_assembly_configures_in_one_kernel(fmt: WeightFormat) -> None:
-    functions = _golden(fmt.name)
+    functions = _golden(fmt.name, "sapphirerapids")
     for mnemonic, where in (("ldtilecfg", "enter"), ("tilerelease", "leave")):
         found = {name: _count(code, mnemonic) for name, code in functions.items()}
         assert found.pop(where) == 1
@@ -318,19 +336,43 @@ def test_assembly_configures_in_one_kernel(fmt: WeightFormat) -> None:
 @pytest.mark.parametrize(
     ("fmt", "kernel", "expected"),
     [
-        # two planes x four panels a group; a load each of the planes and of the panels
-        ("MXFP4", "block16", {"tdpbssd": 8, "tileloadd": 6, "tilestored": 8, "tilezero": 8}),
-        # A x two panels at a time; loads of A, the panels, and of the sums of earlier chunks
-        ("BF16", "block16", {"tdpbf16ps": 2, "tileloadd": 5, "tilestored": 2, "tilezero": 2}),
-        ("BF16", "block32", {"tdpbf16ps": 4, "tileloadd": 8, "tilestored": 4, "tilezero": 4}),
+        # a group: two planes meet four panels. A is loaded once, B once, C is new each time.
+        (
+            "MXFP4", "block16",
+            {"tdpbssd": 2 * 4, "tileloadd": 2 + 4, "tilezero": 2 * 4, "tilestored": 2 * 4,
+             "prefetcht0": 4096 // 32 // 64},
+        ),
+        # 16 tokens meet four panels: a load of A, of each B, and of each C of earlier chunks
+        (
+            "BF16", "block16",
+            {"tdpbf16ps": 4, "tileloadd": 1 + 4 + 4, "tilezero": 4, "tilestored": 4,
+             "prefetcht0": 4096 // 64},
+        ),
+        # twice, two times 16 tokens meet two panels; only the first asks for lines
+        (
+            "BF16", "block32",
+            {"tdpbf16ps": 2 * 4, "tileloadd": 2 * (2 + 2 + 4), "tilezero": 2 * 4,
+             "tilestored": 2 * 4, "prefetcht0": 4096 // 64},
+        ),
     ],
-)
-def test_assembly_counts(fmt: str, kernel: str, expected: dict[str, int]) -> None:
-    code = _golden(fmt)[kernel]
-    amx = Counter(m for line in code if (m := line.split()[0]) in MNEMONICS)
-    assert dict(amx) == expected
-    moved = r"vmov\w+\s+(%[xyz]mm\d+, -?\d+\(%rsp\)|-?\d+\(%rsp\), %[xyz]mm\d+)"
-    assert not [line for line in code if re.match(moved, line)], "a vector register is spilled"
+)  # fmt: skip
+@pytest.mark.parametrize("target", _TARGETS)
+def test_assembly_counts(fmt: str, kernel: str, expected: dict[str, int], target: str) -> None:
+    code = _golden(fmt, target, "block")[kernel]
+    counted = (*MNEMONICS, "prefetcht0")
+    assert Counter(m for line in code if (m := line.split()[0]) in counted) == expected
+    assert not [line for line in code if re.match(r"v.*\(%rsp\)", line)], (
+        "a vector register is spilled"
+    )
+
+
+def test_vector_code_is_that_of_its_row() -> None:
+    """VPERMB looks codes up; powers are multiplied, as VSCALEFPS takes the same ports there."""
+    for name, code in _golden(MXFP4.name, "sapphirerapids").items():
+        decodes = bool(re.match("unpack|direct", name))
+        assert bool(_count(code, "vpermb")) == decodes, name
+        assert not (decodes and _count(code, "vpshufb"))
+        assert not _count(code, "vscalefps")
 
 
 # Permission.
