@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from hybrid_moe.cpu_kernels import tuning
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import phases, records, route
 from hybrid_moe.cpu_kernels.drivers.records import DOWN, DOWN_BY_PAIR, GATE_UP
-from hybrid_moe.cpu_kernels.job import JobShape, StagedJob, capacity_for
-from hybrid_moe.cpu_kernels.layer import _shares
+from hybrid_moe.cpu_kernels.experts import _shares
+from hybrid_moe.cpu_kernels.job import JobMemory, JobShape, capacity_for
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, strip_layout
 from hybrid_moe.formats.table import MXFP4
-from tests.cpu_kernels.cases import random_batch
+from tests.cpu_kernels.cases import Array, random_batch
 from tests.streams.interpreted import interpret
 
 
@@ -75,7 +76,6 @@ class CountedJob:
     Attributes:
         active: experts that have tokens.
         reads: the phases that read weights.
-        pair_rows: whether it may keep rows by pair.
     """
 
     def __init__(self, shape: Shape, tokens: int, threads: tuple[int, ...]) -> None:
@@ -84,24 +84,23 @@ class CountedJob:
         blocks = _shares(shape.I // GROUP, threads)
         strips = _shares(-(-shape.H // STRIP_ROWS), threads)
         expert_bytes = int(blocks[-1]) * gate_up.nbytes + int(strips[-1]) * down.nbytes
-        places = np.arange(1, 1 + pools * shape.E, dtype=np.int64) * 2 * expert_bytes
-        tables = {
-            "gate_up": places,
-            "down": places + int(blocks[-1]) * gate_up.nbytes,
+        tables: dict[str, Array] = {
+            "packed": np.zeros((shape.E, pools), records.Expert.dtype),
             "workers": np.array(threads, np.int64),
             "blocks": blocks,
             "strips": strips,
         }
-        nothing = np.zeros(shape.E, np.int64)
+        packed = tables["packed"]
+        places = np.arange(1, 1 + packed.size).reshape(packed.shape) * 2 * expert_bytes
+        packed["gate_up"] = places
+        packed["down"] = places + int(blocks[-1]) * gate_up.nbytes
         layer = records.Layer.new()
         layer.experts, layer.hidden, layer.intermediate = shape.E, shape.H, shape.I
         layer.gate_up_strips.strip_bytes = gate_up.nbytes
         layer.down_strips.strip_bytes = down.nbytes
-        for name in ("gate_bias", "up_bias", "down_bias"):
-            tables[name] = nothing
         for name, table in tables.items():
             layer.words[records.Layer.word(name)] = table.ctypes.data
-        job = StagedJob(
+        memory = JobMemory.new(
             JobShape(
                 capacity=capacity_for(tokens),
                 top_k=shape.k,
@@ -114,15 +113,18 @@ class CountedJob:
                 pools=pools,
             )
         )
-        job.stage(*random_batch(tokens, shape.H, shape.E, shape.k), None)
-        entry = records.Entry.new()
-        job.address(layer, 0)
-        at, size = records.Entry.word("job"), len(job.template.words)
-        entry.words[at : at + size] = job.template.words
+        x, ids, weights = random_batch(tokens, shape.H, shape.E, shape.k)
+        addresses = (int(array.ctypes.data) for array in (x, ids, weights))
+        memory.fill(layer.address, Batch(tokens, shape.k, *addresses, skip=0, out=0))
+        job, entry = memory.descriptor, records.Entry.new()
+        job.x_copy = 0  # nobody reads x
+        at = records.Entry.word("job")
         with pytest.MonkeyPatch.context() as patch:
             self._interpret(patch)
-            assert route.prepare(entry) == 0
-            self.active = entry.active
+            assert route.route(job) == 0
+            entry.words[at : at + len(job.words)] = job.words
+            route.append_phases(entry)
+            self.active = job.active
             self.reads = []
             for index in range(entry.phase_count.value):
                 phase = entry.phases[index]
@@ -134,11 +136,11 @@ class CountedJob:
                         if phase.kind == GATE_UP
                         else ("down", strips, down)
                     )
-                    wanted = Counter()
+                    wanted = Counter[int]()
                     for pool in range(pools):
                         for i in range(self.active):
-                            count = entry.job.active_start[i + 1] - entry.job.active_start[i]
-                            base = int(tables[name][pool * shape.E + entry.job.active_expert[i]])
+                            count = job.active_start[i + 1] - job.active_start[i]
+                            base = int(packed[name][job.active_expert[i], pool])
                             for strip in range(int(bounds[pool + 1] - bounds[pool])):
                                 passes = -(-count // tuning.BATCH_TOKENS)
                                 wanted[base + strip * layout.nbytes] = passes
