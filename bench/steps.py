@@ -3,11 +3,11 @@
     python bench/steps.py
 
 One thread multiplies strips of 64 rows x 4096 inputs with one token: once the same strip again and
-again, from the second-level cache, once a seventh of 512 MiB, from memory. Steps take turns.
+again, from the second-level cache, once 36 of 512 MiB, from memory. Steps take turns.
 Before and after each the read bandwidth is measured, and the core's cycles are counted, so that all
 columns are of the same moment; figures are medians over rounds, of cycles from the cache the fewest
-(what else runs on a core only adds). Inputs are such that no addition rounds: before it is
-timed, each step's sums must equal those of float64, bit for bit.
+(what else runs on a core only adds), and of time that this thread had a core. Inputs are such that
+no addition rounds: before it is timed, each step's sums must equal those of float64, bit for bit.
 
 Further tables: several tokens that share the stream, in the library's two ways; the kernel on one
 thread and on two; its instructions on every x86 tier, whether this processor has it or not.
@@ -22,17 +22,29 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from decode.derivation import KERNEL, STEPS, Body, Step, direct, sweep, unpacked
-from decode.instructions import Instruction, count, fewest_cycles
-from decode.sweeps import (
+from decode.derivation import (
     GROUPS,
-    LINES,
+    KERNEL,
+    STEPS,
+    STRIP,
     STRIP_BYTES,
-    Clock,
+    Body,
     K,
+    Step,
+    direct,
+    sweep,
+    unpacked,
+)
+from decode.instructions import ZEN3, ZEN4, Instruction, count, fewest_cycles
+from decode.sweeps import (
+    LINES,
+    Ceiling,
+    Clock,
     Problem,
     Runner,
+    parts_of,
     seconds,
+    speed_of,
     step_runner,
 )
 from harness import parse_list, parser
@@ -41,25 +53,21 @@ from tables import STEPS as COLUMNS
 from tables import show
 
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe, repetitions_per_second
-from hybrid_moe.cpu_kernels.drivers.records import UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import build_module
-from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier
+from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier, host_features
 from hybrid_moe.cpu_kernels.jit.compile import assembly
-from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY, TURN_GROUPS
+from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.library import functions_of, kernel_set
 from hybrid_moe.cpu_kernels.kernels.order import mxfp4_order
-from hybrid_moe.cpu_kernels.kernels.tile_dot import TURN
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+from hybrid_moe.cpu_kernels.tuning import BLOCK_TURN_TOKENS, TURN_GROUPS, UNPACK_GROUPS
 from hybrid_moe.formats.strips import PANELS, STRIP_ROWS
 from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
-TOKENS = (1, 2, 3, 6, 12, 24, 48)
+TOKENS = (1, 2, 3, 4, 5, 6, 12, 24, 48)
 _REPEATS = 64
-_STRIPS = 1024
-"""Strips of one timing: 71 MB. Neighbours on the memory come and go: many short turns, not few."""
 _TURNS = 6
-_READ_BYTES = 128 << 20
 
 Point = dict[str, Any]
 
@@ -70,13 +78,20 @@ def _medians(samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _counts(body: Body, tier: Tier, trips: Sequence[int], strips: int = 1) -> Counter[Instruction]:
     """Instructions of one call of `body`."""
-    text = build_module([("sweep", 6, sweep(body, strips=strips))], tier, "steps")
+    text = build_module([("sweep", 5, sweep(body, strips=strips))], tier, "steps")
     return count(assembly(text, tier.target), "sweep", (1, *trips))
 
 
 def step_counts(step: Step, tier: Tier) -> Counter[Instruction]:
     """Instructions of one call of a step."""
-    return _counts(step.body, step.tier(tier), step.trips(GROUPS), step.strips)
+    return _counts(step.body, step.tier(tier), step.trips, step.strips)
+
+
+def _cached(runner: Runner) -> float:
+    """Seconds for a strip in the second-level cache."""
+    runner.repeat(_REPEATS)
+    run = functools.partial(runner.repeat, _REPEATS)
+    return min(seconds(run) for _ in range(5)) / _REPEATS
 
 
 def measure_steps(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
@@ -85,23 +100,19 @@ def measure_steps(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
     runners = {step.name: step_runner(step, problem, tier) for step in steps}
     for runner in runners.values():
         runner.check()
-    probe, clock = ReadProbe(PoolConfig(1), _READ_BYTES), Clock(tier)
-    part = min(problem.strips, _STRIPS)
+    ceiling, clock, parts = Ceiling(problem), Clock(tier), parts_of(problem)
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
-    first = 0
     for _ in range(rounds * _TURNS):
-        before = probe.measure(0)
+        before = ceiling.measure(parts)
         for name, runner in runners.items():
             Hz = clock.measure()
-            runner.repeat(_REPEATS)
-            cached = min(seconds(functools.partial(runner.repeat, _REPEATS)) for _ in range(5))
-            first = (first + part) % (problem.strips - part + 1)  # not what was just read
-            strip = seconds(functools.partial(runner.run, first, part)) / part
-            after = probe.measure(0)
-            read, speed = (before + after) / 2, STRIP_BYTES / strip / 1e9
+            cached = _cached(runner)
+            speed = speed_of(runner.run, next(parts))
+            after = ceiling.measure(parts)
+            read, strip = (before + after) / 2, STRIP_BYTES / speed / 1e9
             before = after
             samples[name].append({
-                "cached_ns": cached / _REPEATS * 1e9,
+                "cached_ns": cached * 1e9,
                 "cycles": strip * Hz / LINES,
                 "GBps": speed,
                 "share": 100 * speed / read,
@@ -113,7 +124,8 @@ def measure_steps(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
 
 def _step_point(step: Step, tier: Tier, samples: Sequence[Mapping[str, float]]) -> Point:
     counts, lines = step_counts(step, tier), LINES * step.strips
-    limit, fewest = fewest_cycles(counts)
+    core = ZEN4 if "avx512f" in host_features() else ZEN3
+    limit, fewest = fewest_cycles(counts, core)
     medians = _medians(samples)
     return {
         "step": step.name,
@@ -138,26 +150,19 @@ def measure_tokens(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
             runners[tokens, way] = Runner(body, problem, tier, tokens=tokens, tile=most)
     for runner in runners.values():
         runner.check()
-    probe = ReadProbe(PoolConfig(1))
-    part = min(problem.strips, _STRIPS)
+    ceiling, parts = Ceiling(problem), parts_of(problem)
     samples: dict[int, list[dict[str, float]]] = {tokens: [] for tokens in TOKENS}
-    first = 0
     for _ in range(rounds):
-        read = probe.measure(0.05)
+        read = ceiling.measure(parts)
         for tokens in TOKENS:
-            speeds = {}
-            for way in ("direct", "unpacked"):
-                first = (first + part) % (problem.strips - part + 1)  # not what was just read
-                run = functools.partial(runners[tokens, way].run, first, part)
-                speeds[way] = part * STRIP_BYTES / seconds(run) / 1e9
-            macs = tokens * STRIP_ROWS * K / STRIP_BYTES
-            samples[tokens].append({
-                "GBps": max(speeds.values()),
-                "share": 100 * max(speeds.values()) / read,
-                "direct_GMACps": speeds["direct"] * macs,
-                "unpacked_GMACps": speeds["unpacked"] * macs,
-                "read_GBps": read,
-            })  # fmt: skip
+            ways = {way: runners[tokens, way] for way in ("direct", "unpacked")}
+            speed = max(speed_of(runner.run, next(parts)) for runner in ways.values())
+            cached = {
+                f"{way}_cached": tokens * STRIP_ROWS * K / _cached(runner) / 1e9
+                for way, runner in ways.items()
+            }
+            point = {"GBps": speed, "share": 100 * speed / read, **cached, "read_GBps": read}
+            samples[tokens].append(point)
     return [{"tokens": tokens, **_medians(samples[tokens])} for tokens in TOKENS]
 
 
@@ -208,7 +213,7 @@ def tile_counts(tier: Tier) -> tuple[int, Counter[Instruction]]:
     text = build_module([(name, DOT_ARITY, functions[name])], tier, "steps")
     order = mxfp4_order(most, tier.registers, tier.registers_per_panel)
     if tier.tiles:
-        trips = (GROUPS, most // TURN)
+        trips = (GROUPS, most // BLOCK_TURN_TOKENS)
     else:  # two panels take turns with two, or all four follow each other in memory
         trips = (GROUPS // TURN_GROUPS, TURN_GROUPS) if order.kept else (GROUPS, PANELS)
     return most, count(assembly(text, tier.target), name, trips)
@@ -222,7 +227,8 @@ def main() -> None:
     arguments.add_argument("--isa", help="tier (default: the best here)")
     args = arguments.parse_args()
     tier = choose_tier(args.isa)
-    problem = Problem.random(args.mib << 20, max(TOKENS))
+    layouts = {step.layout for step in STEPS.values()} if "steps" in args.parts else {STRIP}
+    problem = Problem.random(args.mib << 20, max(TOKENS), layouts)
     parts: Mapping[str, Callable[[], list[Point]]] = {
         "steps": lambda: measure_steps(problem, tier, args.rounds),
         "tokens": lambda: measure_tokens(problem, tier, args.rounds),

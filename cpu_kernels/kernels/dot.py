@@ -14,12 +14,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
-from hybrid_moe.cpu_kernels.drivers.records import SHARE_BYTES, UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val, Var
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
-from hybrid_moe.cpu_kernels.jit.records import Record, f32, u8
+from hybrid_moe.cpu_kernels.jit.record import Record, f32, u8
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.order import Order
+from hybrid_moe.cpu_kernels.tuning import BF16_AHEAD, MXFP4_AHEAD, SHARE_LINES, TURN_GROUPS
 from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES, strip_layout
 from hybrid_moe.formats.table import BF16, E2M1_VALUES, MXFP4
 
@@ -209,14 +209,6 @@ class _Planes:
         return emit.op("times_power", product, scale.power, scale.exponent)
 
 
-TURN_GROUPS = 16
-"""Groups that two panels go ahead before the other two follow: 17 KB, half of a first-level
-cache."""
-
-AHEAD_BYTES = 8192
-"""Bytes ahead of their use that lines of codes are asked for."""
-
-
 class _Mxfp4:
     """The making of one kernel."""
 
@@ -363,10 +355,10 @@ class _Mxfp4:
         """Lines to ask for during a group: of the codes that stream by, or of the ones that are
         unpacked next."""
         if isinstance(self.source, _Packed):
-            ahead = group + AHEAD_BYTES
+            ahead = group + MXFP4_AHEAD
             lines = self.source.nbytes // LINE if self.order.prefetch else 0
         else:
-            ahead, lines = self.ahead.get(), SHARE_BYTES // UNPACK_GROUPS // LINE
+            ahead, lines = self.ahead.get(), SHARE_LINES
             self.ahead.set(ahead + lines * LINE)
         return [ahead + LINE * line for line in range(lines)]
 
@@ -427,7 +419,7 @@ def bf16_dot(tokens: int, order: Order) -> KernelBody:
             emit.barrier()
 
     def body(emit: Emit, args: DotArgs) -> None:
-        step, ahead = tokens * BF16_PAIRS.group_bytes, 4096 if order.prefetch else 0
+        step, ahead = tokens * BF16_PAIRS.group_bytes, BF16_AHEAD if order.prefetch else 0
         code, row = emit.var(args.codes), emit.var(args.x + args.begin * step)
         halves = [range(p, p + order.together) for p in range(0, PANELS, order.together)]
         slots = [list(itertools.product(range(tokens), panels)) for panels in halves]

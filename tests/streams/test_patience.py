@@ -14,7 +14,7 @@ import torch
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, worker
 from hybrid_moe.cpu_kernels.drivers.records import DOWN, GATE_UP, RING, GraphJob, Group, Phase
-from hybrid_moe.cpu_kernels.jit.records import Word
+from hybrid_moe.cpu_kernels.jit.record import Word
 from hybrid_moe.cpu_kernels.streams import graph_job
 from hybrid_moe.formats.strips import STRIP_ROWS
 from hybrid_moe.streams.faults import check_errors
@@ -93,7 +93,7 @@ def test_the_formula(tokens: int) -> None:
     one strip of outputs, counted with all its rows, a task is a whole matrix."""
     assert (H, I) == (32, 32)
     waiter = Waiter(False, one_expert(tokens))
-    gate_up, down = tokens * 2 * I * H, tokens * K * STRIP_ROWS * I
+    gate_up, down = tokens * 2 * I * H, tokens * STRIP_ROWS * I
     assert waiter.entry.task_ns.value == max(gate_up, down) * SECOND // 10**8
     with pytest.MonkeyPatch.context() as patch:
         interpret(patch, never)
