@@ -58,7 +58,7 @@ __all__ = [
     "kt_kernel_ext",
 ]
 
-_VARIANTS = {"avx2_vnni": "avx2", "avx512": "avx512_base"}
+_VARIANTS = {"avx2_vnni": "avx2", "avx512": "avx512_base", "avx512_vbmi": "avx512_bf16"}
 """Tiers that kt-kernel calls otherwise."""
 
 
