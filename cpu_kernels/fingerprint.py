@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from hybrid_moe.cpu_kernels import drivers
+from hybrid_moe.parallel import map_all
 
 BLOCK = 1 << 20
 """Bytes with a fingerprint of their own, so that threads can share one large matrix."""
@@ -18,11 +17,6 @@ BLOCK = 1 << 20
 def _fingerprint() -> Callable[[int, int], int]:
     kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
     return kind(drivers.addresses()["fingerprint"])
-
-
-@functools.lru_cache(maxsize=1)
-def _executor(threads: int, pid: int) -> ThreadPoolExecutor:  # a forked child makes its own
-    return ThreadPoolExecutor(threads, thread_name_prefix="hybrid-moe-fingerprint")
 
 
 def fingerprints(spans: Sequence[tuple[int, int]], threads: int) -> list[tuple[int, ...]]:
@@ -56,6 +50,6 @@ def fingerprints(spans: Sequence[tuple[int, int]], threads: int) -> list[tuple[i
         results = iter(of(blocks))
     else:
         parts = [blocks[i : i + share] for i in range(0, len(blocks), share)]
-        done = _executor(threads, os.getpid()).map(of, parts)
+        done = map_all(of, parts, threads)
         results = iter([value for part in done for value in part])
     return [tuple(next(results) for _ in range(0, max(size, 1), BLOCK)) for _, size in spans]

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.cpu_kernels.pool import sysfiles
+from hybrid_moe import sysfiles
 from hybrid_moe.formats.table import Array
+from hybrid_moe.logs import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class Arena:
             try:
                 mapping.madvise(getattr(mmap, advice))
             except (AttributeError, OSError) as error:
-                sysfiles.warn_once(f"{advice} is not available: {error}")
+                warn_once(f"{advice} is not available: {error}")
         _live.add(mapping)
         raw = np.frombuffer(mapping, np.uint8)
         start = -raw.ctypes.data % HUGE_PAGE
@@ -116,7 +117,7 @@ def _place(address: int, nbytes: int, nodes: Sequence[int]) -> None:
             )
     number = _SYS_MBIND.get(platform.machine())
     if number is None:
-        sysfiles.warn_once("memory is placed by first touch: mbind is not known on this processor")
+        warn_once("memory is placed by first touch: mbind is not known on this processor")
         return
     mask = (ctypes.c_ulong * 16)()
     for node in nodes:
@@ -133,9 +134,7 @@ def _place(address: int, nbytes: int, nodes: Sequence[int]) -> None:
     if result != 0:
         code = ctypes.get_errno()
         name = errno.errorcode.get(code, str(code))
-        sysfiles.warn_once(
-            f"memory is placed by first touch: mbind failed with {name} {os.strerror(code)}"
-        )
+        warn_once(f"memory is placed by first touch: mbind failed with {name} {os.strerror(code)}")
 
 
 class Workspace:

@@ -6,9 +6,10 @@ The names below are imported when first used (PEP 562), so that importing a lowe
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
-from hybrid_moe.integrations.import_hook import install as _install
+import hybrid_moe.imported  # noqa: F401, before anything that it dates
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# After `import hybrid_moe`, experts_implementation="hybrid_moe" is known to Transformers; the hook
-# itself imports nothing.
-_install()
+if "transformers" in sys.modules:  # its users may ask for experts_implementation="hybrid_moe" now
+    from hybrid_moe.integrations.transformers.registration import register_or_warn
+
+    register_or_warn()

@@ -18,7 +18,7 @@ from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.table import chosen_format
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
-from hybrid_moe.runtime import arguments, construction_order, filling, ops
+from hybrid_moe.runtime import arguments, construction_order, filling, torch_op
 from hybrid_moe.runtime import checkpoint_cache as checkpoints
 from hybrid_moe.runtime.deferral import DeferralChain, declared_chain, split_deferred
 from hybrid_moe.runtime.export import ExpertWriter
@@ -111,19 +111,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         gate_up_layout: str | None = None,
         deferral_chain: DeferralChain | None = None,
     ) -> None:
-        arguments.refuse_unsupported(
-            {
-                "cpu_save": cpu_save,
-                "mode": mode,
-                "lora_rank": lora_rank,
-                "lora_alpha": lora_alpha,
-                "lora_dropout": lora_dropout,
-                "max_cache_depth": max_cache_depth,
-                "group_size": group_size,
-                "zero_point": zero_point,
-                "full_weight_grad": full_weight_grad,
-            }
-        )
+        arguments.refuse_unsupported(locals())
         chosen = chosen_format(method)
         self._layout = layout_named(gate_up_layout)
         self.activation = Activation(
@@ -152,7 +140,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         self._isa = arguments.tier_name(isa)
         self._layer = self._new_layer()  # holds no memory yet; checks sizes and isa
         self._runner: LayerRunner | None = None
-        self._handle = ops.Handle(self, KTMoEWrapper._forward_now)
+        self._handle = torch_op.Handle(self, KTMoEWrapper._forward_now)
         self._closed = False
         self._chain = declared_chain(deferral_chain)
         if self._chain is not None:
@@ -294,7 +282,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             TypeError, ValueError: a tensor's dtype, shape or device; the message names it.
         """
         runner = self._runner or self._loaded_runner()
-        ops.untraced(runner.submit)(hidden_states, topk_ids, topk_weights, cuda_stream)
+        torch_op.untraced(runner.submit)(hidden_states, topk_ids, topk_weights, cuda_stream)
 
     def sync_forward(
         self, hidden_states: torch.Tensor, cuda_stream: int | None = None
@@ -314,7 +302,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             IndexError: `strict`, and ids were out of range.
         """
         runner = self._runner or self._loaded_runner()
-        return ops.untraced(runner.sync)(hidden_states, cuda_stream)
+        return torch_op.untraced(runner.sync)(hidden_states, cuda_stream)
 
     def forward(
         self,
@@ -326,11 +314,11 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         """`submit_forward` and `sync_forward` in one. Nothing stays under way if it fails.
 
         In a graph that is captured (`torch.compile`, `torch.export`, `make_fx`) it is one node, see
-        `hybrid_moe.runtime.ops`. With deferred experts it breaks the graph, as `submit_forward` and
+        `runtime.torch_op`. With deferred experts it breaks the graph, as `submit_forward` and
         `sync_forward` do: what they return depends on the call before.
         """
-        if ops.is_traced(hidden_states) and not self.max_deferred_experts_per_token:
-            return ops.experts(
+        if torch_op.is_traced(hidden_states) and not self.max_deferred_experts_per_token:
+            return torch_op.experts(
                 hidden_states, topk_ids, topk_weights, self._handle.value, cuda_stream
             )
         return self._forward_now(hidden_states, topk_ids, topk_weights, cuda_stream)
@@ -356,12 +344,12 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         submission, and with a deferral chain those of all its layers and what is deferred between
         them. Waits for workers; does nothing where nothing is under way."""
         if self._runner is not None:
-            ops.untraced(self._runner.reset)()
+            torch_op.untraced(self._runner.reset)()
 
     def drop(self) -> None:
         """`reset` of this layer alone."""
         if self._runner is not None:
-            ops.untraced(self._runner.drop)()
+            torch_op.untraced(self._runner.drop)()
 
     def _loaded_runner(self) -> LayerRunner:
         self._check_open()

@@ -10,14 +10,15 @@ from typing import Any
 
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.completeness import missing_layers
-from hybrid_moe.loaders.config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
 from hybrid_moe.loaders.describe import describe_layer
 from hybrid_moe.loaders.drafts import DraftLayers
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.layout import layout_of_model
+from hybrid_moe.loaders.model_config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
 from hybrid_moe.loaders.naming import LayerKeys, find_layers
 from hybrid_moe.loaders.regular import Stamp, read_json, stamp_of
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
+from hybrid_moe.text import format_ranges
 
 
 class Checkpoint:
@@ -92,7 +93,7 @@ class Checkpoint:
         """Names of the expert tensors of `layer`. Raises `CheckpointError` where it has none."""
         keys = self._layers.get(layer)
         if keys is None:
-            have = f"layers {_ranges(self.layers)} have" if self.layers else "no layer has"
+            have = f"layers {format_ranges(self.layers)} have" if self.layers else "no layer has"
             raise CheckpointError(
                 f"layer {layer} of {self.index.path} has no routed experts under a known name; "
                 f"{have} some"
@@ -159,14 +160,3 @@ def _read_config(path: Path) -> tuple[Mapping[str, Any], Mapping[Path, Stamp | N
         return {}, {file: None}
     config, stamp = read_json(file)
     return config, {file: stamp}
-
-
-def _ranges(numbers: tuple[int, ...]) -> str:
-    """(0, 1, 2, 5) -> "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ", ".join("-".join(map(str, run)) for run in runs)

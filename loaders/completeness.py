@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.loaders.config import ModelConfig
+from hybrid_moe.loaders.model_config import ModelConfig
 from hybrid_moe.loaders.naming import LayerKeys
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 

@@ -15,19 +15,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.table import Array, WeightFormat, format_named
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.companions import companion_files
-from hybrid_moe.loaders.config import CONFIG_NAME
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
+from hybrid_moe.loaders.model_config import CONFIG_NAME
 from hybrid_moe.loaders.naming import FUSED, GPT_OSS_MXFP4, PER_EXPERT, NamingScheme
-from hybrid_moe.loaders.parallel import for_each
-from hybrid_moe.loaders.safetensors import ReadBuffer
+from hybrid_moe.loaders.safetensors import ReadBuffers
 from hybrid_moe.loaders.writer import PlannedTensor, ShardedWriter
+from hybrid_moe.parallel import for_each
 
 SHARD_BYTES = 5_000_000_000
 CONFIG_KEY = "hybrid_moe"
@@ -43,7 +42,7 @@ def convert_checkpoint(
     method: str = "MXFP4",
     progress: bool | Progress = True,
     *,
-    threads: int | None = None,
+    threads: int = 1,
     shard_bytes: int = SHARD_BYTES,
     gate_up_layout: str | None = None,
 ) -> None:
@@ -60,8 +59,7 @@ def convert_checkpoint(
         dst: directory to write; created, or empty.
         method: "MXFP4".
         progress: True shows a bar on stderr; a function is called with (bytes done, bytes in all).
-        threads: threads that quantize; None takes as many as can run at once (affinity mask and
-            cgroup quota).
+        threads: threads that quantize.
         shard_bytes: largest size of a shard.
         gate_up_layout: "halves" or "interleaved": where gate and up lie in fused tensors, for a
             model that Transformers does not know.
@@ -119,12 +117,14 @@ def _convert_tensors(
     fmt: WeightFormat,
     writer: ShardedWriter,
     meter: _Meter,
-    threads: int | None,
+    threads: int,
 ) -> None:
-    def work(item: TensorInfo | tuple[LayerSource, int], buffer: ReadBuffer) -> None:
+    buffers = ReadBuffers()
+
+    def work(item: TensorInfo | tuple[LayerSource, int]) -> None:
         if isinstance(item, tuple):
             layer, expert = item
-            tensors = layer.expert(expert, fmt, buffer)
+            tensors = layer.expert(expert, fmt, buffers.mine)
             for key, data, at in _expert_pieces(layer, expert, tensors):
                 writer.write(key, data, at)
                 meter.add(data.nbytes)
@@ -133,7 +133,7 @@ def _convert_tensors(
 
     items: list[TensorInfo | tuple[LayerSource, int]] = [*copied]
     items += [(layer, expert) for layer in layers for expert in range(layer.num_experts)]
-    for_each(items, work, usable_cores() if threads is None else threads)
+    for_each(items, work, threads)
 
 
 def _copy_tensor(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 
-from hybrid_moe.loaders.config import NUM_DRAFT_LAYERS, ModelConfig
+from hybrid_moe.loaders.model_config import NUM_DRAFT_LAYERS, ModelConfig
 from hybrid_moe.loaders.naming import PREFIX, layer_of
 
 DRAFT = "draft layers"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from hybrid_moe.formats.table import AS_STORED, FORMATS
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.checkpoint import Checkpoint
-from hybrid_moe.loaders.config import TOP_K
 from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.loaders.layer_source import LayerSource
+from hybrid_moe.loaders.model_config import TOP_K
 from hybrid_moe.loaders.stored import can_encode
 
 EXPERTS = "routed experts"

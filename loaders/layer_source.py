@@ -13,7 +13,7 @@ from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix, c
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.loaders.naming import NamingScheme
-from hybrid_moe.loaders.safetensors import ReadBuffer, SafetensorsIndex, aligned
+from hybrid_moe.loaders.safetensors import ReadBuffer, SafetensorsIndex
 from hybrid_moe.loaders.stored import Stored, can_encode, encode, round_to_bf16, to_float32
 
 
@@ -192,11 +192,11 @@ class LayerSource:
         self.check_format(fmt)
         if buffer is not None:
             tensors = [t for stack in self.stacks[0] for t in stack.tensors]
-            buffer.reset(sum(aligned(t.nbytes // self._share) for t in tensors))
+            buffer.reset([t.nbytes // self._share for t in tensors])
         stacks = self.stacks[0 if self.scheme.fused else expert]
         matrices = [self._read(stack, expert, buffer) for stack in stacks]
         if self.scheme.fused:
-            matrices = [*self._split(matrices[0]), matrices[1]]
+            matrices = [*matrices[0].split(self.interleaved), matrices[1]]
         gate, up, down = (self._encode(matrix, fmt) for matrix in matrices)
         for matrix, N, K in (
             (gate, self.intermediate, self.hidden),
@@ -228,25 +228,6 @@ class LayerSource:
 
     def _where(self, tensor: TensorInfo, expert: int) -> str:
         return f"expert {expert} of {tensor.where}" if self.scheme.fused else tensor.where
-
-    def _split(self, gate_up: Matrix) -> tuple[Matrix, Matrix]:
-        """Gate and up of a fused tensor: views, not copies."""
-        half = self.intermediate
-        rows = (
-            (slice(0, None, 2), slice(1, None, 2))
-            if self.interleaved
-            else (slice(0, half), slice(half, None))
-        )
-        gate, up = (
-            replace(
-                gate_up,
-                codes=gate_up.codes[part],
-                scales=None if gate_up.scales is None else gate_up.scales[part],
-                bias=None if gate_up.bias is None else gate_up.bias[part],
-            )
-            for part in rows
-        )
-        return gate, up
 
     def _encode(self, matrix: Matrix, fmt: WeightFormat) -> Matrix:
         if fmt is not self.format:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal, get_args
 
-from hybrid_moe.loaders.config import ModelConfig, transformers_text_config
+from hybrid_moe.loaders.model_config import ModelConfig, transformers_text_config
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.loaders.layer_source import LayerSource
-from hybrid_moe.loaders.parallel import for_each
-from hybrid_moe.loaders.safetensors import ReadBuffer
+from hybrid_moe.loaders.safetensors import ReadBuffers
+from hybrid_moe.parallel import for_each
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +96,12 @@ def load_layer(
     for physical in np.flatnonzero(wanted):
         slots.setdefault(int(mapping[physical]), []).append(int(physical))
     total, done, lock = int(wanted.sum()), 0, threading.Lock()
+    buffers = ReadBuffers()
 
-    def load(item: tuple[int, list[int]], buffer: ReadBuffer) -> None:
+    def load(item: tuple[int, list[int]]) -> None:
         nonlocal done
         logical, physical_slots = item
-        tensors = source.expert(logical, fmt, buffer)
+        tensors = source.expert(logical, fmt, buffers.mine)
         for physical in physical_slots:
             sink(physical, tensors)
             with lock:

@@ -6,37 +6,30 @@ shrinks under a mapping ends the process with SIGBUS, whereas a short read is an
 
 from __future__ import annotations
 
-import logging
 import os
+import threading
 import weakref
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
+from hybrid_moe.formats.strips import round_up
 from hybrid_moe.formats.table import Array
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.files import CheckpointFiles, choose_files
 from hybrid_moe.loaders.header import TensorInfo, read_header
 from hybrid_moe.loaders.regular import Stamp, open_regular, stamp
 from hybrid_moe.locks import ProcessLock
+from hybrid_moe.logs import warn_once
+from hybrid_moe.parallel import map_all
 
-logger = logging.getLogger(__name__)
+_ALIGNMENT = 64
+"""Bytes: of arrays in a `ReadBuffer`."""
 
 _SCAN_THREADS = 8  # headers are small: this hides the latency of a cold or remote disk
-
-
-_told: set[str] = set()
-
-
-def warn_once(message: str) -> None:
-    """Log a warning, once in this process: a checkpoint may be opened for every layer."""
-    if message not in _told:
-        _told.add(message)
-        logger.warning("%s", message)
 
 
 class ReadBuffer:
@@ -49,8 +42,9 @@ class ReadBuffer:
         self._memory: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
         self._used = 0
 
-    def reset(self, nbytes: int) -> None:
-        """Make room for arrays of `nbytes` bytes in all, and forget those taken before."""
+    def reset(self, sizes: Iterable[int]) -> None:
+        """Make room for arrays of so many bytes each, and forget those taken before."""
+        nbytes = sum(round_up(size, _ALIGNMENT) for size in sizes)
         if self._memory.size < nbytes:
             self._memory = np.empty(nbytes, np.uint8)
         self._used = 0
@@ -60,13 +54,15 @@ class ReadBuffer:
         start = self._used
         if start + nbytes > self._memory.size:  # not reserved: fresh memory, still correct
             return np.empty(nbytes, np.uint8)
-        self._used = start + aligned(nbytes)
+        self._used = start + round_up(nbytes, _ALIGNMENT)
         return self._memory[start : start + nbytes]
 
 
-def aligned(nbytes: int) -> int:
-    """`nbytes` rounded up to what `ReadBuffer.take` advances by."""
-    return -(-nbytes // 64) * 64
+class ReadBuffers(threading.local):
+    """`ReadBuffers().mine` is the calling thread's own buffer."""
+
+    def __init__(self) -> None:
+        self.mine = ReadBuffer()
 
 
 class SafetensorsIndex:
@@ -125,8 +121,7 @@ class SafetensorsIndex:
                 f"{files.path} holds two checkpoints, {single} and {rival} with its neighbours: "
                 f"{single} is read, as by Transformers"
             )
-        with ThreadPoolExecutor(min(_SCAN_THREADS, len(files.shards))) as pool:
-            scanned = list(pool.map(read_header, files.shards))
+        scanned = map_all(read_header, files.shards, min(_SCAN_THREADS, len(files.shards)))
         headers = [tensors for tensors, _ in scanned]
         stamps = dict(zip(files.shards, (stamp for _, stamp in scanned), strict=True))
         if files.index is None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hybrid_moe.cpu_kernels.pool import affinity, config, sysfiles, topology
+from hybrid_moe import sysfiles
+from hybrid_moe.cpu_kernels.pool import affinity, config, topology
 
 
 def pretend_processors(monkeypatch: pytest.MonkeyPatch, count: int = 64) -> None:

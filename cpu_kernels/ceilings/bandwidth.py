@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from hybrid_moe import sysfiles
 from hybrid_moe.cpu_kernels.ceilings.probe import BYTES_PER_STEP, reader
 from hybrid_moe.cpu_kernels.memory import Arena
-from hybrid_moe.cpu_kernels.pool import sysfiles
 from hybrid_moe.cpu_kernels.pool.affinity import bind_thread
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes

@@ -17,7 +17,9 @@ import os
 import re
 from collections.abc import Iterable
 
-from hybrid_moe.cpu_kernels.pool import cgroups, sysfiles
+from hybrid_moe import sysfiles
+from hybrid_moe.cpu_kernels.pool import cgroups
+from hybrid_moe.logs import warn_once
 
 BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 """With any of these, an OpenMP runtime may bind threads; without, none does."""
@@ -46,7 +48,7 @@ def bind_thread(cpus: Iterable[int]) -> None:
     try:
         os.sched_setaffinity(0, cpus)  # 0 is this thread
     except OSError as error:
-        sysfiles.warn_once(f"worker threads are not bound to processors: {error.strerror}")
+        warn_once(f"worker threads are not bound to processors: {error.strerror}")
 
 
 def _mask_of(pid: int) -> frozenset[int]:
@@ -54,7 +56,7 @@ def _mask_of(pid: int) -> frozenset[int]:
     try:
         return frozenset(os.sched_getaffinity(pid))
     except OSError as error:
-        sysfiles.warn_once(
+        warn_once(
             f"the affinity mask cannot be read ({error.strerror}): every processor counts as usable"
         )
         return frozenset()
@@ -82,7 +84,7 @@ def _warn_of_inherited_binding(mask: frozenset[int]) -> None:
     """A process that a bound thread has started: its mask looks like one that was meant."""
     allowed = cgroups.cpuset()
     if len(mask) == 1 < len(allowed):
-        sysfiles.warn_once(
+        warn_once(
             f"this process may use processor {min(mask)} only, of {len(allowed)}, and OpenMP's "
             f"binding is on ({', '.join(n for n in BINDING_VARIABLES if n in os.environ)}): if the "
             "program that started it was bound by that, unset the variable"
@@ -109,5 +111,5 @@ def _places_of(file: str) -> tuple[list[frozenset[int]], int] | None:
             places.append(frozenset(cpus))
         return (places, int(runtime.omp_get_num_procs())) if places else None
     except (OSError, AttributeError) as error:
-        sysfiles.warn_once(f"{file} does not tell the processors that it found: {error}")
+        warn_once(f"{file} does not tell the processors that it found: {error}")
         return None

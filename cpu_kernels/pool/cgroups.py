@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.pool import sysfiles
+from hybrid_moe import sysfiles
+from hybrid_moe.logs import warn_once
 
 _MOUNT = "sys/fs/cgroup"
 
@@ -46,9 +47,7 @@ def _quota_of(folder: str) -> float | None:
             return quota / period
     except ValueError:
         pass  # told below
-    sysfiles.warn_once(
-        f"/{name} says {' '.join(words)!r}, which is no quota that we know: taken as none"
-    )
+    warn_once(f"/{name} says {' '.join(words)!r}, which is no quota that we know: taken as none")
     return None
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybrid_moe.cpu_kernels.pool import affinity, cgroups, sysfiles
-from hybrid_moe.cpu_kernels.pool.sysfiles import parse_cpu_list
+from hybrid_moe import sysfiles
+from hybrid_moe.cpu_kernels.pool import affinity, cgroups
+from hybrid_moe.sysfiles import parse_cpu_list
 
 __all__ = [
     "Core",

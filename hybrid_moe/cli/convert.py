@@ -23,9 +23,11 @@ def convert(
     ] = None,
 ) -> None:
     """Quantise a checkpoint's experts; everything else is copied."""
+    from hybrid_moe.cpu_kernels.pool.topology import usable_cores
     from hybrid_moe.loaders import convert_checkpoint
     from hybrid_moe.loaders.find_model import find_model
 
+    threads = threads or usable_cores()
     convert_checkpoint(
         find_model(model), out, method, threads=threads, gate_up_layout=gate_up_layout
     )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrid_moe.cli.tables import facts, gib, ranges
+from hybrid_moe.cli.tables import facts
+from hybrid_moe.text import format_bytes, format_ranges
 
 if TYPE_CHECKING:
     from hybrid_moe.integrations.sglang.report import SglangReport
@@ -27,9 +28,9 @@ def doctor(
     if sglang:
         doctor_sglang(json)
         return
-    from hybrid_moe.planning.doctor import examine
+    from hybrid_moe.planning.doctor import machine_report
 
-    report = examine(measure_bandwidth=bandwidth)
+    report = machine_report(measure_bandwidth=bandwidth)
     if json:
         typer.echo(json_module.dumps(report.to_dict(), indent=2))
         return
@@ -42,9 +43,9 @@ def doctor(
 
 def doctor_sglang(json: bool) -> None:
     """Show what the plugin would do in this environment; exit code 1 if SGLang has changed."""
-    from hybrid_moe.integrations.sglang.report import examine
+    from hybrid_moe.integrations.sglang.report import plugin_report
 
-    report = examine()
+    report = plugin_report()
     if json:
         typer.echo(json_module.dumps(report.to_dict(), indent=2))
     else:
@@ -81,12 +82,12 @@ def core_facts(report: Report) -> dict[str, str]:
     cores = report.cores
     return {
         "online": f"{cores.online} logical, {cores.physical or 'unknown number of'} physical",
-        "cpuset": f"{len(cores.cpuset)} ({ranges(cores.cpuset)})",
+        "cpuset": f"{len(cores.cpuset)} ({format_ranges(cores.cpuset)})",
         "cgroup quota": "none" if cores.quota is None else f"{cores.quota:g} processors",
         "available": f"{cores.available} threads",
         "default": f"{cores.threads} threads, pools: {cores.pools}, "
         + ("one processor each" if cores.bound else "placed by the system within their node"),
-        **{f"NUMA node {node}": ranges(cpus) for node, cpus in cores.numa_nodes.items()},
+        **{f"NUMA node {node}": format_ranges(cpus) for node, cpus in cores.numa_nodes.items()},
     }
 
 
@@ -96,7 +97,7 @@ def memory_facts(report: Report) -> dict[str, str]:
     return {
         "total": _amount(memory.total),
         "available": _amount(memory.available),
-        "cgroup limit": "none" if memory.limit is None else gib(memory.limit),
+        "cgroup limit": "none" if memory.limit is None else format_bytes(memory.limit),
         "transparent huge pages": memory.huge_pages or "unknown",
         **{
             f"read, {threads} thread{'s' if threads > 1 else ''}": f"{speed:.1f} GB/s"
@@ -106,7 +107,7 @@ def memory_facts(report: Report) -> dict[str, str]:
 
 
 def _amount(nbytes: int | None) -> str:
-    return "unknown" if nbytes is None else gib(nbytes)
+    return "unknown" if nbytes is None else format_bytes(nbytes)
 
 
 def _tier(missing: tuple[str, ...]) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hybrid_moe.cli.models import ModelArgument
-from hybrid_moe.cli.tables import facts, gib, grid, ranges
+from hybrid_moe.cli.tables import facts, grid
+from hybrid_moe.text import format_bytes, format_ranges
 
 if TYPE_CHECKING:
     from hybrid_moe.loaders import CheckpointSummary
@@ -34,11 +35,16 @@ def inspect(
         facts(summary.path, model_facts(summary))
         total = max(1, summary.total_bytes)
         rows = [
-            (part, gib(nbytes), f"{nbytes / total:.1%}") for part, nbytes in summary.parts.items()
+            (part, format_bytes(nbytes), f"{nbytes / total:.1%}")
+            for part, nbytes in summary.parts.items()
         ]
-        grid("Bytes", ("part", "size", "share"), [*rows, ("all", gib(summary.total_bytes), "")])
+        grid(
+            "Bytes",
+            ("part", "size", "share"),
+            [*rows, ("all", format_bytes(summary.total_bytes), "")],
+        )
         needs = [
-            (method, gib(nbytes), gib(nbytes + summary.ram_rest))
+            (method, format_bytes(nbytes), format_bytes(nbytes + summary.ram_rest))
             for method, nbytes in summary.ram_experts.items()
         ]
         if needs:
@@ -61,7 +67,7 @@ def model_facts(summary: CheckpointSummary) -> dict[str, str]:
         "sizes": f"hidden {summary.hidden}, intermediate {summary.intermediate}",
         "names": summary.scheme or "no experts under a known name",
         "formats": "; ".join(f"{n}: layers {_layers(ls)}" for n, ls in summary.formats.items()),
-        "dtypes": ", ".join(f"{dtype} {gib(n)}" for dtype, n in summary.dtypes.items()),
+        "dtypes": ", ".join(f"{dtype} {format_bytes(n)}" for dtype, n in summary.dtypes.items()),
         "files": f"{summary.num_shards} with {summary.num_tensors} tensors",
     }
     if summary.scheme is None:
@@ -79,4 +85,4 @@ def _per_token(summary: CheckpointSummary) -> str:
 
 
 def _layers(numbers: Sequence[int]) -> str:
-    return f"{ranges(numbers)} ({len(numbers)})" if numbers else "none"
+    return f"{format_ranges(numbers)} ({len(numbers)})" if numbers else "none"

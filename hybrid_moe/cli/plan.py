@@ -10,7 +10,8 @@ import typer
 
 from hybrid_moe.cli import machine_options as o
 from hybrid_moe.cli.models import ModelArgument
-from hybrid_moe.cli.tables import facts, gib, grid
+from hybrid_moe.cli.tables import facts, grid
+from hybrid_moe.text import format_bytes
 
 if TYPE_CHECKING:
     from hybrid_moe.planning import Plan, Prediction
@@ -61,7 +62,7 @@ def show(plan: Plan) -> None:
     least = min(layer.top_k for layer in model.layers)
     per_token = f"{model.top_k}" if least == model.top_k else f"{least} to {model.top_k}"
     experts = f"{model.num_experts} in each of {len(model.layers)} layers, {per_token} per token"
-    sizes = {layer.method.name: gib(layer.packed) for layer in model.layers}
+    sizes = {layer.method.name: format_bytes(layer.packed) for layer in model.layers}
     rates = ", ".join(f"{request.cpu.macs[name] / 1e9:.0f}" for name in sizes)
     facts(
         str(model.path),
@@ -78,34 +79,46 @@ def show(plan: Plan) -> None:
         },
     )  # fmt: skip
     rows = [
-        (part.name, part.place, gib(part.nbytes), "assumed: " * part.assumed + part.note)
+        (part.name, part.place, format_bytes(part.nbytes), "assumed: " * part.assumed + part.note)
         for part in plan.parts
     ]
     for place, size in ((GPU, request.room if request.gpus else 0), (RAM, request.ram)):
         if plan.nbytes(place):
-            rows.append((f"all, of {gib(size)}", place, gib(plan.nbytes(place)), ""))
+            rows.append(
+                (f"all, of {format_bytes(size)}", place, format_bytes(plan.nbytes(place)), "")
+            )
     grid("Memory", ("part", "place", "size", "how"), rows)
     for title, prediction in (("Decode", plan.decode), ("Prefill", plan.prefill)):
-        _show_prediction(title, prediction)
+        _show_prediction(title, prediction, measured=not request.gpus)
     for note in plan.notes:
         typer.echo(f"note: {note}")
 
 
 def _gpu(nbytes: int, bandwidth: float, source: str) -> str:
-    return f"{gib(nbytes)}, {bandwidth / 1e9:.0f} GB/s ({source})"
+    return f"{format_bytes(nbytes)}, {bandwidth / 1e9:.0f} GB/s ({source})"
 
 
-def speed(prediction: Prediction) -> str:
-    """Tokens per second in two digits, which is more than a prediction knows."""
-    rounded = float(f"{prediction.tokens_per_second:.2g}")
-    return f"{rounded:.0f} tok/s" if rounded >= 10 else f"{rounded:.2g} tok/s"
+def speed(prediction: Prediction, *, measured: bool) -> str:
+    """Tokens per second in one digit, which is what a prediction knows.
+
+    Args:
+        measured: the shares of the ceilings that it rests on were measured; on a GPU they never
+            were.
+    """
+    rounded = one_digit(prediction.tokens_per_second)
+    return f"about {rounded} tok/s" + ("" if measured else ", not measured")
 
 
-def _show_prediction(title: str, prediction: Prediction) -> None:
+def one_digit(value: float) -> str:
+    """4321.0 -> "4000", 0.0321 -> "0.03"."""
+    return f"{float(f'{value:.1g}'):g}"
+
+
+def _show_prediction(title: str, prediction: Prediction, *, measured: bool) -> None:
     rows = [(term.name, _time(term.seconds), term.why) for term in prediction.terms]
-    grid(f"{title}: {speed(prediction)} predicted", _TERMS, rows)
+    grid(f"{title}: {speed(prediction, measured=measured)}", _TERMS, rows)
     typer.echo(f"limit: {prediction.limit}\nwould help: {prediction.help}")
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+    return f"{one_digit(seconds)} s" if seconds >= 1 else f"{one_digit(1e3 * seconds)} ms"

@@ -33,22 +33,3 @@ def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> N
     for row in rows:
         table.add_row(*map(Text, row))
     console().print(table)
-
-
-def gib(nbytes: int) -> str:
-    """Bytes in the unit that keeps the number readable."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes / 1024:.1f} KiB"
-
-
-def ranges(ids: Sequence[int]) -> str:
-    """(0, 1, 2, 5) -> "0-2, 5"."""
-    runs: list[list[int]] = []
-    for i in ids:
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

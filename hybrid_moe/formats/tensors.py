@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybrid_moe.formats.table import F32, Array, WeightFormat
 
@@ -30,6 +30,22 @@ class Matrix:
     bias: F32 | None = None
     where: str = "tensor"
     scales_where: str | None = None
+
+    def rows(self, rows: slice) -> Matrix:
+        """Some of its output rows: views, not copies."""
+        return replace(
+            self,
+            codes=self.codes[rows],
+            scales=None if self.scales is None else self.scales[rows],
+            bias=None if self.bias is None else self.bias[rows],
+        )
+
+    def split(self, interleaved: bool) -> tuple[Matrix, Matrix]:
+        """Gate and up of a fused matrix: every second row, or one half each."""
+        if interleaved:
+            return self.rows(slice(0, None, 2)), self.rows(slice(1, None, 2))
+        half = self.codes.shape[0] // 2
+        return self.rows(slice(0, half)), self.rows(slice(half, None))
 
 
 @dataclass(frozen=True)

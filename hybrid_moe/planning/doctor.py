@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from hybrid_moe.cpu_kernels.pool import sysfiles
+from hybrid_moe import sysfiles
 
 logger = logging.getLogger(__name__)
 Fact = TypeVar("Fact")
@@ -24,7 +24,7 @@ PACKAGES = ("torch", "numpy", "llvmlite", "safetensors", "transformers", "sglang
 
 
 @dataclass(frozen=True)
-class Tier:
+class TierStatus:
     """An ISA tier and what the processor lacks for it (nothing: it is usable)."""
 
     name: str
@@ -38,7 +38,7 @@ class Isa:
     `chosen` is None where the choice is an error; `reason` says why in either case.
     """
 
-    tiers: tuple[Tier, ...]
+    tiers: tuple[TierStatus, ...]
     chosen: str | None
     reason: str
 
@@ -98,7 +98,7 @@ class Report:
         return asdict(self)
 
 
-def examine(measure_bandwidth: bool = True) -> Report:
+def machine_report(measure_bandwidth: bool = True) -> Report:
     """Gather the report. Measuring takes about a second per thread count."""
     cores = read_cores()
     return Report(
@@ -135,7 +135,7 @@ def read_isa() -> Isa:
 
     reports = tiers.available_tiers()
     rows = tuple(
-        Tier(r.tier.name, tuple(r.missing))
+        TierStatus(r.tier.name, tuple(r.missing))
         for r in reports
         if r.tier.machine in ("", platform.machine())
     )

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from hybrid_moe.formats.table import BF16, MXFP4
-from hybrid_moe.planning.layout import lay_out
 from hybrid_moe.planning.model import Model
+from hybrid_moe.planning.parts import lay_out
 from hybrid_moe.planning.plan import CPU_EXPERTS, GPU, RAM, Plan, Request, Shortage
+from hybrid_moe.text import format_bytes
 
 _CONTEXT_STEP = 1024
 
@@ -32,9 +33,9 @@ def _gpu_shortage(plan: Plan) -> Shortage:
     request, model = plan.request, plan.model
     room, needed = request.room, plan.nbytes(GPU)
     advice = []
-    if plan.placement.most:
+    if plan.hot.most:
         bare = replace(request, num_gpu_experts=None, profile=None)
-        count = lay_out(model, bare).placement.most
+        count = lay_out(model, bare).hot.most
         if _fits_gpu(model, replace(bare, num_gpu_experts=count)):
             advice.append(f"fewer experts on the GPU ({count} per layer fit)")
     least = replace(request, num_gpu_experts=0, profile=None)
@@ -50,8 +51,8 @@ def _gpu_shortage(plan: Plan) -> Shortage:
             break
     if not advice:
         fixed = lay_out(model, least).nbytes(GPU)
-        advice.append(f"a GPU of {_gib(fixed)} or more; or the CPU alone, without --gpu")
-    return Shortage(f"GPU memory ({_gib(room)} each)", needed, room, tuple(advice))
+        advice.append(f"a GPU of {format_bytes(fixed)} or more; or the CPU alone, without --gpu")
+    return Shortage(f"GPU memory ({format_bytes(room)} each)", needed, room, tuple(advice))
 
 
 def _ram_shortage(plan: Plan) -> Shortage:
@@ -62,7 +63,9 @@ def _ram_shortage(plan: Plan) -> Shortage:
         panels = sum(p.nbytes for p in plan.parts if p.name == f"{CPU_EXPERTS}, {BF16.name}")
         saved = round(panels * (1 - MXFP4.bits_per_weight / BF16.bits_per_weight))
         fits = "fits then" if needed - saved <= request.ram else "still too much"
-        advice.append(f"MXFP4 experts (--method MXFP4: {_gib(needed - saved)} in all, {fits})")
+        advice.append(
+            f"MXFP4 experts (--method MXFP4: {format_bytes(needed - saved)} in all, {fits})"
+        )
     if not request.gpus:
         context = _largest_context(lambda n: _fits_ram(model, replace(request, context=n)), request)
         if context:
@@ -74,12 +77,12 @@ def _ram_shortage(plan: Plan) -> Shortage:
         over = needed - request.ram
         each = sum(layer.packed for layer in model.layers)
         more = -(-over // each)
-        if plan.placement.most + more < model.num_experts:
-            on_gpu = more * sum(layer.on_gpu for layer in model.layers)
+        if plan.hot.most + more < model.num_experts:
+            on_gpu = format_bytes(more * sum(layer.on_gpu for layer in model.layers))
             advice.append(
-                f"{more} more experts of each layer on GPUs, {_gib(on_gpu)} more of their memory"
+                f"{more} more experts of each layer on GPUs, {on_gpu} more of their memory"
             )
-    advice.append(f"{_gib(needed)} of memory or more")
+    advice.append(f"{format_bytes(needed)} of memory or more")
     return Shortage("memory", needed, request.ram, tuple(advice))
 
 
@@ -101,7 +104,3 @@ def _largest_context(fits: Callable[[int], bool], request: Request) -> int:
         else:
             high = middle - 1
     return low * _CONTEXT_STEP
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / (1 << 30):.1f} GiB"

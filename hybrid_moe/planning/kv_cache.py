@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hybrid_moe.formats.strips import round_up
+
 PAGE = 256
 """Tokens to which SGLang's pools are rounded; the largest page of any attention kernel."""
 
@@ -121,14 +123,14 @@ def sglang_cache(config: Mapping[str, Any], context: int, chunk: int, requests: 
 
     Args:
         config: the language model's part of `config.json`, with `layer_types` where layers differ
-            (see `loaders.config`).
+            (see `loaders.model_config`).
         chunk: tokens that are prefilled at once.
         requests: requests that run at the same time; each keeps a window of its own.
 
     Raises:
         ValueError: the configuration lacks a size.
     """
-    tokens = _round_up(context, PAGE)
+    tokens = round_up(context, PAGE)
     full, kind = _full_layers(config), kind_of(config)
     if kind == "mla":
         return KvCache((CacheRow("MLA", full, tokens, _mla_entry(config)),), tokens)
@@ -136,7 +138,7 @@ def sglang_cache(config: Mapping[str, Any], context: int, chunk: int, requests: 
         return KvCache((_gqa_row(config, "attention", full, tokens),), tokens)
     window = _window(config)
     # every request keeps its window and a page at either end; two chunks may be under way
-    held = min(tokens, _round_up(requests * (window + 2 * PAGE) + 2 * chunk + PAGE, PAGE))
+    held = min(tokens, round_up(requests * (window + 2 * PAGE) + 2 * chunk + PAGE, PAGE))
     if kind == "sliding":
         rows = (
             _gqa_row(config, "full attention", full, tokens),
@@ -204,7 +206,7 @@ def _v4_pools(
     rope = config.get("qk_rope_head_dim") or size * config.get("partial_rotary_factor", 0.125)
     entry = size + int(rope) + 8
     ratios = _v4_ratios(config)
-    rings = _round_up(128 * (requests + 2) + 1, 128)
+    rings = round_up(128 * (requests + 2) + 1, 128)
     return (
         CacheRow("window", len(ratios), held, entry),
         CacheRow("1 of 4 and its index", ratios.count(4), tokens // 4, entry + index + 4),
@@ -255,7 +257,3 @@ def _number(config: Mapping[str, Any], name: str, least: int = 1) -> int:
     if not isinstance(value, int) or value < least:
         raise ValueError(f"config.json lacks {name}: the KV cache cannot be sized")
     return value
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, strip_layout
 from hybrid_moe.formats.table import AS_STORED, BF16, WeightFormat, chosen_format
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint, LayerSource
-from hybrid_moe.loaders.config import TOP_K
 from hybrid_moe.loaders.convert import CONFIG_KEY
 from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.inspect import part_of
+from hybrid_moe.loaders.model_config import TOP_K
+from hybrid_moe.placement.profile import PlacementProfile
 
 EMBEDDINGS = "embeddings"
 
@@ -52,6 +54,34 @@ class LayerExperts:
     bias: int
     on_gpu: int
     weights: int
+
+
+@dataclass(frozen=True)
+class HotExperts:
+    """How many experts of each layer are on the GPU, and which.
+
+    Attributes:
+        counts: layer -> number of its experts on the GPU.
+        rule: how they were chosen.
+        profile: the profile that says which; None for the first ids.
+    """
+
+    counts: Mapping[int, int]
+    rule: str
+    profile: PlacementProfile | None = None
+
+    @cached_property
+    def most(self) -> int:
+        """Experts on the GPU in the layer that has the most."""
+        return max(self.counts.values(), default=0)
+
+    def cold(self, layer: LayerExperts) -> int:
+        """Experts of a layer on the CPU."""
+        return layer.num_experts - self.counts[layer.layer]
+
+    def cold_share(self, layer: LayerExperts) -> float:
+        """Share of a layer's experts on the CPU."""
+        return self.cold(layer) / layer.num_experts
 
 
 @dataclass(frozen=True)

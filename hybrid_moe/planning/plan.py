@@ -7,11 +7,11 @@ from typing import Any
 
 from hybrid_moe.cpu_kernels.drivers.records import MAX_POOLS
 from hybrid_moe.placement.profile import PlacementProfile
-from hybrid_moe.planning.gpu_share import Placement
 from hybrid_moe.planning.kv_cache import KvCache
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu
-from hybrid_moe.planning.model import Model
+from hybrid_moe.planning.model import HotExperts, Model
 from hybrid_moe.planning.prediction import Prediction
+from hybrid_moe.text import format_bytes
 
 GPU, RAM, NOWHERE = "each GPU", "RAM", "not loaded"
 CPU_EXPERTS = "routed experts, CPU"
@@ -72,7 +72,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """Bytes of one part of the model or of the runtime, and where they are.
 
     `assumed`: neither measured nor computed; `note` says how it comes about.
@@ -97,10 +97,10 @@ class Shortage:
     @property
     def message(self) -> str:
         """One paragraph."""
-        over = (self.needed - self.available) / (1 << 30)
         return (
-            f"{self.where} is too small by {over:.1f} GiB ({self.needed / (1 << 30):.1f} GiB "
-            f"needed, {self.available / (1 << 30):.1f} there): {', or '.join(self.advice)}"
+            f"{self.where} is too small by {format_bytes(self.needed - self.available)} "
+            f"({format_bytes(self.needed)} needed, {format_bytes(self.available)} there): "
+            f"{', or '.join(self.advice)}"
         )
 
 
@@ -111,7 +111,7 @@ class Plan:
     Attributes:
         model, request: what was planned.
         parts: everything that takes memory.
-        placement: experts on the GPU by layer.
+        hot: experts on the GPU by layer.
         cache: the KV cache.
         decode, prefill: predicted speed of one request.
         shortages: what does not fit; empty for a plan that can be carried out.
@@ -120,8 +120,8 @@ class Plan:
 
     model: Model
     request: Request
-    parts: tuple[Part, ...]
-    placement: Placement
+    parts: tuple[MemoryPart, ...]
+    hot: HotExperts
     cache: KvCache
     decode: Prediction
     prefill: Prediction
@@ -131,11 +131,6 @@ class Plan:
     def nbytes(self, place: str) -> int:
         """Bytes in all at a place."""
         return sum(part.nbytes for part in self.parts if part.place == place)
-
-    @property
-    def expert_ram(self) -> int:
-        """Resident bytes of the experts on the CPU: panels, biases, and rounding to pages."""
-        return sum(part.nbytes for part in self.parts if part.name.startswith(CPU_EXPERTS))
 
     def check(self) -> None:
         """Raise `DoesNotFitError` where something is too small."""
@@ -159,8 +154,8 @@ class Plan:
             "parts": [asdict(part) for part in self.parts],
             "gpu_bytes": self.nbytes(GPU),
             "ram_bytes": self.nbytes(RAM),
-            "gpu_experts": {str(k): v for k, v in self.placement.hot.items()},
-            "placement": self.placement.rule,
+            "gpu_experts": {str(k): v for k, v in self.hot.counts.items()},
+            "placement": self.hot.rule,
             "kv_cache": self.cache.formula,
             "decode": self.decode.to_dict(),
             "prefill": self.prefill.to_dict(),

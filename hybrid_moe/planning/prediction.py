@@ -12,10 +12,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hybrid_moe.planning.gpu_share import Placement
 from hybrid_moe.planning.kv_cache import KvCache
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu
-from hybrid_moe.planning.model import Model
+from hybrid_moe.planning.model import HotExperts, Model
 
 READ_SHARE = 0.7
 """Of the read bandwidth, at one token: 0.73 to 1.09 in docs/results. The lowest are experts of
@@ -80,37 +79,37 @@ _HELP = {
 
 
 def predict_decode(
-    model: Model, placement: Placement, cpu: CpuSpeeds, gpus: tuple[Gpu, ...], cache: KvCache
+    model: Model, hot: HotExperts, cpu: CpuSpeeds, gpus: tuple[Gpu, ...], cache: KvCache
 ) -> Prediction:
     """Speed of one token at a time, the context half full."""
-    cold = sum(layer.top_k * placement.cold_share(layer) * layer.packed for layer in model.layers)
+    cold = sum(layer.top_k * hot.cold_share(layer) * layer.packed for layer in model.layers)
     terms = [_read("RAM bandwidth", "experts", cold, cpu.read * READ_SHARE)]
     if not gpus:
         rest = model.read_per_token_16bit + cache.per_gpu() / 2
         terms.append(_read("RAM bandwidth, rest", "the rest", rest, cpu.read * TORCH_SHARE))
-        terms.append(_handover(model, placement))
+        terms.append(_handover(model, hot))
         return _prediction(terms, sum(term.seconds for term in terms), 1)
     speed = min(gpu.bandwidth for gpu in gpus) * GPU_READ_SHARE
-    hot = sum(
-        layer.top_k * (1 - placement.cold_share(layer)) * layer.on_gpu for layer in model.layers
+    read_hot = sum(
+        layer.top_k * (1 - hot.cold_share(layer)) * layer.on_gpu for layer in model.layers
     )
     rest = model.read_per_token / len(gpus) + cache.per_gpu(len(gpus)) / 2
-    terms.append(_read("GPU bandwidth", "weights and cache", rest + hot / len(gpus), speed))
-    terms.append(_handover(model, placement))
+    terms.append(_read("GPU bandwidth", "weights and cache", rest + read_hot / len(gpus), speed))
+    terms.append(_handover(model, hot))
     seconds = rest / speed + terms[-1].seconds
-    return _prediction(terms, seconds + max(terms[0].seconds, hot / len(gpus) / speed), 1)
+    return _prediction(terms, seconds + max(terms[0].seconds, read_hot / len(gpus) / speed), 1)
 
 
 def predict_prefill(
-    model: Model, placement: Placement, cpu: CpuSpeeds, gpus: tuple[Gpu, ...], tokens: int
+    model: Model, hot: HotExperts, cpu: CpuSpeeds, gpus: tuple[Gpu, ...], tokens: int
 ) -> Prediction:
     """Speed of a chunk of `tokens`."""
     macs = {
-        layer: tokens * layer.top_k * placement.cold_share(layer) * layer.weights
+        layer: tokens * layer.top_k * hot.cold_share(layer) * layer.weights
         for layer in model.layers
     }
     touched = sum(
-        placement.cold(layer) * layer.packed * _met(tokens * layer.top_k, layer.num_experts)
+        hot.cold(layer) * layer.packed * _met(tokens * layer.top_k, layer.num_experts)
         for layer in model.layers
     )
     # of several formats the mean speed, each as long as its layers take
@@ -127,14 +126,13 @@ def predict_prefill(
         )  # fmt: skip
         return _prediction([compute, read, rest], cold + rest.seconds, tokens)
     speed = sum(gpu.flops for gpu in gpus) * GPU_FLOP_SHARE
-    hot = 2 * sum(
-        tokens * layer.top_k * (1 - placement.cold_share(layer)) * layer.weights
-        for layer in model.layers
+    hot_flops = 2 * sum(
+        tokens * layer.top_k * (1 - hot.cold_share(layer)) * layer.weights for layer in model.layers
     )
     rest_flops = 2.0 * tokens * model.weights_per_token
-    gpu = _compute("GPU arithmetic", "experts and the rest", rest_flops + hot, speed, "FLOP")
-    handover = _handover(model, placement)
-    seconds = rest_flops / speed + max(cold, hot / speed) + handover.seconds
+    gpu = _compute("GPU arithmetic", "experts and the rest", rest_flops + hot_flops, speed, "FLOP")
+    handover = _handover(model, hot)
+    seconds = rest_flops / speed + max(cold, hot_flops / speed) + handover.seconds
     return _prediction([compute, read, gpu, handover], seconds, tokens)
 
 
@@ -158,8 +156,8 @@ def _si(value: float, unit: str) -> str:
     return f"{value / size:.{0 if value >= 100 * size else 1}f} {prefix}{unit}"
 
 
-def _handover(model: Model, placement: Placement) -> Term:
-    layers = sum(placement.cold(layer) > 0 for layer in model.layers)
+def _handover(model: Model, hot: HotExperts) -> Term:
+    layers = sum(hot.cold(layer) > 0 for layer in model.layers)
     why = f"{layers} layers x {HANDOVER_S * 1e6:g} us"
     return Term("hand-over", layers * HANDOVER_S, why)
 

@@ -80,7 +80,7 @@ def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()
         ("--kt-method", model.method),
         ("--kt-cpuinfer", request.threads),
         ("--kt-threadpool-count", request.pools),
-        ("--kt-num-gpu-experts", plan.placement.most),
+        ("--kt-num-gpu-experts", plan.hot.most),
         ("--context-length", request.context),
         ("--max-total-tokens", -(-plan.cache.tokens // PAGE) * PAGE),
         ("--max-running-requests", request.requests),
@@ -89,7 +89,7 @@ def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()
     words = [word for name, value in flags for word in (name, str(value))]
     words.append("--disable-shared-experts-fusion")
     words += _gpu_flags(plan) if request.gpus else _cpu_flags(plan)
-    profile = plan.placement.profile
+    profile = plan.hot.profile
     environment = {} if profile is None else {PLACEMENT_VARIABLE: str(profile.path)}
     if request.gpus:
         environment[_NUMA_BINDING] = "0"

@@ -126,9 +126,13 @@ def tier_name(isa: Any) -> str | None:
 
 
 def refuse_unsupported(given: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for the first option of `UNSUPPORTED` that is not at its default."""
-    for name, value in given.items():
-        default, why = UNSUPPORTED[name]
+    """Raise `ValueError` for the first option of `UNSUPPORTED` that is not at its default.
+
+    Args:
+        given: every argument of the constructor by its name.
+    """
+    for name, (default, why) in UNSUPPORTED.items():
+        value = given[name]
         if not isinstance(value, (type(default), Number)) or value != default:
             raise ValueError(f"{name}={value!r} is not supported ({why}); leave it at {default!r}")
 

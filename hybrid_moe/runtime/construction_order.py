@@ -18,7 +18,7 @@ import weakref
 from pathlib import Path
 
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.loaders.config import CONFIG_NAME, ModelConfig
+from hybrid_moe.loaders.model_config import CONFIG_NAME, ModelConfig
 from hybrid_moe.loaders.regular import read_json
 from hybrid_moe.locks import ProcessLock
 from hybrid_moe.runtime.deferral import DeferralChain, Member

@@ -25,12 +25,13 @@ import numpy as np
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.table import Array, WeightFormat, f32_to_bf16
 from hybrid_moe.formats.tensors import Matrix
+from hybrid_moe.parallel import map_all
 from hybrid_moe.runtime import arguments
 from hybrid_moe.runtime.arguments import LayerShape
 
 
 @dataclass(frozen=True)
-class Buffers:
+class RankBuffers:
     """Addresses of the host buffers of each rank; those of scales are 0 without scales."""
 
     w13_weight: list[int]
@@ -39,7 +40,7 @@ class Buffers:
     w2_scale: list[int]
 
     @classmethod
-    def checked(cls, ranks: int, fmt: WeightFormat, given: dict[str, Any]) -> Buffers:
+    def checked(cls, ranks: int, fmt: WeightFormat, given: dict[str, Any]) -> RankBuffers:
         """The four lists of pointers, one per rank.
 
         Raises:
@@ -67,13 +68,12 @@ def _addresses(name: str, pointers: Any) -> list[int]:
 
 
 class ExpertWriter:
-    """Writes a layer's experts one after the other, on threads of its own: one that keeps the
-    order, and as many as the layer's pools have to copy."""
+    """Writes a layer's experts one after the other: a thread of its own keeps the order, and as
+    many as the layer's pools have copy."""
 
     def __init__(self, layer: ExpertLayer, shape: LayerShape) -> None:
         self._layer, self._shape = layer, shape
         self._order: ThreadPoolExecutor | None = None
-        self._copiers: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
 
     def submit(self, gpu_tp_count: Any, expert_id: Any, pointers: dict[str, Any]) -> None:
@@ -86,14 +86,11 @@ class ExpertWriter:
                 f"gpu_tp_count is {ranks}, must cut moe_intermediate_size {I} into multiples of "
                 f"{fmt.k_multiple}"
             )
-        buffers = Buffers.checked(ranks, fmt, pointers)
+        buffers = RankBuffers.checked(ranks, fmt, pointers)
         self._layer.check_readable(expert)
-        if self._order is None or self._copiers is None:
-            threads = self._layer.pool.threads
-            self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="hybrid-moe-copy")
+        if self._order is None:
             self._order = ThreadPoolExecutor(1, thread_name_prefix="hybrid-moe-export")
-        write = partial(self._write, self._copiers, ranks, expert, buffers)
-        self._pending.append(self._order.submit(write))
+        self._pending.append(self._order.submit(self._write, ranks, expert, buffers))
 
     def sync(self) -> None:
         """Wait for all that was submitted; raise the first error."""
@@ -104,41 +101,35 @@ class ExpertWriter:
             future.result()
 
     def close(self) -> None:
-        """Wait, and end the threads."""
-        for executor in (self._order, self._copiers):
-            if executor is not None:
-                executor.shutdown()
-        self._order, self._copiers, self._pending = None, None, []
+        """Wait, and end the thread."""
+        if self._order is not None:
+            self._order.shutdown()
+        self._order, self._pending = None, []
 
-    def _write(
-        self, copiers: ThreadPoolExecutor, ranks: int, expert: int, buffers: Buffers
-    ) -> None:
-        tensors, fmt = self._layer.unpack(expert, copiers.map), self._layer.fmt
+    def _write(self, ranks: int, expert: int, buffers: RankBuffers) -> None:
+        copy_all = partial(map_all, threads=self._layer.pool.threads)
+        tensors, fmt = self._layer.unpack(expert, copy_all), self._layer.fmt
         I = self._shape.moe_intermediate_size // ranks
         for r in range(ranks):
             rows = slice(r * I, (r + 1) * I)
-            gate, up = (_rows(matrix, rows) for matrix in (tensors.gate, tensors.up))
+            gate, up = tensors.gate.rows(rows), tensors.up.rows(rows)
             w2 = _columns(tensors.down, r, ranks)
             for weight, scale, parts in (
                 (buffers.w13_weight, buffers.w13_scale, (gate, up)),
                 (buffers.w2_weight, buffers.w2_scale, (w2,)),
             ):
-                _copy(weight[r], [codes for codes, _ in parts])
+                _copy(weight[r], [part.codes for part in parts])
                 if fmt.scale is not None:
-                    factors = [fmt.scale.decode(s) for _, s in parts if s is not None]
+                    factors = [fmt.scale.decode(p.scales) for p in parts if p.scales is not None]
                     _copy(scale[r], [f32_to_bf16(f) for f in factors])
 
 
-def _rows(matrix: Matrix, rows: slice) -> tuple[Array, Array | None]:
-    return matrix.codes[rows], None if matrix.scales is None else matrix.scales[rows]
-
-
-def _columns(matrix: Matrix, rank: int, ranks: int) -> tuple[Array, Array | None]:
+def _columns(matrix: Matrix, rank: int, ranks: int) -> Matrix:
     def part(array: Array) -> Array:
         width = array.shape[1] // ranks
         return array[:, rank * width : (rank + 1) * width]
 
-    return part(matrix.codes), None if matrix.scales is None else part(matrix.scales)
+    return Matrix(part(matrix.codes), None if matrix.scales is None else part(matrix.scales))
 
 
 def _copy(address: int, parts: list[Array]) -> None:

@@ -16,8 +16,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.load import load_layer
-from hybrid_moe.loaders.parallel import for_each
-from hybrid_moe.loaders.safetensors import ReadBuffer
+from hybrid_moe.parallel import for_each
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.weights import Stacked, check_stacked, expert_of
 
@@ -46,7 +45,7 @@ def from_tensors(
     check_stacked(projections, shape, fmt, mapping)
 
     def fill(layer: ExpertLayer, wanted: npt.NDArray[np.bool_]) -> None:
-        def load(expert: int, _: ReadBuffer) -> None:
+        def load(expert: int) -> None:
             layer.load(expert, expert_of(projections, int(mapping[expert]), shape, fmt))
 
         for_each(np.flatnonzero(wanted).tolist(), load, layer.pool.threads)

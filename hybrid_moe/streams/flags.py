@@ -37,8 +37,14 @@ def flags_work(device: torch.device, *, may_try: bool) -> bool:
         may_try: False during a capture, when nothing can be tried: buffers that an untried device
             gets then are handed over by host functions for as long as the graph may be replayed.
             The next call outside a capture tries, for all buffers after that.
+
+    Raises:
+        ValueError: the environment variable is neither "flags" nor "host".
     """
-    if os.environ.get(HANDOVER) == "host":
+    wanted = os.environ.get(HANDOVER) or "flags"
+    if wanted not in ("flags", "host"):
+        raise ValueError(f'{HANDOVER}={wanted!r} must be "flags" (the default) or "host"')
+    if wanted == "host":
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
     if index in _tried:

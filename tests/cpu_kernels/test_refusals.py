@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import typer
 
+from hybrid_moe import sysfiles
 from hybrid_moe.cli.errors import readable
 from hybrid_moe.cpu_kernels import drivers, memory
 from hybrid_moe.cpu_kernels import layer as layer_module
@@ -22,7 +23,6 @@ from hybrid_moe.cpu_kernels.jit.driver import Driver
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool import group as group_module
-from hybrid_moe.cpu_kernels.pool import sysfiles
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes

@@ -15,10 +15,10 @@ import torch
 
 import hybrid_moe
 from hybrid_moe.cli.errors import explain
-from hybrid_moe.cli.tables import gib, ranges
 from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.integrations.transformers.registration import from_pretrained
+from hybrid_moe.text import format_bytes, format_ranges
 from tests.families import write_family
 from tests.hybrid_moe.checkpoints import edit_tensors, save
 from tests.hybrid_moe.command import CHARACTERS, PROMPT, run, write_model
@@ -252,5 +252,5 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_layout() -> None:
-    assert ranges((0, 1, 2, 5)) == "0-2, 5"
-    assert [gib(n) for n in (512, 3 << 20, 5 << 30)] == ["0.5 KiB", "3.00 MiB", "5.00 GiB"]
+    assert format_ranges((0, 1, 2, 5)) == "0-2, 5"
+    assert [format_bytes(n) for n in (512, 3 << 20, 5 << 30)] == ["0.5 KiB", "3.00 MiB", "5.00 GiB"]

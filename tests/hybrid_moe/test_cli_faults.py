@@ -16,11 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from hybrid_moe import loaders
+from hybrid_moe import loaders, sysfiles
 from hybrid_moe.cli.errors import explain
 from hybrid_moe.cpu_kernels.ceilings import bandwidth
-from hybrid_moe.cpu_kernels.jit import sources
-from hybrid_moe.cpu_kernels.pool import sysfiles
 from tests.hybrid_moe.command import PROMPT, run, write_model
 from tests.machines import Machine
 
@@ -213,16 +211,6 @@ def test_a_start_in_a_sandbox(command: str, model: Path, tmp_path: Path) -> None
     assert done.stdout.strip()
     times = done.stderr.count("the affinity mask cannot be read")
     assert times == (command != "generate")
-
-
-@pytest.mark.parametrize("stat", [None, "", "1 (x) S 1 2", "1 (x) S " + "y " * 40])
-def test_a_process_start_that_is_not_told(
-    stat: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Then every source counts as changed, and machine code is found by its IR."""
-    refuse = _refuse(OSError(errno.EACCES, "Permission denied"))
-    monkeypatch.setattr(Path, "read_text", refuse if stat is None else lambda path: stat)
-    assert sources.process_start() == 0.0
 
 
 # streams ----------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import pytest
 
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.checkpoint import Checkpoint
-from hybrid_moe.loaders.config import MAX_LAYERS
 from hybrid_moe.loaders.header import TensorInfo
+from hybrid_moe.loaders.model_config import MAX_LAYERS
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 
 FILE = Path("m.safetensors")

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from hybrid_moe.formats.table import MXFP4
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint, convert_checkpoint, inspect_checkpoint
-from hybrid_moe.loaders.config import ModelConfig
 from hybrid_moe.loaders.layout import KNOWN, layout_of_model, layout_of_module
+from hybrid_moe.loaders.model_config import ModelConfig
 from tests.families import EXPERTS, FAMILIES, FamilyFixture, write_family
 from tests.loaders.test_families import Family, assert_is_expert
 

@@ -16,8 +16,8 @@ from hybrid_moe.formats.table import BF16, MXFP4
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors
 from hybrid_moe.loaders import Checkpoint, LayerSource, check_map, load_layer
 from hybrid_moe.loaders import load as load_module
-from hybrid_moe.loaders.parallel import for_each
-from hybrid_moe.loaders.safetensors import SafetensorsIndex
+from hybrid_moe.loaders.safetensors import ReadBuffers, SafetensorsIndex
+from hybrid_moe.parallel import for_each
 from tests.families import EXPERTS, FamilyFixture
 
 Family = Callable[[str], FamilyFixture]
@@ -182,8 +182,10 @@ def test_threads_have_buffers_of_their_own() -> None:
     buffers: dict[int, set[int]] = {}
     barrier = threading.Barrier(3)
 
-    def work(item: int, buffer: Any) -> None:
-        buffers.setdefault(threading.get_ident(), set()).add(id(buffer))
+    own = ReadBuffers()
+
+    def work(item: int) -> None:
+        buffers.setdefault(threading.get_ident(), set()).add(id(own.mine))
         if item < 3:
             barrier.wait(timeout=60)  # all three threads take part
 

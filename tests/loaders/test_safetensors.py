@@ -116,13 +116,13 @@ def test_bad_rows_and_buffers(rows: Any, out: Any, message: str, tmp_path: Path)
 
 def test_buffers_are_reused() -> None:
     buffer = ReadBuffer()
-    buffer.reset(1000)
+    buffer.reset([1000])
     first, second = buffer.take(100), buffer.take(64)
     first[:], second[:] = 1, 2
     assert not np.shares_memory(first, second) and first.sum() == 100
     too_much = buffer.take(2000)
     assert len(too_much) == 2000 and not np.shares_memory(too_much, first)
-    buffer.reset(500)
+    buffer.reset([500])
     assert np.shares_memory(buffer.take(10), first)
 
 

@@ -225,7 +225,7 @@ def test_pools_see_the_processors_that_were_taken_back(builder: str) -> None:
 
 
 def test_this_machine() -> None:
-    here = numa_binding.examine()
+    here = numa_binding.read_machine()
     assert here.process == frozenset(allowed_cpus()) <= here.server
     assert all(nbytes > 0 for nbytes in here.memory.values()) or not here.nodes
     assert numa_binding._bound_nodes() <= set(here.nodes)

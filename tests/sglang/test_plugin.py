@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from hybrid_moe.cli import app
 from hybrid_moe.integrations.sglang import contract, plugin, step_faults
 from hybrid_moe.integrations.sglang.contract import ContractError, Requirement
-from hybrid_moe.integrations.sglang.expert_layer import UnsupportedLayerError, describe, swiglu_of
+from hybrid_moe.integrations.sglang.expert_layer import UnsupportedLayerError, layer_spec, swiglu_of
 from hybrid_moe.integrations.sglang.gpu_experts import PROFILE, GpuExperts, choose
 from hybrid_moe.integrations.sglang.step_faults import StepFaults
 from hybrid_moe.placement.profile import profile_of_masks, read_profile, write_profile
@@ -287,14 +287,14 @@ def fake_layer(**values: Any) -> Any:
 
 
 def test_true_sizes_go_before_padded_ones() -> None:
-    spec = describe(fake_layer(), 32, 2880)
+    spec = layer_spec(fake_layer(), 32, 2880)
     assert (spec.hidden_size, spec.intermediate_size, spec.top_k) == (2880, 2880, 2)
-    assert describe(fake_layer(), 32, None).intermediate_size == 3072
+    assert layer_spec(fake_layer(), 32, None).intermediate_size == 3072
 
 
 def test_a_layer_must_know_its_top_k() -> None:
     with pytest.raises(UnsupportedLayerError, match="how many experts a token has"):
-        describe(fake_layer(top_k=None), 32, 2880)
+        layer_spec(fake_layer(top_k=None), 32, 2880)
 
 
 # Faults of a step -------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from hybrid_moe.integrations import late
-from hybrid_moe.integrations.sglang import contract, plugin, step_faults
+from hybrid_moe.integrations.sglang import contract, late, plugin, step_faults
 from hybrid_moe.integrations.sglang.contract import ContractError, Requirement
 from hybrid_moe.integrations.sglang.step_faults import StepFaults
 

@@ -3,6 +3,7 @@
 SGLang calls `register` (entry point group `sglang.srt.plugins`) in each of its processes.
 
     plugin          whether to take over, and putting our names where SGLang looks
+    late            acting on a module of SGLang when it is imported
     contract        what we rely on in SGLang, checked before anything is replaced
     method          the layer's method: hot experts on the GPU, cold ones in `KTMoEWrapper`
     gpu_experts     which experts of a layer are hot, and their slots on the GPU

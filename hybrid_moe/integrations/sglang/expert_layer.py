@@ -35,7 +35,7 @@ class ExpertLayerSpec:
     swiglu_alpha: float
 
 
-def describe(layer: Any, num_experts: int, intermediate_size: int | None) -> ExpertLayerSpec:
+def layer_spec(layer: Any, num_experts: int, intermediate_size: int | None) -> ExpertLayerSpec:
     """The specification of a `FusedMoE` whose weights are about to be created.
 
     Args:

@@ -85,7 +85,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             expert_layer.check_server(layer)
             self.experts = gpu_experts.choose(config.layer_idx, num_experts, config.num_gpu_experts)
         if not self.experts.all_hot:
-            self._spec = expert_layer.describe(
+            self._spec = expert_layer.layer_spec(
                 layer, num_experts, extra_weight_attrs.get("moe_intermediate_size")
             )
             if layer.moe_tp_rank == 0:

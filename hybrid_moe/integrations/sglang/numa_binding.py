@@ -114,7 +114,7 @@ def asked_for(numa_node: object, environ: Mapping[str, str]) -> str | None:
     return None
 
 
-def examine() -> Machine:
+def read_machine() -> Machine:
     """This machine, process and server: the process that has started this one."""
     nodes, memory = {}, {}
     for folder in sorted(_NODES.glob("node[0-9]*")):
@@ -140,7 +140,7 @@ def widen(numa_node: object, machine: Machine | None = None) -> bool:
     """
     if machine is None:
         try:
-            machine = examine()
+            machine = read_machine()
         except (OSError, ValueError, psutil.Error) as error:
             logger.info("the NUMA nodes of this machine cannot be read: %s", error)
             return False

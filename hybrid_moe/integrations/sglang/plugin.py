@@ -25,8 +25,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid_moe.integrations.late import when_imported
 from hybrid_moe.integrations.sglang import contract
+from hybrid_moe.integrations.sglang.late import when_imported
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +85,10 @@ def register() -> None:
     """
     decision = decide(os.environ, installed_kt_kernel())
     if decision.take_over:
-        when_imported((contract.LAYER_MODULE,), lambda layer: _stand_in(layer, decision))
+        when_imported(contract.LAYER_MODULE, lambda layer: _stand_in(layer, decision))
     else:
         line = f"hybrid_moe leaves --kt-* to others: {decision.reason}"
-        when_imported((contract.KT_MODULE,), lambda module: _announce(module, line))
+        when_imported(contract.KT_MODULE, lambda module: _announce(module, line))
 
 
 def _stand_in(layer_module: Any, decision: Decision) -> None:

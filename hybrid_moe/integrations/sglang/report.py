@@ -39,7 +39,7 @@ class SglangReport:
         return asdict(self)
 
 
-def examine() -> SglangReport:
+def plugin_report() -> SglangReport:
     """Gather the report. Imports SGLang, which takes seconds.
 
     Raises:

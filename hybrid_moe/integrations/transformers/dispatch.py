@@ -26,11 +26,15 @@ from torch.nn.utils import parametrize
 
 from hybrid_moe.cpu_kernels.fingerprint import fingerprints
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec, describe, weights_of
+from hybrid_moe.integrations.transformers.experts_module import (
+    ExpertsSpec,
+    experts_spec,
+    weights_of,
+)
 from hybrid_moe.integrations.transformers.hybrid_experts import fill, new_layer, run_layer
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.locks import ProcessLock
-from hybrid_moe.runtime import ops
+from hybrid_moe.runtime import torch_op
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +89,7 @@ def experts_forward(
     The first call packs the module's weights, as does any that meets other weights than were
     packed, however they were changed. Method, threads and pools come from
     `config.hybrid_moe_options` (a mapping such as `{"method": "MXFP4", "threads": 8}`), by default
-    BF16 on every core. In a graph that is captured it is one node, see `hybrid_moe.runtime.ops`.
+    BF16 on every core. In a graph that is captured it is one node, see `runtime.torch_op`.
 
     Args:
         module: the experts module.
@@ -97,10 +101,10 @@ def experts_forward(
         NotImplementedError: the module computes something that this package does not.
         RuntimeError: its weights are not in memory.
     """
-    if ops.is_traced(hidden_states):
+    if torch_op.is_traced(hidden_states):
         _ensure_handle(module)
-        handle: ops.Handle = getattr(module, _HANDLE)
-        return ops.experts(hidden_states, top_k_index, top_k_weights, handle.value)
+        handle: torch_op.Handle = getattr(module, _HANDLE)
+        return torch_op.experts(hidden_states, top_k_index, top_k_weights, handle.value)
     return _run(module, hidden_states, top_k_index, top_k_weights)
 
 
@@ -108,7 +112,7 @@ def experts_forward(
 def _ensure_handle(module: torch.nn.Module) -> None:
     """Give the module a handle; runs while a graph is captured, and is no part of it."""
     if module.__dict__.get(_HANDLE) is None:
-        module.__dict__[_HANDLE] = ops.Handle(module, _run)
+        module.__dict__[_HANDLE] = torch_op.Handle(module, _run)
 
 
 def _run(
@@ -141,7 +145,7 @@ def _packed(module: torch.nn.Module, ids: torch.Tensor) -> _Packed:
     module.__dict__.pop(_PACKED, None)  # frees the panels, unless a copy has them too
     if _is_offloaded(module):
         _warn_of_offloading()
-    spec = describe(module)
+    spec = experts_spec(module)
     layer = new_layer(spec, options)
     # Before packing: what changes meanwhile is found by the next call
     prints = _prints(weights, range(spec.num_experts), layer.pool.threads)

@@ -45,7 +45,8 @@ class ExpertsSpec:
         intermediate: I, outputs of gate and up.
         activation: the gated activation between them.
         transposed: weights are [E, inputs, outputs] rather than [E, outputs, inputs].
-        concatenated: gate rows precede up rows; otherwise they alternate.
+        concatenated: gate rows precede up rows; otherwise they alternate. Shapes, names and biases
+            do not tell: the module's own `_apply_gate` does, see `proof`.
         biased: the module has `gate_up_proj_bias` and `down_proj_bias`.
     """
 
@@ -143,7 +144,7 @@ def refuse_adapters(model: torch.nn.Module, found: Mapping[str, torch.nn.Module]
             )
 
 
-def describe(module: torch.nn.Module, name: str = "experts") -> ExpertsSpec:
+def experts_spec(module: torch.nn.Module, name: str = "experts") -> ExpertsSpec:
     """Sizes and arithmetic of `module`, whose parameters may be on meta.
 
     Raises:
@@ -184,24 +185,6 @@ def describe(module: torch.nn.Module, name: str = "experts") -> ExpertsSpec:
     return spec
 
 
-def interleaves(module: torch.nn.Module, name: str = "experts") -> bool:
-    """Whether gate and up alternate along `gate_up_proj`'s outputs (gate 0, up 0, gate 1, ...)
-    rather than being its two halves.
-
-    Shapes cannot tell, and neither do names or biases: some families with biases have halves, some
-    alternate. The module can: its `_apply_gate` takes the fused output apart, and `describe` holds
-    what it does against the formula, so a wrong answer cannot pass. The parameters may be on meta.
-
-    Args:
-        module: an experts module, see `is_experts`.
-        name: its name in the model, for messages.
-
-    Raises:
-        NotImplementedError: the module computes something that this package does not.
-    """
-    return not describe(module, name).concatenated
-
-
 def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The module's weights as it would use them now, [E, ...] each, by name; where they are
     computed (`torch.nn.utils.parametrize`, adapters), the results."""
@@ -221,10 +204,9 @@ def expert_tensors(
     """
     gate_up = _stored(module, spec, "gate_up_proj", expert, fmt)
     down = _stored(module, spec, "down_proj", expert, fmt)
-    gate, up = (
-        _Stored(gate_up.fmt, _half(gate_up.matrix, half, spec.concatenated)) for half in (0, 1)
-    )
-    return ExpertTensors(*(_in_format(stored, fmt) for stored in (gate, up, down)))
+    gate, up = gate_up.matrix.split(interleaved=not spec.concatenated)
+    stored = (_Stored(gate_up.fmt, gate), _Stored(gate_up.fmt, up), down)
+    return ExpertTensors(*(_in_format(matrix, fmt) for matrix in stored))
 
 
 @dataclass(frozen=True)
@@ -258,18 +240,6 @@ def _stored(
         codes, scales = encode(fmt, weight.float().contiguous().numpy())
         return _Stored(fmt, Matrix(codes, scales, bias, where))
     raise NotImplementedError(f"{where}: weights of {weight.dtype} are not supported")
-
-
-def _half(matrix: Matrix, half: int, concatenated: bool) -> Matrix:
-    """gate (0) or up (1) of a fused matrix: a block of rows, or every second row."""
-    I = matrix.codes.shape[0] // 2
-    rows = slice(half * I, (half + 1) * I) if concatenated else slice(half, None, 2)
-    return Matrix(
-        matrix.codes[rows],
-        None if matrix.scales is None else matrix.scales[rows],
-        None if matrix.bias is None else matrix.bias[rows],
-        matrix.where,
-    )
 
 
 def _in_format(stored: _Stored, fmt: WeightFormat) -> Matrix:

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hybrid_moe.logs import warn_once
+
 NAME = "hybrid_moe"
 """The `experts_implementation` under which the CPU experts are known."""
 
@@ -108,15 +110,9 @@ def check_model(model: Any) -> None:
         return
     message = unsupported(type(model).__name__, foreign)
     if any(is_experts(m) or isinstance(m, HybridExperts) for m in model.modules()):
-        _warn(message)
+        warn_once(message)
     else:
         raise ValueError(message)
-
-
-@functools.lru_cache(maxsize=256)
-def _warn(message: str) -> None:
-    """Logs a message once."""
-    _log.warning(message)
 
 
 def check_checkpoint(source: Any, kwargs: Mapping[str, Any]) -> None:
@@ -148,7 +144,9 @@ def check_checkpoint(source: Any, kwargs: Mapping[str, Any]) -> None:
         raise NotImplementedError(
             f'{source} stores its experts as {", ".join(stored)}: experts_implementation="{NAME}" '
             "takes experts that Transformers has loaded, and it loads them as BF16 only. Use "
-            f"hybrid_moe.from_pretrained({str(source)!r}), which reads them as they are stored"
+            f"hybrid_moe.from_pretrained({str(source)!r}), which reads them as they are stored. "
+            "(For BF16 checkpoints the name is known after hybrid_moe.register(), or where "
+            "hybrid_moe is imported after transformers)"
         )
 
 
@@ -173,7 +171,7 @@ def _is_dequantised(folder: Path) -> bool:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     from hybrid_moe.formats.tensors import CheckpointError
-    from hybrid_moe.loaders.config import CONFIG_NAME
+    from hybrid_moe.loaders.model_config import CONFIG_NAME
     from hybrid_moe.loaders.regular import read_json
 
     try:

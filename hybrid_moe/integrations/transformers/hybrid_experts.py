@@ -13,9 +13,8 @@ from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec, expert_tensors
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
-from hybrid_moe.loaders.parallel import for_each
-from hybrid_moe.loaders.safetensors import ReadBuffer
-from hybrid_moe.runtime import ops
+from hybrid_moe.parallel import for_each
+from hybrid_moe.runtime import torch_op
 
 
 class HybridExperts(torch.nn.Module):
@@ -30,7 +29,7 @@ class HybridExperts(torch.nn.Module):
         self.spec = spec
         self.layer: ExpertLayer | None = None
         self.fmt: WeightFormat | None = None
-        self._handle = ops.Handle(self, _run)
+        self._handle = torch_op.Handle(self, _run)
 
     def allocate(self, options: ExpertsOptions) -> ExpertLayer:
         """An `ExpertLayer` for this module's sizes with room for every expert, kept here."""
@@ -41,8 +40,8 @@ class HybridExperts(torch.nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden [..., H], ids [S, k], weights [S, k] -> like hidden."""
-        if ops.is_traced(hidden_states):
-            return ops.experts(hidden_states, top_k_index, top_k_weights, self._handle.value)
+        if torch_op.is_traced(hidden_states):
+            return torch_op.experts(hidden_states, top_k_index, top_k_weights, self._handle.value)
         return _run(self, hidden_states, top_k_index, top_k_weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridExperts:
@@ -88,7 +87,7 @@ def new_layer(spec: ExpertsSpec, options: ExpertsOptions) -> ExpertLayer:
 def fill(layer: ExpertLayer, module: torch.nn.Module, spec: ExpertsSpec, fmt: WeightFormat) -> None:
     """Load every expert of `module` into `layer`, several at a time."""
 
-    def load(expert: int, _: ReadBuffer) -> None:
+    def load(expert: int) -> None:
         layer.load(expert, expert_tensors(module, spec, expert, fmt))
 
     for_each(range(spec.num_experts), load, min(8, usable_cores()))
@@ -146,7 +145,7 @@ class _InferenceOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(ops.NO_GRADIENT)
+        raise RuntimeError(torch_op.NO_GRADIENT)
 
 
 def bf16_bits(x: torch.Tensor) -> npt.NDArray[np.uint16]:

@@ -20,7 +20,11 @@ import numpy as np
 import torch
 
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec, describe, find_experts
+from hybrid_moe.integrations.transformers.experts_module import (
+    ExpertsSpec,
+    experts_spec,
+    find_experts,
+)
 from hybrid_moe.integrations.transformers.guard import LOADS_EXPERTS
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
@@ -47,7 +51,9 @@ def swap(model: torch.nn.Module) -> dict[str, HybridExperts]:
         NotImplementedError: an experts module computes something that this package does not.
         ValueError: the model has no experts.
     """
-    swapped = {name: HybridExperts(describe(m, name)) for name, m in find_experts(model).items()}
+    swapped = {
+        name: HybridExperts(experts_spec(m, name)) for name, m in find_experts(model).items()
+    }
     for name, experts in swapped.items():
         replace_module(model, name, experts)
     return swapped

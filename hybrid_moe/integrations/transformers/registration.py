@@ -7,7 +7,9 @@ Transformers' own `experts_implementation` (experts stay where they are and are 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,8 +17,7 @@ from tqdm import tqdm
 
 from hybrid_moe.formats.table import BF16, chosen_format
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.integrations.import_hook import MODULES, register_in
-from hybrid_moe.integrations.transformers.guard import NAME
+from hybrid_moe.integrations.transformers.guard import NAME, guard
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.loaders.find_model import find_model
 
@@ -25,18 +26,53 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="torch.nn.Module")
 
+logger = logging.getLogger(__name__)
+
+INTERFACES = {
+    "transformers.integrations.moe": "ExpertsInterface",
+    "transformers.integrations.finegrained_fp8": "FP8ExpertsInterface",
+}
+"""Module -> its class with `register(name, function)`; the second is for FP8 and FP4 experts."""
+
+_NEEDED = "transformers >= 5.17 is needed"
+
+MODELS = "transformers.modeling_utils"
+"""The module whose `PreTrainedModel` is guarded, see `guard`."""
+
+
+def experts_function(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What Transformers calls: (experts module, hidden [S, H], ids [S, k], weights [S, k]). The
+    implementation is imported at its first call."""
+    from hybrid_moe.integrations.transformers.dispatch import experts_forward
+
+    return experts_forward(module, *args, **kwargs)
+
 
 def register() -> None:
     """Register `experts_implementation="hybrid_moe"`, also for FP8 and FP4 experts. Idempotent.
 
+    `import hybrid_moe` does so where Transformers has been imported before; `offload` and
+    `from_pretrained` always do.
+
     Raises:
         ImportError: Transformers is absent or too old to have the interface.
     """
-    from importlib import import_module
+    for module_name, interface_name in INTERFACES.items():
+        interface = getattr(import_module(module_name), interface_name, None)
+        if interface is None:
+            raise ImportError(f"{module_name} has no {interface_name}: {_NEEDED}")
+        interface.register(NAME, experts_function)
+    if not guard(import_module(MODELS)):
+        raise ImportError(f"models of {MODELS} have no experts implementations: {_NEEDED}")
 
-    for module_name in MODULES:
-        if not register_in(import_module(module_name)):
-            raise ImportError(f"{module_name} has no experts interface: transformers >= 5.17 has")
+
+def register_or_warn() -> None:
+    """`register` for `import hybrid_moe`, which must not fail where Transformers is too old or
+    does not import."""
+    try:
+        register()
+    except ImportError as error:
+        logger.warning('experts_implementation="%s" is not registered: %s', NAME, error)
 
 
 def offload(
@@ -72,7 +108,7 @@ def offload(
             moved then.
     """
     from hybrid_moe.integrations.transformers.experts_module import (
-        describe,
+        experts_spec,
         find_experts,
         refuse_adapters,
     )
@@ -82,7 +118,7 @@ def offload(
     options = _checked(method, threads, pools)
     found = find_experts(model)
     refuse_adapters(model, found)
-    specs = {name: describe(module, name) for name, module in found.items()}
+    specs = {name: experts_spec(module, name) for name, module in found.items()}
     for name, module in found.items():
         if any(p.is_meta for p in module.parameters()):
             raise ValueError(
@@ -145,7 +181,7 @@ def from_pretrained(
         load_experts,
         load_skeleton,
     )
-    from hybrid_moe.loaders.config import ModelConfig
+    from hybrid_moe.loaders.model_config import ModelConfig
 
     path = check_directory(take_subfolder(directory, kwargs))
     if "experts_implementation" in kwargs:

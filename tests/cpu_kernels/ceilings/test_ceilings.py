@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hybrid_moe import sysfiles
 from hybrid_moe.cpu_kernels.ceilings import bandwidth
 from hybrid_moe.cpu_kernels.ceilings import peaks as ceilings
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
@@ -18,7 +19,6 @@ from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE, Tier, available_tiers
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
-from hybrid_moe.cpu_kernels.pool import sysfiles
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 

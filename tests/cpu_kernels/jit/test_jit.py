@@ -163,16 +163,17 @@ def test_an_index_entry_of_an_object_that_is_gone(directory: Path) -> None:
 
 
 def test_the_source_digest(tmp_path: Path) -> None:
-    """It changes with every file of the package and with its name, and with nothing else."""
-    package = tmp_path / "package"
+    """It changes with every file of the folders and with its name, and with nothing else."""
+    package, formats = folders = tmp_path / "package", tmp_path / "formats"
     (package / "room").mkdir(parents=True)
-    files = [package / "a.py", package / "room" / "b.py", tmp_path / "formats.py"]
+    formats.mkdir()
+    files = [package / "a.py", package / "room" / "b.py", formats / "c.py"]
     for file in files:
         file.write_text("A = 1\n")
 
     def digest(before: float = 2e12) -> str | None:
         sources._content_digest.cache_clear()
-        return sources.source_digest(package, (files[-1],), before)
+        return sources.source_digest(folders, before)
 
     seen = {digest()}
     (package / "notes.txt").write_text("no source")
@@ -186,40 +187,40 @@ def test_the_source_digest(tmp_path: Path) -> None:
         file.write_text("A = 2\n")
         assert digest() not in seen
         seen.add(digest())
-    files[0].rename(package / "c.py")
+    files[0].rename(package / "d.py")
     assert digest() not in seen | {None}
     assert digest(before=0) is None, "a file has changed since it was imported"
-    files[-1].unlink()
-    assert digest() is None
+    assert sources.source_digest((tmp_path / "nowhere",), 2e12) is None
 
 
 def test_a_file_that_took_the_place_of_an_imported_one(tmp_path: Path) -> None:
     """Archives and installers keep the time of a file's content; its place is new all the same."""
-    package, module = tmp_path / "package", tmp_path / "formats.py"
-    package.mkdir()
-    for file in (package / "a.py", module):
-        file.write_text("A = 1\n")
-    imported = max(file.stat().st_ctime for file in (package / "a.py", module))
-    assert sources.source_digest(package, (module,), imported) is not None
+    file = tmp_path / "a.py"
+    file.write_text("A = 1\n")
+    imported = file.stat().st_ctime
+    assert sources.source_digest((tmp_path,), imported) is not None
     time.sleep(0.02)  # more than a tick of the clock of files
-    (package / "new.py").write_text("A = 2\n")
-    os.utime(package / "new.py", (0, 0))
-    (package / "new.py").rename(package / "a.py")
-    assert sources.source_digest(package, (module,), imported) is None
+    new = tmp_path / "new"
+    new.write_text("A = 2\n")
+    os.utime(new, (0, 0))
+    new.rename(file)
+    assert sources.source_digest((tmp_path,), imported) is None
 
 
-def test_when_the_process_started() -> None:
-    """Before anything was imported, and not when the machine started."""
+def test_the_time_of_the_import_is_before_everything_that_is_read() -> None:
     script = """
+import sys
 import time
 before = time.time()
+import hybrid_moe
+print(*sorted(name for name in sys.modules if name.startswith("hybrid_moe")))
+between = time.time()
 from hybrid_moe.cpu_kernels.jit import sources
-print(before - sources.process_start())
+print(before <= sources.IMPORTED_AT <= between)
 """
-    begin = time.time()
     result = run_script(script)
     assert result.returncode == 0, result.stderr
-    assert -0.1 <= float(result.stdout) <= time.time() - begin + 0.1
+    assert result.stdout.split() == ["hybrid_moe", "hybrid_moe.imported", "True"]
 
 
 def test_the_digest_covers_what_is_imported() -> None:
@@ -227,7 +228,6 @@ def test_the_digest_covers_what_is_imported() -> None:
     result = run_script(
         """
 import sys
-import time
 from pathlib import Path
 import hybrid_moe.cpu_kernels.kernels.library
 from hybrid_moe.cpu_kernels.drivers import drivers_ir
@@ -235,16 +235,12 @@ from hybrid_moe.cpu_kernels.jit import sources
 drivers_ir()
 for name, module in sorted(sys.modules.items()):
     if name.startswith("hybrid_moe"):
-        file = Path(module.__file__)
-        if sources._PACKAGE not in file.parents and file not in sources._FORMATS:
+        if not set(sources.FOLDERS) & set(Path(module.__file__).parents):
             print(name)
 """
     )
     assert result.returncode == 0, result.stderr
-    integrations = "hybrid_moe.integrations"
-    others = {"hybrid_moe", "hybrid_moe.locks", integrations}
-    others |= {f"{integrations}.{name}" for name in ("guard", "import_hook", "late")}
-    assert set(result.stdout.split()) <= others
+    assert set(result.stdout.split()) == {"hybrid_moe", "hybrid_moe.imported", "hybrid_moe.locks"}
 
 
 def test_a_tier_that_only_has_a_name_of_ours(

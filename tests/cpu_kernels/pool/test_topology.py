@@ -13,16 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_moe.cpu_kernels.pool import affinity, cgroups, sysfiles, topology
+from hybrid_moe import sysfiles
+from hybrid_moe.cpu_kernels.pool import affinity, cgroups, topology
+from hybrid_moe.logs import warn_once
 from tests.machines import Machine
 
 
 @pytest.fixture(autouse=True)
 def _told_anew() -> Iterator[None]:
     """What is logged once in a process is logged once in a test."""
-    sysfiles.warn_once.cache_clear()
+    warn_once.cache_clear()
     yield
-    sysfiles.warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,6 @@ from tests.hybrid_moe.tiny_models import build, logits, prompt
 SINGLE = "model.safetensors"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def ours(directory: Path, **kwargs: Any) -> torch.Tensor:
     return logits(from_pretrained(directory, "BF16", threads=1, progress=False, **kwargs), prompt())
 

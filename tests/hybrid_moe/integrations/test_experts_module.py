@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_moe.cpu_kernels.activation import Activation
-from hybrid_moe.integrations.transformers.experts_module import describe, interleaves
+from hybrid_moe.integrations.transformers.experts_module import experts_spec
 from hybrid_moe.integrations.transformers.proof import recognise_activation
 from tests.hybrid_moe.tiny_models import FAMILIES, build
 
@@ -66,7 +66,7 @@ def test_clamps_are_recognised_wherever_they_are(
     limit: float, alpha: float, alternate: bool
 ) -> None:
     module = Experts(swiglu(limit, alpha), alternate=alternate, limit=limit, alpha=alpha)
-    spec = describe(module)
+    spec = experts_spec(module)
     assert spec.activation == Activation(limit, alpha)
     assert spec.concatenated != alternate
 
@@ -126,7 +126,7 @@ REFUSED: dict[str, Experts] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_formulas_and_layouts_are_refused(name: str) -> None:
     with pytest.raises(NotImplementedError, match=r"experts \(Experts\): its activation"):
-        describe(REFUSED[name])
+        experts_spec(REFUSED[name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,7 +134,7 @@ def test_other_formulas_and_layouts_are_refused(name: str) -> None:
 def test_layouts_of_families(family: str, device: str) -> None:
     model = build(family).to(device)
     module = model.get_submodule("model.layers.0.mlp.experts")
-    assert interleaves(module) == (family == "gpt_oss")
+    assert experts_spec(module).concatenated == (family != "gpt_oss")
 
 
 def test_halves_with_biases_are_halves() -> None:
@@ -149,5 +149,5 @@ def test_halves_with_biases_are_halves() -> None:
     with torch.device("meta"):
         model = transformers.OpenAIPrivacyFilterForTokenClassification(config)
     module = model.get_submodule("model.layers.0.mlp.experts")
-    spec = describe(module)
-    assert spec.biased and spec.transposed and not interleaves(module)
+    spec = experts_spec(module)
+    assert spec.biased and spec.transposed and spec.concatenated

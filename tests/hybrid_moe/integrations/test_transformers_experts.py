@@ -6,7 +6,9 @@ import copy
 import inspect
 import logging
 import pickle
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,13 @@ import torch
 
 from hybrid_moe.formats.table import FORMATS, bf16_to_f32, f32_to_bf16
 from hybrid_moe.integrations.transformers.experts_module import (
-    describe,
     expert_tensors,
+    experts_spec,
     find_experts,
 )
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.proof import recognise_activation
-from hybrid_moe.integrations.transformers.registration import offload, register
+from hybrid_moe.integrations.transformers.registration import offload, register, register_or_warn
 from tests.hybrid_moe.tiny_models import FAMILIES, build, greedy, logits, prompt
 from tests.reference import assert_within, evaluate
 
@@ -35,11 +37,6 @@ ACTIVATIONS = {
     "deepseek_v4": (0.25, 0.0),
 }
 """(limit, alpha) of each tiny model, from its config and its family's modeling file."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def fused(module: torch.nn.Module) -> dict[str, Any]:
@@ -106,7 +103,7 @@ def contract_implementation() -> Any:
 def test_activation_and_sizes_are_recognised(family: str) -> None:
     model = build(family)
     for name, module in find_experts(model).items():
-        spec = describe(module, name)
+        spec = experts_spec(module, name)
         reference = fused(module)
         assert (spec.activation.limit, spec.activation.alpha) == ACTIVATIONS[family]
         assert (spec.num_experts, spec.intermediate, spec.hidden) == reference["gate"].shape
@@ -119,7 +116,7 @@ def test_expert_tensors_hold_the_module_s_weights(family: str, method: str) -> N
     fmt = FORMATS[method]
     module = next(iter(find_experts(build(family)).values()))
     reference = fused(module)
-    tensors = expert_tensors(module, describe(module), 1, fmt)
+    tensors = expert_tensors(module, experts_spec(module), 1, fmt)
     for name in ("gate", "up", "down"):
         matrix, expected = getattr(tensors, name), np.ascontiguousarray(reference[name][1])
         codes = np.ascontiguousarray(matrix.codes)
@@ -226,7 +223,7 @@ def test_changed_weights_and_options_are_packed_again() -> None:
 def test_ids_beyond_the_experts_contribute_zero() -> None:
     model = build("qwen3_moe")
     name, module = next(iter(find_experts(model).items()))
-    E = describe(module).num_experts
+    E = experts_spec(module).num_experts
     offload(model, "BF16", threads=1, progress=False)
     experts = model.get_submodule(name)
     x = torch.randn(3, 64, dtype=torch.bfloat16)
@@ -389,7 +386,7 @@ def test_unknown_modules_are_refused(change: dict[str, Any], message: str) -> No
     for name, value in change.items():
         setattr(module, name, value)
     with pytest.raises(NotImplementedError, match=message):
-        describe(module)
+        experts_spec(module)
 
 
 def test_offload_refuses_bad_arguments() -> None:
@@ -407,13 +404,15 @@ def test_offload_refuses_bad_arguments() -> None:
     assert find_experts(model)
 
 
-def test_old_interfaces_are_told_apart(caplog: pytest.LogCaptureFixture) -> None:
-    from types import ModuleType
-
-    from hybrid_moe.integrations.import_hook import register_in
-
+def test_old_interfaces_are_told_apart(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "transformers.integrations.moe"
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    with pytest.raises(ImportError, match=r"has no ExpertsInterface: transformers >= 5\.17"):
+        register()
     with caplog.at_level(logging.WARNING):
-        assert not register_in(ModuleType("transformers.integrations.moe"))
+        register_or_warn()
     assert "transformers >= 5.17" in caplog.text
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from hybrid_moe.planning import CpuSpeeds, Request, parse_gpus
+from hybrid_moe.planning import CpuSpeeds, Plan, Request, parse_gpus
+from hybrid_moe.planning.plan import CPU_EXPERTS
 
 GIB = 1 << 30
 CPU = CpuSpeeds(80e9, {"MXFP4": 1000e9, "BF16": 1000e9}, "as given")
@@ -18,3 +19,8 @@ def request(*gpus: str, **changes: Any) -> Request:
         pools=1, cpu=CPU,
     )  # fmt: skip
     return replace(default, **changes)
+
+
+def expert_ram(plan: Plan) -> int:
+    """Resident bytes of the experts on the CPU: panels, biases, and rounding to pages."""
+    return sum(part.nbytes for part in plan.parts if part.name.startswith(CPU_EXPERTS))

@@ -14,7 +14,7 @@ from tests.machines import Machine
 
 
 def test_report_of_this_machine() -> None:
-    report = doctor.examine(measure_bandwidth=False)
+    report = doctor.machine_report(measure_bandwidth=False)
     usable = [tier.name for tier in report.isa.tiers if not tier.missing]
     assert "portable" in usable
     assert report.isa.reason

@@ -26,14 +26,15 @@ from hybrid_moe.planning import (
     parse_size,
     read_model,
 )
-from hybrid_moe.planning.gpu_share import hot_bytes
 from hybrid_moe.planning.kv_cache import kind_of, sglang_cache
 from hybrid_moe.planning.machine import measure_cpu, read_receipt
+from hybrid_moe.planning.parts import hot_bytes
 from hybrid_moe.planning.plan import GPU, RAM
 from hybrid_moe.planning.prediction import GPU_READ_SHARE, HANDOVER_S, MAC_SHARE, READ_SHARE
 from hybrid_moe.planning.serving import server_command
+from hybrid_moe.text import format_bytes
 from tests.families import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, write_family
-from tests.hybrid_moe.planning.cases import CPU, GIB, request
+from tests.hybrid_moe.planning.cases import CPU, GIB, expert_ram, request
 from tests.hybrid_moe.planning.conftest import Fake
 from tests.hybrid_moe.planning.fake_checkpoints import MODELS, write_headers
 
@@ -144,12 +145,12 @@ def test_converted_experts_go_to_the_gpu_from_the_base(fake: Fake) -> None:
     converted, original = fake("Qwen3-30B-A3B-MXFP4"), fake("Qwen3-30B-A3B")
     alone = read_model(converted)
     plan = make_plan(alone, request("32GB"))
-    assert not alone.hot_possible and plan.placement.most == 0
+    assert not alone.hot_possible and plan.hot.most == 0
     assert any("--base" in note for note in plan.notes)
     both = read_model(converted, original)
     assert both.layers[0].on_gpu == 6 * both.hidden * both.intermediate  # three BF16 matrices
     assert both.layers[0].packed == alone.layers[0].packed < both.layers[0].on_gpu / 3
-    assert make_plan(both, request("32GB")).placement.most > 0
+    assert make_plan(both, request("32GB")).hot.most > 0
 
 
 def test_each_layer_in_its_own_format(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_each_layer_in_its_own_format(tmp_path: Path) -> None:
         # panels are padded to cache lines, by less than 2%
         assert parts[f"routed experts, CPU, {name}"] == EXPERTS * layer.packed
         assert EXPERTS * layer.packed == pytest.approx(weights * bits[name] / 8, rel=0.02)
-    assert plan.expert_ram == sum(EXPERTS * layer.packed for layer in model.layers)
+    assert expert_ram(plan) == sum(EXPERTS * layer.packed for layer in model.layers)
     read = TOP_K * sum(layer.packed for layer in model.layers)
     term = next(t for t in plan.decode.terms if t.name == "RAM bandwidth")
     assert term.seconds == pytest.approx(read / (CPU.read * READ_SHARE))
@@ -282,7 +283,7 @@ def test_what_fits_fits_and_no_expert_more(
 ) -> None:
     asked = request(f"{n}x{gpu}", context=context, requests=requests)
     plan = make_plan(gpt_oss, asked)
-    hot, experts = plan.placement.most, gpt_oss.num_experts
+    hot, experts = plan.hot.most, gpt_oss.num_experts
     if plan.shortages:
         assert hot == 0 and plan.nbytes(GPU) > asked.room
         return
@@ -293,13 +294,13 @@ def test_what_fits_fits_and_no_expert_more(
     packed = sum(p.nbytes for p in plan.parts if p.name == "routed experts, CPU, MXFP4")
     each = gpt_oss.layers[0].packed * len(gpt_oss.layers)
     assert packed == (experts - hot) * each
-    assert hot_bytes(gpt_oss, plan.placement) == hot * sum(la.on_gpu for la in gpt_oss.layers)
+    assert hot_bytes(gpt_oss, plan.hot) == hot * sum(la.on_gpu for la in gpt_oss.layers)
 
 
 @given(small=st.integers(14, 60), more=st.integers(0, 40))
 def test_more_gpu_memory_never_hurts(gpt_oss: Model, small: int, more: int) -> None:
     less, large = (make_plan(gpt_oss, request(f"{gib}GB")) for gib in (small, small + more))
-    assert large.placement.most >= less.placement.most
+    assert large.hot.most >= less.hot.most
     assert large.nbytes(RAM) <= less.nbytes(RAM)
 
 
@@ -327,8 +328,8 @@ def test_a_context_too_long_for_the_gpu(fake: Fake) -> None:
     model = read_model(fake("Qwen3-30B-A3B"))
     plan = make_plan(model, request("10GB", context=40960))
     message = shortage(plan)
-    over = (plan.nbytes(GPU) - (10 << 30)) / GIB
-    assert f"GPU memory (10.0 GiB each) is too small by {over:.1f} GiB" in message
+    over = format_bytes(plan.nbytes(GPU) - (10 << 30))
+    assert f"GPU memory (10.00 GiB each) is too small by {over}" in message
     found = re.search(r"--context (\d+) fits", message)
     assert found is not None
     largest = int(found[1])
@@ -359,8 +360,8 @@ def test_a_gpu_that_is_too_small_for_anything(gpt_oss: Model) -> None:
 def test_memory_that_is_too_small(fake: Fake, gpt_oss: Model) -> None:
     plan = make_plan(gpt_oss, request(ram=8 * GIB))
     message = shortage(plan)
-    assert f"memory is too small by {plan.nbytes(RAM) / GIB - 8:.1f} GiB" in message
-    assert "--gpu" in message and f"{plan.nbytes(RAM) / GIB:.1f} GiB of memory or more" in message
+    assert f"memory is too small by {format_bytes(plan.nbytes(RAM) - 8 * GIB)}" in message
+    assert "--gpu" in message and f"{format_bytes(plan.nbytes(RAM))} of memory or more" in message
     model = read_model(fake("Qwen3-30B-A3B"))
     message = shortage(make_plan(model, request(ram=40 * GIB)))
     assert "--method MXFP4" in message and "fits then" in message
@@ -378,8 +379,8 @@ def test_a_profile_decides(gpt_oss: Model, tmp_path: Path) -> None:
     hot = {layer.layer: list(range(layer.layer % 3)) for layer in gpt_oss.layers}
     write_profile(file, hot)
     plan = make_plan(gpt_oss, request("24GB", profile=read_profile(file)))
-    assert plan.placement.hot == {layer: len(ids) for layer, ids in hot.items()}
-    assert plan.placement.most == 2
+    assert plan.hot.counts == {layer: len(ids) for layer, ids in hot.items()}
+    assert plan.hot.most == 2
     write_profile(file, {layer: ids for layer, ids in hot.items() if layer != 5})
     with pytest.raises(ValueError, match="has no layer 5"):
         make_plan(gpt_oss, request("24GB", profile=read_profile(file)))
@@ -430,7 +431,7 @@ def test_prefill_on_the_cpu_is_arithmetic(gpt_oss: Model) -> None:
 
 def test_all_experts_on_the_gpu_leave_nothing_for_the_cpu(gpt_oss: Model) -> None:
     plan = make_plan(gpt_oss, request("48GB"))
-    assert plan.placement.most == 32 and plan.expert_ram == 0
+    assert plan.hot.most == 32 and expert_ram(plan) == 0
     assert {term.name for term in plan.decode.terms} == {"GPU bandwidth"}
     assert plan.decode.help.startswith("a GPU with faster memory")
 
@@ -440,4 +441,4 @@ def test_a_plan_is_json(gpt_oss: Model) -> None:
     document = json.loads(json.dumps(plan.to_dict()))
     assert document["gpu_bytes"] == plan.nbytes(GPU)
     assert document["decode"]["tokens_per_second"] == plan.decode.tokens_per_second
-    assert document["gpu_experts"]["0"] == plan.placement.most
+    assert document["gpu_experts"]["0"] == plan.hot.most

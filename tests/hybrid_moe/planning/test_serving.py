@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hybrid_moe.cli import app
+from hybrid_moe.cli.plan import one_digit
 from hybrid_moe.integrations.sglang.gpu_experts import PROFILE
 from hybrid_moe.placement.profile import read_profile, write_profile
 from hybrid_moe.planning import DoesNotFitError, Model, make_plan, read_model
@@ -60,7 +61,7 @@ def test_flags_on_gpus(gpt_oss: Model, gpus: str, expected: dict[str, str]) -> N
     plan = make_plan(gpt_oss, request(gpus))
     found = flags(server_command(plan))
     assert found.pop("--model-path") == found.pop("--kt-weight-path") == str(gpt_oss.path)
-    assert found.pop("--kt-num-gpu-experts") == str(plan.placement.most) != "0"
+    assert found.pop("--kt-num-gpu-experts") == str(plan.hot.most) != "0"
     fraction = float(found.pop("--mem-fraction-static"))
     assert found == EVERYWHERE | expected
     static = sum(p.nbytes for p in plan.parts if p.place == GPU and not p.assumed)
@@ -130,10 +131,11 @@ def test_plan_prints_and_writes(fake: Fake, tmp_path: Path) -> None:
                  "--gpu-experts", 8, *MACHINE, "--json", file, env={"COLUMNS": "120"})  # fmt: skip
     assert result.exit_code == 0, result.output
     document = json.loads(file.read_text())
+    speed = document["decode"]["tokens_per_second"]
     for fact in (
         "gpt_oss", "32 in each of 24 layers, 4 per token", "80.0 GB/s, 1000 GMAC/s (as given)",
         f"{document['gpu_experts']['0']} per layer", "all, of 16.00 GiB", "all, of 64.00 GiB",
-        f"Decode: {document['decode']['tokens_per_second']:.2g} tok/s predicted",
+        f"Decode: about {float(format(speed, '.1g')):.0f} tok/s, not measured",
         "limit: RAM bandwidth", "would help: more experts on the GPU",
     ):  # fmt: skip
         assert fact in result.stdout, fact
@@ -212,3 +214,16 @@ def test_serve_becomes_the_server(gpt_oss: Model, tmp_path: Path) -> None:
     assert int(server[1]) == process.pid  # the same process: signals reach the server
     assert server[2] == str(profile)
     assert "--kt-num-gpu-experts 1" in server[3] and server[3].endswith("--port 1")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(13802.9, "10000"), (4700.0, "5000"), (9.6, "10"), (2.44, "2"), (0.032, "0.03")],
+)
+def test_predictions_have_one_digit(value: float, text: str) -> None:
+    assert one_digit(value) == text
+
+
+def test_only_plans_without_a_gpu_are_measured(fake: Fake) -> None:
+    result = run("plan", fake("gpt-oss-20b"), "--ram", "64GB", *MACHINE)
+    assert "tok/s" in result.stdout and "not measured" not in result.stdout

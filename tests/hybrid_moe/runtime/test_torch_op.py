@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.registration import offload, register
-from hybrid_moe.runtime import ops
+from hybrid_moe.runtime import torch_op
 from tests.hybrid_moe.cases import Weights, wrapper
 from tests.hybrid_moe.tiny_models import build, logits, prompt
 
@@ -201,14 +201,14 @@ def test_fake_follows_the_device() -> None:
 
 
 def test_handles_keep_no_layer_alive_and_name_none_that_is_gone() -> None:
-    known = set(ops._layers)
+    known = set(torch_op._layers)
     layer = _wrapper().layer
-    (value,) = set(ops._layers) - known
+    (value,) = set(torch_op._layers) - known
     gone = weakref.ref(layer)
     graph = make_fx(around(layer.forward))(*batch(2))
     del layer
     gc.collect()
-    assert gone() is None and value not in ops._layers
+    assert gone() is None and value not in torch_op._layers
     with pytest.raises(RuntimeError, match=f"handle {value} in this process.*freed"):
         graph(*batch(2))
 

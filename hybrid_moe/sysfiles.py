@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
+from hybrid_moe.logs import warn_once
 
 ROOT = Path("/")
 """What the names in this package's tables are relative to; tests describe other machines there."""
-
-
-@functools.lru_cache(maxsize=64)
-def warn_once(message: str) -> None:
-    """Log a fallback the first time that it is taken."""
-    logger.warning(message)
 
 
 def read(name: str) -> str:

@@ -1,4 +1,5 @@
-"""Parts and places of a model on a machine, fitting or not."""
+"""What of a model takes memory on a machine and where, fitting or not; and which experts are on
+the GPU: as many as fit beside everything else, or those that were asked for."""
 
 from __future__ import annotations
 
@@ -7,18 +8,13 @@ from collections import Counter
 from hybrid_moe.cpu_kernels.memory import HUGE_PAGE
 from hybrid_moe.formats.table import AS_STORED
 from hybrid_moe.loaders.drafts import DRAFT
+from hybrid_moe.placement.profile import PlacementProfile
 from hybrid_moe.planning import scratch
-from hybrid_moe.planning.gpu_share import (
-    Placement,
-    as_many_as_fit,
-    first_ids,
-    hot_bytes,
-    of_profile,
-)
 from hybrid_moe.planning.kv_cache import KvCache, kind_of, sglang_cache, transformers_cache
-from hybrid_moe.planning.model import EMBEDDINGS, Model
-from hybrid_moe.planning.plan import CPU_EXPERTS, GPU, NOWHERE, RAM, Part, Plan, Request
+from hybrid_moe.planning.model import EMBEDDINGS, HotExperts, Model
+from hybrid_moe.planning.plan import CPU_EXPERTS, GPU, NOWHERE, RAM, MemoryPart, Plan, Request
 from hybrid_moe.planning.prediction import predict_decode, predict_prefill
+from hybrid_moe.text import format_bytes
 
 DIVIDED = frozenset({"attention", "shared experts", "dense MLP", EMBEDDINGS})
 """Parts that tensor parallelism divides among GPUs; the others are whole on each."""
@@ -34,31 +30,31 @@ def lay_out(model: Model, request: Request) -> Plan:
     if request.gpus:
         cache = sglang_cache(config, request.context, request.chunk, request.requests)
         fixed = _gpu_parts(model, request, cache)
-        placement = _place(model, request, sum(p.nbytes for p in fixed if p.place == GPU))
-        hot = -(-hot_bytes(model, placement) // len(request.gpus))
+        hot = _choose_hot(model, request, sum(p.nbytes for p in fixed if p.place == GPU))
+        share = -(-hot_bytes(model, hot) // len(request.gpus))
         name = f"routed experts, {model.gpu_format}"
-        parts = [Part(name, GPU, hot, _counts(placement)), *fixed]
+        parts = [MemoryPart(name, GPU, share, _counts(hot)), *fixed]
     else:
         cache = transformers_cache(config, request.context)
-        placement = first_ids(model, 0, "no GPU")
+        hot = first_ids(model, 0, "no GPU")
         parts = _cpu_parts(model, request, cache)
-    parts = [*_expert_parts(model, request, placement), *parts]
+    parts = [*_expert_parts(model, request, hot), *parts]
     return Plan(
         model=model,
         request=request,
         parts=tuple(part for part in parts if part.nbytes),
-        placement=placement,
+        hot=hot,
         cache=cache,
-        decode=predict_decode(model, placement, request.cpu, request.gpus, cache),
+        decode=predict_decode(model, hot, request.cpu, request.gpus, cache),
         prefill=predict_prefill(
-            model, placement, request.cpu, request.gpus, min(request.chunk, request.context)
+            model, hot, request.cpu, request.gpus, min(request.chunk, request.context)
         ),
         shortages=(),
         notes=tuple(_notes(model, request)),
     )
 
 
-def _place(model: Model, request: Request, fixed: int) -> Placement:
+def _choose_hot(model: Model, request: Request, fixed: int) -> HotExperts:
     """Experts on the GPU, beside `fixed` bytes on each."""
     if request.profile is not None:
         return of_profile(model, request.profile)
@@ -71,12 +67,48 @@ def _place(model: Model, request: Request, fixed: int) -> Placement:
     return as_many_as_fit(model, (request.room - fixed) * len(request.gpus))
 
 
-def _expert_parts(model: Model, request: Request, placement: Placement) -> list[Part]:
+def hot_bytes(model: Model, hot: HotExperts) -> int:
+    """Bytes of the experts on the GPU, over all GPUs."""
+    return sum(hot.counts[layer.layer] * layer.on_gpu for layer in model.layers)
+
+
+def first_ids(model: Model, count: int, rule: str) -> HotExperts:
+    """The first `count` experts of every layer.
+
+    Raises:
+        ValueError: more than there are, or fewer than none.
+    """
+    if not 0 <= count <= model.num_experts:
+        raise ValueError(f"{count} experts on the GPU: a layer has 0 to {model.num_experts}")
+    return HotExperts({layer.layer: min(count, layer.num_experts) for layer in model.layers}, rule)
+
+
+def of_profile(model: Model, profile: PlacementProfile) -> HotExperts:
+    """The experts that a profile names.
+
+    Raises:
+        ValueError: it lacks a layer, or names an expert that there is not.
+    """
+    counts = {
+        layer.layer: len(profile.experts_of(layer.layer, layer.num_experts))
+        for layer in model.layers
+    }
+    return HotExperts(counts, f"{profile.path.name}", profile)
+
+
+def as_many_as_fit(model: Model, room: int) -> HotExperts:
+    """The same number of experts in every layer, as many as `room` bytes hold (of all GPUs)."""
+    each = sum(layer.on_gpu for layer in model.layers)
+    count = max(0, min(model.num_experts, room // each))
+    return first_ids(model, count, "as many as fit, the first ids of every layer")
+
+
+def _expert_parts(model: Model, request: Request, hot: HotExperts) -> list[MemoryPart]:
     """The experts on the CPU: one arena for each layer and pool."""
     panels: Counter[str] = Counter()
     rounding = biases = 0
     for layer in model.layers:
-        cold = placement.cold(layer)
+        cold = hot.cold(layer)
         panels[layer.method.name] += cold * layer.packed
         biases += cold * layer.bias
         if request.huge_pages and cold:  # each pool's share is rounded; shares are nearly equal
@@ -84,60 +116,62 @@ def _expert_parts(model: Model, request: Request, placement: Placement) -> list[
             rounding += round(request.pools * (-share % HUGE_PAGE))
     return [
         *(
-            Part(f"{CPU_EXPERTS}, {name}", RAM, nbytes, "panels, as large as stored")
+            MemoryPart(f"{CPU_EXPERTS}, {name}", RAM, nbytes, "panels, as large as stored")
             for name, nbytes in panels.items()
         ),
-        Part(f"{CPU_EXPERTS}, biases", RAM, biases, "float32"),
-        Part(f"{CPU_EXPERTS}, page rounding", RAM, rounding, "huge pages of 2 MiB"),
+        MemoryPart(f"{CPU_EXPERTS}, biases", RAM, biases, "float32"),
+        MemoryPart(f"{CPU_EXPERTS}, page rounding", RAM, rounding, "huge pages of 2 MiB"),
     ]
 
 
-def _gpu_parts(model: Model, request: Request, cache: KvCache) -> list[Part]:
+def _gpu_parts(model: Model, request: Request, cache: KvCache) -> list[MemoryPart]:
     """Everything but routed experts, on each GPU and in RAM, under SGLang."""
     gpus = len(request.gpus)
     parts = []
     for name, nbytes in model.parts.items():
         if name == DRAFT:
-            parts.append(Part(name, NOWHERE, nbytes, "only for speculative decoding"))
+            parts.append(MemoryPart(name, NOWHERE, nbytes, "only for speculative decoding"))
         elif name in DIVIDED and gpus > 1:
-            parts.append(Part(name, GPU, -(-nbytes // gpus), f"1/{gpus} of {_gib(nbytes)}"))
+            parts.append(
+                MemoryPart(name, GPU, -(-nbytes // gpus), f"1/{gpus} of {format_bytes(nbytes)}")
+            )
         else:
-            parts.append(Part(name, GPU, nbytes))
+            parts.append(MemoryPart(name, GPU, nbytes))
     mla = kind_of(model.config) in ("mla", "deepseek_v4")
     reserve = scratch.gpu_reserve(request.chunk, request.requests, gpus, mla=mla)
     runtime = scratch.SGLANG_RAM + gpus * scratch.SGLANG_RAM_PER_GPU
     buffers = scratch.stream_buffers(model, request.chunk, request.threads, request.pools)
     return [
         *parts,
-        Part("KV cache", GPU, cache.per_gpu(gpus), cache.formula),
-        Part("activations, graphs", GPU, reserve, "SGLang's own rule", assumed=True),
-        Part("CUDA context", GPU, scratch.GPU_CONTEXT, "1 GiB", assumed=True),
-        Part("buffers of the CPU experts", RAM, buffers, f"chunks of {request.chunk} tokens"),
-        Part("SGLang's processes", RAM, runtime, "4 GiB and 2 GiB per GPU", assumed=True),
+        MemoryPart("KV cache", GPU, cache.per_gpu(gpus), cache.formula),
+        MemoryPart("activations, graphs", GPU, reserve, "SGLang's own rule", assumed=True),
+        MemoryPart("CUDA context", GPU, scratch.GPU_CONTEXT, "1 GiB", assumed=True),
+        MemoryPart("buffers of the CPU experts", RAM, buffers, f"chunks of {request.chunk} tokens"),
+        MemoryPart("SGLang's processes", RAM, runtime, "4 GiB and 2 GiB per GPU", assumed=True),
     ]
 
 
-def _cpu_parts(model: Model, request: Request, cache: KvCache) -> list[Part]:
+def _cpu_parts(model: Model, request: Request, cache: KvCache) -> list[MemoryPart]:
     """Everything but the experts, in RAM, under Transformers."""
     stored = sum(nbytes for name, nbytes in model.parts.items() if name != DRAFT)
-    note = "as stored" if stored == model.bytes_16bit else f"BF16; {_gib(stored)} stored"
+    note = "as stored" if stored == model.bytes_16bit else f"BF16; {format_bytes(stored)} stored"
     buffers = scratch.cpu_buffers(model, request.context, request.threads, request.pools)
     activations = scratch.cpu_activations(model, request.context)
     return [
-        Part("everything but routed experts", RAM, model.bytes_16bit, note),
-        Part(DRAFT, NOWHERE, model.parts.get(DRAFT, 0), "only for speculative decoding"),
-        Part("KV cache", RAM, cache.per_gpu(), cache.formula),
-        Part("buffers of the CPU experts", RAM, buffers, "batches are cut at 2048 tokens"),
-        Part("activations", RAM, activations, "16 x context x H x 2 B", assumed=True),
-        Part("Python, torch", RAM, scratch.TRANSFORMERS_RAM, "1 GiB", assumed=True),
+        MemoryPart("everything but routed experts", RAM, model.bytes_16bit, note),
+        MemoryPart(DRAFT, NOWHERE, model.parts.get(DRAFT, 0), "only for speculative decoding"),
+        MemoryPart("KV cache", RAM, cache.per_gpu(), cache.formula),
+        MemoryPart("buffers of the CPU experts", RAM, buffers, "batches are cut at 2048 tokens"),
+        MemoryPart("activations", RAM, activations, "16 x context x H x 2 B", assumed=True),
+        MemoryPart("Python, torch", RAM, scratch.TRANSFORMERS_RAM, "1 GiB", assumed=True),
     ]
 
 
-def _counts(placement: Placement) -> str:
-    counts = set(placement.hot.values())
+def _counts(hot: HotExperts) -> str:
+    counts = set(hot.counts.values())
     low, high = min(counts), max(counts)
     number = f"{low}" if low == high else f"{low} to {high}"
-    return f"{number} per layer; {placement.rule}"
+    return f"{number} per layer; {hot.rule}"
 
 
 def _notes(model: Model, request: Request) -> list[str]:
@@ -157,7 +191,3 @@ def _notes(model: Model, request: Request) -> list[str]:
     else:
         notes.append("everything is for Transformers, as `hybrid-moe generate` runs it")
     return notes
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / (1 << 30):.1f} GiB"

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.checkpoint import Checkpoint
-from hybrid_moe.loaders.config import (
+from hybrid_moe.loaders.drafts import DraftLayers
+from hybrid_moe.loaders.model_config import (
     MAX_LAYERS,
     NUM_EXPERTS,
     NUM_LAYERS,
     TOP_K,
     ModelConfig,
 )
-from hybrid_moe.loaders.drafts import DraftLayers
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 
 WITHOUT = pytest.mark.parametrize("without", [False, True], ids=["with", "without"])

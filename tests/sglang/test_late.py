@@ -1,4 +1,4 @@
-"""Acting on modules when they are imported."""
+"""Acting on a module when it is imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from hybrid_moe.integrations.late import when_imported
+from hybrid_moe.integrations.sglang.late import when_imported
 
 NAME = "hybrid_moe_late_target"
 Write = Callable[[str], None]
@@ -41,11 +41,11 @@ def test_before_and_after_the_import(write: Write) -> None:
     def act(module: ModuleType) -> None:
         seen.append(module.value)
 
-    when_imported((NAME, "no_such_module"), act)
+    when_imported(NAME, act)
     assert NAME not in sys.modules and seen == []
     module = importlib.import_module(NAME)
     assert seen == [1]
-    when_imported((NAME, "no_such_module"), act)
+    when_imported(NAME, act)
     assert seen == [1, 1]
     write("value = 23")
     importlib.reload(module)  # a watch that was there already is there once
@@ -53,7 +53,7 @@ def test_before_and_after_the_import(write: Write) -> None:
 
 
 def test_the_module_shows_nothing_of_it(write: Write) -> None:
-    when_imported((NAME,), lambda module: None)
+    when_imported(NAME, lambda module: None)
     module = importlib.import_module(NAME)
     assert type(module.__loader__) is SourceFileLoader
     assert module.__spec__ is not None and module.__spec__.loader is module.__loader__
@@ -61,7 +61,7 @@ def test_the_module_shows_nothing_of_it(write: Write) -> None:
 
 def test_who_only_looks_does_not_use_it_up(write: Write) -> None:
     seen: list[str] = []
-    when_imported((NAME,), lambda module: seen.append(module.__name__))
+    when_imported(NAME, lambda module: seen.append(module.__name__))
     spec = importlib.util.find_spec(NAME)
     assert spec is not None and spec.loader is not None
     assert spec.loader.get_source(NAME) == "value = 1"  # type: ignore[attr-defined]
@@ -74,14 +74,14 @@ def test_several_wait_for_one_module(write: Write) -> None:
     """Two copies of this package, or two of its parts."""
     seen: list[str] = []
     for name in "abc":
-        when_imported((NAME,), lambda module, name=name: seen.append(name))  # type: ignore[misc]
+        when_imported(NAME, lambda module, name=name: seen.append(name))  # type: ignore[misc]
     importlib.import_module(NAME)
     assert sorted(seen) == ["a", "b", "c"]
 
 
 def test_an_import_that_fails_may_be_tried_again(write: Write) -> None:
     seen: list[int] = []
-    when_imported((NAME,), lambda module: seen.append(module.value))
+    when_imported(NAME, lambda module: seen.append(module.value))
     write("raise ImportError('not now')")
     with pytest.raises(ImportError, match="not now"):
         importlib.import_module(NAME)
@@ -100,13 +100,13 @@ def test_an_act_that_fails_is_logged(
     if early:
         importlib.import_module(NAME)
     with caplog.at_level(logging.ERROR, logger="hybrid_moe"):
-        when_imported((NAME,), act)
+        when_imported(NAME, act)
         assert importlib.import_module(NAME).value == 1
     assert caplog.messages == [f"hybrid_moe could not hook into {NAME} and does without"]
     assert "KeyError: 'from_pretrained'" in caplog.text
 
 
 def test_no_module_of_that_name(write: Write) -> None:
-    when_imported(("no_such_module",), lambda module: None)
+    when_imported("no_such_module", lambda module: None)
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         importlib.import_module("no_such_module")

@@ -1,0 +1,68 @@
+"""docs/plan.md: what `plan` and `serve` say of one model on one machine.
+
+`python -m tests.hybrid_moe.planning.example_page` writes it again; a test holds it against the
+commands. The checkpoint is header-only (`fake_checkpoints`).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+from typer.testing import CliRunner
+
+from hybrid_moe.cli import app
+from hybrid_moe.planning import machine
+from tests.hybrid_moe.planning.fake_checkpoints import MODELS, write_headers
+
+PAGE = Path(__file__).parents[3] / "docs" / "plan.md"
+MODEL = "gpt-oss-120b"
+MACHINE = "--gpu 24GB --ram 96GB --context 32768"
+CPU = "--threads 16 --pools 1 --ram-bandwidth 80 --gmacs 1000"
+"""The processor; the page says what it is."""
+
+HEAD = f"""\
+# What `plan` prints
+
+Written by `python -m tests.hybrid_moe.planning.example_page` from headers with the published names,
+shapes and configuration: the checkpoint was not at hand. The processor has 16 cores, two channels
+of DDR5-5600 and a peak of 1000 GMAC/s; both commands were also given
+
+    {CPU}
+
+Memory is computed from the headers. Speeds have one digit, and with a GPU none has been measured.
+[sglang.md](sglang.md#what-a-plan-consists-of) says where each line comes from.
+"""
+
+
+def run(command: str) -> str:
+    """A `hybrid-moe` command and its output, as a block of Markdown."""
+    arguments = shlex.split(f"{command} {CPU}")
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "96"})
+    if result.exit_code:
+        raise RuntimeError(f"{command}: {result.output}") from result.exception
+    shown = command.removesuffix(" --dry-run")
+    lines = [f"$ hybrid-moe {shown}", *(line.rstrip() for line in result.stdout.splitlines())]
+    return "\n".join(["```text", *lines, "```", ""])
+
+
+def page() -> str:
+    """The text of the page, as on a machine with huge pages."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        write_headers(Path(folder) / MODEL, MODELS[MODEL])
+        os.chdir(folder)
+        try:
+            with patch.object(machine, "huge_pages_here", lambda: True):
+                plan = run(f"plan {MODEL} {MACHINE}")
+                serve = run(f"serve --model {MODEL} {MACHINE} --dry-run")
+        finally:
+            os.chdir(before)
+    return f"{HEAD}\n{plan}\nWhat `serve` starts then:\n\n{serve}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")
