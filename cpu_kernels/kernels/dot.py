@@ -35,8 +35,8 @@ class DotArgs:
 
     Attributes:
         codes: address of group `begin` of the strip, packed, or as `mxfp4_unpack` leaves it.
-        ahead: address of packed codes that are unpacked next; who reads unpacked ones fetches
-            4 KiB of them meanwhile.
+        ahead: address of the packed codes that are unpacked next. Kernels over unpacked codes
+            prefetch 4 KiB of them.
         x: address of the tile, [group][token] of encoded groups.
         count: tokens of the tile.
         sums: address of float32 [count][64].
@@ -61,7 +61,7 @@ def dot_kernel(body: Callable[[Emit, DotArgs], None]) -> KernelBody:
 
 
 Slot = tuple[int, int]
-"""Token and panel of a sum."""
+"""Token and panel of a vector of sums, float32 [16]."""
 
 
 def _sum_address(sums: Val, slot: Slot) -> Val:
@@ -89,7 +89,10 @@ def clear_sums(emit: Emit, sums: Val, tokens: int) -> None:
         emit.store(_sum_address(sums, slot), emit.splat(0.0, F32, 16), align=64)
 
 
-# MXFP4: exact sums of a group as integers, in two planes, then scaled
+# MXFP4. For each token, row and group of 32 inputs q = 256 * high + low (see `encode`):
+#
+#     exact = 256 * sum(w * high) + sum(w * low)      integers, w = 2 * value + 12, offset undone
+#     sums += (exact * factor) * 2^(scale - 127)      float32; both factors are powers of two
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class _Unpacked:
 
 
 class _Planes:
-    """Integer sums of one panel and group: two accumulators for each token."""
+    """Integer sums of one panel and group: two accumulators [16 rows] for each token."""
 
     def __init__(self, emit: Emit, x: Sequence[Val]) -> None:
         """`x` has the address of each token's group."""
@@ -205,7 +208,7 @@ class _Planes:
                 emit.broadcast(emit.load(address + offset, F32, align=4), 16)
                 for offset in (at.factor, at.exponent)
             )
-            if len(self._x) == 1:  # memory is what a single token waits for, not multipliers
+            if len(self._x) == 1:  # bound by memory, so the multipliers have time for it
                 products.append((exact * factor) * scale.power)
             else:
                 product = emit.op("times_power", exact, factor, exponent)
@@ -218,11 +221,11 @@ TURN_GROUPS = 16
 cache."""
 
 AHEAD_BYTES = 8192
-"""Bytes ahead of their use that lines of codes are asked for."""
+"""Bytes between the codes that a kernel reads and the line that it prefetches."""
 
 
 class _Mxfp4:
-    """The making of one kernel."""
+    """Emits one kernel, in the order of lines, panels and sums that `order` says."""
 
     def __init__(
         self, emit: Emit, args: DotArgs, tokens: int, source: _Packed | _Unpacked, order: Order
@@ -230,7 +233,7 @@ class _Mxfp4:
         self.emit, self.args, self.tokens = emit, args, tokens
         self.source, self.order = source, order
         self.row_bytes = tokens * FIXED15_GROUP.nbytes
-        self.lines: list[Val] = []  # still to be asked for in this group
+        self.lines: list[Val] = []  # still to be prefetched in this group
         self.ahead = emit.var(args.ahead)
 
     def run(self) -> None:
@@ -243,7 +246,7 @@ class _Mxfp4:
             self.in_memory()
 
     def by_turns(self) -> None:
-        """Two panels of some groups, then the other two."""
+        """Two panels of TURN_GROUPS groups, then the other two."""
         emit, args, kept = self.emit, self.args, self.order.kept
         with emit.loop(args.begin, args.end, step=TURN_GROUPS) as first:
             last = first + TURN_GROUPS
@@ -277,9 +280,12 @@ class _Mxfp4:
     def dot(
         self, group: Val, x: Sequence[Val], panels: Sequence[int], share: int
     ) -> dict[int, _Planes]:
-        """Step by step, each of all `panels`. Fences keep the order: weights, then their dot
-        products. Without them LLVM loads inputs and weights early, into registers that the
-        accumulators need (four tokens: 72 instead of 112 GMAC/s)."""
+        """The integer sums of a group: each step takes a word (or quad) of all `panels`.
+
+        Compiler fences keep the order, weights and then their dot products. Without them LLVM loads
+        inputs and weights early, into registers that the accumulators need (four tokens: 72 instead
+        of 112 GMAC/s).
+        """
         emit = self.emit
         planes = {p: _Planes(emit, x) for p in panels}
         emit.fence()
@@ -318,8 +324,8 @@ class _Mxfp4:
         return [row + FIXED15_GROUP.nbytes * t for t in range(self.tokens)]
 
     def wanted(self, group: Val) -> list[Val]:
-        """Lines to ask for during a group: of the codes that stream by, or of the ones that are
-        unpacked next."""
+        """Lines to prefetch during a group: of the strip that is being read, or of the codes that
+        are unpacked next."""
         if isinstance(self.source, _Packed):
             ahead = group + AHEAD_BYTES
             lines = self.source.nbytes // LINE if self.order.prefetch else 0
@@ -363,7 +369,7 @@ def mxfp4_unpack(offset: int) -> KernelBody:
     return body
 
 
-# BF16
+# BF16. For each token, row and pair of inputs: sums += w[odd] * x[odd], then += w[even] * x[even]
 
 
 def bf16_dot(tokens: int, order: Order) -> KernelBody:
@@ -372,8 +378,8 @@ def bf16_dot(tokens: int, order: Order) -> KernelBody:
     def pairs(
         emit: Emit, at: Val, x: Val, panels: Sequence[int], total: dict[Slot, Var], ahead: int
     ) -> None:
-        """A group of `panels`. Fences keep the order, a line of weights, then its dot products;
-        and each input is an operand of the instruction that uses it."""
+        """One group of `panels`. Compiler fences keep the order, a line of weights and then its dot
+        products; inputs stay memory operands of the instructions that use them."""
         for pair, panel in itertools.product(range(GROUP // 2), panels):
             line = at + 64 * (PANELS * pair + panel)
             if ahead:

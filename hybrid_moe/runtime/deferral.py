@@ -37,7 +37,7 @@ def split_deferred(
     batch therefore defers next to nothing.
 
     Args:
-        ids: integer [B, k]; ids below 0 or at and above `num_experts` are nobody's.
+        ids: integer [B, k]; ids below 0 or at and above `num_experts` name no expert.
         scores: [B, k], routing weights.
         protected_k: slots per token that must run now; 0 or less defers all, k or more none.
         num_experts: E.
@@ -55,7 +55,7 @@ def split_deferred(
         return torch.where(valid, ids, nobody), nobody
     ranked = torch.where(valid, scores.to(torch.float32), float("-inf"))
     top = ranked.argsort(dim=1, descending=True, stable=True)[:, :protected_k]
-    expert = torch.where(valid, ids, num_experts).to(torch.int64)  # one place more, for nobody
+    expert = torch.where(valid, ids, num_experts).to(torch.int64)  # one place more, for no expert
     protected = torch.zeros(num_experts + 1, dtype=torch.bool, device=ids.device)
     protected.scatter_(0, expert.gather(1, top).flatten(), True)
     now = protected[expert]
