@@ -151,7 +151,6 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
     count = job.active_start[index + 1] - start
     first_block = layer.blocks[pool]
     sizes = layer.gate_up_strips
-    # pairs with the release of `pack_strips.publish_word`; routing has found the expert whole
     strips = load_acquire(layer.gate_up[pool * layer.experts + expert])
     sums = scratch + job.sums_offset
     unpacked = scratch + job.unpacked_offset
@@ -164,7 +163,7 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
         if tokens > 1:
             x = scratch + job.x_offset
             gather_tiles(layer, job.pair_x.address + 8 * first, tokens, x)
-        # several strips, then their activations: the stream of weights is interrupted rarely
+        # some strips, then their activations: what interrupts the stream, interrupts it rarely
         some = min(STRIPS_AT_ONCE, BATCH_TOKENS // tokens)
         strip = begin
         while strip < end:
@@ -290,7 +289,7 @@ def combine_task(entry: Entry, pool: int, begin: int, end: int, scratch: int) ->
 def run_task(entry: Entry, phase: Phase, pool: int, task: int, worker: int) -> None:
     job = entry.job
     scratch = job.scratch + worker * job.scratch_bytes
-    tasks = load_acquire(phase.tasks[pool])  # of this job: the task has been claimed
+    tasks = load_acquire(phase.tasks[pool])
     begin = part(phase.units[pool], tasks, task)
     end = part(phase.units[pool], tasks, task + 1)
     if phase.kind == ENCODE:

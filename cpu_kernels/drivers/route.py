@@ -31,7 +31,7 @@ COMPUTED, SKIPPED, NOT_LOADED = 1, 0, -1
 def expert_state(job: Job, expert: int) -> int:
     """Whether an expert's pairs are computed here, belong elsewhere, or cannot be computed.
 
-    `ExpertLayer.load` publishes gate and up of pool 0 last, so if they are there, all is.
+    Pool 0's gate and up are what `ExpertLayer.load` publishes last: who finds them finds the rest.
     """
     if job.skip.address != 0 and job.skip[expert] != 0:
         return SKIPPED
@@ -134,7 +134,7 @@ def add_tasks(entry: Entry, phase: Phase, pool: int, units: int, tasks: int, mac
     if tasks == 0:
         return
     phase.units[pool] = units
-    # readers check a claim word (`claim`) or the sequence number (`phase_is_done`) as well
+    # who reads these reads a claim word or the entry's number as well: `claim`, `phase_is_done`
     store_release(phase.tasks[pool], tasks)
     store_release(phase.total, load_acquire(phase.total) + tasks)
     task_ns = NS_PER_MAC * macs * ceil_div(units, tasks)  # see `patience`
@@ -199,8 +199,7 @@ def encode_tokens(job: Job, begin: int, end: int) -> None:
 
 @driver
 def prepare(entry: Entry) -> int:
-    """Route a job and append its phases; the rows of a small one are encoded here too. Returns
-    1 + an expert that is neither loaded nor skipped, or 0."""
+    """Route a job and append its phases; a small one is encoded here too. Returns its missing."""
     count_pairs(entry)
     place_pairs(entry)
     append_phases(entry)

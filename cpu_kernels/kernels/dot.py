@@ -91,7 +91,8 @@ def clear_sums(emit: Emit, sums: Val, tokens: int) -> None:
 
 # MXFP4. For each token, row and group of 32 inputs q = 256 * high + low (see `encode`):
 #
-#     exact = 256 * sum(w * high) + sum(w * low)      integers, w = 2 * value + 12, offset undone
+#     exact = 256 * sum(w * high) + sum(w * low)      integers; w = 2 * value + 12, and the biases
+#                                                     of the group take the 12 back
 #     sums += (exact * factor) * 2^(scale - 127)      float32; both factors are powers of two
 
 

@@ -132,8 +132,8 @@ def clear(emit: Emit, out: Val, count: Val) -> None:
 def finish(emit: Emit, sums: Val, count: Val, out: Val, out_stride: Val, rows: Val) -> None:
     """Kernel: out[i] = the first `rows` of sums[i], rounded to bf16.
 
-    sums float32 [count][64]; out bf16 [count][rows], out_stride bytes from token to token. `rows` is
-    64, or 32 in the last strip of an output that ends in the middle of it.
+    sums float32 [count][64]; out bf16 [count][rows], out_stride bytes from one to the next. `rows`
+    is 64, or 32 in the last strip of an output that ends in the middle of it.
     """
     with emit.loop(0, count) as i:
         for half in range(2):

@@ -27,9 +27,9 @@ class Order:
     Attributes:
         together: panels whose word w is read before word w + 1 of any of them.
         kept: panels whose sums stay in registers over the groups of a call. With 2 of 4, two
-            panels go some groups ahead, then the other two follow. With 0, sums are in memory
-            and each group adds to them.
-        prefetch: packed codes are asked for by instructions, ahead of their use.
+            panels take some groups, then the other two follow. With 0, sums are in memory and
+            each group adds to them.
+        prefetch: packed codes are prefetched by instructions.
     """
 
     together: int
