@@ -22,19 +22,21 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from decode.derivation import KERNEL, STEPS, Body, Step, direct, sweep, unpacked
-from decode.instructions import Instruction, count, fewest_cycles
-from decode.sweeps import (
+from decode.derivation import (
     GROUPS,
-    LINES,
+    KERNEL,
+    STEPS,
+    STRIP,
     STRIP_BYTES,
-    Clock,
+    Body,
     K,
-    Problem,
-    Runner,
-    seconds,
-    step_runner,
+    Step,
+    direct,
+    sweep,
+    unpacked,
 )
+from decode.instructions import ZEN3, ZEN4, Instruction, count, fewest_cycles
+from decode.sweeps import LINES, Clock, Problem, Runner, seconds, step_runner
 from harness import parse_list, parser
 from rich.console import Console
 from tables import STEPS as COLUMNS
@@ -43,7 +45,7 @@ from tables import show
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe, repetitions_per_second
 from hybrid_moe.cpu_kernels.drivers.records import UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import build_module
-from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier
+from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier, host_features
 from hybrid_moe.cpu_kernels.jit.compile import assembly
 from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY, TURN_GROUPS
 from hybrid_moe.cpu_kernels.kernels.library import functions_of, kernel_set
@@ -54,9 +56,9 @@ from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.strips import PANELS, STRIP_ROWS
 from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
-TOKENS = (1, 2, 3, 6, 12, 24, 48)
+TOKENS = (1, 2, 3, 4, 5, 6, 12, 24, 48)
 _REPEATS = 64
-_STRIPS = 1024
+_STRIPS = 512
 """Strips of one timing: 71 MB. Neighbours on the memory come and go: many short turns, not few."""
 _TURNS = 6
 _READ_BYTES = 128 << 20
@@ -70,13 +72,13 @@ def _medians(samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _counts(body: Body, tier: Tier, trips: Sequence[int], strips: int = 1) -> Counter[Instruction]:
     """Instructions of one call of `body`."""
-    text = build_module([("sweep", 6, sweep(body, strips=strips))], tier, "steps")
+    text = build_module([("sweep", 5, sweep(body, strips=strips))], tier, "steps")
     return count(assembly(text, tier.target), "sweep", (1, *trips))
 
 
 def step_counts(step: Step, tier: Tier) -> Counter[Instruction]:
     """Instructions of one call of a step."""
-    return _counts(step.body, step.tier(tier), step.trips(GROUPS), step.strips)
+    return _counts(step.body, step.tier(tier), step.trips, step.strips)
 
 
 def measure_steps(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
@@ -113,7 +115,8 @@ def measure_steps(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
 
 def _step_point(step: Step, tier: Tier, samples: Sequence[Mapping[str, float]]) -> Point:
     counts, lines = step_counts(step, tier), LINES * step.strips
-    limit, fewest = fewest_cycles(counts)
+    core = ZEN4 if "avx512f" in host_features() else ZEN3
+    limit, fewest = fewest_cycles(counts, core)
     medians = _medians(samples)
     return {
         "step": step.name,
@@ -222,7 +225,8 @@ def main() -> None:
     arguments.add_argument("--isa", help="tier (default: the best here)")
     args = arguments.parse_args()
     tier = choose_tier(args.isa)
-    problem = Problem.random(args.mib << 20, max(TOKENS))
+    layouts = {step.layout for step in STEPS.values()} if "steps" in args.parts else {STRIP}
+    problem = Problem.random(args.mib << 20, max(TOKENS), layouts)
     parts: Mapping[str, Callable[[], list[Point]]] = {
         "steps": lambda: measure_steps(problem, tier, args.rounds),
         "tokens": lambda: measure_tokens(problem, tier, args.rounds),

@@ -17,14 +17,14 @@ FEW_TASKS = 4
 MANY_TASKS = 12
 """Tasks for each worker, at most: whoever is put aside by the system delays the others by less than
 one. With few tokens tasks are alike, and each costs a jump; with many an expert has more than
-another, and a task has a copy of its inputs to make, which is as much work as a third of a strip."""
+another, and a task has a copy of its inputs to make, as much work as a third of a strip."""
 OUT_ROWS = 512
 """Rows of sums that a task of whole output rows works in at few tokens: 128 KB."""
 OUT_STRIPS = 4
 """Strips of such a task at many tokens, at most."""
 PAIR_TOKENS = 64
-"""Tokens up to which the sums of each pair may be kept: their float32 [H] are written and read once,
-4 to 8 % of the bytes of the expert that they come from if they are its only token."""
+"""Tokens up to which the sums of each pair may be kept. Their float32 [H] are written and read
+once: 1 to 2 % of the bytes of down, if each expert has one token."""
 ENCODE_TOKENS = 16
 """Tokens of an encoding task, at most. 2 us each at 4096 inputs."""
 
@@ -43,7 +43,7 @@ def expert_tasks(active: int, strips: int, pairs: int, workers: int) -> int:
 
 
 def row_tasks(active: int, strips: int, pairs: int, tokens: int, workers: int) -> int:
-    """Tasks over strips of which each has the rows of all experts: one expert's strips are a run."""
+    """Tasks over strips that have the rows of all experts: one expert's strips are a run."""
     each = 1 if pairs <= TILE_TOKENS * active else MANY_TASKS
     most = max(OUT_STRIPS, OUT_ROWS // tokens)
     return min(strips, max(each * workers, (strips + most - 1) // most))

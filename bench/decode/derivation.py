@@ -1,17 +1,17 @@
 """The MXFP4 decode kernel by steps: variants that `docs/kernels.md` derives, each a few lines.
 
-A variant multiplies one strip of 64 rows with one token:
+A variant multiplies 64 rows of K weights with one token:
 
-    body(emit, strip, x, sums, groups)
+    body(emit, strip, x, sums)
 
-`strip` holds 64 rows x `groups` groups of 32 codes and their scales, 1088 bytes a group in either
-layout: as a checkpoint stores them (codes [64][K / 2], then scales [64][K / 32]), or as panels.
-`x` is the address of the token's encoded row; `sums` is float32 [64].
+`strip` holds their codes and scales in the step's `Layout`, 1088 bytes for a group of 32 inputs
+whatever the layout; `x` is the address of the token's encoded row; `sums` is float32 [64].
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +24,6 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
     E2M1_DOUBLED,
     MXFP4_STRIP,
     UNPACKED_GROUP,
-    Scale,
     mxfp4_dot,
     mxfp4_scale,
     mxfp4_unpack,
@@ -32,15 +31,60 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
 )
 from hybrid_moe.cpu_kernels.kernels.encode import FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.order import Order, mxfp4_order
-from hybrid_moe.formats.strips import PANELS, STRIP_ROWS, SUMS_BYTES
+from hybrid_moe.formats.strips import PANEL_ROWS, PANELS, STRIP_ROWS, SUMS_BYTES
 from hybrid_moe.formats.table import Array
 
+K = 4096
+GROUPS = K // 32
 GROUP_BYTES, CODE_BYTES = MXFP4_STRIP.group_bytes, MXFP4_STRIP.code_bytes
 """Of a group of 32 inputs of all rows of a strip: codes and scales, and codes alone."""
+STRIP_BYTES = GROUPS * GROUP_BYTES
+WORDS = MXFP4_STRIP.words
 
-Body = Callable[[Emit, Val, Val, Val, Val], None]
+Body = Callable[[Emit, Val, Val, Val], None]
 _LINE_GROUPS = 4  # a cache line of a row's codes: 128 weights, four scales
 _STRIPS_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How 64 rows of codes [64, K / 2] and scales [64, K / 32] lie in memory.
+
+    Attributes:
+        panels: of a strip; 64 rows are 4 / panels strips. 0: rows as a checkpoint stores them.
+        beside: a group's scales follow its codes; else all scales of a strip follow all codes.
+    """
+
+    panels: int
+    beside: bool = False
+
+    @property
+    def strip_bytes(self) -> int:
+        return STRIP_BYTES * self.panels // PANELS
+
+    @property
+    def group_bytes(self) -> int:
+        """From the codes of one group to those of the next."""
+        return (GROUP_BYTES if self.beside else CODE_BYTES) * self.panels // PANELS
+
+    def pack(self, codes: Array, scales: Array) -> Array:
+        """uint8 [64, K / 2], uint8 [64, K / 32] -> uint8 [STRIP_BYTES]."""
+        if not self.panels:
+            return np.concatenate([codes.reshape(-1), scales.reshape(-1)])
+        split = (PANELS // self.panels, self.panels, PANEL_ROWS, GROUPS)
+        words = np.ascontiguousarray(codes).view(np.uint32).reshape(*split, WORDS)
+        words = np.ascontiguousarray(words.transpose(0, 3, 4, 1, 2)).view(np.uint8)
+        parts = (words, scales.reshape(split).transpose(0, 3, 1, 2))
+        rows = (split[0], GROUPS, -1) if self.beside else (split[0], -1)
+        packed: Array = np.concatenate([part.reshape(rows) for part in parts], axis=-1)
+        return packed.reshape(-1)
+
+
+ROWS = Layout(0)
+PAIR = Layout(2)
+PAIR_BESIDE = Layout(2, beside=True)
+STRIP = Layout(PANELS, beside=True)
+"""The library's."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +94,9 @@ class Step:
     Attributes:
         name: what changed.
         body: the kernel.
-        by_rows: it reads the checkpoint's layout; else panels.
+        layout: what it reads.
+        trips: turns of its loops over one strip, outermost first.
         encode: float32 x [K] -> its encoded row; None: the library's 15-bit fixed point.
-        trips: turns of its loops over one strip, outermost first, as (for K / 32 groups) a list.
         without: ops that fall back to their generic lowering.
         strips: how many strips one call of `body` takes.
         x86: it names an instruction.
@@ -60,9 +104,9 @@ class Step:
 
     name: str
     body: Body
-    by_rows: bool
-    encode: Callable[[Array], Array] | None
-    trips: Callable[[int], Sequence[int]]
+    layout: Layout
+    trips: Sequence[int]
+    encode: Callable[[Array], Array] | None = None
     without: tuple[str, ...] = ()
     strips: int = 1
     x86: bool = False
@@ -74,14 +118,11 @@ class Step:
 
 
 def sweep(body: Body, tokens: int = 1, strips: int = 1) -> KernelBody:
-    """Kernel (at, x, sums, count, strip_bytes, groups): `count` strips, one after the other."""
+    """Kernel (at, x, sums, count, strip_bytes): `count` strips, one after the other."""
 
-    def kernel(
-        emit: Emit, at: Val, x: Val, sums: Val, count: Val, strip_bytes: Val, groups: Val
-    ) -> None:
+    def kernel(emit: Emit, at: Val, x: Val, sums: Val, count: Val, strip_bytes: Val) -> None:
         with emit.loop(0, count, step=strips) as strip:
-            out = sums + strip * (SUMS_BYTES * tokens)
-            body(emit, at + strip * strip_bytes, x, out, groups)
+            body(emit, at + strip * strip_bytes, x, sums + strip * (SUMS_BYTES * tokens))
 
     return kernel
 
@@ -105,13 +146,13 @@ def _store_sum(emit: Emit, at: Val, lanes: Val) -> None:
     emit.store(at, lanes, align=4)
 
 
-def rows_in_floats(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
+def rows_in_floats(emit: Emit, strip: Val, x: Val, sums: Val) -> None:
     """Weights become float32: four groups of one row at a time, 8 weights an instruction."""
-    scales = strip + groups * CODE_BYTES
+    scales = strip + GROUPS * CODE_BYTES
     with emit.loop(0, emit.i64(STRIP_ROWS)) as row:
         total = emit.var(emit.splat(0.0, F32, 16))
-        with emit.loop(0, groups, step=_LINE_GROUPS) as group:
-            at = row * groups + group
+        with emit.loop(0, emit.i64(GROUPS), step=_LINE_GROUPS) as group:
+            at = row * GROUPS + group
             decoded = _decode(emit, emit.load(strip + at * 16, I8, 64, align=64))
             for g in range(_LINE_GROUPS):
                 product = emit.splat(0.0, F32, 16)
@@ -146,23 +187,14 @@ def _times(emit: Emit, sums: Val, factor: int) -> Val:
     return low.concat(high)
 
 
-def rows_in_integers(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
+def rows_in_integers(emit: Emit, strip: Val, x: Val, sums: Val, ahead: int = 0) -> None:
     """Weights stay bytes: 32 products an instruction, but each group of each row is converted."""
-    _rows_in_integers(emit, strip, x, sums, groups, ahead=0)
-
-
-def rows_with_prefetch(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
-    """The same, a page ahead."""
-    _rows_in_integers(emit, strip, x, sums, groups, ahead=4096)
-
-
-def _rows_in_integers(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val, ahead: int) -> None:
-    scales = strip + groups * CODE_BYTES
+    scales = strip + GROUPS * CODE_BYTES
     four_each = [lane // 4 for lane in range(16)]
     with emit.loop(0, emit.i64(STRIP_ROWS)) as row:
         total = emit.var(emit.splat(0.0, F32, 16))
-        with emit.loop(0, groups, step=_LINE_GROUPS) as group:
-            at = row * groups + group
+        with emit.loop(0, emit.i64(GROUPS), step=_LINE_GROUPS) as group:
+            at = row * GROUPS + group
             if ahead:
                 emit.prefetch(strip + at * 16 + ahead)
             weights = _decode(emit, emit.load(strip + at * 16, I8, 64, align=64), BYTE_DOT_OFFSET)
@@ -207,21 +239,20 @@ def _line_bytes(part: Array, groups: int) -> Array:
     return np.ascontiguousarray(part).view(np.uint8).reshape(groups // _LINE_GROUPS, -1)
 
 
-def panels_in_floats(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
+def panels_in_floats(emit: Emit, strip: Val, x: Val, sums: Val) -> None:
     """A lane is a row: one scale vector serves 16 rows, activations are broadcast."""
     _clear(emit, sums, PANELS)
-    with emit.loop(0, groups) as group, emit.loop(0, emit.i64(PANELS)) as panel:
+    with emit.loop(0, emit.i64(GROUPS)) as group, emit.loop(0, emit.i64(PANELS)) as panel:
         at = strip + group * GROUP_BYTES
         product = emit.splat(0.0, F32, 16)
-        for word in range(MXFP4_STRIP.words):
+        for word in range(WORDS):
             codes = at + panel * 64 + 64 * PANELS * word
             decoded = _decode(emit, emit.load(codes, I8, 64, align=64))
             for i in range(8):
                 w = ((decoded[i % 2].bits(I32) << (24 - 8 * (i // 2))).sar(24)).to_float()
                 value = emit.load(x + group * 128 + (32 * word + 4 * i), F32, align=4)
                 product = fused(emit, w, emit.broadcast(value, 16), product)
-        scale = mxfp4_scale(emit, at + panel * 16 + CODE_BYTES)
-        _add(emit, sums + panel * 64, product, scale)
+        _add(emit, sums + panel * 64, product, at + panel * 16 + CODE_BYTES)
 
 
 def encode_panels_in_floats(x: Array) -> Array:
@@ -234,49 +265,69 @@ def _clear(emit: Emit, sums: Val, panels: int) -> None:
         emit.store(sums + 64 * panel, emit.splat(0.0, F32, 16), align=64)
 
 
-def _add(emit: Emit, at: Val, product: Val, scale: Scale) -> None:
+def _add(emit: Emit, at: Val, product: Val, scale: Val) -> None:
+    """To the sums in memory; `scale` is the address of 16 scales."""
     old = emit.load(at, F32, 16, align=64)
-    emit.store(at, old + product * scale.power, align=64)
+    emit.store(at, old + product * mxfp4_scale(emit, scale).power, align=64)
 
 
-def _byte_dots(emit: Emit, group: Val, panel: Val, x: Val, total: Val) -> None:
-    """One panel, one group: both planes of 32 inputs against 16 rows."""
+def _byte_dots(emit: Emit, codes: Val, stride: int, x: Val, ahead: int = 0) -> Val:
+    """One panel, one group: both planes of 32 inputs against 16 rows. Words are `stride` apart."""
     at = FIXED15_GROUP
     high, low = (
         emit.broadcast(emit.load(x + bias, I32, align=4), 16)
         for bias in (at.high_bias, at.low_bias)
     )
-    for word in range(MXFP4_STRIP.words):
-        codes = emit.load(group + panel * 64 + 64 * PANELS * word, I8, 64, align=64)
-        for odd, w in enumerate(_decode(emit, codes, BYTE_DOT_OFFSET)):
+    for word in range(WORDS):
+        line = codes + stride * word
+        if ahead:
+            emit.prefetch(line + ahead)
+        for odd, w in enumerate(_decode(emit, emit.load(line, I8, 64), BYTE_DOT_OFFSET)):
             quad = x + 4 * (2 * word + odd)
             high = emit.op("byte_dot", high, w, emit.load(quad + at.high, I32, align=4))
             low = emit.op("byte_dot", low, w, emit.load(quad + at.low, I32, align=4))
     exact = emit.op("byte_dot_total", high, low).to_float()
-    product = exact * emit.load(x + at.factor, F32, align=4)
-    _add(emit, total, product, mxfp4_scale(emit, group + panel * 16 + CODE_BYTES))
+    return exact * emit.load(x + at.factor, F32, align=4)
 
 
-def panels_in_integers(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
+def in_panels(layout: Layout, ahead: int = 0) -> Body:
     """Bytes and lanes: 32 products an instruction, one conversion for 512 weights."""
-    _clear(emit, sums, PANELS)
-    with emit.loop(0, groups) as group, emit.loop(0, emit.i64(PANELS)) as panel:
-        inputs = x + group * FIXED15_GROUP.nbytes
-        _byte_dots(emit, strip + group * GROUP_BYTES, panel, inputs, sums + panel * 64)
+
+    def body(emit: Emit, strip: Val, x: Val, sums: Val) -> None:
+        _clear(emit, sums, PANELS)
+        for first in range(0, PANELS, layout.panels):
+            start = strip + layout.strip_bytes * (first // layout.panels)
+            with (
+                emit.loop(0, emit.i64(GROUPS)) as group,
+                emit.loop(0, emit.i64(layout.panels)) as panel,
+            ):
+                at = start + group * layout.group_bytes
+                scales = at if layout.beside else start + group * (PANEL_ROWS * layout.panels)
+                scales = scales + CODE_BYTES * layout.panels // PANELS * (
+                    1 if layout.beside else GROUPS
+                )
+                inputs = x + group * FIXED15_GROUP.nbytes
+                codes = at + panel * 64
+                product = _byte_dots(emit, codes, 64 * layout.panels, inputs, ahead)
+                to = sums + (64 * first) + panel * 64
+                _add(emit, to, product, scales + panel * PANEL_ROWS)
+
+    return body
 
 
-def eight_streams(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
-    """The same, but group by group through eight neighbouring strips at once."""
-    nbytes = groups * GROUP_BYTES
+def eight_streams(emit: Emit, strip: Val, x: Val, sums: Val) -> None:
+    """Strips of 64 rows, but group by group through eight neighbouring ones at once."""
     _clear(emit, sums, PANELS * _STRIPS_TOGETHER)
     with (
-        emit.loop(0, groups) as group,
+        emit.loop(0, emit.i64(GROUPS)) as group,
         emit.loop(0, emit.i64(_STRIPS_TOGETHER)) as s,
         emit.loop(0, emit.i64(PANELS)) as panel,
     ):
-        at = strip + s * nbytes + group * GROUP_BYTES
+        at = strip + s * STRIP_BYTES + group * GROUP_BYTES
         inputs = x + group * FIXED15_GROUP.nbytes
-        _byte_dots(emit, at, panel, inputs, sums + s * SUMS_BYTES + panel * 64)
+        product = _byte_dots(emit, at + panel * 64, 64 * PANELS, inputs)
+        to = sums + s * SUMS_BYTES + panel * 64
+        _add(emit, to, product, at + panel * PANEL_ROWS + CODE_BYTES)
 
 
 def _call(kernel: KernelBody, emit: Emit, *values: Val | int) -> None:
@@ -284,15 +335,15 @@ def _call(kernel: KernelBody, emit: Emit, *values: Val | int) -> None:
     kernel(emit, *(v if isinstance(v, Val) else emit.i64(v) for v in values))
 
 
-def direct(tokens: int, most: int) -> Body:
+def direct(tokens: int, most: int, order: Order | None = None) -> Body:
     """The library's kernels over packed codes, `most` tokens at a time: the first of them bring a
     strip from memory, the others find it in the cache. `x` is as many tiles."""
 
-    def body(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
-        kernel = mxfp4_dot(most, _order(emit, most))
+    def body(emit: Emit, strip: Val, x: Val, sums: Val) -> None:
+        kernel = mxfp4_dot(most, order or _order(emit, most))
         with emit.loop(0, emit.i64(tokens), step=most) as t:
-            tile = x + t * groups * FIXED15_GROUP.nbytes
-            _call(kernel, emit, strip, 0, tile, most, sums + t * SUMS_BYTES, 0, groups)
+            tile, to = x + t * (GROUPS * FIXED15_GROUP.nbytes), sums + t * SUMS_BYTES
+            _call(kernel, emit, strip, 0, tile, most, to, 0, GROUPS)
 
     return body
 
@@ -300,15 +351,15 @@ def direct(tokens: int, most: int) -> Body:
 def unpacked(tokens: int, most: int, chunk: int) -> Body:
     """The library's kernels for many tokens: `chunk` groups are decoded once, then multiplied."""
 
-    def body(emit: Emit, strip: Val, x: Val, sums: Val, groups: Val) -> None:
+    def body(emit: Emit, strip: Val, x: Val, sums: Val) -> None:
         kernel = mxfp4_unpacked_dot(most, _order(emit, most))
-        memory = emit.scratch(chunk * UNPACKED_GROUP.nbytes)
+        memory, groups = emit.scratch(chunk * UNPACKED_GROUP.nbytes), emit.i64(GROUPS)
         with emit.loop(0, groups, step=chunk) as begin:
             end = (groups < begin + chunk).select(groups, begin + chunk)
             at, after = strip + begin * GROUP_BYTES, strip + end * GROUP_BYTES
             mxfp4_unpack(BYTE_DOT_OFFSET)(emit, at, memory, end - begin)
             with emit.loop(0, emit.i64(tokens), step=most) as t:
-                tile, to = x + t * groups * FIXED15_GROUP.nbytes, sums + t * SUMS_BYTES
+                tile, to = x + t * (GROUPS * FIXED15_GROUP.nbytes), sums + t * SUMS_BYTES
                 _call(kernel, emit, memory, after, tile, most, to, begin, end)
 
     return body
@@ -318,18 +369,13 @@ def _order(emit: Emit, tokens: int) -> Order:
     return mxfp4_order(tokens, emit.tier.registers, emit.tier.registers_per_panel)
 
 
-def _row_trips(groups: int) -> Sequence[int]:
-    return (STRIP_ROWS, groups // _LINE_GROUPS)
+_FLOAT_ROWS = (rows_in_floats, ROWS, (STRIP_ROWS, GROUPS // _LINE_GROUPS), encode_rows_in_floats)
+_INTEGER_ROWS = (ROWS, (STRIP_ROWS, GROUPS // _LINE_GROUPS), encode_rows_in_integers)
+_IN_ORDER = Order(together=PANELS, kept=PANELS, prefetch=False)
+_BY_PANEL = Order(together=1, kept=PANELS, prefetch=False)
+_MASKED = ("lookup_low4",)
 
-
-def _panel_trips(groups: int) -> Sequence[int]:
-    return (groups, PANELS)
-
-
-_FLOAT_ROWS = (rows_in_floats, True, encode_rows_in_floats, _row_trips)
-_INTEGER_ROWS = (True, encode_rows_in_integers, _row_trips)
-
-KERNEL = Step("panels, integers, in order: the kernel", direct(1, 1), False, None, _panel_trips)
+KERNEL = Step("the kernel", direct(1, 1), STRIP, (GROUPS, PANELS))
 
 STEPS: Mapping[str, Step] = {
     step.name: step
@@ -337,14 +383,21 @@ STEPS: Mapping[str, Step] = {
         Step("rows, floats, selects", *_FLOAT_ROWS, without=("lookup16",)),
         Step("rows, floats, lookup", *_FLOAT_ROWS),
         Step("rows, integers", rows_in_integers, *_INTEGER_ROWS, x86=True),
-        Step("panels, integers", panels_in_integers, False, None, _panel_trips),
+        Step("panels: strips of 32 rows", in_panels(PAIR), PAIR, (GROUPS, 2)),
+        Step("prefetch", in_panels(PAIR, 4096), PAIR, (GROUPS, 2)),
+        Step("no prefetch; scales beside codes", in_panels(PAIR_BESIDE), PAIR_BESIDE, (GROUPS, 2)),
+        Step("strips of 64 rows", in_panels(STRIP), STRIP, (GROUPS, PANELS)),
+        Step("sums in registers", direct(1, 1, _BY_PANEL), STRIP, (GROUPS,), without=_MASKED),
+        Step("lines in order", direct(1, 1, _IN_ORDER), STRIP, (GROUPS,), without=_MASKED),
         KERNEL,
-        Step("panels, floats", panels_in_floats, False, encode_panels_in_floats, _panel_trips),
-        Step("rows, integers, prefetch", rows_with_prefetch, *_INTEGER_ROWS, x86=True),
-        Step(
-            "panels, integers, eight strips at once", eight_streams, False, None,
-            lambda groups: (groups, _STRIPS_TOGETHER, PANELS), strips=_STRIPS_TOGETHER,
-        ),
+        Step("rows, integers, prefetch", functools.partial(rows_in_integers, ahead=4096),
+             *_INTEGER_ROWS, x86=True),
+        Step("panels, floats", panels_in_floats, STRIP, (GROUPS, PANELS), encode_panels_in_floats),
+        Step("lines in order, prefetch",
+             direct(1, 1, dataclasses.replace(_IN_ORDER, prefetch=True)), STRIP, (GROUPS,)),
+        Step("eight strips at once", eight_streams, STRIP, (GROUPS, _STRIPS_TOGETHER, PANELS),
+             strips=_STRIPS_TOGETHER),
     )
 }  # fmt: skip
-"""In the order of the derivation: five steps, then three ways beside it."""
+"""In the order of the derivation: ten steps, then four ways beside it. On narrow registers the
+kernel is the seventh step with prefetch; there the sums of four panels do not fit."""

@@ -39,6 +39,17 @@ class Instruction:
         moves = self.mnemonic.startswith(("vmov", "vpbroadcast", "vbroadcast"))
         return self.mnemonic.startswith("v") and not (moves and "(" in self.operands)
 
+    @property
+    def halves(self) -> int:
+        """Vectors of 32 bytes that it works on."""
+        return 2 if "%zmm" in self.operands else 1
+
+    @property
+    def loaded_halves(self) -> int:
+        """Loads of up to 32 bytes that it takes; a broadcast one is small."""
+        small = "{1to" in self.operands or "broadcast" in self.mnemonic
+        return 0 if not self.is_load else 1 if small else self.halves
+
     def starts(self, *prefixes: str) -> bool:
         return self.is_vector_work and self.mnemonic.startswith(prefixes)
 
@@ -150,26 +161,50 @@ def count(assembly: str, function: str, trips: Sequence[int]) -> Counter[Instruc
 
 @dataclass(frozen=True)
 class Limit:
-    """What of a processor's core serves some instructions, and how many in a cycle."""
+    """What of a processor's core serves some instructions.
+
+    Attributes:
+        per_cycle: vectors of 32 bytes in a cycle.
+        needs: how many of them an instruction takes.
+    """
 
     per_cycle: int
-    serves: Callable[[Instruction], bool]
+    needs: Callable[[Instruction], int]
 
+
+def _pipes(*prefixes: str) -> Limit:
+    """Two of the four vector pipes; they alone take these instructions."""
+    return Limit(2, lambda i: i.halves * i.starts(*prefixes))
+
+
+_ALL = {
+    "vector pipes": Limit(4, lambda i: i.halves * i.is_vector_work),
+    "load": Limit(2, lambda i: i.loaded_halves),
+    "multiply": _pipes("vpmadd", "vpmul", "vmul", "vfmadd", "vpdp", "vdpbf16"),
+}
+_SHUFFLES = ("vpshuf", "vshuf", "vperm", "vpmov", "vextract", "vinsert", "vpunpck")
+_SHIFTS = ("vpsll", "vpsrl", "vpsra")
+_ADDS = ("vaddps", "vsubps", "vcvt", "vscalef")
 
 ZEN3: Mapping[str, Limit] = MappingProxyType(
     {
-        "dispatch": Limit(6, lambda i: True),
-        "vector pipes": Limit(4, lambda i: i.is_vector_work),
-        "multiply": Limit(2, lambda i: i.starts("vpmadd", "vpmul", "vmul", "vfmadd", "vpdp")),
-        "shuffle, shift": Limit(
-            2, lambda i: i.starts("vpshuf", "vshuf", "vperm", "vpmov", "vps", "vextract", "vinsert")
-            and not i.starts("vpsub"),
-        ),
-        "float add, convert": Limit(2, lambda i: i.starts("vadd", "vsub", "vcvt")),
-        "load": Limit(2, lambda i: i.is_load),
+        **_ALL,
+        "shuffle, shift": _pipes(*_SHUFFLES, *_SHIFTS),
+        "float add, convert": _pipes(*_ADDS),
     }
-)  # fmt: skip
+)
 """AMD, Software Optimization Guide for the AMD Family 19h Processors, section 2.11."""
+
+ZEN4: Mapping[str, Limit] = MappingProxyType(
+    {
+        **_ALL,
+        "shuffle": _pipes(*_SHUFFLES),
+        "shift, float add, convert": _pipes(*_SHIFTS, *_ADDS),
+    }
+)
+"""Measured, with mixes of two instructions. A vector of 64 bytes takes a pipe for two cycles."""
+
+_DISPATCH = 6  # instructions of any kind in a cycle, on both
 
 
 def fewest_cycles(
@@ -177,7 +212,8 @@ def fewest_cycles(
 ) -> tuple[str, float]:
     """The limit that binds, and the cycles it needs if nothing else ever waits."""
     needed = {
-        name: sum(n for i, n in counts.items() if limit.serves(i)) / limit.per_cycle
+        name: sum(n * limit.needs(i) for i, n in counts.items()) / limit.per_cycle
         for name, limit in core.items()
     }
+    needed["dispatch"] = sum(counts.values()) / _DISPATCH
     return max(needed.items(), key=lambda item: item[1])

@@ -5,26 +5,21 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from llvmlite import ir
 
-from decode.derivation import GROUP_BYTES, Body, Step, sweep
+from decode.derivation import GROUPS, STRIP, STRIP_BYTES, Body, K, Layout, Step, sweep
 from hybrid_moe.cpu_kernels.dsl.emit import I64, Emit, KernelBody, Val, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.kernels.encode import FIXED15, encode_rows
 from hybrid_moe.cpu_kernels.memory import Arena, Workspace
-from hybrid_moe.cpu_kernels.strips.pack import pack_rows
-from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES, strip_layout
+from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES
 from hybrid_moe.formats.table import MXFP4, Array
-from hybrid_moe.formats.tensors import Matrix
 
-K = 4096
-GROUPS = K // 32
-STRIP_BYTES = GROUPS * GROUP_BYTES
 LINES = STRIP_BYTES // 64
 """Cache lines of a strip."""
 _SOURCE_STRIPS = 64
@@ -34,25 +29,22 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Problem:
-    """Random strips in both layouts, and what they give.
+    """Random strips in each layout, and what they give.
 
     Attributes:
         strips: strips in memory, copies of `_SOURCE_STRIPS`.
-        rows, panels: addresses of the first strip in the checkpoint's layout and as panels.
+        memory: the strips in each layout.
         x: float32 [tokens, K], integers.
         exact: float64 [_SOURCE_STRIPS, tokens, 64].
-        keep: owners of the memory.
     """
 
     strips: int
-    rows: int
-    panels: int
+    memory: Mapping[Layout, Arena]
     x: Array
     exact: Array
-    keep: tuple[Arena, ...]
 
     @staticmethod
-    def random(nbytes: int, tokens: int) -> Problem:
+    def random(nbytes: int, tokens: int, layouts: Collection[Layout] = (STRIP,)) -> Problem:
         """About `nbytes` of strips in each layout, to be multiplied with up to `tokens` tokens.
 
         Weights are multiples of 1/4 below 12, inputs integers below 128: sums of 4096 products
@@ -64,17 +56,16 @@ class Problem:
         scales = rng.integers(126, 129, (N, GROUPS), np.uint8)
         x = rng.integers(-127, 128, (tokens, K)).astype(np.float32)
         exact = x.astype(np.float64) @ MXFP4.dequantize(codes, scales).astype(np.float64).T
-        strips = max(1, nbytes // STRIP_BYTES // _SOURCE_STRIPS) * _SOURCE_STRIPS
-        rows, panels = (Arena(strips * STRIP_BYTES) for _ in range(2))
-        first = _SOURCE_STRIPS * STRIP_BYTES
-        by_strip = (codes.reshape(_SOURCE_STRIPS, -1), scales.reshape(_SOURCE_STRIPS, -1))
-        rows.bytes[:first] = np.concatenate(by_strip, axis=1).reshape(-1)
-        every = range(_SOURCE_STRIPS)
-        pack_rows(panels.address, every, strip_layout(MXFP4, K), Matrix(codes, scales), N)
-        for arena in (rows, panels):
-            arena.bytes.reshape(-1, first)[1:] = arena.bytes[:first]
+        copies = max(1, nbytes // STRIP_BYTES // _SOURCE_STRIPS)
+        strips = copies * _SOURCE_STRIPS
+        memory = {layout: Arena(strips * STRIP_BYTES) for layout in layouts}
+        for layout, arena in memory.items():
+            several = arena.bytes.reshape(copies, _SOURCE_STRIPS, STRIP_BYTES)
+            for i in range(_SOURCE_STRIPS):
+                rows = slice(i * STRIP_ROWS, (i + 1) * STRIP_ROWS)
+                several[:, i] = layout.pack(codes[rows], scales[rows])
         exact = exact.reshape(tokens, _SOURCE_STRIPS, STRIP_ROWS).transpose(1, 0, 2)
-        return Problem(strips, rows.address, panels.address, x, exact, (rows, panels))
+        return Problem(strips, memory, x, exact)
 
 
 class Runner:
@@ -92,13 +83,13 @@ class Runner:
         tier: Tier,
         *,
         tokens: int = 1,
-        by_rows: bool = False,
+        layout: Layout = STRIP,
         encode: Callable[[Array], Array] | None = None,
         strips: int = 1,
         tile: int = 1,
     ) -> None:
-        self._kernel = _compiled("sweep", 6, sweep(body, tokens, strips), tier)
-        self._at = problem.rows if by_rows else problem.panels
+        self._kernel = _compiled("sweep", 5, sweep(body, tokens, strips), tier)
+        self._at = problem.memory[layout].address
         self._problem, self._tokens = problem, tokens
         encoder = _library_encoder(tier) if encode is None else encode
         encoded = np.stack([np.ascontiguousarray(encoder(x)) for x in problem.x[:tokens]])
@@ -114,11 +105,11 @@ class Runner:
         out = self._out.address + first * SUMS_BYTES * self._tokens
         at = self._at + first * STRIP_BYTES
         todo = self._problem.strips if strips is None else strips
-        self._kernel(at, self._x, out, todo, STRIP_BYTES, GROUPS)
+        self._kernel(at, self._x, out, todo, STRIP_BYTES)
 
     def repeat(self, times: int) -> None:
         """Multiply the first strip again and again."""
-        self._kernel(self._at, self._x, self._out.address, times, 0, GROUPS)
+        self._kernel(self._at, self._x, self._out.address, times, 0)
 
     def check(self) -> None:
         """Raises `SystemExit` unless the sums are float64's."""
@@ -154,7 +145,7 @@ def step_runner(step: Step, problem: Problem, tier: Tier) -> Runner:
     """The compiled step."""
     return Runner(
         step.body, problem, step.tier(tier),
-        by_rows=step.by_rows, encode=step.encode, strips=step.strips,
+        layout=step.layout, encode=step.encode, strips=step.strips,
     )  # fmt: skip
 
 

@@ -9,22 +9,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 import steps
-from decode.derivation import CODE_BYTES, KERNEL, STEPS, Step, direct, unpacked
+from decode.derivation import (
+    CODE_BYTES,
+    GROUPS,
+    KERNEL,
+    STEPS,
+    STRIP,
+    STRIP_BYTES,
+    K,
+    Layout,
+    Step,
+    direct,
+    unpacked,
+)
 from decode.instructions import Instruction, fewest_cycles
-from decode.sweeps import GROUPS, Clock, Problem, Runner, step_runner
+from decode.sweeps import Clock, Problem, Runner, step_runner
 
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, choose_tier
-from hybrid_moe.formats.strips import PANELS
+from hybrid_moe.cpu_kernels.memory import Arena
+from hybrid_moe.cpu_kernels.strips.pack import pack_rows
+from hybrid_moe.formats.strips import PANELS, STRIP_ROWS, strip_layout
+from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.tensors import Matrix
 
 LINES_OF_CODES = CODE_BYTES // 64
 """Of a group."""
+
+LAYOUTS = tuple({step.layout: None for step in STEPS.values()})
 
 X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 instructions")
 
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return Problem.random(1, tokens=6)
+    return Problem.random(1, tokens=6, layouts=LAYOUTS)
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=lambda step: step.name)
@@ -43,11 +61,11 @@ def test_tokens_share_a_strip(most: int, body: steps.Body, problem: Problem) -> 
     Runner(body, problem, choose_tier(), tokens=6, tile=most).check()
 
 
-@pytest.mark.parametrize("name", ["rows", "panels"])
-def test_a_wrong_weight_is_found(name: str, problem: Problem) -> None:
-    runner = step_runner(next(s for s in STEPS.values() if s.by_rows == (name == "rows")), problem,
-                         choose_tier())  # fmt: skip
-    memory = problem.keep[name == "panels"].bytes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_wrong_weight_is_found(layout: Layout, problem: Problem) -> None:
+    step = next(s for s in STEPS.values() if s.layout == layout)
+    runner = step_runner(step, problem, choose_tier())
+    memory = problem.memory[layout].bytes
     memory[5] ^= 4
     try:
         with pytest.raises(SystemExit, match="differ from float64"):
@@ -55,6 +73,15 @@ def test_a_wrong_weight_is_found(name: str, problem: Problem) -> None:
     finally:
         memory[5] ^= 4
     runner.check()
+
+
+def test_the_kernel_reads_the_library_s_layout() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (STRIP_ROWS, K // 2), np.uint8)
+    scales = rng.integers(0, 255, (STRIP_ROWS, GROUPS), np.uint8)
+    packed = Arena(STRIP_BYTES)
+    pack_rows(packed.address, range(1), strip_layout(MXFP4, K), Matrix(codes, scales), STRIP_ROWS)
+    assert np.array_equal(STRIP.pack(codes, scales), packed.bytes)
 
 
 def test_sums_are_integers_that_float32_holds(problem: Problem) -> None:

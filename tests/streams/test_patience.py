@@ -93,7 +93,7 @@ def test_the_formula(tokens: int) -> None:
     one strip of outputs, counted with all its rows, a task is a whole matrix."""
     assert (H, I) == (32, 32)
     waiter = Waiter(False, one_expert(tokens))
-    gate_up, down = tokens * 2 * I * H, tokens * K * STRIP_ROWS * I
+    gate_up, down = tokens * 2 * I * H, tokens * STRIP_ROWS * I
     assert waiter.entry.task_ns.value == max(gate_up, down) * SECOND // 10**8
     with pytest.MonkeyPatch.context() as patch:
         interpret(patch, never)
