@@ -27,6 +27,7 @@ _CODE = re.compile(r"`([^`\n]+)`")
 _BLOCK = re.compile(r"^```.*?^```$", re.S | re.M)
 _FILE = re.compile(r"[\w./-]+\.(?:py|md|json|toml|txt)")
 _NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
+_PLACE = re.compile(rf"({_FILE.pattern}): ?({_NAME.pattern})")
 
 Names = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -51,6 +52,13 @@ def _files() -> frozenset[str]:
     """Files of the project with a / in front."""
     found = [f for folder in (*SOURCES, "docs", "examples") for f in (ROOT / folder).rglob("*.*")]
     return frozenset(f"/{file.relative_to(ROOT)}" for file in (*found, *ROOT.glob("*.*")))
+
+
+def _with_place(path: Path) -> Iterator[tuple[str, str]]:
+    """What a page writes as `file.py: name`."""
+    for code in _code(path):
+        if match := _PLACE.fullmatch(code):
+            yield match[1], match[2]
 
 
 @functools.cache
@@ -81,3 +89,12 @@ def test_names_exist(path: Path) -> None:
     names = {name for name in names if "_" in name or re.search(r"[a-z][A-Z]", name)}
     assert names
     assert not names - _words()
+
+
+@pytest.mark.parametrize("path", ABOUT_CODE, ids=lambda path: path.name)
+def test_names_are_where_they_are_said_to_be(path: Path) -> None:
+    for file, dotted in _with_place(path):
+        texts = [(ROOT / f[1:]).read_text("utf-8") for f in _files() if f.endswith(f"/{file}")]
+        for name in dotted.split("."):
+            pattern = rf"^\s*(def|class) {name}\b|^{name}\b"
+            assert any(re.search(pattern, text, re.M) for text in texts), f"{file} has no {dotted}"

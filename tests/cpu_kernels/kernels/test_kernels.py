@@ -215,7 +215,7 @@ def test_gathering_makes_a_tile(fmt: WeightFormat, tokens: int, name: str) -> No
 
 
 def _unpack(fmt: WeightFormat, strips: Array, K: int) -> Array:
-    """Strips as `panels` documents them -> float64 [strips, 4 panels, 16 lanes, K]."""
+    """Strips as `formats.strips` documents them -> float64 [strips, 4 panels, 16 lanes, K]."""
     layout = strip_layout(fmt, K)
     panels = []
     for strip in strips.reshape(len(strips), layout.groups, layout.group_bytes):
