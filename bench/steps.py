@@ -3,11 +3,11 @@
     python bench/steps.py
 
 One thread multiplies strips of 64 rows x 4096 inputs with one token: once the same strip again and
-again, from the second-level cache, once a seventh of 512 MiB, from memory. Steps take turns.
+again, from the second-level cache, once 36 of 512 MiB, from memory. Steps take turns.
 Before and after each the read bandwidth is measured, and the core's cycles are counted, so that all
 columns are of the same moment; figures are medians over rounds, of cycles from the cache the fewest
-(what else runs on a core only adds). Inputs are such that no addition rounds: before it is
-timed, each step's sums must equal those of float64, bit for bit.
+(what else runs on a core only adds), and of time that this thread had a core. Inputs are such that
+no addition rounds: before it is timed, each step's sums must equal those of float64, bit for bit.
 
 Further tables: several tokens that share the stream, in the library's two ways; the kernel on one
 thread and on two; its instructions on every x86 tier, whether this processor has it or not.
@@ -19,7 +19,7 @@ import functools
 import platform
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from decode.derivation import (
@@ -36,7 +36,7 @@ from decode.derivation import (
     unpacked,
 )
 from decode.instructions import ZEN3, ZEN4, Instruction, count, fewest_cycles
-from decode.sweeps import LINES, Clock, Problem, Runner, seconds, step_runner
+from decode.sweeps import LINES, Clock, Problem, Reader, Runner, seconds, step_runner
 from harness import parse_list, parser
 from rich.console import Console
 from tables import STEPS as COLUMNS
@@ -58,10 +58,9 @@ from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
 TOKENS = (1, 2, 3, 4, 5, 6, 12, 24, 48)
 _REPEATS = 64
-_STRIPS = 512
-"""Strips of one timing: 71 MB. Neighbours on the memory come and go: many short turns, not few."""
+_STRIPS = 256
+"""Strips of one timing: 36 MB. Neighbours on the memory come and go: many short turns, not few."""
 _TURNS = 6
-_READ_BYTES = 128 << 20
 
 Point = dict[str, Any]
 
@@ -81,29 +80,57 @@ def step_counts(step: Step, tier: Tier) -> Counter[Instruction]:
     return _counts(step.body, step.tier(tier), step.trips, step.strips)
 
 
+def _parts(problem: Problem) -> Iterator[tuple[int, int]]:
+    """First strip and number of strips of one timing after the other, far apart."""
+    part = min(problem.strips, _STRIPS)
+    first = 0
+    while True:
+        yield first, part
+        first = (first + part) % (problem.strips - part + 1)  # not what was just read
+
+
+def _speed(runner: Runner | Reader, part: tuple[int, int]) -> float:
+    """GB/s from memory."""
+    return part[1] * STRIP_BYTES / seconds(functools.partial(runner.run, *part)) / 1e9
+
+
+class _Ceiling:
+    """What a plain read reaches: the better of the loops with and without prefetch instructions."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._readers = [Reader(problem, prefetches) for prefetches in (False, True)]
+
+    def measure(self, parts: Iterator[tuple[int, int]]) -> float:
+        """GB/s."""
+        return max(_speed(reader, next(parts)) for reader in self._readers)
+
+
+def _cached(runner: Runner) -> float:
+    """Seconds for a strip in the second-level cache."""
+    runner.repeat(_REPEATS)
+    run = functools.partial(runner.repeat, _REPEATS)
+    return min(seconds(run) for _ in range(5)) / _REPEATS
+
+
 def measure_steps(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
     """One point for each step."""
     steps = [s for s in STEPS.values() if not s.x86 or "avx2" in tier.all_features]
     runners = {step.name: step_runner(step, problem, tier) for step in steps}
     for runner in runners.values():
         runner.check()
-    probe, clock = ReadProbe(PoolConfig(1), _READ_BYTES), Clock(tier)
-    part = min(problem.strips, _STRIPS)
+    ceiling, clock, parts = _Ceiling(problem), Clock(tier), _parts(problem)
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
-    first = 0
     for _ in range(rounds * _TURNS):
-        before = probe.measure(0)
+        before = ceiling.measure(parts)
         for name, runner in runners.items():
             Hz = clock.measure()
-            runner.repeat(_REPEATS)
-            cached = min(seconds(functools.partial(runner.repeat, _REPEATS)) for _ in range(5))
-            first = (first + part) % (problem.strips - part + 1)  # not what was just read
-            strip = seconds(functools.partial(runner.run, first, part)) / part
-            after = probe.measure(0)
-            read, speed = (before + after) / 2, STRIP_BYTES / strip / 1e9
+            cached = _cached(runner)
+            speed = _speed(runner, next(parts))
+            after = ceiling.measure(parts)
+            read, strip = (before + after) / 2, STRIP_BYTES / speed / 1e9
             before = after
             samples[name].append({
-                "cached_ns": cached / _REPEATS * 1e9,
+                "cached_ns": cached * 1e9,
                 "cycles": strip * Hz / LINES,
                 "GBps": speed,
                 "share": 100 * speed / read,
@@ -141,26 +168,19 @@ def measure_tokens(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
             runners[tokens, way] = Runner(body, problem, tier, tokens=tokens, tile=most)
     for runner in runners.values():
         runner.check()
-    probe = ReadProbe(PoolConfig(1))
-    part = min(problem.strips, _STRIPS)
+    ceiling, parts = _Ceiling(problem), _parts(problem)
     samples: dict[int, list[dict[str, float]]] = {tokens: [] for tokens in TOKENS}
-    first = 0
     for _ in range(rounds):
-        read = probe.measure(0.05)
+        read = ceiling.measure(parts)
         for tokens in TOKENS:
-            speeds = {}
-            for way in ("direct", "unpacked"):
-                first = (first + part) % (problem.strips - part + 1)  # not what was just read
-                run = functools.partial(runners[tokens, way].run, first, part)
-                speeds[way] = part * STRIP_BYTES / seconds(run) / 1e9
-            macs = tokens * STRIP_ROWS * K / STRIP_BYTES
-            samples[tokens].append({
-                "GBps": max(speeds.values()),
-                "share": 100 * max(speeds.values()) / read,
-                "direct_GMACps": speeds["direct"] * macs,
-                "unpacked_GMACps": speeds["unpacked"] * macs,
-                "read_GBps": read,
-            })  # fmt: skip
+            ways = {way: runners[tokens, way] for way in ("direct", "unpacked")}
+            speed = max(_speed(runner, next(parts)) for runner in ways.values())
+            cached = {
+                f"{way}_GMACps": tokens * STRIP_ROWS * K / _cached(runner) / 1e9
+                for way, runner in ways.items()
+            }
+            point = {"GBps": speed, "share": 100 * speed / read, **cached, "read_GBps": read}
+            samples[tokens].append(point)
     return [{"tokens": tokens, **_medians(samples[tokens])} for tokens in TOKENS]
 
 

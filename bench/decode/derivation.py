@@ -67,6 +67,16 @@ class Layout:
         """From the codes of one group to those of the next."""
         return (GROUP_BYTES if self.beside else CODE_BYTES) * self.panels // PANELS
 
+    @property
+    def scales(self) -> int:
+        """From a strip's beginning to the scales of its first group."""
+        return CODE_BYTES * self.panels // PANELS * (1 if self.beside else GROUPS)
+
+    @property
+    def scales_step(self) -> int:
+        """From the scales of one group to those of the next."""
+        return self.group_bytes if self.beside else PANEL_ROWS * self.panels
+
     def pack(self, codes: Array, scales: Array) -> Array:
         """uint8 [64, K / 2], uint8 [64, K / 32] -> uint8 [STRIP_BYTES]."""
         if not self.panels:
@@ -239,27 +249,6 @@ def _line_bytes(part: Array, groups: int) -> Array:
     return np.ascontiguousarray(part).view(np.uint8).reshape(groups // _LINE_GROUPS, -1)
 
 
-def panels_in_floats(emit: Emit, strip: Val, x: Val, sums: Val) -> None:
-    """A lane is a row: one scale vector serves 16 rows, activations are broadcast."""
-    _clear(emit, sums, PANELS)
-    with emit.loop(0, emit.i64(GROUPS)) as group, emit.loop(0, emit.i64(PANELS)) as panel:
-        at = strip + group * GROUP_BYTES
-        product = emit.splat(0.0, F32, 16)
-        for word in range(WORDS):
-            codes = at + panel * 64 + 64 * PANELS * word
-            decoded = _decode(emit, emit.load(codes, I8, 64, align=64))
-            for i in range(8):
-                w = ((decoded[i % 2].bits(I32) << (24 - 8 * (i // 2))).sar(24)).to_float()
-                value = emit.load(x + group * 128 + (32 * word + 4 * i), F32, align=4)
-                product = fused(emit, w, emit.broadcast(value, 16), product)
-        _add(emit, sums + panel * 64, product, at + panel * 16 + CODE_BYTES)
-
-
-def encode_panels_in_floats(x: Array) -> Array:
-    """In order; halved, as weights are doubled."""
-    return (x / 2).astype(np.float32)
-
-
 def _clear(emit: Emit, sums: Val, panels: int) -> None:
     for panel in range(panels):
         emit.store(sums + 64 * panel, emit.splat(0.0, F32, 16), align=64)
@@ -302,15 +291,10 @@ def in_panels(layout: Layout, ahead: int = 0) -> Body:
                 emit.loop(0, emit.i64(layout.panels)) as panel,
             ):
                 at = start + group * layout.group_bytes
-                scales = at if layout.beside else start + group * (PANEL_ROWS * layout.panels)
-                scales = scales + CODE_BYTES * layout.panels // PANELS * (
-                    1 if layout.beside else GROUPS
-                )
+                scales = start + layout.scales + group * layout.scales_step + panel * PANEL_ROWS
                 inputs = x + group * FIXED15_GROUP.nbytes
-                codes = at + panel * 64
-                product = _byte_dots(emit, codes, 64 * layout.panels, inputs, ahead)
-                to = sums + (64 * first) + panel * 64
-                _add(emit, to, product, scales + panel * PANEL_ROWS)
+                product = _byte_dots(emit, at + panel * 64, 64 * layout.panels, inputs, ahead)
+                _add(emit, sums + panel * 64 + 64 * first, product, scales)
 
     return body
 
@@ -392,12 +376,11 @@ STEPS: Mapping[str, Step] = {
         KERNEL,
         Step("rows, integers, prefetch", functools.partial(rows_in_integers, ahead=4096),
              *_INTEGER_ROWS, x86=True),
-        Step("panels, floats", panels_in_floats, STRIP, (GROUPS, PANELS), encode_panels_in_floats),
         Step("lines in order, prefetch",
              direct(1, 1, dataclasses.replace(_IN_ORDER, prefetch=True)), STRIP, (GROUPS,)),
         Step("eight strips at once", eight_streams, STRIP, (GROUPS, _STRIPS_TOGETHER, PANELS),
              strips=_STRIPS_TOGETHER),
     )
 }  # fmt: skip
-"""In the order of the derivation: ten steps, then four ways beside it. On narrow registers the
+"""In the order of the derivation: ten steps, then three ways beside it. On narrow registers the
 kernel is the seventh step with prefetch; there the sums of four panels do not fit."""
