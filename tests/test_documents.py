@@ -64,7 +64,8 @@ def _with_place(path: Path) -> Iterator[tuple[str, str]]:
 @functools.cache
 def _words() -> frozenset[str]:
     """Every identifier in the sources, and what they spell in strings."""
-    text = "\n".join(f.read_text("utf-8") for s in SOURCES for f in (ROOT / s).rglob("*.py"))
+    files = [ROOT / "Makefile", *(f for s in SOURCES for f in (ROOT / s).rglob("*.py"))]
+    text = "\n".join(file.read_text("utf-8") for file in files)
     return frozenset(re.findall(r"\w+", text))
 
 
@@ -78,7 +79,7 @@ def test_files_exist(path: Path) -> None:
     named = {name for code in _code(path) for name in _FILE.findall(code)}
     assert named
     missing = [name for name in named if not any(f.endswith(f"/{name}") for f in _files())]
-    assert not missing
+    assert missing == []
 
 
 @pytest.mark.parametrize("path", ABOUT_CODE, ids=lambda path: path.name)
@@ -88,7 +89,7 @@ def test_names_exist(path: Path) -> None:
     names = {name for code in dotted for name in code.split(".")}
     names = {name for name in names if "_" in name or re.search(r"[a-z][A-Z]", name)}
     assert names
-    assert not names - _words()
+    assert sorted(names - _words()) == []
 
 
 @pytest.mark.parametrize("path", ABOUT_CODE, ids=lambda path: path.name)
