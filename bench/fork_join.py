@@ -15,7 +15,7 @@ from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     store_release,
     system_call,
 )
-from hybrid_moe.cpu_kernels.drivers.records import Found, Group, Job
+from hybrid_moe.cpu_kernels.drivers.records import Group, Job
 from hybrid_moe.cpu_kernels.drivers.worker import (
     FUTEX_WAIT_PRIVATE,
     FUTEX_WAKE_PRIVATE,
@@ -43,9 +43,7 @@ def settle() -> None:
 
 
 @driver
-def fork_join(
-    group: Group, job: Job, found: Found, assist: int, asleep: int, samples: int, count: int
-) -> None:
+def fork_join(group: Group, job: Job, assist: int, asleep: int, samples: int, count: int) -> None:
     """Launch a job and wait for it `count` times; nanoseconds of each go to `samples`.
 
     `assist`: the caller works as worker 0. `asleep`: so many workers must sleep before each.
@@ -56,7 +54,7 @@ def fork_join(
                 pause()
             settle()
         begin = nanoseconds()
-        sequence = try_launch(group, job, found)
+        sequence = try_launch(group, job)
         while not help_until(group, sequence, 0, 0, assist):
             pause()
         i64.at(samples)[i] = nanoseconds() - begin

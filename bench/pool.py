@@ -13,8 +13,8 @@ pass of the same batch is a column of its own. Four cases:
 
 The ceiling of a job that is handed over is a bare signal between two threads: a store that the
 other sees and answers ("hot"), or a futex wake and the answer of the thread that slept ("asleep").
-Layer "tiny" has one task for each thread and nothing else; on layer "A" the token's row is encoded
-and a row of zeros written.
+Layer "tiny" has one task for each thread and nothing else; on layer "A" these
+write a longer row of zeros.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from problem import SHAPES, Shape
 from rich.console import Console
 from tables import POOL, POOL_WANTED, show
 
-from hybrid_moe.cpu_kernels.drivers.records import Found
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.jit.compile import Target, compile_functions
 from hybrid_moe.cpu_kernels.jit.driver import Driver
 from hybrid_moe.cpu_kernels.jit.translate import translate
-from hybrid_moe.cpu_kernels.job import StagedJob
+from hybrid_moe.cpu_kernels.job import JobMemory
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import FUTEX_NUMBERS, PoolGroup
@@ -151,16 +151,15 @@ def time_jobs(
     layer.forward(x, ids, weights)  # starts the threads
     ready = layer._ready()
     group = ready.group
-    job = StagedJob(layer.slot_shape(1, 1))
-    job.stage(x, ids, weights, None)
+    job = JobMemory.new(layer.job_shape(1, 1))
     out = np.zeros_like(x)
-    template = job.address(ready.descriptor, out.ctypes.data)
-    found = Found.new()
+    at = [array.ctypes.data for array in (x, ids, weights)]
+    job.fill(ready.descriptor.address, Batch(1, 1, *at, skip=0, out=out.ctypes.data))
     samples = np.zeros(count, np.int64)
     sleepers = sleeping_workers(group) if asleep else 0
     arguments = (int(caller_works), sleepers, samples.ctypes.data, count)
     with pinned(layer.pool.worker_cpus()[0]):
-        loops["fork_join"](group.address, template, found.address, *arguments)
+        loops["fork_join"](group.address, job.address, *arguments)
     assert not out.any()
     return samples
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hybrid_moe.cpu_kernels.drivers.records import Layer, StripSizes, Tiles
+from hybrid_moe.cpu_kernels.drivers.records import Layer, StripSizes, TilePlan
 from hybrid_moe.cpu_kernels.kernels.library import KernelSet, Tiling
 from hybrid_moe.formats.strips import GROUP, StripLayout
 from hybrid_moe.formats.table import Array
@@ -62,7 +62,7 @@ def _describe_strips(sizes: StripSizes, layout: StripLayout) -> None:
     sizes.strip_bytes = layout.nbytes
 
 
-def _describe_tiles(tiles: Tiles, tiling: Tiling) -> None:
+def _describe_tiles(tiles: TilePlan, tiling: Tiling) -> None:
     tiles.most, tiles.unit, tiles.groups = tiling.most, tiling.unit, tiling.groups
     tiles.unpack = tiling.unpack
     for tokens, address in tiling.kernels.items():

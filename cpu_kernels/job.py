@@ -1,21 +1,20 @@
-"""One forward pass of a layer: the memory it borrows, and the wait for its result."""
+"""A forward pass of a layer: the memory that it works in, its descriptor, and the wait."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+import os
+from typing import Generic, NamedTuple, TypeVar
 
 from hybrid_moe.cpu_kernels import tuning
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import records
 from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS
-from hybrid_moe.cpu_kernels.jit.records import u8
 from hybrid_moe.cpu_kernels.kernels.encode import BLOCK_SLACK
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS, STRIP_ROWS, SUMS_BYTES, round_up
+
+Output = TypeVar("Output")
 
 INLINE_ENCODE_TOKENS = 4
 _EXACT_CAPACITY = 8
@@ -27,33 +26,7 @@ def capacity_for(tokens: int) -> int:
     return tokens if tokens <= _EXACT_CAPACITY else 1 << (tokens - 1).bit_length()
 
 
-def check_inputs(x: Any, ids: Any, weights: Any, skip: Any, hidden: int, experts: int) -> None:
-    """Raise unless these are the arrays of a pass, see `ExpertLayer.submit`.
-
-    Raises:
-        TypeError: a dtype. ValueError: a shape.
-    """
-    for name, array, dtype in (
-        ("x", x, np.uint16),
-        ("ids", ids, np.int64),
-        ("weights", weights, np.float32),
-    ):
-        if array.dtype != dtype:
-            raise TypeError(f"{name} must be {np.dtype(dtype)}, not {array.dtype}")
-        if array.ndim != 2:
-            raise ValueError(f"{name} must have two dimensions, not shape {array.shape}")
-    if x.shape[1] != hidden:
-        raise ValueError(f"x has {x.shape[1]} columns, the layer's hidden size is {hidden}")
-    if ids.shape != weights.shape or len(ids) != len(x):
-        raise ValueError(
-            f"ids {ids.shape} and weights {weights.shape} must both be [{len(x)} tokens, top-k]"
-        )
-    if skip is not None and (skip.shape != (experts,) or skip.dtype != np.bool_):
-        raise ValueError(f"skip must be bool [{experts}]")
-
-
-@dataclass(frozen=True)
-class JobShape:
+class JobShape(NamedTuple):
     """Sizes of what a job borrows; all grows with the batch and nothing with a maximum.
 
     Attributes:
@@ -109,13 +82,10 @@ class JobShape:
 
     @property
     def _areas(self) -> dict[str, int]:
-        """Field -> bytes of the area whose address it holds."""
+        """Bytes of the areas whose addresses a descriptor holds, by field."""
         pairs, tokens, experts = self.pairs, self.capacity, self.experts
         return {
-            "x": 2 * tokens * self.hidden,
-            "ids": 8 * pairs,
-            "weights": 4 * pairs,
-            "skip": experts,
+            "x_copy": 2 * tokens * self.hidden,
             "counts": 4 * (experts + 1),
             "active_expert": 4 * experts,
             "active_start": 4 * (experts + 1),
@@ -130,16 +100,14 @@ class JobShape:
 
     @property
     def nbytes(self) -> int:
-        """Of the whole workspace."""
         return sum(round_up(size, 64) for size in self._areas.values())
 
-    def template(self, workspace: Workspace) -> records.Job:
-        """A job over `workspace`; its layer, tokens and out remain to be filled in."""
+    def descriptor(self, workspace: Workspace) -> records.Job:
+        """A job over `workspace`; its layer and batch remain to be filled in."""
         job = records.Job.new()
         words = job.words
         for name, size in self._areas.items():
             words[records.Job.word(name)] = workspace.take(size) if size else 0
-        job.top_k = self.top_k
         job.pools = self.pools
         job.scratch_bytes = self.worker_bytes
         offset = 0
@@ -150,80 +118,132 @@ class JobShape:
         return job
 
 
-class StagedJob:
-    """A job with memory of its own: inputs are copied into it, and it may be used again."""
+_write_batch = records.Job.writer("layer", *Batch._fields)
+_IGNORED = records.Job.word("ignored")
 
-    def __init__(self, shape: JobShape) -> None:
+
+class JobMemory:
+    """What a pass works in, and the descriptor that says so to compiled code.
+
+    Attributes:
+        shape: its sizes. nbytes: of all of it.
+        descriptor: at `address`.
+    """
+
+    __slots__ = ("__weakref__", "_words", "_workspace", "address", "descriptor", "nbytes", "shape")
+
+    def __init__(self, shape: JobShape, workspace: Workspace, descriptor: records.Job) -> None:
         self.shape = shape
-        self._workspace = Workspace(shape.nbytes)
-        self.template = shape.template(self._workspace)
-        tokens, k = shape.capacity, shape.top_k
-        view = self._workspace.view
-        self._x = view(self.template.x, (tokens, shape.hidden), np.uint16)
-        self._ids = view(self.template.ids.address, (tokens, k), np.int64)
-        self._weights = view(self.template.weights.address, (tokens, k), np.float32)
-        self._skip_at = self.template.skip
-        self._skip = view(self._skip_at.address, (shape.experts,), np.bool_)
+        self.nbytes = workspace.nbytes
+        self.descriptor = descriptor
+        self.address = descriptor.address
+        self._words = descriptor.words
+        self._workspace = workspace
+
+    @classmethod
+    def new(cls, shape: JobShape) -> JobMemory:
+        """Memory that is not resident yet."""
+        workspace = Workspace(shape.nbytes)
+        return cls(shape, workspace, shape.descriptor(workspace))
+
+    def share(self) -> JobMemory:
+        """The same memory under a descriptor of its own, for a job whose runs never overlap with
+        those of others that share it."""
+        return JobMemory(self.shape, self._workspace, self.descriptor.copy())
+
+    def fill(self, layer: int, batch: Batch) -> None:
+        """Fill in the address of the layer's descriptor, and what a pass reads and writes."""
+        _write_batch(self._words, layer, *batch)
 
     @property
-    def nbytes(self) -> int:
-        return self._workspace.nbytes
-
-    def stage(
-        self,
-        x: npt.NDArray[np.uint16],
-        ids: npt.NDArray[np.int64],
-        weights: npt.NDArray[np.float32],
-        skip: npt.NDArray[np.bool_] | None,
-    ) -> None:
-        """Copy the inputs of a pass: [T, H], [T, k], [T, k], [E]."""
-        tokens = len(x)
-        self._x[:tokens] = x
-        self._ids[:tokens] = ids
-        self._weights[:tokens] = weights
-        if skip is not None:
-            self._skip[:] = skip
-        self.template.tokens = tokens
-        self.template.skip = u8.at(0) if skip is None else self._skip_at
-
-    def address(self, layer: records.Layer, out: int) -> int:
-        """Address of the job, for a layer and an output bf16 [T, H]."""
-        self.template.layer = layer
-        self.template.out.value = out
-        return self.template.address
+    def ignored(self) -> int:
+        """Ids out of range that the latest launch has met."""
+        return self._words[_IGNORED]
 
 
-class Job:
-    """A forward pass under way.
+class IdleMemory:
+    """Memory of jobs that are over, for later ones of the same shape: least recently used first;
+    what was given back last is always kept.
 
-    Args:
-        group: its workers.
-        running: the last published job and its number; None if there was nothing to do.
-        out: bf16 bits [T, H], what it writes.
-        ignored: ids below 0 or at and above the number of experts.
+    Without a lock, which would cost more than all the rest: `list` does one step at a time.
     """
+
+    MOST_JOBS = 16
+    MOST_BYTES = 256 << 20
+
+    def __init__(self) -> None:
+        self._idle: list[JobMemory] = []
+
+    def borrow(self, shape: JobShape) -> JobMemory:
+        """Idle memory of this shape, or new one."""
+        for memory in reversed(self._idle):
+            if memory.shape == shape:
+                try:
+                    self._idle.remove(memory)
+                except ValueError:  # another thread was faster
+                    continue
+                return memory
+        return JobMemory.new(shape)
+
+    def give_back(self, memory: JobMemory) -> None:
+        """Keep `memory`, and drop old ones past 16 jobs or 256 MiB."""
+        idle = self._idle
+        idle.append(memory)
+        while len(idle) > 1 and (
+            len(idle) > self.MOST_JOBS or sum([each.nbytes for each in idle]) > self.MOST_BYTES
+        ):
+            del idle[:1]
+
+    def clear(self) -> None:
+        """Drop all of it."""
+        self._idle.clear()
+
+
+IDLE = IdleMemory()
+"""Of the process; layers of equal sizes share it."""
+os.register_at_fork(after_in_child=IDLE.clear)  # the child has no mapping of it
+
+
+class Job(Generic[Output]):
+    """A pass under way, or one that did not start.
+
+    Attributes:
+        tokens: T.
+        ignored: ids below 0 or at and above the number of experts.
+        missing: an expert that is neither loaded nor skipped, for which reason nothing runs; or -1.
+    """
+
+    __slots__ = ("_output", "_running", "ignored", "missing", "tokens")
 
     def __init__(
         self,
-        group: PoolGroup,
-        running: tuple[StagedJob, int] | None,
-        out: npt.NDArray[np.uint16],
-        ignored: int,
+        running: tuple[PoolGroup, int, JobMemory] | None,
+        output: Output,
+        tokens: int,
+        ignored: int = 0,
+        missing: int = -1,
     ) -> None:
-        self._group = group
-        self._running = running
-        self._out = out
-        self.ignored = ignored
+        """A job that has been launched.
+
+        Args:
+            running: where, its number (that of the last part of a long batch), and what it works
+                in, which goes to `IDLE` when it is over. None: nothing runs.
+            output: what `wait` returns.
+        """
+        self._running, self._output = running, output
+        self.tokens, self.ignored, self.missing = tokens, ignored, missing
 
     @property
     def done(self) -> bool:
         """Whether `wait` would return at once."""
-        return self._running is None or self._group.is_complete(self._running[1])
+        return self._running is None or self._running[0].is_complete(self._running[1])
 
-    def wait(self) -> npt.NDArray[np.uint16]:
-        """bf16 bits [T, H]; the array is the caller's own. The calling thread works meanwhile."""
+    def wait(self) -> Output:
+        """The output, which is the caller's own. The calling thread works meanwhile. For one thread
+        at a time; a second call returns at once."""
         if self._running is not None:
-            self._group.wait(self._running[1])
-            job, self._running = self._running[0], None
-            self._group.idle.give_back(job)
-        return self._out
+            group, sequence, memory = self._running
+            group.wait(sequence)
+            self._running = None
+            IDLE.give_back(memory)
+        return self._output

@@ -10,6 +10,16 @@ Nobody waits for ever. When the pool has shown no sign of life for as long as `p
 waiter abandons the job: its output becomes NaN, and so does at once that of later jobs until the
 pool has recovered. Every failed run adds to the layer's counters and to the process's faults.
 
+Words that hand something over, as in `worker`:
+
+    word             released by   acquired by              what it hands over
+    Job.out          withdraw      phases.down_task         where the output goes now
+    Group.abandoned  raise_word    group_error              nothing: the number itself
+    sequence         launch        wait; Python             a launch that is under way
+    counters         fail, launch  Python's `report`        counts come behind what explains them
+    faults           add_fault     Python's `check_errors`  the counters
+    visits           end_visit     Python's `idle`          that the visit touches nothing any more
+
 A graph job's memory may go when `visits` has come to the number that streams were asked for (a post
 that is answered, a wait that returns) and no launch of it runs. `visits` is therefore the last word
 that a visit touches.
@@ -35,7 +45,6 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     IDS_FAULT,
     IDS_PASS,
     NO_ROOM,
-    RING,
     GraphJob,
     Group,
     Layer,
@@ -43,6 +52,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
 )
 from hybrid_moe.cpu_kernels.drivers.worker import (
     NO_TASK,
+    has_room,
     has_stopped,
     help_until,
     lock,
@@ -159,13 +169,6 @@ def group_error(group: Group) -> int:
 
 
 @driver
-def has_room(group: Group) -> bool:
-    """Whether the ring would take a job now: a cheap look, before `try_launch` which knows."""
-    submitted = load_acquire(group.submitted)
-    return load_acquire(group.completed) + RING > submitted + 1
-
-
-@driver
 def snapshot_mask(mask: Mask) -> int:
     """Bring the layer's copy of the mask up to date; return its epoch. The caller holds the mask's
     lock."""
@@ -193,15 +196,15 @@ def launch(graph_job: GraphJob) -> int:
         add_fault(graph_job)
         return 0
     epoch = snapshot_mask(mask)
-    sequence = try_launch(group, graph_job.job, graph_job.found)
+    sequence = try_launch(group, graph_job.job)
     if sequence > 0:
         store_release(graph_job.sequence, sequence)  # for `GraphJobState.idle` in Python
     unlock(group, mask.lock)
     if sequence == NO_ROOM:
         return sequence
     store_release(graph_job.epoch, epoch)
-    if graph_job.ignored_ids != IDS_PASS and graph_job.found.ignored > 0:
-        fetch_add(graph_job.counters.ignored, graph_job.found.ignored)
+    if graph_job.ignored_ids != IDS_PASS and graph_job.job.ignored > 0:
+        fetch_add(graph_job.counters.ignored, graph_job.job.ignored)
         if graph_job.ignored_ids == IDS_FAULT:
             add_fault(graph_job)
     if sequence <= 0:

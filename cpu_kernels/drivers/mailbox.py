@@ -6,6 +6,12 @@ The stream clears `done` after its wait and before its next post. Whatever a gra
 constant, so a captured number could not tell one replay from the next; words that go back to zero
 can: when a stream waits for a job, its own post comes after its own clearing of `done`, and nobody
 but the watcher's answer to that post sets it again.
+
+    word     released by             acquired by          what it hands over
+    posted   the stream's write      look                 the inputs, copied before
+    posted   accept (0)              the stream           nothing: it posts again after `done` only
+    done     complete                the stream's wait    the output
+    count    Watcher.add in Python   watch_once           the address in the post
 """
 
 from __future__ import annotations
@@ -16,7 +22,6 @@ from hybrid_moe.cpu_kernels.drivers.host import (
     fail,
     grace_ns,
     group_error,
-    has_room,
     is_withdrawn,
     launch,
     withdraw,
@@ -39,7 +44,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     Post,
     Watcher,
 )
-from hybrid_moe.cpu_kernels.drivers.worker import FUTEX_WAIT_PRIVATE
+from hybrid_moe.cpu_kernels.drivers.worker import FUTEX_WAIT_PRIVATE, has_room
 
 
 @driver

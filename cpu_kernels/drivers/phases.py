@@ -6,6 +6,8 @@
 or
     down by pair  strips of 64 hidden rows of one expert -> a float32 row for each of its pairs
     combine       strips of those rows, pairs in ascending expert -> output, all tokens
+or, where no expert is active, nothing but
+    zero          rows of the output
 
 A down task owns its output rows, so experts are summed without conflicts and no buffer of
 tokens x k x hidden exists. Few tokens on many workers want smaller tasks than that gives: they keep
@@ -25,14 +27,16 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     GATE_UP,
     SHARE_BYTES,
     STRIPS_AT_ONCE,
+    ZERO,
     Entry,
     Job,
     Layer,
     Phase,
     StripSizes,
-    Tiles,
+    TilePlan,
 )
 from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens
+from hybrid_moe.cpu_kernels.jit.records import LINE, i64
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, SUMS_BYTES
 
 
@@ -43,7 +47,7 @@ def part(total: int, parts: int, index: int) -> int:
 
 
 @driver
-def tiles_for(layer: Layer, count: int) -> Tiles:
+def tiles_for(layer: Layer, count: int) -> TilePlan:
     """How `count` tokens of one expert are cut into tiles, see `library.Tiling`."""
     if count < layer.tiled_from:
         return layer.direct
@@ -51,12 +55,12 @@ def tiles_for(layer: Layer, count: int) -> Tiles:
 
 
 @driver
-def tile_count(tiles: Tiles, count: int) -> int:
+def tile_count(tiles: TilePlan, count: int) -> int:
     return ceil_div(count, tiles.most)
 
 
 @driver
-def tile_start(tiles: Tiles, count: int, index: int) -> int:
+def tile_start(tiles: TilePlan, count: int, index: int) -> int:
     """First token of a tile, or `count` for the index past the last."""
     units = ceil_div(count, tiles.unit)
     return min(count, tiles.unit * part(units, tile_count(tiles, count), index))
@@ -149,9 +153,10 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
     expert = job.active_expert[index]
     start = job.active_start[index]
     count = job.active_start[index + 1] - start
+    packed = layer.packed[expert * job.pools + pool]
     first_block = layer.blocks[pool]
     sizes = layer.gate_up_strips
-    strips = load_acquire(layer.gate_up[pool * layer.experts + expert])
+    strips = load_acquire(packed.gate_up)
     sums = scratch + job.sums_offset
     unpacked = scratch + job.unpacked_offset
     batches = ceil_div(count, BATCH_TOKENS)
@@ -180,8 +185,8 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
                     tokens,
                     h,
                     block,
-                    layer.gate_bias[expert] + bias,
-                    layer.up_bias[expert] + bias,
+                    packed.gate_bias + bias,
+                    packed.up_bias + bias,
                 )
             strip = last
 
@@ -203,7 +208,7 @@ def gate_up_task(entry: Entry, pool: int, begin: int, end: int, scratch: int) ->
 def pair_rows(entry: Entry, row: int) -> int:
     """float32 [pairs][64]: what each pair adds to rows 64 * `row` to 64 * `row` + 63 of its
     token."""
-    return entry.job.pair_rows + SUMS_BYTES * entry.pairs * row
+    return entry.job.pair_rows + SUMS_BYTES * entry.job.pairs * row
 
 
 @driver
@@ -216,9 +221,10 @@ def down_strip(entry: Entry, pool: int, index: int, strip: int, out: int, scratc
     start = job.active_start[index]
     count = job.active_start[index + 1] - start
     sizes = layer.down_strips
-    codes = layer.down[pool * layer.experts + expert] + strip * sizes.strip_bytes
+    packed = layer.packed[expert * job.pools + pool]
+    codes = packed.down + strip * sizes.strip_bytes
     row = layer.strips[pool] + strip
-    bias = layer.down_bias[expert] + SUMS_BYTES * row
+    bias = packed.down_bias + SUMS_BYTES * row
     sums = scratch + job.sums_offset
     batches = ceil_div(count, BATCH_TOKENS)
     for b in range(batches):
@@ -257,7 +263,7 @@ def down_task(entry: Entry, pool: int, begin: int, end: int, scratch: int) -> No
     out = scratch + job.out_offset
     out_bytes = SUMS_BYTES * job.tokens
     call(job.layer.clear, out, job.tokens * (end - begin))
-    for index in range(entry.active):
+    for index in range(entry.job.active):
         for strip in range(begin, end):
             down_strip(entry, pool, index, strip, out + out_bytes * (strip - begin), scratch)
     for strip in range(begin, end):
@@ -281,8 +287,32 @@ def combine_task(entry: Entry, pool: int, begin: int, end: int, scratch: int) ->
     out = scratch + job.out_offset
     for row in range(layer.strips[pool] + begin, layer.strips[pool] + end):
         call(layer.clear, out, job.tokens)
-        call(layer.add, pair_rows(entry, row), entry.pairs, job.pair_token.address, out)
+        call(layer.add, pair_rows(entry, row), entry.job.pairs, job.pair_token.address, out)
         finish_strip(job, row, out)
+
+
+@driver
+def zero_words(begin: int, end: int) -> None:
+    words = i64.at(begin)
+    for i in range((end - begin) // 8):
+        words[i] = 0
+
+
+@driver
+def zero_task(job: Job, begin: int, end: int) -> None:
+    """Output of tokens for which nothing is computed here, in units of `clear`: float32 [64] on a
+    cache line. What is left of the output at both ends is less than a unit and a line, and comes
+    with the first unit."""
+    out = load_acquire(job.out)
+    past = out + 2 * job.tokens * job.layer.hidden
+    first = (out + LINE - 1) // LINE * LINE
+    units = max(0, past - first) // SUMS_BYTES
+    last = min(units, end)
+    if last > begin:
+        call(job.layer.clear, first + SUMS_BYTES * begin, last - begin)
+    if begin == 0:
+        zero_words(out, min(first, past))
+        zero_words(first + SUMS_BYTES * units, past)
 
 
 @driver
@@ -302,3 +332,5 @@ def run_task(entry: Entry, phase: Phase, pool: int, task: int, worker: int) -> N
         down_by_pair_task(entry, pool, begin, end, scratch)
     elif phase.kind == COMBINE:
         combine_task(entry, pool, begin, end, scratch)
+    elif phase.kind == ZERO:
+        zero_task(job, begin, end)

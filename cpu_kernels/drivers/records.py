@@ -1,8 +1,8 @@
 """The records that Python and compiled drivers share, see `jit.records`.
 
     Group  the control block of a pool group: what its threads wait for, and the ring of entries
-    Entry  a job under way: a copy of the submitted `Job`, what routing found, and its phases
-    Job    one forward of one layer as it is submitted    ->  Layer  its kernels and strips
+    Entry  a job under way: a copy of the launched `Job`, and its phases
+    Job    one forward of one layer, and what routing found  ->  Layer  its kernels and strips
     GraphJob  a job that a GPU's stream posts, over and over  ->  Job, Group, Mask, Counters
     Watcher   the thread that reads mailboxes: Post, a mailbox and what is under way there
 
@@ -42,7 +42,7 @@ CLAIM_BITS = 24
 NO_ROOM = -(1 << 62)
 """What `try_launch` returns when the ring is full."""
 
-ENCODE, GATE_UP, DOWN, DOWN_BY_PAIR, COMBINE = range(5)
+ENCODE, GATE_UP, DOWN, DOWN_BY_PAIR, COMBINE, ZERO = range(6)
 """Kinds of phases: what `phases.run_task` does."""
 
 IDS_PASS, IDS_COUNT, IDS_FAULT = range(3)
@@ -52,7 +52,7 @@ ERROR_TIMEOUT, ERROR_STUCK, ERROR_STOPPED = range(1, 4)
 """Why a run was given up."""
 
 
-class Tiles(Record):
+class TilePlan(Record):
     """A `library.Tiling`: how tokens of an expert are cut into tiles."""
 
     most = i64  # tokens of a tile
@@ -68,6 +68,17 @@ class StripSizes(Record):
     groups = i64  # K / 32
     group_bytes = i64
     strip_bytes = i64
+
+
+class Expert(Record):
+    """A pool's share of an expert. That of pool 0 is the last to be written, and its `gate_up` the
+    last word of all: whoever finds an address there finds the whole expert."""
+
+    gate_up = shared  # address of the gate/up strips, 0: not loaded
+    down = i64  # of the down strips
+    gate_bias = i64  # address of float32 [intermediate, rounded up]
+    up_bias = i64
+    down_bias = i64  # address of float32 [hidden, rounded up]
 
 
 class Layer(Record):
@@ -90,32 +101,29 @@ class Layer(Record):
     encoded_bytes = i64  # of an encoded group
     x_row_bytes = i64  # encoded row of hidden inputs
     h_row_bytes = i64  # encoded row of intermediate inputs
-    gate_bias = array(i64)  # [E] address of float32 [intermediate, rounded up]
-    up_bias = array(i64)
-    down_bias = array(i64)  # [E] address of float32 [hidden, rounded up]
-    gate_up = array(shared)  # [pools][E] address of the pool's gate/up strips, 0: not loaded
-    down = array(i64)  # [pools][E] likewise, written before gate_up
     workers = array(i64)  # [pools]
+    packed = array(inline(Expert))  # [E][pools]
     blocks = array(i64)  # [pools + 1] first 32-row block of the intermediate of each pool
     strips = array(i64)  # [pools + 1] first strip of the hidden rows of each pool
     gate_up_strips = inline(StripSizes)
     down_strips = inline(StripSizes)
-    direct = inline(Tiles)
-    tiled = inline(Tiles)
+    direct = inline(TilePlan)
+    tiled = inline(TilePlan)
     tiled_from = i64  # tokens of an expert that are cut by `tiled`; fewer by `direct`
 
 
 class Job(Record):
-    """One forward of one layer, as it is submitted. T tokens, k ids each, E experts."""
+    """One forward of one layer. T tokens, k ids each, E experts. Of the inputs only x is read after
+    the launch, and that only where no `x_copy` has been taken."""
 
     layer = pointer(Layer)
     tokens = i64
+    top_k = i64
     x = i64  # bf16 [T][hidden]
     ids = array(i64)  # [T][k]
     weights = array(f32)  # [T][k]
     skip = array(u8)  # [E] or 0: experts that contribute nothing here
     out = shared  # address of bf16 [T][hidden]; elsewhere once the job is given up
-    top_k = i64
     pools = i64
     # what routing works in and writes; "active" experts have pairs
     counts = array(i32)  # [E + 1]
@@ -135,6 +143,13 @@ class Job(Record):
     unpacked_offset = i64
     out_offset = i64
     inline_encode = i64  # 1: the publisher encodes the inputs, which is no phase then
+    x_copy = i64  # where the launch copies x to, unless it encodes it; 0: x stays as it is
+    # what routing found
+    active = i64  # number of active experts
+    most = i64  # most tokens of one expert
+    pairs = i64  # of all of them
+    ignored = i64  # ids out of range
+    missing = i64  # 1 + an expert that is not loaded and not skipped, or 0
 
 
 class Phase(Record):
@@ -158,11 +173,6 @@ class Entry(Record):
     sequence = shared
     phase_count = shared
     task_ns = shared  # what the largest task takes a slow thread, see `patience`
-    active = i64  # results of routing: number of active experts,
-    most = i64  # most tokens of one expert,
-    pairs = i64  # of all of them,
-    ignored = i64  # ids out of range,
-    missing = i64  # 1 + an expert that is not loaded and not skipped, or 0
     job = inline(Job)
     phases = inline(Phase)[MAX_PHASES]  # the last one writes the output
 
@@ -192,12 +202,6 @@ class Group(Record):
     timeout_ns = i64  # of one wait of a caller,
     timeout = i64[2]  # and the same as a struct timespec
     ring = inline(Entry)[RING]
-
-
-class Found(Record):
-    """What routing tells whoever launches a job."""
-
-    ignored = i64  # ids out of range
 
 
 class Counters(Record, alignment=LINE):
@@ -241,7 +245,6 @@ class GraphJob(Record):
     timeout_ns = i64  # without any task of the group ended, beside Entry.task_ns
     dump = i64  # where a job that nobody waits for any more writes its output
     closed = i64  # 1: the layer is gone, and whoever replays the job gets NaN
-    found = inline(Found)  # of the latest launch
     seen_progress = i64  # how far the pool was when the visit under way last saw progress,
     seen_at = i64  # and when that was, nanoseconds; or when its job was given up
     sequence = shared  # of the latest launch; 0 when it was not published

@@ -18,31 +18,30 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     DOWN_BY_PAIR,
     ENCODE,
     GATE_UP,
+    ZERO,
     Entry,
     Job,
     Phase,
 )
-from hybrid_moe.formats.strips import STRIP_ROWS
+from hybrid_moe.cpu_kernels.jit.records import i64
+from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES
 
 COMPUTED, SKIPPED, NOT_LOADED = 1, 0, -1
 
 
 @driver
 def expert_state(job: Job, expert: int) -> int:
-    """Whether an expert's pairs are computed here, belong elsewhere, or cannot be computed.
-
-    Pool 0's gate and up are what `ExpertLayer.load` publishes last: who finds them finds the rest.
-    """
+    """Whether an expert's pairs are computed here, belong elsewhere, or cannot be computed."""
     if job.skip.address != 0 and job.skip[expert] != 0:
         return SKIPPED
     # pairs with the release of `pack_strips.publish_word`
-    return COMPUTED if load_acquire(job.layer.gate_up[expert]) != 0 else NOT_LOADED
+    strips = load_acquire(job.layer.packed[expert * job.pools].gate_up)
+    return COMPUTED if strips != 0 else NOT_LOADED
 
 
 @driver
-def count_pairs(entry: Entry) -> None:
+def count_pairs(job: Job) -> None:
     """Pairs of each expert; ids out of range are counted and contribute nothing."""
-    job = entry.job
     experts = job.layer.experts
     counts = job.counts
     for e in range(experts):
@@ -59,14 +58,13 @@ def count_pairs(entry: Entry) -> None:
             counts[e] += 1
         elif state == NOT_LOADED:
             missing = e + 1
-    entry.ignored = ignored
-    entry.missing = missing
+    job.ignored = ignored
+    job.missing = missing
 
 
 @driver
-def place_pairs(entry: Entry) -> None:
+def place_pairs(job: Job) -> None:
     """Group pairs by ascending expert; within one, by token, then slot."""
-    job = entry.job
     experts = job.layer.experts
     counts = job.counts
     active = 0
@@ -84,9 +82,9 @@ def place_pairs(entry: Entry) -> None:
         else:
             counts[e] = -1
     job.active_start[active] = start
-    entry.active = active
-    entry.most = most
-    entry.pairs = start
+    job.active = active
+    job.most = most
+    job.pairs = start
 
     top_k = job.top_k
     x_rows, x_bytes = job.x_rows, job.layer.x_row_bytes
@@ -146,15 +144,19 @@ def append_phases(entry: Entry) -> None:
     """The phases of an expert layer, see `phases` for what each does and `tuning` for its tasks."""
     job = entry.job
     layer = job.layer
-    active, pairs, workers = entry.active, entry.pairs, layer.workers
+    active, pairs, workers = job.active, job.pairs, layer.workers
     store_release(entry.phase_count, 0)
     store_release(entry.task_ns, 0)
+    if active == 0:
+        units = ceil_div(2 * job.tokens * layer.hidden, SUMS_BYTES)
+        add_tasks(entry, append_phase(entry, ZERO), 0, units, min(units, workers[0]), 0)
+        return
     if job.inline_encode == 0:
         phase = append_phase(entry, ENCODE)
         add_tasks(entry, phase, 0, job.tokens, encode_tasks(job.tokens, workers[0]), 0)
 
     phase = append_phase(entry, GATE_UP)
-    macs = STRIP_ROWS * entry.most * layer.hidden
+    macs = STRIP_ROWS * job.most * layer.hidden
     for p in range(job.pools):
         strips = layer.blocks[p + 1] - layer.blocks[p]
         tasks = expert_tasks(active, strips, pairs, workers[p])
@@ -162,7 +164,7 @@ def append_phases(entry: Entry) -> None:
 
     if job.pair_rows != 0 and job.tokens <= tuning.PAIR_TOKENS:
         phase = append_phase(entry, DOWN_BY_PAIR)
-        macs = STRIP_ROWS * entry.most * layer.intermediate
+        macs = STRIP_ROWS * job.most * layer.intermediate
         for p in range(job.pools):
             strips = layer.strips[p + 1] - layer.strips[p]
             tasks = expert_tasks(active, strips, pairs, workers[p])
@@ -198,13 +200,28 @@ def encode_tokens(job: Job, begin: int, end: int) -> None:
 
 
 @driver
-def prepare(entry: Entry) -> int:
-    """Route a job and append its phases; a small one is encoded here too. Returns its missing."""
-    count_pairs(entry)
-    place_pairs(entry)
-    append_phases(entry)
-    if entry.job.inline_encode != 0:
+def take_in(job: Job) -> None:
+    """Encode the rows of x, or copy them where the workers are to encode them, so that the caller's
+    memory is free when the job has been launched. Nobody needs them if no expert is active."""
+    if job.active == 0:
+        return
+    if job.inline_encode != 0:
         before = set_float_environment()  # the caller's may flush subnormals
-        encode_tokens(entry.job, 0, entry.job.tokens)
+        encode_tokens(job, 0, job.tokens)
         restore_float_environment(before)
-    return entry.missing
+    elif job.x_copy != 0:
+        x = i64.at(job.x)
+        copy = i64.at(job.x_copy)
+        for i in range(job.tokens * job.layer.hidden // 4):
+            copy[i] = x[i]
+        job.x = job.x_copy
+
+
+@driver
+def route(job: Job) -> int:
+    """Group the pairs of a job and take in its inputs. Returns its missing."""
+    count_pairs(job)
+    place_pairs(job)
+    if job.missing == 0:
+        take_in(job)
+    return job.missing

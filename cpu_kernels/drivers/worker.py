@@ -5,6 +5,16 @@ tasks are done, not when threads have met: a thread that the system has put asid
 has work. A thread that wakes late finds other sequence numbers in the claim words and leaves
 without touching what the job owned.
 
+What a thread has written before a release, another reads behind the acquire that sees it:
+
+    word        released by                  acquired by           what it hands over
+    submitted   publish                      work, work_until      a job is in its entry
+    claims      publish                      claim                 all that a task reads
+    done        take_tasks (fetch_add)       phase_is_done         what the phase's tasks wrote
+    completed   complete                     who waits for a job   its output; the entry is free
+    worker0     leave_worker0 (fetch_add)    become_worker0        worker 0's scratch
+    a lock      unlock                       lock                  what it guards
+
 Every wait spins for a while and then sleeps on a futex, that of an `EventCount`. No wake-up is
 lost, because both sides first write and then read what the other writes:
 
@@ -42,13 +52,12 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     RING,
     Entry,
     EventCount,
-    Found,
     Group,
     Job,
     Layer,
     Phase,
 )
-from hybrid_moe.cpu_kernels.drivers.route import prepare
+from hybrid_moe.cpu_kernels.drivers.route import append_phases, route
 from hybrid_moe.cpu_kernels.jit.records import Word, i64
 
 FUTEX_WAIT_PRIVATE = 128
@@ -410,24 +419,35 @@ def copy_job(to: Job, job: Job) -> None:
 
 
 @driver
-def try_launch(group: Group, job: Job, found: Found) -> int:
-    """Copy a job into the ring, route and publish it; never waits for the pool.
+def has_room(group: Group) -> bool:
+    """Whether the ring would take a job now: a cheap look, which only its lock makes certain."""
+    submitted = load_acquire(group.submitted)
+    return load_acquire(group.completed) + RING > submitted + 1
+
+
+@driver
+def try_launch(group: Group, job: Job) -> int:
+    """Route a job, which takes in its inputs, and publish a copy of it in the ring; never waits for
+    the pool. What routing has found is in the job afterwards.
 
     Returns its sequence number, NO_ROOM if the ring is full, or -expert if a token is routed to an
     expert that is neither loaded nor skipped (0 is an expert too; sequence numbers start at 1);
     nothing runs then.
     """
+    if not has_room(group):
+        return NO_ROOM
+    missing = route(job)  # before the lock: it works in the job's own memory
+    if missing != 0:
+        return 1 - missing
     lock(group, group.lock)
-    sequence = load_acquire(group.submitted) + 1
-    if load_acquire(group.completed) + RING <= sequence:
+    if not has_room(group):
         unlock(group, group.lock)
         return NO_ROOM
+    sequence = load_acquire(group.submitted) + 1
     entry = ring_entry(group, sequence)
     open_entry(entry, sequence)
     copy_job(entry.job, job)
-    missing = prepare(entry)
-    found.ignored = entry.ignored
-    if missing == 0:
-        publish(group, entry)
+    append_phases(entry)
+    publish(group, entry)
     unlock(group, group.lock)
-    return sequence if missing == 0 else 1 - missing
+    return sequence

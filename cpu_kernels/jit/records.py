@@ -9,7 +9,7 @@
         tokens = i64
         ids = array(i64)                     # address of int64 [any number]
         tasks = i64[PHASES, MAX_POOLS]       # in the record itself
-        completed = shared_line              # a word of which threads wait, with a line to itself
+        completed = shared_line              # a word that threads wait for, with a line to itself
 
 In a driver, `job.tokens`, `job.layer.experts`, `job.ids[i]` and `job.tasks[phase, pool]` are read
 and written like attributes (`jit.translate`), and so they are where a driver runs as Python, on the
@@ -19,9 +19,9 @@ memory at a record's address. A shared word has no value: it is passed to the at
 Python makes a record by `Job.new()`, or lays it over memory (`Job.over(array)`) or an address
 (`Job.at(address)`), and fills it in by names:
 
-    job.tokens = 7                           # one field: 0.6 us
+    job.tokens = 7                           # one field: 0.5 us
     fill = Job.writer("layer", "tokens")     # once: checks the names, and that the words adjoin
-    fill(job.words, layer.address, 7)        # all of them at once: 0.3 us
+    fill(job.words, layer.address, 7)        # all of them at once: 0.5 us for seven
     job.words[Job.word("tokens")]            # a word by its index, as quick as a list
     Job.dtype                                # for NumPy: arrays of records, or views of memory
 
@@ -35,7 +35,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -111,8 +111,12 @@ class Array(Generic[T]):
         self.address, self.kind, self.shape = address, kind, shape
 
     def _at(self, index: int | tuple[int, ...]) -> int:
+        if self.shape is None:
+            if isinstance(index, tuple):
+                raise IndexError("an array that a record points to has one index")
+            return self.address + self.kind.nbytes * index
         indices = index if isinstance(index, tuple) else (index,)
-        return self.address + self.kind.nbytes * _flat_index(indices, self.shape or (1,))
+        return self.address + self.kind.nbytes * _flat_index(indices, self.shape)
 
     def __getitem__(self, index: int | tuple[int, ...]) -> T:
         return self.kind.read(self._at(index))
@@ -125,8 +129,10 @@ def _flat_index(indices: tuple[int, ...], shape: tuple[int, ...]) -> int:
     """Items before the one at `indices`, in C order."""
     if len(indices) != len(shape):
         raise IndexError(f"{len(indices)} indices for {len(shape)} dimensions")
-    flat = indices[0]
-    for size, index in zip(shape[1:], indices[1:], strict=True):
+    flat = 0
+    for size, index in zip(shape, indices, strict=True):
+        if not 0 <= index < size:
+            raise IndexError(f"index {index} is not one of {size}")
         flat = flat * size + index
     return flat
 
@@ -267,6 +273,7 @@ class Table(Kind[Array[T]]):
 
 i64: Kind[int] = Scalar(ctypes.c_int64, "i64")
 i32: Kind[int] = Scalar(ctypes.c_int32, "i32")
+i8: Kind[int] = Scalar(ctypes.c_int8, "i8")
 u8: Kind[int] = Scalar(ctypes.c_uint8, "u8")
 f32: Kind[int] = Scalar(ctypes.c_int32, "f32")
 """A float, of which drivers only move the bits."""
@@ -393,6 +400,13 @@ class Record(metaclass=_Slotted):
         if field.kind.alignment % _WORD:
             raise TypeError(f"{cls.__name__}.{name} is no word but {field.kind}")
         return field.offset // _WORD
+
+    @classmethod
+    def offsets(cls) -> SimpleNamespace:
+        """Byte offsets by field, and `nbytes`: for kernels, whose language has addresses only."""
+        return SimpleNamespace(
+            **{name: field.offset for name, field in cls.fields.items()}, nbytes=cls.nbytes
+        )
 
     @classmethod
     def writer(cls, *names: str) -> Callable[..., None]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from hybrid_moe.cpu_kernels.drivers.records import SHARE_BYTES, UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val, Var
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
+from hybrid_moe.cpu_kernels.jit.records import Record, f32, u8
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES, strip_layout
@@ -112,17 +113,15 @@ def mxfp4_scale(emit: Emit, address: Val) -> Scale:
     return Scale(power, (byte - 127).to_float())
 
 
-@dataclass(frozen=True)
-class UnpackedGroup:
-    """Byte offsets within a group of a strip as `mxfp4_unpack` leaves it."""
+class UnpackedGroup(Record):
+    """A group of a strip as `mxfp4_unpack` leaves it."""
 
-    weights: int = 0  # uint8 or int8 [quad 8][panel 4][lane 16][4]; a quad is four inputs of a row
-    powers: int = 8 * 64 * PANELS  # float32 [panel 4][lane 16]: the scales
-    exponents: int = 9 * 64 * PANELS  # and their exponents; a tier reads one of them
-    nbytes: int = 10 * 64 * PANELS
+    weights = u8[8, PANELS, 16, 4]  # or int8; [quad][panel][lane]: four inputs of a row
+    powers = f32[PANELS, 16]  # the scales [panel][lane]
+    exponents = f32[PANELS, 16]  # and their exponents; a tier reads one of them
 
 
-UNPACKED_GROUP = UnpackedGroup()
+UNPACKED_GROUP = UnpackedGroup.offsets()
 
 
 def unpacked_scale(emit: Emit, panel: Val) -> Scale:

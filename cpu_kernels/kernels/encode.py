@@ -26,23 +26,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, I64, Emit, KernelBody, Val
+from hybrid_moe.cpu_kernels.jit.records import Record, f32, i8, i32
 from hybrid_moe.formats.strips import GROUP, MOST_BLOCK_TOKENS
 
 
-@dataclass(frozen=True)
-class Fixed15Group:
-    """Byte offsets within a group of 32 encoded inputs."""
+class Fixed15Group(Record):
+    """A group of 32 encoded inputs."""
 
-    high: int = 0  # int8 [32]
-    low: int = 32  # int8 [32]
-    factor: int = 64  # float32
-    high_bias: int = 68  # int32, an accumulator of byte_dot to start from
-    low_bias: int = 72
-    exponent: int = 76  # float32, a whole number
-    nbytes: int = 80
+    high = i8[GROUP]
+    low = i8[GROUP]
+    factor = f32
+    high_bias = i32  # an accumulator of byte_dot to start from
+    low_bias = i32
+    exponent = f32  # a whole number
 
 
-FIXED15_GROUP = Fixed15Group()
+FIXED15_GROUP = Fixed15Group.offsets()
 _QUAD_ORDER = [8 * octet + i for octet in range(4) for i in (0, 2, 4, 6, 1, 3, 5, 7)]
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, left in the low mantissa bits
 _ROUND_BITS = 0x4B400000

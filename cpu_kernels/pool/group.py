@@ -14,28 +14,28 @@ import platform
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from hybrid_moe.cpu_kernels import drivers
-from hybrid_moe.cpu_kernels.drivers.records import NO_ROOM, Found, Group
+from hybrid_moe.cpu_kernels.drivers import records
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.affinity import bind_thread
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.pool.idle import IdleJobs
 from hybrid_moe.locks import ProcessLock
-
-if TYPE_CHECKING:
-    from hybrid_moe.cpu_kernels.job import StagedJob
-
-_COMPLETED, _SUBMITTED, _STOP = map(Group.word, ("completed", "submitted", "stop"))
 
 FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
 """Of the system call, by machine."""
 
+_SUBMITTED = records.Group.word("submitted")
+_COMPLETED = records.Group.word("completed")
+_STOP = records.Group.word("stop")
+
 _TIMEOUT_NS = 50_000_000  # of a caller's wait: Ctrl-C is seen after two of these at the latest
 _SPIN_NS = 50_000  # of an idle worker: torch's own threads want the cores when we are idle
 _WAIT_SPIN_NS = 200_000  # for a phase or a job: as long as the tasks of a decode step that are left
+_forks = 0
+"""That lie between the first process and this one: asking the system who we are takes longer than
+all else that a wait does in Python."""
+
 _TAKE_OVER_S = 0.0005  # between two looks of a new worker 0 whether the place is free
 
 
@@ -45,27 +45,15 @@ def _function(name: str, arity: int) -> Callable[..., int]:
     return kind(drivers.addresses()[name])
 
 
-@dataclass(frozen=True)
-class Submission:
-    """What routing found: the job's number, ids out of range, an expert that is not loaded or -1.
-
-    A job with a missing expert has not been published.
-    """
-
-    sequence: int
-    ignored: int
-    missing: int
-
-
 class PoolGroup:
     """The threads of one `PoolConfig` and their ring of jobs. Use `group_for`."""
 
     def __init__(self, config: PoolConfig) -> None:
         self.config = config
-        self._pid = os.getpid()
+        self._forks = _forks
         self._lock = threading.Lock()
         drivers.check_machine()
-        self.control = control = Group.over(Arena(Group.nbytes).bytes)
+        self.control = control = records.Group.over(Arena(records.Group.nbytes).bytes)
         self._words = control.words  # the same, quicker to read one by one
         self.address = control.address
         control.spin_ns = _SPIN_NS
@@ -75,15 +63,13 @@ class PoolGroup:
         self._in_flight: dict[int, object] = {}
         """What jobs own, by number. Entries leave by `dict.pop`, which needs no lock."""
         self._starting: object = None
-        self._found = Found.new()
-        self._found_words = self._found.words
-        self.idle: IdleJobs[StagedJob] = IdleJobs()
-        self._launch = _function("try_launch", 3)
+        self._try_launch = _function("try_launch", 2)
         self._help_until = _function("help_until", 5)
         self._wake_all = _function("wake_all", 1)
         self._work = _function("work", 3)
         self._become_worker0 = _function("become_worker0", 1)
         self._pools = config.worker_pools()
+        self._caller_pool = self._pools[0]
         self._masks = config.worker_masks()
         self.caller_works = True
         self._background_lock = threading.Lock()
@@ -135,35 +121,33 @@ class PoolGroup:
 
     def check_process(self) -> None:
         """Raise in a forked child, where the workers do not exist, and after `stop`."""
-        self._check_not_forked()
+        if self._forks != _forks:
+            self._check_not_forked()
         if self._words[_STOP]:
             raise RuntimeError("the worker threads of hybrid_moe have been stopped")
 
     def _check_not_forked(self) -> None:
-        if os.getpid() != self._pid:
+        if self._forks != _forks:
             raise RuntimeError(
                 "the worker threads of hybrid_moe do not exist in a forked child process; "
                 "load the model after the fork, or use the 'spawn' start method"
             )
 
-    def submit(self, job: int, owned: object) -> Submission:
-        """Route and publish a job.
+    def submit(self, job: int, owned: object) -> int:
+        """Route a job and hand it to the workers. It waits only while the ring is full.
 
         Args:
-            job: address of a `Job`, which is copied into the ring.
+            job: address of its descriptor, which is copied into the ring. What routing has found
+                is in it afterwards.
             owned: kept alive until the job is complete, even if nobody waits for it.
-        """
-        sequence, ignored = self.launch(job, owned)
-        if sequence <= 0:
-            return Submission(0, 0, -sequence)
-        return Submission(sequence, ignored, -1)
 
-    def launch(self, job: int, owned: object) -> tuple[int, int]:
-        """`submit` without the names: the job's number, or -expert for a missing one; and the
-        number of ids out of range."""
+        Returns:
+            The job's number, from 1 on; or -expert for an expert that is neither loaded nor
+            skipped: then nothing runs.
+        """
         self.check_process()
         if self._in_flight:
-            self.forget_completed()
+            self.release_completed()
         with self._lock:
             in_flight = self._in_flight
             # owned before it starts: an interrupt between these lines must not free its memory
@@ -171,38 +155,30 @@ class PoolGroup:
                 newest = self._words[_SUBMITTED]
                 in_flight[newest] = (in_flight.get(newest), self._starting)
             self._starting = owned
-            while True:
-                completed = self._words[_COMPLETED]
-                sequence = self._launch(self.address, job, self._found.address)
-                if sequence != NO_ROOM:
-                    break
-                self._advance(completed + 1)
+            oldest = self._words[_COMPLETED] + 1  # a full ring has it, or had
+            while (sequence := self._try_launch(self.address, job)) == records.NO_ROOM:
+                self._advance(oldest)
                 self.check_process()  # stopped: nothing will make room
+                oldest = self._words[_COMPLETED] + 1
             if sequence > 0:
                 in_flight[sequence] = owned
             self._starting = None
-            return sequence, self._found_words[0]
+            return sequence
 
-    def _advance(self, sequence: int) -> bool:
-        """Wait a while for job `sequence`, as worker 0 if nobody else is; true when complete."""
-        return bool(
-            self._help_until(self.address, sequence, self._pools[0], 0, int(self.caller_works))
-        )
+    def _advance(self, sequence: int) -> int:
+        """Wait a while for job `sequence`, as worker 0 if nobody else is; 1 when complete, or 0."""
+        return self._help_until(self.address, sequence, self._caller_pool, 0, self.caller_works)
 
     def wait(self, sequence: int) -> None:
         """Return when job `sequence` is complete, working on it meanwhile where that is allowed."""
         self.check_process()
         while not self._advance(sequence):
             self.check_process()
-        self._forget(sequence)
-
-    def _forget(self, sequence: int) -> None:
-        """Let go of what a completed job owned, and those that nobody has waited for."""
         self._in_flight.pop(sequence, None)
-        if self._in_flight:
-            self.forget_completed()
+        if self._in_flight:  # jobs that nobody has waited for
+            self.release_completed()
 
-    def forget_completed(self) -> None:
+    def release_completed(self) -> None:
         """Let go of what all completed jobs owned."""
         completed = self._words[_COMPLETED]
         for sequence in list(self._in_flight):
@@ -212,22 +188,22 @@ class PoolGroup:
     @property
     def completed(self) -> int:
         """Number of the newest job that is complete."""
-        self._check_not_forked()  # the child has no mapping of the words
+        self._check_not_forked()  # the child has no mapping of the slots
         return self._words[_COMPLETED]
 
     def is_complete(self, sequence: int) -> bool:
         """Whether job `sequence` is. What completed jobs owned is let go."""
-        self._check_not_forked()  # the child has no mapping of the words
+        self._check_not_forked()  # the child has no mapping of the slots
         if self._words[_COMPLETED] < sequence:
             return False
-        self._forget(sequence)
+        self.release_completed()
         return True
 
     def stop(self) -> None:
         """Stop the threads; bounded, since a daemon thread may not hold up the exit."""
-        if os.getpid() != self._pid:
+        if self._forks != _forks:
             return
-        self.control.stop.value = 1
+        self._words[_STOP] = 1
         self._wake_all(self.address)
         for thread in self._threads:
             thread.join(timeout=1.0)
@@ -256,7 +232,8 @@ def stop_all() -> None:
 
 def _start_anew_in_child() -> None:
     """The parent's threads do not exist in the child, which may start its own."""
-    global _groups
+    global _groups, _forks
+    _forks += 1
     _inherited.append(_groups)
     _groups = {}
 

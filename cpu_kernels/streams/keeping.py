@@ -10,18 +10,11 @@ from __future__ import annotations
 import gc
 import os
 from collections import deque
-from typing import Protocol
 
-_FEW = 8
+from hybrid_moe.cpu_kernels.streams.progress import Progress
+
+_LOOKS = 8
 """Entries that a submission looks at; each adds one at most."""
-
-
-class Progress(Protocol):
-    """Tells when memory is not touched any more."""
-
-    @property
-    def idle(self) -> bool: ...
-
 
 _busy: deque[tuple[Progress, object]] = deque()
 _replayable: list[object] = []
@@ -39,7 +32,7 @@ def for_good(memory: object) -> None:
     _replayable.append(memory)
 
 
-def release(most: int | None = _FEW) -> None:
+def release(most: int | None = _LOOKS) -> None:
     """Let go what has become idle.
 
     Args:
@@ -71,10 +64,10 @@ def _after_collection(phase: str, _: object) -> None:
 gc.callbacks.append(_after_collection)
 
 
-def _forget_parent() -> None:
+def _set_aside_in_child() -> None:
     """In a forked child nothing of the parent's becomes idle, and its memory is not touched."""
     _inherited.extend(_busy)
     _busy.clear()
 
 
-os.register_at_fork(after_in_child=_forget_parent)
+os.register_at_fork(after_in_child=_set_aside_in_child)

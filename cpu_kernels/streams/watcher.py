@@ -24,7 +24,7 @@ _NAP_NS = 50_000
 
 
 class Watcher:
-    """Mailboxes and the thread that answers them.
+    """Mailboxes and the thread that reads them.
 
     Args:
         hot_ns: how long to spin after the last sign of life.
@@ -42,7 +42,7 @@ class Watcher:
         self._kept: list[object] = []
 
     def add(self, mailbox: int, owner: object) -> bool:
-        """Answer what is posted at `mailbox`, the address of a `records.Mailbox` of zeros.
+        """Serve what is posted at `mailbox`, the address of a `records.Mailbox` of zeros.
 
         Args:
             owner: of that memory; kept for as long as the process lives.

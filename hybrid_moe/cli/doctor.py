@@ -12,7 +12,7 @@ from hybrid_moe.text import format_bytes, format_ranges
 
 if TYPE_CHECKING:
     from hybrid_moe.integrations.sglang.report import SglangReport
-    from hybrid_moe.planning.doctor import Report
+    from hybrid_moe.planning.doctor import MachineReport
 
 
 def doctor(
@@ -66,7 +66,7 @@ def sglang_facts(report: SglangReport) -> dict[str, str]:
     }
 
 
-def processor_facts(report: Report) -> dict[str, str]:
+def processor_facts(report: MachineReport) -> dict[str, str]:
     """Name, architecture, features, and the tier that was chosen."""
     isa = report.isa
     return {
@@ -77,7 +77,7 @@ def processor_facts(report: Report) -> dict[str, str]:
     }
 
 
-def core_facts(report: Report) -> dict[str, str]:
+def core_facts(report: MachineReport) -> dict[str, str]:
     """Processors and what limits them."""
     cores = report.cores
     return {
@@ -91,7 +91,7 @@ def core_facts(report: Report) -> dict[str, str]:
     }
 
 
-def memory_facts(report: Report) -> dict[str, str]:
+def memory_facts(report: MachineReport) -> dict[str, str]:
     """Sizes, limit, huge pages, and the bandwidths that were measured."""
     memory = report.memory
     return {

@@ -81,7 +81,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Report:
+class MachineReport:
     """All of it. `bandwidth`: threads -> GB/s read from memory, empty where not measured."""
 
     processor: str
@@ -98,10 +98,10 @@ class Report:
         return asdict(self)
 
 
-def machine_report(measure_bandwidth: bool = True) -> Report:
+def machine_report(measure_bandwidth: bool = True) -> MachineReport:
     """Gather the report. Measuring takes about a second per thread count."""
     cores = read_cores()
-    return Report(
+    return MachineReport(
         processor=processor_name(),
         architecture=platform.machine(),
         features=host_features(),

@@ -21,7 +21,7 @@ from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.model_config import CONFIG_NAME, ModelConfig
 from hybrid_moe.loaders.regular import read_json
 from hybrid_moe.locks import ProcessLock
-from hybrid_moe.runtime.deferral import DeferralChain, Member
+from hybrid_moe.runtime.deferral import ChainedLayer, DeferralChain
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +48,14 @@ class ConstructedChain(DeferralChain):
         self._size: int | None = None  # layers of the complete model
         self._thread = threading.get_ident()
         self._newest = -1
-        self._disputed: weakref.WeakSet[Member] = weakref.WeakSet()
+        self._disputed: weakref.WeakSet[ChainedLayer] = weakref.WeakSet()
 
     @property
     def lives(self) -> bool:
         """Whether any of its layers is neither closed nor gone."""
-        return bool(self._members or self._disputed)
+        return bool(self._layers or self._disputed)
 
-    def append(self, layer: Member) -> None:
+    def append(self, layer: ChainedLayer) -> None:
         """Add the next layer; one that cannot be the next leaves the model incomplete for ever."""
         if self.flaw is None and (
             layer.layer_idx <= self._newest or threading.get_ident() != self._thread
@@ -69,9 +69,9 @@ class ConstructedChain(DeferralChain):
 
     def end(self) -> None:
         """The layer that was appended last is the model's last one."""
-        self._size = len(self._members)
+        self._size = len(self._layers)
 
-    def leave(self, layer: Member) -> None:
+    def leave(self, layer: ChainedLayer) -> None:
         """See `DeferralChain.leave`."""
         self._disputed.discard(layer)
         super().leave(layer)
@@ -79,16 +79,16 @@ class ConstructedChain(DeferralChain):
     def after(self, layer_idx: int) -> int | None:
         """See `DeferralChain.after`. A layer runs: who comes now is not of this model, and whether
         a layer that is gone has a successor, nothing says."""
-        if self._size == len(self._members):
+        if self._size == len(self._layers):
             return super().after(layer_idx)
         if self.flaw is None:
             self.flaw = _NOT_ENDED if self._size is None else _NOT_WHOLE
         return None
 
-    def tell_last(self, layer_idx: int) -> None:
-        """See `DeferralChain.tell_last`. A flaw is told once in a process."""
+    def log_last(self, layer_idx: int) -> None:
+        """See `DeferralChain.log_last`. A flaw is logged once in a process."""
         if self.flaw is None:
-            super().tell_last(layer_idx)
+            super().log_last(layer_idx)
         elif self.flaw not in _told:
             _told.add(self.flaw)
             logger.warning(
@@ -105,7 +105,7 @@ _building: weakref.WeakValueDictionary[_Key, ConstructedChain] = weakref.WeakVal
 _lock = ProcessLock()
 
 
-def chain_of(layer: Member, weight_path: Path | None, deferred: int) -> DeferralChain | None:
+def chain_of(layer: ChainedLayer, weight_path: Path | None, deferred: int) -> DeferralChain | None:
     """The chain of a layer that was constructed without one; None if it takes no part in deferral.
 
     Args:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from hybrid_moe.locks import ProcessLock
-from hybrid_moe.runtime.submission import Launched, discard
+from hybrid_moe.runtime.submission import Started, discard
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def split_deferred(
     batch therefore defers next to nothing.
 
     Args:
-        ids: integer [B, k]; ids below 0 or at and above `num_experts` name no expert.
+        ids: integer [B, k]; ids below 0 or at and above `num_experts` are out of range.
         scores: [B, k], routing weights.
         protected_k: slots per token that must run now; 0 or less defers all, k or more none.
         num_experts: E.
@@ -47,22 +47,22 @@ def split_deferred(
         exactly one of them, at its place; all other places are -1. No synchronization: usable on
         a GPU and under capture.
     """
-    nobody = torch.full_like(ids, -1)
+    none = torch.full_like(ids, -1)
     valid = (ids >= 0) & (ids < num_experts)
     if protected_k <= 0:
-        return nobody, torch.where(valid, ids, nobody)
+        return none, torch.where(valid, ids, none)
     if protected_k >= ids.shape[1]:
-        return torch.where(valid, ids, nobody), nobody
+        return torch.where(valid, ids, none), none
     ranked = torch.where(valid, scores.to(torch.float32), float("-inf"))
     top = ranked.argsort(dim=1, descending=True, stable=True)[:, :protected_k]
-    expert = torch.where(valid, ids, num_experts).to(torch.int64)  # one place more, for no expert
+    expert = torch.where(valid, ids, num_experts).to(torch.int64)  # E: out of range
     protected = torch.zeros(num_experts + 1, dtype=torch.bool, device=ids.device)
     protected.scatter_(0, expert.gather(1, top).flatten(), True)
     now = protected[expert]
-    return torch.where(now & valid, ids, nobody), torch.where(~now & valid, ids, nobody)
+    return torch.where(now & valid, ids, none), torch.where(~now & valid, ids, none)
 
 
-class Member(Protocol):
+class ChainedLayer(Protocol):
     """A layer, as far as a chain sees it."""
 
     @property
@@ -72,7 +72,7 @@ class Member(Protocol):
     @property
     def loaded(self) -> bool: ...
     def drop(self) -> None:
-        """Forget a submission that was not synced."""
+        """Drop a submission that was not synced."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Carried:
 
     origin: int
     destination: int
-    job: Launched
+    job: Started
 
 
 class DeferralChain:
@@ -96,46 +96,46 @@ class DeferralChain:
     """
 
     def __init__(self) -> None:
-        self._members: weakref.WeakValueDictionary[int, Member] = weakref.WeakValueDictionary()
+        self._layers: weakref.WeakValueDictionary[int, ChainedLayer] = weakref.WeakValueDictionary()
         self._lock = ProcessLock()
         self.carried: Carried | None = None
         """What the layer that was called last has deferred. No more than one job is under way:
         the next layer must collect it before any other is called."""
 
-    def join(self, layer: Member) -> None:
+    def join(self, layer: ChainedLayer) -> None:
         """Give `layer` the place of its index.
 
         Raises:
             ValueError: a living layer has that index, or another hidden size.
         """
         with self._lock:
-            for other in list(self._members.values()):
+            for other in list(self._layers.values()):
                 if other.hidden_size != layer.hidden_size:
                     raise ValueError(
                         f"hidden_size is {layer.hidden_size}, but layer {other.layer_idx} of the "
                         f"same deferral_chain has {other.hidden_size}: a chain is for one model"
                     )
-            if layer.layer_idx in self._members:
+            if layer.layer_idx in self._layers:
                 raise ValueError(
                     f"the deferral_chain has a layer {layer.layer_idx} already: close it first; a "
                     "second copy of a model and a draft model need chains of their own"
                 )
-            self._members[layer.layer_idx] = layer
+            self._layers[layer.layer_idx] = layer
         if self.carried is not None and self.carried.destination == layer.layer_idx:
             self._drop_carried()  # it was meant for the layer whose place this one takes
 
     def after(self, layer_idx: int) -> int | None:
         """Index of the next living layer that is loaded, or None for the last one."""
-        later = [i for i, m in self._members.items() if i > layer_idx and m.loaded]
+        later = [i for i, m in self._layers.items() if i > layer_idx and m.loaded]
         return min(later, default=None)
 
-    def tell_last(self, layer_idx: int) -> None:
+    def log_last(self, layer_idx: int) -> None:
         """Log why `after` gave None."""
         logger.info(
             "layer %d has no MoE layer after it: none of its experts is deferred", layer_idx
         )
 
-    def take(self, layer_idx: int, tokens: int) -> Launched | None:
+    def take(self, layer_idx: int, tokens: int) -> Started | None:
         """The job that was deferred to layer `layer_idx`, which is being called; None for none.
 
         Raises:
@@ -146,7 +146,7 @@ class DeferralChain:
         carried = self.carried
         if carried is None:
             return None
-        if carried.destination not in self._members:
+        if carried.destination not in self._layers:
             self._drop_carried()
             return None
         if carried.destination != layer_idx:
@@ -168,21 +168,21 @@ class DeferralChain:
             "after a step that failed call reset()"
         )
 
-    def carry(self, origin: int, destination: int, job: Launched) -> None:
+    def carry(self, origin: int, destination: int, job: Started) -> None:
         """Leave `job` to be collected by `destination`."""
         self.carried = Carried(origin, destination, job)
 
-    def forget(self, origin: int) -> None:
+    def drop(self, origin: int) -> None:
         """Drop what layer `origin` has deferred, if that is under way."""
         if self.carried is not None and self.carried.origin == origin:
             self._drop_carried()
 
-    def leave(self, layer: Member) -> None:
+    def leave(self, layer: ChainedLayer) -> None:
         """Take out a layer that is closed, with what was deferred to it."""
         with self._lock:
-            if self._members.get(layer.layer_idx) is not layer:
+            if self._layers.get(layer.layer_idx) is not layer:
                 return
-            del self._members[layer.layer_idx]
+            del self._layers[layer.layer_idx]
         if self.carried is not None and self.carried.destination == layer.layer_idx:
             self._drop_carried()
 
@@ -190,7 +190,7 @@ class DeferralChain:
         """Drop everything under way in the layers: to be called when a step was given up between
         its first and its last layer. Does nothing where nothing is under way."""
         self._drop_carried()
-        for layer in list(self._members.values()):
+        for layer in list(self._layers.values()):
             layer.drop()
 
     def _drop_carried(self) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from hybrid_moe.runtime import arguments
 from hybrid_moe.runtime import checkpoint_cache as checkpoints
-from hybrid_moe.streams.staging import BUFFERS
+from hybrid_moe.streams.buffers import BUFFERS
 
 
 class ProcessWide:

@@ -2,78 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_FAULT, IDS_PASS
+from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.cpu_kernels.small import SMALL_TOKENS, SmallPass
+from hybrid_moe.cpu_kernels.streams.progress import Progress
 from hybrid_moe.runtime.arguments import LayerShape
+from hybrid_moe.runtime.call import check_call, is_plain, plain
 from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
-from hybrid_moe.runtime.submission import (
-    Launched,
-    NothingToDo,
-    check_call,
-    discard,
-    end_quietly,
-    is_plain,
-    submit_direct,
-)
-from hybrid_moe.streams import faults
+from hybrid_moe.runtime.host_mask import HostMask
+from hybrid_moe.runtime.submission import Started, Submission, discard
+from hybrid_moe.streams.faults import LayerFaults
 from hybrid_moe.streams.interface import Stream
-from hybrid_moe.streams.staging import SlotState, StagedJob, Stager
-
-Launch = Callable[[torch.Tensor, bool], Launched]
-"""Starts the experts of some ids [B, k] (others are -1) of a submission; True for those
-that another layer collects."""
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A submission that waits for its sync.
-
-    Attributes:
-        shape: of the batch, (B, H).
-        device: of the batch.
-        job: this layer's experts; None with a `fault`.
-        incoming: what the layer before has deferred.
-        fault: what sync will raise.
-    """
-
-    shape: torch.Size
-    device: torch.device
-    job: Launched | None
-    incoming: Launched | None
-    fault: Exception | None
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A snapshot of the mask.
-
-    Attributes:
-        skip: bool [E], experts on the GPU.
-        missing: bool [E], experts that are neither there nor loaded; None if there are none.
-        epoch: changes of the mask so far.
-    """
-
-    skip: npt.NDArray[np.bool_]
-    missing: npt.NDArray[np.bool_] | None
-    epoch: int
-
-    @classmethod
-    def of(
-        cls, mask: npt.NDArray[np.bool_], resident: npt.NDArray[np.bool_], epoch: int
-    ) -> Placement:
-        """The placement of a live mask, which is copied."""
-        skip = mask.copy()
-        missing = ~(skip | resident)
-        return cls(skip, missing if missing.any() else None, epoch)
+from hybrid_moe.streams.staging import Stager, StreamJob, StreamZeros
 
 
 class LayerRunner:
@@ -100,24 +45,15 @@ class LayerRunner:
         deferred: int,
         strict: bool,
     ) -> None:
-        self._layer, self._shape, self._mask = layer, shape, mask
-        self._resident, self._chain = resident, chain
+        self._layer, self._shape, self._chain = layer, shape, chain
         self._deferred, self._strict = deferred, strict
-        self._mask_address = mask.data_ptr()
-        self._small_calls = set[tuple[tuple[int, int], tuple[int, int]]]()
-        """Shapes of hidden states and ids that `ExpertLayer.small` takes."""
-        if resident.any() and not deferred:
-            H, k = shape.hidden_size, shape.num_experts_per_tok
-            self._small_calls = {((B, H), (B, k)) for B in range(1, SMALL_TOKENS + 1)}
-        self._mask_view: npt.NDArray[np.bool_] = mask.numpy()  # shares its memory
-        self._placement = Placement.of(self._mask_view, resident, 0)
-        self._staged: SlotState | None = None  # of the latest run, if it was on a stream
-        self._pending: Pending | None = None
-        self._small: tuple[SmallPass, torch.Tensor] | None = None
-        self._stager: Stager | None = None
-        self._told_last = False
-        self.ignored_ids = 0
-        faults.attach(self)
+        self._has_experts = bool(resident.any())
+        self._mask = HostMask(mask, resident)
+        self._seen_mask: HostMask | Progress = self._mask  # by the latest run
+        self._stager = Stager(layer, mask)
+        self._faults = LayerFaults(layer, shape.layer_idx, strict=strict)
+        self._submission: Submission | None = None
+        self._logged_last = False
 
     @property
     def layer_idx(self) -> int:
@@ -128,7 +64,12 @@ class LayerRunner:
     def mask_epoch(self) -> int:
         """How often the mask had changed when the latest run took its snapshot. On CUDA tensors
         that is when the stream reaches the submission: ask when the step's results have arrived."""
-        return self._placement.epoch if self._staged is None else self._staged.epoch
+        return self._seen_mask.epoch
+
+    @property
+    def ignored_ids(self) -> int:
+        """Ids out of range in all calls so far."""
+        return self._faults.ignored_ids
 
     def submit(
         self,
@@ -138,33 +79,24 @@ class LayerRunner:
         cuda_stream: int | None,
     ) -> None:
         """See `KTMoEWrapper.submit_forward`."""
-        chain = self._chain
-        if self._pending is not None or self._small is not None:
+        if self._submission is not None:
             raise self._submitted_twice()
-        if (
-            is_plain(hidden, ids, weights)
-            and (hidden.shape, ids.shape) in self._small_calls
-            and weights.shape == ids.shape
-            and (chain is None or chain.carried is None)
-        ):
-            self._submit_small(hidden, ids, weights)
-            return
-        check_call(hidden, ids, weights, self._shape)
+        as_it_is = is_plain(hidden, ids, weights, self._shape)
+        if not as_it_is:
+            check_call(hidden, ids, weights, self._shape)
+        chain = self._chain
         incoming = None if chain is None else chain.take(self.layer_idx, hidden.shape[0])
-        job: Launched | None = None
+        job: Started | None = None
         fault: Exception | None = None
         try:
-            placement = self._placed()
-            stream = self._stream(hidden.device, cuda_stream)
-            if stream is None:
-                fault = self._check_ids(ids, placement)
-            elif placement.missing is not None:  # nobody here knows whether the ids name it
-                raise self._not_loaded(int(np.flatnonzero(placement.missing)[0]))
-            launch = self._launcher(hidden, weights, stream, placement.skip)
-            if fault is None:
-                with stream or nullcontext():
-                    job = self._launch(launch, ids, weights, self._following())
-            self._pending = Pending(hidden.shape, hidden.device, job, incoming, fault)
+            stream = self._stream(hidden, cuda_stream)
+            if stream is not None:
+                job = self._start_on(stream, hidden, ids, weights)
+            else:
+                if not as_it_is:
+                    hidden, ids, weights = plain(hidden, ids, weights)
+                job, fault = self._start_all(hidden, ids, weights)
+            self._submission = Submission(hidden.shape, hidden.device, job, incoming, fault)
         except BaseException:
             discard(job, self.layer_idx)
             self._give_up(incoming)
@@ -179,15 +111,38 @@ class LayerRunner:
             "is dropped now; the next one starts clean"
         )
 
+    def sync(self, hidden: torch.Tensor, cuda_stream: int | None) -> torch.Tensor:
+        """See `KTMoEWrapper.sync_forward`."""
+        submission = self._submission
+        if submission is None:
+            raise RuntimeError(
+                f"layer {self.layer_idx} has no submission: call submit_forward before sync_forward"
+            )
+        if not isinstance(hidden, torch.Tensor):
+            raise TypeError(f"hidden_states must be a tensor, not {type(hidden).__name__}")
+        if hidden.shape != submission.shape or hidden.device != submission.device:
+            raise ValueError(
+                f"hidden_states has shape {tuple(hidden.shape)} on {hidden.device}, but "
+                f"{tuple(submission.shape)} on {submission.device} was submitted"
+            )
+        self._submission = None
+        try:
+            on_host = isinstance(submission.job, Job)
+            stream = None if on_host else self._stream(hidden, cuda_stream)
+            output = submission.result(stream)
+        except BaseException:
+            self._give_up(submission.incoming)
+            raise
+        if stream is not None:
+            self._raise_reported(stream)
+        return output
+
     def drop(self) -> None:
-        """Forget the submission that was not synced, if there is one, and what it deferred."""
-        small, self._small = self._small, None
-        pending, self._pending = self._pending, None
-        if small is not None:
-            end_quietly(small[0].wait, self.layer_idx)
-        if pending is not None:
-            discard(pending.job, self.layer_idx)
-            self._give_up(pending.incoming)
+        """Drop the submission that was not synced, if there is one, and what it deferred."""
+        submission, self._submission = self._submission, None
+        if submission is not None:
+            discard(submission.job, self.layer_idx)
+            self._give_up(submission.incoming)
 
     def reset(self) -> None:
         """`drop` in all layers of the model, with what is deferred between them."""
@@ -195,197 +150,134 @@ class LayerRunner:
             self._chain.reset()
         self.drop()
 
-    def _give_up(self, incoming: Launched | None) -> None:
-        """Drop what came in for a submission that failed, and what it deferred."""
-        discard(incoming, self.layer_idx)
-        if self._chain is not None:
-            self._chain.forget(self.layer_idx)
-
-    def _submit_small(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """`submit` for tensors that need neither checks nor copies."""
-        self._placed()
-        self._staged = None
-        out, (tokens, k) = torch.empty_like(hidden), ids.shape
-        running = self._layer.small(
-            tokens,
-            k,
-            hidden.data_ptr(),
-            ids.data_ptr(),
-            weights.data_ptr(),
-            self._mask_address,
-            out.data_ptr(),
-            out,
-        )
-        self._small = running, out
-        self.ignored_ids += running.ignored
-
-    def _sync_small(self, hidden: torch.Tensor, running: SmallPass, out: torch.Tensor) -> None:
-        """The other half of `_submit_small`."""
-        if type(hidden) is not torch.Tensor or not hidden.is_cpu or hidden.shape != out.shape:
-            self._check_sync(hidden, out.shape, out.device)
-        self._small = None
-        running.wait()
-        if running.ignored and self._strict:
-            raise self._out_of_range(running.ignored)
-        if running.missing >= 0:
-            raise self._not_loaded(running.missing)
-
-    def _check_sync(self, hidden: torch.Tensor, shape: torch.Size, device: torch.device) -> None:
-        """Raise unless `hidden` looks like the batch that was submitted."""
-        if not isinstance(hidden, torch.Tensor):
-            raise TypeError(f"hidden_states must be a tensor, not {type(hidden).__name__}")
-        if hidden.shape != shape or hidden.device != device:
-            raise ValueError(
-                f"hidden_states has shape {tuple(hidden.shape)} on {hidden.device}, but "
-                f"{tuple(shape)} on {device} was submitted"
-            )
-
-    def sync(self, hidden: torch.Tensor, cuda_stream: int | None) -> torch.Tensor:
-        """See `KTMoEWrapper.sync_forward`."""
-        if (small := self._small) is not None:
-            self._sync_small(hidden, *small)
-            return small[1]
-        pending = self._pending
-        if pending is None:
-            raise RuntimeError(
-                f"layer {self.layer_idx} has no submission: call submit_forward before sync_forward"
-            )
-        self._check_sync(hidden, pending.shape, pending.device)
-        self._pending = None
-        try:
-            stream = self._stream(pending.device, cuda_stream)
-            if (fault := pending.fault) is not None:
-                # a new one: its traceback would lead back to one that is kept here, and keep us
-                raise type(fault)(*fault.args)
-            assert pending.job is not None
-            output = pending.job.result(stream)
-        except BaseException:
-            self._give_up(pending.incoming)
-            raise
-        if pending.incoming is not None:
-            try:
-                earlier = pending.incoming.result(stream)
-            except BaseException:
-                self._give_up(None)
-                raise
-            if stream is None:
-                return output.add_(earlier)
-            stream.add(output, earlier)
-        if stream is not None:
-            self._raise_reported(stream)
-        return output
-
     def close(self) -> None:
         """End what is under way."""
         self.drop()
-        self._stager = self._staged = None
+        self._seen_mask = self._mask
+        self._stager.close()
+
+    def take_error(self) -> Exception | None:
+        """What workers have met in runs that have ended since the last call; never waits."""
+        return self._faults.take()
+
+    def _give_up(self, incoming: Started | None) -> None:
+        """Drop what came in for a submission that failed, and what it deferred."""
+        discard(incoming, self.layer_idx)
+        if self._chain is not None:
+            self._chain.drop(self.layer_idx)
 
     def _following(self) -> int | None:
         """The layer that deferred experts go to; None if this one defers nothing."""
-        if not self._deferred or self._chain is None:
+        if self._chain is None:
             return None
         following = self._chain.after(self.layer_idx)
-        if following is None and not self._told_last:
-            self._told_last = True
-            self._chain.tell_last(self.layer_idx)
+        if following is None and not self._logged_last:
+            self._logged_last = True
+            self._chain.log_last(self.layer_idx)
         return following
 
-    def _launcher(
-        self,
-        hidden: torch.Tensor,
-        weights: torch.Tensor,
-        stream: Stream | None,
-        skip: npt.NDArray[np.bool_],
-    ) -> Launch:
-        """How experts start on this batch."""
-        if not self._resident.any():
-            return lambda ids, later: NothingToDo(hidden)
-        if stream is not None:
-            return self._cuda_launcher(hidden, weights, stream)
-        self._staged = None
-        return lambda ids, later: submit_direct(self._layer, hidden, ids, weights, skip)
-
-    def _launch(
-        self, launch: Launch, ids: torch.Tensor, weights: torch.Tensor, following: int | None
-    ) -> Launched:
-        """Start the experts of `ids`, the deferrable ones as a job of their own."""
-        if following is None or self._chain is None:
-            return launch(ids, False)
+    def _split(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ids that run now, and those that run later."""
         protected = self._shape.num_experts_per_tok - self._deferred
-        now, later = split_deferred(ids, weights, protected, self._shape.num_experts)
-        job = launch(now, False)
+        return split_deferred(ids, weights, protected, self._shape.num_experts)
+
+    # CPU tensors --------------------------------------------------------------------------------
+
+    def _start_all(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[Job[torch.Tensor], Exception | None]:
+        """Start the experts of plain tensors, the deferrable ones as a job of their own. What is
+        wrong with the ids comes back, for the sync."""
+        self._mask.look()
+        self._seen_mask = self._mask
+        following = self._following() if self._deferred else None
+        if following is None:
+            job = self._start(hidden, ids, weights)
+            if job.ignored or job.missing >= 0:
+                return job, self._faults.count(job.ignored, job.missing)
+            return job, None
+        now, later = self._split(ids, weights)
+        job = self._start(hidden, now, weights)
         try:
-            self._chain.carry(self.layer_idx, following, launch(later, True))
+            fault = self._faults.count(_out_of_range(ids, self._shape.num_experts), job.missing)
+            if fault is None:
+                deferred = self._start(hidden, later, weights)
+                fault = self._faults.count(0, deferred.missing)
+                if fault is None and self._chain is not None:
+                    self._chain.carry(self.layer_idx, following, deferred)
         except BaseException:
-            job.discard()
+            discard(job, self.layer_idx)
             raise
-        return job
+        return job, fault
 
-    def _placed(self) -> Placement:
-        """The mask as it is now. It seldom changes, so the last snapshot is kept."""
-        now = self._mask_view.tobytes()
-        if now != self._placement.skip.tobytes():
-            epoch = self._placement.epoch + 1
-            self._placement = Placement.of(np.frombuffer(now, np.bool_), self._resident, epoch)
-        return self._placement
-
-    def _check_ids(self, ids: torch.Tensor, placement: Placement) -> Exception | None:
-        """Count ids [B, k] on the CPU that are nobody's; what is wrong with them, if anything."""
-        E, values = self._shape.num_experts, ids.numpy()
-        unsigned = values.view(np.uint64 if values.dtype == np.int64 else np.uint32)
-        ignored = int(np.count_nonzero(unsigned >= E))  # negative ids are huge as unsigned ones
-        self.ignored_ids += ignored
-        if ignored and self._strict:
-            return self._out_of_range(ignored)
-        if placement.missing is not None:
-            lost = np.flatnonzero(placement.missing & np.isin(np.arange(E), values))
-            if lost.size:
-                return self._not_loaded(int(lost[0]))
-        return None
-
-    def _out_of_range(self, count: int) -> IndexError:
-        return IndexError(
-            f"layer {self._shape.layer_idx}: {count} of the ids in topk_ids are outside "
-            f"0..{self._shape.num_experts - 1} (strict=True)"
+    def _start(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> Job[torch.Tensor]:
+        """Start the experts of plain tensors."""
+        tokens = ids.size(0)
+        if not self._has_experts:
+            ignored = _out_of_range(ids, self._shape.num_experts)
+            missing = self._mask.missing(ids[(ids >= 0) & (ids < self._shape.num_experts)])
+            return Job(None, torch.zeros_like(hidden), tokens, ignored, missing)
+        out = torch.empty_like(hidden)
+        return self._layer.start(
+            Batch(
+                tokens,
+                self._shape.num_experts_per_tok,
+                hidden.data_ptr(),
+                ids.data_ptr(),
+                weights.data_ptr(),
+                self._mask.address,
+                out.data_ptr(),
+            ),
+            out,
         )
 
-    def _not_loaded(self, expert: int) -> RuntimeError:
-        return RuntimeError(
-            f"layer {self._shape.layer_idx}: tokens are routed to expert {expert}, which "
-            "gpu_experts_mask no longer puts on the GPU and which was not loaded: the mask was "
-            "True for it when the weights were loaded"
-        )
+    # CUDA tensors -------------------------------------------------------------------------------
 
-    # CUDA ---------------------------------------------------------------------------------------
-
-    def _stream(self, device: torch.device, handle: int | None) -> Stream | None:
+    def _stream(self, hidden: torch.Tensor, handle: int | None) -> Stream | None:
         """The caller's stream on a GPU, None on the CPU."""
-        if device.type == "cpu":
+        if hidden.is_cpu:
             return None
         from hybrid_moe.streams.cuda import cuda_stream
 
-        return cuda_stream(device, handle or 0)
+        return cuda_stream(hidden.device, handle or 0)
 
-    def _cuda_launcher(self, hidden: torch.Tensor, weights: torch.Tensor, stream: Stream) -> Launch:
-        """How experts start on CUDA tensors. Nobody waits here: ids out of range are found by the
-        workers and raised at a later call."""
-        if self._strict and self._deferred:
+    def _start_on(
+        self, stream: Stream, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> StreamJob | StreamZeros:
+        """Queue the experts of a batch, the deferrable ones as a job of their own. Nobody waits
+        here: ids out of range are found by the workers and raised at a later call."""
+        self._mask.look()
+        if self._mask.nowhere >= 0:  # nobody here knows whether the ids name it
+            raise self._faults.not_loaded(self._mask.nowhere)
+        if self._has_experts and self._strict and self._deferred:
             raise ValueError(
                 "strict=True cannot tell ids out of range from deferred ones on CUDA tensors: "
                 "set max_deferred_experts_per_token=0"
             )
-        stager = self._stager
-        if stager is None:
-            stager = self._stager = Stager(self._layer, self._mask)
         self._raise_reported(stream)
         ignored = IDS_PASS if self._deferred else IDS_FAULT if self._strict else IDS_COUNT
 
-        def launch(ids: torch.Tensor, later: bool) -> StagedJob:
-            job = stager.submit(stream, hidden, ids, weights, ignored_ids=ignored, join=later)
-            self._staged = job.slot.state
+        def start(ids: torch.Tensor, later: bool) -> StreamJob | StreamZeros:
+            if not self._has_experts:
+                return StreamZeros(hidden)
+            job = self._stager.submit(stream, hidden, ids, weights, ignored_ids=ignored, join=later)
+            self._seen_mask = job.graph_job.progress
             return job
 
-        return launch
+        with stream:
+            following = self._following() if self._deferred else None
+            if following is None or self._chain is None:
+                return start(ids, False)
+            now, deferred = self._split(ids, weights)
+            job = start(now, False)
+            try:
+                self._chain.carry(self.layer_idx, following, start(deferred, True))
+            except BaseException:
+                job.discard()
+                raise
+            return job
 
     def _raise_reported(self, stream: Stream) -> None:
         """Raise what workers have reported about runs that the host did not wait for. Not during a
@@ -393,16 +285,7 @@ class LayerRunner:
         if not stream.capturing() and (error := self.take_error()) is not None:
             raise error
 
-    def take_error(self) -> Exception | None:
-        """What workers have met in runs that have ended since the last call; never waits."""
-        if self._stager is None:
-            return None
-        report = self._stager.report()
-        self.ignored_ids += report.ignored
-        if report.error is not None:
-            return RuntimeError(f"layer {self._shape.layer_idx}: {report.error}")
-        if report.missing:
-            return self._not_loaded(report.missing_expert)
-        if report.ignored and self._strict:
-            return self._out_of_range(report.ignored)
-        return None
+
+def _out_of_range(ids: torch.Tensor, experts: int) -> int:
+    """How many ids are."""
+    return int(((ids < 0) | (ids >= experts)).sum())

@@ -13,16 +13,20 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from hybrid_moe.cpu_kernels.drivers.records import Mailbox
-from hybrid_moe.cpu_kernels.job import JobShape
+from hybrid_moe.cpu_kernels.job import JobMemory, JobShape
 from hybrid_moe.cpu_kernels.streams import keeping
-from hybrid_moe.cpu_kernels.streams.slots import SlotScratch
+from hybrid_moe.cpu_kernels.streams.progress import Progress
 from hybrid_moe.locks import ProcessLock
 from hybrid_moe.streams.interface import Stream
+
+if TYPE_CHECKING:
+    from hybrid_moe.cpu_kernels.streams.watcher import Watcher
+    from hybrid_moe.streams.staging import Stager
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +47,7 @@ class BufferKey:
 @dataclass(eq=False)
 class Buffers:
     """Memory of one submission: pinned x and out [capacity, H], ids and weights [capacity, k], and
-    the CPU's scratch, which all layers share that take turns in these buffers.
+    the jobs' memory, which all layers share that take turns in these buffers.
 
     Without a mailbox, jobs are handed over by host functions.
     """
@@ -55,13 +59,13 @@ class Buffers:
     out: torch.Tensor
     mailbox: Mailbox | None
     captured: bool = False
-    scratch: dict[JobShape, SlotScratch] = field(default_factory=dict)
+    memory: dict[JobShape, JobMemory] = field(default_factory=dict)
 
-    def scratch_of(self, shape: JobShape) -> SlotScratch:
-        """The scratch of that shape: one for each model and size that use the buffers."""
-        if shape not in self.scratch:
-            self.scratch[shape] = SlotScratch(shape)
-        return self.scratch[shape]
+    def memory_of(self, shape: JobShape) -> JobMemory:
+        """What jobs of that shape work in: one for each model and size that use the buffers."""
+        if shape not in self.memory:
+            self.memory[shape] = JobMemory.new(shape)
+        return self.memory[shape]
 
     @classmethod
     def allocate(cls, key: BufferKey, stream: Stream, mailbox: Mailbox | None) -> Buffers:
@@ -77,27 +81,21 @@ class Buffers:
         )
 
 
-class Answerer(Protocol):
-    """See `hybrid_moe.cpu_kernels.streams.watcher.Watcher`."""
-
-    def add(self, mailbox: int, owner: object) -> bool: ...
-
-
-def _watcher() -> Answerer:
+def _watcher() -> Watcher:
     from hybrid_moe.cpu_kernels.streams.watcher import watcher
 
     return watcher()
 
 
 class Mailboxes:
-    """Mailboxes that a watcher answers. They are few, live forever, and are used again.
+    """Mailboxes that a watcher serves. They are few, live forever, and are used again.
 
     Args:
-        answerer: gives the watcher, when the first mailbox is needed.
+        watcher: gives it, when the first mailbox is needed.
     """
 
-    def __init__(self, answerer: Callable[[], Answerer] = _watcher) -> None:
-        self._answerer = answerer
+    def __init__(self, watcher: Callable[[], Watcher] = _watcher) -> None:
+        self._watcher = watcher
         self._idle: list[Mailbox] = []
         self._blank: list[tuple[int, torch.Tensor]] = []  # not yet watched, with their page
         self._full = False
@@ -112,7 +110,7 @@ class Mailboxes:
             page = stream.pinned((_MAILBOXES_PER_PAGE, Mailbox.nbytes // 8), torch.int64)
             self._blank = [(row.data_ptr(), page) for row in page]
         address, page = self._blank.pop()
-        if not self._answerer().add(address, page):
+        if not self._watcher().add(address, page):
             self._full = True
             logger.warning("too many mailboxes: further buffers are handed over by host functions")
             return None
@@ -122,13 +120,6 @@ class Mailboxes:
         """Keep the mailbox of buffers that are freed, which no stream uses any more."""
         if buffers.mailbox is not None:
             self._idle.append(buffers.mailbox)
-
-
-class User(Protocol):
-    """Something that keeps what points at buffers."""
-
-    def forget(self, freed: set[Buffers]) -> None:
-        """Drop what points at `freed`."""
 
 
 class BufferPool:
@@ -142,9 +133,9 @@ class BufferPool:
         self._mailboxes = mailboxes or Mailboxes()
         self._free: dict[tuple[BufferKey, int], list[Buffers]] = defaultdict(list)
         self._captured: dict[tuple[BufferKey, int], list[Buffers]] = defaultdict(list)
-        self._lost: deque[tuple[Buffers, keeping.Progress, int]] = deque()
+        self._lost: deque[tuple[Buffers, Progress, int]] = deque()
         self._in_graphs: list[Buffers] = []
-        self._users: weakref.WeakSet[User] = weakref.WeakSet()
+        self._stagers: weakref.WeakSet[Stager] = weakref.WeakSet()
         self._lock = ProcessLock()
 
     def take(self, key: BufferKey, stream: Stream) -> Buffers:
@@ -176,7 +167,7 @@ class BufferPool:
             kept = self._captured if buffers.captured else self._free
             kept[buffers.key, stream.handle].append(buffers)
 
-    def lost(self, buffers: Buffers, progress: keeping.Progress, stream: Stream) -> None:
+    def lost(self, buffers: Buffers, progress: Progress, stream: Stream) -> None:
         """Take back buffers of a job whose wait was never queued. They are used again when
         `progress` is idle; those that a graph has captured are not, since a replay posts into them
         and does not wait. May be called from finalizers.
@@ -212,13 +203,13 @@ class BufferPool:
             self._free.clear()
             for buffers in freed:
                 self._mailboxes.give_back(buffers)
-            for user in self._users:
-                user.forget(freed)
+            for stager in self._stagers:
+                stager.release(freed)
         keeping.release(most=None)
 
-    def attach(self, user: User) -> None:
-        """Let `user` know of buffers that are freed."""
-        self._users.add(user)
+    def attach(self, stager: Stager) -> None:
+        """Let `stager` know of buffers that are freed."""
+        self._stagers.add(stager)
 
     def count(self) -> tuple[int, int]:
         """Free buffers: (eager, captured)."""

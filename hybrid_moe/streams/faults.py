@@ -8,32 +8,72 @@ gets the exception, with its message, for the batch that it belongs to. The next
 from __future__ import annotations
 
 import weakref
-from typing import Protocol
 
-from hybrid_moe.cpu_kernels.streams.slots import closed_runs, faults
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.streams.graph_job import closed_runs, faults
 from hybrid_moe.locks import ProcessLock
 
 
-class Reporter(Protocol):
-    """A layer that remembers what went wrong in it."""
+class LayerFaults:
+    """What goes wrong in one layer, and how that is said.
 
-    @property
-    def layer_idx(self) -> int: ...
+    Args:
+        layer: its graph jobs are asked for what their runs have met.
+        layer_idx: index of the layer in the model.
+        strict: ids out of range are an error.
 
-    def take_error(self) -> Exception | None:
-        """What went wrong since the last call; never waits."""
+    Attributes:
+        ignored_ids: ids out of range in all calls so far.
+    """
+
+    def __init__(self, layer: ExpertLayer, layer_idx: int, *, strict: bool) -> None:
+        self._layer, self._strict = layer, strict
+        self.layer_idx = layer_idx
+        self.ignored_ids = 0
+        with _lock:
+            _layers.add(self)
+
+    def count(self, ignored: int, missing: int) -> Exception | None:
+        """Count the ids that a batch ignored; what its sync must raise, if anything.
+
+        Args:
+            missing: an expert that a token is routed to and that is nowhere, or -1.
+        """
+        self.ignored_ids += ignored
+        if ignored and self._strict:
+            return self._out_of_range(ignored)
+        return None if missing < 0 else self.not_loaded(missing)
+
+    def take(self) -> Exception | None:
+        """What workers have met in runs that have ended since the last call and that the host did
+        not wait for; never waits."""
+        report = self._layer.report()
+        self.ignored_ids += report.ignored
+        if report.error is not None:
+            return RuntimeError(f"layer {self.layer_idx}: {report.error}")
+        if report.missing:
+            return self.not_loaded(report.missing_expert)
+        return self._out_of_range(report.ignored) if report.ignored and self._strict else None
+
+    def not_loaded(self, expert: int) -> RuntimeError:
+        """A token is routed to an expert that is nowhere."""
+        return RuntimeError(
+            f"layer {self.layer_idx}: tokens are routed to expert {expert}, which "
+            "gpu_experts_mask no longer puts on the GPU and which was not loaded: the mask was "
+            "True for it when the weights were loaded"
+        )
+
+    def _out_of_range(self, count: int) -> IndexError:
+        return IndexError(
+            f"layer {self.layer_idx}: {count} of the ids in topk_ids are outside "
+            f"0..{self._layer.num_experts - 1} (strict=True)"
+        )
 
 
-_reporters: weakref.WeakSet[Reporter] = weakref.WeakSet()
+_layers: weakref.WeakSet[LayerFaults] = weakref.WeakSet()
 _lock = ProcessLock()
 _checked = 0
 _closed = 0
-
-
-def attach(reporter: Reporter) -> None:
-    """Let `check_errors` ask `reporter`."""
-    with _lock:
-        _reporters.add(reporter)
 
 
 def check_errors() -> None:
@@ -55,8 +95,8 @@ def check_errors() -> None:
     with _lock:
         runs = closed_runs()  # once: streams add to it at any moment
         _checked, closed, _closed = count, runs - _closed, runs
-        reporters = sorted(_reporters, key=lambda reporter: reporter.layer_idx)
-    errors = [error for reporter in reporters if (error := reporter.take_error()) is not None]
+        layers = sorted(_layers, key=lambda layer: layer.layer_idx)
+    errors = [error for layer in layers if (error := layer.take()) is not None]
     if closed > 0:
         errors.append(
             RuntimeError(

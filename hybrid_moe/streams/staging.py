@@ -10,13 +10,13 @@ replayed:
 
 The inputs may change as soon as the caller's stream has passed `copied`; it does not wait for the
 post, which can take a callback thread's wake-up. Post and wait go through the buffers' mailbox: the
-stream writes the address of the job's slot, waits for the flag and clears it for the next run, so
+stream writes the address of the graph job, waits for the flag and clears it for the next run, so
 that a replay of the same constants works (`hybrid_moe.cpu_kernels.drivers.mailbox` says why). Where
 a GPU has no memory flags, both are host functions, compiled ones: Python would need the GIL inside
 the driver's callback thread. Every wait is for something queued earlier, so streams that the
 hardware serializes cannot block each other.
 
-A submission may be dropped at any time, with its layer: see `cpu_kernels.streams.slots` for what
+A submission may be dropped at any time, with its layer: `cpu_kernels.streams.graph_job` says what
 stays until the stream and the workers are through with it. Its buffers come back to the pool then.
 """
 
@@ -25,84 +25,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT
-from hybrid_moe.cpu_kernels.job import JobShape
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.streams import keeping
-from hybrid_moe.cpu_kernels.streams.slots import SlotReport, SlotScratch
+from hybrid_moe.cpu_kernels.streams.graph_job import GraphJob
 from hybrid_moe.streams.buffers import BUFFERS, BufferKey, BufferPool, Buffers
 from hybrid_moe.streams.interface import Event, Stream
 
-__all__ = ["BUFFERS", "BufferPool", "StagedJob", "Stager"]
-
-
-MOST_SLOTS = 128
-"""Eager slots that a layer keeps, one for each buffers and number of tokens that it has met: all
+MOST_JOBS = 128
+"""Eager jobs that a layer keeps, one for each buffers and number of tokens that it has met: all
 batch sizes of a decoding server, but not all lengths of prompts."""
 
-
-class SlotState(Protocol):
-    """See `hybrid_moe.cpu_kernels.streams.slots.SlotState`."""
-
-    @property
-    def idle(self) -> bool: ...
-    @property
-    def epoch(self) -> int: ...
-
-
-class JobSlot(Protocol):
-    """See `cpu_kernels.streams.slots.JobSlot`. It may be dropped at any time: what streams that
-    were announced by `will_visit` still touch stays until they have."""
-
-    @property
-    def post_fn(self) -> int: ...
-    @property
-    def wait_fn(self) -> int: ...
-    @property
-    def user_data(self) -> int: ...
-    @property
-    def state(self) -> SlotState: ...
-
-    def will_visit(self, *, captured: bool, number: int = 1) -> None: ...
-
-
-class SlotMaker(Protocol):
-    """What `hybrid_moe.cpu_kernels.layer.ExpertLayer` offers for CUDA streams."""
-
-    def job_slot(
-        self,
-        *,
-        tokens: int,
-        top_k: int,
-        x: int,
-        ids: int,
-        weights: int,
-        skip: int,
-        out: int,
-        ignored_ids: int,
-        scratch: SlotScratch,
-        owned: object,
-    ) -> JobSlot: ...
-    def slot_shape(self, tokens: int, top_k: int) -> JobShape: ...
-    def slot_report(self) -> SlotReport: ...
+_Key = tuple[Buffers, int, int]
+"""Buffers, tokens, and what ids out of range mean."""
 
 
 class Stager:
     """Submissions of one layer through pinned buffers.
 
     Args:
-        maker: the layer.
+        layer: whose experts run.
         skip: bool [E] CPU tensor, the live mask; it must stay where it is.
         pool: of buffers.
     """
 
-    def __init__(self, maker: SlotMaker, skip: torch.Tensor, pool: BufferPool = BUFFERS) -> None:
-        self._maker, self._skip, self._pool = maker, skip, pool
-        self._slots: dict[tuple[Buffers, int, int], JobSlot] = {}  # least recently used first
-        self._captured: dict[tuple[Buffers, int, int], JobSlot] = {}
+    def __init__(self, layer: ExpertLayer, skip: torch.Tensor, pool: BufferPool = BUFFERS) -> None:
+        self._layer, self._skip, self._pool = layer, skip, pool
+        self._jobs: dict[_Key, GraphJob] = {}  # least recently used first
+        self._captured: dict[_Key, GraphJob] = {}
         pool.attach(self)
 
     def submit(
@@ -114,7 +68,7 @@ class Stager:
         *,
         ignored_ids: int = IDS_COUNT,
         join: bool = False,
-    ) -> StagedJob:
+    ) -> StreamJob:
         """Queue the copies of hidden [B, H], ids and weights [B, k], and the job's start.
 
         Args:
@@ -127,12 +81,12 @@ class Stager:
         keeping.release()
         buffers = self._pool.take(key, stream)
         try:
-            slot = self._slot(buffers, tokens, ignored_ids)
+            graph_job = self._job(buffers, tokens, ignored_ids)
             ready = stream.record()
         except BaseException:
             self._pool.give_back(buffers, stream)
             raise
-        job = StagedJob(slot, buffers, tokens, self._pool, stream, ready, join)
+        job = StreamJob(graph_job, buffers, tokens, self._pool, stream, ready, join)
         side = stream.side
         side.wait(job.posted)
         with side:
@@ -141,72 +95,77 @@ class Stager:
             side.to_host(buffers.weights[:tokens], weights)
         stream.wait(side.record())
         mailbox = buffers.mailbox
-        with _visit(slot, buffers.captured):
+        with _visit(graph_job, buffers.captured):
             if mailbox is not None:
-                side.write_value(mailbox.posted.address, slot.user_data)
+                side.write_value(mailbox.posted.address, graph_job.user_data)
             else:
-                side.host_function(slot.post_fn, slot.user_data)
+                side.host_function(graph_job.post_fn, graph_job.user_data)
         job.posted = side.record()
         if join:
             stream.wait(job.posted)
         return job
 
-    def _slot(self, buffers: Buffers, tokens: int, ignored_ids: int) -> JobSlot:
-        """The slot of these buffers: immutable, since the stream may still have to post it."""
+    def _job(self, buffers: Buffers, tokens: int, ignored_ids: int) -> GraphJob:
+        """The job over these buffers: immutable, since the stream may still have to post it."""
         key = (buffers, tokens, ignored_ids)
-        slots = self._captured if buffers.captured else self._slots
-        slot = slots.pop(key, None)
-        if slot is None:
-            shape = self._maker.slot_shape(tokens, buffers.key.top_k)
-            slot = self._maker.job_slot(
-                tokens=tokens,
-                top_k=buffers.key.top_k,
+        jobs = self._captured if buffers.captured else self._jobs
+        job = jobs.pop(key, None)
+        if job is None:
+            top_k = buffers.key.top_k
+            batch = Batch(
+                tokens,
+                top_k,
                 x=buffers.x.data_ptr(),
                 ids=buffers.ids.data_ptr(),
                 weights=buffers.weights.data_ptr(),
                 skip=self._skip.data_ptr(),
                 out=buffers.out.data_ptr(),
-                ignored_ids=ignored_ids,
-                scratch=buffers.scratch_of(shape),
-                owned=(buffers, self._skip),
             )
-        slots[key] = slot
-        if len(self._slots) > MOST_SLOTS:
-            del self._slots[next(iter(self._slots))]
-        return slot
+            job = self._layer.graph_job(
+                batch,
+                buffers.memory_of(self._layer.job_shape(tokens, top_k)),
+                ignored_ids=ignored_ids,
+                buffers=(buffers, self._skip),
+            )
+        jobs[key] = job
+        if len(self._jobs) > MOST_JOBS:
+            del self._jobs[next(iter(self._jobs))]
+        return job
 
-    def report(self) -> SlotReport:
-        """What went wrong in runs that have ended since the last report. Never blocks."""
-        return self._maker.slot_report()
+    def release(self, freed: set[Buffers]) -> None:
+        """Drop the jobs over `freed` buffers; nothing that is queued uses them any more."""
+        for key in [key for key in self._jobs if key[0] in freed]:
+            del self._jobs[key]
 
-    def forget(self, freed: set[Buffers]) -> None:
-        """Drop the slots over `freed` buffers; nothing that is queued uses them any more."""
-        for key in [key for key in self._slots if key[0] in freed]:
-            del self._slots[key]
+    def close(self) -> None:
+        """Drop all jobs."""
+        self._jobs.clear()
+        self._captured.clear()
 
 
 @contextmanager
-def _visit(slot: JobSlot, captured: bool) -> Iterator[None]:
+def _visit(job: GraphJob, captured: bool) -> Iterator[None]:
     """Announce the visit that is queued meanwhile; a stream that refuses it makes none."""
-    slot.will_visit(captured=captured)
+    job.will_visit(captured=captured)
     try:
         yield
     except RuntimeError:
-        slot.will_visit(captured=captured, number=-1)
+        job.will_visit(captured=captured, number=-1)
         raise
 
 
 @dataclass
-class StagedJob:
+class StreamJob:
     """A job on its way through a stream.
 
     Attributes:
+        graph_job: what is posted. tokens: T.
         posted: where the side stream has posted it.
         joined: `stream` has waited for that.
         settled: the wait is queued, and the buffers are the pool's again.
     """
 
-    slot: JobSlot
+    graph_job: GraphJob
     buffers: Buffers
     tokens: int
     pool: BufferPool
@@ -215,9 +174,8 @@ class StagedJob:
     joined: bool
     settled: bool = False
 
-    def result(self, stream: Stream | None = None) -> torch.Tensor:
+    def result(self, stream: Stream) -> torch.Tensor:
         """Queue the wait and the copy to the device; a new device tensor [B, H]."""
-        stream = stream or self.stream
         if stream.capturing() != self.buffers.captured:
             raise RuntimeError(
                 "submit_forward and sync_forward of one call must either both be captured by a "
@@ -248,7 +206,7 @@ class StagedJob:
     def _lose(self) -> None:
         if not self.settled:
             self.settled = True
-            self.pool.lost(self.buffers, self.slot.state, self.stream)
+            self.pool.lost(self.buffers, self.graph_job.progress, self.stream)
 
     def _wait(self, stream: Stream) -> None:
         """Let `stream` wait for the job's end."""
@@ -256,10 +214,29 @@ class StagedJob:
             stream.wait(self.posted)
         mailbox = self.buffers.mailbox
         if mailbox is None:
-            with _visit(self.slot, self.buffers.captured):
-                stream.host_function(self.slot.wait_fn, self.slot.user_data)
+            with _visit(self.graph_job, self.buffers.captured):
+                stream.host_function(self.graph_job.wait_fn, self.graph_job.user_data)
             self.settled = True
         else:
             self.settled = True  # a stream that waits may not find its answer taken back
             stream.wait_value(mailbox.done.address, 1)
             stream.write_value(mailbox.done.address, 0)
+
+
+@dataclass(frozen=True)
+class StreamZeros:
+    """In place of a job, for a layer of which all experts are on the GPU."""
+
+    like: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return int(self.like.shape[0])
+
+    def result(self, stream: Stream) -> torch.Tensor:
+        """Zeros like the batch, a new tensor."""
+        with stream:
+            return torch.zeros_like(self.like)
+
+    def discard(self) -> None:
+        """Nothing runs."""

@@ -255,9 +255,39 @@ def _flush(name: str, source: str) -> str:
     )
 
 
+def _scaled(value: str, power: int) -> str:
+    """%value.up = %value * 2^power"""
+    floats = "<16 x float>"
+    factor = f"<{', '.join([f'float {2**power}.0'] * 16)}>"
+    return f"  %{value}.up = fmul {floats} %{value}, {factor}\n"
+
+
+def _flush_result(name: str, operands: tuple[str, str, str]) -> str:
+    """%name = the float bits %name.raw of the fused a * b + c, or a zero of its sign where the
+    result is tiny: x86 rounds it to 24 bits as if exponents had no end and then compares it with
+    2^-126. The same sum 2^64 times as large has no subnormals there, and where it overflows or is
+    NaN the result is not tiny."""
+    wide, floats = "<16 x i32>", "<16 x float>"
+    a, b, c = operands
+
+    def all_lanes(value: int) -> str:
+        return f"<{', '.join([f'i32 {value}'] * 16)}>"
+
+    return (
+        f'  %{name}.sum = call {floats} @"llvm.fma.v16f32"'
+        f"({floats} %{a}.up, {floats} %{b}.up, {floats} %{c}.up)\n"
+        f"  %{name}.large = bitcast {floats} %{name}.sum to {wide}\n"
+        f"  %{name}.size = and {wide} %{name}.large, {all_lanes(0x7FFFFFFF)}\n"
+        f"  %{name}.sign = and {wide} %{name}.raw, {all_lanes(-0x80000000)}\n"
+        f"  %{name}.tiny = icmp ult {wide} %{name}.size, {all_lanes((127 + 64 - 126) << 23)}\n"
+        f"  %{name}.bits = select <16 x i1> %{name}.tiny, {wide} %{name}.sign, {wide} %{name}.raw\n"
+        f"  %{name} = bitcast {wide} %{name}.bits to {floats}\n"
+    )
+
+
 def _vdpbf16ps() -> str:
     """VDPBF16PS: a + odd product, then + even product. Each is a fused multiply-add, rounded to
-    nearest even; subnormal operands are zero, subnormal results become zero."""
+    nearest even; subnormal operands are zero, tiny results become zero."""
     wide, floats = "<16 x i32>", "<16 x float>"
     sixteen = f"<{', '.join(['i32 16'] * 16)}>"
     upper = f"<{', '.join(['i32 -65536'] * 16)}>"
@@ -271,9 +301,10 @@ def _vdpbf16ps() -> str:
         text += (
             f'  %f{parity} = call {floats} @"llvm.fma.v16f32"'
             f"({floats} %b{parity}, {floats} %c{parity}, {floats} %{old})\n"
-            f"  %f{parity}.raw = bitcast {floats} %f{parity} to {wide}\n"
+            f"  %r{parity}.raw = bitcast {floats} %f{parity} to {wide}\n"
         )
-        text += _flush(f"r{parity}", f"f{parity}.raw")
+        text += _scaled(f"b{parity}", 32) + _scaled(f"c{parity}", 32) + _scaled(old, 64)
+        text += _flush_result(f"r{parity}", (f"b{parity}", f"c{parity}", old))
         old = f"r{parity}"
     return text + f"  ret {floats} %r0"
 

@@ -89,8 +89,8 @@ def flush(x: Array) -> Array:
     return np.where(tiny, np.copysign(np.float32(0), x), x).astype(np.float32)
 
 
-def fma(a: Array, b: Array, c: Array) -> Array:
-    """float32 a * b + c in one rounding to nearest even, where a * b is exact in float64."""
+def _sum_to_odd(a: Array, b: Array, c: Array) -> Array:
+    """float32 a * b + c in float64, rounded to odd, where a * b is exact in float64."""
     with np.errstate(all="ignore"):
         p, c64 = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
         s = p + c64
@@ -99,8 +99,24 @@ def fma(a: Array, b: Array, c: Array) -> Array:
         bits = s.view(np.int64)
         inexact = np.isfinite(s) & (error != 0) & (bits % 2 == 0)
         away = (error > 0) == (s > 0)
-        odd = np.where(inexact, bits + np.where(away, 1, -1), bits).view(np.float64)
-        return odd.astype(np.float32)
+        return np.where(inexact, bits + np.where(away, 1, -1), bits).view(np.float64)
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """float32 a * b + c in one rounding to nearest even, where a * b is exact in float64."""
+    with np.errstate(all="ignore"):
+        return _sum_to_odd(a, b, c).astype(np.float32)
+
+
+def fma_flushed(a: Array, b: Array, c: Array) -> Array:
+    """`fma`, whose tiny results are zeros of their sign. A result is tiny if it is below the least
+    normal number once it is rounded to 24 bits as if exponents had no end: x86 detects tininess
+    after rounding. 2^-126 - 2^-150 is, though as a float32 it would round to 2^-126."""
+    odd = _sum_to_odd(a, b, c)
+    with np.errstate(all="ignore"):
+        rounded = odd.astype(np.float32)
+        tiny = np.abs((odd * 2.0**64).astype(np.float32)) < np.float32(2.0 ** (64 - 126))
+    return np.where(tiny, np.copysign(np.float32(0), rounded), rounded).astype(np.float32)
 
 
 def bf16_pairs(pair: Array) -> tuple[Array, Array]:
@@ -113,7 +129,7 @@ def vdpbf16ps(accumulator: Array, w: Array, x: Array) -> Array:
     """float32 [n], int32 [n], int32 [n] (two bf16 each) -> float32 [n]; the upper half first"""
     total = flush(accumulator)
     for a, b in zip(reversed(bf16_pairs(w)), reversed(bf16_pairs(x)), strict=True):
-        total = flush(fma(flush(a), flush(b), total))
+        total = fma_flushed(flush(a), flush(b), total)
     return total
 
 

@@ -154,6 +154,10 @@ def test_models_saturate_wrap_and_flush() -> None:
     assert dot(0, (2.0**-127, 2.0**-127), (1, 1)) == 0.0, "subnormal inputs are zero"
     assert dot(0, (2.0**-100, 0), (2.0**-27, 0)) == 0.0, "subnormal results are zero"
     assert dot(2.0**-127, (0, 0), (0, 0)) == 0.0, "a subnormal accumulator is zero"
+    least = 2.0**-126
+    assert dot(least, (2.0**-100, 0), (-(2.0**-50), 0)) == 0.0, "2^-126 - 2^-150 has 24 bits"
+    assert dot(least, (2.0**-100, 0), (-(2.0**-51), 0)) == least, "half a unit less rounds up"
+    assert dot(least, (2.0**-100, 0), (-1.5 * 2.0**-51, 0)) == 0.0
     # the odd product first: (2^24 - 2^24) + 1 = 1, the other order would lose the 1
     assert dot(2.0**24, (1, -(2.0**24)), (1, 1)) == 1.0
     # 2^24 + 1 rounds to even after each addition: 2^24 + 1 + 1 = 2^24

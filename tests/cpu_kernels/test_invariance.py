@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
+from hybrid_moe.cpu_kernels.job import IDLE
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
@@ -168,12 +168,12 @@ def test_uninitialised_memory_is_never_read(
         poisoned.append(nbytes)
 
     monkeypatch.setattr(Arena, "__init__", map_poisoned)
-    group_for(PoolConfig(1)).idle.clear()  # memory of earlier jobs would be used again
+    IDLE.clear()  # memory of earlier jobs would be used again
     layer = case.layer(RUNNABLE[name])
     packed = len(poisoned)
     assert np.array_equal(layer.forward(*batch), expected)
     assert packed and len(poisoned) > packed
-    group_for(PoolConfig(1)).idle.clear()
+    IDLE.clear()
 
 
 # how the checkpoint lay in memory

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hybrid_moe.cpu_kernels import experts as experts_module
 from hybrid_moe.cpu_kernels import layer as layer_module
-from hybrid_moe.cpu_kernels.jit.records import ArrayPointer
+from hybrid_moe.cpu_kernels.job import IDLE, INLINE_ENCODE_TOKENS
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -28,17 +29,6 @@ BATCH = random_batch(3, CASE.H, CASE.E, 2)
 THREADS = range(1, min(2, usable_cores()) + 1)
 
 
-def small(layer: ExpertLayer, x: Array, ids: Array, weights: Array) -> Array:
-    """`ExpertLayer.small` on arrays."""
-    x, ids, weights = map(np.ascontiguousarray, (x, ids, weights))
-    out = np.empty_like(x)
-    at = [array.ctypes.data for array in (x, ids, weights)]
-    running = layer.small(*ids.shape, *at, 0, out.ctypes.data, out)
-    assert running.missing < 0
-    running.wait()
-    return out
-
-
 # close
 
 
@@ -46,8 +36,9 @@ def forward(layer: ExpertLayer) -> None:
     layer.forward(*BATCH)
 
 
-def short(layer: ExpertLayer) -> None:
-    small(layer, *BATCH)
+def long(layer: ExpertLayer) -> None:
+    """Encoded by the workers, from a copy of x."""
+    layer.forward(*random_batch(INLINE_ENCODE_TOKENS + 1, CASE.H, CASE.E, 2))
 
 
 def seen_to_be_done(layer: ExpertLayer) -> None:
@@ -73,7 +64,7 @@ def several_parts(layer: ExpertLayer) -> None:
 
 def refused(layer: ExpertLayer) -> None:
     layer.forward(*BATCH)
-    layer._gate_up[0, 1] = 0
+    layer._table["gate_up"][1, 0] = 0
     with pytest.raises(RuntimeError, match="expert 1"):
         layer.forward(*BATCH)
 
@@ -81,16 +72,14 @@ def refused(layer: ExpertLayer) -> None:
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize(
     "use",
-    [forward, short, seen_to_be_done, dropped, several_parts, refused],
+    [forward, long, seen_to_be_done, dropped, several_parts, refused],
     ids=lambda u: u.__name__,
 )
 def test_nothing_holds_a_closed_layer(use: Callable[[ExpertLayer], None], threads: int) -> None:
     """No later pass is needed, and no garbage collection."""
     layer = CASE.layer(pool=PoolConfig(threads))
     use(layer)
-    held = [weakref.ref(arena) for arena in layer._arenas]
-    held += [weakref.ref(bias) for bias in layer._biases.values()]
-    assert len(held) > len(CASE.experts)
+    held = [weakref.ref(thing) for thing in (*layer._arenas, layer._table, layer._biases)]
     gc.disable()
     try:
         layer.close()
@@ -109,7 +98,7 @@ def test_a_job_under_way_holds_a_closed_layer(threads: int) -> None:
     batch = random_batch(300, case.H, case.E, 4)
     expected = case.layer().forward(*batch)
     layer = case.layer(pool=PoolConfig(threads))
-    held = [weakref.ref(layer._arenas[0]), weakref.ref(layer._biases["down", 0])]
+    held = [weakref.ref(layer._arenas[0]), weakref.ref(layer._biases)]
     job = layer.submit(*batch)
     layer.close()
     del layer
@@ -126,8 +115,7 @@ def test_a_job_under_way_holds_a_closed_layer(threads: int) -> None:
         lambda layer: layer.check_readable(0),
         lambda layer: layer.forward(*BATCH),
         lambda layer: layer.submit(*BATCH),
-        lambda layer: small(layer, *BATCH),
-        lambda layer: layer.slot_shape(1, 2),
+        lambda layer: layer.job_shape(1, 2),
     ],
     ids=[
         "load",
@@ -136,15 +124,14 @@ def test_a_job_under_way_holds_a_closed_layer(threads: int) -> None:
         "check_readable",
         "forward",
         "submit",
-        "small",
-        "slot_shape",
+        "job_shape",
     ],
 )
 @pytest.mark.parametrize("used", [False, True])
 def test_a_closed_layer_is_closed(use: Callable[[ExpertLayer], object], used: bool) -> None:
     layer = CASE.layer()
     if used:
-        small(layer, *BATCH)
+        layer.forward(*BATCH)
     layer.close()
     layer.close()
     for _ in range(2):
@@ -166,7 +153,8 @@ def test_an_expert_appears_whole(fmt: object, pools: int, monkeypatch: pytest.Mo
     layer = case.layer(pool=PoolConfig(pools, pools, (min(numa_nodes()),) * pools), only=[0, 1])
     only_before = layer.forward(*batch, skip=np.array([False, False, True]))
     layer = case.layer(pool=layer.pool, only=[0])
-    layer._slots_of[:] = [0, 1, 2]
+    layer._place[:] = [0, 1, 2]
+    layer._biases = np.zeros((3, layer._biases.shape[1]), np.float32)
     layer._arenas = [Arena(3 * layer.expert_nbytes(pool)) for pool in range(pools)]
     layer.load(0, case.experts[0])
     layer.load(1, case.experts[1])
@@ -191,26 +179,25 @@ def test_an_expert_appears_whole(fmt: object, pools: int, monkeypatch: pytest.Mo
         return step
 
     for name in ("pack_gate_up", "pack_rows", "publish_address"):
-        monkeypatch.setattr(layer_module, name, watched(getattr(layer_module, name)))
+        monkeypatch.setattr(experts_module, name, watched(getattr(experts_module, name)))
     layer.load(2, case.experts[2])
     assert set(outcomes) == {"refused", "right"}
     assert outcomes == sorted(outcomes), "what was right is refused afterwards"
     assert outcomes.count("right") == 1, "the very last step publishes the expert"
-    assert len(outcomes) == 2 * 3 * pools
+    assert len(outcomes) == 2 * (2 * pools + 1)
 
 
 def test_an_expert_loaded_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its place and its biases' stay: a pass that reads the old ones reads memory that is there."""
     layer = CASE.layer()
     layer.forward(*BATCH)
-    tables = [table.copy() for table in (layer._gate_up, layer._down, *layer._bias_tables.values())]
+    before = layer._table.copy()
     order = np.roll(np.arange(CASE.E), 1)
     turned = Case(CASE.fmt, [CASE.experts[e] for e in order])
     for expert, tensors in enumerate(turned.experts):
         layer.load(expert, tensors)
     assert np.array_equal(layer.forward(*BATCH), turned.layer().forward(*BATCH))
-    after = (layer._gate_up, layer._down, *layer._bias_tables.values())
-    assert all(np.array_equal(a, b) for a, b in zip(tables, after, strict=True))
+    assert np.array_equal(layer._table, before)
     plain = Case.random(MXFP4, 64, 96)
     for expert, tensors in enumerate(plain.experts):
         layer.load(expert, tensors)
@@ -245,21 +232,21 @@ def test_first_passes_of_several_threads(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_descriptor_owns_what_it_points_to() -> None:
-    """Every address in it, and in the tables of biases, is that of an array that jobs own."""
+    """Every address in it, and in the table of experts, is in memory that jobs own."""
     layer = CASE.layer()
     layer.forward(*BATCH)
     ready = layer._ready()
-    named = {array.ctypes.data for array in ready.memory if isinstance(array, np.ndarray)}
-    layer_record = ready.descriptor
-    kinds = {name: field.kind for name, field in type(layer_record).fields.items()}
-    pointers = [name for name, kind in kinds.items() if isinstance(kind, ArrayPointer)]
-    assert {"gate_up", "down", "blocks", "strips", "gate_bias"} <= set(pointers)
-    addresses = {getattr(layer_record, name).address for name in pointers}
-    assert addresses | {layer_record.parameters} <= named
-    biases = {array.ctypes.data for array in layer._biases.values()}
-    assert any(own is layer._biases for own in ready.memory)
-    for table in layer._bias_tables.values():
-        assert set(table.tolist()) <= named | biases
+    owned = [own for own in ready.memory if isinstance(own, np.ndarray)]
+    owned += [arena.bytes for own in ready.memory if isinstance(own, list) for arena in own]
+
+    def is_owned(address: int) -> bool:
+        return any(0 <= address - own.ctypes.data < own.nbytes for own in owned)
+
+    descriptor = ready.descriptor
+    pointers = [descriptor.packed.address, descriptor.blocks.address, descriptor.strips.address]
+    assert all(map(is_owned, [descriptor.parameters, *pointers]))
+    shares = layer._table.flatten().tolist()
+    assert all(is_owned(address) for share in shares for address in share)
 
 
 # the memory of jobs
@@ -275,16 +262,15 @@ def test_a_long_batch_takes_the_memory_of_one_job(
     layer = CASE.layer(pool=PoolConfig(threads))
     expected = layer.forward(*batch)
     monkeypatch.setattr(layer_module, "MAX_TOKENS_PER_JOB", 8)
-    idle = group_for(layer.pool).idle
-    idle.clear()
+    IDLE.clear()
     mapped.clear()
-    shape = layer.slot_shape(8, 2)
+    shape = layer.job_shape(8, 2)
     job = layer.submit(*batch)
     for array in batch:
         array[...] = 0
     assert np.array_equal(job.wait(), expected)
     assert mapped == [shape.nbytes]
-    assert [each.nbytes for each in idle._jobs] == [shape.nbytes]
+    assert [each.nbytes for each in IDLE._idle] == [shape.nbytes]
 
 
 def test_a_short_batch_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +300,7 @@ def test_an_unloaded_expert_in_a_later_part(
     x, ids, weights = random_batch(20, CASE.H, CASE.E, 2)
     ids[:] %= 4
     expected = layer.forward(x, ids, weights)
-    group.idle.clear()
+    IDLE.clear()
     ids[17] = 4
     with pytest.raises(RuntimeError, match="expert 4"):
         layer.forward(x, ids, weights)
@@ -325,22 +311,25 @@ def test_an_unloaded_expert_in_a_later_part(
     assert not mapped and expected.shape == (20, CASE.H)
 
 
+@pytest.mark.parametrize("tokens", [2, INLINE_ENCODE_TOKENS + 1])
 @pytest.mark.parametrize("first", [1, 4])
-def test_short_passes_of_other_numbers_of_experts(first: int) -> None:
+def test_passes_of_other_numbers_of_experts(first: int, tokens: int) -> None:
     """Memory that was made for one k is not taken for another."""
-    layer = CASE.layer()
+    layer, other = CASE.layer(), CASE.layer()
     for k in (first, 5 - first, 3, first):
-        x, ids, weights = random_batch(2, CASE.H, CASE.E, k)
-        assert np.array_equal(small(layer, x, ids, weights), layer.forward(x, ids, weights))
-        sizes = {job._workspace.nbytes for job in layer._small_jobs[2, k]}
-        assert sizes == {layer.slot_shape(2, k).nbytes}
+        batch = random_batch(tokens, CASE.H, CASE.E, k)
+        out = layer.forward(*batch)
+        shape = layer.job_shape(tokens, k)
+        assert shape.top_k == k and IDLE._idle[-1].shape == shape
+        IDLE.clear()
+        assert np.array_equal(out, other.forward(*batch))
 
 
 def test_loading_while_closing() -> None:
     """A load that has begun writes into memory that is still there, and leaves nothing behind."""
     layer = CASE.layer()
     tensors: ExpertTensors = CASE.experts[0]
-    real = layer_module.pack_rows
+    real = experts_module.pack_rows
     with pytest.MonkeyPatch.context() as patch:
 
         def pack(*arguments: object) -> None:
@@ -348,7 +337,7 @@ def test_loading_while_closing() -> None:
             gc.collect()
             real(*arguments)  # type: ignore[arg-type]
 
-        patch.setattr(layer_module, "pack_rows", pack)
+        patch.setattr(experts_module, "pack_rows", pack)
         with pytest.raises(RuntimeError, match="this layer is closed"):
             layer.load(0, tensors)
     assert not layer.loaded.any() and layer.nbytes == 0

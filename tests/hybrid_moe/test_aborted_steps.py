@@ -27,13 +27,19 @@ from tests.reference import assert_within
 FOLDER = Path(hybrid_moe.__file__).parent
 TRACED = {
     str(FOLDER / f"{name}.py")
-    for name in ("wrapper", "runtime/runner", "runtime/deferral", "runtime/submission")
+    for name in (
+        "wrapper",
+        "runtime/runner",
+        "runtime/host_mask",
+        "runtime/deferral",
+        "runtime/submission",
+    )
 }
 LAYERS = (0, 1, 3)
 WEIGHTS = [Weights.random(seed=index) for index in LAYERS]
 
 SHORT, LONG = 2, 9
-"""Tokens of calls that go the short way without deferral, and that never do."""
+"""Tokens whose rows `submit` encodes, and those of which it leaves a copy to the workers."""
 
 
 WATCHDOG_S = 120

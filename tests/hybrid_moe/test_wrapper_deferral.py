@@ -12,7 +12,7 @@ from hybrid_moe import wrapper as wrapper_module
 from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, E, K, Weights, wrapper
-from tests.hybrid_moe.streams.fake_layer import FakeExpertLayer
+from tests.hybrid_moe.fake_layer import FakeExpertLayer
 from tests.reference import Evaluation, added, assert_within
 
 LAYERS = (1, 2, 5)
@@ -115,9 +115,9 @@ def test_a_submit_that_fails_leaves_nothing_under_way(
 ) -> None:
     (first, _), (second, weights), (third, _) = model()
     batch, calls = Batch.random(), 0
-    real = FakeExpertLayer.submit
+    real = FakeExpertLayer.start
 
-    def submit(layer: FakeExpertLayer, *arguments: Any) -> Any:
+    def start(layer: FakeExpertLayer, *arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == failing_call:
@@ -126,7 +126,7 @@ def test_a_submit_that_fails_leaves_nothing_under_way(
 
     first.forward(*batch.args)
     with monkeypatch.context() as patch:
-        patch.setattr(FakeExpertLayer, "submit", submit)
+        patch.setattr(FakeExpertLayer, "start", start)
         with pytest.raises(MemoryError):
             second.forward(*batch.args)
     layers: list[Any] = [first._layer, second._layer]

@@ -14,7 +14,7 @@ import torch
 from hybrid_moe import wrapper as wrapper_module
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, E, H, K, Weights, wrapper
-from tests.hybrid_moe.streams.fake_layer import FakeExpertLayer
+from tests.hybrid_moe.fake_layer import FakeExpertLayer
 from tests.reference import assert_within
 
 WEIGHTS = Weights.random(bias=True)

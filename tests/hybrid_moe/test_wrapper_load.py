@@ -16,7 +16,7 @@ from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.families import EXPERTS, TOP_K, Experts, FamilyFixture, write_family
 from tests.hybrid_moe.cases import Batch, E, H, I, Weights, wrapper
-from tests.hybrid_moe.streams.fake_layer import FakeExpertLayer
+from tests.hybrid_moe.fake_layer import FakeExpertLayer
 from tests.reference import assert_within, evaluate
 
 

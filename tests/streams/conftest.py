@@ -17,4 +17,4 @@ def clean() -> Iterator[None]:
     while group.work():
         pass
     for layer in made:
-        layer.slot_report()
+        layer.report()

@@ -249,7 +249,6 @@ class Model:
             )
             runner._stager = Stager(layer, self.mask, self.pool)
             runner._stream = lambda device, handle: self._stream
-            runner._small_calls = set()  # for tensors on the CPU, which these only seem to be
             self.runners.append(runner)
         self.masked: tuple[bool, ...] = (False,) * E
 

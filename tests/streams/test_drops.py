@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.cpu_kernels.streams import keeping, slots
-from hybrid_moe.cpu_kernels.streams.slots import JobSlot, SlotState
+from hybrid_moe.cpu_kernels.streams import keeping
+from hybrid_moe.cpu_kernels.streams.graph_job import GraphJob
+from hybrid_moe.cpu_kernels.streams.progress import Progress
 from hybrid_moe.streams.buffers import BufferPool, Buffers
-from hybrid_moe.streams.staging import StagedJob
+from hybrid_moe.streams.staging import StreamJob
 from tests.streams.drops import HOWS, Drop
 from tests.streams.model import Inputs, Model
 from tests.streams.watched_memory import UseAfterFreeError
@@ -100,43 +101,43 @@ USED = UseAfterFreeError.__name__
 
 
 def replace_init(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]) -> None:
-    real = JobSlot.__init__
+    real = GraphJob.__init__
 
-    def init(self: JobSlot, *args: Any, **kwargs: Any) -> None:
+    def init(self: GraphJob, *args: Any, **kwargs: Any) -> None:
         change(kwargs)
         real(self, *args, **kwargs)
 
-    monkeypatch.setattr(JobSlot, "__init__", init)
+    monkeypatch.setattr(GraphJob, "__init__", init)
 
 
-def test_slots_that_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots.keeping, "until_idle", lambda progress, memory: None)
+def test_jobs_that_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "until_idle", lambda progress, memory: None)
     assert USED in found(points())
 
 
-def test_slots_that_forget_their_running_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_do_not_keep_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only jobs that were given up, and posts to come, keep memory."""
 
-    def idle(self: SlotState) -> bool:
+    def idle(self: Progress) -> bool:
         posted = self._record.visits.value >= self.queued
         return posted and self._record.abandoned.value <= self._group.completed
 
-    monkeypatch.setattr(SlotState, "idle", property(idle))
+    monkeypatch.setattr(Progress, "idle", property(idle))
     assert USED in found(points())
 
 
-def test_slots_that_forget_posts_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(JobSlot, "will_visit", lambda self, captured, number=1: None)
+def test_jobs_that_do_not_count_posts_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphJob, "will_visit", lambda self, captured, number=1: None)
     assert USED in found(points())
 
 
-@pytest.mark.parametrize("part", ["layer", "buffers"])
-def test_slots_that_keep_a_part(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["owned", "buffers"])
+def test_jobs_that_keep_a_part(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_init(monkeypatch, lambda kwargs: kwargs.update({part: None}))
     assert USED in found(points())
 
 
-def test_slots_that_do_not_keep_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_do_not_keep_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     def drop_mask(kwargs: dict[str, Any]) -> None:
         kwargs["buffers"] = kwargs["buffers"][0]
 
@@ -144,14 +145,14 @@ def test_slots_that_do_not_keep_the_mask(monkeypatch: pytest.MonkeyPatch) -> Non
     assert USED in found(points())
 
 
-def test_graphs_whose_slots_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots.keeping, "for_good", lambda memory: None)
+def test_graphs_whose_jobs_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "for_good", lambda memory: None)
     assert USED in found(points(replays=1))
 
 
 def test_graphs_that_still_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slots stay, and lead to a layer that is gone."""
-    monkeypatch.setattr(SlotState, "close", lambda self: None)
+    """The jobs stay, and lead to a layer that is gone."""
+    monkeypatch.setattr(Progress, "close", lambda self: None)
     assert USED in found(points(replays=1))
 
 
@@ -167,7 +168,7 @@ def test_jobs_that_nobody_collects(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_that_is_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SlotState, "idle", False)
+    monkeypatch.setattr(Progress, "idle", False)
     assert "AssertionError" in found(points()[:1])
     monkeypatch.undo()
     keeping.release(most=None)
@@ -200,7 +201,7 @@ def test_an_interrupt_between_two_looks_loses_nothing(monkeypatch: pytest.Monkey
 
 def test_jobs_whose_loss_is_not_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The buffers of a job that was never collected come back to the pool."""
-    monkeypatch.setattr(StagedJob, "_lose", lambda self: None)
+    monkeypatch.setattr(StreamJob, "_lose", lambda self: None)
     with pytest.raises(AssertionError):
         uncollected_jobs(flags=True)
 
@@ -216,7 +217,7 @@ def uncollected_jobs(flags: bool) -> None:
 
     def lose(seed: int) -> None:
         runner.submit(*Inputs.random(2, seed).tensors, 1)
-        runner._pending = runner._staged = None  # what an exception may leave
+        runner._submission = None  # what an exception may leave
 
     for seed in range(8):
         lose(seed)

@@ -16,7 +16,7 @@ import torch
 
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.drivers.records import MAX_POSTS, RING, Mailbox
-from hybrid_moe.cpu_kernels.streams import slots
+from hybrid_moe.cpu_kernels.streams import graph_job
 from hybrid_moe.cpu_kernels.streams.watcher import Watcher
 from hybrid_moe.streams.buffers import Mailboxes
 from hybrid_moe.streams.faults import check_errors
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("clean")
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "TIMEOUT_S", 0.03)
+    monkeypatch.setattr(graph_job, "TIMEOUT_S", 0.03)
 
 
 def model_without_workers(flags: bool) -> Model:
@@ -85,7 +85,7 @@ def test_layers_after_a_dead_worker_do_not_wait_for_it(
 ) -> None:
     model = model_without_workers(flags)
     step = model.capture(2)
-    monkeypatch.setattr(slots, "TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(graph_job, "TIMEOUT_S", 3600.0)
     patient = model.capture(2)
     for graph, reason in ((step, "nothing for 0.03 s"), (patient, "still busy"), (step, "still")):
         model.replay(graph, seed=0)
@@ -112,25 +112,25 @@ def test_an_abandoned_job_writes_elsewhere() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_an_abandoned_job_outlives_its_slot() -> None:
+def test_the_memory_of_an_abandoned_job_outlives_it() -> None:
     model = model_without_workers(flags=True)
     model.replay(model.capture(2), seed=0)
     model.gpu.run()
     runner: Any = model.runners[0]
-    (slot,) = map(weakref.ref, runner._stager._captured.values())
+    (job,) = map(weakref.ref, runner._stager._captured.values())
     ((buffers,),) = model.pool._captured.values()
-    scratch = weakref.ref(next(iter(buffers.scratch.values())))
+    memory = weakref.ref(next(iter(buffers.memory.values()))._workspace)
     group = model.group
     del runner, model, buffers
     gc.collect()
-    assert slot() is None and scratch() is not None
+    assert job() is None and memory() is not None
     while group.work():
         pass
 
 
 def test_progress_of_others_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job behind long ones is not late as long as those complete."""
-    monkeypatch.setattr(slots, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(graph_job, "TIMEOUT_S", 0.2)
     model = Model(flags=True, count=1)
     for seed in range(8):
         model.step(1, seed)
@@ -151,7 +151,7 @@ def test_progress_of_others_is_progress(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Client:
-    """A stream's end of a mailbox, and a slot to post."""
+    """A stream's end of a mailbox, and a graph job to post."""
 
     def __init__(self, watcher: Watcher) -> None:
         self.model = Model(count=1)
@@ -162,10 +162,10 @@ class Client:
         job = runner._stager.submit(self.model.streams[0], *given.tensors)
         self.model.gpu.agents = []
         self.model.gpu.run()  # the copies; and a post that nobody reads
-        self.slot, self.out = job.slot, job.buffers.out[:2]
+        self.job, self.out = job.graph_job, job.buffers.out[:2]
 
     def post(self) -> None:
-        self.mailbox.posted.value = self.slot.user_data
+        self.mailbox.posted.value = self.job.user_data
 
     def finish(self) -> None:
         """Wait for the answer, and clear it."""
@@ -248,5 +248,5 @@ def test_a_full_ring_makes_a_post_wait_and_give_up() -> None:
     while model.group.work():
         pass
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-    call(drivers.addresses()["post_host"])(job.slot.user_data)
+    call(drivers.addresses()["post_host"])(job.graph_job.user_data)
     assert model.group.work() and not job.buffers.out[:1].isnan().any()

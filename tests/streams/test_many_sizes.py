@@ -1,4 +1,4 @@
-"""A server that meets hundreds of prompt lengths: slots stay few, and no call costs more."""
+"""A server that meets hundreds of prompt lengths: graph jobs stay few, and no call costs more."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from hybrid_moe.cpu_kernels.batch import Batch
+from hybrid_moe.cpu_kernels.job import JobMemory
 from hybrid_moe.cpu_kernels.streams import keeping
-from hybrid_moe.cpu_kernels.streams.slots import JobSlot, SlotScratch
-from hybrid_moe.streams.staging import MOST_SLOTS
+from hybrid_moe.cpu_kernels.streams.graph_job import GraphJob
+from hybrid_moe.streams.staging import MOST_JOBS
 from tests.streams.model import E, H, Inputs, K, Model, layers, make_layers
 
-SIZES = 4 * MOST_SLOTS
+SIZES = 4 * MOST_JOBS
 
 
 def calls_of(function: Callable[[], object]) -> int:
@@ -47,19 +49,19 @@ def of_size(tokens: int) -> Inputs:
     return Inputs(hidden, ids, torch.ones(tokens, K))
 
 
-def living_slots() -> int:
+def living_jobs() -> int:
     gc.collect()
-    return sum(type(thing) is JobSlot for thing in gc.get_objects())
+    return sum(type(thing) is GraphJob for thing in gc.get_objects())
 
 
 @pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
-def test_slots_stay_few_and_calls_cost_the_same(
+def test_jobs_stay_few_and_calls_cost_the_same(
     flags: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Model(flags=flags, count=1, own=make_layers())
     runner: Any = model.runners[0]
     assert runner.take_error() is None
-    before, runner.ignored_ids = living_slots(), 0
+    before, runner._faults.ignored_ids = living_jobs(), 0
 
     def call(tokens: int) -> None:
         given = of_size(tokens)
@@ -87,14 +89,14 @@ def test_slots_stay_few_and_calls_cost_the_same(
     assert not [state for state, _ in keeping._busy if state._group is model.group]  # type: ignore[attr-defined]
     assert cost() == few
     model.gpu.run()
-    assert living_slots() - before <= MOST_SLOTS
+    assert living_jobs() - before <= MOST_JOBS
     assert all(torch.equal(result[0], results[0][0]) for result in results)
     assert not any(result[1:].any() for result in results)
     assert runner.take_error() is None  # and counts what the last calls have met
     assert runner.ignored_ids == sum(K * (tokens - 1) for tokens in range(2, SIZES)) + 4 * K * 3999
 
 
-def test_a_report_costs_the_same_for_any_number_of_slots() -> None:
+def test_a_report_costs_the_same_for_any_number_of_jobs() -> None:
     _, (layer, *_) = layers()
     pinned = {
         "x": np.zeros((SIZES, H), np.uint16),
@@ -104,14 +106,12 @@ def test_a_report_costs_the_same_for_any_number_of_slots() -> None:
         "skip": np.zeros(E, np.bool_),
     }
     addresses = {name: array.ctypes.data for name, array in pinned.items()}
-    scratch = SlotScratch(layer.slot_shape(SIZES, K))
-    slots = []
+    memory = JobMemory.new(layer.job_shape(SIZES, K))
+    jobs = []
 
     def add(count: int) -> int:
         for tokens in range(1, count + 1):
-            slots.append(
-                layer.job_slot(tokens=tokens, top_k=K, ignored_ids=0, scratch=scratch, **addresses)
-            )
-        return calls_of(layer.slot_report)
+            jobs.append(layer.graph_job(Batch(tokens, K, **addresses), memory, ignored_ids=0))
+        return calls_of(layer.report)
 
     assert add(1) == add(SIZES)

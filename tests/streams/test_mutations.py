@@ -13,7 +13,7 @@ import torch
 
 from hybrid_moe.streams.buffers import BufferPool, Buffers
 from hybrid_moe.streams.interface import Stream
-from hybrid_moe.streams.staging import StagedJob, Stager
+from hybrid_moe.streams.staging import Stager, StreamJob
 from tests.streams.emulation import SIDE_HANDLES, CaptureError, DeadlockError, EmulatedStream
 from tests.streams.programs import Program
 
@@ -81,7 +81,7 @@ def test_dropped_wait_before_the_inputs_are_copied(
 def test_dropped_wait_for_the_copies(flags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Stager.submit
 
-    def submit(self: Stager, stream: EmulatedStream, *args: Any, **kwargs: Any) -> StagedJob:
+    def submit(self: Stager, stream: EmulatedStream, *args: Any, **kwargs: Any) -> StreamJob:
         waits, wait = [], EmulatedStream.wait
 
         def record(me: EmulatedStream, event: Any) -> None:
@@ -109,7 +109,7 @@ def test_dropped_wait_for_the_post(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dropped_join_of_deferred_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Stager.submit
 
-    def submit(self: Stager, *args: Any, join: bool = False, **kwargs: Any) -> StagedJob:
+    def submit(self: Stager, *args: Any, join: bool = False, **kwargs: Any) -> StreamJob:
         job = real(self, *args, join=False, **kwargs)
         job.joined = join
         return job
@@ -140,7 +140,7 @@ def test_early_buffer_reuse(flags: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     """Buffers are free for the next submission before the result is collected."""
     real, give_back = Stager.submit, BufferPool.give_back
 
-    def submit(self: Stager, *args: Any, **kwargs: Any) -> StagedJob:
+    def submit(self: Stager, *args: Any, **kwargs: Any) -> StreamJob:
         job = real(self, *args, **kwargs)
         give_back(job.pool, job.buffers, job.stream)
         return job
@@ -153,9 +153,9 @@ def test_early_buffer_reuse(flags: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("flags", [True, False])
 def test_early_buffer_reuse_by_another_stream(flags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers go back to the stream that submitted, though another one still waits and copies."""
-    real, result = BufferPool.give_back, StagedJob.result
+    real, result = BufferPool.give_back, StreamJob.result
 
-    def to_submitter(self: StagedJob, stream: Stream | None = None) -> torch.Tensor:
+    def to_submitter(self: StreamJob, stream: Stream) -> torch.Tensor:
         def give_back(pool: BufferPool, buffers: Buffers, _: Stream) -> None:
             real(pool, buffers, self.stream)
 
@@ -163,7 +163,7 @@ def test_early_buffer_reuse_by_another_stream(flags: bool, monkeypatch: pytest.M
             patch.setattr(BufferPool, "give_back", give_back)
             return result(self, stream)
 
-    monkeypatch.setattr(StagedJob, "result", to_submitter)
+    monkeypatch.setattr(StreamJob, "result", to_submitter)
     steps = tuple(("step", 2, 0, 1) for _ in range(4))
     programs = [
         Program(seed, flags, None, 0, 3, (haste, haste), steps)
@@ -192,7 +192,7 @@ def test_callback_that_blocks_on_another_stream(
     """The side stream's callback waits for one that the caller's stream makes later."""
     real, waiting, answering = Stager.submit, 1, 2
 
-    def submit(self: Stager, stream: EmulatedStream, *args: Any, **kwargs: Any) -> StagedJob:
+    def submit(self: Stager, stream: EmulatedStream, *args: Any, **kwargs: Any) -> StreamJob:
         gpu, answered = stream.gpu, set[int]()
         may_block, number = gpu.would_block, len(gpu.python)
         gpu.python[number] = lambda _: None

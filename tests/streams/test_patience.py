@@ -15,14 +15,14 @@ from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, worker
 from hybrid_moe.cpu_kernels.drivers.records import DOWN, GATE_UP, RING, GraphJob, Group, Phase
 from hybrid_moe.cpu_kernels.jit.records import Word
-from hybrid_moe.cpu_kernels.streams import slots
+from hybrid_moe.cpu_kernels.streams import graph_job
 from hybrid_moe.formats.strips import STRIP_ROWS
 from hybrid_moe.streams.faults import check_errors
 from tests.streams.interpreted import Clock, interpret
 from tests.streams.model import H, I, Inputs, K, Model
 
 SECOND = 10**9
-TIMEOUT = int(slots.TIMEOUT_S) * SECOND
+TIMEOUT = int(graph_job.TIMEOUT_S) * SECOND
 
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -41,8 +41,8 @@ class Waiter:
         self.inputs = inputs
         runner: Any = model.runners[0]
         runner.submit(*inputs.tensors, 1)
-        job = runner._pending.job
-        self.slot, self.buffers = job.slot, job.buffers
+        job = runner._submission.job
+        self.posted, self.buffers = job.graph_job, job.buffers
         self.result = runner.sync(inputs.hidden, 1)
         model.gpu.run_some(200)
         group = model.group
@@ -50,7 +50,7 @@ class Waiter:
         self.sequence = self.group.submitted.value
         assert self.sequence == self.group.completed.value + 1
         self.entry = worker.ring_entry(self.group, self.sequence)
-        self.graph_job = GraphJob.at(self.slot.user_data)
+        self.graph_job = GraphJob.at(self.posted.user_data)
 
     @property
     def patience(self) -> int:
@@ -300,7 +300,7 @@ def test_a_launch_that_finds_no_room_after_all_waits_for_nobody(
     monkeypatch.setattr(mailbox, "has_room", lambda group: True)
     mailbox.watch_once(model.watcher.control)
     assert group.lock.value == 0 and group.submitted.value - group.completed.value == RING - 1
-    assert GraphJob.at(late.slot.user_data).mask.lock.value == 0
+    assert GraphJob.at(late.graph_job.user_data).mask.lock.value == 0
     clock.pass_by(2 * TIMEOUT)
     for _ in range(2):
         mailbox.watch_once(model.watcher.control)

@@ -24,7 +24,6 @@ from hybrid_moe.cpu_kernels.jit.records import (
     LINE,
     Record,
     array,
-    f32,
     i32,
     i64,
     inline,
@@ -34,11 +33,13 @@ from hybrid_moe.cpu_kernels.jit.records import (
     u8,
 )
 from hybrid_moe.cpu_kernels.jit.translate import translate
+from hybrid_moe.cpu_kernels.kernels.dot import UnpackedGroup
+from hybrid_moe.cpu_kernels.kernels.encode import Fixed15Group
 
-SCALARS = {"i64": i64, "i32": i32, "u8": u8, "f32": f32}
-BITS = {"i64": 64, "i32": 32, "u8": 8, "f32": 32}
+BITS = {"i64": 64, "i32": 32, "i8": 8, "u8": 8, "f32": 32}
 
 DECLARED = [kind for kind in vars(declared).values() if isinstance(kind, type)]
+DECLARED += [Fixed15Group, UnpackedGroup]
 
 
 class Pair(Record):
@@ -128,7 +129,7 @@ class Layout:
 
 
 shapes = st.sampled_from([(), (), (3,), (1,), (2, 3), (2, 1, 2)])
-layouts = st.lists(st.tuples(st.sampled_from(sorted(SCALARS)), shapes), min_size=1, max_size=6)
+layouts = st.lists(st.tuples(st.sampled_from(sorted(BITS)), shapes), min_size=1, max_size=6)
 
 
 @settings(
@@ -229,6 +230,10 @@ def test_what_is_not_assigned_to() -> None:
         record.pair = Pair.new()
     with pytest.raises(IndexError, match="1 indices for 2 dimensions"):
         record.table[1]
+    with pytest.raises(IndexError, match="index 3 is not one of 3"):
+        record.table[1, 3]
+    with pytest.raises(IndexError, match="has one index"):
+        record.items[1, 3]
     with pytest.raises(ValueError, match="8 bytes do not hold an All: 384"):
         All.over(np.zeros(8, np.uint8))
 

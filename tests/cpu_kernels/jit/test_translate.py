@@ -15,18 +15,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_moe.cpu_kernels import drivers
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import records
 from hybrid_moe.cpu_kernels.drivers.intrinsics import compare_swap, driver, load_acquire
 from hybrid_moe.cpu_kernels.drivers.pack_strips import pack_strips
 from hybrid_moe.cpu_kernels.drivers.records import Entry
-from hybrid_moe.cpu_kernels.drivers.route import prepare
+from hybrid_moe.cpu_kernels.drivers.route import append_phases, route
 from hybrid_moe.cpu_kernels.drivers.worker import copy_job
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.jit.driver import Driver, Intrinsic
-from hybrid_moe.cpu_kernels.jit.records import Word, i64, shared
+from hybrid_moe.cpu_kernels.jit.records import (
+    Array,
+    Record,
+    Word,
+    array,
+    i8,
+    i32,
+    i64,
+    inline,
+    pointer,
+    shared,
+    shared_line,
+    u8,
+)
 from hybrid_moe.cpu_kernels.jit.translate import translate
-from hybrid_moe.cpu_kernels.job import StagedJob
+from hybrid_moe.cpu_kernels.job import INLINE_ENCODE_TOKENS, JobMemory
 from hybrid_moe.formats.table import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
 
@@ -138,6 +152,28 @@ def test_operators(operators: list[Callable[..., int]], a: int, b: int) -> None:
             assert code(a, b) == 0
         else:
             assert code(a, b) == wrapped(int(function(a, b))), function.__name__
+
+
+@driver
+def shift_up(a: int, b: int) -> int:
+    return a << b
+
+
+@driver
+def shift_down(a: int, b: int) -> int:
+    return a >> b
+
+
+@pytest.fixture(scope="module")
+def shifts() -> list[Callable[..., int]]:
+    return compiled(shift_up, shift_down)
+
+
+@given(a=INT64, b=st.integers(-200, 200) | INT64)
+def test_shifts_by_any_number(shifts: list[Callable[..., int]], a: int, b: int) -> None:
+    """By 64 or more, as Python's of a number with endless sign bits; so by less than 0."""
+    by = b if 0 <= b < 64 else 64
+    assert [code(a, b) for code in shifts] == [wrapped(a << by), a >> by]
 
 
 # control flow
@@ -326,6 +362,89 @@ def test_what_is_evaluated(a: int) -> None:
     assert np.array_equal(memory, expected)
 
 
+# records
+
+
+class Leaf(Record):
+    small = u8
+    large = i64
+
+
+class Tree(Record):
+    leaf = pointer(Leaf)
+    own = inline(Leaf)
+    leaves = inline(Leaf)[3]
+    tiny = array(i8)
+    table = i32[2, 3]
+    lines = shared_line[2]
+    lone = shared
+
+
+@driver
+def largest(leaves: Array[Leaf], count: int) -> int:
+    found = leaves[0].large
+    for i in range(1, count):
+        found = max(found, leaves[i].large)
+    return found
+
+
+@driver
+def take(word: Word, value: int) -> bool:
+    return compare_swap(word, value, value + 1)
+
+
+@driver
+def leaf_of(tree: Tree, other: int) -> Leaf:
+    if other != 0:
+        return tree.own
+    return tree.leaf
+
+
+@driver
+def walk(tree: Tree, a: int) -> int:
+    tree.leaf.large += a
+    tree.leaves[a % 3].large = a
+    tree.leaves[1].small -= 300 + a
+    tree.own.large = largest(tree.leaves, 3)
+    tiny = tree.tiny
+    tiny[2] ^= a
+    i8.at(tree.tiny.address)[0] = tree.leaf.small
+    tree.table[a % 2, 2] = tree.table[1, a % 3] - a
+    leaf_of(tree, a % 2).small += 1
+    if a > 0:
+        tree.leaf = tree.own
+    return take(tree.lines[a % 2], a) + 2 * take(tree.lone, 3) + tree.leaf.large
+
+
+@pytest.mark.usefixtures("_python_memory")
+@given(a=SMALL, seed=st.integers(0, 99))
+def test_records(walks: Callable[..., int], a: int, seed: int) -> None:
+    """Whatever a driver does to them is the same in Python."""
+    rng = np.random.default_rng(seed)
+    results = []
+    tree, leaf, tiny = Tree.new(), Leaf.new(), rng.integers(-128, 127, 4, np.int8)
+    for word in range(len(tree.words)):
+        tree.words[word] = int(rng.integers(-(2**40), 2**40))
+    tree.lines[a % 2].value, tree.lone.value = a + seed % 2, 3
+    for run in (walks, walk):
+        mine, own_leaf, own_tiny = tree.copy(), leaf.copy(), tiny.copy()
+        mine.leaf, mine.tiny = own_leaf, i8.at(own_tiny.ctypes.data)
+        value = walks(mine.address, a) if run is walks else walk(mine, a)
+        points_inside = mine.leaf.address == mine.own.address
+        mine.leaf, mine.tiny = Leaf.at(0), i8.at(0)
+        results.append(
+            (int(value), points_inside, mine.words.tolist(), own_leaf.words.tolist(),
+             own_tiny.tolist())
+        )  # fmt: skip
+    assert results[0] == results[1]
+
+
+@pytest.fixture(scope="module")
+def walks() -> Callable[..., int]:
+    (code,) = compiled(walk)
+    return code
+
+
 # the drivers themselves
 
 
@@ -352,33 +471,45 @@ def test_packing(rows: int, half_step: int) -> None:
 @pytest.mark.usefixtures("_python_memory")
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_routing(tokens: int) -> None:
-    """`prepare` on the same entry, as Python and as machine code."""
-    (code,) = compiled(prepare)
+    """The same job, as Python and as machine code: its pairs, its encoded or copied rows, and the
+    phases of its entry."""
+    code_route, code_phases = compiled(route, append_phases)
     case = Case.random(MXFP4, 64, 96)
     layer = case.layer()
-    x, ids, weights = random_batch(tokens, case.H, case.E, 3)
+    batch = random_batch(tokens, case.H, case.E, 3)
+    x, ids, weights = map(np.ascontiguousarray, batch)
     ids[0, 0], ids[-1, -1] = -1, case.E + 5
     layer.forward(x, ids, weights)
-    job = StagedJob(layer.slot_shape(tokens, 3))
-    job.stage(x, ids, weights, None)
-    job.address(layer._ready().descriptor, 0)
+    memory = JobMemory.new(layer.job_shape(tokens, 3))
+    at = [array.ctypes.data for array in (x, ids, weights)]
     results = []
-    for run in (lambda entry: code(entry.address), prepare):
-        entry = Entry.new()
-        copy_job(entry.job, job.template)
-        missing = run(entry)
-        pairs, routed = 3 * tokens - 2, entry.job
+    for find, cut in (
+        (lambda job: code_route(job.address), lambda entry: code_phases(entry.address)),
+        (route, append_phases),
+    ):
+        memory.fill(layer._ready().descriptor.address, Batch(tokens, 3, *at, skip=0, out=0))
+        job, entry = memory.descriptor, Entry.new()
+        missing = find(job)
+        copy_job(entry.job, job)
+        cut(entry)
+        pairs = 3 * tokens - 2
         placed = [
             np.array([array[i] for i in range(count)])
             for array, count in (
-                (routed.active_expert, entry.active),
-                (routed.active_start, entry.active + 1),
-                (routed.pair_token, pairs),
-                (routed.pair_weight, pairs),
-                (routed.pair_x, pairs),
+                (job.active_expert, job.active),
+                (job.active_start, job.active + 1),
+                (job.pair_token, pairs),
+                (job.pair_weight, pairs),
+                (job.pair_x, pairs),
             )
         ]
-        results.append((missing, entry.ignored, entry.words.tolist(), placed))
+        copied = tokens > INLINE_ENCODE_TOKENS
+        assert job.x == (job.x_copy if copied else x.ctypes.data)
+        taken_in, nbytes = job.x_rows, tokens * job.layer.x_row_bytes
+        if copied:
+            taken_in, nbytes = job.x, x.nbytes
+        placed.append(np.frombuffer(ctypes.string_at(taken_in, nbytes), np.uint8))
+        results.append((missing, job.ignored, entry.words.tolist(), placed))
     (*numbers, words, placed), (*other_numbers, other_words, other_placed) = results
     assert numbers == other_numbers == [0, 2]
     assert words == other_words
@@ -515,6 +646,7 @@ def some(job: Job, a: int) -> int:
             "a = load_acquire(job.tokens)",
             "the first value of load_acquire must be a Word, and `job.tokens` is an integer",
         ),
+        ("a = job.done.value", "`job.done` is a Word, which has no field `value`"),
         ("a = load_acquire(a)", "must be a Word, and `a` is an integer"),
         ("a = fetch_add(job.done, job)", "`job` is a Job, not an integer"),
     ],

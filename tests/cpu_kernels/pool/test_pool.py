@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hybrid_moe.cpu_kernels.drivers.records import MAX_POOLS, RING
+from hybrid_moe.cpu_kernels.job import IDLE
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool import group as group_module
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -163,14 +164,13 @@ def test_a_thread_in_place_of_the_caller() -> None:
 
 def test_memory_of_jobs_is_reused_and_bounded(mapped: list[int]) -> None:
     layer = CASE.layer()
-    group = group_for(layer.pool)
     batch = random_batch(3, 64, 5, 2)
     layer.forward(*batch)
     mapped.clear()
     for _ in range(5):
         layer.forward(*batch)
     assert not mapped, "equal batches use the memory that the first one mapped"
-    group.idle.clear()
+    IDLE.clear()
     layer.forward(*batch)
     assert len(mapped) == 1
 

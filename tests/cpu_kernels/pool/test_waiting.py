@@ -15,14 +15,15 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import worker
 from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, RING, GraphJob, Group
 from hybrid_moe.cpu_kernels.jit.records import Word
+from hybrid_moe.cpu_kernels.job import JobMemory
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
-from hybrid_moe.cpu_kernels.streams.slots import SlotScratch
 from hybrid_moe.formats.table import BF16, MXFP4
 from tests.cpu_kernels.cases import Array, Case, random_batch
 from tests.machines import pretend_processors
@@ -114,7 +115,7 @@ def one_task_stands_still(layer: ExpertLayer) -> Iterator[tuple[threading.Event,
 
 
 class Posted:
-    """A slot of a layer, over buffers of its own."""
+    """A graph job of a layer, over buffers of its own."""
 
     def __init__(self, layer: ExpertLayer, tokens: int, seed: int) -> None:
         batch = random_batch(tokens, CASE.H, CASE.E, 2, seed=seed)
@@ -122,21 +123,22 @@ class Posted:
         self.out = np.zeros((tokens, CASE.H), np.uint16)
         self.skip = np.zeros(CASE.E, np.bool_)
         x, ids, weights = (array.ctypes.data for array in self.inputs)
-        self.slot = layer.job_slot(
-            tokens=tokens, top_k=2, x=x, ids=ids, weights=weights, skip=self.skip.ctypes.data,
-            out=self.out.ctypes.data, ignored_ids=IDS_COUNT,
-            scratch=SlotScratch(layer.slot_shape(tokens, 2)),
-        )  # fmt: skip
+        skip, out = self.skip.ctypes.data, self.out.ctypes.data
+        self.job = layer.graph_job(
+            Batch(tokens, 2, x, ids, weights, skip, out),
+            JobMemory.new(layer.job_shape(tokens, 2)),
+            ignored_ids=IDS_COUNT,
+        )
         self.expected = CASE.layer().forward(*batch)
 
     def post(self) -> None:
-        self._call(self.slot.post_fn)
+        self._call(self.job.post_fn)
 
     def wait(self) -> None:
-        self._call(self.slot.wait_fn)
+        self._call(self.job.wait_fn)
 
     def _call(self, function: int) -> None:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(self.slot.user_data)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(self.job.user_data)
 
 
 def test_a_waiter_takes_over_from_worker_0(patient: Groups) -> None:
@@ -256,7 +258,7 @@ def test_who_waits_for_the_mask_of_a_layer_sleeps(patient: Groups) -> None:
     """Two streams launch runs of a layer, and the one that holds its mask is put aside."""
     group = patient(2)
     posted = Posted(layer_of(CASE, group), 3, seed=1)
-    mask = GraphJob.at(posted.slot.user_data).mask
+    mask = GraphJob.at(posted.job.user_data).mask
     mask.lock.value = 1  # held
     posting = started(posted.post)
     _held_until_somebody_sleeps(group, mask.lock)

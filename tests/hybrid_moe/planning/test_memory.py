@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from hybrid_moe.cpu_kernels.job import IDLE
 from hybrid_moe.cpu_kernels.layer import MAX_TOKENS_PER_JOB, ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -213,7 +214,7 @@ def _cache_bytes(cache: DynamicCache) -> int:
 def test_buffers_are_as_large_as_a_job(tokens: int) -> None:
     model = read_model(TINY)
     wrapper = next(wrappers(TINY, "MXFP4"))
-    shape = wrapper._layer.slot_shape(tokens, model.top_k)
+    shape = wrapper._layer.job_shape(tokens, model.top_k)
     assert job_nbytes(model, tokens, 1, 1) == shape.nbytes
 
 
@@ -232,7 +233,7 @@ def test_a_long_prompt_takes_the_buffers_that_are_planned(
     model = read_model(TINY)
     wrapper = next(wrappers(TINY, "MXFP4"))
     layer, tokens = wrapper._layer, times * MAX_TOKENS_PER_JOB
-    layer._ready().group.idle.clear()
+    IDLE.clear()
     monkeypatch.setattr(Arena, "__init__", counted)
     x = np.zeros((tokens, model.hidden), np.uint16)
     ids = np.tile(np.arange(model.top_k), (tokens, 1))

@@ -164,11 +164,11 @@ def test_reset_drops_everything_even_what_has_failed(caplog: pytest.LogCaptureFi
     assert chain.carried is None
 
 
-def test_only_what_a_layer_has_deferred_is_forgotten() -> None:
+def test_only_what_a_layer_has_deferred_is_dropped() -> None:
     chain, _layers = chain_of(0, 1, 2)
     job = Job(4)
     chain.carry(0, 1, job)
-    chain.forget(1)
+    chain.drop(1)
     assert not job.discarded
-    chain.forget(0)
+    chain.drop(0)
     assert job.discarded and chain.carried is None

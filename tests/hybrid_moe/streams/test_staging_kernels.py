@@ -1,4 +1,4 @@
-"""The CUDA path on the real job slots: compiled hand-over and worker threads, emulated streams."""
+"""The CUDA path on real graph jobs: compiled hand-over and worker threads, emulated streams."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def stream(
     gpu.agents = [(1.0, wait_for_threads)]
     stream = gpu.stream(1)
     yield stream
-    assert not any(gpu._queues.values()), "slots that are gone could be posted"
+    assert not any(gpu._queues.values()), "jobs that are gone could be posted"
 
 
 def run(stream: EmulatedStream) -> None:
@@ -55,7 +55,6 @@ def on(stream: EmulatedStream, w: KTMoEWrapper) -> KTMoEWrapper:
     """A wrapper whose calls go to `stream`."""
     runner: Any = w._runner
     runner._stream = lambda device, handle: stream
-    runner._small_calls = set()  # for tensors on the CPU, which these only seem to be
     return w
 
 

@@ -176,8 +176,8 @@ def watch_workers(finished: Callable[[npt.NDArray[np.int64]], None]) -> None:
             if done != total:
                 raise RuntimeError(f"job {sequence}: {done} of {total} tasks of phase {index}")
         job = entry.job
-        ids = int32_at(job.active_expert.address, entry.active)
-        starts = int32_at(job.active_start.address, entry.active + 1)
+        ids = int32_at(job.active_expert.address, job.active)
+        starts = int32_at(job.active_start.address, job.active + 1)
         experts = job.layer.experts
         pairs = np.zeros(experts, np.int64)
         pairs[ids] = np.diff(starts)

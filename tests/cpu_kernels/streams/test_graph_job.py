@@ -1,4 +1,4 @@
-"""Job slots: compiled post and wait functions over fixed buffers, as a CUDA graph replays them."""
+"""Graph jobs: compiled post and wait functions over fixed buffers, as a CUDA graph replays them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_PASS
+from hybrid_moe.cpu_kernels.job import JobMemory
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.streams.slots import SlotScratch
+from hybrid_moe.cpu_kernels.streams.graph_job import GraphJob, Report
 from hybrid_moe.formats.table import FORMATS, f32_to_bf16
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 
@@ -51,52 +53,47 @@ class Buffers:
             np.zeros((T, H), np.uint16),
         )
 
-    def slot(self, layer: ExpertLayer, *, ignored_ids: int = IDS_COUNT):
-        at = {name: getattr(self, name).ctypes.data for name in ("x", "ids", "weights", "skip")}
-        return layer.job_slot(
-            tokens=T,
-            top_k=K,
-            out=self.out.ctypes.data,
-            ignored_ids=ignored_ids,
-            scratch=SlotScratch(layer.slot_shape(T, K)),
-            **at,
-        )
+    def job(self, layer: ExpertLayer, *, ignored_ids: int = IDS_COUNT) -> GraphJob:
+        names = ("x", "ids", "weights", "skip", "out")
+        at = {name: getattr(self, name).ctypes.data for name in names}
+        memory = JobMemory.new(layer.job_shape(T, K))
+        return layer.graph_job(Batch(T, K, **at), memory, ignored_ids=ignored_ids)
 
 
 def _call(function: int, user_data: int) -> None:
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(user_data)
 
 
-def _replay(slot) -> None:
-    _call(slot.post_fn, slot.user_data)
-    _call(slot.wait_fn, slot.user_data)
+def _replay(job: GraphJob) -> None:
+    _call(job.post_fn, job.user_data)
+    _call(job.wait_fn, job.user_data)
 
 
 def test_replays_follow_the_buffers() -> None:
     layer = _layer(np.ones(E, bool))
     buffers = Buffers.random(1)
-    slot = buffers.slot(layer)
+    job = buffers.job(layer)
     for seed in range(2, 22):
         new = Buffers.random(seed)
         for name in ("x", "ids", "weights"):
             np.copyto(getattr(buffers, name), getattr(new, name))
         buffers.skip[:] = np.random.default_rng(seed).random(E) < 0.3
         buffers.out[:] = 0xFFFF
-        _replay(slot)
+        _replay(job)
         expected = layer.forward(buffers.x, buffers.ids, buffers.weights, buffers.skip)
         np.testing.assert_array_equal(buffers.out, expected)
-    assert layer.slot_report() == type(layer.slot_report())(0, 0, -1)
+    assert layer.report() == Report(0, 0, -1)
 
 
-def test_several_slots_may_be_posted_before_any_wait() -> None:
+def test_several_jobs_may_be_posted_before_any_wait() -> None:
     layer = _layer(np.ones(E, bool))
     runs = [Buffers.random(seed) for seed in range(40)]  # more than the ring holds
-    slots = [run.slot(layer) for run in runs]
-    for start in range(0, len(slots), 10):
-        for slot in slots[start : start + 10]:
-            _call(slot.post_fn, slot.user_data)
-        for slot in slots[start : start + 10]:
-            _call(slot.wait_fn, slot.user_data)
+    jobs = [run.job(layer) for run in runs]
+    for start in range(0, len(jobs), 10):
+        for job in jobs[start : start + 10]:
+            _call(job.post_fn, job.user_data)
+        for job in jobs[start : start + 10]:
+            _call(job.wait_fn, job.user_data)
     for run in runs:
         np.testing.assert_array_equal(run.out, layer.forward(run.x, run.ids, run.weights))
 
@@ -106,11 +103,11 @@ def test_ignored_ids_are_reported_once(ignored_ids: int) -> None:
     layer = _layer(np.ones(E, bool))
     buffers = Buffers.random(3)
     buffers.ids[0] = (-1, E, 2)
-    slot = buffers.slot(layer, ignored_ids=ignored_ids)
-    _replay(slot)
-    _replay(slot)
-    assert layer.slot_report().ignored == (4 if ignored_ids == IDS_COUNT else 0)
-    assert layer.slot_report().ignored == 0
+    job = buffers.job(layer, ignored_ids=ignored_ids)
+    _replay(job)
+    _replay(job)
+    assert layer.report().ignored == (4 if ignored_ids == IDS_COUNT else 0)
+    assert layer.report().ignored == 0
 
 
 def test_a_missing_expert_gives_nan_and_a_report() -> None:
@@ -119,13 +116,13 @@ def test_a_missing_expert_gives_nan_and_a_report() -> None:
     layer = _layer(resident)
     buffers = Buffers.random(4)
     buffers.ids[2, 1] = 4
-    slot = buffers.slot(layer)
-    _replay(slot)
+    job = buffers.job(layer)
+    _replay(job)
     assert (buffers.out == 0x7FC0).all()
-    report = layer.slot_report()
+    report = layer.report()
     assert (report.missing, report.missing_expert) == (1, 4)
     buffers.skip[4] = True  # now the GPU has it
-    _replay(slot)
+    _replay(job)
     expected = layer.forward(buffers.x, buffers.ids, buffers.weights, buffers.skip)
     np.testing.assert_array_equal(buffers.out, expected)
-    assert layer.slot_report().missing == 0
+    assert layer.report().missing == 0

@@ -7,61 +7,54 @@ and remembers what was asked of it.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
+import torch
 
+from hybrid_moe.cpu_kernels.batch import Batch
+from hybrid_moe.cpu_kernels.job import Job
+from hybrid_moe.cpu_kernels.streams.graph_job import Report
 from hybrid_moe.formats.table import WeightFormat, bf16_to_f32
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from tests.reference import reference_moe
 
 
-@dataclass
-class FakeJob:
+class FakeJob(Job[Any]):
     """Computes when it is waited for, from what was captured."""
 
-    layer: FakeExpertLayer
-    x: Any
-    ids: Any
-    weights: Any
-    skip: Any
-    waited: bool = False
+    __slots__ = ("given", "layer", "out", "waited")
+
+    def __init__(self, layer: FakeExpertLayer, given: tuple[Any, Any, Any, Any], out: Any) -> None:
+        x, ids, _, skip = given
+        valid = (ids >= 0) & (ids < layer.E)
+        lost = ids[valid & ~(layer.resident | skip)[np.where(valid, ids, 0)]]
+        missing = int(lost[0]) if lost.size else -1
+        super().__init__(None, None, len(x), int((~valid).sum()), missing)
+        self.layer, self.given, self.out, self.waited = layer, given, out, False
 
     def wait(self) -> Any:
         self.waited = True
         if self.layer.failure is not None:
             raise RuntimeError(self.layer.failure)
-        layer = self.layer
-        absent = ~layer.resident if self.skip is None else ~layer.resident | self.skip
+        layer, (x, ids, weights, skip) = self.layer, self.given
         y = reference_moe(
-            bf16_to_f32(self.x),
-            self.ids,
-            self.weights,
+            bf16_to_f32(x),
+            ids,
+            weights,
             *(layer.stacked(name) for name in ("gate", "up", "down")),
             gate_bias=layer.stacked_bias("gate"),
             up_bias=layer.stacked_bias("up"),
             down_bias=layer.stacked_bias("down"),
             limit=layer.activation.limit,
             alpha=layer.activation.alpha,
-            skip=absent,
+            skip=~layer.resident | skip,
         )
-        return y.astype(ml_dtypes.bfloat16).view(np.uint16)
-
-
-@dataclass
-class FakePass:
-    """See `hybrid_moe.cpu_kernels.small.SmallPass`."""
-
-    job: FakeJob
-    out: Any
-    ignored: int
-    missing: int
-
-    def wait(self) -> None:
         if self.missing < 0:
-            self.out[:] = self.job.wait()
+            bits = y.astype(ml_dtypes.bfloat16).view(np.int16)
+            self.out.copy_(torch.from_numpy(bits).view(torch.bfloat16))
+        return self.out
 
 
 class FakeExpertLayer:
@@ -81,6 +74,7 @@ class FakeExpertLayer:
         isa: str | None = None,
     ) -> None:
         self.fmt, self.E, self.H, self.I = fmt, num_experts, hidden, intermediate
+        self.num_experts = num_experts
         self.pool, self.activation, self.isa = pool, activation, isa
         self.resident = np.zeros(num_experts, bool)
         self.tensors: dict[int, ExpertTensors] = {}
@@ -124,44 +118,26 @@ class FakeExpertLayer:
                 result[expert] = bias
         return result
 
-    def submit(self, x: Any, ids: Any, weights: Any, skip: Any = None) -> FakeJob:
-        assert (x.dtype, ids.dtype, weights.dtype) == (np.uint16, np.int64, np.float32)
-        assert x.shape == (len(ids), self.H) and ids.shape == weights.shape
-        assert all(array.flags.c_contiguous for array in (x, ids, weights))
-        job = FakeJob(
-            self, x.copy(), ids.copy(), weights.copy(), None if skip is None else skip.copy()
-        )
-        self.jobs.append(job)
-        return job
-
-    def small(
-        self,
-        tokens: int,
-        top_k: int,
-        x: int,
-        ids: int,
-        weights: int,
-        skip: int,
-        out: int,
-        owned: object,
-    ) -> FakePass:
+    def start(self, batch: Batch, output: Any) -> FakeJob:
         def at(address: int, dtype: Any, *shape: int) -> Any:
+            if not all(shape):
+                return np.zeros(shape, dtype)
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            buffer = (ctypes.c_char * size).from_address(address)
-            return np.frombuffer(buffer, dtype).reshape(shape)
+            return np.frombuffer(ctypes.string_at(address, size), dtype).reshape(shape)
 
-        given = at(ids, np.int64, tokens, top_k)
-        masked = at(skip, np.bool_, self.E)
-        valid = (given >= 0) & (given < self.E)
-        lost = valid & ~(self.resident | masked)[np.where(valid, given, 0)]
-        job = self.submit(
-            at(x, np.uint16, tokens, self.H),
-            given,
-            at(weights, np.float32, tokens, top_k),
-            masked,
+        routing = batch.tokens, batch.top_k
+        given = (
+            at(batch.x, np.uint16, batch.tokens, self.H),
+            at(batch.ids, np.int64, *routing),
+            at(batch.weights, np.float32, *routing),
+            at(batch.skip, np.bool_, self.E),
         )
-        missing = int(given[lost][0]) if lost.any() else -1
-        return FakePass(job, at(out, np.uint16, tokens, self.H), int((~valid).sum()), missing)
+        assert output.data_ptr() == batch.out and output.is_contiguous()
+        self.jobs.append(FakeJob(self, given, output))
+        return self.jobs[-1]
+
+    def report(self) -> Report:
+        return Report(0, 0, -1)
 
     def close(self) -> None:
         self.closed = True

@@ -1,0 +1,45 @@
+"""Which experts are computed elsewhere, as a call on CPU tensors finds it."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+class HostMask:
+    """The live mask of a layer, as calls on CPU tensors see it.
+
+    Args:
+        mask: bool [E] CPU tensor, live: True for experts to skip.
+        resident: bool [E]: experts that are loaded.
+
+    Attributes:
+        address: of the mask.
+        epoch: how often it had changed when `look` was called last.
+        nowhere: an expert that was neither loaded nor skipped then, or -1.
+    """
+
+    def __init__(self, mask: torch.Tensor, resident: npt.NDArray[np.bool_]) -> None:
+        self._live: npt.NDArray[np.bool_] = mask.numpy()  # shares its memory
+        self._resident = resident
+        self.address = mask.data_ptr()
+        self.epoch = 0
+        self._take(self._live.tobytes())
+
+    def look(self) -> None:
+        """See whether it has changed; it seldom does."""
+        now = self._live.tobytes()
+        if now != self._seen:
+            self.epoch += 1
+            self._take(now)
+
+    def _take(self, now: bytes) -> None:
+        self._seen = now
+        lost = np.flatnonzero(~(np.frombuffer(now, np.bool_) | self._resident))
+        self.nowhere = int(lost[0]) if len(lost) else -1
+
+    def missing(self, ids: torch.Tensor) -> int:
+        """One of `ids`, which are in range, that is not skipped; or -1."""
+        wanted = ids[~torch.from_numpy(np.frombuffer(self._seen, np.bool_).copy())[ids]]
+        return int(wanted[0]) if len(wanted) else -1
