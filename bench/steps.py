@@ -19,7 +19,7 @@ import functools
 import platform
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from decode.derivation import (
@@ -36,7 +36,17 @@ from decode.derivation import (
     unpacked,
 )
 from decode.instructions import ZEN3, ZEN4, Instruction, count, fewest_cycles
-from decode.sweeps import LINES, Clock, Problem, Reader, Runner, seconds, step_runner
+from decode.sweeps import (
+    LINES,
+    Ceiling,
+    Clock,
+    Problem,
+    Runner,
+    parts_of,
+    seconds,
+    speed_of,
+    step_runner,
+)
 from harness import parse_list, parser
 from rich.console import Console
 from tables import STEPS as COLUMNS
@@ -58,8 +68,6 @@ from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
 TOKENS = (1, 2, 3, 4, 5, 6, 12, 24, 48)
 _REPEATS = 64
-_STRIPS = 256
-"""Strips of one timing: 36 MB. Neighbours on the memory come and go: many short turns, not few."""
 _TURNS = 6
 
 Point = dict[str, Any]
@@ -80,31 +88,6 @@ def step_counts(step: Step, tier: Tier) -> Counter[Instruction]:
     return _counts(step.body, step.tier(tier), step.trips, step.strips)
 
 
-def _parts(problem: Problem) -> Iterator[tuple[int, int]]:
-    """First strip and number of strips of one timing after the other, far apart."""
-    part = min(problem.strips, _STRIPS)
-    first = 0
-    while True:
-        yield first, part
-        first = (first + part) % (problem.strips - part + 1)  # not what was just read
-
-
-def _speed(runner: Runner | Reader, part: tuple[int, int]) -> float:
-    """GB/s from memory."""
-    return part[1] * STRIP_BYTES / seconds(functools.partial(runner.run, *part)) / 1e9
-
-
-class _Ceiling:
-    """What a plain read reaches: the better of the loops with and without prefetch instructions."""
-
-    def __init__(self, problem: Problem) -> None:
-        self._readers = [Reader(problem, prefetches) for prefetches in (False, True)]
-
-    def measure(self, parts: Iterator[tuple[int, int]]) -> float:
-        """GB/s."""
-        return max(_speed(reader, next(parts)) for reader in self._readers)
-
-
 def _cached(runner: Runner) -> float:
     """Seconds for a strip in the second-level cache."""
     runner.repeat(_REPEATS)
@@ -118,14 +101,14 @@ def measure_steps(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
     runners = {step.name: step_runner(step, problem, tier) for step in steps}
     for runner in runners.values():
         runner.check()
-    ceiling, clock, parts = _Ceiling(problem), Clock(tier), _parts(problem)
+    ceiling, clock, parts = Ceiling(problem), Clock(tier), parts_of(problem)
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
     for _ in range(rounds * _TURNS):
         before = ceiling.measure(parts)
         for name, runner in runners.items():
             Hz = clock.measure()
             cached = _cached(runner)
-            speed = _speed(runner, next(parts))
+            speed = speed_of(runner.run, next(parts))
             after = ceiling.measure(parts)
             read, strip = (before + after) / 2, STRIP_BYTES / speed / 1e9
             before = after
@@ -168,15 +151,15 @@ def measure_tokens(problem: Problem, tier: Tier, rounds: int) -> list[Point]:
             runners[tokens, way] = Runner(body, problem, tier, tokens=tokens, tile=most)
     for runner in runners.values():
         runner.check()
-    ceiling, parts = _Ceiling(problem), _parts(problem)
+    ceiling, parts = Ceiling(problem), parts_of(problem)
     samples: dict[int, list[dict[str, float]]] = {tokens: [] for tokens in TOKENS}
     for _ in range(rounds):
         read = ceiling.measure(parts)
         for tokens in TOKENS:
             ways = {way: runners[tokens, way] for way in ("direct", "unpacked")}
-            speed = max(_speed(runner, next(parts)) for runner in ways.values())
+            speed = max(speed_of(runner.run, next(parts)) for runner in ways.values())
             cached = {
-                f"{way}_GMACps": tokens * STRIP_ROWS * K / _cached(runner) / 1e9
+                f"{way}_cached": tokens * STRIP_ROWS * K / _cached(runner) / 1e9
                 for way, runner in ways.items()
             }
             point = {"GBps": speed, "share": 100 * speed / read, **cached, "read_GBps": read}

@@ -151,8 +151,10 @@ STEPS = (
     number("from memory", "cycles", 1, optional=True),
     number("GB/s", "GBps", 1, optional=True),
     number("% of read", "share", 0, optional=True),
-    number("GMAC/s from the cache: packed", "direct_GMACps", 1, optional=True),
+    number("GMAC/s, packed", "direct_GMACps", 1, optional=True),  # older receipts: from memory
     number("unpacked", "unpacked_GMACps", 1, optional=True),
+    number("GMAC/s from the cache: packed", "direct_cached", 1, optional=True),
+    number("unpacked", "unpacked_cached", 1, optional=True),
     number("tokens of a tile", "tile", optional=True),
     number("instructions per 64 bytes, token", "tile_instructions", 1, optional=True),
 )

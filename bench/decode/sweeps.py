@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,18 +150,41 @@ def step_runner(step: Step, problem: Problem, tier: Tier) -> Runner:
     )  # fmt: skip
 
 
-class Reader:
-    """Reads the library's strips and does nothing else: the ceiling."""
+Part = tuple[int, int]
+"""First strip and number of strips of one timing."""
 
-    def __init__(self, problem: Problem, prefetches: bool) -> None:
+
+def parts_of(problem: Problem) -> Iterator[Part]:
+    """Parts of 36 MB, each far from the last. Neighbours on the memory come and go: many short
+    turns, not few."""
+    part = min(problem.strips, 256)
+    first = 0
+    while True:
+        yield first, part
+        first = (first + part) % (problem.strips - part + 1)
+
+
+def speed_of(run: Callable[[int, int], None], part: Part) -> float:
+    """GB/s from memory."""
+    return part[1] * STRIP_BYTES / seconds(functools.partial(run, *part)) / 1e9
+
+
+class Ceiling:
+    """A plain read of the library's strips."""
+
+    def __init__(self, problem: Problem) -> None:
         starts = np.arange(problem.strips, dtype=np.int64) * STRIP_BYTES
         self._starts = starts + problem.memory[STRIP].address
-        self._loop, self._out = reader(prefetches), np.zeros(16, np.int32)
+        self._out = np.zeros(16, np.int32)
 
-    def run(self, first: int, strips: int) -> None:
-        """Read `strips` strips from the one numbered `first`."""
+    def measure(self, parts: Iterator[Part]) -> float:
+        """GB/s, the better of the loops with and without prefetch instructions."""
+        runs = [functools.partial(self._read, prefetches) for prefetches in (False, True)]
+        return max(speed_of(run, next(parts)) for run in runs)
+
+    def _read(self, prefetches: bool, first: int, strips: int) -> None:
         at = self._starts[first:].ctypes.data
-        self._loop(at, strips, STRIP_BYTES, self._out.ctypes.data)
+        reader(prefetches)(at, strips, STRIP_BYTES, self._out.ctypes.data)
 
 
 _CHAIN = 64

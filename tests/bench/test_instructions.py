@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
-from decode.instructions import Instruction, count
+from decode.instructions import ZEN3, ZEN4, Instruction, Limit, count, fewest_cycles
 
 TRIPS = (10, 100, 1000)
 
@@ -268,3 +269,35 @@ def test_lines_are_read(text: str, mnemonic: str, operands: str) -> None:
 def test_what_an_instruction_needs(text: str, load: bool, work: bool) -> None:
     instruction = Instruction(*text.split(" ", 1))
     assert (instruction.is_load, instruction.is_vector_work) == (load, work)
+
+
+@pytest.mark.parametrize(
+    ("mnemonic", "operands", "limit", "cycles"),
+    [
+        ("vpdpbusd", "%ymm1, %ymm2, %ymm3", "multiply", 0.5),
+        ("vpdpbusd", "%zmm1, %zmm2, %zmm3", "multiply", 1),
+        ("vpdpbusd", "(%rsi){1to16}, %zmm2, %zmm3", "multiply", 1),  # its load is a small one
+        ("vpbroadcastd", "(%rsi), %zmm3", "load", 0.5),
+        ("vmovdqa64", "(%rsi), %zmm3", "load", 1),
+        ("vpandq", "%zmm1, %zmm2, %zmm3", "vector pipes", 0.5),
+        ("vpermb", "%zmm1, %zmm2, %zmm3", "shuffle", 1),
+        ("vpsrld", "$4, %zmm2, %zmm3", "shift, float add, convert", 1),
+        ("addq", "$64, %rsi", "dispatch", 1 / 6),
+    ],
+)
+def test_a_vector_of_64_bytes_takes_a_pipe_for_two_cycles(
+    mnemonic: str, operands: str, limit: str, cycles: float
+) -> None:
+    counts = Counter({Instruction(mnemonic, operands): 1})
+    assert fewest_cycles(counts, ZEN4) == (limit, cycles)
+
+
+def test_shifts_share_other_pipes_on_zen_3() -> None:
+    def busiest(core: Mapping[str, Limit]) -> float:
+        some = (
+            Instruction("vpsrld", "$4, %ymm2, %ymm3"),
+            Instruction("vpshufb", "%ymm1, %ymm2, %ymm3"),
+        )
+        return fewest_cycles(Counter(some), core)[1]
+
+    assert (busiest(ZEN3), busiest(ZEN4)) == (1, 0.5)
