@@ -22,7 +22,7 @@ from hybrid_moe.cpu_kernels.drivers.worker import (
     help_until,
     try_launch,
 )
-from hybrid_moe.cpu_kernels.jit.records import Record, i64, shared_line
+from hybrid_moe.cpu_kernels.jit.record import Record, i64, shared_line
 
 SETTLE_NS = 30_000  # from the counter of sleepers to being asleep: one system call
 

@@ -53,16 +53,15 @@ from tables import STEPS as COLUMNS
 from tables import show
 
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe, repetitions_per_second
-from hybrid_moe.cpu_kernels.drivers.records import UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier, host_features
 from hybrid_moe.cpu_kernels.jit.compile import assembly
-from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY, TURN_GROUPS
+from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.library import functions_of, kernel_set
 from hybrid_moe.cpu_kernels.kernels.order import mxfp4_order
-from hybrid_moe.cpu_kernels.kernels.tile_dot import TURN
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+from hybrid_moe.cpu_kernels.tuning import BLOCK_TURN_TOKENS, TURN_GROUPS, UNPACK_GROUPS
 from hybrid_moe.formats.strips import PANELS, STRIP_ROWS
 from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
@@ -214,7 +213,7 @@ def tile_counts(tier: Tier) -> tuple[int, Counter[Instruction]]:
     text = build_module([(name, DOT_ARITY, functions[name])], tier, "steps")
     order = mxfp4_order(most, tier.registers, tier.registers_per_panel)
     if tier.tiles:
-        trips = (GROUPS, most // TURN)
+        trips = (GROUPS, most // BLOCK_TURN_TOKENS)
     else:  # two panels take turns with two, or all four follow each other in memory
         trips = (GROUPS // TURN_GROUPS, TURN_GROUPS) if order.kept else (GROUPS, PANELS)
     return most, count(assembly(text, tier.target), name, trips)

@@ -8,7 +8,6 @@ from typing import Generic, NamedTuple, TypeVar
 from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import records
-from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS
 from hybrid_moe.cpu_kernels.kernels.encode import BLOCK_SLACK
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
@@ -16,7 +15,6 @@ from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS, STRIP_ROWS, SUMS_BYTES,
 
 Output = TypeVar("Output")
 
-INLINE_ENCODE_TOKENS = 4
 _EXACT_CAPACITY = 8
 
 
@@ -68,9 +66,9 @@ class JobShape(NamedTuple):
 
         Sums are those of a batch of one expert's tokens, or of fewer tokens and several strips; a
         matrix unit writes, and reads, whole blocks. An expert may get every pair."""
-        most = min(BATCH_TOKENS, self.pairs)
+        most = min(tuning.BATCH_TOKENS, self.pairs)
         return {
-            "sums_offset": SUMS_BYTES * (BATCH_TOKENS + MOST_BLOCK_TOKENS),
+            "sums_offset": SUMS_BYTES * (tuning.BATCH_TOKENS + MOST_BLOCK_TOKENS),
             "x_offset": most * self.x_row + BLOCK_SLACK,
             "unpacked_offset": self.unpacked_bytes,
             "out_offset": SUMS_BYTES * tuning.out_rows(self.strips, self.capacity),
@@ -114,7 +112,7 @@ class JobShape(NamedTuple):
         for name, size in self._worker_areas.items():
             words[records.Job.word(name)] = offset
             offset += round_up(size, 64)
-        job.inline_encode = int(self.capacity <= INLINE_ENCODE_TOKENS)
+        job.inline_encode = int(self.capacity <= tuning.INLINE_ENCODE_TOKENS)
         return job
 
 

@@ -20,12 +20,9 @@ from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, group_for
 from hybrid_moe.cpu_kernels.streams.graph_job import Counters, GraphJob, LiveMask, Report
+from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.table import Array, WeightFormat
 from hybrid_moe.locks import ProcessLock
-
-MAX_TOKENS_PER_JOB = 2048
-"""Larger batches run part by part in the memory of one job: scratch grows with tokens x k, and 2048
-tokens already amortise unpacking."""
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("streams",),
     ("loaders", "gpu_kernels", "cpu_kernels.layer", "cpu_kernels.ceilings"),
-    ("cpu_kernels.streams", "cpu_kernels.small", "cpu_kernels.descriptor", "cpu_kernels.experts"),
+    ("cpu_kernels.streams", "cpu_kernels.descriptor", "cpu_kernels.experts"),
     ("cpu_kernels.job", "cpu_kernels.strips", "cpu_kernels.fingerprint"),
-    ("cpu_kernels.pool",),
+    ("cpu_kernels.pool", "cpu_kernels.batch"),
     ("cpu_kernels.memory", "cpu_kernels.kernels"),
     ("cpu_kernels.drivers", "cpu_kernels.dsl"),
     ("cpu_kernels.jit", "cpu_kernels.tuning", "cpu_kernels.activation"),
@@ -43,10 +43,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )
 """Rooms, the highest first. Those of one level know nothing of each other."""
 
-UP: dict[tuple[str, str], str] = {
-    # Temporary: the pool names the type of the jobs that it keeps until there is one class of job.
-    ("hybrid_moe.cpu_kernels.pool.group", "hybrid_moe.cpu_kernels.job"): "a type, until one job",
-}
+UP: dict[tuple[str, str], str] = {}
 """Imports that point up all the same, and why."""
 
 CYCLES: dict[tuple[str, ...], str] = {
@@ -57,13 +54,13 @@ CYCLES: dict[tuple[str, ...], str] = {
     ("hybrid_moe.streams.cuda", "hybrid_moe.streams.flags"): (
         "whether flags work is tried with a stream, and a stream asks whether they do"
     ),
+    ("hybrid_moe.streams.buffers", "hybrid_moe.streams.staging"): (
+        "the pool of buffers names the type of those whom it tells which buffers are freed"
+    ),
 }
 """Pairs of modules of one room whose imports go both ways, and why."""
 
-TWICE = {
-    # Temporary: three ways to run one job become one.
-    "JobSlot", "Placement", "SlotState", "StagedJob",
-}  # fmt: skip
+TWICE = set[str]()
 """Classes of one name that are known."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers.intrinsics import driver
-from hybrid_moe.cpu_kernels.jit.records import i64
+from hybrid_moe.cpu_kernels.jit.record import i64
 
 MULTIPLIER = 0x1E3779B97F4A7C15
 """Odd, so that a product by it determines the other factor; bits of the golden ratio."""

@@ -59,7 +59,7 @@ from hybrid_moe.cpu_kernels.drivers.worker import (
     try_launch,
     unlock,
 )
-from hybrid_moe.cpu_kernels.jit.records import Word, i32
+from hybrid_moe.cpu_kernels.jit.record import Word, i32
 
 _NAN_PAIR = 0x7FC07FC0  # two bf16
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, store_release
-from hybrid_moe.cpu_kernels.jit.records import Word, i32, u8
+from hybrid_moe.cpu_kernels.jit.record import Word, i32, u8
 from hybrid_moe.formats.strips import STRIP_ROWS
 
 HALF_ROWS = STRIP_ROWS // 2

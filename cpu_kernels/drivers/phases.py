@@ -19,14 +19,11 @@ from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers.intrinsics import call, driver, load_acquire
 from hybrid_moe.cpu_kernels.drivers.records import (
-    BATCH_TOKENS,
     COMBINE,
     DOWN,
     DOWN_BY_PAIR,
     ENCODE,
     GATE_UP,
-    SHARE_BYTES,
-    STRIPS_AT_ONCE,
     ZERO,
     Entry,
     Job,
@@ -36,7 +33,8 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     TilePlan,
 )
 from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens
-from hybrid_moe.cpu_kernels.jit.records import LINE, i64
+from hybrid_moe.cpu_kernels.jit.record import LINE, i64
+from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS, SHARE_BYTES, STRIPS_AT_ONCE
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, SUMS_BYTES
 
 
@@ -169,7 +167,7 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
         if tokens > 1:
             x = scratch + job.x_offset
             gather_tiles(layer, job.pair_x.address + 8 * first, tokens, x)
-        # some strips, then their activations: what interrupts the stream, interrupts it rarely
+        # some strips, then their activations, see `tuning.STRIPS_AT_ONCE`
         some = min(STRIPS_AT_ONCE, BATCH_TOKENS // tokens)
         strip = begin
         while strip < end:
@@ -213,9 +211,12 @@ def pair_rows(entry: Entry, row: int) -> int:
 
 
 @driver
-def down_strip(entry: Entry, pool: int, index: int, strip: int, out: int, scratch: int) -> None:
-    """One strip of the active expert at `index`, times the h of its pairs: weighted, and added to
-    `out`, float32 [T][64]; or if that is 0, left in `pair_rows`."""
+def down_strips(
+    entry: Entry, pool: int, index: int, begin: int, end: int, out: int, scratch: int
+) -> None:
+    """Strips begin..end-1 of the pool, of the active expert at `index`, times the h of its pairs:
+    weighted, and added to `out`, float32 [end - begin][T][64]; or if that is 0, left in
+    `pair_rows`."""
     job = entry.job
     layer = job.layer
     expert = job.active_expert[index]
@@ -223,23 +224,34 @@ def down_strip(entry: Entry, pool: int, index: int, strip: int, out: int, scratc
     count = job.active_start[index + 1] - start
     sizes = layer.down_strips
     packed = layer.packed[expert * job.pools + pool]
-    codes = packed.down + strip * sizes.strip_bytes
-    row = layer.strips[pool] + strip
-    bias = packed.down_bias + SUMS_BYTES * row
+    strips = packed.down
     sums = scratch + job.sums_offset
+    unpacked = scratch + job.unpacked_offset
     batches = ceil_div(count, BATCH_TOKENS)
     for b in range(batches):
         first = start + part(count, batches, b)
         tokens = start + part(count, batches, b + 1) - first
         h = job.h_rows + first * layer.h_row_bytes
         weights = job.pair_weight.address + 4 * first
-        dot_tiles(layer, sizes, codes, h, tokens, sums, scratch + job.unpacked_offset)
-        if out != 0:
-            to = job.pair_token.address + 4 * first
-            call(layer.combine, sums, tokens, to, weights, out, bias)
-        else:
-            rows = pair_rows(entry, row) + SUMS_BYTES * first
-            call(layer.weigh, sums, tokens, weights, bias, rows)
+        some = min(STRIPS_AT_ONCE, BATCH_TOKENS // tokens)
+        strip = begin
+        while strip < end:
+            last = min(end, strip + some)
+            for i in range(strip, last):
+                to = sums + (i - strip) * tokens * SUMS_BYTES
+                dot_tiles(layer, sizes, strips + i * sizes.strip_bytes, h, tokens, to, unpacked)
+            for i in range(strip, last):
+                of = sums + (i - strip) * tokens * SUMS_BYTES
+                row = layer.strips[pool] + i
+                bias = packed.down_bias + SUMS_BYTES * row
+                if out != 0:
+                    to = out + (i - begin) * job.tokens * SUMS_BYTES
+                    pair_tokens = job.pair_token.address + 4 * first
+                    call(layer.combine, of, tokens, pair_tokens, weights, to, bias)
+                else:
+                    to = pair_rows(entry, row) + SUMS_BYTES * first
+                    call(layer.weigh, of, tokens, weights, bias, to)
+            strip = last
 
 
 @driver
@@ -264,9 +276,8 @@ def down_task(entry: Entry, pool: int, begin: int, end: int, scratch: int) -> No
     out = scratch + job.out_offset
     out_bytes = SUMS_BYTES * job.tokens
     call(job.layer.clear, out, job.tokens * (end - begin))
-    for index in range(entry.job.active):
-        for strip in range(begin, end):
-            down_strip(entry, pool, index, strip, out + out_bytes * (strip - begin), scratch)
+    for index in range(job.active):
+        down_strips(entry, pool, index, begin, end, out, scratch)
     for strip in range(begin, end):
         finish_strip(job, job.layer.strips[pool] + strip, out + out_bytes * (strip - begin))
 
@@ -276,8 +287,12 @@ def down_by_pair_task(entry: Entry, pool: int, begin: int, end: int, scratch: in
     """Units begin..end-1: strips of all active experts, one expert behind the other."""
     bounds = entry.job.layer.strips
     strips = bounds[pool + 1] - bounds[pool]
-    for unit in range(begin, end):
-        down_strip(entry, pool, unit // strips, unit % strips, 0, scratch)
+    while begin < end:
+        index = begin // strips
+        first = begin - index * strips
+        last = min(strips, first + end - begin)
+        down_strips(entry, pool, index, first, last, 0, scratch)
+        begin += last - first
 
 
 @driver

@@ -1,4 +1,4 @@
-"""The records that Python and compiled drivers share, see `jit.records`.
+"""The records that Python and compiled drivers share, see `jit.record`.
 
     Group  the control block of a pool group: what its threads wait for, and the ring of entries
     Entry  a job under way: a copy of the launched `Job`, and its phases
@@ -12,7 +12,7 @@ writes while another may read are `shared`; those on which threads spin have a l
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.jit.records import (
+from hybrid_moe.cpu_kernels.jit.record import (
     LINE,
     Record,
     array,
@@ -29,10 +29,6 @@ from hybrid_moe.cpu_kernels.jit.records import (
 MAX_POOLS = 8
 MAX_PHASES = 4
 MAX_TILE = 32  # tokens of the largest tile
-STRIPS_AT_ONCE = 16  # of gate/up, before their activations
-BATCH_TOKENS = 192  # of one expert that share a pass over its strips
-UNPACK_GROUPS = 32  # groups of a strip that are unpacked at a time
-SHARE_BYTES = 4096  # of the packed codes that come next, what each tile of a chunk fetches
 RING = 16
 MAX_POSTS = 1024
 

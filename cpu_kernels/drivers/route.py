@@ -23,7 +23,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     Job,
     Phase,
 )
-from hybrid_moe.cpu_kernels.jit.records import i64
+from hybrid_moe.cpu_kernels.jit.record import i64
 from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES
 
 COMPUTED, SKIPPED, NOT_LOADED = 1, 0, -1

@@ -58,13 +58,13 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     Phase,
 )
 from hybrid_moe.cpu_kernels.drivers.route import append_phases, route
-from hybrid_moe.cpu_kernels.jit.records import Word, i64
+from hybrid_moe.cpu_kernels.jit.record import Word, i64
+from hybrid_moe.cpu_kernels.tuning import PAUSES_PER_LOOK
 
 FUTEX_WAIT_PRIVATE = 128
 FUTEX_WAKE_PRIVATE = 129
 _ALL = 2147483647
 NO_TASK = (1 << CLAIM_BITS) - 1
-_PAUSES_PER_LOOK = 32  # between two looks at the clock: a pause takes 1 to 140 cycles
 _TIRED = -1
 
 
@@ -110,7 +110,7 @@ def spin(spins: int, until: int, limit: int) -> int:
     """Pause for the `spins`-th time of a wait, counted from 1. Returns what the next pause takes as
     `until` (0 at first), or _TIRED when the wait has lasted for `limit` nanoseconds."""
     pause()
-    if spins % _PAUSES_PER_LOOK != 0:
+    if spins % PAUSES_PER_LOOK != 0:
         return until
     now = nanoseconds()
     if until == 0:

@@ -249,6 +249,15 @@ class Emit:
         kind = ir.FunctionType(ir.VoidType(), [])
         self.builder.asm(kind, "", "~{memory}", [], True)
 
+    def barrier(self) -> None:
+        """No instruction at all moves across this point; it emits none either. A fence, and a label
+        that nothing jumps to: LLVM's machine scheduler works between labels."""
+        self.fence()
+        module = self.builder.module
+        name = module.add_metadata([ir.MetaDataString(module, "barrier")])
+        kind = ir.FunctionType(ir.VoidType(), [ir.MetaDataType()])
+        self.call("llvm.codeview.annotation", kind, [name])
+
     # control flow
 
     def var(self, initial: Val) -> Var:

@@ -12,7 +12,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from llvmlite import ir
 
-from hybrid_moe.cpu_kernels.jit.records import Array, Kind, Record, Word, inline, with_article
+from hybrid_moe.cpu_kernels.jit.record import Array, Kind, Record, Word, inline, with_article
 
 I1, I64 = ir.IntType(1), ir.IntType(64)
 VOID = ir.VoidType()

@@ -20,7 +20,7 @@ from hybrid_moe.cpu_kernels.jit.driver import (
     RefType,
     name_of,
 )
-from hybrid_moe.cpu_kernels.jit.records import (
+from hybrid_moe.cpu_kernels.jit.record import (
     ArrayPointer,
     Field,
     Inline,

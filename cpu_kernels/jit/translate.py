@@ -1,6 +1,6 @@
 """Drivers -> LLVM IR: a small part of Python, over 64-bit integers and records.
 
-A driver assigns to names, to fields of records (`jit.records`) and to items of their arrays, loops
+A driver assigns to names, to fields of records (`jit.record`) and to items of their arrays, loops
 (`while`, `for ... in range`), branches, returns, and calls `min`, `max`, intrinsics and other
 drivers, not itself. Globals are integers, or modules that hold them. A value is an int64 that wraps
 around, a truth value, or a reference to a record, an array or a shared word; `Job.at(address)` and

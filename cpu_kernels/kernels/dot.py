@@ -14,12 +14,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
-from hybrid_moe.cpu_kernels.drivers.records import SHARE_BYTES, UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val, Var
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
-from hybrid_moe.cpu_kernels.jit.records import Record, f32, u8
+from hybrid_moe.cpu_kernels.jit.record import Record, f32, u8
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.order import Order
+from hybrid_moe.cpu_kernels.tuning import BF16_AHEAD, MXFP4_AHEAD, SHARE_LINES, TURN_GROUPS
 from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES, strip_layout
 from hybrid_moe.formats.table import BF16, E2M1_VALUES, MXFP4
 
@@ -189,39 +189,28 @@ class _Planes:
             for bias in (at.high_bias, at.low_bias)
         )
 
-    def add(self, weights: Weights) -> None:
+    def add(self, weights: Weights, tokens: Sequence[int]) -> None:
+        """The dot products of `tokens`, plane by plane."""
         emit = self._emit
         planes = ((self._high, FIXED15_GROUP.high), (self._low, FIXED15_GROUP.low))
         for quad, w in weights:
             for sums, plane in planes:
-                for t, address in enumerate(self._x):
-                    x = emit.load(address + (plane + 4 * quad), I32, align=4)
+                for t in tokens:
+                    x = emit.load(self._x[t] + (plane + 4 * quad), I32, align=4)
                     sums[t] = emit.op("byte_dot", sums[t], w, x)
 
-    def scaled(self, scale: Scale) -> list[Val]:
-        """The group's part of each token's result, float32 [16]."""
-        emit, at = self._emit, FIXED15_GROUP
-        products = []
-        for t, address in enumerate(self._x):
-            exact = emit.op("byte_dot_total", self._high[t], self._low[t]).to_float()
-            factor, exponent = (
-                emit.broadcast(emit.load(address + offset, F32, align=4), 16)
-                for offset in (at.factor, at.exponent)
-            )
-            if len(self._x) == 1:  # bound by memory, so the multipliers have time for it
-                products.append((exact * factor) * scale.power)
-            else:
-                product = emit.op("times_power", exact, factor, exponent)
-                products.append(emit.op("times_power", product, scale.power, scale.exponent))
-        return products
-
-
-TURN_GROUPS = 16
-"""Groups that two panels go ahead before the other two follow: 17 KB, half of a first-level
-cache."""
-
-AHEAD_BYTES = 8192
-"""Bytes between the codes that a kernel reads and the line that it prefetches."""
+    def scaled(self, token: int, scale: Scale) -> Val:
+        """The group's part of one token's result, float32 [16]."""
+        emit, at, x = self._emit, FIXED15_GROUP, self._x[token]
+        exact = emit.op("byte_dot_total", self._high[token], self._low[token]).to_float()
+        factor, exponent = (
+            emit.broadcast(emit.load(x + offset, F32, align=4), 16)
+            for offset in (at.factor, at.exponent)
+        )
+        if len(self._x) == 1:  # bound by memory, so the multipliers have time for it
+            return (exact * factor) * scale.power
+        product = emit.op("times_power", exact, factor, exponent)
+        return emit.op("times_power", product, scale.power, scale.exponent)
 
 
 class _Mxfp4:
@@ -230,7 +219,7 @@ class _Mxfp4:
     def __init__(
         self, emit: Emit, args: DotArgs, tokens: int, source: _Packed | _Unpacked, order: Order
     ) -> None:
-        self.emit, self.args, self.tokens = emit, args, tokens
+        self.emit, self.args, self.tokens = emit, args, range(tokens)
         self.source, self.order = source, order
         self.row_bytes = tokens * FIXED15_GROUP.nbytes
         self.lines: list[Val] = []  # still to be prefetched in this group
@@ -257,56 +246,98 @@ class _Mxfp4:
 
     def in_registers(self, panels: Sequence[int], codes: Val, begin: Val, end: Val) -> None:
         """Groups begin..end-1 of `panels`, the sums in registers meanwhile."""
-        emit, args, together = self.emit, self.args, self.order.together
-        slots = list(itertools.product(range(self.tokens), panels))
-        total = load_sums(emit, args.sums, begin, slots)
+        emit, args, source = self.emit, self.args, self.source
+        total = load_sums(emit, args.sums, begin, list(itertools.product(self.tokens, panels)))
         code, row = emit.var(codes), emit.var(args.x + begin * self.row_bytes)
-        with emit.loop(begin, end):
+        ahead = [emit.var(w) for _, w in source.weights(emit, codes, panels[0], 0)]
+        with emit.loop(begin, end) as index:
             group, x = code.get(), self.token_addresses(row.get())
+            following = group + source.nbytes
             self.lines = self.wanted(group) if panels[0] == 0 else []
-            share = -(-len(self.lines) // (len(panels) // together * self.source.steps))
-            for first in range(0, len(panels), together):
-                now = panels[first : first + together]
-                planes = self.dot(group, x, now, share)
-                for p in now:
-                    products = planes[p].scaled(self.source.scale(emit, group, p))
-                    for t, product in enumerate(products):
-                        total[t, p].set(total[t, p].get() + product)
-                emit.fence()
-            code.set(group + self.source.nbytes)
+            if self.order.together == PANELS:
+                self.by_words(group, x, total)
+            else:
+                after = (index + 1 < end).select(following, group)
+                self.by_panels(panels, group, after, x, total, ahead)
+            code.set(following)
             row.set(row.get() + self.row_bytes)
         store_sums(emit, args.sums, total)
 
-    def dot(
-        self, group: Val, x: Sequence[Val], panels: Sequence[int], share: int
-    ) -> dict[int, _Planes]:
-        """The integer sums of a group: each step takes a word (or quad) of all `panels`.
+    def by_words(self, group: Val, x: Sequence[Val], total: dict[Slot, Var]) -> None:
+        """A word of all panels, then the next word: lines in ascending order."""
+        emit, source = self.emit, self.source
+        planes = [_Planes(emit, x) for _ in range(PANELS)]
+        emit.barrier()
+        for step in range(source.steps):
+            for p in range(PANELS):
+                weights = source.weights(emit, group, p, step)
+                if len(x) > 1:  # a single token has registers for the weights of all panels
+                    emit.barrier()
+                planes[p].add(weights, self.tokens)
+                if len(x) > 1:
+                    emit.barrier()
+            emit.barrier()
+        for p in range(PANELS):
+            scale = source.scale(emit, group, p)
+            for t in self.tokens:
+                total[t, p].set(total[t, p].get() + planes[p].scaled(t, scale))
+        emit.barrier()
 
-        Compiler fences keep the order, weights and then their dot products. Without them LLVM loads
-        inputs and weights early, into registers that the accumulators need (four tokens: 72 instead
-        of 112 GMAC/s).
+    def by_panels(
+        self,
+        panels: Sequence[int],
+        group: Val,
+        after: Val,
+        x: Sequence[Val],
+        total: dict[Slot, Var],
+        ahead: Sequence[Var],
+    ) -> None:
+        """Panel by panel, so that dot products wait for nothing else. A panel's first weights are
+        decoded (into `ahead`; `after` is the address of the next group) before the results of the
+        panel before it are added up. Its last step goes token by token: the result of each is added
+        up behind the dot products of the next.
+
+        Compiler fences keep this order. Without them LLVM loads inputs and weights early, into
+        registers that the accumulators need (four tokens: 72 instead of 115 GMAC/s), or adds up
+        late.
         """
-        emit = self.emit
-        planes = {p: _Planes(emit, x) for p in panels}
-        emit.fence()
-        for step in range(self.source.steps):
+        emit, source = self.emit, self.source
+        share = -(-len(self.lines) // (len(panels) * source.steps))
+        for position, p in enumerate(panels):
+            planes = _Planes(emit, x)
+            emit.barrier()
+            quads = [quad for quad, _ in source.weights(emit, group, p, 0)]
+            weights: Weights = list(zip(quads, (w.get() for w in ahead), strict=True))
+            for step in range(source.steps - 1):
+                self.ask(share)
+                planes.add(weights, self.tokens)
+                emit.barrier()
+                weights = source.weights(emit, group, p, step + 1)
+                emit.barrier()
             self.ask(share)
-            for p in panels:
-                weights = self.source.weights(emit, group, p, step)
-                if self.tokens > 1:
-                    emit.fence()
-                planes[p].add(weights)
-                if self.tokens > 1:
-                    emit.fence()
-            emit.fence()
-        return planes
+            is_last = position + 1 == len(panels)
+            begin = (after, panels[0]) if is_last else (group, panels[position + 1])
+            for variable, (_, w) in zip(ahead, source.weights(emit, *begin, 0), strict=True):
+                variable.set(w)
+            if self.order.kept < PANELS:  # the more tokens, the less room for both at once
+                emit.barrier()
+            else:
+                emit.fence()
+            scale = source.scale(emit, group, p)
+            for t in self.tokens:
+                planes.add(weights, [t])
+                if t > 0:
+                    total[t - 1, p].set(total[t - 1, p].get() + planes.scaled(t - 1, scale))
+            last = self.tokens[-1]
+            total[last, p].set(total[last, p].get() + planes.scaled(last, scale))
+            emit.barrier()
 
     def in_memory(self) -> None:
         """Panel by panel, each group's sums added to memory. A loop over panels, not four copies:
         the copies' equal loads of x would be kept in registers that the accumulators need."""
         emit, args, source = self.emit, self.args, self.source
         with emit.when(args.begin.equals(0)):
-            clear_sums(emit, args.sums, self.tokens)
+            clear_sums(emit, args.sums, len(self.tokens))
         with emit.loop(args.begin, args.end) as index:
             group = args.codes + (index - args.begin) * source.nbytes
             x = self.token_addresses(args.x + index * self.row_bytes)
@@ -315,22 +346,24 @@ class _Mxfp4:
             with emit.loop(0, emit.i64(PANELS)) as panel:
                 planes = _Planes(emit, x)
                 for step in range(source.steps):
-                    planes.add(source.weights(emit, group, panel, step))
-                for t, product in enumerate(planes.scaled(source.scale(emit, group, panel))):
+                    planes.add(source.weights(emit, group, panel, step), self.tokens)
+                scale = source.scale(emit, group, panel)
+                for t in self.tokens:
                     to = args.sums + panel * 64 + SUMS_BYTES * t
+                    product = planes.scaled(t, scale)
                     emit.store(to, emit.load(to, F32, 16, align=64) + product, align=64)
 
     def token_addresses(self, row: Val) -> list[Val]:
-        return [row + FIXED15_GROUP.nbytes * t for t in range(self.tokens)]
+        return [row + FIXED15_GROUP.nbytes * t for t in self.tokens]
 
     def wanted(self, group: Val) -> list[Val]:
         """Lines to prefetch during a group: of the strip that is being read, or of the codes that
         are unpacked next."""
         if isinstance(self.source, _Packed):
-            ahead = group + AHEAD_BYTES
+            ahead = group + MXFP4_AHEAD
             lines = self.source.nbytes // LINE if self.order.prefetch else 0
         else:
-            ahead, lines = self.ahead.get(), SHARE_BYTES // UNPACK_GROUPS // LINE
+            ahead, lines = self.ahead.get(), SHARE_LINES
             self.ahead.set(ahead + lines * LINE)
         return [ahead + LINE * line for line in range(lines)]
 
@@ -388,10 +421,10 @@ def bf16_dot(tokens: int, order: Order) -> KernelBody:
             for t in range(tokens):
                 value = emit.load(x + (BF16_PAIRS.group_bytes * t + 4 * pair), I32, align=4)
                 total[t, panel].set(emit.op("pair_dot", total[t, panel].get(), w, value))
-            emit.fence()
+            emit.barrier()
 
     def body(emit: Emit, args: DotArgs) -> None:
-        step, ahead = tokens * BF16_PAIRS.group_bytes, 4096 if order.prefetch else 0
+        step, ahead = tokens * BF16_PAIRS.group_bytes, BF16_AHEAD if order.prefetch else 0
         code, row = emit.var(args.codes), emit.var(args.x + args.begin * step)
         halves = [range(p, p + order.together) for p in range(0, PANELS, order.together)]
         slots = [list(itertools.product(range(tokens), panels)) for panels in halves]

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, I64, Emit, KernelBody, Val
-from hybrid_moe.cpu_kernels.jit.records import Record, f32, i8, i32
+from hybrid_moe.cpu_kernels.jit.record import Record, f32, i8, i32
 from hybrid_moe.formats.strips import GROUP, MOST_BLOCK_TOKENS
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from hybrid_moe.cpu_kernels.drivers.records import UNPACK_GROUPS
+from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
 from hybrid_moe.cpu_kernels.dsl.tiles import TileConfig
@@ -72,7 +72,7 @@ class FormatKernels:
     @property
     def unpacked_bytes(self) -> int:
         """Of the groups that are unpacked at a time."""
-        return UNPACK_GROUPS * self.unpacked_group_bytes
+        return tuning.UNPACK_GROUPS * self.unpacked_group_bytes
 
 
 FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
@@ -85,17 +85,12 @@ FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
             tiled=dot.mxfp4_unpacked_dot,
             unpack=dot.mxfp4_unpack(BYTE_DOT_OFFSET),
             unpacked_group_bytes=dot.UNPACKED_GROUP.nbytes,
-            chunk_groups=256,  # 272 KB, a quarter of Zen 4's second-level cache
-            # Cycles for a group of a strip, counted in docs/kernels.md: T tokens take 32 for
-            # decoding and 44 each directly, in tiles of up to 6; a block takes 40 for unpacking and
-            # the more of 12 T (vectors) and 128 + 4 T (stores), T in fours. By count it wins from 4
-            # on, but none has run yet: it begins where the direct way decodes twice (7 tokens: 372
-            # against 200).
+            chunk_groups=tuning.MXFP4_CHUNK_GROUPS,
             tile=TileKernels(
                 config=tile_dot.MXFP4_CONFIG,
                 dots={16: tile_dot.mxfp4_tile_dot},
                 unpack=dot.mxfp4_unpack(0),
-                from_tokens=order.MOST_TOKENS + 1,
+                from_tokens=tuning.MXFP4_BLOCKS_FROM,
             ),
         ),
         "BF16": FormatKernels(
@@ -106,13 +101,12 @@ FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
             tiled=None,
             unpack=None,
             unpacked_group_bytes=0,
-            chunk_groups=32,  # 128 KB
-            # Even one token: 16 cycles for 1 KiB of weights is faster than any memory.
+            chunk_groups=tuning.BF16_CHUNK_GROUPS,
             tile=TileKernels(
                 config=tile_dot.BF16_CONFIG,
                 dots={m: tile_dot.bf16_tile_dot(m) for m in (32, 16)},
                 unpack=None,
-                from_tokens=1,
+                from_tokens=tuning.BF16_BLOCKS_FROM,
             ),
         ),
     }

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS, UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.dsl.tiles import configure, release
@@ -17,7 +16,7 @@ from hybrid_moe.cpu_kernels.kernels import encode, epilogue
 from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.encode import Encoding
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS, FormatKernels
-from hybrid_moe.cpu_kernels.kernels.order import MOST_TOKENS
+from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS, UNPACK_GROUPS, unpack_from
 
 
 @dataclass(frozen=True)
@@ -73,17 +72,6 @@ class KernelSet:
     finish: int
     enter: int
     leave: int
-
-
-def unpack_from(most: int) -> int:
-    """Tokens from which it pays to unpack a strip's codes first, with tiles of up to `most`.
-
-    Unpacking a group of a panel costs as much as some tiles save by not decoding it. On AVX-512
-    lookups share pipes with few other instructions (Zen 4: unpacking takes 27 cycles, a tile of six
-    saves 5); with the small tiles of narrow registers they are a fifth of the work (Zen 3: two
-    tiles are enough).
-    """
-    return 40 if most == MOST_TOKENS else 2 * most + 1
 
 
 def _unpacked_sizes(most: int) -> range:

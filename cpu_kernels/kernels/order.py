@@ -13,11 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hybrid_moe.cpu_kernels.tuning import STREAM_TOKENS, TILE_TOKENS
 from hybrid_moe.formats.strips import PANELS
-
-MOST_TOKENS = 6
-"""Tokens beyond which a larger tile gains nothing: a line of codes then meets 24 dot products."""
-_FEW_TOKENS = 4  # up to here kernels wait for memory, so they read lines in ascending order
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ def _vectors(registers: int, per_panel: int, reserved: int) -> int:
 
 def mxfp4_most(registers: int, per_panel: int) -> int:
     """Tokens of the largest tile: two planes of one panel for each, beside four registers."""
-    return max(1, min(MOST_TOKENS, _vectors(registers, per_panel, 4) // 2))
+    return max(1, min(TILE_TOKENS, _vectors(registers, per_panel, 4) // 2))
 
 
 def mxfp4_order(tokens: int, registers: int, per_panel: int) -> Order:
@@ -58,7 +55,7 @@ def mxfp4_order(tokens: int, registers: int, per_panel: int) -> Order:
         return Order(together=PANELS, kept=PANELS, prefetch=False)
     if (PANELS + 2) * tokens <= free:
         return Order(together=1, kept=PANELS, prefetch=True)
-    if tokens > _FEW_TOKENS and (PANELS // 2 + 2) * tokens <= free:
+    if tokens > STREAM_TOKENS and (PANELS // 2 + 2) * tokens <= free:
         return Order(together=1, kept=PANELS // 2, prefetch=True)
     return Order(together=1, kept=0, prefetch=True)
 
@@ -66,7 +63,7 @@ def mxfp4_order(tokens: int, registers: int, per_panel: int) -> Order:
 def bf16_most(registers: int, per_panel: int) -> int:
     """Tokens of the largest tile: sums of two panels for each, beside eight registers (without a
     bf16 dot product, pairs are widened before they meet)."""
-    return max(1, min(MOST_TOKENS, _vectors(registers, per_panel, 8) // 2))
+    return max(1, min(TILE_TOKENS, _vectors(registers, per_panel, 8) // 2))
 
 
 def bf16_order(tokens: int, registers: int, per_panel: int) -> Order:

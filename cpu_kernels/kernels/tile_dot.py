@@ -22,7 +22,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from hybrid_moe.cpu_kernels.drivers.records import SHARE_BYTES, UNPACK_GROUPS
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.dsl.tiles import (
     REGISTER_BYTES,
@@ -34,7 +33,6 @@ from hybrid_moe.cpu_kernels.dsl.tiles import (
     TileShape,
 )
 from hybrid_moe.cpu_kernels.kernels.dot import (
-    AHEAD_BYTES,
     BF16_STRIP,
     UNPACKED_GROUP,
     DotArgs,
@@ -44,6 +42,13 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
 )
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.epilogue import clear
+from hybrid_moe.cpu_kernels.tuning import (
+    BF16_BLOCK_AHEAD,
+    BF16_CHUNK_GROUPS,
+    BLOCK_TURN_TOKENS,
+    SHARE_BYTES,
+    UNPACK_GROUPS,
+)
 from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES
 
 _B_STRIDE = PANELS * ROW_BYTES
@@ -57,10 +62,6 @@ BF16_CONFIG = TileConfig((_WHOLE,) * REGISTERS)
 _PAIR = 2  # panels of MXFP4 whose planes are in C registers at a time: 2 x 2 of them
 _PLANES = (FIXED15_GROUP.high, FIXED15_GROUP.low)
 
-TURN = 4
-"""Tokens per iteration of the vector loop that scales the products. One token at a time, that loop
-would take longer than the matrix unit beside it."""
-
 
 @dot_kernel
 def mxfp4_tile_dot(emit: Emit, args: DotArgs) -> None:
@@ -70,7 +71,7 @@ def mxfp4_tile_dot(emit: Emit, args: DotArgs) -> None:
     """
     tiles = Tiles(emit, MXFP4_CONFIG)
     totals = emit.scratch(2 * _PAIR * REGISTER_BYTES)
-    turns = (args.count + (TURN - 1)) & -TURN
+    turns = (args.count + (BLOCK_TURN_TOKENS - 1)) & -BLOCK_TURN_TOKENS
     with emit.when(args.begin.equals(0)):
         clear(emit, args.sums, turns)
     share = SHARE_BYTES // UNPACK_GROUPS
@@ -87,8 +88,8 @@ def mxfp4_tile_dot(emit: Emit, args: DotArgs) -> None:
             scales = [
                 unpacked_scale(emit, weights + 64 * panel) for panel in range(first, first + _PAIR)
             ]
-            with emit.loop(0, turns, step=TURN) as turn:
-                for token in (turn + i for i in range(TURN)):
+            with emit.loop(0, turns, step=BLOCK_TURN_TOKENS) as turn:
+                for token in (turn + i for i in range(BLOCK_TURN_TOKENS)):
                     _add_scaled(
                         emit,
                         totals + token * ROW_BYTES,
@@ -126,11 +127,6 @@ def _add_scaled(emit: Emit, totals: Val, encoded: Val, scales: Sequence[Scale], 
         product = emit.op("times_power", exact, factor, exponent)
         product = emit.op("times_power", product, scale.power, scale.exponent)
         emit.store(sums + 64 * p, emit.load(sums + 64 * p, F32, 16, align=64) + product, align=64)
-
-
-CHUNK_GROUPS = 32
-"""Groups of BF16 that two panels take before the other two follow: 128 KB, which stay in the
-second-level cache in between."""
 
 
 def bf16_tile_dot(most: int) -> KernelBody:
@@ -174,7 +170,7 @@ def bf16_tile_dot(most: int) -> KernelBody:
                 register = b_registers[i % len(b_registers)]
                 tiles.load(register, codes + ROW_BYTES * panel, emit.i64(_B_STRIDE))
                 for line in itertools.islice(lines, BF16_STRIP.group_bytes // LINE // together):
-                    emit.prefetch(codes + (AHEAD_BYTES + line))
+                    emit.prefetch(codes + (BF16_BLOCK_AHEAD + line))
                 for b in range(blocks):
                     tiles.dot_pairs(together * b + i, PANELS + b, register)
         for c, at in sums.items():
@@ -185,8 +181,8 @@ def bf16_tile_dot(most: int) -> KernelBody:
         if together == PANELS:
             in_registers(tiles, args, range(PANELS), args.begin, args.end)
             return
-        with emit.loop(args.begin, args.end, step=CHUNK_GROUPS) as first:
-            last = first + CHUNK_GROUPS
+        with emit.loop(args.begin, args.end, step=BF16_CHUNK_GROUPS) as first:
+            last = first + BF16_CHUNK_GROUPS
             last = (args.end < last).select(args.end, last)
             for panel in range(0, PANELS, together):
                 in_registers(tiles, args, range(panel, panel + together), first, last)

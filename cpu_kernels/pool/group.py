@@ -20,6 +20,7 @@ from hybrid_moe.cpu_kernels.drivers import records
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.affinity import bind_thread
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.tuning import SPIN_NS, WAIT_SPIN_NS
 from hybrid_moe.locks import ProcessLock
 
 FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
@@ -30,8 +31,6 @@ _COMPLETED = records.Group.word("completed")
 _STOP = records.Group.word("stop")
 
 _TIMEOUT_NS = 50_000_000  # of a caller's wait: Ctrl-C is seen after two of these at the latest
-_SPIN_NS = 50_000  # of an idle worker: torch's own threads want the cores when we are idle
-_WAIT_SPIN_NS = 200_000  # for a phase or a job: as long as the tasks of a decode step that are left
 _forks = 0
 """Forks between the first process and this one. Asking the system for the process id would take
 longer than everything else that a wait does in Python."""
@@ -56,8 +55,8 @@ class PoolGroup:
         self.control = control = records.Group.over(Arena(records.Group.nbytes).bytes)
         self._words = control.words  # the same, quicker to read one by one
         self.address = control.address
-        control.spin_ns = _SPIN_NS
-        control.wait_spin_ns = _WAIT_SPIN_NS
+        control.spin_ns = SPIN_NS
+        control.wait_spin_ns = WAIT_SPIN_NS
         control.futex = FUTEX_NUMBERS[platform.machine()]
         control.timeout_ns = control.timeout[1] = _TIMEOUT_NS
         self._in_flight: dict[int, object] = {}

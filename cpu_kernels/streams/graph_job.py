@@ -20,7 +20,7 @@ import numpy as np
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import records
-from hybrid_moe.cpu_kernels.jit.records import u8
+from hybrid_moe.cpu_kernels.jit.record import u8
 from hybrid_moe.cpu_kernels.job import JobMemory
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.streams import keeping

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.job import JobShape, capacity_for
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
-from hybrid_moe.cpu_kernels.layer import MAX_TOKENS_PER_JOB
+from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.planning.model import Model

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.job import IDLE
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
@@ -19,6 +18,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS
 from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix

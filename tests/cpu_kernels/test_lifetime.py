@@ -14,12 +14,13 @@ import pytest
 
 from hybrid_moe.cpu_kernels import experts as experts_module
 from hybrid_moe.cpu_kernels import layer as layer_module
-from hybrid_moe.cpu_kernels.job import IDLE, INLINE_ENCODE_TOKENS
+from hybrid_moe.cpu_kernels.job import IDLE
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+from hybrid_moe.cpu_kernels.tuning import INLINE_ENCODE_TOKENS
 from hybrid_moe.formats.table import BF16, MXFP4
 from hybrid_moe.formats.tensors import ExpertTensors
 from tests.cpu_kernels.cases import Array, Case, random_batch

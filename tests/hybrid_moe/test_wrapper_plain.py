@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_moe.cpu_kernels.job import INLINE_ENCODE_TOKENS
 from hybrid_moe.cpu_kernels.job import Batch as Addresses
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.tuning import INLINE_ENCODE_TOKENS
 from hybrid_moe.runtime.call import is_plain
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Batch, E, H, Weights, wrapper

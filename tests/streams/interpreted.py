@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, phases, route, worker
-from hybrid_moe.cpu_kernels.jit.records import Word
+from hybrid_moe.cpu_kernels.jit.record import Word
 
 
 def _load(word: Word) -> int:

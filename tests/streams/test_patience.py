@@ -14,7 +14,7 @@ import torch
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, worker
 from hybrid_moe.cpu_kernels.drivers.records import DOWN, GATE_UP, RING, GraphJob, Group, Phase
-from hybrid_moe.cpu_kernels.jit.records import Word
+from hybrid_moe.cpu_kernels.jit.record import Word
 from hybrid_moe.cpu_kernels.streams import graph_job
 from hybrid_moe.formats.strips import STRIP_ROWS
 from hybrid_moe.streams.faults import check_errors

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.drivers import phases, records, route
 from hybrid_moe.cpu_kernels.drivers.records import DOWN, DOWN_BY_PAIR, GATE_UP
 from hybrid_moe.cpu_kernels.job import JobShape, StagedJob, capacity_for
@@ -139,7 +140,7 @@ class CountedJob:
                             count = entry.job.active_start[i + 1] - entry.job.active_start[i]
                             base = int(tables[name][pool * shape.E + entry.job.active_expert[i]])
                             for strip in range(int(bounds[pool + 1] - bounds[pool])):
-                                passes = -(-count // records.BATCH_TOKENS)
+                                passes = -(-count // tuning.BATCH_TOKENS)
                                 wanted[base + strip * layout.nbytes] = passes
                     self.reads.append(Read(phase.kind, layout.nbytes, wanted, work))
 

@@ -20,7 +20,7 @@ from hybrid_moe.cpu_kernels.drivers import records as declared
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.jit.driver import Driver
-from hybrid_moe.cpu_kernels.jit.records import (
+from hybrid_moe.cpu_kernels.jit.record import (
     LINE,
     Record,
     array,
@@ -116,7 +116,7 @@ class Layout:
 
     def source(self) -> str:
         lines = ["from hybrid_moe.cpu_kernels.drivers.intrinsics import driver"]
-        lines += ["from hybrid_moe.cpu_kernels.jit.records import *", "class R(Record):"]
+        lines += ["from hybrid_moe.cpu_kernels.jit.record import *", "class R(Record):"]
         for number, (kind, shape) in enumerate(self.fields):
             lines.append(f"    f{number} = {kind}" + (f"{list(shape)}" if shape else ""))
         for number, (_, shape) in enumerate(self.fields):

@@ -25,7 +25,7 @@ from hybrid_moe.cpu_kernels.drivers.worker import copy_job
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.jit.driver import Driver, Intrinsic
-from hybrid_moe.cpu_kernels.jit.records import (
+from hybrid_moe.cpu_kernels.jit.record import (
     Array,
     Record,
     Word,
@@ -40,7 +40,8 @@ from hybrid_moe.cpu_kernels.jit.records import (
     u8,
 )
 from hybrid_moe.cpu_kernels.jit.translate import translate
-from hybrid_moe.cpu_kernels.job import INLINE_ENCODE_TOKENS, JobMemory
+from hybrid_moe.cpu_kernels.job import JobMemory
+from hybrid_moe.cpu_kernels.tuning import INLINE_ENCODE_TOKENS
 from hybrid_moe.formats.table import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
 
@@ -535,7 +536,7 @@ DRIVER_MODULE = """
 from __future__ import annotations
 from hybrid_moe.cpu_kernels.drivers.intrinsics import driver, fence, fetch_add, load_acquire
 from hybrid_moe.cpu_kernels.drivers import records
-from hybrid_moe.cpu_kernels.jit.records import *
+from hybrid_moe.cpu_kernels.jit.record import *
 
 pair = 1, 2
 

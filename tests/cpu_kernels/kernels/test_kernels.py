@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I16, Emit, Val
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.kernels import encode, epilogue
@@ -21,6 +20,7 @@ from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
 from hybrid_moe.cpu_kernels.kernels.library import KernelSet, kernel_set
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows
+from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS
 from hybrid_moe.formats.strips import (
     LINE,
     PANEL_ROWS,

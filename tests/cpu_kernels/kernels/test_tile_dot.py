@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybrid_moe.cpu_kernels.drivers.records import BATCH_TOKENS
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.dsl.tiles import configure, release
 from hybrid_moe.cpu_kernels.job import JobShape
@@ -21,6 +20,7 @@ from hybrid_moe.cpu_kernels.kernels.encode import BLOCK_SLACK, FIXED15_GROUP, en
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS, FormatKernels
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.strips.pack import pack_rows
+from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS
 from hybrid_moe.formats.strips import (
     MOST_BLOCK_TOKENS,
     PANELS,

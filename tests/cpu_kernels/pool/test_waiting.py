@@ -18,7 +18,7 @@ import pytest
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import worker
 from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, RING, GraphJob, Group
-from hybrid_moe.cpu_kernels.jit.records import Word
+from hybrid_moe.cpu_kernels.jit.record import Word
 from hybrid_moe.cpu_kernels.job import JobMemory
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -262,7 +262,8 @@ def test_who_waits_for_the_mask_of_a_layer_sleeps(patient: Groups) -> None:
     mask.lock.value = 1  # held
     posting = started(posted.post)
     _held_until_somebody_sleeps(group, mask.lock)
-    ended(posting, started(posted.wait))
+    ended(posting)
+    ended(started(posted.wait))
     assert np.array_equal(posted.out, posted.expected)
 
 

@@ -18,9 +18,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from hybrid_moe.cpu_kernels.job import IDLE
-from hybrid_moe.cpu_kernels.layer import MAX_TOKENS_PER_JOB, ExpertLayer
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.table import FORMATS
 from hybrid_moe.integrations.transformers.registration import from_pretrained
 from hybrid_moe.loaders import inspect_checkpoint
