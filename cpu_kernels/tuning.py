@@ -62,9 +62,9 @@ TURN_GROUPS = 16
 # Prefetch instructions
 
 MXFP4_AHEAD = 8192
-"""Bytes between the codes that are read and the line that is prefetched, in kernels that do not read
-lines in order. The others leave it to the processor: prefetch instructions cost them 20 to 25 % on
-Zen 4."""
+"""Bytes between the codes that are read and the line that is prefetched, in kernels that do not
+read lines in order. The others leave it to the processor: prefetch instructions cost them 20 to
+25 % on Zen 4."""
 BF16_BLOCK_AHEAD = 8192
 """Likewise, of BF16 in a matrix unit's one pass over a strip."""
 BF16_AHEAD = 4096
@@ -86,9 +86,9 @@ RUN_STRIPS = 8
 Eight strips a worker are also even enough: one more for some is an eighth at most."""
 FEW_TASKS = 4
 MANY_TASKS = 12
-"""Tasks for each worker, at most: a thread that the system puts aside delays the others by less than
-one task. With few tokens tasks are alike, and each costs a jump. With many, experts differ in size,
-and each task copies its inputs, which is as much work as a third of a strip."""
+"""Tasks for each worker, at most: a thread that the system puts aside delays the others by less
+than one task. With few tokens tasks are alike, and each costs a jump. With many, experts have
+different numbers of them, and each task copies its inputs, as much work as a third of a strip."""
 STRIPS_AT_ONCE = 16
 """Strips that are read, at few tokens, before their sums are processed: anything between two strips
 interrupts the stream (Zen 4: an activation takes 51 ns and costs 250). Zen 4, one token and
