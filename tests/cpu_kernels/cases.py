@@ -128,6 +128,13 @@ class Case:
     def I(self) -> int:  # noqa: N802, E743
         return len(self.experts[0].gate.codes)
 
+    @property
+    def biased(self) -> bool:
+        """Whether any matrix has a bias."""
+        return any(
+            matrix.bias is not None for e in self.experts for matrix in (e.gate, e.up, e.down)
+        )
+
     def layer(
         self,
         tier: Tier | str | None = None,
@@ -145,7 +152,7 @@ class Case:
             isa=tier,
         )
         chosen = range(self.E) if only is None else only
-        layer.allocate(np.isin(np.arange(self.E), list(chosen)))
+        layer.allocate(np.isin(np.arange(self.E), list(chosen)), biases=self.biased)
         for expert in chosen:
             layer.load(expert, self.experts[expert])
         return layer
