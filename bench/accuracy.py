@@ -57,7 +57,7 @@ def measure(fmt: WeightFormat, args: argparse.Namespace) -> dict[str, tuple[floa
     weights /= weights.sum(axis=1, keepdims=True)
 
     layer = ExpertLayer(fmt, E, H, I, pool=PoolConfig(args.threads), isa=args.isa)
-    layer.allocate(np.ones(E, np.bool_))
+    layer.allocate(np.ones(E, np.bool_), biases=False)
     references: dict[str, F64] = {name: np.zeros((T, H)) for name in inputs}
     for e in range(E):
         expert = random_expert(fmt, (args.seed, e), H, I)

@@ -105,7 +105,7 @@ def make_layer(
         activation=activation,
         isa=isa,
     )
-    layer.allocate(np.ones(shape.experts, bool))
+    layer.allocate(np.ones(shape.experts, bool), biases=options)
     with ThreadPoolExecutor(pool.threads) as workers:
         list(workers.map(lambda e: layer.load(e, sources[e % SOURCES]), range(shape.experts)))
     return layer

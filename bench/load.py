@@ -121,7 +121,7 @@ def load(directory: Path, threads: int) -> dict[str, Any]:
             MXFP4, source.num_experts, shape.hidden, shape.intermediate, pool=PoolConfig(threads)
         )
         wanted = np.ones(source.num_experts, bool)
-        layer.allocate(wanted)
+        layer.allocate(wanted, biases=source.has_bias)
         identity = np.arange(source.num_experts)
         load_layer(source, identity, wanted, layer.load, fmt=MXFP4, threads=threads)
         seconds = time.perf_counter() - start

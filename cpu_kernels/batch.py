@@ -1,7 +1,7 @@
 """The arrays of a forward pass, by address.
 
-A pass reads its inputs where they are, and is through with them when it has been launched: compiled
-code routes, which takes in ids, weights and mask, and then encodes the rows of x, or copies them if
+A pass reads its inputs where they are and needs them no longer once it has been launched: compiled
+code routes, which reads ids, weights and mask, and then encodes the rows of x, or copies them if
 they are many (`drivers.route`). So Python copies nothing, for one token or for a thousand.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """Where the arrays of a pass are: addresses of contiguous memory, of which whoever makes a
-    batch has checked shapes and dtypes. Inputs are read until the pass has been launched.
+    """Where the arrays of a pass are: addresses of contiguous memory. Whoever makes a batch has
+    checked shapes and dtypes. Inputs are read until the pass has been launched.
 
     Attributes:
         tokens, top_k: T and k.

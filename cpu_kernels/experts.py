@@ -13,6 +13,7 @@ from hybrid_moe.cpu_kernels.drivers.records import Expert
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows, publish_address
+from hybrid_moe.cpu_kernels.strips.share import ShareLayout
 from hybrid_moe.cpu_kernels.strips.unpack import RunAll, unpack_gate_up, unpack_rows
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.formats.table import Array, WeightFormat
@@ -57,17 +58,22 @@ class PackedExperts:
         parts = pool.threads_per_pool
         self._blocks = _shares(intermediate // GROUP, parts)
         self._strips = _shares(-(-hidden // STRIP_ROWS), parts)
+        self._layouts = [
+            ShareLayout(
+                range(*self._blocks[pool : pool + 2].tolist()),
+                range(*self._strips[pool : pool + 2].tolist()),
+                self.gate_up_layout,
+                self.down_layout,
+            )
+            for pool in range(len(parts))
+        ]
         self._table = self._new_table()
         self._place: npt.NDArray[np.int64] = np.full(num_experts, -1, np.int64)
-        """Of each expert in the arenas and in the rows of biases; -1: none."""
+        """Of each expert in the arenas; -1: none."""
         self._arenas: list[Arena] = []
-        rows = [round_up(size, STRIP_ROWS) for size in (0, intermediate, intermediate, hidden)]
-        first = np.cumsum(rows).tolist()
-        self._bias_columns = {
-            name: slice(first[i], first[i + 1]) for i, name in enumerate(("gate", "up", "down"))
-        }
-        self._biases: npt.NDArray[np.float32] = np.zeros((0, first[-1]), np.float32)
-        self._no_bias: npt.NDArray[np.float32] = np.zeros(max(rows), np.float32)
+        rows = round_up(max(hidden, intermediate), STRIP_ROWS)
+        self._no_bias: npt.NDArray[np.float32] = np.zeros(rows, np.float32)
+        """The biases of every matrix that has none."""
         self._closed = False
         self._pid = os.getpid()
 
@@ -76,18 +82,20 @@ class PackedExperts:
         return np.zeros((self.num_experts, self.pool.pools), Expert.dtype)
 
     def expert_nbytes(self, pool: int) -> int:
-        """Packed bytes of one expert in one pool."""
-        blocks = int(self._blocks[pool + 1] - self._blocks[pool])
-        strips = int(self._strips[pool + 1] - self._strips[pool])
-        return blocks * self.gate_up_layout.nbytes + strips * self.down_layout.nbytes
+        """Packed bytes of one expert in one pool, with the room for biases that `allocate` made."""
+        return self._layouts[pool].nbytes
 
     @property
     def nbytes(self) -> int:
         """Packed bytes held."""
         return sum(arena.nbytes for arena in self._arenas)
 
-    def allocate(self, resident: npt.NDArray[np.bool_]) -> None:
-        """Map memory for the experts in `resident` (bool [E]). May be called once.
+    def allocate(self, resident: npt.NDArray[np.bool_], *, biases: bool = True) -> None:
+        """Map memory for experts. May be called once.
+
+        Args:
+            resident: bool [E], the experts that are to be loaded.
+            biases: with room for biases; False where none of them has any.
 
         Raises:
             ValueError: wrong length. RuntimeError: called twice or closed.
@@ -101,9 +109,9 @@ class PackedExperts:
         self._pid = os.getpid()
         chosen = np.flatnonzero(resident)
         self._place[chosen] = np.arange(len(chosen))
-        self._biases = np.zeros((len(chosen), self._biases.shape[1]), np.float32)
-        for pool, nodes in enumerate(self.pool.memory_nodes):
-            self._arenas.append(Arena(len(chosen) * self.expert_nbytes(pool), nodes))
+        self._layouts = [replace(layout, biases=biases) for layout in self._layouts]
+        for layout, nodes in zip(self._layouts, self.pool.memory_nodes, strict=True):
+            self._arenas.append(Arena(len(chosen) * layout.nbytes, nodes))
 
     def load(self, expert: int, tensors: ExpertTensors) -> None:
         """Check and pack one expert; the arrays may be reused afterwards.
@@ -113,9 +121,10 @@ class PackedExperts:
         Raises:
             CheckpointError: a matrix is not what the layer expects.
             IndexError: no such expert, or `allocate` did not name it.
+            ValueError: a matrix has a bias, and `allocate` made no room for biases.
             RuntimeError: the layer is closed, or this is a forked child.
         """
-        arenas, table, biases = self._arenas, self._table, self._biases  # `close` makes new ones
+        arenas, table = self._arenas, self._table  # `close` makes new ones
         self._check_open()
         self._check_process()
         if not 0 <= expert < self.num_experts or self._place[expert] < 0:
@@ -124,38 +133,71 @@ class PackedExperts:
         check_matrix(tensors.gate, self.fmt, I, H)
         check_matrix(tensors.up, self.fmt, I, H)
         check_matrix(tensors.down, self.fmt, H, I)
-        place, shares = int(self._place[expert]), table[expert]
-        addresses = self._load_biases(shares[0], biases[place], tensors)
-        for pool, arena in enumerate(arenas):
-            address = arena.address + place * self.expert_nbytes(pool)
-            first, last = int(self._blocks[pool]), int(self._blocks[pool + 1])
-            strips = range(first, last)
-            pack_gate_up(address, strips, self.gate_up_layout, tensors.gate, tensors.up, I)
-            down = address + len(strips) * self.gate_up_layout.nbytes
-            first, last = int(self._strips[pool]), int(self._strips[pool + 1])
-            pack_rows(down, range(first, last), self.down_layout, tensors.down, H)
-            shares[pool] = (shares["gate_up"][pool] if pool == 0 else address, down, *addresses)
-        publish_address(shares["gate_up"], arenas[0].address + place * self.expert_nbytes(0))
+        shares = table[expert]
+        has_bias = self._biased_matrices(expert, shares[0], tensors)
+        ranges = self._ranges(expert, arenas)
+        for pool, (layout, (address, memory)) in enumerate(zip(self._layouts, ranges, strict=True)):
+            biases = self._load_biases(layout, address, memory, tensors, has_bias)
+            pack_gate_up(address, layout.blocks, layout.gate_up, tensors.gate, tensors.up, I)
+            down = address + layout.down_offset
+            pack_rows(down, layout.strips, layout.down, tensors.down, H)
+            shares[pool] = (shares["gate_up"][pool] if pool == 0 else address, down, *biases)
+        publish_address(shares["gate_up"], ranges[0][0])
         self._check_open()
 
+    def _ranges(self, expert: int, arenas: list[Arena]) -> list[tuple[int, npt.NDArray[np.uint8]]]:
+        """Of each pool, where its share of an expert is: the address, and uint8 [nbytes]."""
+        ranges = []
+        for layout, arena in zip(self._layouts, arenas, strict=True):
+            at = int(self._place[expert]) * layout.nbytes
+            ranges.append((arena.address + at, arena.bytes[at : at + layout.nbytes]))
+        return ranges
+
+    def _biased_matrices(self, expert: int, share: Any, tensors: ExpertTensors) -> set[str]:
+        """Which of gate, up and down have biases now, or had some: an expert that is loaded once
+        more keeps their places, since a pass may be reading them."""
+        names = set()
+        for name in self._layouts[0].bias_rows:
+            given = getattr(tensors, name).bias is not None
+            if given and not self._layouts[0].biases:
+                raise ValueError(
+                    f"expert {expert}: {name} has a bias, but this layer was allocated without "
+                    "room for biases; use allocate(resident, biases=True)"
+                )
+            if given or self._has_bias(share, name):
+                names.add(name)
+        return names
+
     def _load_biases(
-        self, share: Any, row: npt.NDArray[np.float32], tensors: ExpertTensors
+        self,
+        layout: ShareLayout,
+        address: int,
+        memory: npt.NDArray[np.uint8],
+        tensors: ExpertTensors,
+        has_bias: set[str],
     ) -> list[int]:
-        """Copy the biases into an expert's row; where gate's, up's and down's are. An expert that
-        is loaded once more keeps their places: a pass may be reading them."""
+        """Copy the biases into a pool's range; what its record says of gate's, up's and down's."""
         addresses = []
-        for name, columns in self._bias_columns.items():
-            bias, here = getattr(tensors, name).bias, row[columns]
-            if bias is not None:
-                here[: len(bias)] = bias
-            elif self._has_bias(share, name):
+        for name, rows in layout.bias_rows.items():
+            if name not in has_bias:
+                addresses.append(self._no_bias.ctypes.data)
+                continue
+            bias, here = getattr(tensors, name).bias, layout.bias(memory, name)
+            if bias is None:
                 here[:] = 0
-            has_bias = bias is not None or self._has_bias(share, name)
-            addresses.append((here if has_bias else self._no_bias).ctypes.data)
+            else:
+                part = bias[rows.start : rows.stop]
+                here[: len(part)] = part
+            # drivers add 4 bytes for each row of the matrix, and those before `rows` are not here
+            addresses.append(address + layout.bias_offsets[name] - 4 * rows.start)
         return addresses
 
     def _has_bias(self, share: Any, name: str) -> bool:
-        """Whether an expert, of which this is the share of a pool, has been loaded with one."""
+        """Whether an expert has been loaded with one.
+
+        Args:
+            share: that of pool 0, whose rows begin at 0: the address is that of its own memory.
+        """
         return share[f"{name}_bias"] not in (0, self._no_bias.ctypes.data)
 
     def check_readable(self, expert: int) -> None:
@@ -176,13 +218,11 @@ class PackedExperts:
             IndexError: it is not loaded. RuntimeError: closed, or this is a forked child.
         """
         self.check_readable(expert)
-        place, strips = int(self._place[expert]), []
-        for pool, arena in enumerate(self._arenas):
-            size = self.expert_nbytes(pool)
-            packed = arena.bytes[place * size : (place + 1) * size]
-            share = self._table[expert, pool]
-            split = int(share["down"] - share["gate_up"])
-            strips.append((packed[:split], packed[split:]))
+        shares = [memory for _, memory in self._ranges(expert, self._arenas)]
+        strips = [
+            (share[: layout.down_offset], share[layout.down_offset : layout.strip_bytes])
+            for layout, share in zip(self._layouts, shares, strict=True)
+        ]
         gate_up, down = (
             (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(-1, layout.nbytes)
             for parts, layout in zip(
@@ -195,8 +235,11 @@ class PackedExperts:
         matrices["down"] = unpack_rows(down, self.down_layout, fmt, self.hidden, run_all)
         for name, matrix in matrices.items():
             if self._has_bias(self._table[expert, 0], name):
-                bias = self._biases[place, self._bias_columns[name]][: len(matrix.codes)]
-                matrices[name] = replace(matrix, bias=bias.copy())
+                parts = [
+                    layout.bias(share, name)
+                    for layout, share in zip(self._layouts, shares, strict=True)
+                ]
+                matrices[name] = replace(matrix, bias=np.concatenate(parts)[: len(matrix.codes)])
         return ExpertTensors(**matrices)
 
     @property
@@ -222,4 +265,3 @@ class PackedExperts:
         self._closed = True
         # new objects: jobs under way own the old ones
         self._arenas, self._table = [], self._new_table()
-        self._biases = self._biases[:0].copy()

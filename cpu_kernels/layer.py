@@ -202,7 +202,7 @@ class ExpertLayer(PackedExperts):
                     self._group,
                     descriptor,
                     descriptor.address,
-                    (*tables.values(), self._no_bias, self._biases, self._arenas),
+                    (*tables.values(), self._no_bias, self._arenas),
                 )
             return self._ready_state
 

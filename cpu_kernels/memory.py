@@ -51,7 +51,7 @@ _inherited: list[mmap.mmap] = []
 
 def _keep_inherited() -> None:
     """In a forked child: never unmap the parent's arenas. They are not mapped there (DONTFORK), and
-    the addresses may be somebody else's by the time a garbage collector would unmap them."""
+    the garbage collector might unmap something else that has these addresses by then."""
     _inherited.extend(_live)
 
 
@@ -93,7 +93,7 @@ class Arena:
 
 
 def _free_on(node: int) -> int | None:
-    """Bytes that a node has free or would free of its page cache; None where nobody tells."""
+    """Bytes of a node that are free or in its page cache; None if the system does not say."""
     lines = sysfiles.lines(f"sys/devices/system/node/node{node}/meminfo")
     try:
         fields = {words[2]: int(words[3]) for line in lines if len(words := line.split()) > 3}
@@ -104,9 +104,10 @@ def _free_on(node: int) -> int | None:
 
 
 def _place(address: int, nbytes: int, nodes: Sequence[int]) -> None:
-    """Take the pages of a range from a node, or in turn from several whose threads read all of it;
-    and from others when these have no more: binding them would end in the kernel's killing a
-    process. Where mbind is not permitted, pages go where they are first touched."""
+    """Ask for the pages of a range on one node, or on several in turn if threads of all of them
+    read it. When these have no more, pages come from other nodes: a strict binding would end with
+    the kernel killing a process. Where mbind is not permitted, pages go where they are first
+    touched."""
     for node in nodes:
         free, share = _free_on(node), nbytes / len(nodes)
         if free is not None and free < share:
@@ -138,7 +139,7 @@ def _place(address: int, nbytes: int, nodes: Sequence[int]) -> None:
 
 
 class Workspace:
-    """An arena that is given out piece by piece, each on a cache line."""
+    """An arena that is handed out in pieces, each of which begins a cache line."""
 
     def __init__(self, nbytes: int) -> None:
         self._arena = Arena(nbytes)

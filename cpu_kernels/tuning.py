@@ -43,7 +43,8 @@ direct way decodes twice (7 tokens: 372 against 200)."""
 BF16_BLOCKS_FROM = 1
 """Likewise: 16 cycles for 1 KiB of weights are faster than any memory."""
 BLOCK_TURN_TOKENS = 4
-"""Tokens per turn of the loops beside a matrix unit, which else are longer than its products."""
+"""Tokens per iteration of the vector loops beside a matrix unit. One token at a time, those loops
+would take longer than its products."""
 
 # Chunks: groups of a strip that several tiles meet in turn, from the second-level cache
 
@@ -56,25 +57,24 @@ MXFP4_CHUNK_GROUPS = 256
 BF16_CHUNK_GROUPS = 32
 """128 KB."""
 TURN_GROUPS = 16
-"""Groups that two panels go ahead before the other two follow: 17 KB, half of a first-level
-cache."""
+"""Groups that two panels take before the other two follow: 17 KB, half of a first-level cache."""
 
 # Prefetch instructions
 
 MXFP4_AHEAD = 8192
-"""Bytes ahead of their use that lines of packed codes are asked for, by kernels that do not read
-them in order. Those that do leave it to the processor: any instruction costs them 20 to 25 % on Zen
-4."""
+"""Bytes between the codes that are read and the line that is prefetched, in kernels that do not
+read lines in order. The others leave it to the processor: prefetch instructions cost them 20 to
+25 % on Zen 4."""
 BF16_BLOCK_AHEAD = 8192
 """Likewise, of BF16 in a matrix unit's one pass over a strip."""
 BF16_AHEAD = 4096
 """Likewise for one token on narrow registers. Zen 3, whose prefetchers stop at the end of a 4 KiB
-page, is a sixth faster so."""
+page, gains a sixth."""
 SHARE_LINES = 2
-"""Lines of the chunk that is unpacked next, which a tile asks for in each group."""
+"""Lines of the chunk that is unpacked next, which a tile prefetches in each group."""
 SHARE_BYTES = SHARE_LINES * LINE * UNPACK_GROUPS
-"""And in all: unpacking stalls on memory unless the tiles before have asked for its codes, 34 KB.
-Nine tiles ask for all of them."""
+"""The same for a whole chunk. Unpacking stalls on memory unless the tiles before it have prefetched
+its codes, 34 KB; nine tiles prefetch all of them."""
 
 # Tasks. Strips that follow each other in memory are a run. A run is read at the speed of memory; a
 # jump to the next one costs 1.5 us, in which one core reads 40 KB (Zen 4: runs of 70 KB are read at
@@ -86,12 +86,12 @@ RUN_STRIPS = 8
 Eight strips a worker are also even enough: one more for some is an eighth at most."""
 FEW_TASKS = 4
 MANY_TASKS = 12
-"""Tasks for each worker, at most: whoever is put aside by the system delays the others by less than
-one. With few tokens tasks are alike, and each costs a jump; with many an expert has more than
-another, and a task has a copy of its inputs to make, as much work as a third of a strip."""
+"""Tasks for each worker, at most: a thread that the system puts aside delays the others by less
+than one task. With few tokens tasks are alike, and each costs a jump. With many, experts have
+different numbers of them, and each task copies its inputs, as much work as a third of a strip."""
 STRIPS_AT_ONCE = 16
-"""Strips of few tokens that are read before what becomes of their sums, since anything between two
-strips interrupts the stream (Zen 4: an activation takes 51 ns and costs 250). Zen 4, one token and
+"""Strips that are read, at few tokens, before their sums are processed: anything between two strips
+interrupts the stream (Zen 4: an activation takes 51 ns and costs 250). Zen 4, one token and
 one thread: 2048 x 768 in 0.66 ms with 16 strips of down at once, 0.71 with one."""
 OUT_ROWS = 512
 """Rows of sums that a task of whole output rows works in at few tokens: 128 KB."""
@@ -103,7 +103,7 @@ once: 1 to 2 % of the bytes of down, if each expert has one token."""
 ENCODE_TOKENS = 16
 """Tokens of an encoding task, at most. Zen 4: 2 us each at 4096 inputs."""
 INLINE_ENCODE_TOKENS = 4
-"""Tokens up to which whoever submits them encodes them: a phase costs as much."""
+"""Tokens up to which the submitting thread encodes them: a phase costs as much."""
 MAX_TOKENS_PER_JOB = 2048
 """Larger batches run part by part in the memory of one job: scratch grows with tokens x k, and 2048
 tokens already amortise unpacking."""
@@ -117,9 +117,8 @@ def encode_tasks(tokens: int, workers: int) -> int:
 def expert_tasks(active: int, strips: int, pairs: int, workers: int) -> int:
     """Tasks over the strips of all active experts, each an even run of them.
 
-    A task is an expert where each worker gets so many that it does not matter who has one more, and
-    where there is one worker. Else every worker gets an equal number of tasks, of eight strips or
-    more unless there are fewer for each.
+    With one worker, or many experts for each, a task is an expert. Otherwise every worker gets the
+    same number of tasks, each of eight strips or more if there are enough.
     """
     if workers == 1 or active >= RUN_STRIPS * workers:
         return active if strips > 0 else 0

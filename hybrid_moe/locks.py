@@ -1,7 +1,8 @@
 """Locks of a process that may fork.
 
-A lock that another thread holds at a fork stays locked in the child for ever: there is nobody who
-would open it. Locks that outlive a call, in a module or a class, are therefore of this kind.
+A lock that another thread holds at a fork stays locked in the child for ever, since the thread that
+would open it does not exist there. Locks that outlive a call, in a module or a class, are therefore
+of this kind.
 """
 
 from __future__ import annotations

@@ -238,7 +238,6 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         wanted = ~self._mask.numpy()
         try:
             if wanted.any():
-                self._layer.allocate(wanted)
                 fill(self._layer, wanted)
             self._writer = ExpertWriter(self._layer, self.shape)
             self._runner = LayerRunner(

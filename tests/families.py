@@ -302,6 +302,9 @@ _GPT_OSS_QUANTIZATION = {
 
 _QWEN3_NAMES = ("gate_proj", "up_proj", "down_proj")
 
+BITS = {"BF16": 16.0, "MXFP4": 4.25}
+"""Of a weight in each format, scales included."""
+
 FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(_qwen3_moe),
     "qwen3_moe_fused": Family(_qwen3_moe, native=True),

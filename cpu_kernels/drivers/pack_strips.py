@@ -1,4 +1,4 @@
-"""Packing: rows of a checkpoint -> strips, a transposition of 32-bit words; and telling others."""
+"""Packing: rows of a checkpoint -> strips, a transposition of 32-bit words; and publishing them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pack_strips(
     half_step: int,
     rows: int,
 ) -> None:
-    """Pack strips first..last-1 of a matrix, each [group][codes, scales] as `panels` says.
+    """Pack strips first..last-1 of a matrix, each [group][codes, scales], see `formats.strips`.
 
     A strip is two halves of 32 rows. The first comes from (codes0, scales0), the second from
     (codes1, scales1): for gate and up two matrices, of which a strip takes the same rows; for down

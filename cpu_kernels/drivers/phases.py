@@ -154,6 +154,7 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
     packed = layer.packed[expert * job.pools + pool]
     first_block = layer.blocks[pool]
     sizes = layer.gate_up_strips
+    # pairs with the release of `pack_strips.publish_word`, which routing has seen already
     strips = load_acquire(packed.gate_up)
     sums = scratch + job.sums_offset
     unpacked = scratch + job.unpacked_offset
@@ -334,7 +335,7 @@ def zero_task(job: Job, begin: int, end: int) -> None:
 def run_task(entry: Entry, phase: Phase, pool: int, task: int, worker: int) -> None:
     job = entry.job
     scratch = job.scratch + worker * job.scratch_bytes
-    tasks = load_acquire(phase.tasks[pool])
+    tasks = load_acquire(phase.tasks[pool])  # of this job: the task has been claimed
     begin = part(phase.units[pool], tasks, task)
     end = part(phase.units[pool], tasks, task + 1)
     if phase.kind == ENCODE:

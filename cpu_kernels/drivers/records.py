@@ -72,9 +72,11 @@ class Expert(Record):
 
     gate_up = shared  # address of the gate/up strips, 0: not loaded
     down = i64  # of the down strips
-    gate_bias = i64  # address of float32 [intermediate, rounded up]
+    # addresses of the float32 biases of row 0 of the expert, if the pool had that row: its own lie
+    # behind its strips (strips/share.py), those of matrices without any in zeros for all rows
+    gate_bias = i64
     up_bias = i64
-    down_bias = i64  # address of float32 [hidden, rounded up]
+    down_bias = i64
 
 
 class Layer(Record):

@@ -132,7 +132,7 @@ def add_tasks(entry: Entry, phase: Phase, pool: int, units: int, tasks: int, mac
     if tasks == 0:
         return
     phase.units[pool] = units
-    # who reads these reads a claim word or the entry's number as well: `claim`, `phase_is_done`
+    # readers check a claim word (`claim`) or the sequence number (`phase_is_done`) as well
     store_release(phase.tasks[pool], tasks)
     store_release(phase.total, load_acquire(phase.total) + tasks)
     task_ns = NS_PER_MAC * macs * ceil_div(units, tasks)  # see `patience`
@@ -219,7 +219,8 @@ def take_in(job: Job) -> None:
 
 @driver
 def route(job: Job) -> int:
-    """Group the pairs of a job and take in its inputs. Returns its missing."""
+    """Group the pairs of a job and take in its inputs. Returns 1 + an expert that is neither loaded
+    nor skipped, or 0."""
     count_pairs(job)
     place_pairs(job)
     if job.missing == 0:

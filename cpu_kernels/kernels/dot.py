@@ -36,8 +36,8 @@ class DotArgs:
 
     Attributes:
         codes: address of group `begin` of the strip, packed, or as `mxfp4_unpack` leaves it.
-        ahead: address of packed codes that are unpacked next; who reads unpacked ones fetches
-            4 KiB of them meanwhile.
+        ahead: address of the packed codes that are unpacked next. Kernels over unpacked codes
+            prefetch 4 KiB of them.
         x: address of the tile, [group][token] of encoded groups.
         count: tokens of the tile.
         sums: address of float32 [count][64].
@@ -62,7 +62,7 @@ def dot_kernel(body: Callable[[Emit, DotArgs], None]) -> KernelBody:
 
 
 Slot = tuple[int, int]
-"""Token and panel of a sum."""
+"""Token and panel of a vector of sums, float32 [16]."""
 
 
 def _sum_address(sums: Val, slot: Slot) -> Val:
@@ -90,7 +90,11 @@ def clear_sums(emit: Emit, sums: Val, tokens: int) -> None:
         emit.store(_sum_address(sums, slot), emit.splat(0.0, F32, 16), align=64)
 
 
-# MXFP4: exact sums of a group as integers, in two planes, then scaled
+# MXFP4. For each token, row and group of 32 inputs q = 256 * high + low (see `encode`):
+#
+#     exact = 256 * sum(w * high) + sum(w * low)      integers; w = 2 * value + 12, and the biases
+#                                                     of the group take the 12 back
+#     sums += (exact * factor) * 2^(scale - 127)      float32; both factors are powers of two
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ class _Unpacked:
 
 
 class _Planes:
-    """Integer sums of one panel and group: two accumulators for each token."""
+    """Integer sums of one panel and group: two accumulators [16 rows] for each token."""
 
     def __init__(self, emit: Emit, x: Sequence[Val]) -> None:
         """`x` has the address of each token's group."""
@@ -203,14 +207,14 @@ class _Planes:
             emit.broadcast(emit.load(x + offset, F32, align=4), 16)
             for offset in (at.factor, at.exponent)
         )
-        if len(self._x) == 1:  # memory is what a single token waits for, not multipliers
+        if len(self._x) == 1:  # bound by memory, so the multipliers have time for it
             return (exact * factor) * scale.power
         product = emit.op("times_power", exact, factor, exponent)
         return emit.op("times_power", product, scale.power, scale.exponent)
 
 
 class _Mxfp4:
-    """The making of one kernel."""
+    """Emits one kernel, in the order of lines, panels and sums that `order` says."""
 
     def __init__(
         self, emit: Emit, args: DotArgs, tokens: int, source: _Packed | _Unpacked, order: Order
@@ -218,7 +222,7 @@ class _Mxfp4:
         self.emit, self.args, self.tokens = emit, args, range(tokens)
         self.source, self.order = source, order
         self.row_bytes = tokens * FIXED15_GROUP.nbytes
-        self.lines: list[Val] = []  # still to be asked for in this group
+        self.lines: list[Val] = []  # still to be prefetched in this group
         self.ahead = emit.var(args.ahead)
 
     def run(self) -> None:
@@ -231,7 +235,7 @@ class _Mxfp4:
             self.in_memory()
 
     def by_turns(self) -> None:
-        """Two panels of some groups, then the other two."""
+        """Two panels of TURN_GROUPS groups, then the other two."""
         emit, args, kept = self.emit, self.args, self.order.kept
         with emit.loop(args.begin, args.end, step=TURN_GROUPS) as first:
             last = first + TURN_GROUPS
@@ -260,7 +264,7 @@ class _Mxfp4:
         store_sums(emit, args.sums, total)
 
     def by_words(self, group: Val, x: Sequence[Val], total: dict[Slot, Var]) -> None:
-        """A word of all panels, then the next: lines in ascending order."""
+        """A word of all panels, then the next word: lines in ascending order."""
         emit, source = self.emit, self.source
         planes = [_Planes(emit, x) for _ in range(PANELS)]
         emit.barrier()
@@ -288,13 +292,14 @@ class _Mxfp4:
         total: dict[Slot, Var],
         ahead: Sequence[Var],
     ) -> None:
-        """Panel by panel, so that dot products wait for nothing else: what a panel begins with is
+        """Panel by panel, so that dot products wait for nothing else. A panel's first weights are
         decoded (into `ahead`; `after` is the address of the next group) before the results of the
-        one before it are added up, and its last step goes token by token, the result of each behind
-        the dot products of the next.
+        panel before it are added up. Its last step goes token by token: the result of each is added
+        up behind the dot products of the next.
 
-        Fences keep this order. Without them LLVM loads inputs and weights early, into registers
-        that the accumulators need (four tokens: 72 instead of 115 GMAC/s), or adds up late.
+        Compiler fences keep this order. Without them LLVM loads inputs and weights early, into
+        registers that the accumulators need (four tokens: 72 instead of 115 GMAC/s), or adds up
+        late.
         """
         emit, source = self.emit, self.source
         share = -(-len(self.lines) // (len(panels) * source.steps))
@@ -352,8 +357,8 @@ class _Mxfp4:
         return [row + FIXED15_GROUP.nbytes * t for t in self.tokens]
 
     def wanted(self, group: Val) -> list[Val]:
-        """Lines to ask for during a group: of the codes that stream by, or of the ones that are
-        unpacked next."""
+        """Lines to prefetch during a group: of the strip that is being read, or of the codes that
+        are unpacked next."""
         if isinstance(self.source, _Packed):
             ahead = group + MXFP4_AHEAD
             lines = self.source.nbytes // LINE if self.order.prefetch else 0
@@ -397,7 +402,7 @@ def mxfp4_unpack(offset: int) -> KernelBody:
     return body
 
 
-# BF16
+# BF16. For each token, row and pair of inputs: sums += w[odd] * x[odd], then += w[even] * x[even]
 
 
 def bf16_dot(tokens: int, order: Order) -> KernelBody:
@@ -406,8 +411,8 @@ def bf16_dot(tokens: int, order: Order) -> KernelBody:
     def pairs(
         emit: Emit, at: Val, x: Val, panels: Sequence[int], total: dict[Slot, Var], ahead: int
     ) -> None:
-        """A group of `panels`. Fences keep the order, a line of weights, then its dot products;
-        and each input is an operand of the instruction that uses it."""
+        """One group of `panels`. Compiler fences keep the order, a line of weights and then its dot
+        products; inputs stay memory operands of the instructions that use them."""
         for pair, panel in itertools.product(range(GROUP // 2), panels):
             line = at + 64 * (PANELS * pair + panel)
             if ahead:

@@ -13,9 +13,9 @@ is stored as a float32 and as its exponent, of which a tier reads one. The biase
 that makes the weights unsigned. Within each 8 inputs the order is 0 2 4 6 1 3 5 7: the low nibbles
 of a 32-bit word of codes hold the even inputs, the high nibbles the odd ones.
 
-A row is [group]. Tokens that meet the weights together, a tile, are [group][token]: one stream
-whatever their number, and the inputs of a group never meet in one set of the first-level cache, as
-those of rows 4096 bytes apart do.
+A row is [group]. A tile is several tokens that a kernel multiplies by the same weights, stored as
+[group][token]: one stream for any number of tokens, and the inputs of a group never compete for
+one set of the first-level cache, as rows 4096 bytes apart would.
 
 A group that holds NaN or infinity has factor and exponent NaN; the row's result is then NaN.
 """
@@ -71,12 +71,12 @@ def encode_fixed15_group(emit: Emit, x: Val, to: Val) -> None:
     magnitude = emit.reduce("umax", x.bits(I32) & 0x7FFFFFFF)
     biased = magnitude >> 23
     is_finite = biased < 255
-    biased = (biased < 1).select(emit.splat(1, I32), biased)
+    biased = (biased < 1).select(emit.splat(1, I32), biased)  # zeros and subnormals: e = -126
     shift = -biased + 140  # 13 - e
     half = shift.sar(1)  # 2^shift may exceed float32's range, its two halves do not
     q = (x * _power_of_two(half)) * _power_of_two(shift - half)
     q = (q + _ROUND).bits(I32) - _ROUND_BITS
-    low = ((q + 128) & 255) - 128
+    low = ((q + 128) & 255) - 128  # -128..127; the rest is a multiple of 256 and high -64..64
     high = (q - low).sar(8)
     for plane, at, bias in (
         (high, group.high, group.high_bias),
@@ -118,12 +118,16 @@ FIXED15 = Encoding(FIXED15_GROUP.nbytes, encode_fixed15_group)
 BF16_PAIRS = Encoding(2 * GROUP, _store_bf16)
 
 BLOCK_SLACK = (MOST_BLOCK_TOKENS - 1) * max(FIXED15.group_bytes, BF16_PAIRS.group_bytes)
-"""Bytes that must be mapped behind a tile, whatever they hold. A matrix unit loads a group's tokens
-as a whole block, so for one token it also reads the 31 that would follow it."""
+"""Bytes that must be mapped behind a tile; their content does not matter. A matrix unit loads a
+group's tokens as a whole block, so for one token it also reads where 31 more would be."""
 
 
 def encode_rows(encoding: Encoding) -> KernelBody:
-    """Kernel (x, x_stride, rows, row_stride, count, groups): bf16 rows -> encoded rows."""
+    """Kernel (x, x_stride, rows, row_stride, count, groups): bf16 rows -> encoded rows.
+
+    x is bf16 [count][32 * groups], with x_stride bytes from row to row; the output is [count] rows
+    of [group], row_stride bytes apart.
+    """
 
     def body(
         emit: Emit, x: Val, x_stride: Val, rows: Val, row_stride: Val, count: Val, groups: Val
@@ -147,6 +151,7 @@ def gather(encoding: Encoding) -> KernelBody:
             row = emit.load(rows + token * 8, I64, align=8)
             with emit.loop(0, groups) as group:
                 at, to = row + group * nbytes, out + (group * count + token) * nbytes
+                # 64 bytes are all of a BF16 group; MXFP4 has 16 more
                 for offset, lanes in ((0, 16), (64, (nbytes - 64) // 4)):
                     if lanes:
                         emit.store(to + offset, emit.load(at + offset, I32, lanes, 16), align=16)

@@ -20,7 +20,7 @@ _EXP_COEFFICIENTS = (  # of (exp(r) - 1 - r) / r^2 on |r| <= ln2 / 2; Cephes exp
     1.6666665459e-1,
     5.0000001201e-1,
 )
-_ROUND = 12582912.0
+_ROUND = 12582912.0  # as in `encode`: adding it rounds to an integer
 _ROUND_BITS = 0x4B400000
 
 
@@ -122,7 +122,7 @@ def add(emit: Emit, rows: Val, count: Val, tokens: Val, out: Val) -> None:
 
 
 def clear(emit: Emit, out: Val, count: Val) -> None:
-    """Kernel: zeroes float32 [count][64]."""
+    """Kernel: out, float32 [count][64], = 0."""
     zero = emit.splat(0.0, F32, 16)
     with emit.loop(0, count) as i:
         for panel in range(PANELS):
@@ -130,9 +130,10 @@ def clear(emit: Emit, out: Val, count: Val) -> None:
 
 
 def finish(emit: Emit, sums: Val, count: Val, out: Val, out_stride: Val, rows: Val) -> None:
-    """Kernel: the first `rows`, 32 or 64, of float32 [count][64] -> bf16 at out + i * out_stride.
+    """Kernel: out[i] = the first `rows` of sums[i], rounded to bf16.
 
-    The output ends with the last row, which may be in the middle of the last strip.
+    sums float32 [count][64]; out bf16 [count][rows], out_stride bytes from one to the next. `rows`
+    is 64, or 32 in the last strip of an output that ends in the middle of it.
     """
     with emit.loop(0, count) as i:
         for half in range(2):

@@ -1,11 +1,12 @@
-"""In which order a dot kernel goes through a group of a strip, and where its sums are meanwhile.
+"""The order in which a dot kernel goes through a group of a strip, and where it keeps its sums.
 
-One function for each kind of arithmetic, of the tokens and the tier's registers alone. Counts below
-are in vectors of 16 lanes, of which a register holds one (AVX-512), half (AVX2) or a quarter.
+There is one function for each kind of arithmetic. It depends only on the tokens and the tier's
+registers. Counts below are vectors of 16 lanes; a register holds one (AVX-512), half (AVX2) or a
+quarter of a vector.
 
-What a kernel for T tokens keeps in registers: a float32 sum for each token and panel, and while a
-group of MXFP4 is summed as integers, two planes for each token and panel under way. Beside them a
-word of codes, what is looked up of it, and inputs and constants.
+A kernel for T tokens keeps a float32 sum in registers for each token and panel. While it sums a
+group of MXFP4 as integers, it also keeps two planes for each token and panel under way. The other
+registers hold a word of codes, the weights looked up from it, inputs and constants.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ class Order:
     """How a kernel goes through a group.
 
     Attributes:
-        together: panels of which one word is taken before the next word.
+        together: panels whose word w is read before word w + 1 of any of them.
         kept: panels whose sums stay in registers over the groups of a call. With 2 of 4, two
-            panels go some groups ahead, then the other two follow. With 0, sums are in memory
-            and each group adds to them.
-        prefetch: packed codes are asked for by instructions, ahead of their use.
+            panels take some groups, then the other two follow. With 0, sums are in memory and
+            each group adds to them.
+        prefetch: packed codes are prefetched by instructions.
     """
 
     together: int
@@ -44,11 +45,11 @@ def mxfp4_most(registers: int, per_panel: int) -> int:
 
 
 def mxfp4_order(tokens: int, registers: int, per_panel: int) -> Order:
-    """A word of all four panels, then the next, touches lines in strictly ascending order: the
-    processor's prefetchers then keep up by themselves (Zen 4: an instruction for each line costs
-    20 to 25 %). More tokens have no room for the planes of four panels, so panels follow each
-    other, and the lines want asking for. With more than four not even the sums of four panels fit;
-    those tokens are bound by arithmetic, so that the order of lines matters less to them."""
+    """One word of all four panels, then the next, touches lines in strictly ascending order, and
+    the processor's own prefetchers keep up (Zen 4: a prefetch instruction for each line costs 20
+    to 25 %). With more tokens the planes of four panels do not fit: panels follow each other, and
+    their lines need prefetch instructions. With more than four tokens not even the sums of four
+    panels fit. Those kernels are bound by arithmetic, so the order of lines matters less."""
     free = _vectors(registers, per_panel, 4 * per_panel)
     if (PANELS + 2 * PANELS) * tokens <= free:
         return Order(together=PANELS, kept=PANELS, prefetch=False)
@@ -66,9 +67,9 @@ def bf16_most(registers: int, per_panel: int) -> int:
 
 
 def bf16_order(tokens: int, registers: int, per_panel: int) -> Order:
-    """Pair by pair, each of all four panels if their sums fit; else of two, whose sums go to memory
-    with each group. A single token on narrow registers (AVX2) asks for its lines: Zen 3, whose
-    prefetchers stop at the end of a 4 KiB page, is a sixth faster so."""
+    """Pair by pair, each of all four panels if their sums fit; else of two panels, whose sums go to
+    memory with each group. A single token on narrow registers (AVX2) prefetches its lines: the
+    prefetchers of Zen 3 stop at the end of a 4 KiB page, and this gains a sixth there."""
     free = _vectors(registers, per_panel, 8)
     narrow = per_panel > 1
     if PANELS * tokens <= free:

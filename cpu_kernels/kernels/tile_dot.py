@@ -1,9 +1,9 @@
 """Dot kernels for a matrix unit: a strip times a block of up to 16 or 32 tokens.
 
-Same call and same sums as in `dot`, for any count from 1 to M = 16 or 32. Registers are loaded and
-stored whole, so a kernel reads up to `BLOCK_SLACK` bytes behind its tile, and writes sums for M
-tokens, of which those from `count` on mean nothing. Rows of a product do not mix: what lies behind
-the tile reaches no token's sums.
+The call and the sums are those of `dot`, for any count from 1 to M = 16 or 32. Registers are loaded
+and stored whole, so a kernel reads up to `BLOCK_SLACK` bytes behind its tile and writes sums for M
+tokens; those from `count` on mean nothing. Rows of a product do not mix, so what lies behind the
+tile reaches no token's sums.
 
 Operands lie in memory as TILELOADD wants them:
 
@@ -100,7 +100,7 @@ def mxfp4_tile_dot(emit: Emit, args: DotArgs) -> None:
 
 
 def _mxfp4_products(tiles: Tiles, weights: Val, totals: Val) -> None:
-    """The products of two panels with both planes, in `totals` as [panel][plane] registers."""
+    """totals [panel 2][plane 2][token 16][row 16] int32 = two panels x both planes of a group."""
     emit = tiles.emit
     for p in range(_PAIR):
         tiles.load(2 + p, weights + ROW_BYTES * p, emit.i64(_B_STRIDE))
@@ -113,7 +113,7 @@ def _mxfp4_products(tiles: Tiles, weights: Val, totals: Val) -> None:
 
 
 def _add_scaled(emit: Emit, totals: Val, encoded: Val, scales: Sequence[Scale], sums: Val) -> None:
-    """One token's totals of some panels, scaled, added to its sums."""
+    """sums[panel] += (256 * high + low) * factor * scale of one token, for each of `scales`."""
     factor, exponent = (
         emit.broadcast(emit.load(encoded + offset, F32, align=4), 16)
         for offset in (FIXED15_GROUP.factor, FIXED15_GROUP.exponent)
@@ -132,9 +132,9 @@ def _add_scaled(emit: Emit, totals: Val, encoded: Val, scales: Sequence[Scale], 
 def bf16_tile_dot(most: int) -> KernelBody:
     """Dot kernel of BF16 for up to `most` tokens, 16 or 32.
 
-    Four C registers have the sums of 16 tokens and four panels, so that a strip is read once, group
-    by group; or of 32 tokens and two panels, which meet each register of weights twice. Then the
-    other two panels follow, chunk by chunk; sums are stored in between as they are. Registers:
+    Four C registers hold the sums of 16 tokens and four panels, so that a strip is read once, group
+    by group; or those of 32 tokens and two panels, which use each register of weights twice. The
+    other two panels then follow, chunk by chunk; the float32 sums are stored in between. Registers:
 
         16 tokens   0-3 C, 4 A, 5-7 B in turn
         32 tokens   0-3 C, 4-5 A, 6-7 B
@@ -164,7 +164,7 @@ def bf16_tile_dot(most: int) -> KernelBody:
             for b in range(blocks):
                 at = x + b * ROWS * BF16_PAIRS.group_bytes
                 tiles.load(PANELS + b, at, emit.i64(BF16_PAIRS.group_bytes))
-            # A panel's lines are 256 bytes apart: whoever comes first asks for all lines in order.
+            # A panel's lines are 256 bytes apart. The first panels prefetch all of them, in order.
             lines = iter(range(0, BF16_STRIP.group_bytes if panels[0] == 0 else 0, LINE))
             for i, panel in enumerate(panels):
                 register = b_registers[i % len(b_registers)]

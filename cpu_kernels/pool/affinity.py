@@ -1,12 +1,12 @@
 """Affinity masks: which processors the process was given, and which a thread is bound to.
 
-A mask belongs to a thread, and the question is about the process. Its main thread answers it: it
-has the mask that the process was started with (taskset, numactl, a cpuset) or that the program set
-for itself since, while a thread that calls us may have been bound to one processor by its owner.
+A mask belongs to a thread, but we ask about the process. We take the mask of its main thread: that
+is what the process was started with (taskset, numactl, a cpuset) or has set for itself since. The
+thread that calls us may have been bound to one processor for reasons of its own.
 
-An OpenMP runtime spoils that: with OMP_PROC_BIND or its like, `import torch` binds the thread that
-loads it, most often the main thread, to the first of OpenMP's places. The places are made from the
-mask that the process had before, so they tell what it was.
+An OpenMP runtime changes that mask: with OMP_PROC_BIND or its like, `import torch` binds the thread
+that loads it, most often the main thread, to the first of OpenMP's places. The places are made from
+the mask that the process had before, so they still show it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def bound_to() -> int | None:
 
 
 def bind_thread(cpus: Iterable[int]) -> None:
-    """Let the calling thread run on `cpus` only; where that is refused, it runs as before."""
+    """Let the calling thread run on `cpus` only; if the system refuses, it runs as before."""
     try:
         os.sched_setaffinity(0, cpus)  # 0 is this thread
     except OSError as error:
@@ -52,7 +52,7 @@ def bind_thread(cpus: Iterable[int]) -> None:
 
 
 def _mask_of(pid: int) -> frozenset[int]:
-    """A thread's mask; empty where the system refuses to tell."""
+    """A thread's mask; empty if the system does not say."""
     try:
         return frozenset(os.sched_getaffinity(pid))
     except OSError as error:
@@ -71,7 +71,7 @@ def _before_openmp(mask: frozenset[int]) -> frozenset[int]:
     """The mask that this process had before an OpenMP runtime bound its main thread, if one did."""
     for places, processors in _openmp_places():
         if mask not in places:
-            continue  # bound by somebody else, who meant it
+            continue  # bound on purpose, and not by this runtime
         before = frozenset().union(*places)
         cpuset = frozenset(cgroups.cpuset())
         # places may be fewer than the process had (OMP_PLACES="{0},{1}"), which binds OpenMP only
@@ -81,7 +81,7 @@ def _before_openmp(mask: frozenset[int]) -> frozenset[int]:
 
 
 def _warn_of_inherited_binding(mask: frozenset[int]) -> None:
-    """A process that a bound thread has started: its mask looks like one that was meant."""
+    """Warn of a mask that the process may have inherited from a thread that OpenMP had bound."""
     allowed = cgroups.cpuset()
     if len(mask) == 1 < len(allowed):
         warn_once(

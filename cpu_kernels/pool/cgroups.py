@@ -46,7 +46,7 @@ def _quota_of(folder: str) -> float | None:
         if quota > 0 and period > 0:
             return quota / period
     except ValueError:
-        pass  # told below
+        pass  # warned of below
     warn_once(f"/{name} says {' '.join(words)!r}, which is no quota that we know: taken as none")
     return None
 
@@ -63,8 +63,8 @@ def memory_limit() -> int | None:
 
 
 def cpuset() -> tuple[int, ...]:
-    """Processors that the groups allow, whatever mask a thread has; all that are online where there
-    is no cpuset, none where the kernel does not tell."""
+    """Processors that the groups allow, whatever mask a thread has. Without a cpuset these are all
+    that are online; none if the kernel does not say."""
     for folder in reversed(folders("cpuset")):
         for name in ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus"):
             if cpus := sysfiles.cpu_list(f"{folder}/{name}"):

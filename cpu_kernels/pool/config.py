@@ -17,7 +17,7 @@ def default_pools(threads: int) -> int:
 
 
 def _nodes_here() -> dict[int, tuple[int, ...]]:
-    return numa_nodes()  # under a name that no argument hides
+    return numa_nodes()  # by a name that no argument of `choose` hides
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PoolConfig:
         threads: worker threads over all pools.
         pools: number of pools; each holds a share of every expert's output rows.
         numa_nodes: node of each pool; None spreads pools over the nodes this process may use.
-        placement: where that puts pools and threads on this machine (`placement.py` has the rules).
+        placement: where that puts pools and threads on this machine (`pinning.py` has the rules).
 
     Raises:
         ValueError: fewer threads than pools, more threads than usable processors (of the process,
@@ -47,8 +47,8 @@ class PoolConfig:
         pools: int | None = None,
         numa_nodes: tuple[int, ...] | None = None,
     ) -> PoolConfig:
-        """The configuration of this machine: what is None is chosen. Every door to the kernels
-        comes through here, and so do `plan`, `doctor` and `bench ceilings`.
+        """The configuration for this machine; whatever is None is chosen. Every entry point to the
+        kernels uses this, and so do `plan`, `doctor` and `bench ceilings`.
 
         Args:
             threads: None for one per physical core of the nodes, no more than the cgroup's quota.
@@ -114,8 +114,8 @@ class PoolConfig:
 
     @property
     def memory_nodes(self) -> tuple[Nodes, ...]:
-        """The nodes that each pool's memory is asked of: its own, in turn if it is on several; none
-        (first touch) where there is one only."""
+        """The nodes that each pool's memory comes from: its own, in turn if it has several; none
+        (first touch) on a machine with one node."""
         return self.nodes if len(numa_nodes()) > 1 else ((),) * self.pools
 
     @property

@@ -1,8 +1,8 @@
 """A group of worker pools: threads that sleep, spin or work inside one compiled loop.
 
-Worker 0 is a thread that waits for a result (CPU tensors), so a pool of n threads starts n - 1.
-Of several that wait one is worker 0; another takes the place when it leaves. A group whose callers
-must not work (CUDA) starts a thread for worker 0 too.
+Worker 0 is a thread that waits for a result (CPU tensors), so a group of n workers starts n - 1
+threads. Of several waiting threads one is worker 0; when it leaves, another takes its place. A
+group whose callers must not work (CUDA) starts a thread for worker 0 too.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _STOP = records.Group.word("stop")
 
 _TIMEOUT_NS = 50_000_000  # of a caller's wait: Ctrl-C is seen after two of these at the latest
 _forks = 0
-"""That lie between the first process and this one: asking the system who we are takes longer than
-all else that a wait does in Python."""
+"""Forks between the first process and this one. Asking the system for the process id would take
+longer than everything else that a wait does in Python."""
 
 _TAKE_OVER_S = 0.0005  # between two looks of a new worker 0 whether the place is free
 
@@ -178,7 +178,7 @@ class PoolGroup:
             self.release_completed()
 
     def release_completed(self) -> None:
-        """Let go of what all completed jobs owned."""
+        """Drop the references to what completed jobs owned."""
         completed = self._words[_COMPLETED]
         for sequence in list(self._in_flight):
             if sequence <= completed:
@@ -199,7 +199,7 @@ class PoolGroup:
         return True
 
     def stop(self) -> None:
-        """Stop the threads; bounded, since a daemon thread may not hold up the exit."""
+        """Stop the threads. The wait is bounded: a daemon thread may not hold up the exit."""
         if self._forks != _forks:
             return
         self._words[_STOP] = 1
@@ -224,7 +224,7 @@ def group_for(config: PoolConfig) -> PoolGroup:
 
 @atexit.register
 def stop_all() -> None:
-    """Stop every group before the interpreter takes itself apart."""
+    """Stop every group before the interpreter is torn down."""
     for group in list(_groups.values()):
         group.stop()
 

@@ -2,15 +2,15 @@
 
 The rules, in their order:
 
-* A pool is at home on a NUMA node, or on neighbouring nodes where there are fewer pools than
-  nodes: together the pools have every node. Each pool needs a thread.
+* A pool has a NUMA node, or neighbouring nodes if there are fewer pools than nodes. Together the
+  pools have every node. Each pool needs a thread.
 * Pools get as many threads as each other, as far as their nodes have cores, and a second thread on
   a core (SMT) only when every core has one. The fastest kind of core comes first.
-* Where the pools take every core, each thread is bound to a processor of its own. Otherwise other
-  programs may be in the same position, and choose the same processors: then the threads of a pool
-  share a mask, and the system spreads them over it. Normally that is one processor of each core of
-  the pool's nodes (of the fastest kinds that suffice); all processors where the process has a share
-  of the machine's time, not of its processors (a quota): there, others are sure to run.
+* Where the pools take every core, each thread is bound to a processor of its own. Where they take
+  fewer, another program beside this one might choose the same processors, so the threads of a pool
+  share a mask and the system spreads them over it. The mask has one processor of each core of the
+  pool's nodes (of the fastest kinds that suffice). Under a quota, which grants time and not
+  processors, it has all processors, since other programs run on any of them.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ def numa_nodes() -> dict[int, tuple[int, ...]]:
     """Node id -> its processors that this process may use; every one of those is in one node.
 
     A node without processors (memory only) is left out. Processors of a node without memory, or
-    whose memory a cpuset withholds, count to the nearest node that has some. A kernel that tells no
-    nodes has one, 0.
+    whose memory a cpuset withholds, count as those of the nearest node that has some. A kernel that
+    lists no nodes has one, 0.
     """
     allowed = allowed_cpus()
     ids = sysfiles.numbered(_NODES, "node")
@@ -149,7 +149,8 @@ def _slower(root: Path, cpus: tuple[int, ...]) -> dict[int, int]:
 
 
 def _kinds(speeds: Iterable[int]) -> dict[int, int]:
-    """Speed -> number of its kind, 0 for the fastest: a kind ends where speeds fall clearly."""
+    """Speed -> number of its kind, 0 for the fastest. A kind ends where the next speed is clearly
+    lower."""
     kinds: dict[int, int] = {}
     kind, leader = -1, math.inf
     for speed in sorted(set(speeds), reverse=True):

@@ -1,11 +1,11 @@
 """Jobs over fixed buffers that a GPU's stream posts and awaits, see `drivers.host`.
 
-A stream holds addresses, and nobody hears when it is through with them. So whoever drops a job
-drops nothing that a stream, the watcher or a worker may still touch: that stays until the job has
-been visited as often as streams were asked to, and its latest run is complete
+A stream holds addresses, and does not report when it is done with them. So dropping a job frees
+nothing that a stream, the watcher or a worker may still touch: that stays until the job has been
+visited as often as streams were asked to, and its latest run is complete
 (`cpu_kernels.streams.keeping`).
 
-A captured graph may be replayed at any time, and nobody hears when it is gone. What its replays
+A captured graph may be replayed at any time, and its end is not reported either. What its replays
 touch before they launch anything (some KB, and the pinned buffers) therefore stays for good. The
 layer does not: once the job is dropped, replays that have not begun give NaN and an error.
 """

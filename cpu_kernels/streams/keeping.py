@@ -1,8 +1,8 @@
 """Memory whose owner is gone, while a stream, the watcher or workers may still touch it.
 
 Nothing here waits, starts a thread or asks a GPU, since owners are dropped wherever the garbage
-collector runs: inside a capture, say. What has become idle goes at the next submission, at the
-next collection of the garbage collector, or when `release` is called.
+collector runs, which may be inside a capture. Idle memory is freed at the next submission, at the
+next run of the garbage collector, or when `release` is called.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def until_idle(progress: Progress, memory: object) -> None:
 
 
 def for_good(memory: object) -> None:
-    """Keep what replays of a graph touch, since nobody hears when a graph is gone."""
+    """Keep what replays of a graph touch, since the end of a graph is not reported."""
     _replayable.append(memory)
 
 
 def release(most: int | None = _LOOKS) -> None:
-    """Let go what has become idle.
+    """Free what has become idle.
 
     Args:
         most: entries to look at, oldest first; None for all.
     """
-    # Several threads, and the collector in the midst of this, may do it at the same time. A busy
-    # entry is in the queue at any moment: an interrupt may fall between any two steps.
+    # Several threads may do this at the same time, and the collector in the middle of it. A busy
+    # entry never leaves the queue: an interrupt may fall between any two steps.
     for _ in range(len(_busy) if most is None else min(most, len(_busy))):
         try:
             entry = _busy[0]

@@ -1,9 +1,9 @@
 """The thread that reads the mailboxes of GPU streams, see `drivers.mailbox`.
 
-It runs compiled code without the GIL and looks at all mailboxes in a loop: each is one cache line
-that only changes when a stream posts, so a look at some dozens costs well under a microsecond. It
-spins while streams are active and naps between looks when none has been for a while; so it wants a
-core of its own next to the workers' (give the pool one thread less than there are cores).
+It runs compiled code without the GIL and looks at all mailboxes in a loop. Each is one cache line
+that changes only when a stream posts, so a look at some dozens costs well under a microsecond. The
+thread spins while streams are active and naps between looks when none has been for a while. It
+needs a core of its own beside the workers: give the pool one thread less than there are cores.
 """
 
 from __future__ import annotations

@@ -78,6 +78,6 @@ def _publish_word() -> Callable[..., int]:
 
 
 def publish_address(table: npt.NDArray[np.int64], address: int) -> None:
-    """Store `address` in the table's first entry: whoever reads it there sees all that was written
-    before."""
+    """Store `address` in the table's first entry. A thread that reads it there sees everything that
+    was written before."""
     _publish_word()(table.ctypes.data, address)

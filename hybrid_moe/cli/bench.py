@@ -54,7 +54,7 @@ def ceilings(
         ),
     ]
     if json is not None:
-        json.open("a").close()  # what cannot be written is told before the time is spent
+        json.open("a").close()  # cannot be written: an error now, not after minutes
     progress = track(
         steps,
         "measuring",

@@ -58,7 +58,7 @@ def generate(
             transformers.utils.logging.disable_progress_bar()
         steps.begin("reading the configuration")
         path = check_directory(model)
-        choose_tier()  # a tier that HYBRID_MOE_ISA names wrongly is told before minutes of loading
+        choose_tier()  # a wrong HYBRID_MOE_ISA is an error before minutes of loading, not after
         summary = inspect_checkpoint(path)
         with blaming(f"{path} could not be loaded"):
             tokenizer, inputs = tokenize(path, prompt)

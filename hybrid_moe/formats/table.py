@@ -217,7 +217,7 @@ def format_named(method: str) -> WeightFormat:
     fmt = FORMATS.get(str(method).upper())
     if fmt is None:
         raise ValueError(
-            f"unknown method {method!r}: the methods {' and '.join(sorted(FORMATS))} are available"
+            f"unknown method {method!r}: available methods are {', '.join(sorted(FORMATS))}"
         )
     return fmt
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, strip_layout
+from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.formats.table import AS_STORED, BF16, WeightFormat, chosen_format
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint, LayerSource
@@ -41,7 +41,7 @@ class LayerExperts:
         top_k: experts of a token, k.
         method: format of the CPU's experts.
         packed: bytes of one expert in panels.
-        bias: bytes of one expert's biases, held as float32.
+        bias: bytes of one expert's biases, held as float32, over all pools.
         on_gpu: bytes of one expert on a GPU, as the serving engine stores it.
         weights: of one expert; as many multiply-accumulates for a token.
     """
@@ -158,6 +158,12 @@ def packed_nbytes(fmt: WeightFormat, hidden: int, intermediate: int) -> int:
     return (intermediate // GROUP) * gate_up.nbytes + -(-hidden // STRIP_ROWS) * down.nbytes
 
 
+def bias_nbytes(hidden: int, intermediate: int) -> int:
+    """Bytes of one expert's biases behind its strips, over all pools: float32, one for each row of
+    the strips."""
+    return 4 * (2 * intermediate + round_up(hidden, STRIP_ROWS))
+
+
 def read_model(path: Path, base: Path | None = None, method: str | None = None) -> Model:
     """Describe the model at `path`.
 
@@ -235,7 +241,7 @@ def _layer(
         top_k=top_k,
         method=chosen or source.format,
         packed=packed_nbytes(chosen or source.format, H, I),
-        bias=4 * (2 * I + H) if source.has_bias else 0,
+        bias=bias_nbytes(H, I) if source.has_bias else 0,
         on_gpu=base.expert_nbytes,
         weights=3 * H * I,
     )

@@ -112,7 +112,7 @@ def _expert_parts(model: Model, request: Request, hot: HotExperts) -> list[Memor
         panels[layer.method.name] += cold * layer.packed
         biases += cold * layer.bias
         if request.huge_pages and cold:  # each pool's share is rounded; shares are nearly equal
-            share = cold * layer.packed / request.pools
+            share = cold * (layer.packed + layer.bias) / request.pools
             rounding += round(request.pools * (-share % HUGE_PAGE))
     return [
         *(

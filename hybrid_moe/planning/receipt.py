@@ -22,7 +22,7 @@ def processor() -> str:
 
 
 def receipt(bench: str, **facts: Any) -> dict[str, Any]:
-    """JSON of a measurement: `facts` are its own, `points` by custom the rows of its table."""
+    """JSON of a measurement: `facts` are its own, and `points` usually the rows of its table."""
     return {
         "bench": bench,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),

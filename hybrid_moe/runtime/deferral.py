@@ -55,9 +55,7 @@ def split_deferred(
         return torch.where(valid, ids, none), none
     ranked = torch.where(valid, scores.to(torch.float32), float("-inf"))
     top = ranked.argsort(dim=1, descending=True, stable=True)[:, :protected_k]
-    expert = torch.where(valid, ids, num_experts).to(
-        torch.int64
-    )  # one place more, for ids out of range
+    expert = torch.where(valid, ids, num_experts).to(torch.int64)  # E: out of range
     protected = torch.zeros(num_experts + 1, dtype=torch.bool, device=ids.device)
     protected.scatter_(0, expert.gather(1, top).flatten(), True)
     now = protected[expert]

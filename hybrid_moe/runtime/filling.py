@@ -1,7 +1,7 @@
 """Where a layer's weights come from: a checkpoint, or stacked tensors.
 
-A `Fill` is chosen and checked before any memory is taken, and then puts the wanted experts into the
-packed layer, several at a time.
+A `Fill` is chosen and checked before any memory is taken. It then allocates the wanted experts of
+the packed layer, with room for biases if there are any, and loads several at a time.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.weights import Stacked, check_stacked, expert_of
 
 Fill = Callable[[ExpertLayer, npt.NDArray[np.bool_]], None]
-"""Loads the experts of a bool [E], for which the layer has memory, into it."""
+"""Allocates the experts of a bool [E] in a layer that has no memory yet, and loads them."""
 
 
 def from_checkpoint(source: LayerSource, fmt: WeightFormat, mapping: torch.Tensor) -> Fill:
     """Experts read from a checkpoint; `mapping` is int64 [E], id -> the checkpoint's expert."""
 
     def fill(layer: ExpertLayer, wanted: npt.NDArray[np.bool_]) -> None:
+        layer.allocate(wanted, biases=source.has_bias)
         threads = layer.pool.threads
         load_layer(source, mapping.numpy(), wanted, layer.load, fmt=fmt, threads=threads)
 
@@ -48,6 +49,7 @@ def from_tensors(
         def load(expert: int) -> None:
             layer.load(expert, expert_of(projections, int(mapping[expert]), shape, fmt))
 
+        layer.allocate(wanted, biases=any(p.bias is not None for p in projections.values()))
         for_each(np.flatnonzero(wanted).tolist(), load, layer.pool.threads)
 
     return fill

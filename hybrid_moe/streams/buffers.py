@@ -1,9 +1,9 @@
 """Pinned memory through which submissions pass, and who may use it next.
 
-Buffers are keyed by all that shapes them. Everything a captured graph points at must stay where it
-is: buffers that were used under capture are kept for captures forever, the others are reused and
-can be freed. Reuse needs no events: buffers go back to the stream that collected the result, whose
-order keeps the uses apart.
+Buffers are keyed by everything that determines their sizes. What a captured graph points at must
+stay where it is: buffers that were used under capture are kept for captures for ever. The others
+are reused and can be freed. Reuse needs no events: buffers go back to the stream that collected the
+result, whose order keeps the uses apart.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def cuda_stream(device: torch.device, handle: int) -> CudaStream:
 
 
 def new_stream(device: torch.device) -> CudaStream:
-    """A stream that is nobody else's. torch's own are handed out in turn, also to others, whose
+    """A stream of our own. torch hands its pool of streams out in turn, to others as well, whose
     work would then end up in our captures."""
     handle = ctypes.c_void_p()
     with torch.cuda.device(device):

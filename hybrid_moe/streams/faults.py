@@ -1,8 +1,8 @@
-"""Faults of jobs that nobody waited for: what a server asks after every step.
+"""Faults of jobs that the host did not wait for: what a server asks after every step.
 
-A graph replay runs no Python, so nothing can be raised where a worker fails. Its output is NaN, a
-word of the process grows, and whoever calls `check_errors` after the step's results have arrived
-gets the exception, with its message, for the batch that it belongs to. The next batch starts clean.
+A graph replay runs no Python, so nothing can be raised where a worker fails. The job's output is
+NaN and a word of the process grows; `check_errors`, called after the step's results have arrived,
+raises the exception for the batch that it belongs to. The next batch starts clean.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Whether memory flags can hand over jobs on this GPU: they are tried, eagerly and in a graph.
 
-What makes them fail is not one thing that could be asked for: an old driver, a virtual machine, a
-GPU without 64-bit stream memory operations, graphs that cannot hold them. The trial is the use:
-the stream writes a word, waits for the host's answer and clears it, and so does each of three
-replays of a captured graph.
+No single property says whether they work: an old driver, a virtual machine, a GPU without 64-bit
+stream memory operations, or graphs that cannot hold them make them fail. The trial is the use: the
+stream writes a word, waits for the host's answer and clears it, and so does each of three replays
+of a captured graph.
 """
 
 from __future__ import annotations

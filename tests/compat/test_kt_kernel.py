@@ -167,6 +167,8 @@ def test_every_tier_has_a_name_of_kt_kernels(
 ) -> None:
     monkeypatch.setattr(tiers, "choose_tier", lambda: TIERS[tier])
     assert kt_kernel.__cpu_variant__ in ({tier} if tier in OUR_VARIANTS else KT_VARIANTS)
+    has_bf16 = "avx512bf16" in TIERS[tier].all_features
+    assert (kt_kernel.__cpu_variant__ in ("avx512_bf16", "amx")) == has_bf16
 
 
 def test_what_is_not_here_says_what_is(kt_kernel: ModuleType) -> None:

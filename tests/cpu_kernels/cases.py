@@ -69,6 +69,15 @@ def random_matrix(
     return Matrix(codes, scales.astype(np.uint8), b)
 
 
+def integer_matrix(fmt: WeightFormat, rng: np.random.Generator, N: int, K: int) -> Matrix:
+    """Weights that are multiples of 1/4 up to 12, so that float32 holds the sums of their products
+    with small integers exactly, in any order."""
+    if fmt.name == BF16.name:
+        return Matrix(to_bf16(rng.integers(-12, 13, (N, K)) / 2), None)
+    codes = rng.integers(0, 256, (N, K // 2), dtype=np.uint8)
+    return Matrix(codes, rng.integers(126, 129, (N, K // 32)).astype(np.uint8))
+
+
 def random_expert(
     fmt: WeightFormat,
     rng: np.random.Generator,
@@ -119,6 +128,13 @@ class Case:
     def I(self) -> int:  # noqa: N802, E743
         return len(self.experts[0].gate.codes)
 
+    @property
+    def biased(self) -> bool:
+        """Whether any matrix has a bias."""
+        return any(
+            matrix.bias is not None for e in self.experts for matrix in (e.gate, e.up, e.down)
+        )
+
     def layer(
         self,
         tier: Tier | str | None = None,
@@ -136,7 +152,7 @@ class Case:
             isa=tier,
         )
         chosen = range(self.E) if only is None else only
-        layer.allocate(np.isin(np.arange(self.E), list(chosen)))
+        layer.allocate(np.isin(np.arange(self.E), list(chosen)), biases=self.biased)
         for expert in chosen:
             layer.load(expert, self.experts[expert])
         return layer

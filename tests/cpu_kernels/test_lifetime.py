@@ -80,7 +80,7 @@ def test_nothing_holds_a_closed_layer(use: Callable[[ExpertLayer], None], thread
     """No later pass is needed, and no garbage collection."""
     layer = CASE.layer(pool=PoolConfig(threads))
     use(layer)
-    held = [weakref.ref(thing) for thing in (*layer._arenas, layer._table, layer._biases)]
+    held = [weakref.ref(thing) for thing in (*layer._arenas, layer._table)]
     gc.disable()
     try:
         layer.close()
@@ -99,7 +99,7 @@ def test_a_job_under_way_holds_a_closed_layer(threads: int) -> None:
     batch = random_batch(300, case.H, case.E, 4)
     expected = case.layer().forward(*batch)
     layer = case.layer(pool=PoolConfig(threads))
-    held = [weakref.ref(layer._arenas[0]), weakref.ref(layer._biases)]
+    held = [weakref.ref(arena) for arena in layer._arenas]
     job = layer.submit(*batch)
     layer.close()
     del layer
@@ -155,7 +155,6 @@ def test_an_expert_appears_whole(fmt: object, pools: int, monkeypatch: pytest.Mo
     only_before = layer.forward(*batch, skip=np.array([False, False, True]))
     layer = case.layer(pool=layer.pool, only=[0])
     layer._place[:] = [0, 1, 2]
-    layer._biases = np.zeros((3, layer._biases.shape[1]), np.float32)
     layer._arenas = [Arena(3 * layer.expert_nbytes(pool)) for pool in range(pools)]
     layer.load(0, case.experts[0])
     layer.load(1, case.experts[1])

@@ -87,12 +87,14 @@ class FakeExpertLayer:
     def nbytes(self) -> int:
         return len(self.tensors) * 3 * self.fmt.nbytes(self.H, self.I)
 
-    def allocate(self, resident: Any) -> None:
+    def allocate(self, resident: Any, *, biases: bool = True) -> None:
         assert not self.closed and resident.dtype == np.bool_
-        self.resident = resident.copy()
+        self.resident, self.room_for_biases = resident.copy(), biases
 
     def load(self, expert: int, tensors: ExpertTensors) -> None:
         assert self.resident[expert] and expert not in self.tensors
+        matrices = (tensors.gate, tensors.up, tensors.down)
+        assert self.room_for_biases == any(m.bias is not None for m in matrices)
 
         def copied(m: Matrix) -> Matrix:
             scales = None if m.scales is None else m.scales.copy()

@@ -28,7 +28,7 @@ from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 
 count, threads, closes = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "close"
 E, K, H, I = 32, 4, 256, 256
-NBYTES = 2 * E * 3 * H * I
+NBYTES, BIAS_NBYTES = 2 * E * 3 * H * I, 4 * E * (2 * I + H)
 rng = np.random.default_rng(0)
 torch.manual_seed(0)
 
@@ -53,7 +53,7 @@ def model():
     layer.allocate(np.ones(E, bool))
     for e in range(E):
         layer.load(e, expert)
-    assert layer.nbytes == NBYTES
+    assert layer.nbytes == NBYTES + BIAS_NBYTES
     for tokens in (1, 3, 20):
         x = np.ones((tokens, H), np.uint16)
         layer.forward(x, *batches(tokens))

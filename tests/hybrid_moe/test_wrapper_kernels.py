@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hybrid_moe.formats.table import FORMATS
 from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.wrapper import KTMoEWrapper
+from tests.cpu_kernels.cases import ACTIVATION_ERROR
 from tests.hybrid_moe.cases import Batch, E, K, Weights, wrapper
-from tests.reference import FIXED_POINT_ERROR, assert_within
+from tests.reference import assert_within
 
 OPTIONS: list[dict[str, float]] = [{}, {"limit": 0.5}, {"limit": 0.5, "alpha": 1.702}]
 
@@ -22,7 +23,7 @@ OPTIONS: list[dict[str, float]] = [{}, {"limit": 0.5}, {"limit": 0.5, "alpha": 1
 def check(
     output: torch.Tensor, weights: Weights, batch: Batch, method: str, **options: Any
 ) -> None:
-    error = FIXED_POINT_ERROR if method == "MXFP4" else 0.0
+    error = ACTIVATION_ERROR[method]
     expected = weights.expected(batch, method, activation_error=error, **options)
     assert output.dtype == torch.bfloat16
     assert_within(output.double().numpy(), expected)

@@ -16,6 +16,7 @@ from hybrid_moe.loaders import Checkpoint, inspect_checkpoint
 from hybrid_moe.loaders.naming import SCHEMES, find_layers
 from hybrid_moe.loaders.safetensors import ReadBuffer
 from tests.families import (
+    BITS,
     EXPERTS,
     FAMILIES,
     HIDDEN,
@@ -199,13 +200,12 @@ def test_inspect(family: Family, name: str) -> None:
     assert ("shared experts" in summary.parts) == name.startswith("deepseek")
     assert ("dense MLP" in summary.parts) == name.startswith("deepseek_v3")
     weights = EXPERTS * 3 * HIDDEN * INTERMEDIATE  # of a layer
-    bits = {"BF16": 16.0, "MXFP4": 4.25}
     biased = any(layer.gate_bias is not None for layer in fixture.layers.values())
     biases = 4 * len(layers) * EXPERTS * (2 * INTERMEDIATE + HIDDEN) * biased
-    stored = sum(weights * bits[method] / 8 for method in fixture.methods.values())
+    stored = sum(weights * BITS[method] / 8 for method in fixture.methods.values())
     expected = {
         m: len(layers) * weights * b / 8 + biases
-        for m, b in bits.items()
+        for m, b in BITS.items()
         if set(fixture.methods.values()) <= {"BF16", m}
     }
     if fixture.method == "STORED":

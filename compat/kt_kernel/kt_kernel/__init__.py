@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 _VARIANTS = {"avx2_vnni": "avx2", "avx512": "avx512_base", "avx512_vbmi": "avx512_bf16"}
-"""Tiers that kt-kernel calls otherwise."""
+"""Tiers that kt-kernel calls otherwise: its avx512_bf16 has VBMI, its avx512_vbmi no bf16."""
 
 
 def __getattr__(name: str) -> Any:

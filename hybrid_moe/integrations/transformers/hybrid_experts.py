@@ -80,7 +80,7 @@ def new_layer(spec: ExpertsSpec, options: ExpertsOptions) -> ExpertLayer:
         pool=options.pool_config(),
         activation=spec.activation,
     )
-    layer.allocate(np.ones(spec.num_experts, dtype=np.bool_))
+    layer.allocate(np.ones(spec.num_experts, dtype=np.bool_), biases=spec.biased)
     return layer
 
 

@@ -31,7 +31,14 @@ from hybrid_moe.formats.strips import (
 )
 from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat, f32_to_bf16
 from hybrid_moe.formats.tensors import Matrix
-from tests.cpu_kernels.cases import Array, decode, from_bf16, random_matrix, to_bf16
+from tests.cpu_kernels.cases import (
+    Array,
+    decode,
+    from_bf16,
+    integer_matrix,
+    random_matrix,
+    to_bf16,
+)
 from tests.cpu_kernels.emulation import RUNNABLE
 from tests.cpu_kernels.toolbox import aligned, aligned_copy, callable_at, compile_kernel
 
@@ -208,7 +215,7 @@ def test_gathering_makes_a_tile(fmt: WeightFormat, tokens: int, name: str) -> No
 
 
 def _unpack(fmt: WeightFormat, strips: Array, K: int) -> Array:
-    """Strips as `panels` documents them -> float64 [strips, 4 panels, 16 lanes, K]."""
+    """Strips as `formats.strips` documents them -> float64 [strips, 4 panels, 16 lanes, K]."""
     layout = strip_layout(fmt, K)
     panels = []
     for strip in strips.reshape(len(strips), layout.groups, layout.group_bytes):
@@ -270,19 +277,6 @@ def test_layout_refuses(K: int) -> None:
 # dot products
 
 
-def _integer_case(
-    fmt: WeightFormat, rng: np.random.Generator, T: int, K: int
-) -> tuple[Matrix, Array]:
-    """Weights and activations whose sums are exact in float32 in any order."""
-    if fmt is MXFP4:
-        codes = rng.integers(0, 256, (STRIP_ROWS, K // 2), dtype=np.uint8)
-        scales = rng.integers(126, 129, (STRIP_ROWS, K // 32)).astype(np.uint8)
-        matrix = Matrix(codes, scales)
-    else:
-        matrix = Matrix(to_bf16(rng.integers(-12, 13, (STRIP_ROWS, K)) / 2), None)
-    return matrix, to_bf16(rng.integers(-60, 61, (T, K)))
-
-
 @contextmanager
 def _entered(kernels: KernelSet) -> Iterator[None]:
     """What a worker does before and after its part of a job."""
@@ -305,7 +299,8 @@ def check_dot_kernels(fmt: WeightFormat, tier: Tier) -> None:
     K, groups = 32 * 19, 19  # more groups than two panels go ahead of the others
     layout = strip_layout(fmt, K)
     rng = np.random.default_rng(2)
-    matrix, x = _integer_case(fmt, rng, max(kernels.direct.most, kernels.tiled.most), K)
+    matrix = integer_matrix(fmt, rng, STRIP_ROWS, K)
+    x = to_bf16(rng.integers(-60, 61, (max(kernels.direct.most, kernels.tiled.most), K)))
     strip = aligned((layout.nbytes,), np.uint8)
     pack_rows(strip.ctypes.data, range(1), layout, matrix, STRIP_ROWS)
     expected = from_bf16(x) @ decode(fmt, matrix).T

@@ -31,7 +31,15 @@ from hybrid_moe.formats.strips import (
 from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat
 from hybrid_moe.formats.tensors import Matrix
 from tests.cpu_kernels.amx import emulator
-from tests.cpu_kernels.cases import Array, Case, decode, from_bf16, random_batch, to_bf16
+from tests.cpu_kernels.cases import (
+    Array,
+    Case,
+    decode,
+    from_bf16,
+    integer_matrix,
+    random_batch,
+    to_bf16,
+)
 from tests.cpu_kernels.emulation import QUICK, RUNNABLE
 from tests.cpu_kernels.toolbox import aligned, before_a_guard, compile_kernel
 
@@ -116,10 +124,7 @@ def _block(fmt_name: str, most: int, lowered: str) -> Block:
 def _integers(fmt: WeightFormat, rng: np.random.Generator, tokens: int) -> tuple[Matrix, Array]:
     """Weights and activations whose sums float32 holds exactly."""
     x = to_bf16(rng.integers(-60, 61, (tokens, K)))
-    if fmt is MXFP4:
-        codes = rng.integers(0, 256, (STRIP_ROWS, K // 2), dtype=np.uint8)
-        return Matrix(codes, rng.integers(126, 129, (STRIP_ROWS, GROUPS)).astype(np.uint8)), x
-    return Matrix(to_bf16(rng.integers(-12, 13, (STRIP_ROWS, K)) / 2), None), x
+    return integer_matrix(fmt, rng, STRIP_ROWS, K), x
 
 
 def _sums(most: int) -> Array:

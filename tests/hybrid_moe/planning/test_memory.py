@@ -29,7 +29,7 @@ from hybrid_moe.loaders.model_config import ModelConfig
 from hybrid_moe.planning import make_plan, read_model
 from hybrid_moe.planning.kv_cache import sglang_cache, transformers_cache
 from hybrid_moe.planning.machine import huge_pages_here
-from hybrid_moe.planning.model import packed_nbytes
+from hybrid_moe.planning.model import bias_nbytes, packed_nbytes
 from hybrid_moe.planning.scratch import cpu_buffers, job_nbytes
 from tests.families import FAMILIES, write_family
 from tests.hybrid_moe.planning.cases import expert_ram, request
@@ -50,14 +50,18 @@ LARGER = {
     hidden=st.integers(1, 40).map(lambda n: 32 * n),
     intermediate=st.integers(1, 40).map(lambda n: 32 * n),
     pools=st.integers(1, 2),
+    biases=st.booleans(),
 )
 def test_an_expert_is_as_large_as_its_panels(
-    method: str, hidden: int, intermediate: int, pools: int
+    method: str, hidden: int, intermediate: int, pools: int, biases: bool
 ) -> None:
     fmt = FORMATS[method]
     layer = ExpertLayer(fmt, 1, hidden, intermediate, pool=PoolConfig(pools, pools))
-    actual = sum(layer.expert_nbytes(pool) for pool in range(pools))
-    assert packed_nbytes(fmt, hidden, intermediate) == actual
+    layer.allocate(np.ones(1, bool), biases=biases)
+    predicted = packed_nbytes(fmt, hidden, intermediate)
+    if biases:
+        predicted += bias_nbytes(hidden, intermediate)
+    assert predicted == layer.nbytes == sum(layer.expert_nbytes(pool) for pool in range(pools))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,10 @@ def test_biases_are_counted(tmp_path: Path) -> None:
     layer = model.layers[0]
     experts = fixture.num_experts * len(model.layers)
     assert expert_ram(plan) == experts * (layer.packed + layer.bias)
-    assert layer.bias == 4 * (2 * fixture.intermediate + fixture.hidden)
+    stored = 4 * (2 * fixture.intermediate + fixture.hidden)
+    assert stored <= layer.bias <= stored + 4 * 63  # down's rows are padded to strips
+    loaded = next(wrappers(fixture.directory, "MXFP4"))
+    assert loaded.nbytes == fixture.num_experts * (layer.packed + layer.bias)
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if not n.startswith("deepseek_v4_fused")])
