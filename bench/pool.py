@@ -127,8 +127,9 @@ def bare_signal(loops: Mapping[str, Callable[..., int]], asleep: bool, count: in
 
 
 def tiny_shape(threads: int) -> Shape:
-    """One task of the last phase for each thread, and nothing else."""
-    return Shape("tiny", "", hidden=STRIP_ROWS * threads, intermediate=32, experts=1, top_k=1)
+    """One task for each thread, and nothing else: where no expert is active a task zeroes 256 bytes
+    of output, two strips of bf16."""
+    return Shape("tiny", "", hidden=2 * STRIP_ROWS * threads, intermediate=32, experts=1, top_k=1)
 
 
 def empty_batch(

@@ -110,6 +110,8 @@ class Step:
         without: ops that fall back to their generic lowering.
         strips: how many strips one call of `body` takes.
         x86: it names an instruction.
+        lines_twice: how many it decodes once more. Whoever goes panel by panel decodes the first
+            line of the next group ahead, and in the last group one of its own in vain.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Step:
     without: tuple[str, ...] = ()
     strips: int = 1
     x86: bool = False
+    lines_twice: int = 0
 
     def tier(self, tier: Tier) -> Tier:
         """`tier` as this step may use it."""
@@ -371,7 +374,8 @@ STEPS: Mapping[str, Step] = {
         Step("prefetch", in_panels(PAIR, 4096), PAIR, (GROUPS, 2)),
         Step("no prefetch; scales beside codes", in_panels(PAIR_BESIDE), PAIR_BESIDE, (GROUPS, 2)),
         Step("strips of 64 rows", in_panels(STRIP), STRIP, (GROUPS, PANELS)),
-        Step("sums in registers", direct(1, 1, _BY_PANEL), STRIP, (GROUPS,), without=_MASKED),
+        Step("sums in registers", direct(1, 1, _BY_PANEL), STRIP, (GROUPS,), without=_MASKED,
+             lines_twice=1),
         Step("lines in order", direct(1, 1, _IN_ORDER), STRIP, (GROUPS,), without=_MASKED),
         KERNEL,
         Step("rows, integers, prefetch", functools.partial(rows_in_integers, ahead=4096),

@@ -149,7 +149,9 @@ def append_phases(entry: Entry) -> None:
     store_release(entry.task_ns, 0)
     if active == 0:
         units = ceil_div(2 * job.tokens * layer.hidden, SUMS_BYTES)
-        add_tasks(entry, append_phase(entry, ZERO), 0, units, min(units, workers[0]), 0)
+        # a task even where there are no tokens: the last one to end is what completes a job
+        tasks = max(1, min(units, workers[0]))
+        add_tasks(entry, append_phase(entry, ZERO), 0, units, tasks, 0)
         return
     if job.inline_encode == 0:
         phase = append_phase(entry, ENCODE)
