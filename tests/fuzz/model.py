@@ -257,20 +257,16 @@ class Model:
         error = self.oracle.refused(layer) or self.oracle.mismatched(layer, call.tokens)
         experts: Any = layer.wrapper._layer
         at, seen = self.rng.randint(1, 2), 0
-        real = {name: getattr(experts, name) for name in ("submit", "small")}
+        real = experts.start
 
-        def failing(name: str) -> Callable[..., Any]:
-            def run(*arguments: Any) -> Any:
-                nonlocal seen
-                seen += 1
-                if seen == at:
-                    raise InjectedError(name)
-                return real[name](*arguments)
+        def start(*arguments: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == at:
+                raise InjectedError("start")
+            return real(*arguments)
 
-            return run
-
-        for name in real:
-            setattr(experts, name, failing(name))
+        experts.start = start
         try:
             if error is not None:
                 self.raises(error, lambda: layer.wrapper.submit_forward(*call.args))
@@ -284,8 +280,7 @@ class Model:
                 layer.counted = layer.wrapper.ignored_ids
                 self.calls["injected"] += 1
         finally:
-            for name in real:
-                delattr(experts, name)
+            del experts.start
         if layer.promise is not None:
             self.sync(layer)
 
