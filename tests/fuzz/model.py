@@ -257,16 +257,16 @@ class Model:
         error = self.oracle.refused(layer) or self.oracle.mismatched(layer, call.tokens)
         experts: Any = layer.wrapper._layer
         at, seen = self.rng.randint(1, 2), 0
-        start = experts.start
+        real = experts.start
 
-        def failing(*arguments: Any) -> Any:
+        def start(*arguments: Any) -> Any:
             nonlocal seen
             seen += 1
             if seen == at:
                 raise InjectedError("start")
-            return start(*arguments)
+            return real(*arguments)
 
-        experts.start = failing
+        experts.start = start
         try:
             if error is not None:
                 self.raises(error, lambda: layer.wrapper.submit_forward(*call.args))
