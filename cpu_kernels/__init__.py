@@ -1,1 +1,1 @@
-"""CPU expert kernels: vector DSL, ISA tiers, panels, worker pools, the fused expert FFN."""
+"""CPU expert kernels: vector DSL, ISA tiers, strips, worker pools, the fused expert FFN."""

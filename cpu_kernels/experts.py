@@ -110,8 +110,10 @@ class PackedExperts:
         chosen = np.flatnonzero(resident)
         self._place[chosen] = np.arange(len(chosen))
         self._layouts = [replace(layout, biases=biases) for layout in self._layouts]
-        for layout, nodes in zip(self._layouts, self.pool.memory_nodes, strict=True):
-            self._arenas.append(Arena(len(chosen) * layout.nbytes, nodes))
+        self._arenas = [  # all or none
+            Arena(len(chosen) * layout.nbytes, nodes)
+            for layout, nodes in zip(self._layouts, self.pool.memory_nodes, strict=True)
+        ]
 
     def load(self, expert: int, tensors: ExpertTensors) -> None:
         """Check and pack one expert; the arrays may be reused afterwards.

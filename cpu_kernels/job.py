@@ -161,9 +161,10 @@ class JobMemory:
 
 class IdleMemory:
     """Memory of jobs that are over, for later ones of the same shape: least recently used first;
-    what was given back last is always kept.
+    what was given back last is kept, however large.
 
-    Without a lock, which would cost more than all the rest: `list` does one step at a time.
+    Without a lock, which would cost more than all the rest: `list` does one step at a time. Two
+    threads that drop old memory at once may drop more than they need.
     """
 
     MOST_JOBS = 16
@@ -186,6 +187,8 @@ class IdleMemory:
     def give_back(self, memory: JobMemory) -> None:
         """Keep `memory`, and drop old ones past 16 jobs or 256 MiB."""
         idle = self._idle
+        if any(each is memory for each in idle):  # two threads have waited for one job
+            return
         idle.append(memory)
         while len(idle) > 1 and (
             len(idle) > self.MOST_JOBS or sum([each.nbytes for each in idle]) > self.MOST_BYTES

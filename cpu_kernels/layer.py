@@ -101,7 +101,8 @@ class ExpertLayer(PackedExperts):
 
         Args:
             x: bf16 bits [T, H]. ids: [T, k]. weights: [T, k].
-            skip: bool [E], experts that are computed elsewhere and contribute nothing here.
+            skip: bool [E], experts that are computed elsewhere and contribute nothing here; not to
+                be changed meanwhile.
 
         Returns:
             A job whose `wait()` gives bf16 bits [T, H].

@@ -1,4 +1,4 @@
-"""Arenas: large anonymous mappings that hold panels and scratch.
+"""Arenas: large anonymous mappings that hold packed experts and scratch.
 
 An arena asks for huge pages, is not inherited by fork, and may prefer some NUMA nodes. Its views
 keep it alive: the mapping goes when the last array over it does.
@@ -76,7 +76,7 @@ class Arena:
         try:
             mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError, OverflowError) as error:
-            raise MemoryError(f"cannot map {nbytes} bytes for packed experts: {error}") from error
+            raise MemoryError(f"cannot map {nbytes} bytes: {error}") from error
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
             try:
                 mapping.madvise(getattr(mmap, advice))

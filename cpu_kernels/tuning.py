@@ -1,4 +1,4 @@
-"""Every heuristic of the CPU kernels, with its reason and what it gained on which processor.
+"""The heuristics of the CPU kernels, with their reasons and, where measured, their gains.
 
 Nothing here changes a bit of any output. Functions that drivers call are compiled with them, so
 they keep to what `jit.translate` takes. Which order a kernel goes in follows from registers alone:

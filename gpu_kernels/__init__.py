@@ -1,1 +1,1 @@
-"""GPU kernels: CuTe DSL kernels for hot experts, their packing and torch references."""
+"""Kernels of the experts on a GPU: none yet."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-import hybrid_moe.imported  # noqa: F401, before anything that it dates
+import hybrid_moe.imported  # noqa: F401, first: it notes when the package was imported
 
 __version__ = "0.1.0"
 

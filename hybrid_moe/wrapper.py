@@ -41,13 +41,14 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         moe_intermediate_size: I, whole, a multiple of 32.
         gpu_experts_mask: bool [E], True for experts that the GPU computes and that are skipped
             here; None for none (or for what `num_gpu_experts` says).
-        cpuinfer_threads: worker threads over all pools; None for one per available core.
+        cpuinfer_threads: worker threads over all pools; None for one per physical core, within
+            the cgroup's quota.
         threadpool_count: worker pools; None for one per NUMA node.
         weight_path: the checkpoint's directory or file; None if the weights come by
             `load_weights_from_tensors`.
         chunked_prefill_size: accepted and not needed: calls may have any number of tokens.
         max_deferred_experts_per_token: experts per token that may arrive one MoE layer later, see
-            `hybrid_moe.runtime.deferral`; None for 0. The last layer of a model gets 0.
+            `hybrid_moe.runtime.deferral`; None for 0. The last layer of a model defers nothing.
         method: weight format, see `formats.table.FORMATS`; None or "STORED" for the one in
             which the checkpoint stores this layer.
         numa_nodes: NUMA node of each pool; None spreads them over every node.
@@ -61,9 +62,9 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         gate_up_layout: "halves" or "interleaved": where gate and up lie in a checkpoint's fused
             tensors. Needed only for experts with biases whose `config.json` is missing or names a
             model that Transformers does not know.
-        deferral_chain: the model that the layer is of, the same object for all of its layers and
-            for no other. None: what the order of construction says, see
-            `runtime.construction_order`; a layer of which it says nothing defers nothing.
+        deferral_chain: the model that the layer belongs to: one object for all of its layers and
+            no others. None: the order of construction decides, see `runtime.construction_order`;
+            where that says nothing, the layer defers nothing.
 
     The remaining options are kt-kernel's for training and for files that this package does not
     write; other values than their defaults raise `ValueError`.
@@ -153,7 +154,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
     # Loading ------------------------------------------------------------------------------------
 
     def load_weights(self, physical_to_logical_map_cpu: torch.Tensor | None = None) -> None:
-        """Read the experts whose mask is False from the checkpoint into packed panels.
+        """Read the experts whose mask is False from the checkpoint into packed strips.
 
         Args:
             physical_to_logical_map_cpu: int64 [E] on the CPU: expert `map[i]` of the checkpoint is
@@ -264,8 +265,8 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         cuda_stream: int | None = None,
     ) -> None:
         """Start the layer on a batch. The tensors may be changed when this returns (CUDA: in the
-        order of the stream). Of more than 2048 tokens on the CPU all but the last part is then
-        computed: parts take turns in the same memory.
+        order of the stream). A CPU batch of more than 2048 tokens runs part by part in the same
+        memory, and this returns when only the last part is left.
 
         Args:
             hidden_states: bfloat16 [B, H], any strides, B may be 0.

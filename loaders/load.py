@@ -23,11 +23,11 @@ _announced: set[tuple[str, ...]] = set()
 
 
 def check_map(mapping: Any, num_physical: int, num_logical: int) -> npt.NDArray[np.int64]:
-    """Check a physical-to-logical map; several physical slots may hold the same expert.
+    """Check a physical-to-logical map; several ids may stand for the same expert.
 
     Args:
-        mapping: int64 [num_physical]: the checkpoint's expert that each physical slot holds.
-        num_physical: slots of the layer.
+        mapping: int64 [num_physical]: the checkpoint's expert of each id of the layer.
+        num_physical: ids of the layer.
         num_logical: experts that the checkpoint has.
 
     Raises:
@@ -68,14 +68,13 @@ def load_layer(
 
     Args:
         source: the layer.
-        mapping: int64 [E], physical slot -> the checkpoint's expert. An expert that several slots
-            hold is read once.
-        wanted: bool [E] by physical slot, True where the expert runs on the CPU.
+        mapping: int64 [E], id -> the checkpoint's expert. An expert of several ids is read once.
+        wanted: bool [E] by id, True where the expert runs on the CPU.
         sink: `sink(physical, tensors)`, called on the reading threads, at the same time for
             different experts. The arrays are reused once it has returned.
         fmt: format to hand the experts on in. 16-bit weights are quantized to it.
         threads: threads that read (and call `sink`); at least 1.
-        progress: `progress(done, total)` in slots, called after each, one call at a time.
+        progress: `progress(done, total)` in ids, called after each, one call at a time.
 
     Raises:
         ValueError: the map, `wanted` or `threads` do not fit, or the stored weights do not become
@@ -92,9 +91,9 @@ def load_layer(
     source.check_format(fmt)
     source.check_layout()
     _announce(source, fmt)
-    slots: dict[int, list[int]] = {}
+    ids: dict[int, list[int]] = {}
     for physical in np.flatnonzero(wanted):
-        slots.setdefault(int(mapping[physical]), []).append(int(physical))
+        ids.setdefault(int(mapping[physical]), []).append(int(physical))
     total, done, lock = int(wanted.sum()), 0, threading.Lock()
     buffers = ReadBuffers()
 
@@ -109,7 +108,7 @@ def load_layer(
                 if progress is not None:
                     progress(done, total)
 
-    for_each(slots.items(), load, threads)
+    for_each(ids.items(), load, threads)
 
 
 def _announce(source: LayerSource, fmt: WeightFormat) -> None:

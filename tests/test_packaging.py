@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,15 @@ def test_every_package_is_declared() -> None:
         for file in (ROOT / folder).rglob("*.py"):
             found.add(".".join([top, *file.parent.relative_to(ROOT / folder).parts]))
     assert found == listed
+
+
+def test_the_tests_of_tiers_are_there() -> None:
+    """`make test-tiers` names files, which move."""
+    asked = subprocess.run(
+        ["make", "-s", "-f", "Makefile", "-f", "-", "listed"],
+        input="listed:\n\t@echo $(TIER_TESTS)\n",
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    paths = asked.stdout.split()
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []

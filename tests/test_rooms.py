@@ -27,7 +27,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("",),  # hybrid_moe/__init__.py, the face
     ("integrations.sglang", "integrations.transformers"),
     ("wrapper",),
-    ("placement", "schedule"),
+    ("placement",),
     ("runtime",),
     ("streams",),
     ("loaders", "gpu_kernels", "cpu_kernels.layer", "cpu_kernels.ceilings"),

@@ -1,4 +1,4 @@
-"""Compiled loops around the kernels: packing, routing, phases of a layer, workers, fingerprints.
+"""Compiled loops around the kernels: packing, routing, phases, workers, a GPU's mailboxes.
 
 Everything here but `records` is compiled, and imported only when the object cache is cold.
 """

@@ -115,8 +115,10 @@ def withdraw(graph_job: GraphJob, sequence: int) -> None:
     raise_word(group.abandoned, sequence)
     store_release(graph_job.abandoned, sequence)
     entry = ring_entry(group, sequence)
-    if load_acquire(entry.sequence) == sequence:
-        store_release(entry.job.out, graph_job.dump)  # pairs with the acquire of `down_task`
+    if load_acquire(entry.sequence) == sequence and load_acquire(group.completed) < sequence:
+        # an exchange: an entry that a later job takes meanwhile has another output. It pairs with
+        # the acquires of `phases.finish_strip` and `phases.zero_task`
+        compare_swap(entry.job.out, load_acquire(graph_job.job.out), graph_job.dump)
     # pairs with the compare-and-swap of `claim`: a worker whose task `is_withdrawn` does not see
     # sees the new output
     fence()

@@ -25,10 +25,10 @@ from hybrid_moe.cpu_kernels.jit.record import (
     shared_line,
     u8,
 )
+from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS
 
 MAX_POOLS = 8
 MAX_PHASES = 4
-MAX_TILE = 32  # tokens of the largest tile
 RING = 16
 MAX_POSTS = 1024
 
@@ -55,7 +55,7 @@ class TilePlan(Record):
     unit = i64  # of which all tiles but the last have a multiple
     groups = i64  # of a strip that several tiles meet in turn
     unpack = i64  # kernel that prepares these, or 0
-    kernels = i64[MAX_TILE]  # dot kernels by tokens, from 1
+    kernels = i64[MOST_BLOCK_TOKENS]  # dot kernels by tokens, from 1
 
 
 class StripSizes(Record):

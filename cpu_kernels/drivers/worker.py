@@ -150,9 +150,10 @@ def complete(group: Group, sequence: int) -> None:
 
 
 @driver
-def end_phase(group: Group, entry: Entry, sequence: int, index: int) -> None:
-    """What whoever has counted the last task of a phase does next."""
-    if index == load_acquire(entry.phase_count) - 1:
+def end_phase(group: Group, sequence: int, is_last: int) -> None:
+    """What whoever has counted the last task of a phase does next. The entry may hold a later job
+    by now, so this reads nothing of it."""
+    if is_last != 0:
         complete(group, sequence)
     # ordered behind the counting of the task; pairs with the fence of `start_to_sleep`
     if load_ordered(group.phase_done.sleepers) > 0:
@@ -196,11 +197,13 @@ def take_tasks(
             return leave
         if leave == 0:
             leave = enter(entry.job.layer)
+        # the task that is claimed keeps the entry as it is, until it is counted
         total = load_acquire(phase.total)
+        last = load_acquire(entry.phase_count) - 1
         run_task(entry, phase, pool, task, worker)
         # its release half publishes what the task wrote, to the acquire of `phase_is_done`
         if fetch_add(phase.done, 1) + 1 == total:
-            end_phase(group, entry, sequence, index)
+            end_phase(group, sequence, 1 if index == last else 0)
 
 
 @driver

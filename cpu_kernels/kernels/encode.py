@@ -43,8 +43,8 @@ class Fixed15Group(Record):
 
 FIXED15_GROUP = Fixed15Group.offsets()
 _QUAD_ORDER = [8 * octet + i for octet in range(4) for i in (0, 2, 4, 6, 1, 3, 5, 7)]
-_ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, left in the low mantissa bits
-_ROUND_BITS = 0x4B400000
+ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, left in the low mantissa bits
+ROUND_BITS = 0x4B400000
 
 
 def load_bf16(emit: Emit, address: Val, lanes: int) -> Val:
@@ -75,7 +75,7 @@ def encode_fixed15_group(emit: Emit, x: Val, to: Val) -> None:
     shift = -biased + 140  # 13 - e
     half = shift.sar(1)  # 2^shift may exceed float32's range, its two halves do not
     q = (x * _power_of_two(half)) * _power_of_two(shift - half)
-    q = (q + _ROUND).bits(I32) - _ROUND_BITS
+    q = (q + ROUND).bits(I32) - ROUND_BITS
     low = ((q + 128) & 255) - 128  # -128..127; the rest is a multiple of 256 and high -64..64
     high = (q - low).sar(8)
     for plane, at, bias in (

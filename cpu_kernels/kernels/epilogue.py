@@ -6,7 +6,7 @@ All arithmetic is float32 without fused operations, so every tier computes the s
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, I64, Emit, KernelBody, Val
-from hybrid_moe.cpu_kernels.kernels.encode import Encoding, to_bf16
+from hybrid_moe.cpu_kernels.kernels.encode import ROUND, ROUND_BITS, Encoding, to_bf16
 from hybrid_moe.formats.strips import GROUP, PANELS, SUMS_BYTES
 
 _LOG2_E = 1.44269504088896341
@@ -20,8 +20,6 @@ _EXP_COEFFICIENTS = (  # of (exp(r) - 1 - r) / r^2 on |r| <= ln2 / 2; Cephes exp
     1.6666665459e-1,
     5.0000001201e-1,
 )
-_ROUND = 12582912.0  # as in `encode`: adding it rounds to an integer
-_ROUND_BITS = 0x4B400000
 
 
 def clamp(x: Val, low: Val | float, high: Val | float) -> Val:
@@ -33,14 +31,14 @@ def clamp(x: Val, low: Val | float, high: Val | float) -> Val:
 def exp(x: Val) -> Val:
     """e^x in float32, within 3 ulp; saturates outside [-87, 88]."""
     x = clamp(x, -87.0, 88.0)
-    shifted = x * _LOG2_E + _ROUND
-    n = shifted - _ROUND
+    shifted = x * _LOG2_E + ROUND
+    n = shifted - ROUND
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
     polynomial = r * _EXP_COEFFICIENTS[0] + _EXP_COEFFICIENTS[1]
     for coefficient in _EXP_COEFFICIENTS[2:]:
         polynomial = polynomial * r + coefficient
     value = polynomial * (r * r) + r + 1.0
-    exponent = shifted.bits(I32) - _ROUND_BITS
+    exponent = shifted.bits(I32) - ROUND_BITS
     return value * ((exponent + 127) << 23).bits(F32)
 
 

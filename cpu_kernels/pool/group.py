@@ -187,12 +187,12 @@ class PoolGroup:
     @property
     def completed(self) -> int:
         """Number of the newest job that is complete."""
-        self._check_not_forked()  # the child has no mapping of the slots
+        self._check_not_forked()  # the child has no mapping of the control block
         return self._words[_COMPLETED]
 
     def is_complete(self, sequence: int) -> bool:
         """Whether job `sequence` is. What completed jobs owned is let go."""
-        self._check_not_forked()  # the child has no mapping of the slots
+        self._check_not_forked()  # the child has no mapping of the control block
         if self._words[_COMPLETED] < sequence:
             return False
         self.release_completed()

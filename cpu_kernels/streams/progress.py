@@ -21,6 +21,10 @@ class Progress:
     def __init__(self, group: PoolGroup, record: records.GraphJob) -> None:
         self._group, self._record = group, record
         self._process = os.getpid()
+        # now: `close` runs in finalizers, which may interrupt who holds the lock of the drivers
+        self._close = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(
+            drivers.addresses()["close_host"]
+        )
         self.queued = 0
         self.captured = False
 
@@ -45,5 +49,4 @@ class Progress:
 
     def close(self) -> None:
         """Let no run begin any more: replays give NaN from now on."""
-        close = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(drivers.addresses()["close_host"])
-        close(self._record.address)
+        self._close(self._record.address)

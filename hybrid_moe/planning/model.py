@@ -40,7 +40,7 @@ class LayerExperts:
         num_experts: E.
         top_k: experts of a token, k.
         method: format of the CPU's experts.
-        packed: bytes of one expert in panels.
+        packed: bytes of one expert in strips.
         bias: bytes of one expert's biases, held as float32, over all pools.
         on_gpu: bytes of one expert on a GPU, as the serving engine stores it.
         weights: of one expert; as many multiply-accumulates for a token.

@@ -105,19 +105,19 @@ def as_many_as_fit(model: Model, room: int) -> HotExperts:
 
 def _expert_parts(model: Model, request: Request, hot: HotExperts) -> list[MemoryPart]:
     """The experts on the CPU: one arena for each layer and pool."""
-    panels: Counter[str] = Counter()
+    strips: Counter[str] = Counter()
     rounding = biases = 0
     for layer in model.layers:
         cold = hot.cold(layer)
-        panels[layer.method.name] += cold * layer.packed
+        strips[layer.method.name] += cold * layer.packed
         biases += cold * layer.bias
         if request.huge_pages and cold:  # each pool's share is rounded; shares are nearly equal
             share = cold * (layer.packed + layer.bias) / request.pools
             rounding += round(request.pools * (-share % HUGE_PAGE))
     return [
         *(
-            MemoryPart(f"{CPU_EXPERTS}, {name}", RAM, nbytes, "panels, as large as stored")
-            for name, nbytes in panels.items()
+            MemoryPart(f"{CPU_EXPERTS}, {name}", RAM, nbytes, "strips, as large as stored")
+            for name, nbytes in strips.items()
         ),
         MemoryPart(f"{CPU_EXPERTS}, biases", RAM, biases, "float32"),
         MemoryPart(f"{CPU_EXPERTS}, page rounding", RAM, rounding, "huge pages of 2 MiB"),

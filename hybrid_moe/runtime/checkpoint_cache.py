@@ -82,13 +82,13 @@ def checked_layer(
         CheckpointError: it is damaged, does not fit, or nothing tells its layout.
     """
     source = checkpoint_at(path).layer(shape.layer_idx).with_layout(layout)
-    check_sizes(source, shape)
+    _check_fits(source, shape)
     source.check_format(fmt)
     source.check_layout()
     return source
 
 
-def check_sizes(source: LayerSource, shape: LayerShape) -> None:
+def _check_fits(source: LayerSource, shape: LayerShape) -> None:
     """Raise `CheckpointError` unless the layer in the checkpoint has the sizes of `shape`.
 
     More ids than the checkpoint has experts are possible (a map may repeat experts), fewer are not.

@@ -15,7 +15,8 @@ class HostMask:
         resident: bool [E]: experts that are loaded.
 
     Attributes:
-        address: of the mask.
+        address: of what `look` has found, bool [E]: routing reads it once for each pair, and must
+            not see two masks.
         epoch: how often it had changed when `look` was called last.
         nowhere: an expert that was neither loaded nor skipped then, or -1.
     """
@@ -23,7 +24,8 @@ class HostMask:
     def __init__(self, mask: torch.Tensor, resident: npt.NDArray[np.bool_]) -> None:
         self._live: npt.NDArray[np.bool_] = mask.numpy()  # shares its memory
         self._resident = resident
-        self.address = mask.data_ptr()
+        self._found = np.zeros(len(self._live), np.bool_)
+        self.address = int(self._found.ctypes.data)
         self.epoch = 0
         self._take(self._live.tobytes())
 
@@ -36,10 +38,11 @@ class HostMask:
 
     def _take(self, now: bytes) -> None:
         self._seen = now
-        lost = np.flatnonzero(~(np.frombuffer(now, np.bool_) | self._resident))
+        self._found[:] = np.frombuffer(now, np.bool_)
+        lost = np.flatnonzero(~(self._found | self._resident))
         self.nowhere = int(lost[0]) if len(lost) else -1
 
     def missing(self, ids: torch.Tensor) -> int:
         """One of `ids`, which are in range, that is not skipped; or -1."""
-        wanted = ids[~torch.from_numpy(np.frombuffer(self._seen, np.bool_).copy())[ids]]
+        wanted = ids[~torch.from_numpy(self._found)[ids]]
         return int(wanted[0]) if len(wanted) else -1

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from hybrid_moe.cpu_kernels.job import IDLE
 from hybrid_moe.runtime import arguments
 from hybrid_moe.runtime import checkpoint_cache as checkpoints
 from hybrid_moe.streams.buffers import BUFFERS
@@ -29,8 +30,9 @@ class ProcessWide:
 
     @staticmethod
     def clear_buffer_cache() -> None:
-        """Free the pinned buffers that no CUDA graph uses."""
+        """Free the pinned buffers that no CUDA graph uses, and the memory of jobs that are over."""
         BUFFERS.clear(torch.cuda.synchronize)
+        IDLE.clear()
 
     @staticmethod
     def force_release_loader() -> None:

@@ -19,6 +19,7 @@ import torch
 
 from hybrid_moe.cpu_kernels.drivers.records import Mailbox
 from hybrid_moe.cpu_kernels.job import JobMemory, JobShape
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.cpu_kernels.streams.progress import Progress
 from hybrid_moe.locks import ProcessLock
@@ -59,13 +60,14 @@ class Buffers:
     out: torch.Tensor
     mailbox: Mailbox | None
     captured: bool = False
-    memory: dict[JobShape, JobMemory] = field(default_factory=dict)
+    memory: dict[tuple[JobShape, PoolConfig], JobMemory] = field(default_factory=dict)
 
-    def memory_of(self, shape: JobShape) -> JobMemory:
-        """What jobs of that shape work in: one for each model and size that use the buffers."""
-        if shape not in self.memory:
-            self.memory[shape] = JobMemory.new(shape)
-        return self.memory[shape]
+    def memory_of(self, shape: JobShape, pool: PoolConfig) -> JobMemory:
+        """What jobs of that shape work in on the threads of `pool`: one for each model and size
+        that use the buffers. Other threads may still be at a job that was given up."""
+        if (shape, pool) not in self.memory:
+            self.memory[shape, pool] = JobMemory.new(shape)
+        return self.memory[shape, pool]
 
     @classmethod
     def allocate(cls, key: BufferKey, stream: Stream, mailbox: Mailbox | None) -> Buffers:

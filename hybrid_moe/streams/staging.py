@@ -123,7 +123,7 @@ class Stager:
             )
             job = self._layer.graph_job(
                 batch,
-                buffers.memory_of(self._layer.job_shape(tokens, top_k)),
+                buffers.memory_of(self._layer.job_shape(tokens, top_k), self._layer.pool),
                 ignored_ids=ignored_ids,
                 buffers=(buffers, self._skip),
             )

@@ -6,7 +6,7 @@ Transformers has loaded can try the CPU experts and go back. `hybrid_moe.offload
 
 Parameters can be written in many ways that leave no trace (`.data`, NumPy arrays on the same
 memory, another process), and be replaced by others with the same content (accelerate's hooks do so
-in every forward). So packed panels are judged by content alone: every call takes fingerprints of
+in every forward). So packed weights are judged by content alone: every call takes fingerprints of
 the weights of the experts that it uses, and packs anew if one is not what was packed. That reads
 those weights once more, about what the experts themselves read in BF16.
 """
@@ -132,7 +132,7 @@ def _run(
 
 
 def _packed(module: torch.nn.Module, ids: torch.Tensor) -> _Packed:
-    """The module's panels, right for the experts that `ids` name."""
+    """The module's packed weights, right for the experts that `ids` name."""
     options = ExpertsOptions.of(getattr(module, "config", None))
     weights = weights_of(module)
     packed: _Packed | None = module.__dict__.get(_PACKED)
@@ -142,7 +142,7 @@ def _packed(module: torch.nn.Module, ids: torch.Tensor) -> _Packed:
         if packed.holds(options, weights, experts):
             return packed
     del packed
-    module.__dict__.pop(_PACKED, None)  # frees the panels, unless a copy has them too
+    module.__dict__.pop(_PACKED, None)  # frees the strips, unless a copy has them too
     if _is_offloaded(module):
         _warn_of_offloading()
     spec = experts_spec(module)
@@ -203,5 +203,5 @@ def _warn_of_offloading() -> None:
     _log.warning(
         "accelerate (device_map, cpu_offload) moves the weights of these experts for every forward "
         "pass, though hybrid_moe has packed them: hybrid_moe.from_pretrained loads experts once, "
-        "straight into panels, and nothing moves them"
+        "straight into strips, and nothing moves them"
     )

@@ -1,4 +1,4 @@
-"""A Transformers model whose experts go from the checkpoint into panels, past torch.
+"""A Transformers model whose experts go from the checkpoint into strips, past torch.
 
 Transformers builds a model on the meta device, loads each tensor of the checkpoint that the model
 has a place for, and never reads one that it has no place for. So a subclass of the model's class

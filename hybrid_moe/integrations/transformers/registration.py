@@ -1,7 +1,7 @@
 """Transformers models whose routed experts run on the CPU kernels.
 
-Three ways in: `from_pretrained` (experts go from the checkpoint into panels and never pass through
-torch), `offload` (experts of a loaded model move into panels), and the name "hybrid_moe" for
+Three ways in: `from_pretrained` (experts go from the checkpoint into strips and never pass through
+torch), `offload` (experts of a loaded model move into strips), and the name "hybrid_moe" for
 Transformers' own `experts_implementation` (experts stay where they are and are packed at use).
 """
 
@@ -34,7 +34,7 @@ INTERFACES = {
 }
 """Module -> its class with `register(name, function)`; the second is for FP8 and FP4 experts."""
 
-_NEEDED = "transformers >= 5.17 is needed"
+_NEEDED = "transformers >= 5.19 is needed"
 
 MODELS = "transformers.modeling_utils"
 """The module whose `PreTrainedModel` is guarded, see `guard`."""
@@ -83,7 +83,7 @@ def offload(
     *,
     progress: bool = True,
 ) -> Model:
-    """Move the routed experts of a loaded model into packed panels, layer by layer.
+    """Move the routed experts of a loaded model into packed strips, layer by layer.
 
     Each experts module is replaced by a `HybridExperts` without parameters, which frees its
     memory: `state_dict()` lacks the experts from then on and `save_pretrained` raises.
@@ -92,7 +92,7 @@ def offload(
 
     Args:
         model: a Transformers model with experts on any device (not meta).
-        method: weight format of the panels.
+        method: weight format of the strips.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
         progress: show a progress bar on stderr.
@@ -147,15 +147,15 @@ def from_pretrained(
     progress: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """Load a causal language model with its routed experts in packed panels.
+    """Load a causal language model with its routed experts in packed strips.
 
-    Experts go from the checkpoint's files straight into the panels, so the memory needed is that
+    Experts go from the checkpoint's files straight into the strips, so the memory needed is that
     of the packed experts and of everything else, once. `state_dict()` lacks the experts.
 
     Args:
         directory: a checkpoint in Transformers' layout, or in its family's published one; or the
             id of one in the Hugging Face hub's cache.
-        method: weight format of the panels; None (or "STORED") for the one that the checkpoint
+        method: weight format of the strips; None (or "STORED") for the one that the checkpoint
             stores, layer by layer. BF16 experts are quantised while loading if it is another.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.

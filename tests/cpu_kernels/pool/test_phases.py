@@ -88,3 +88,25 @@ def test_a_late_thread_finds_no_task_in_a_shorter_job(monkeypatch: pytest.Monkey
         assert worker.phase_is_done(entry, 1, index)
     assert [worker.claim(entry.phases[0], 2, 0) for _ in range(3)] == [0, 1, -1]
     assert worker.claim(entry.phases[1], 2, 0) == -1
+
+
+def test_who_counts_a_task_late_completes_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread has counted the last task of a phase and is put aside. Others end the job, and its
+    entry takes one whose last phase has that index: the job that is complete stays the newest."""
+    interpret(monkeypatch, never)
+    monkeypatch.setattr(worker, "ring_entry", lambda group, sequence: group.ring[0])
+    monkeypatch.setattr(worker, "run_task", lambda *arguments: None)
+    monkeypatch.setattr(worker, "enter", lambda layer: 0)
+    group = Group.new()
+    entry = published(group, [(1, 1), (2, 1), (3, 1)])
+    end_phase = worker.end_phase
+
+    def put_aside(group: Group, sequence: int, is_last: int) -> None:
+        if sequence == 1 and not is_last:
+            group.completed.value = group.submitted.value = 6  # as if all these had come and gone
+            published(group, [(1, 1)])
+        end_phase(group, sequence, is_last)
+
+    monkeypatch.setattr(worker, "end_phase", put_aside)
+    assert worker.take_tasks(group, entry, 1, 0, 0, 0, 0, 1) == 1
+    assert group.completed.value == 6 and group.submitted.value == 7
