@@ -16,6 +16,7 @@ import torch
 
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.job import JobMemory, JobShape, capacity_for
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.streams.graph_job import Report
 
 NOTHING = Report(0, 0, -1, None)
@@ -59,6 +60,7 @@ class FakeLayer:
     jobs: dict[int, FakeGraphJob] = field(default_factory=dict)
     next_report: Report = NOTHING
     log: list[tuple[str, int]] = field(default_factory=list)
+    pool: PoolConfig = field(default_factory=lambda: PoolConfig(1))
 
     def __post_init__(self) -> None:
         self.functions[id(self)] = self._post
