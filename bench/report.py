@@ -103,8 +103,8 @@ def pool(bench: Bench) -> Iterator[str]:
     yield "### Fork-join of an empty job\n\n`python bench/pool.py`\n"
     yield (
         "Microseconds, in compiled code. \"Handed over\": another thread runs the job; its ceiling "
-        "is a bare signal between two threads, or a bare futex wake and its answer. On layer A a "
-        f"row is encoded and a row of zeros written. {tables.POOL_WANTED}\n"
+        "is a bare signal between two threads, or a bare futex wake and its answer. An empty job "
+        f"writes zeros: 256 bytes for each thread, on layer A a row. {tables.POOL_WANTED}\n"
     )  # fmt: skip
     yield markdown(tables.POOL, bench["points"])
 

@@ -21,7 +21,7 @@ READ_SHARE = 0.7
 2.5 MB; above 1 the bandwidth was higher during a measurement than before and after it."""
 
 MAC_SHARE = 0.5
-"""Of the peak multiply-accumulates, at 1024 tokens: 0.54 to 0.79 in docs/results."""
+"""Of the peak multiply-accumulates, at 1024 tokens: 0.54 to 0.94 in docs/results."""
 
 GPU_READ_SHARE, GPU_FLOP_SHARE = 0.75, 0.4
 """Assumed, of a GPU's data sheet."""
