@@ -1,4 +1,4 @@
-"""Compile a kernel body for a tier and call it on NumPy arrays."""
+"""Kernel bodies and drivers as machine code, to be called on NumPy arrays and integers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody, build_module
-from hybrid_moe.cpu_kernels.dsl.tiers import Tier
+from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE, Tier
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
+from hybrid_moe.cpu_kernels.jit.driver import Driver
+from hybrid_moe.cpu_kernels.jit.translate import translate
 
 Array = npt.NDArray[Any]
 
@@ -78,3 +80,12 @@ def run_script(
         timeout=timeout,
         check=False,
     )
+
+
+def compiled(*functions: Driver[..., Any]) -> list[Callable[..., int]]:
+    """The drivers as machine code."""
+    names = [function.__name__ for function in functions]
+    text = translate(dict(zip(names, functions, strict=True)))
+    at = compile_functions(text, PORTABLE.target, names, "test", program=True)
+    kinds = [ctypes.CFUNCTYPE(*[ctypes.c_int64] * (1 + len(d.parameters))) for d in functions]
+    return [kind(at[name]) for kind, name in zip(kinds, names, strict=True)]
