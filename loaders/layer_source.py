@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
 from hybrid_moe.formats.table import Array, WeightFormat
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix, check_matrix
 from hybrid_moe.loaders.header import TensorInfo
@@ -127,11 +128,10 @@ class LayerSource:
         return self.num_experts if self.scheme.fused else 1
 
     def nbytes_as(self, fmt: WeightFormat) -> int:
-        """Bytes of all the layer's experts in `fmt`, biases (float32) included."""
-        weights = 2 * fmt.nbytes(self.intermediate, self.hidden)
-        weights += fmt.nbytes(self.hidden, self.intermediate)
-        bias = 4 * (2 * self.intermediate + self.hidden) if self.has_bias else 0
-        return self.num_experts * (weights + bias)
+        """Bytes of all the layer's experts in `fmt`, packed, with float32 biases."""
+        H, I = self.hidden, self.intermediate
+        bias = bias_nbytes(H, I) if self.has_bias else 0
+        return self.num_experts * (packed_nbytes(fmt, H, I) + bias)
 
     def check_sizes(
         self,

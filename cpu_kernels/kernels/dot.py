@@ -61,18 +61,18 @@ def dot_kernel(body: Callable[[Emit, DotArgs], None]) -> KernelBody:
     return lambda emit, *values: body(emit, DotArgs(*values))
 
 
-Slot = tuple[int, int]
+Place = tuple[int, int]
 """Token and panel of a vector of sums, float32 [16]."""
 
 
-def _sum_address(sums: Val, slot: Slot) -> Val:
-    return sums + (SUMS_BYTES * slot[0] + 64 * slot[1])
+def _sum_address(sums: Val, place: Place) -> Val:
+    return sums + (SUMS_BYTES * place[0] + 64 * place[1])
 
 
-def load_sums(emit: Emit, sums: Val, begin: Val, slots: Sequence[Slot]) -> dict[Slot, Var]:
+def load_sums(emit: Emit, sums: Val, begin: Val, places: Sequence[Place]) -> dict[Place, Var]:
     """The sums in registers; zero where `begin` is 0."""
     total = {
-        slot: emit.var(emit.load(_sum_address(sums, slot), F32, 16, align=64)) for slot in slots
+        place: emit.var(emit.load(_sum_address(sums, place), F32, 16, align=64)) for place in places
     }
     with emit.when(begin.equals(0)):
         for value in total.values():
@@ -80,14 +80,14 @@ def load_sums(emit: Emit, sums: Val, begin: Val, slots: Sequence[Slot]) -> dict[
     return total
 
 
-def store_sums(emit: Emit, sums: Val, total: dict[Slot, Var]) -> None:
-    for slot, value in total.items():
-        emit.store(_sum_address(sums, slot), value.get(), align=64)
+def store_sums(emit: Emit, sums: Val, total: dict[Place, Var]) -> None:
+    for place, value in total.items():
+        emit.store(_sum_address(sums, place), value.get(), align=64)
 
 
 def clear_sums(emit: Emit, sums: Val, tokens: int) -> None:
-    for slot in itertools.product(range(tokens), range(PANELS)):
-        emit.store(_sum_address(sums, slot), emit.splat(0.0, F32, 16), align=64)
+    for place in itertools.product(range(tokens), range(PANELS)):
+        emit.store(_sum_address(sums, place), emit.splat(0.0, F32, 16), align=64)
 
 
 # MXFP4. For each token, row and group of 32 inputs q = 256 * high + low (see `encode`):
@@ -263,7 +263,7 @@ class _Mxfp4:
             row.set(row.get() + self.row_bytes)
         store_sums(emit, args.sums, total)
 
-    def by_words(self, group: Val, x: Sequence[Val], total: dict[Slot, Var]) -> None:
+    def by_words(self, group: Val, x: Sequence[Val], total: dict[Place, Var]) -> None:
         """A word of all panels, then the next word: lines in ascending order."""
         emit, source = self.emit, self.source
         planes = [_Planes(emit, x) for _ in range(PANELS)]
@@ -289,7 +289,7 @@ class _Mxfp4:
         group: Val,
         after: Val,
         x: Sequence[Val],
-        total: dict[Slot, Var],
+        total: dict[Place, Var],
         ahead: Sequence[Var],
     ) -> None:
         """Panel by panel, so that dot products wait for nothing else. A panel's first weights are
@@ -409,7 +409,7 @@ def bf16_dot(tokens: int, order: Order) -> KernelBody:
     """Dot kernel of BF16 for T = `tokens`."""
 
     def pairs(
-        emit: Emit, at: Val, x: Val, panels: Sequence[int], total: dict[Slot, Var], ahead: int
+        emit: Emit, at: Val, x: Val, panels: Sequence[int], total: dict[Place, Var], ahead: int
     ) -> None:
         """One group of `panels`. Compiler fences keep the order, a line of weights and then its dot
         products; inputs stay memory operands of the instructions that use them."""
@@ -427,12 +427,12 @@ def bf16_dot(tokens: int, order: Order) -> KernelBody:
         step, ahead = tokens * BF16_PAIRS.group_bytes, BF16_AHEAD if order.prefetch else 0
         code, row = emit.var(args.codes), emit.var(args.x + args.begin * step)
         halves = [range(p, p + order.together) for p in range(0, PANELS, order.together)]
-        slots = [list(itertools.product(range(tokens), panels)) for panels in halves]
-        total: dict[Slot, Var] = {}
+        places = [list(itertools.product(range(tokens), panels)) for panels in halves]
+        total: dict[Place, Var] = {}
         if order.kept:
-            total = load_sums(emit, args.sums, args.begin, slots[0])
+            total = load_sums(emit, args.sums, args.begin, places[0])
         with emit.loop(args.begin, args.end) as group:
-            for panels, some in zip(halves, slots, strict=True):
+            for panels, some in zip(halves, places, strict=True):
                 if not order.kept:
                     total = load_sums(emit, args.sums, group, some)
                 pairs(emit, code.get(), row.get(), panels, total, ahead)

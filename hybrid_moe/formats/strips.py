@@ -77,3 +77,15 @@ def strip_layout(fmt: WeightFormat, K: int) -> StripLayout:
         words=GROUP * fmt.bits // 32,
         scales=0 if fmt.scale is None else GROUP // fmt.group,
     )
+
+
+def packed_nbytes(fmt: WeightFormat, hidden: int, intermediate: int) -> int:
+    """Bytes of one expert in strips, without biases. A strip of gate and up has 32 rows of each,
+    one of down 64: its rows are rounded up."""
+    gate_up, down = strip_layout(fmt, hidden), strip_layout(fmt, intermediate)
+    return (intermediate // GROUP) * gate_up.nbytes + -(-hidden // STRIP_ROWS) * down.nbytes
+
+
+def bias_nbytes(hidden: int, intermediate: int) -> int:
+    """Bytes of one expert's biases behind its strips: float32, one for each row of the strips."""
+    return 4 * (2 * intermediate + round_up(hidden, STRIP_ROWS))

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, round_up, strip_layout
+from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
 from hybrid_moe.formats.table import AS_STORED, BF16, WeightFormat, chosen_format
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint, LayerSource
@@ -150,18 +150,6 @@ class Model:
         """Tokens that the model was made for."""
         value = self.config.get("max_position_embeddings")
         return value if isinstance(value, int) else None
-
-
-def packed_nbytes(fmt: WeightFormat, hidden: int, intermediate: int) -> int:
-    """Bytes of one expert in strips, over all pools; biases are apart."""
-    gate_up, down = strip_layout(fmt, hidden), strip_layout(fmt, intermediate)
-    return (intermediate // GROUP) * gate_up.nbytes + -(-hidden // STRIP_ROWS) * down.nbytes
-
-
-def bias_nbytes(hidden: int, intermediate: int) -> int:
-    """Bytes of one expert's biases behind its strips, over all pools: float32, one for each row of
-    the strips."""
-    return 4 * (2 * intermediate + round_up(hidden, STRIP_ROWS))
 
 
 def read_model(path: Path, base: Path | None = None, method: str | None = None) -> Model:

@@ -22,6 +22,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
+from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
 from hybrid_moe.formats.table import FORMATS
 from hybrid_moe.integrations.transformers.registration import from_pretrained
 from hybrid_moe.loaders import inspect_checkpoint
@@ -29,7 +30,6 @@ from hybrid_moe.loaders.model_config import ModelConfig
 from hybrid_moe.planning import make_plan, read_model
 from hybrid_moe.planning.kv_cache import sglang_cache, transformers_cache
 from hybrid_moe.planning.machine import huge_pages_here
-from hybrid_moe.planning.model import bias_nbytes, packed_nbytes
 from hybrid_moe.planning.scratch import cpu_buffers, job_nbytes
 from tests.families import FAMILIES, write_family
 from tests.hybrid_moe.planning.cases import expert_ram, request
