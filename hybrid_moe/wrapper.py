@@ -18,8 +18,7 @@ from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.table import chosen_format
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
-from hybrid_moe.runtime import arguments, construction_order, filling, torch_op
-from hybrid_moe.runtime import checkpoint_cache as checkpoints
+from hybrid_moe.runtime import arguments, checkpoint_cache, construction_order, filling, torch_op
 from hybrid_moe.runtime.deferral import DeferralChain, declared_chain, split_deferred
 from hybrid_moe.runtime.export import ExpertWriter
 from hybrid_moe.runtime.filling import Fill
@@ -127,7 +126,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             moe_intermediate_size=moe_intermediate_size,
         )
         self.weight_path = arguments.existing_path(weight_path)
-        self.format = chosen or checkpoints.stored_format(self.weight_path, self.layer_idx)
+        self.format = chosen or checkpoint_cache.stored_format(self.weight_path, self.layer_idx)
         self.shape.check(self.format)
         self.max_deferred_experts_per_token = arguments.deferred_experts(
             max_deferred_experts_per_token, self.shape
@@ -170,7 +169,9 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         if self.weight_path is None:
             raise ValueError("load_weights needs the weight_path that the wrapper was made without")
         mapping = arguments.expert_map(physical_to_logical_map_cpu, self.num_experts)
-        source = checkpoints.checked_layer(self.weight_path, self.shape, self.format, self._layout)
+        source = checkpoint_cache.checked_layer(
+            self.weight_path, self.shape, self.format, self._layout
+        )
         self._load(filling.from_checkpoint(source, self.format, mapping))
 
     def load_weights_from_tensors(

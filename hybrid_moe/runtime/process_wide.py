@@ -7,8 +7,7 @@ from typing import ClassVar
 import torch
 
 from hybrid_moe.cpu_kernels.job import IDLE
-from hybrid_moe.runtime import arguments
-from hybrid_moe.runtime import checkpoint_cache as checkpoints
+from hybrid_moe.runtime import arguments, checkpoint_cache
 from hybrid_moe.streams.buffers import BUFFERS
 
 
@@ -37,4 +36,4 @@ class ProcessWide:
     @staticmethod
     def force_release_loader() -> None:
         """Close the checkpoints that were opened for loading; a later load opens them anew."""
-        checkpoints.release()
+        checkpoint_cache.release()

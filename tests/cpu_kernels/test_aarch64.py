@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import llvmlite.binding as llvm
 import pytest
 
-from hybrid_moe.cpu_kernels.drivers import drivers_ir
-from hybrid_moe.cpu_kernels.drivers import intrinsics as memory
+from hybrid_moe.cpu_kernels.drivers import drivers_ir, intrinsics
 from hybrid_moe.cpu_kernels.dsl import neon
 from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import NEON, NEON_DOTPROD, PORTABLE, Tier
@@ -214,7 +213,7 @@ define void @lanes(ptr %p) {
 
 def test_drivers_compile_for_aarch64(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is particular to a processor is behind one switch: spin hint, control word of floats."""
-    monkeypatch.setattr(memory, "_X86", False)
+    monkeypatch.setattr(intrinsics, "_X86", False)
     text = drivers_ir()
     assert set(re.findall(r"llvm\.(?:x86|aarch64)\.[\w.]+", text)) == {
         "llvm.aarch64.hint",

@@ -20,7 +20,7 @@ from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint, SafetensorsIndex, convert_checkpoint, inspect_checkpoint
 from hybrid_moe.loaders.files import INDEX_NAME
 from hybrid_moe.planning.model import read_model
-from hybrid_moe.runtime import checkpoint_cache as checkpoints
+from hybrid_moe.runtime import checkpoint_cache
 from tests.families import FamilyFixture, write_family
 
 Family = Callable[[str], FamilyFixture]
@@ -342,9 +342,9 @@ def planned(folder: Path) -> str:
 
 def wrapped(folder: Path) -> str:
     try:
-        checkpoints.checkpoint_at(folder)
+        checkpoint_cache.checkpoint_at(folder)
     finally:
-        checkpoints.release()
+        checkpoint_cache.release()
     return ""
 
 

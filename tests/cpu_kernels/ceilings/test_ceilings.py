@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from hybrid_moe import sysfiles
-from hybrid_moe.cpu_kernels.ceilings import bandwidth
-from hybrid_moe.cpu_kernels.ceilings import peaks as ceilings
+from hybrid_moe.cpu_kernels.ceilings import bandwidth, peaks
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
 from hybrid_moe.cpu_kernels.ceilings.peaks import MAC_OPS, USES, MacOp
 from hybrid_moe.cpu_kernels.ceilings.probe import reader
@@ -123,10 +122,10 @@ def test_peak_loops_multiply_as_often_as_is_counted(op: MacOp, tier: Tier) -> No
 
 @pytest.mark.parametrize("op", MAC_OPS.values(), ids=lambda op: op.name)
 def test_peak_is_none_only_where_the_tier_lacks_the_op(op: MacOp) -> None:
-    peak = ceilings.peak_macs(op, PoolConfig(1), PORTABLE, seconds=0.001)
+    peak = peaks.peak_macs(op, PoolConfig(1), PORTABLE, seconds=0.001)
     assert (peak is None) == op.name.startswith("tile")
     assert peak is None or peak > 0
-    row = ceilings.mac_ceilings(PORTABLE, op, 1, seconds=0.001)
+    row = peaks.mac_ceilings(PORTABLE, op, 1, seconds=0.001)
     assert (row is None) == (peak is None)
 
 
@@ -141,39 +140,39 @@ def test_calls_outlast_the_python_between_them(
         nonlocal now
         now += 1e-9 * steps
 
-    monkeypatch.setattr(ceilings.time, "perf_counter", lambda: now)
-    assert ceilings._enough_steps(call, threads) == expected
+    monkeypatch.setattr(peaks.time, "perf_counter", lambda: now)
+    assert peaks._enough_steps(call, threads) == expected
 
 
 @pytest.mark.parametrize("method", FORMAT_KERNELS)
 def test_every_format_has_a_ceiling(method: str) -> None:
     assert all(use.op in MAC_OPS for use in USES[method])
-    assert ceilings.mac_ceiling(method, 1, PORTABLE, seconds=0.001) > 0
+    assert peaks.mac_ceiling(method, 1, PORTABLE, seconds=0.001) > 0
 
 
 def test_ceiling_counts_the_products_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {"byte_dot": 100.0, "pair_dot": 30.0, "tile_dot_bytes": None, "tile_dot_pairs": 80.0}
-    monkeypatch.setattr(ceilings, "peak_macs", lambda op, *rest: rates[op.name])
-    assert ceilings.mac_ceiling("MXFP4", 1, PORTABLE) == 50.0
-    assert ceilings.mac_ceiling("BF16", 1, PORTABLE) == 80.0
-    row = ceilings.mac_ceilings(PORTABLE, MAC_OPS["byte_dot"], 1)
+    monkeypatch.setattr(peaks, "peak_macs", lambda op, *rest: rates[op.name])
+    assert peaks.mac_ceiling("MXFP4", 1, PORTABLE) == 50.0
+    assert peaks.mac_ceiling("BF16", 1, PORTABLE) == 80.0
+    row = peaks.mac_ceilings(PORTABLE, MAC_OPS["byte_dot"], 1)
     assert row is not None and row.formats["MXFP4"] == 50.0 / 1e9
     assert set(row.formats) == {m for m, uses in USES.items() if "byte_dot" in [u.op for u in uses]}
 
 
 def test_unknown_format() -> None:
     with pytest.raises(ValueError, match="FP3"):
-        ceilings.mac_ceiling("FP3", 1)
+        peaks.mac_ceiling("FP3", 1)
 
 
 def test_tiers_that_do_not_run_here_are_told() -> None:
-    tiers, skipped = ceilings.usable_tiers()
+    tiers, skipped = peaks.usable_tiers()
     reports = available_tiers()
     assert [t.name for t in tiers] == [r.tier.name for r in reports if r.usable]
     assert set(skipped) == {r.tier.name for r in reports if not r.usable} and all(skipped.values())
-    assert [t.name for t in ceilings.usable_tiers(["portable"])[0]] == ["portable"]
+    assert [t.name for t in peaks.usable_tiers(["portable"])[0]] == ["portable"]
     with pytest.raises(ValueError, match="abacus"):
-        ceilings.usable_tiers(["abacus"])
+        peaks.usable_tiers(["abacus"])
 
 
 @pytest.mark.usefixtures("small_buffers")

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import files, safetensors
 from hybrid_moe.loaders.files import INDEX_NAME
-from hybrid_moe.runtime import checkpoint_cache as checkpoints
+from hybrid_moe.runtime import checkpoint_cache
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import Weights, wrapper
 
@@ -33,7 +33,7 @@ def write(folder: Path, size: int) -> None:
 
 
 def value(folder: Path) -> float:
-    return float(checkpoints.checkpoint_at(folder).index.read("w")[0])
+    return float(checkpoint_cache.checkpoint_at(folder).index.read("w")[0])
 
 
 @pytest.mark.parametrize("module", [files, safetensors])
@@ -73,11 +73,11 @@ def test_a_file_that_is_replaced_while_it_is_opened(
 def test_what_changes_is_read_again(change: Callable[[Path], object], tmp_path: Path) -> None:
     write(tmp_path, 3)
     (tmp_path / "config.json").write_text("{}")
-    first = checkpoints.checkpoint_at(tmp_path)
-    assert checkpoints.checkpoint_at(tmp_path) is first
+    first = checkpoint_cache.checkpoint_at(tmp_path)
+    assert checkpoint_cache.checkpoint_at(tmp_path) is first
     change(tmp_path)
     try:
-        assert checkpoints.checkpoint_at(tmp_path) is not first
+        assert checkpoint_cache.checkpoint_at(tmp_path) is not first
     except CheckpointError:
         assert (tmp_path / "model-00001-of-00002.safetensors").exists()
 
