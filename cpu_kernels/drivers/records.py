@@ -5,6 +5,7 @@
     Job    one forward of one layer, and what routing found  ->  Layer  its kernels and strips
     GraphJob  a job that a GPU's stream posts, over and over  ->  Job, Group, Mask, Counters
     Watcher   the thread that reads mailboxes: Post, a mailbox and what is under way there
+    Trace  what a group's threads did, and when  ->  Span
 
 Addresses that kernels get are plain integers (i64), and say what lies there. Words that one thread
 writes while another may read are `shared`; those on which threads spin have a line to themselves.
@@ -46,6 +47,12 @@ IDS_PASS, IDS_COUNT, IDS_FAULT = range(3)
 
 ERROR_TIMEOUT, ERROR_STUCK, ERROR_STOPPED = range(1, 4)
 """Why a run was given up."""
+
+SPAN_SUBMIT, SPAN_TASK, SPAN_WAIT = range(3)
+"""What a thread did in a span of a trace."""
+
+SPAN_KINDS = 16
+"""A task's `Span.detail` is SPAN_KINDS * index of its phase + kind of the phase."""
 
 
 class TilePlan(Record):
@@ -94,6 +101,7 @@ class Layer(Record):
     """What does not change once a layer is ready, but for the tables of experts. One of experts, or
     a dense one: matrices that all tokens meet."""
 
+    label = i64  # what a trace calls its jobs, see `trace.label`
     experts = i64  # 0: a dense layer
     hidden = i64
     intermediate = i64
@@ -216,7 +224,30 @@ class Group(Record):
     futex = i64  # number of the system call
     timeout_ns = i64  # of one wait of a caller,
     timeout = i64[2]  # and the same as a struct timespec
+    trace = shared  # address of a `Trace`, or 0: nobody traces
     ring = inline(Entry)[RING]
+
+
+class Span(Record, alignment=LINE):
+    """What a thread did from when to when, nanoseconds of CLOCK_MONOTONIC."""
+
+    begin = i64
+    end = i64
+    kind = i64  # SPAN_SUBMIT, ...
+    thread = i64  # of a task its worker, else the number that the system gives the thread
+    sequence = i64  # of the job
+    detail = i64  # of a submission the job's tokens; of a task see SPAN_KINDS
+    label = i64  # of a submission that of the job's layer
+    written = shared  # 1 once all others are
+
+
+class Trace(Record, alignment=LINE):
+    """Where the threads of a group write what they do. Nobody waits for room."""
+
+    taken = shared_line  # spans so far; those from `room` on are not kept
+    room = i64
+    gettid = i64  # number of the system call
+    spans = array(inline(Span))
 
 
 class Counters(Record, alignment=LINE):
