@@ -33,7 +33,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("loaders", "gpu_kernels", "cpu_kernels.layer", "cpu_kernels.dense", "cpu_kernels.ceilings"),
     ("cpu_kernels.streams", "cpu_kernels.descriptor", "cpu_kernels.experts", "cpu_kernels.matrix"),
     ("cpu_kernels.job", "cpu_kernels.strips", "cpu_kernels.fingerprint"),
-    ("cpu_kernels.pool", "cpu_kernels.batch"),
+    ("cpu_kernels.pool", "cpu_kernels.row_functions", "cpu_kernels.batch"),
     ("cpu_kernels.trace",),
     ("cpu_kernels.memory", "cpu_kernels.kernels", "cpu_kernels.trace_file"),
     ("cpu_kernels.drivers", "cpu_kernels.dsl"),
