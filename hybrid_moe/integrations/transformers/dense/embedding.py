@@ -31,7 +31,7 @@ class HybridEmbedding(PackedModule, torch.nn.Embedding):
         self._take(linear._held, _look_up)
         self._where = where
         self.num_embeddings, self.embedding_dim = linear.out_features, linear.in_features
-        self.padding_idx = padding_idx  # type: ignore[assignment]
+        self.padding_idx = padding_idx
         self.max_norm, self.norm_type = None, 2.0
         self.scale_grad_by_freq = self.sparse = False
         self.weight = linear.weight

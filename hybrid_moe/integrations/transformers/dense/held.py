@@ -146,7 +146,8 @@ class HeldMatrix:
         if not self.matrix.has_bias:
             return None
         if given is None:
-            return self.matrix.bias[: self.matrix.rows].copy()
+            kept: npt.NDArray[np.float32] = self.matrix.bias[: self.matrix.rows].copy()
+            return kept
         values: npt.NDArray[np.float32] = given.detach().to("cpu", torch.float32).numpy()
         return values
 

@@ -41,7 +41,7 @@ class HybridLinear(PackedModule, torch.nn.Linear):
         self._take(HeldMatrix(matrix, where, dtype), _run)
         self.in_features, self.out_features = matrix.inputs, matrix.rows
         self._shared: SharedInput | None = None
-        self.weight = parameter(self._held)  # type: ignore[assignment]
+        self.weight = parameter(self._held)
         self.register_parameter(
             "bias", parameter(self._held, bias=True) if matrix.has_bias else None
         )

@@ -37,7 +37,7 @@ class PackedModule(torch.nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """`to`, `half`, `cuda` and their kin. What leaves a tensor as it is passes."""
         probe = torch.empty(1, dtype=self._held.dtype, device="cpu")
-        if fn(probe) is not probe or probe.is_shared():
+        if fn(probe) is not probe or probe.is_shared():  # type: ignore[no-untyped-call]
             self._refuse("it cannot be converted, moved or shared")
         return self
 

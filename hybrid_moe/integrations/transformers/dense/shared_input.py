@@ -45,6 +45,7 @@ class _Plan:
     """Layers that are computed together, the first of them first.
 
     Attributes:
+        first: of them. layer: computes them all. rows: outputs of each. width: of all.
         misses: jobs in a row whose outputs were not all taken. Threads that count at once may
             count one too few.
     """
@@ -54,6 +55,7 @@ class _Plan:
         self.first = self.members[0]
         self.layer = DenseLayer([held.matrix for held in self.members])
         self.rows = list(self.layer.rows)
+        self.width = sum(self.rows)
         self.misses = 0
 
 
@@ -124,11 +126,11 @@ class SharedInput:
         tokens = elements // inputs
         seen = ctypes.string_at(address, 2 * elements)
         if tokens == 1:
-            out = x.new_empty((*lead, sum(plan.rows)))
+            out = x.new_empty((*lead, plan.width))
             layer.start(1, address, out.data_ptr(), out, x).wait()
             parts = torch.unsafe_split_with_sizes(out, plan.rows, -1)
         else:
-            out = x.new_empty(tokens * sum(plan.rows))
+            out = x.new_empty(tokens * plan.width)
             layer.start(tokens, address, out.data_ptr(), out, x).wait()
             flat = torch.unsafe_split_with_sizes(out, [tokens * rows for rows in plan.rows])
             parts = tuple(y.view(*lead, n) for y, n in zip(flat, plan.rows, strict=True))

@@ -30,20 +30,20 @@ class PackedWeight(torch.Tensor):
     Attributes:
         held: the packed matrix. A copy of this tensor shares it.
         whole: it is the weight [N, K] itself or the bias [N] itself, and no view.
-        where: the module's name and this one's, for messages.
+        label: the module's name and this one's, for messages.
     """
 
     held: HeldMatrix
     whole: bool
-    where: str
+    label: str
     _read: Read
 
     # Nothing is done to functions of torch: they arrive, taken apart, in __torch_dispatch__
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
-        cls, held: HeldMatrix, where: str, read: Read, like: torch.Tensor, whole: bool = False
+        cls, held: HeldMatrix, label: str, read: Read, like: torch.Tensor, whole: bool = False
     ) -> PackedWeight:
         """`like`, on meta, has the shape, strides and dtype of what `read` returns."""
         self: PackedWeight = torch.Tensor._make_wrapper_subclass(
@@ -52,13 +52,13 @@ class PackedWeight(torch.Tensor):
             strides=like.stride(),
             storage_offset=like.storage_offset(),
             dtype=like.dtype,
-            device="cpu",
-        )  # type: ignore[assignment]
-        self.held, self.where, self.whole, self._read = held, where, whole, read
+            device=torch.device("cpu"),
+        )
+        self.held, self.label, self.whole, self._read = held, label, whole, read
         return self
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -97,16 +97,16 @@ class PackedWeight(torch.Tensor):
         if isinstance(likes, torch.Tensor):
             same = self.whole and func in _SAME
             read = self._read if same else lambda: func(self._read(), *args, **kwargs)
-            return PackedWeight(self.held, self.where, read, likes, same)
+            return PackedWeight(self.held, self.label, read, likes, same)
 
         def one(index: int) -> Read:
             return lambda: func(self._read(), *args, **kwargs)[index]
 
-        return [PackedWeight(self.held, self.where, one(i), like) for i, like in enumerate(likes)]
+        return [PackedWeight(self.held, self.label, one(i), like) for i, like in enumerate(likes)]
 
     def _refuse(self, what: str) -> NoReturn:
         raise RuntimeError(
-            f"{self.where} is packed by hybrid_moe and is not changed ({what}): merge adapters, "
+            f"{self.label} is packed by hybrid_moe and is not changed ({what}): merge adapters, "
             "resize, convert or move the model before its layers are packed (or load it with "
             'dense="torch"); load_state_dict takes a whole new weight'
         )
@@ -114,7 +114,7 @@ class PackedWeight(torch.Tensor):
     # What torch does without a dispatch
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         return self.detach()
 
     @data.setter
@@ -123,7 +123,7 @@ class PackedWeight(torch.Tensor):
             self._refuse("weight.data =")
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return False
 
     @requires_grad.setter
@@ -132,17 +132,17 @@ class PackedWeight(torch.Tensor):
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
         if requires_grad:
-            raise RuntimeError(f"{self.where} is packed by hybrid_moe: inference only, no gradient")
+            raise RuntimeError(f"{self.label} is packed by hybrid_moe: inference only, no gradient")
         return self
 
     def share_memory_(self) -> NoReturn:
         self._refuse("share_memory_")
 
     def data_ptr(self) -> NoReturn:
-        raise RuntimeError(f"{self.where} is packed by hybrid_moe: it has no address; clone() it")
+        raise RuntimeError(f"{self.label} is packed by hybrid_moe: it has no address; clone() it")
 
     def untyped_storage(self) -> NoReturn:
-        raise RuntimeError(f"{self.where} is packed by hybrid_moe: it has no storage; clone() it")
+        raise RuntimeError(f"{self.label} is packed by hybrid_moe: it has no storage; clone() it")
 
     storage = typed_storage = untyped_storage  # type: ignore[assignment]
 
@@ -152,7 +152,7 @@ class PackedWeight(torch.Tensor):
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return values(self).__array__(*args, **kwargs)
 
-    def __dlpack__(self, **kwargs: Any) -> Any:  # type: ignore[override]
+    def __dlpack__(self, **kwargs: Any) -> Any:
         return values(self).__dlpack__(**kwargs)
 
     def tolist(self) -> Any:
@@ -165,12 +165,12 @@ class PackedWeight(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
         if not self.whole:
-            raise RuntimeError(f"a view of {self.where} cannot be copied: clone() it")
+            raise RuntimeError(f"a view of {self.label} cannot be copied: clone() it")
         return parameter(copy.deepcopy(self.held, memo), bias=self.dim() == 1)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            f"{self.where} is packed by hybrid_moe and cannot be pickled: save_pretrained writes "
+            f"{self.label} is packed by hybrid_moe and cannot be pickled: save_pretrained writes "
             "it, and clone() gives a plain tensor"
         )
 
@@ -181,7 +181,7 @@ def parameter(held: HeldMatrix, *, bias: bool = False) -> PackedWeight:
     like = torch.empty(shape, dtype=held.dtype, device="meta")
     name = f"{held.where}.{'bias' if bias else 'weight'}"
     made = PackedWeight(held, name, held.bias if bias else held.weight, like, whole=True)
-    made._is_param = True  # type: ignore[attr-defined]  # isinstance(made, torch.nn.Parameter)
+    made._is_param = True  # isinstance(made, torch.nn.Parameter)
     made._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers leaves it alone
     return made
 
@@ -229,14 +229,14 @@ def _some(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor | None:
 
 def _embedding(weight: PackedWeight, ids: torch.Tensor, *_: Any, **__: Any) -> Any:
     if (ids < 0).any():
-        raise IndexError(f"{weight.where}: a row below 0")
+        raise IndexError(f"{weight.label}: a row below 0")
     return _some(weight, ids)
 
 
 def _index(weight: PackedWeight, indices: Sequence[torch.Tensor | None]) -> Any:
-    if len(indices) != 1 or indices[0] is None:
+    ids = indices[0] if len(indices) == 1 else None
+    if ids is None:
         return None
-    (ids,) = indices
     if ids.dtype is torch.bool:
         if ids.shape != weight.shape[:1]:
             return None
@@ -263,7 +263,7 @@ def _lazy(func: Any, weight: PackedWeight, *args: Any, **kwargs: Any) -> Any:
     def read() -> torch.Tensor:
         return weight.held.rows(ids.reshape(-1).numpy()).view(*ids.shape, K)
 
-    return PackedWeight(weight.held, weight.where, read, like)
+    return PackedWeight(weight.held, weight.label, read, like)
 
 
 _ROWS: dict[Any, Callable[..., Any]] = {
