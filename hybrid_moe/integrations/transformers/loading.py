@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.integrations.transformers.dense.loading import CheckpointLayers
+from hybrid_moe.integrations.transformers.dense.dense_loading import CheckpointLayers
 from hybrid_moe.integrations.transformers.experts_module import (
     ExpertsSpec,
     experts_spec,

@@ -120,7 +120,7 @@ def offload(
         fill,
     )
     from hybrid_moe.integrations.transformers.loading import replace_module
-    from hybrid_moe.integrations.transformers.progress import PackingBar
+    from hybrid_moe.integrations.transformers.packing_bar import PackingBar
 
     dense_fmt = dense_format(dense)
     options = _checked(method, threads, pools)
@@ -140,7 +140,7 @@ def offload(
             replace_module(model, name, experts)
             bar.add(experts_nbytes(spec, options.fmt))
         if dense_fmt is not None:
-            from hybrid_moe.integrations.transformers.dense.loading import (
+            from hybrid_moe.integrations.transformers.dense.dense_loading import (
                 DenseOptions,
                 offload_dense,
             )
@@ -196,14 +196,14 @@ def from_pretrained(
         open_checkpoint,
         take_subfolder,
     )
-    from hybrid_moe.integrations.transformers.dense.loading import DenseOptions, dense_layers
+    from hybrid_moe.integrations.transformers.dense.dense_loading import DenseOptions, dense_layers
     from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts, experts_nbytes
     from hybrid_moe.integrations.transformers.loading import (
         experts_source,
         load_experts,
         load_skeleton,
     )
-    from hybrid_moe.integrations.transformers.progress import PackingBar
+    from hybrid_moe.integrations.transformers.packing_bar import PackingBar
     from hybrid_moe.loaders.model_config import ModelConfig
 
     dense_fmt = dense_format(dense)

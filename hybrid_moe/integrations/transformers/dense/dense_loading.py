@@ -30,7 +30,7 @@ from hybrid_moe.integrations.transformers.dense.packing import (
     nbytes_of,
     torch_weight,
 )
-from hybrid_moe.integrations.transformers.dense.stored import (
+from hybrid_moe.integrations.transformers.dense.stored_linear import (
     FP8,
     SCALES,
     StoredLinear,
@@ -40,7 +40,7 @@ from hybrid_moe.integrations.transformers.dense.stored import (
 )
 from hybrid_moe.integrations.transformers.dense.weight import PackedWeight
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
-from hybrid_moe.integrations.transformers.progress import PackingBar
+from hybrid_moe.integrations.transformers.packing_bar import PackingBar
 from hybrid_moe.loaders import Checkpoint
 from hybrid_moe.logs import warn_once
 
