@@ -11,6 +11,7 @@ import logging
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hybrid_moe.formats.table import BF16, chosen_format
@@ -150,7 +151,7 @@ def offload(
     select = getattr(model, "set_experts_implementation", None)
     if select is not None:
         select(NAME)
-    _refuse_saving(model)
+    _save_from_strips(model)
     return model
 
 
@@ -243,7 +244,7 @@ def from_pretrained(
                 fmt = chosen or source.format
                 load_experts(source, module, replace(options, method=fmt.name))
                 bar.add(experts_nbytes(module.spec, fmt))
-        _refuse_saving(model)
+        _save_from_strips(model)
     finally:
         checkpoint.close()
     return model
@@ -274,14 +275,9 @@ def _checked(method: str, threads: int | None, pools: int | None) -> ExpertsOpti
     return ExpertsOptions(options.fmt.name, threads, pools)
 
 
-def _refuse_saving(model: Any) -> None:
-    """`save_pretrained` would write a checkpoint without experts, and say nothing."""
+def _save_from_strips(model: Any) -> None:
+    """Transformers' own `save_pretrained` would write a checkpoint without what is packed."""
+    from hybrid_moe.integrations.transformers.dense.saving import save_pretrained
+
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = _cannot_save
-
-
-def _cannot_save(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError(
-        "the experts of this model are packed and would be missing from what is saved: save it "
-        "before offload, or use `hybrid-moe convert` to write a checkpoint with quantised experts"
-    )
+        model.save_pretrained = MethodType(save_pretrained, model)

@@ -116,7 +116,7 @@ def choose(
         if common != linear.weight.dtype == torch.float32 or in_float32(f"{name}.weight"):
             return "kept in float32"
         parent = model.get_submodule(name.rpartition(".")[0])
-        if name.rpartition(".")[2] in _multiplied(type(parent)):
+        if name.rpartition(".")[2] in _multiplied(type(parent))  # type: ignore[arg-type]:
             return f"{type(parent).__name__} reads its weight"
         return _objection(linear, rows) or _shared(users[name])
 

@@ -183,10 +183,10 @@ class CheckpointLayers:
         for name, module in self._built.items():
             place(model, name, module)
         _forget_ties(model)
-        names = {key: name for name, key in keys.items()}
+        place_of = {key: name for name, key in keys.items()}
         for name, stored in self._stored.items():
             for tensor in stored.tensors:
-                self._taken.add(names.get(tensor.key, tensor.key))
+                self._taken.add(place_of.get(tensor.key, tensor.key))
             self._taken |= {f"{name}.weight"} | {f"{name}.{s}" for s in SCALES if stored.scale}
         self._taken |= {f"{embedding}.weight" for embedding in choice.tied.values()}
         prefix = f"{model.base_model_prefix}."

@@ -24,7 +24,7 @@ def groups_of(linear: nn.Linear) -> int:
     groups = getattr(linear, "n_groups", None)
     if type(linear) is nn.Linear or not isinstance(groups, int) or groups < 2:
         return 0
-    if linear.bias is not None or linear.out_features % groups:
+    if linear._parameters.get("bias") is not None or linear.out_features % groups:
         return 0
     N, K = 3, 5
     weight = (torch.arange(groups * N * K, device="cpu") % 7 - 3.0).reshape(groups * N, K)

@@ -10,6 +10,7 @@ import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -70,14 +71,15 @@ def gated_mlp(module: nn.Module) -> GatedMLP | None:
         return None
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return None
-    for names in permutations(children):
+    for one, other, last in permutations(children):
+        names = (one, other, last)
         gate, up, down = (children[name] for name in names)
         sizes = (gate.in_features, gate.out_features)
         if (up.in_features, up.out_features) != sizes or sizes != (
             down.out_features, down.in_features,
         ):  # fmt: skip
             continue
-        activation = agreeing_activation(module, lambda g, u, n=names: _run_on(module, n, g, u))
+        activation = agreeing_activation(module, partial(_run_on, module, names))
         if activation is not None:
             linears = {name: children[name] for name in names}
             return GatedMLP(type(module).__name__, names, linears, activation)

@@ -103,7 +103,7 @@ def find_stored(
     N, K = linear.out_features, linear.in_features
     if weight is None or weight.shape != (N, K):
         return None
-    if linear.bias is None:
+    if linear._parameters.get("bias") is None:
         bias = None
     elif bias is None or bias.shape != (N,) or bias.dtype not in FLOATS:
         return None
