@@ -101,9 +101,7 @@ def test_modes(mode: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("given", DTYPES)
 @pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float16])
-def test_autocast_gives_the_dtype_that_torch_gives(
-    given: torch.dtype, wanted: torch.dtype
-) -> None:
+def test_autocast_gives_the_dtype_that_torch_gives(given: torch.dtype, wanted: torch.dtype) -> None:
     layer, x = Case.random(dtype=torch.float32).layer, inputs(3, K, dtype=given)
     plain = torch.nn.Linear(K, N, bias=False, dtype=torch.float32)
     want = layer(x.to(torch.bfloat16))
@@ -140,30 +138,26 @@ def test_threads_share_a_layer() -> None:
         assert all(pool.map(run, range(200)))
 
 
-WRONG: dict[str, tuple[Any, type[Exception], str]] = {
-    "size": (torch.zeros(3, K + 32), ValueError, rf"shape \(3, {K + 32}\), expected \[..., {K}\]"),
-    "bf16 size": (torch.zeros(2, dtype=torch.bfloat16), ValueError, "expected"),
-    "scalar": (torch.tensor(1.0), ValueError, "expected"),
-    "int": (torch.zeros(3, K, dtype=torch.int64), TypeError, "float tensor, not torch.int64"),
-    "complex": (torch.zeros(3, K, dtype=torch.complex64), TypeError, "float tensor"),
-    "sparse": (torch.eye(K).to_sparse(), TypeError, "dense"),
-    "sparse rows": (torch.eye(K).bfloat16().to_sparse_csr(), TypeError, "dense"),
-    "nested": (torch.nested.nested_tensor([torch.ones(2, K)]), TypeError, "dense"),
+WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "size": (lambda: torch.zeros(3, K + 32), ValueError, rf"shape \(3, {K + 32}\), expected"),
+    "bf16 size": (lambda: torch.zeros(2, dtype=torch.bfloat16), ValueError, "expected"),
+    "scalar": (lambda: torch.tensor(1.0), ValueError, "expected"),
+    "int": (lambda: torch.zeros(3, K, dtype=torch.int64), TypeError, "not torch.int64"),
+    "complex": (lambda: torch.zeros(3, K, dtype=torch.complex64), TypeError, "float tensor"),
+    "sparse": (lambda: torch.eye(K).to_sparse(), TypeError, "dense"),
+    "sparse rows": (lambda: torch.eye(K).bfloat16().to_sparse_csr(), TypeError, "dense"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2, K)]), TypeError, "dense"),
+    "None": (lambda: None, TypeError, "must be a tensor"),
+    "list": (lambda: [[1.0] * K], TypeError, "must be a tensor"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
 @pytest.mark.parametrize("kind", WRONG)
 def test_wrong_inputs_are_named(kind: str) -> None:
-    x, error, message = WRONG[kind]
+    make, error, message = WRONG[kind]
     with pytest.raises(error, match=rf"{WHERE}: .*{message}"):
-        Case.random().layer(x)
-
-
-@pytest.mark.parametrize("x", [None, [[1.0] * K], 3])
-def test_what_is_no_tensor_is_a_type_error(x: Any) -> None:
-    with pytest.raises(TypeError, match=rf"{WHERE}: the input must be a tensor"):
-        Case.random().layer(x)
+        Case.random().layer(make())
 
 
 def test_meta_tensors_have_meta_outputs() -> None:
