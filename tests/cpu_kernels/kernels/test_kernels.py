@@ -224,7 +224,8 @@ def _unpack(fmt: WeightFormat, strips: Array, K: int) -> Array:
         codes = np.ascontiguousarray(words.T).view(fmt.code_dtype)
         scales = None
         if fmt.scale is not None:
-            scales = strip[:, layout.code_bytes :].reshape(-1, STRIP_ROWS).T
+            scales = np.ascontiguousarray(strip[:, layout.code_bytes :]).view(fmt.scale.dtype)
+            scales = scales.reshape(-1, STRIP_ROWS).T
         panels.append(decode(fmt, Matrix(codes, scales)).reshape(PANELS, PANEL_ROWS, K))
     return np.stack(panels)
 

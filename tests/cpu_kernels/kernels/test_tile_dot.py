@@ -15,9 +15,11 @@ import pytest
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.dsl.tiles import configure, release
 from hybrid_moe.cpu_kernels.job import JobShape
-from hybrid_moe.cpu_kernels.kernels.dot import BF16_STRIP, DOT_ARITY, UNPACKED_GROUP
+from hybrid_moe.cpu_kernels.kernels.bf16_dot import BF16_STRIP
+from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.encode import BLOCK_SLACK, FIXED15_GROUP, encode_rows
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS, FormatKernels
+from hybrid_moe.cpu_kernels.kernels.mxfp4_dot import UNPACKED_GROUP
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.strips.pack import pack_rows
 from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS
