@@ -107,8 +107,9 @@ def _byte_dot_total(emit: Emit, high: Val, low: Val) -> Val:
 # wide_dot: exact integer dot products of signed bytes (weights, any byte) by integers of 15 bits
 # (activations, |q| <= 16320), four inputs per 32-bit lane. How 32 activations lie in 64 bytes is
 # the tier's own, as is the accumulator: `wide_split` arranges them, and `wide_dot` takes 32-bit
-# words k and 8 + k of that for quad k. `wide_start` makes an accumulator from -WIDE_OFFSET * sum(q),
-# for tiers whose weights must be unsigned; `wide_total` reads it. |sum| <= 32 * 128 * 16320 < 2^26.
+# words k and 8 + k of that for quad k. `wide_start` makes an accumulator from a bias, -WIDE_OFFSET
+# times the sum of q, for tiers whose weights must be unsigned; `wide_total` reads it. A total is at
+# most 32 * 128 * 16320 < 2^26 in magnitude.
 #
 # The generic arrangement is 16-bit words, inputs 0 and 2 of each quad in its first word, 1 and 3 in
 # its second. The other one that tiers use is planes: q = 256 * high + low, high bytes first. Tiers

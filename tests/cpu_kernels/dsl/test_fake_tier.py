@@ -54,8 +54,8 @@ def _byte_dot_total(emit: Emit, high: Val, low: Val) -> Val:
     return -((high << 6) + low.sar(2))
 
 
-# An accumulator of wide dots: the sums of the low plane, then those of the high one, negative. A tier
-# with a matrix unit keeps the activations in planes.
+# An accumulator of wide dots: the sums of the low plane, then those of the high one, negative. The
+# activations lie in planes, as a tier with a matrix unit must keep them.
 
 
 def _wide_split(emit: Emit, q: Val) -> Val:
