@@ -34,7 +34,7 @@ class HybridEmbedding(PackedModule, torch.nn.Embedding):
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type = None, 2.0
         self.scale_grad_by_freq = self.sparse = False
-        self.weight = linear.weight
+        self._fix_parameters(weight=linear.weight)
 
     def reset_parameters(self) -> None:
         """Refused: the weight is packed."""

@@ -77,7 +77,7 @@ class HeldMatrix:
             f"{format_bytes(self.weight_nbytes)} each time (said once)"
         )
         matrix = self.matrix
-        return _to_torch(matrix.unpack(), matrix.fmt, self.dtype)
+        return _to_torch(matrix.unpack(), matrix, self.dtype)
 
     def rows(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
         """Rows of the weight, [n, K] in `dtype`.
@@ -86,7 +86,7 @@ class HeldMatrix:
             IndexError: there is no such row.
         """
         matrix = self.matrix
-        return _to_torch(matrix.take_rows(ids), matrix.fmt, self.dtype)
+        return _to_torch(matrix.take_rows(ids), matrix, self.dtype)
 
     def bias(self) -> torch.Tensor:
         """[N] in `dtype`; zeros where there is none."""
@@ -122,7 +122,10 @@ class HeldMatrix:
                 for first in range(0, old.rows, _ROWS):
                     last = min(first + _ROWS, old.rows)
                     part = None if biases is None else biases[first:last]
-                    codes, scales = _encoded(weight[first:last], old.fmt)
+                    try:
+                        codes, scales = _encoded(weight[first:last], old.fmt)
+                    except ValueError as error:
+                        raise ValueError(f"{self.where}: {error}") from error
                     new.load(Matrix(codes, scales, part, self.where), first)
             self.matrix, self.layer = new, DenseLayer([new])
         if self.replaced is not None:
@@ -157,16 +160,17 @@ class HeldMatrix:
             warn_once(f"{self.where}: a {weight.dtype} weight was loaded and rounded to {fmt.name}")
 
 
-def _to_torch(matrix: Matrix, fmt: WeightFormat, dtype: torch.dtype) -> torch.Tensor:
-    """The values of an unpacked matrix."""
-    if fmt is BF16:
-        return torch.from_numpy(matrix.codes.view(np.int16)).view(torch.bfloat16).to(dtype)
-    N = len(matrix.codes)
-    parts = [matrix.rows(slice(first, first + _ROWS)) for first in range(0, N, _ROWS)]
-    values = [torch.from_numpy(fmt.dequantize(p.codes, p.scales)).to(dtype) for p in parts]
-    if not values:
-        return torch.empty(fmt.dequantize(matrix.codes, matrix.scales).shape, dtype=dtype)
-    return values[0] if len(values) == 1 else torch.cat(values)
+def _to_torch(rows: Matrix, of: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
+    """The values of unpacked rows."""
+    if of.fmt is BF16:
+        return torch.from_numpy(rows.codes.view(np.int16)).view(torch.bfloat16).to(dtype)
+    n = len(rows.codes)
+    values = torch.empty((n, of.inputs), dtype=dtype, device="cpu")
+    for first in range(0, n, _ROWS):
+        part = rows.rows(slice(first, first + _ROWS))
+        floats = of.fmt.dequantize(part.codes, part.scales)
+        values[first : first + _ROWS] = torch.from_numpy(floats)
+    return values
 
 
 def _encoded(weight: torch.Tensor, fmt: WeightFormat) -> tuple[Array, Array | None]:

@@ -41,9 +41,9 @@ class HybridLinear(PackedModule, torch.nn.Linear):
         self._take(HeldMatrix(matrix, where, dtype), _run)
         self.in_features, self.out_features = matrix.inputs, matrix.rows
         self._shared: SharedInput | None = None
-        self.weight = parameter(self._held)
-        self.register_parameter(
-            "bias", parameter(self._held, bias=True) if matrix.has_bias else None
+        self._fix_parameters(
+            weight=parameter(self._held),
+            bias=parameter(self._held, bias=True) if matrix.has_bias else None,
         )
 
     @property
@@ -89,10 +89,19 @@ class HybridLinear(PackedModule, torch.nn.Linear):
             return layer.start(tokens, input.data_ptr(), out.data_ptr(), out, input).wait()
         return self._general(input)
 
-    def _general(self, x: torch.Tensor) -> torch.Tensor:
+    def _general(self, x: Any) -> torch.Tensor:
         """Every other kind of input, or an error that names it."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not isinstance(x, torch.Tensor):
+            name = type(x).__name__
+            raise TypeError(f"{self._held.where}: the input must be a tensor, not {name}")
+        device = x.device.type
+        if (
+            torch.amp.is_autocast_available(device)
+            and torch.is_autocast_enabled(device)
+            and x.is_floating_point()
+            and x.dtype is not torch.float64  # as autocast has it
+        ):
+            x = x.to(torch.get_autocast_dtype(device))
         if torch_op.is_traced(x) or x.is_meta:
             return dense_op.linear(x, self._handle.value, self.out_features)
         if x.requires_grad and torch.is_grad_enabled():

@@ -13,6 +13,22 @@ from hybrid_moe.integrations.transformers.dense.weight import PackedWeight
 from hybrid_moe.runtime import torch_op
 
 
+class _FixedParameters(dict[str, Any]):
+    """Parameters by name, which are neither replaced nor removed, nor joined by others. Some write
+    here past `__setattr__`: pruning, `functional_call`, accelerate."""
+
+    def __init__(self, parameters: dict[str, Any], refuse: Callable[[str], NoReturn]) -> None:
+        super().__init__(parameters)
+        self._refuse = refuse
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self or value is not self[name]:
+            self._refuse(f"its {name} cannot be replaced or parametrized")
+
+    def __delitem__(self, name: str) -> None:
+        self._refuse(f"its {name} cannot be removed or parametrized")
+
+
 class PackedModule(torch.nn.Module):
     """A module whose parameters are `PackedWeight`s of one `HeldMatrix`, called at most `weight`
     and `bias`. It stays on the CPU and in its dtype, and its parameters stay what they are."""
@@ -23,7 +39,7 @@ class PackedModule(torch.nn.Module):
     """Transformers does not draw random weights for it."""
 
     def _take(self, held: HeldMatrix, run: torch_op.Run) -> None:
-        """To be called by constructors, between `Module.__init__` and setting parameters."""
+        """To be called by constructors, after `Module.__init__`."""
         self._held = held
         self._handle = torch_op.Handle(self, run)
 
@@ -41,20 +57,15 @@ class PackedModule(torch.nn.Module):
             self._refuse("it cannot be converted, moved or shared")
         return self
 
+    def _fix_parameters(self, **parameters: torch.Tensor | None) -> None:
+        """Let these be its parameters from now on. To be called last by constructors."""
+        self.__dict__["_parameters"] = _FixedParameters(parameters, self._refuse)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get("_parameters", ()) and value is not self._parameters[name]:
-            self._refuse(f"its {name} cannot be replaced")
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
         if name in self._parameters:
-            self._refuse(f"its {name} cannot be removed or parametrized")
-        super().__delattr__(name)
-
-    def register_parameter(self, name: str, param: Any) -> None:
-        if "_held" in self.__dict__ and not (param is None or isinstance(param, PackedWeight)):
-            self._refuse(f"no parameter {name} can be added to it")
-        super().register_parameter(name, param)
+            self._parameters[name] = value  # the same, or refused
+        else:
+            super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """`PackedWeight`s, which unpack when they are read; nothing while nothing is loaded, so
@@ -74,9 +85,10 @@ class PackedModule(torch.nn.Module):
     ) -> None:
         """Pack what is given, see `HeldMatrix.load`; what is this module's own weight stays."""
         given: dict[str, torch.Tensor | None] = {}
-        for name, parameter in self._parameters.items():
+        names = [name for name, parameter in self._parameters.items() if parameter is not None]
+        for name in names:
             value = state_dict.get(prefix + name)
-            if value is None and parameter is not None and strict:
+            if value is None and strict:
                 missing_keys.append(prefix + name)
             same = isinstance(value, PackedWeight) and value.held.matrix is self._held.matrix
             given[name] = None if same else value
@@ -84,7 +96,7 @@ class PackedModule(torch.nn.Module):
             unexpected_keys += [
                 key
                 for key in state_dict
-                if key.startswith(prefix) and key.removeprefix(prefix) not in self._parameters
+                if key.startswith(prefix) and key.removeprefix(prefix) not in names
             ]
         if any(value is not None for value in given.values()):
             try:
@@ -96,9 +108,11 @@ class PackedModule(torch.nn.Module):
         """Packed weights never change, so a copy of the model shares them."""
         made = type(self).__new__(type(self))
         memo[id(self)] = made
-        own = {name: value for name, value in self.__dict__.items() if name != "_handle"}
+        apart = ("_handle", "_parameters")
+        own = {name: value for name, value in self.__dict__.items() if name not in apart}
         made.__dict__.update(copy.deepcopy(own, memo))
-        made.__dict__["_handle"] = torch_op.Handle(made, self._handle.run)
+        made._fix_parameters(**copy.deepcopy(dict(self._parameters), memo))
+        made._take(made._held, self._handle.run)
         return made
 
     def __getstate__(self) -> NoReturn:

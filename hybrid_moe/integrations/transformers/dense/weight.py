@@ -46,14 +46,15 @@ class PackedWeight(torch.Tensor):
         cls, held: HeldMatrix, label: str, read: Read, like: torch.Tensor, whole: bool = False
     ) -> PackedWeight:
         """`like`, on meta, has the shape, strides and dtype of what `read` returns."""
-        self: PackedWeight = torch.Tensor._make_wrapper_subclass(
-            cls,
-            like.shape,
-            strides=like.stride(),
-            storage_offset=like.storage_offset(),
-            dtype=like.dtype,
-            device=torch.device("cpu"),
-        )
+        with torch.inference_mode(False):  # also in inference mode a view of a normal one is one
+            self: PackedWeight = torch.Tensor._make_wrapper_subclass(
+                cls,
+                like.shape,
+                strides=like.stride(),
+                storage_offset=like.storage_offset(),
+                dtype=like.dtype,
+                device=torch.device("cpu"),
+            )
         self.held, self.label, self.whole, self._read = held, label, whole, read
         return self
 
@@ -138,13 +139,16 @@ class PackedWeight(torch.Tensor):
     def share_memory_(self) -> NoReturn:
         self._refuse("share_memory_")
 
+    def is_shared(self) -> bool:
+        return False
+
     def data_ptr(self) -> NoReturn:
         raise RuntimeError(f"{self.label} is packed by hybrid_moe: it has no address; clone() it")
 
     def untyped_storage(self) -> NoReturn:
         raise RuntimeError(f"{self.label} is packed by hybrid_moe: it has no storage; clone() it")
 
-    storage = typed_storage = untyped_storage  # type: ignore[assignment]
+    storage = typed_storage = untyped_storage
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         return values(self).numpy(*args, **kwargs)
