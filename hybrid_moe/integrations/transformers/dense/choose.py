@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -116,7 +116,7 @@ def choose(
         if common != linear.weight.dtype == torch.float32 or in_float32(f"{name}.weight"):
             return "kept in float32"
         parent = model.get_submodule(name.rpartition(".")[0])
-        if name.rpartition(".")[2] in _multiplied(type(parent))  # type: ignore[arg-type]:
+        if name.rpartition(".")[2] in _multiplied(type(parent)):
             return f"{type(parent).__name__} reads its weight"
         return _objection(linear, rows) or _shared(users[name])
 
@@ -271,9 +271,10 @@ def _shared(others: Sequence[tuple[str, nn.Module]]) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _multiplied(kind: type[nn.Module]) -> frozenset[str]:
-    """The children whose weights a class multiplies by; none where its source is not to be had."""
+def _multiplied(kind: Hashable) -> frozenset[str]:
+    """The children whose weights a module's class multiplies by; none where its source is not to be
+    had."""
     try:
-        return frozenset(_MULTIPLIED.findall(inspect.getsource(kind)))
+        return frozenset(_MULTIPLIED.findall(inspect.getsource(kind)))  # type: ignore[arg-type]
     except (OSError, TypeError):
         return frozenset()
