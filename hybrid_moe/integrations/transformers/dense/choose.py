@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -116,8 +117,9 @@ def choose(
         if common != linear.weight.dtype == torch.float32 or in_float32(f"{name}.weight"):
             return "kept in float32"
         parent = model.get_submodule(name.rpartition(".")[0])
-        if name.rpartition(".")[2] in _multiplied(type(parent)):
-            return f"{type(parent).__name__} reads its weight"
+        kind: Any = type(parent)
+        if name.rpartition(".")[2] in _multiplied(kind):
+            return f"{kind.__name__} reads its weight"
         return _objection(linear, rows) or _shared(users[name])
 
     choice = Choice()
@@ -271,10 +273,10 @@ def _shared(others: Sequence[tuple[str, nn.Module]]) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _multiplied(kind: Hashable) -> frozenset[str]:
+def _multiplied(kind: type[nn.Module]) -> frozenset[str]:
     """The children whose weights a module's class multiplies by; none where its source is not to be
     had."""
     try:
-        return frozenset(_MULTIPLIED.findall(inspect.getsource(kind)))  # type: ignore[arg-type]
+        return frozenset(_MULTIPLIED.findall(inspect.getsource(kind)))
     except (OSError, TypeError):
         return frozenset()
