@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -108,36 +108,39 @@ def choose(
     found = dict(_linears(model, experts))
     adapters = _adapters(model)
     routers = _routers(model, experts)
-    common = _common_dtype(found.values())
+    common = _common_dtype(model)
     users = _users(model)
 
-    def objection(name: str, linear: nn.Linear, rows: int) -> str | None:
+    def in_place(name: str, linear: nn.Linear) -> str | None:
+        """Why a layer that could be taken is not, where it is."""
         if any(name.startswith(prefix) for prefix in routers):
             return "router"
         if common != linear.weight.dtype == torch.float32 or in_float32(f"{name}.weight"):
             return "kept in float32"
-        parent = model.get_submodule(name.rpartition(".")[0])
-        kind: Any = type(parent)
-        if name.rpartition(".")[2] in _multiplied(kind):
+        parent, _, child = name.rpartition(".")
+        kind: Any = type(model.get_submodule(parent))
+        if child in _multiplied(kind):
             return f"{kind.__name__} reads its weight"
-        return _objection(linear, rows) or _shared(users[name])
+        return _shared(users[name])
 
     choice = Choice()
     for name, linear in found.items():
         if any(name.startswith(prefix) for prefix in adapters):
             continue
         groups = groups_of(linear)
-        reason = objection(name, linear, linear.out_features // (groups or 1))
         if type(linear) is not nn.Linear and not groups:
-            reason = f"{type(linear).__name__}"
+            reason: str | None = type(linear).__name__
+        else:
+            rows = linear.out_features // (groups or 1)
+            reason = _objection(linear, rows) or in_place(name, linear)
         if reason:
             choice.kept[name] = (linear, reason)
         elif groups:
             choice.grouped[name] = (linear, groups)
         else:
             choice.linears[name] = linear
-            for other, _ in users[name]:
-                choice.tied[name] = other
+            if users[name]:  # one, see `_shared`
+                choice.tied[name] = users[name][0][0]
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in choice.linears):
         mlp = gated_mlp(model.get_submodule(parent))
         names = [] if mlp is None else [f"{parent}.{child}" for child in mlp.linears]
@@ -223,11 +226,13 @@ def _nbytes(linear: nn.Linear) -> int:
     return sum(p.numel() * p.element_size() for p in linear.parameters(recurse=False))
 
 
-def _common_dtype(linears: Iterable[nn.Linear]) -> torch.dtype | None:
-    """The dtype of most of the weights."""
+def _common_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of most of the weights of linear layers, packed ones too."""
     numbers: dict[torch.dtype, int] = defaultdict(int)
-    for linear in linears:
-        numbers[linear.weight.dtype] += linear.weight.numel()
+    for module in model.modules():
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        if weight is not None:
+            numbers[weight.dtype] += weight.numel()
     return max(numbers, key=lambda dtype: numbers[dtype], default=None)
 
 
@@ -258,8 +263,10 @@ def _objection(linear: nn.Linear, rows: int) -> str | None:
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks)
     if any(hooks) or hasattr(linear, "_hf_hook") or "forward" in vars(linear):
         return "has hooks"
-    if linear.in_features % GROUP or rows < STRIP_ROWS:
+    if rows < STRIP_ROWS:
         return "small"
+    if linear.in_features % GROUP:
+        return f"{linear.in_features} inputs are no multiple of {GROUP}"
     return None
 
 

@@ -78,9 +78,7 @@ def dense_layers(
     placed = kwargs.get("device_map", torch.get_default_device())
     devices = placed.values() if isinstance(placed, Mapping) else [placed]
     obstacle = None
-    if any(
-        torch.device(d).type != "cpu" if d != "auto" else True for d in devices if d is not None
-    ):
+    if any(str(device).partition(":")[0] not in ("None", "cpu") for device in devices):
         obstacle = f"device_map={placed!r}"
     for name in ("quantization_config", "distributed_config", "tp_plan"):
         if kwargs.get(name) is not None:
