@@ -55,10 +55,10 @@ def unpack_some(
     codes = codes.view(fmt.code_dtype)
     if fmt.scale is None:
         return Matrix(codes)
-    scales = by_group[:, :, layout.code_bytes :]
+    scales = by_group[:, :, layout.code_bytes :].view(fmt.scale.dtype)
     scales = scales.reshape(len(strips), layout.groups, layout.scales, STRIP_ROWS)
     taken = scales[strip, :, :, lane].reshape(len(rows), layout.groups * layout.scales)
-    return Matrix(codes, taken.view(fmt.scale.dtype))
+    return Matrix(codes, taken)
 
 
 def _panels(
