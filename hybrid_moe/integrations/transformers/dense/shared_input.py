@@ -161,7 +161,7 @@ class SharedInput:
     def _watch(self, held: HeldMatrix, x: torch.Tensor) -> None:
         """Learn who has the same input: those between two different ones."""
         staged = self._staged
-        if held not in staged.seen and self._is_staged(x):
+        if staged.seen and held not in staged.seen and self._is_staged(x):
             staged.seen += (held,)
             return
         together, staged.seen = staged.seen, (held,)
