@@ -37,6 +37,8 @@ KEYS = 16
 TURN = 32
 """Keys whose values all dimensions meet before the next: 4 KB of 64 dimensions, in the first-level
 cache for the second block of dimensions."""
+SECOND_LEVEL = 2
+"""How near to fetch: 32 KB of values would drive keys and scores out of the first-level cache."""
 DIMS = 16
 """Dimensions are a multiple of this."""
 
@@ -140,12 +142,21 @@ class _Rows:
         return self.address + (index > last).select(last, index) * self.stride
 
 
-def _load_pairs(emit: Emit, keys: _Rows, first: Val, key_dim: Val, pairs: Val) -> None:
+def _fetch(emit: Emit, rows: Val, stride: Val, count: int, at: Val) -> None:
+    """Fetch the line at byte `at` of so many rows into the second-level cache."""
+    for i in range(count):
+        emit.prefetch(rows + stride * i + at, SECOND_LEVEL)
+
+
+def _load_pairs(
+    emit: Emit, keys: _Rows, values: _Rows, first: Val, key_dim: Val, pairs: Val
+) -> None:
     """16 keys from `first` on -> pairs, int32 [key_dim / 2][16 keys]: two dimensions of a key in
-    each lane."""
+    each lane. Fetches their values."""
     rows = [keys.at(first + i) for i in range(KEYS)]
     whole = (key_dim >> 5) << 5
     with emit.loop(0, whole, 32) as dim:
+        _fetch(emit, values.address + first * values.stride, values.stride, KEYS, dim * 2)
         for i, column in enumerate(transpose([emit.load(row + dim * 2, I32, 16) for row in rows])):
             emit.store(pairs + dim * 32 + 64 * i, column, align=64)
     with emit.when(key_dim > whole):
@@ -244,19 +255,22 @@ def _add_values(
 
 
 def attend(tier: Tier) -> KernelBody:
-    """Kernel (q, keys, key_stride, values, value_stride, count, visible, rows, key_dim, value_dim,
-    scale, scratch, partials): one unit, see the module.
+    """Kernel (q, keys, key_stride, values, value_stride, count, ahead, visible, rows, key_dim,
+    value_dim, scale, scratch, partials): one unit, see the module.
 
     q is bf16 [rows][key_dim]. keys and values are bf16 [count], of key_dim and value_dim each
     (multiples of 16), so many bytes apart; 1 <= count <= SPLIT. visible is int32 [rows][2]: the
     keys that a row sees, from the first up to and without the second. scale is the address of a
     float32. scratch has `scratch_bytes(rows, key_dim)`, partials are [rows].
+
+    Memory is busy all the time: values are fetched while scores are computed, and while values are
+    added, the keys at `ahead`, which the next unit reads (any address: nothing there is used).
     """
     for_scores, for_values = row_blocks(tier)
 
     def body(
         emit: Emit, q: Val, keys: Val, key_stride: Val, values: Val, value_stride: Val, count: Val,
-        visible: Val, rows: Val, key_dim: Val, value_dim: Val, scale: Val, scratch: Val, partials: Val,
+        ahead: Val, visible: Val, rows: Val, key_dim: Val, value_dim: Val, scale: Val, scratch: Val, partials: Val,
     ) -> None:  # fmt: skip
         factor = emit.load(scale, F32, align=4)
         scores = scratch + key_dim * (2 * KEYS)
@@ -264,8 +278,9 @@ def attend(tier: Tier) -> KernelBody:
         row_bytes = value_dim * 4 + LINE
         blocks = (count + (KEYS - 1)) >> 4
         of_keys = _Rows(emit, keys, key_stride, count)
+        of_values = _Rows(emit, values, value_stride, count)
         with emit.loop(0, blocks) as block:
-            _load_pairs(emit, of_keys, block * KEYS, key_dim, scratch)
+            _load_pairs(emit, of_keys, of_values, block * KEYS, key_dim, scratch)
             for row, size in _in_blocks(emit, rows, for_scores):
                 to = scores + block * (4 * KEYS)
                 _score_block(emit, q, scratch, key_dim, factor, to, row, size)
@@ -277,7 +292,6 @@ def attend(tier: Tier) -> KernelBody:
             )  # fmt: skip
             with emit.loop(0, value_dim >> 4) as i:
                 emit.store(partial + i * 64, emit.splat(0.0, F32, 16), align=64)
-        of_values = _Rows(emit, values, value_stride, count)
         whole = (value_dim >> 5) << 5
         with emit.loop(0, count, TURN) as first:
             left = count - first
@@ -291,6 +305,7 @@ def attend(tier: Tier) -> KernelBody:
                     )  # fmt: skip
 
             with emit.loop(0, whole, 32) as dim:
+                _fetch(emit, ahead + first * key_stride, key_stride, TURN, dim * 2)
                 add(dim, 32)
             with emit.when(value_dim > whole):
                 add(whole, 16)
@@ -298,7 +313,7 @@ def attend(tier: Tier) -> KernelBody:
     return body
 
 
-ATTEND_ARITY = 13
+ATTEND_ARITY = 14
 
 
 def merge(
