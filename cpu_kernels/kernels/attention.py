@@ -1,7 +1,7 @@
 """Attention of a few query rows over cached keys and values: one pass over both.
 
 The rows of a unit share keys and values: query heads of one group, for each query token. A unit is
-up to SPLIT keys of one sequence and key head, small enough that its scores stay in the first-level
+up to ATTENTION_SPLIT keys of one sequence and key head, small enough that its scores stay in the first-level
 cache. `attend` leaves a *partial* for each row, and `merge` combines the partials of a row's splits:
 
     m = max of the scores,  p = exp(score - m) rounded to bf16,  l = sum p,  acc = sum p * value
@@ -23,15 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from hybrid_moe.cpu_kernels.drivers.records import ATTENTION_SPLIT
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I16, I32, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier
 from hybrid_moe.cpu_kernels.kernels.encode import to_bf16
 from hybrid_moe.cpu_kernels.kernels.epilogue import exp
 from hybrid_moe.formats.strips import LINE
 
-SPLIT = 256
-"""Keys of a unit: scores and probabilities of eight rows are 12 KB; the partial that a unit writes
-is 1/64 of what it reads (of 8 rows, keys and values of 64 dimensions)."""
 KEYS = 16
 """Keys of a block of scores, one a lane."""
 TURN = 32
@@ -42,8 +40,8 @@ SECOND_LEVEL = 2
 DIMS = 16
 """Dimensions are a multiple of this."""
 
-_SCORE_ROW = 4 * SPLIT
-_WEIGHT_ROW = 2 * SPLIT
+_SCORE_ROW = 4 * ATTENTION_SPLIT
+_WEIGHT_ROW = 2 * ATTENTION_SPLIT
 _MINUS_INFINITY = 0xFF800000 - (1 << 32)
 
 
@@ -259,7 +257,7 @@ def attend(tier: Tier) -> KernelBody:
     value_dim, scale, scratch, partials): one unit, see the module.
 
     q is bf16 [rows][key_dim]. keys and values are bf16 [count], of key_dim and value_dim each
-    (multiples of 16), so many bytes apart; 1 <= count <= SPLIT. visible is int32 [rows][2]: the
+    (multiples of 16), so many bytes apart; 1 <= count <= ATTENTION_SPLIT. visible is int32 [rows][2]: the
     keys that a row sees, from the first up to and without the second. scale is the address of a
     float32. scratch has `scratch_bytes(rows, key_dim)`, partials are [rows].
 
