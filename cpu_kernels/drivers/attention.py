@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers.intrinsics import call, driver
 from hybrid_moe.cpu_kernels.drivers.records import ATTENTION_SPLIT, Attention, Job
-from hybrid_moe.cpu_kernels.drivers.tiles import ceil_div, part
+from hybrid_moe.cpu_kernels.drivers.tiling import ceil_div, part
 from hybrid_moe.cpu_kernels.jit.record import i32
 
 
@@ -48,9 +48,7 @@ def merge_units(attention: Attention) -> int:
 
 @driver
 def unit_macs(attention: Attention) -> int:
-    return (
-        ATTENTION_SPLIT * attention.rows * (attention.key_dim + attention.value_dim)
-    )
+    return ATTENTION_SPLIT * attention.rows * (attention.key_dim + attention.value_dim)
 
 
 @driver

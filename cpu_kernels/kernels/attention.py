@@ -108,7 +108,12 @@ def _within128(a: Val, b: Val, lanes: Sequence[int]) -> Val:
 
 def transpose(rows: Sequence[Val]) -> list[Val]:
     """16 vectors of 16 lanes of 32 bits, transposed."""
-    columns: list[list[Val]] = [[], [], [], []]  # [c][g]: in lane q column 4q + c of rows 4g to 4g+3
+    columns: list[list[Val]] = [
+        [],
+        [],
+        [],
+        [],
+    ]  # [c][g]: in lane q column 4q + c of rows 4g to 4g+3
     for g in range(0, 16, 4):
         a, b, c, d = rows[g : g + 4]
         for half, (i, j) in enumerate(((0, 1), (2, 3))):
@@ -119,7 +124,9 @@ def transpose(rows: Sequence[Val]) -> list[Val]:
     for c in range(4):
         a, b, d, e = columns[c]
         for half in (0, 2):
-            left, right = (_lanes128(x, y, (half, half + 1, 4 + half, 5 + half)) for x, y in ((a, b), (d, e)))
+            left, right = (
+                _lanes128(x, y, (half, half + 1, 4 + half, 5 + half)) for x, y in ((a, b), (d, e))
+            )
             for i in range(2):
                 out[4 * (half + i) + c] = _lanes128(left, right, (i, 2 + i, 4 + i, 6 + i))
     return [out[column] for column in range(16)]
@@ -218,7 +225,9 @@ def _interleave(emit: Emit, even: Val, odd: Val, lanes: int) -> list[Val]:
     if lanes == 16:
         return [even.zext(I32) | (odd.zext(I32) << 16)]
     return [
-        even.shuffle([8 * q + 4 * h + i + 32 * o for q in range(4) for i in range(4) for o in range(2)], odd).bits(I32)
+        even.shuffle(
+            [8 * q + 4 * h + i + 32 * o for q in range(4) for i in range(4) for o in range(2)], odd
+        ).bits(I32)
         for h in range(2)
     ]
 
