@@ -13,12 +13,12 @@ A down task owns its output rows, so experts are summed without conflicts and no
 tokens x k x hidden exists. Few tokens on many workers want smaller tasks than that gives: they keep
 such a buffer, and add the same numbers in the same order. Between phases all tasks must be
 finished: two or three barriers a layer. A dense layer's are encode, and `linear`;
-those of attention are in `attention`.
+those of attention are in `attention_tasks`.
 """
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.drivers.attention import attend_task, merge_task
+from hybrid_moe.cpu_kernels.drivers.attention_tasks import attend_task, merge_task
 from hybrid_moe.cpu_kernels.drivers.dense_tasks import linear_task
 from hybrid_moe.cpu_kernels.drivers.intrinsics import call, driver, load_acquire
 from hybrid_moe.cpu_kernels.drivers.records import (

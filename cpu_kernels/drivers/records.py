@@ -42,9 +42,9 @@ ENCODE, GATE_UP, DOWN, DOWN_BY_PAIR, COMBINE, ZERO, LINEAR, ATTEND, MERGE = rang
 """Kinds of phases: what `phases.run_task` does."""
 
 ATTENTION_SPLIT = 256
-"""Keys that `kernels.attention` takes at a time, on which the bits of its results depend: scores
-and weights of eight rows are 12 KB, and the partials that a split leaves are 1/64 of what it reads
-(keys and values of 64 dimensions)."""
+"""Keys that `kernels.attention_kernels` takes at a time, on which the bits of its results depend:
+scores and weights of eight rows are 12 KB, and the partials that a split leaves are 1/27 of what it
+reads (keys and values of 64 dimensions)."""
 
 IDS_PASS, IDS_COUNT, IDS_FAULT = range(3)
 """What ids out of range mean: nothing, are counted, are a fault as well."""
@@ -131,9 +131,9 @@ class Layer(Record):
 
 
 class Attention(Record):
-    """Query tokens over cached keys and values, see `attention`. B sequences, Q query tokens, G
-    query heads for each of H key heads. The query tokens are the last ones of the keys; a row is a
-    query head and token of one key head. All states are bf16."""
+    """Query tokens over cached keys and values, see `attention_tasks`. B sequences, Q query tokens,
+    G query heads for each of H key heads. The query tokens are the last ones of the keys; a row is
+    a query head and token of one key head. All states are bf16."""
 
     attend = i64  # kernels
     merge = i64

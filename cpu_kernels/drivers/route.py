@@ -4,7 +4,7 @@ expert layer follow from routing: token x slot ids -> pairs grouped by expert.""
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels import tuning
-from hybrid_moe.cpu_kernels.drivers.attention import attend_units, merge_units, unit_macs
+from hybrid_moe.cpu_kernels.drivers.attention_tasks import attend_units, merge_units, unit_macs
 from hybrid_moe.cpu_kernels.drivers.dense_tasks import encode_tiles, linear_macs, linear_strips
 from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     call,

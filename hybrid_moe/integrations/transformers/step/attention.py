@@ -1,10 +1,10 @@
 """Attention of Transformers models on the CPU: `attn_implementation="hybrid_moe"`.
 
-A few query tokens (decoding) are a job of the pool, `cpu_kernels.attention`: keys and values are
-read once from the cache for all query heads of a group. Many (prefill) are torch's flash attention,
-which keeps no scores in memory, see `prefill`. Both know groups of query heads without repeating
-keys and values, sliding windows, left padding, and *sinks*: a learned score for each head that takes
-part in the softmax and has no value.
+A few query tokens (decoding) are a job of the pool, `cpu_kernels.attention_job`: keys and values
+are read once from the cache for all query heads of a group. Many (prefill) are torch's flash
+attention, which keeps no scores in memory, see `prefill`. Both know groups of query heads without
+repeating keys and values, sliding windows, left padding, and *sinks*: a learned score for each head
+that takes part in the softmax and has no value.
 
 What neither computes goes to Transformers' SDPA, or with sinks to the model's own eager attention,
 and is said once: masks that are no ranges of keys, gradients, dropout, attention weights as an
@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hybrid_moe.cpu_kernels.attention import AttentionCall, CachedAttention, split_count
+from hybrid_moe.cpu_kernels.attention_job import AttentionCall, CachedAttention, split_count
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.integrations.transformers.guard import NAME
 from hybrid_moe.integrations.transformers.step.key_ranges import KeyRanges, key_ranges_mask
@@ -282,5 +282,5 @@ def _other(
     if mask is not None and mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
-    result = eager(module, query, key, value, mask, s_aux=s_aux, **kwargs)
-    return result
+    weighed: _Result = eager(module, query, key, value, mask, s_aux=s_aux, **kwargs)
+    return weighed

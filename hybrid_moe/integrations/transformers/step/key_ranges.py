@@ -1,10 +1,9 @@
 """Attention masks of language models as ranges of keys.
 
 A causal mask, of a sliding window or not, with padding on the left, leaves each query token one
-range of keys. `KeyRanges` says which in a few numbers; as a tensor it takes a byte for each pair of
-tokens, a gigabyte at 32k, and steps would build and read one for every layer kind. `key_ranges_mask`
-is what Transformers calls to make a mask: it returns ranges, None where the kernel needs no mask
-(as for SDPA), and for every other mask the tensor that SDPA gets.
+range of keys. `KeyRanges` says which in a few numbers; a tensor takes a byte for each pair of
+tokens, a gigabyte at 32k. `key_ranges_mask` is what Transformers calls to make a mask: it returns
+ranges, None where no mask is needed (as for SDPA), and for every other mask SDPA's tensor.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Transformers' `DynamicLayer` concatenates: every step reads and writes all keys and values of a
 layer, which at 8,192 tokens is a third of what a step moves. The layers here write new states into
 room that they have, and hand out views of it: [batch, key heads, tokens, head dim], with the
-dimensions of a head adjoining. Their content, and what they answer, is that of Transformers' layers,
-from which they are derived; a view stays as it is until the layer's next update.
+dimensions of a head adjoining. Their content, and what they answer, is that of Transformers'
+layers, from which they are derived; a view stays as it is until the layer's next update.
 
 `use_cache` makes a model's `generate` use them. Which kind a layer of the model gets is what
 Transformers' own `DynamicCache` of its config says: full and sliding-window layers become ours,
@@ -112,8 +112,11 @@ def _concatenates(past: torch.Tensor, states: torch.Tensor) -> bool:
     )
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Full attention: all tokens, with room for more."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -126,7 +129,8 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if _concatenates(self.keys, key_states) or _concatenates(self.values, value_states):
-            return super().update(key_states, value_states, *args, **kwargs)
+            super().update(key_states, value_states, *args, **kwargs)
+            return self.keys, self.values
         capacity = capacity_for(self.get_seq_length() + key_states.shape[2])
         self.keys = self._key_room.append(self.keys, key_states, capacity)
         self.values = self._value_room.append(self.values, value_states, capacity)
@@ -139,13 +143,16 @@ class GrowingLayer(DynamicLayer):
         self._value_room.drop()
 
 
-class GrowingWindowLayer(DynamicSlidingWindowLayer):
+class GrowingWindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
     """A sliding window: the last `sliding_window - 1` tokens, in memory that is bounded.
 
     The window moves through a room that is some larger, and is copied to its front when it meets
     the end. A prefill that does not fit is returned as it is; only its end is kept. While past
     states are recorded (assisted decoding), all are kept until the next `crop`.
     """
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, sliding_window: int, **kwargs: Any) -> None:
         super().__init__(sliding_window, **kwargs)
@@ -166,7 +173,8 @@ class GrowingWindowLayer(DynamicSlidingWindowLayer):
             or _concatenates(self.values, value_states)
             or not self._kept  # a window of one token: as Transformers has it
         ):
-            return super().update(key_states, value_states, *args, **kwargs)
+            seen: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
+            return seen
         added = key_states.shape[2]
         self.cumulative_length += added
         if self.record_past:

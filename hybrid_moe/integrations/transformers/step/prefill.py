@@ -1,9 +1,9 @@
 """Attention of many query tokens: torch's flash attention on the CPU, in memory that is bounded.
 
-Flash attention keeps a block of scores, never all of them; what the others need is made from it:
+It keeps a block of scores, never all of them; what it lacks is made from it:
 
-    grouped queries   the heads of a group are a batch of their own, and keys and values are expanded
-                      over them without a copy
+    grouped queries   the heads of a group are a batch of their own, and keys and values are
+                      expanded over them without a copy
     cached keys       two parts, keys before the query tokens (all are seen) and their own (causal),
                       put together by the logarithms of their sums, which flash attention returns
     sinks             out * sigmoid(lse - sink) is the softmax with one more score that has no value
@@ -13,7 +13,7 @@ Flash attention keeps a block of scores, never all of them; what the others need
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -57,19 +57,24 @@ def prefill(
         if skipped >= queries:
             continue
         k, v = (t[some, :, first : ranges.keys] for t in (key, value))
-        q = query[some, :, skipped:].unflatten(1, (key.shape[1], -1))
+        q = _split(query[some, :, skipped:], 1, (key.shape[1], -1))
         narrower = k.shape[3] - value_dim  # flash attention takes heads of one size
         padded = torch.nn.functional.pad(v, (0, narrower)) if narrower > 0 else v
         for begin, (partial, lse) in _blocks(q, k, padded, ranges.window, scale):
             partial = partial[..., :value_dim]
             end = skipped + begin + partial.shape[3]
-            to = out[some, skipped + begin : end].unflatten(2, partial.shape[1:3])
+            to = _split(out[some, skipped + begin : end], 2, partial.shape[1:3])
             to = to.permute(0, 2, 3, 1, 4)
             if sunk is None:
                 to.copy_(partial)
             else:  # in float32, rounded once
                 torch.mul(partial, torch.sigmoid(lse - sunk).unsqueeze(-1), out=to)
     return out
+
+
+def _split(tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+    """A view in which one dimension is several."""
+    return tensor.view(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
 
 
 def _sequences(ranges: KeyRanges, sequences: int) -> Iterator[tuple[slice, int]]:
@@ -116,7 +121,7 @@ def _attend(
     shape = q.shape[:3]
     k, v = (t.flatten(0, 1).unsqueeze(1).expand(-1, shape[2], -1, -1) for t in (k, v))
     out, lse = _flash(q.flatten(0, 1), k, v, 0.0, causal, attn_mask=mask, scale=scale)
-    return out.unflatten(0, shape[:2]), lse.unflatten(0, shape[:2])
+    return _split(out, 0, shape[:2]), _split(lse, 0, shape[:2])
 
 
 def _together(a: _Partial, b: _Partial) -> _Partial:

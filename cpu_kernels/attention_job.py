@@ -1,7 +1,7 @@
 """Attention of a few query tokens over cached keys and values, as a job of the pool.
 
 What a decode step does: each key head's keys and values are read once, for all query heads of its
-group. `kernels.attention` states the arithmetic, `drivers.attention` the tasks.
+group. `kernels.attention_kernels` states the arithmetic, `drivers.attention_tasks` the tasks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.jit.sources import source_key
-from hybrid_moe.cpu_kernels.kernels.attention import (
+from hybrid_moe.cpu_kernels.kernels.attention_kernels import (
     ATTEND_ARITY,
     DIMS,
     MERGE_ARITY,
@@ -227,11 +227,15 @@ class CachedAttention:
         first = None if first is None else np.ascontiguousarray(first, np.int64)
         if sunk.shape != (query_heads,) or (first is not None and first.shape != (B,)):
             raise ValueError("sinks must be [query heads], and first [sequences]")
+        (k_sequence, k_head, k_key, _), (v_sequence, v_head, v_key, _) = (
+            keys.strides,
+            values.strides,
+        )
         call = AttentionCall(
             B, H, Q, query_heads // H * Q, T, split_count(T, Q, window), window,
             0 if first is None else first.ctypes.data, factor.ctypes.data, sunk.ctypes.data,
-            q.ctypes.data, keys.ctypes.data, *keys.strides[:3],
-            values.ctypes.data, *values.strides[:3], out.ctypes.data,
+            q.ctypes.data, keys.ctypes.data, k_sequence, k_head, k_key,
+            values.ctypes.data, v_sequence, v_head, v_key, out.ctypes.data,
         )  # fmt: skip
         owned: Any = (q, keys, values, factor, sunk, first, out)
         self.run(call, owned)

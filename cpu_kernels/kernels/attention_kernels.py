@@ -1,8 +1,8 @@
 """Attention of a few query rows over cached keys and values: one pass over both.
 
 The rows of a unit share keys and values: query heads of one group, for each query token. A unit is
-up to ATTENTION_SPLIT keys of one sequence and key head, small enough that its scores stay in the first-level
-cache. `attend` leaves a *partial* for each row, and `merge` combines the partials of a row's splits:
+a split, up to ATTENTION_SPLIT keys of one sequence and key head, so few that its scores stay in the
+first-level cache. `attend` leaves a *partial* for each row, and `merge` combines those of a row:
 
     m = max of the scores,  p = exp(score - m) rounded to bf16,  l = sum p,  acc = sum p * value
     out = sum_splits acc * exp(m_s - m) / (sum_splits l * exp(m_s - m) + exp(sink - m))
@@ -115,20 +115,20 @@ def transpose(rows: Sequence[Val]) -> list[Val]:
         [],
     ]  # [c][g]: in lane q column 4q + c of rows 4g to 4g+3
     for g in range(0, 16, 4):
-        a, b, c, d = rows[g : g + 4]
-        for half, (i, j) in enumerate(((0, 1), (2, 3))):
-            ab, cd = (_within128(x, y, (i, 4 + i, j, 4 + j)) for x, y in ((a, b), (c, d)))
-            columns[2 * half].append(_within128(ab, cd, (0, 1, 4, 5)))
-            columns[2 * half + 1].append(_within128(ab, cd, (2, 3, 6, 7)))
+        for i in (0, 2):
+            upper, lower = (
+                _within128(rows[g + k], rows[g + k + 1], (i, 4 + i, i + 1, 5 + i)) for k in (0, 2)
+            )
+            columns[i].append(_within128(upper, lower, (0, 1, 4, 5)))
+            columns[i + 1].append(_within128(upper, lower, (2, 3, 6, 7)))
     out: dict[int, Val] = {}
-    for c in range(4):
-        a, b, d, e = columns[c]
-        for half in (0, 2):
+    for c, of_rows in enumerate(columns):
+        for q in (0, 2):
             left, right = (
-                _lanes128(x, y, (half, half + 1, 4 + half, 5 + half)) for x, y in ((a, b), (d, e))
+                _lanes128(of_rows[g], of_rows[g + 1], (q, q + 1, 4 + q, 5 + q)) for g in (0, 2)
             )
             for i in range(2):
-                out[4 * (half + i) + c] = _lanes128(left, right, (i, 2 + i, 4 + i, 6 + i))
+                out[4 * (q + i) + c] = _lanes128(left, right, (i, 2 + i, 4 + i, 6 + i))
     return [out[column] for column in range(16)]
 
 
@@ -266,8 +266,8 @@ def attend(tier: Tier) -> KernelBody:
     value_dim, scale, scratch, partials): one unit, see the module.
 
     q is bf16 [rows][key_dim]. keys and values are bf16 [count], of key_dim and value_dim each
-    (multiples of 16), so many bytes apart; 1 <= count <= ATTENTION_SPLIT. visible is int32 [rows][2]: the
-    keys that a row sees, from the first up to and without the second. scale is the address of a
+    (multiples of 16), so many bytes apart; 1 <= count <= ATTENTION_SPLIT. visible is int32
+    [rows][2]: the keys that a row sees, from the first up to and without the second. scale is the address of a
     float32. scratch has `scratch_bytes(rows, key_dim)`, partials are [rows].
 
     Memory is busy all the time: values are fetched while scores are computed, and while values are
@@ -277,7 +277,8 @@ def attend(tier: Tier) -> KernelBody:
 
     def body(
         emit: Emit, q: Val, keys: Val, key_stride: Val, values: Val, value_stride: Val, count: Val,
-        ahead: Val, visible: Val, rows: Val, key_dim: Val, value_dim: Val, scale: Val, scratch: Val, partials: Val,
+        ahead: Val, visible: Val, rows: Val, key_dim: Val, value_dim: Val, scale: Val,
+        scratch: Val, partials: Val,
     ) -> None:  # fmt: skip
         factor = emit.load(scale, F32, align=4)
         scores = scratch + key_dim * (2 * KEYS)

@@ -1,8 +1,8 @@
 """The tasks of an attention job: partial results of splits of the keys, then their merge.
 
-A unit is a split of at most ATTENTION_SPLIT keys of one sequence and key head, for all query rows that share
-them: query heads of the group, for each query token. Its partials are merged in a phase of their
-own, or at once where every sequence is a single split.
+A unit is a split of at most ATTENTION_SPLIT keys of one sequence and key head, for all query rows
+that share them: query heads of the group, for each query token. Its partials are merged in a phase
+of their own, or at once where every sequence is a single split.
 """
 
 from __future__ import annotations
