@@ -39,8 +39,13 @@ CLAIM_BITS = 24
 NO_ROOM = -(1 << 62)
 """What `try_launch` returns when the ring is full."""
 
-ENCODE, GATE_UP, DOWN, DOWN_BY_PAIR, COMBINE, ZERO, LINEAR = range(7)
+ENCODE, GATE_UP, DOWN, DOWN_BY_PAIR, COMBINE, ZERO, LINEAR, ATTEND, MERGE = range(9)
 """Kinds of phases: what `phases.run_task` does."""
+
+ATTENTION_SPLIT = 256
+"""Keys that `kernels.attention_kernels` takes at a time, on which the bits of its results depend:
+scores and weights of eight rows are 12 KB, and the partials that a split leaves are 1/27 of what it
+reads (keys and values of 64 dimensions)."""
 
 IDS_PASS, IDS_COUNT, IDS_FAULT = range(3)
 """What ids out of range mean: nothing, are counted, are a fault as well."""
@@ -133,6 +138,42 @@ class Layer(Record):
     tiled_from = i64  # tokens of an expert that are cut by `tiled`; fewer by `direct`
 
 
+class Attention(Record):
+    """Query tokens over cached keys and values, see `attention_tasks`. B sequences, Q query tokens,
+    G query heads for each of H key heads. The query tokens are the last ones of the keys; a row is
+    a query head and token of one key head. All states are bf16."""
+
+    attend = i64  # kernels
+    merge = i64
+    workers = array(i64)  # [pools]
+    key_dim = i64
+    value_dim = i64
+    partial_bytes = i64
+    visible_bytes = i64  # of a worker's scratch, in front of the kernel's
+    partials = i64  # [B][H][splits][rows]
+    # of one call
+    sequences = i64  # B
+    key_heads = i64  # H
+    queries = i64  # Q
+    rows = i64  # G * Q
+    keys = i64  # of each sequence, those of the query tokens among them
+    splits = i64  # most of one sequence
+    window = i64  # keys that a token sees at most, its own among them, or 0
+    first = array(i64)  # [B] first key that is no padding, or 0
+    scale = i64  # address of a float32
+    sinks = i64  # of float32 [H * G]; -infinity: none
+    query_states = i64  # [B][H * G][Q][key_dim]
+    key_states = i64  # of key 0 of head 0 of sequence 0, and bytes between
+    key_sequence_bytes = i64
+    key_head_bytes = i64
+    key_bytes = i64
+    value_states = i64
+    value_sequence_bytes = i64
+    value_head_bytes = i64
+    value_bytes = i64
+    out = i64  # [B][Q][H * G][value_dim]
+
+
 class Job(Record):
     """One forward of one layer. T tokens, k ids each, E experts. Of the inputs only x is read after
     the launch, and that only where no `x_copy` has been taken."""
@@ -173,6 +214,7 @@ class Job(Record):
     pairs = i64  # of all of them
     ignored = i64  # ids out of range
     missing = i64  # 1 + an expert that is not loaded and not skipped, or 0
+    attention = pointer(Attention)  # or 0: a layer's job
 
 
 class Phase(Record):
