@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hybrid_moe.cpu_kernels import trace
 from hybrid_moe.cpu_kernels.drivers import check_machine, records
 from hybrid_moe.cpu_kernels.drivers.records import ATTENTION_SPLIT
 from hybrid_moe.cpu_kernels.dsl.emit import build_module
@@ -110,6 +111,7 @@ class _Memory:
         partial = partial_bytes(attention.value_dim)
         self._workspace = workspace = Workspace(partials * partial + pool.threads * worker)
         self._layer = records.Layer.new()  # whose kernels no task calls
+        self._layer.label = trace.label("attention")
         self.descriptor = descriptor = records.Attention.new()
         self.words = descriptor.words
         descriptor.attend, descriptor.merge = _kernels(attention.tier)

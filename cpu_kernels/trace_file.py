@@ -28,6 +28,8 @@ PHASES = {
     records.COMBINE: "combine",
     records.ZERO: "zero",
     records.LINEAR: "linear",
+    records.ATTEND: "attend",
+    records.MERGE: "merge",
 }
 """Names of phases."""
 

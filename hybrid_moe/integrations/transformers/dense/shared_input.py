@@ -53,7 +53,9 @@ class _Plan:
     def __init__(self, members: Sequence[HeldMatrix]) -> None:
         self.members = tuple(members)
         self.first = self.members[0]
-        self.layer = DenseLayer([held.matrix for held in self.members])
+        first, *others = (held.where for held in self.members)
+        name = "·".join([first, *(where.rpartition(".")[2] for where in others)])
+        self.layer = DenseLayer([held.matrix for held in self.members], name=name)
         self.rows = list(self.layer.rows)
         self.width = sum(self.rows)
         self.misses = 0
