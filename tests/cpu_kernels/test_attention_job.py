@@ -104,7 +104,7 @@ def evaluate(x: Inputs) -> tuple[Array, Array]:
     """(output in float64, bound on the error of each element), [B, Q, query heads, value_dim].
 
     A weight p is off by a factor of 1 + e, with
-        e = 2^-9                    its rounding to bf16,
+        e = 2^-8                    its rounding to bf16,
           + (K + 4) 2^-24 S         K roundings of a score whose terms sum to S in magnitude, and
                                     those of the scale, of the difference to the maximum,
           + 2^-21                   exp, within 3 ulp, and the range of its argument.
@@ -132,10 +132,10 @@ def evaluate(x: Inputs) -> tuple[Array, Array]:
             total = weights.sum(1, keepdims=True) + np.exp(sink - most)
             weights /= np.where(total == 0, 1, total)
             magnitude = (np.abs(q) @ np.abs(k).T).max() * p.key_dim**-0.5
-            e = 2.0**-9 + (p.key_dim + 4) * 2.0**-24 * magnitude * 2 + 2.0**-21
+            e = 2.0**-8 + (p.key_dim + 4) * 2.0**-24 * magnitude * 2 + 2.0**-21
             out[b, :, h] = weights @ v
             spread = (weights @ np.abs(v)) * (2 * e + e * e + (p.T + 32) * 2.0**-24)
-            bound[b, :, h] = spread + 2.0**-9 * (np.abs(out[b, :, h]) + spread) + 2.0**-126
+            bound[b, :, h] = spread + 2.0**-8 * (np.abs(out[b, :, h]) + spread) + 2.0**-126
     return out, bound
 
 
