@@ -267,8 +267,8 @@ def attend(tier: Tier) -> KernelBody:
 
     q is bf16 [rows][key_dim]. keys and values are bf16 [count], of key_dim and value_dim each
     (multiples of 16), so many bytes apart; 1 <= count <= ATTENTION_SPLIT. visible is int32
-    [rows][2]: the keys that a row sees, from the first up to and without the second. scale is the address of a
-    float32. scratch has `scratch_bytes(rows, key_dim)`, partials are [rows].
+    [rows][2]: the keys that a row sees, from the first up to and without the second. scale is the
+    address of a float32. scratch has `scratch_bytes(rows, key_dim)`, partials are [rows].
 
     Memory is busy all the time: values are fetched while scores are computed, and while values are
     added, the keys at `ahead`, which the next unit reads (any address: nothing there is used).

@@ -17,8 +17,8 @@ from transformers.cache_utils import (
     StaticCache,
 )
 
-from hybrid_moe.integrations.transformers.step import kv_cache
-from hybrid_moe.integrations.transformers.step.kv_cache import (
+from hybrid_moe.integrations.transformers.step import growing_cache as module
+from hybrid_moe.integrations.transformers.step.growing_cache import (
     GrowingLayer,
     GrowingWindowLayer,
     grow,
@@ -89,7 +89,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 def test_content_and_answers(window: int | None, steps: list[tuple[str, Any]]) -> None:
     """With small blocks, so that memory grows and windows move often."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache, "BLOCK", 16)
+        patch.setattr(module, "BLOCK", 16)
         ours = GrowingLayer() if window is None else GrowingWindowLayer(window)
         theirs = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
         generator = torch.Generator().manual_seed(0)
@@ -121,7 +121,7 @@ def test_memory_of_a_window_is_bounded() -> None:
     for tokens in (5000, *[1] * 1000, 3000, *[1] * 300):
         layer.update(torch.randn(1, 2, tokens, 8), torch.randn(1, 2, tokens, 8))
         held = layer.keys.untyped_storage().nbytes() // (2 * 8 * 4)
-        assert held <= 2 * 100 + kv_cache.BLOCK
+        assert held <= 2 * 100 + module.BLOCK
 
 
 @torch.no_grad()

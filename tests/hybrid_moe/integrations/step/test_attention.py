@@ -21,8 +21,8 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.integrations.transformers.step import attention, prefill
 from hybrid_moe.integrations.transformers.step.attention import attention_forward, use_attention
+from hybrid_moe.integrations.transformers.step.growing_cache import grow, growing_cache, use_cache
 from hybrid_moe.integrations.transformers.step.key_ranges import KeyRanges, key_ranges_mask
-from hybrid_moe.integrations.transformers.step.kv_cache import grow, growing_cache, use_cache
 from tests.hybrid_moe.tiny_models import FAMILIES, build, greedy, prompt
 
 POOL = PoolConfig(min(2, usable_cores()))
