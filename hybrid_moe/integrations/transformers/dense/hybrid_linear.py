@@ -104,7 +104,7 @@ class HybridLinear(PackedModule, torch.nn.Linear):
             and x.dtype is not torch.float64  # as autocast has it
         ):
             x = x.to(torch.get_autocast_dtype(device))
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             raise RuntimeError(f"{self._held.where}: {torch_op.NO_GRADIENT}")
         if torch_op.is_traced(x) or x.is_meta:
             return dense_op.linear(x, self._handle.value, self.out_features)
