@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.integrations.transformers.step.norm import replace_norms
 from hybrid_moe.integrations.transformers.step.rotary import replace_rotary
 from hybrid_moe.integrations.transformers.step.router import replace_router_logits
@@ -14,16 +15,20 @@ from hybrid_moe.integrations.transformers.step.threads import scope_threads
 _log = logging.getLogger(__name__)
 
 
-def prepare_steps(model: torch.nn.Module) -> None:
+def prepare_steps(model: torch.nn.Module, pool: PoolConfig | None = None) -> None:
     """Let norms, rotary positions and routers' logits of few tokens run compiled, and torch's
     threads make room in decode steps.
 
     The model's classes, parameters and results stay as they are, to the bit. Idempotent; weights
     may be loaded later.
+
+    Args:
+        model: any of Transformers.
+        pool: that of its layers, whose workers stay awake in decode steps.
     """
     norms, rotary = replace_norms(model), replace_rotary(model)
     routers = replace_router_logits(model)
-    scope_threads(model)
+    scope_threads(model, pool)
     _log.info(
         "%s: %d norms, %d rotary embeddings and %d routers run compiled",
         type(model).__name__,
