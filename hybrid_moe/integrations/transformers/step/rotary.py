@@ -36,13 +36,14 @@ def replace_rotary(model: torch.nn.Module) -> int:
 
 @functools.cache
 def rotary(own: _Apply) -> _Apply:
-    """(q, k, cos, sin, ...) -> what `own` gives."""
+    """What `own` gives, which takes (q, k, cos, sin) or something else."""
     proved: dict[tuple[int, int], bool] = {}
 
     @functools.wraps(own)
-    def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not _applies(q, k, cos, sin):
-            return own(q, k, cos, sin, *args, **kwargs)
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 4 or not _applies(*args):
+            return own(*args, **kwargs)
+        q, k, cos, sin = args
         sizes = q.shape[-1], cos.shape[-1]
         if sizes not in proved:
             proved[sizes] = _agrees(own, *sizes)
