@@ -28,7 +28,7 @@ def replace_rotary(model: torch.nn.Module) -> int:
     replaced = 0
     for module in model.modules():
         function = looks_up(module, NAME)
-        if callable(function) and not hasattr(function, "_hybrid_moe_own"):
+        if callable(function):
             set_globals(module, {NAME: rotary(function)})
             replaced += 1
     return replaced
@@ -51,7 +51,6 @@ def rotary(own: _Apply) -> _Apply:
             return own(q, k, cos, sin)
         return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
-    apply._hybrid_moe_own = own  # type: ignore[attr-defined]
     return apply
 
 
