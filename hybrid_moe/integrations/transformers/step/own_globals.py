@@ -8,7 +8,7 @@ of its own. Nothing of the model is copied, and other modules and models stay as
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -32,7 +32,7 @@ def set_globals(module: torch.nn.Module, values: Mapping[str, Any]) -> None:
 
 
 @functools.cache
-def _with_globals(own: FunctionType, values: tuple[tuple[str, Any], ...]) -> FunctionType:
+def _with_globals(own: FunctionType, values: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     """`own` for eager code, see `set_globals`."""
     made = FunctionType(
         own.__code__,
@@ -49,5 +49,4 @@ def _with_globals(own: FunctionType, values: tuple[tuple[str, Any], ...]) -> Fun
             return own(self, *args, **kwargs)
         return made(self, *args, **kwargs)
 
-    assert isinstance(forward, FunctionType)
     return forward
