@@ -57,7 +57,7 @@ class Handle:
         return type(None), ()
 
 
-def is_traced(x: torch.Tensor) -> bool:
+def is_traced(x: torch.Tensor | None) -> bool:
     """Whether a graph is being captured, so that an operator must stand for the layer.
 
     True inside `torch.compile`, `torch.export` and `torch.jit.trace`, and under every mode that
