@@ -5,8 +5,7 @@
 Ways: the BF16 checkpoint under plain Transformers; the MXFP4 checkpoint under plain Transformers,
 its experts dequantized first; the MXFP4 checkpoint through hybrid_moe. These two run the same
 weights: they may differ by the rounding of activations only (docs/numerics.md). Then the same with
-the other linear layers and the embedding in INT8 and in MXFP4: what is lost there is the rounding of
-their weights.
+the other linear layers and the embedding in INT8 and in MXFP4, whose weights are rounded once more.
 """
 
 from __future__ import annotations
