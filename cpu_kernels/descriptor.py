@@ -26,10 +26,33 @@ def describe(
         tables: field -> the array whose address it holds. They must live for as long as the
             descriptor is used.
     """
-    layer = Layer.new()
+    layer = _layer(kernels, gate_up, tables)
     layer.experts = experts
-    layer.hidden = GROUP * gate_up.groups
     layer.intermediate = GROUP * down.groups
+    layer.h_row_bytes = kernels.encoding.row_bytes(down.groups)
+    _describe_strips(layer.down_strips, down)
+    return layer
+
+
+def describe_dense(
+    kernels: KernelSet, matrices: int, layout: StripLayout, tables: Mapping[str, Array]
+) -> Layer:
+    """The descriptor of a dense layer.
+
+    Args:
+        kernels: of its format and tier.
+        matrices: how many, all with strips of `layout`.
+        tables: as for `describe`.
+    """
+    layer = _layer(kernels, layout, tables)
+    layer.matrices = matrices
+    return layer
+
+
+def _layer(kernels: KernelSet, layout: StripLayout, tables: Mapping[str, Array]) -> Layer:
+    """What layers have in common: `layout` is that of the strips which meet the inputs."""
+    layer = Layer.new()
+    layer.hidden = GROUP * layout.groups
     for name in (
         "encode",
         "gather",
@@ -39,19 +62,18 @@ def describe(
         "add",
         "clear",
         "finish",
+        "deliver",
         "enter",
         "leave",
         "tiled_from",
     ):
         setattr(layer, name, getattr(kernels, name))
     layer.encoded_bytes = kernels.encoding.group_bytes
-    layer.x_row_bytes = kernels.encoding.row_bytes(gate_up.groups)
-    layer.h_row_bytes = kernels.encoding.row_bytes(down.groups)
+    layer.x_row_bytes = kernels.encoding.row_bytes(layout.groups)
     words = layer.words
     for name, table in tables.items():
         words[Layer.word(name)] = table.ctypes.data
-    _describe_strips(layer.gate_up_strips, gate_up)
-    _describe_strips(layer.down_strips, down)
+    _describe_strips(layer.gate_up_strips, layout)
     _describe_tiles(layer.direct, kernels.direct)
     _describe_tiles(layer.tiled, kernels.tiled)
     return layer

@@ -13,17 +13,11 @@ from hybrid_moe.cpu_kernels.drivers.records import Expert
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows, publish_address
-from hybrid_moe.cpu_kernels.strips.share import ShareLayout
+from hybrid_moe.cpu_kernels.strips.share import ShareLayout, even_shares
 from hybrid_moe.cpu_kernels.strips.unpack import RunAll, unpack_gate_up, unpack_rows
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.formats.table import Array, WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors, check_matrix
-
-
-def _shares(units: int, parts: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """First unit of each part and the end, in proportion to `parts`."""
-    bounds = np.concatenate([[0], np.cumsum(parts)]) * units / sum(parts)
-    return np.round(bounds).astype(np.int64)
 
 
 class PackedExperts:
@@ -56,8 +50,8 @@ class PackedExperts:
         self.gate_up_layout = strip_layout(fmt, hidden)
         self.down_layout = strip_layout(fmt, intermediate)
         parts = pool.threads_per_pool
-        self._blocks = _shares(intermediate // GROUP, parts)
-        self._strips = _shares(-(-hidden // STRIP_ROWS), parts)
+        self._blocks = even_shares(intermediate // GROUP, parts)
+        self._strips = even_shares(-(-hidden // STRIP_ROWS), parts)
         self._layouts = [
             ShareLayout(
                 range(*self._blocks[pool : pool + 2].tolist()),

@@ -27,6 +27,9 @@ def capacity_for(tokens: int) -> int:
 class JobShape(NamedTuple):
     """Sizes of what a job borrows; all grows with the batch and nothing with a maximum.
 
+    A dense layer's job has neither experts nor ids (both 0): encoded inputs and sums are all that
+    it needs, and it reads its inputs where they are.
+
     Attributes:
         capacity: most tokens. top_k: ids of a token. experts: E. hidden: H.
         x_row, h_row: bytes of an encoded row of inputs and of intermediates.
@@ -66,12 +69,12 @@ class JobShape(NamedTuple):
 
         Sums are those of a batch of one expert's tokens, or of fewer tokens and several strips; a
         matrix unit writes, and reads, whole blocks. An expert may get every pair."""
-        most = min(tuning.BATCH_TOKENS, self.pairs)
+        most, routed = min(tuning.BATCH_TOKENS, self.pairs), int(self.experts > 0)
         return {
             "sums_offset": SUMS_BYTES * (tuning.BATCH_TOKENS + MOST_BLOCK_TOKENS),
             "x_offset": most * self.x_row + BLOCK_SLACK,
             "unpacked_offset": self.unpacked_bytes,
-            "out_offset": SUMS_BYTES * tuning.out_rows(self.strips, self.capacity),
+            "out_offset": SUMS_BYTES * tuning.out_rows(self.strips, self.capacity) * routed,
         }
 
     @property
@@ -83,7 +86,7 @@ class JobShape(NamedTuple):
         """Bytes of the areas whose addresses a descriptor holds, by field."""
         pairs, tokens, experts = self.pairs, self.capacity, self.experts
         return {
-            "x_copy": 2 * tokens * self.hidden,
+            "x_copy": 2 * tokens * self.hidden * int(experts > 0),
             "counts": 4 * (experts + 1),
             "active_expert": 4 * experts,
             "active_start": 4 * (experts + 1),
@@ -113,10 +116,12 @@ class JobShape(NamedTuple):
             words[records.Job.word(name)] = offset
             offset += round_up(size, 64)
         job.inline_encode = int(self.capacity <= tuning.INLINE_ENCODE_TOKENS)
+        job.active = int(self.experts == 0)  # routing finds out; a dense layer has none
         return job
 
 
 _write_batch = records.Job.writer("layer", *Batch._fields)
+_write_rows = records.Job.writer("layer", *Batch._fields, "out_tokens", "out_first")
 _IGNORED = records.Job.word("ignored")
 
 
@@ -152,6 +157,11 @@ class JobMemory:
     def fill(self, layer: int, batch: Batch) -> None:
         """Fill in the address of the layer's descriptor, and what a pass reads and writes."""
         _write_batch(self._words, layer, *batch)
+
+    def fill_dense(self, layer: int, tokens: int, x: int, out: int, total: int, first: int) -> None:
+        """The same of a dense layer: bf16 rows at `x`, which are tokens from `first` on of the
+        output's `total`."""
+        _write_rows(self._words, layer, *Batch(tokens, 0, x, 0, 0, 0, out), total, first)
 
     @property
     def ignored(self) -> int:

@@ -141,8 +141,9 @@ def _place(address: int, nbytes: int, nodes: Sequence[int]) -> None:
 class Workspace:
     """An arena that is handed out in pieces, each of which begins a cache line."""
 
-    def __init__(self, nbytes: int) -> None:
-        self._arena = Arena(nbytes)
+    def __init__(self, nbytes: int, numa_nodes: Sequence[int] = ()) -> None:
+        """An arena of so many bytes, see there."""
+        self._arena = Arena(nbytes, numa_nodes)
         self._used = 0
 
     @property
@@ -154,7 +155,7 @@ class Workspace:
         at = self._used
         self._used = -(-(at + nbytes) // 64) * 64
         if self._used > self.nbytes:
-            raise AssertionError("a job took more memory than it had announced")
+            raise AssertionError("more memory was taken than had been announced")
         return self._arena.address + at
 
     def view(self, address: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:

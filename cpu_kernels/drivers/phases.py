@@ -1,4 +1,4 @@
-"""The phases of an expert layer, one task at a time.
+"""The phases of a job, one task at a time. Those of an expert layer:
 
     encode        input rows -> encoded rows                               (large batches only)
     gate/up       strips of 32 intermediate rows of one expert -> encoded h of its tokens, in tiles
@@ -12,98 +12,38 @@ or, where no expert is active, nothing but
 A down task owns its output rows, so experts are summed without conflicts and no buffer of
 tokens x k x hidden exists. Few tokens on many workers want smaller tasks than that gives: they keep
 such a buffer, and add the same numbers in the same order. Between phases all tasks must be
-finished: two or three barriers a layer.
+finished: two or three barriers a layer. A dense layer's are encode, and `linear`.
 """
 
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers.intrinsics import call, driver, load_acquire
+from hybrid_moe.cpu_kernels.drivers.linear import linear_task
 from hybrid_moe.cpu_kernels.drivers.records import (
     COMBINE,
     DOWN,
     DOWN_BY_PAIR,
     ENCODE,
     GATE_UP,
+    LINEAR,
     ZERO,
     Entry,
     Job,
     Layer,
     Phase,
-    StripSizes,
-    TilePlan,
 )
-from hybrid_moe.cpu_kernels.drivers.route import ceil_div, encode_tokens
+from hybrid_moe.cpu_kernels.drivers.route import encode_tokens
+from hybrid_moe.cpu_kernels.drivers.tiles import (
+    ceil_div,
+    dot_tiles,
+    part,
+    tile_count,
+    tile_start,
+    tiles_for,
+)
 from hybrid_moe.cpu_kernels.jit.record import LINE, i64
-from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS, SHARE_BYTES, STRIPS_AT_ONCE
+from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS, STRIPS_AT_ONCE
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, SUMS_BYTES
-
-
-@driver
-def part(total: int, parts: int, index: int) -> int:
-    """Where part `index` of `parts` nearly equal ones begins."""
-    return total * index // parts
-
-
-@driver
-def tiles_for(layer: Layer, count: int) -> TilePlan:
-    """How `count` tokens of one expert are cut into tiles, see `library.Tiling`."""
-    if count < layer.tiled_from:
-        return layer.direct
-    return layer.tiled
-
-
-@driver
-def tile_count(tiles: TilePlan, count: int) -> int:
-    return ceil_div(count, tiles.most)
-
-
-@driver
-def tile_start(tiles: TilePlan, count: int, index: int) -> int:
-    """First token of a tile, or `count` for the index past the last."""
-    units = ceil_div(count, tiles.unit)
-    return min(count, tiles.unit * part(units, tile_count(tiles, count), index))
-
-
-@driver
-def dot_tiles(
-    layer: Layer, sizes: StripSizes, codes: int, x: int, count: int, sums: int, unpacked: int
-) -> None:
-    """sums [count][64] = one strip x the tiles of `count` encoded tokens at `x`.
-
-    One tile reads the codes as they stream from memory. Several take a chunk of K at a time, which
-    comes from memory once and meets every tile while it is in the cache, unpacked first if that
-    pays; and each tile fetches a share of the chunk that follows.
-    """
-    groups = sizes.groups
-    group_bytes = sizes.group_bytes
-    row_bytes = groups * layer.encoded_bytes
-    tiles = tiles_for(layer, count)
-    number = tile_count(tiles, count)
-    chunk = groups
-    if number > 1 or tiles.unpack != 0:
-        chunk = tiles.groups
-    begin = 0
-    while begin < groups:
-        end = min(groups, begin + chunk)
-        at = codes + begin * group_bytes
-        after = codes + end * group_bytes
-        if tiles.unpack != 0:
-            call(tiles.unpack, at, unpacked, end - begin)
-            at = unpacked
-        for i in range(number):
-            first = tile_start(tiles, count, i)
-            tokens = tile_start(tiles, count, i + 1) - first
-            call(
-                tiles.kernels[tokens - 1],
-                at,
-                after + (i * SHARE_BYTES) % (chunk * group_bytes),
-                x + first * row_bytes,
-                tokens,
-                sums + first * SUMS_BYTES,
-                begin,
-                end,
-            )
-        begin = end
 
 
 @driver
@@ -348,5 +288,7 @@ def run_task(entry: Entry, phase: Phase, pool: int, task: int, worker: int) -> N
         down_by_pair_task(entry, pool, begin, end, scratch)
     elif phase.kind == COMBINE:
         combine_task(entry, pool, begin, end, scratch)
+    elif phase.kind == LINEAR:
+        linear_task(entry, pool, begin, end, scratch)
     elif phase.kind == ZERO:
         zero_task(job, begin, end)

@@ -38,7 +38,7 @@ CLAIM_BITS = 24
 NO_ROOM = -(1 << 62)
 """What `try_launch` returns when the ring is full."""
 
-ENCODE, GATE_UP, DOWN, DOWN_BY_PAIR, COMBINE, ZERO = range(6)
+ENCODE, GATE_UP, DOWN, DOWN_BY_PAIR, COMBINE, ZERO, LINEAR = range(7)
 """Kinds of phases: what `phases.run_task` does."""
 
 IDS_PASS, IDS_COUNT, IDS_FAULT = range(3)
@@ -79,10 +79,22 @@ class Expert(Record):
     down_bias = i64
 
 
-class Layer(Record):
-    """What does not change once a layer is ready, but for the tables of experts."""
+class MatrixShare(Record):
+    """A pool's share of a dense layer's matrix, some of its strips."""
 
-    experts = i64
+    units = i64  # strips of the pool in front of these, those of matrices before this one
+    strips = i64  # address of the strips
+    first = i64  # number of the first of them in the matrix
+    rows = i64  # of the whole matrix
+    column = i64  # of the output where row 0 goes: rows of the matrices before this one
+    bias = i64  # address of float32 [64 * strips of the matrix]
+
+
+class Layer(Record):
+    """What does not change once a layer is ready, but for the tables of experts. One of experts, or
+    a dense one: matrices that all tokens meet."""
+
+    experts = i64  # 0: a dense layer
     hidden = i64
     intermediate = i64
     encode = i64  # kernels
@@ -93,6 +105,7 @@ class Layer(Record):
     add = i64
     clear = i64
     finish = i64
+    deliver = i64
     enter = i64  # what a thread calls before its first and
     leave = i64  # after its last task of a job, or 0
     parameters = i64  # float32 [3]: limit, alpha, up offset
@@ -107,6 +120,8 @@ class Layer(Record):
     down_strips = inline(StripSizes)
     direct = inline(TilePlan)
     tiled = inline(TilePlan)
+    matrices = i64  # of a dense layer
+    shares = array(inline(MatrixShare))  # [pools][matrices + 1]; the last one's `units` is the sum
     tiled_from = i64  # tokens of an expert that are cut by `tiled`; fewer by `direct`
 
 
@@ -122,6 +137,8 @@ class Job(Record):
     weights = array(f32)  # [T][k]
     skip = array(u8)  # [E] or 0: experts that contribute nothing here
     out = shared  # address of bf16 [T][hidden]; elsewhere once the job is given up
+    out_tokens = i64  # of a dense layer: the output is [matrix][out_tokens][rows], and the job's
+    out_first = i64  # first token is this one of it
     pools = i64
     # what routing works in and writes; "active" experts have pairs
     counts = array(i32)  # [E + 1]
@@ -130,7 +147,7 @@ class Job(Record):
     pair_token = array(i32)  # [T * k] grouped by expert in ascending id
     pair_weight = array(f32)  # [T * k]
     pair_x = array(i64)  # [T * k] address of the token's encoded row
-    x_rows = i64  # encoded inputs [T]
+    x_rows = i64  # encoded inputs [T]; of a dense layer in tiles
     h_rows = i64  # encoded intermediates [T * k], in tiles of each expert's pairs
     pair_rows = i64  # float32 [strips][pairs][64]: what each pair adds to the output; or 0
     # what tasks work in

@@ -1,4 +1,5 @@
-"""Routing: token x slot ids -> pairs grouped by expert, and the phases of the job."""
+"""Before a job is published: its inputs are taken in, and its phases are planned. Those of an
+expert layer follow from routing: token x slot ids -> pairs grouped by expert."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     set_float_environment,
     store_release,
 )
+from hybrid_moe.cpu_kernels.drivers.linear import encode_tiles, linear_macs, linear_strips
 from hybrid_moe.cpu_kernels.drivers.patience import NS_PER_MAC
 from hybrid_moe.cpu_kernels.drivers.records import (
     COMBINE,
@@ -18,11 +20,13 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     DOWN_BY_PAIR,
     ENCODE,
     GATE_UP,
+    LINEAR,
     ZERO,
     Entry,
     Job,
     Phase,
 )
+from hybrid_moe.cpu_kernels.drivers.tiles import ceil_div
 from hybrid_moe.cpu_kernels.jit.record import i64
 from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES
 
@@ -109,11 +113,6 @@ row_tasks = driver(tuning.row_tasks)
 
 
 @driver
-def ceil_div(a: int, b: int) -> int:
-    return (a + b - 1) // b
-
-
-@driver
 def append_phase(entry: Entry, kind: int) -> Phase:
     """A phase behind those that the job has, without tasks as yet."""
     index = load_acquire(entry.phase_count)  # this thread's own: it holds the ring's lock
@@ -140,22 +139,50 @@ def add_tasks(entry: Entry, phase: Phase, pool: int, units: int, tasks: int, mac
 
 
 @driver
+def append_encode(entry: Entry) -> None:
+    """The phase that encodes the inputs, unless that is done."""
+    job = entry.job
+    if job.inline_encode == 0:
+        phase = append_phase(entry, ENCODE)
+        add_tasks(entry, phase, 0, job.tokens, encode_tasks(job.tokens, job.layer.workers[0]), 0)
+
+
+@driver
+def append_linear(entry: Entry) -> None:
+    """The phases of a dense layer, whose matrices are to a task what one active expert is."""
+    job = entry.job
+    append_encode(entry)
+    phase = append_phase(entry, LINEAR)
+    for p in range(job.pools):
+        strips = linear_strips(job, p)
+        tasks = expert_tasks(1, strips, job.tokens, job.layer.workers[p])
+        add_tasks(entry, phase, p, strips, tasks, linear_macs(job))
+
+
+@driver
 def append_phases(entry: Entry) -> None:
-    """The phases of an expert layer, see `phases` for what each does and `tuning` for its tasks."""
+    """The phases of a job, see `phases` for what each does and `tuning` for its tasks."""
+    store_release(entry.phase_count, 0)
+    store_release(entry.task_ns, 0)
+    if entry.job.layer.matrices != 0:
+        append_linear(entry)
+    else:
+        append_expert_phases(entry)
+
+
+@driver
+def append_expert_phases(entry: Entry) -> None:
+    """The phases of an expert layer."""
     job = entry.job
     layer = job.layer
     active, pairs, workers = job.active, job.pairs, layer.workers
-    store_release(entry.phase_count, 0)
-    store_release(entry.task_ns, 0)
     if active == 0:
         units = ceil_div(2 * job.tokens * layer.hidden, SUMS_BYTES)
         # a task even where there are no tokens: the last one to end is what completes a job
         tasks = max(1, min(units, workers[0]))
         add_tasks(entry, append_phase(entry, ZERO), 0, units, tasks, 0)
         return
-    if job.inline_encode == 0:
-        phase = append_phase(entry, ENCODE)
-        add_tasks(entry, phase, 0, job.tokens, encode_tasks(job.tokens, workers[0]), 0)
+    append_encode(entry)
 
     phase = append_phase(entry, GATE_UP)
     macs = STRIP_ROWS * job.most * layer.hidden
@@ -188,6 +215,9 @@ def append_phases(entry: Entry) -> None:
 def encode_tokens(job: Job, begin: int, end: int) -> None:
     """Encode input rows begin..end-1."""
     layer = job.layer
+    if layer.matrices != 0:
+        encode_tiles(job, begin, end)
+        return
     x_bytes = 2 * layer.hidden
     row_bytes = layer.x_row_bytes
     call(
@@ -198,6 +228,7 @@ def encode_tokens(job: Job, begin: int, end: int) -> None:
         row_bytes,
         end - begin,
         layer.gate_up_strips.groups,
+        layer.encoded_bytes,
     )
 
 
@@ -222,9 +253,11 @@ def take_in(job: Job) -> None:
 @driver
 def route(job: Job) -> int:
     """Group the pairs of a job and take in its inputs. Returns 1 + an expert that is neither loaded
-    nor skipped, or 0."""
-    count_pairs(job)
-    place_pairs(job)
+    nor skipped, or 0. A dense layer has nothing to route: its job says that one "expert" is
+    active."""
+    if job.layer.matrices == 0:
+        count_pairs(job)
+        place_pairs(job)
     if job.missing == 0:
         take_in(job)
     return job.missing

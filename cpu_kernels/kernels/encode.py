@@ -123,20 +123,28 @@ group's tokens as a whole block, so for one token it also reads where 31 more wo
 
 
 def encode_rows(encoding: Encoding) -> KernelBody:
-    """Kernel (x, x_stride, rows, row_stride, count, groups): bf16 rows -> encoded rows.
+    """Kernel (x, x_stride, rows, row_stride, count, groups, group_stride): bf16 -> encoded rows.
 
-    x is bf16 [count][32 * groups], with x_stride bytes from row to row; the output is [count] rows
-    of [group], row_stride bytes apart.
+    x is bf16 [count][32 * groups], with x_stride bytes from row to row. Encoded rows are row_stride
+    bytes apart, and the groups of one group_stride: `group_bytes` in a row of its own, and T times
+    that in a tile of T tokens, where rows are `group_bytes` apart.
     """
 
     def body(
-        emit: Emit, x: Val, x_stride: Val, rows: Val, row_stride: Val, count: Val, groups: Val
+        emit: Emit,
+        x: Val,
+        x_stride: Val,
+        rows: Val,
+        row_stride: Val,
+        count: Val,
+        groups: Val,
+        group_stride: Val,
     ) -> None:
         with emit.loop(0, count) as token:
             source, row = x + token * x_stride, rows + token * row_stride
             with emit.loop(0, groups) as group:
                 values = load_bf16(emit, source + group * (2 * GROUP), GROUP)
-                encoding.store(emit, values, row + group * encoding.group_bytes)
+                encoding.store(emit, values, row + group * group_stride)
 
     return body
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, I64, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.kernels.encode import ROUND, ROUND_BITS, Encoding, to_bf16
-from hybrid_moe.formats.strips import GROUP, PANELS, SUMS_BYTES
+from hybrid_moe.formats.strips import GROUP, PANEL_ROWS, PANELS, SUMS_BYTES
 
 _LOG2_E = 1.44269504088896341
 _LN2_HIGH = 0.693359375  # 9 bits: n * _LN2_HIGH is exact for |n| < 2^15
@@ -125,6 +125,26 @@ def clear(emit: Emit, out: Val, count: Val) -> None:
     with emit.loop(0, count) as i:
         for panel in range(PANELS):
             emit.store(out + i * SUMS_BYTES + 64 * panel, zero, align=64)
+
+
+def deliver(
+    emit: Emit, sums: Val, count: Val, out: Val, out_stride: Val, rows: Val, bias: Val
+) -> None:
+    """Kernel: out[i] = the first `rows` of sums[i] + bias, rounded to bf16.
+
+    sums float32 [count][64]; out bf16 [count][rows], out_stride bytes from one to the next; bias
+    float32 [64]. `rows` is 1 to 64: the last strip of a matrix may end anywhere.
+    """
+    with emit.loop(0, count) as i:
+        at, to = sums + i * SUMS_BYTES, out + i * out_stride
+        for panel in range(PANELS):
+            with emit.when(rows > PANEL_ROWS * (panel + 1) - 1):
+                y = emit.load(at + 64 * panel, F32, 16, align=64)
+                y = y + emit.load(bias + 64 * panel, F32, 16, align=4)
+                emit.store(to + 32 * panel, to_bf16(y), align=2)
+        with emit.loop(rows & -PANEL_ROWS, rows) as row:  # of a panel that is not whole
+            y = emit.load(at + row * 4, F32, align=4) + emit.load(bias + row * 4, F32, align=4)
+            emit.store(to + row * 2, to_bf16(y), align=2)
 
 
 def finish(emit: Emit, sums: Val, count: Val, out: Val, out_stride: Val, rows: Val) -> None:

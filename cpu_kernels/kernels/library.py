@@ -70,6 +70,7 @@ class KernelSet:
     add: int
     clear: int
     finish: int
+    deliver: int
     enter: int
     leave: int
 
@@ -90,7 +91,7 @@ def functions_of(format_name: str, tier: Tier) -> list[tuple[str, int, KernelBod
     most = kernels.most(*registers)
     orders = {tokens: kernels.order(tokens, *registers) for tokens in range(1, most + 1)}
     functions: list[tuple[str, int, KernelBody]] = [
-        ("encode", 6, encode.encode_rows(kernels.encoding)),
+        ("encode", 7, encode.encode_rows(kernels.encoding)),
         ("gather", 4, encode.gather(kernels.encoding)),
         ("activate", 6, epilogue.activate(kernels.encoding)),
         ("combine", 6, epilogue.combine),
@@ -98,6 +99,7 @@ def functions_of(format_name: str, tier: Tier) -> list[tuple[str, int, KernelBod
         ("add", 4, epilogue.add),
         ("clear", 2, epilogue.clear),
         ("finish", 5, epilogue.finish),
+        ("deliver", 6, epilogue.deliver),
     ]
     if blocks is None or blocks.from_tokens > 1:
         functions += [(f"direct{m}", DOT_ARITY, kernels.direct(m, o)) for m, o in orders.items()]
@@ -163,6 +165,7 @@ def kernel_set(format_name: str, tier: Tier) -> KernelSet:
         add=at["add"],
         clear=at["clear"],
         finish=at["finish"],
+        deliver=at["deliver"],
         enter=at.get("enter", 0),
         leave=at.get("leave", 0),
     )

@@ -1,4 +1,4 @@
-"""A pool's share of an expert in memory: one range, which holds all that a pass reads of it."""
+"""A pool's share of the weights; of an expert, one range of memory with all that a pass reads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, StripLayout
+
+
+def even_shares(units: int, parts: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """First unit of each part and the end, in proportion to `parts`."""
+    bounds = np.concatenate([[0], np.cumsum(parts)]) * units / sum(parts)
+    return np.round(bounds).astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from hybrid_moe.formats.strips import PANEL_ROWS, PANELS, StripLayout
+from hybrid_moe.formats.strips import PANEL_ROWS, PANELS, STRIP_ROWS, StripLayout
 from hybrid_moe.formats.table import Array, WeightFormat
 from hybrid_moe.formats.tensors import Matrix
 
@@ -39,6 +40,23 @@ def unpack_rows(
 ) -> Matrix:
     """The matrix in strips uint8 [S, layout.nbytes], without its bias."""
     return _matrix(*_panels(strips, layout, fmt, run_all), rows)
+
+
+def unpack_some(
+    strips: Array, layout: StripLayout, fmt: WeightFormat, rows: npt.NDArray[np.int64]
+) -> Matrix:
+    """Some rows of the matrix in strips uint8 [S, layout.nbytes], in any order, also repeatedly."""
+    by_group = strips.reshape(len(strips), layout.groups, layout.group_bytes)
+    strip, lane = np.divmod(rows, STRIP_ROWS)
+    words = by_group[:, :, : layout.code_bytes].view(np.uint32)
+    words = words.reshape(len(strips), layout.groups, layout.words, STRIP_ROWS)
+    # one index of axis 0 and one of axis 3 for each row: [rows, groups, words]
+    codes = words[strip, :, :, lane].reshape(len(rows), -1).view(fmt.code_dtype)
+    if fmt.scale is None:
+        return Matrix(codes)
+    scales = by_group[:, :, layout.code_bytes :]
+    scales = scales.reshape(len(strips), layout.groups, layout.scales, STRIP_ROWS)
+    return Matrix(codes, scales[strip, :, :, lane].reshape(len(rows), -1).view(fmt.scale.dtype))
 
 
 def _panels(

@@ -14,8 +14,8 @@ from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import phases, records, route
 from hybrid_moe.cpu_kernels.drivers.records import DOWN, DOWN_BY_PAIR, GATE_UP
-from hybrid_moe.cpu_kernels.experts import _shares
 from hybrid_moe.cpu_kernels.job import JobMemory, JobShape, capacity_for
+from hybrid_moe.cpu_kernels.strips.share import even_shares
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, strip_layout
 from hybrid_moe.formats.table import MXFP4
 from tests.cpu_kernels.cases import Array, random_batch
@@ -81,8 +81,8 @@ class CountedJob:
     def __init__(self, shape: Shape, tokens: int, threads: tuple[int, ...]) -> None:
         gate_up, down = strip_layout(MXFP4, shape.H), strip_layout(MXFP4, shape.I)
         pools = len(threads)
-        blocks = _shares(shape.I // GROUP, threads)
-        strips = _shares(-(-shape.H // STRIP_ROWS), threads)
+        blocks = even_shares(shape.I // GROUP, threads)
+        strips = even_shares(-(-shape.H // STRIP_ROWS), threads)
         expert_bytes = int(blocks[-1]) * gate_up.nbytes + int(strips[-1]) * down.nbytes
         tables: dict[str, Array] = {
             "packed": np.zeros((shape.E, pools), records.Expert.dtype),
