@@ -51,6 +51,16 @@ def percent(heading: str, part: str, whole: str) -> Column:
     return Column(heading, shown)
 
 
+def share(heading: str, key: str) -> Column:
+    """A part of 1 as percent; empty where it is None."""
+    return Column(heading, lambda p: "" if p[key] is None else f"{100 * p[key]:.0f}")
+
+
+def ratio(heading: str, key: str) -> Column:
+    """How many times; empty where it is None."""
+    return Column(heading, lambda p: "" if p[key] is None else f"{p[key]:.2f} x")
+
+
 Rows = tuple[list[str], list[list[str]]]
 
 
@@ -102,6 +112,23 @@ MOE_LAYER = (
     number("peak", "rate_ceiling"),
     percent("% of peak", "rate", "rate_ceiling"),
     number("tokens/s", "tokens_per_s", 1),
+)
+
+END_TO_END = (
+    text("model", "{model}"),
+    text("linear", "{dense}"),
+    text("engine", "{engine}"),
+    Column("context", lambda p: f"{p['context']}" + ("" if p["computed"] else ", filled")),
+    number("prefill, tok/s", "prefill_tokens_per_s", 1),
+    share("% of peak", "prefill_share"),
+    ratio("we are", "ours_prefills_faster"),
+    number("decode, tok/s", "decode_tokens_per_s", 2),
+    number("read, GB/s", "read_bandwidth", 1),
+    number("roofline, tok/s", "roofline", 2),
+    share("% of it", "decode_share"),
+    ratio("we are", "ours_decodes_faster"),
+    Column("memory, GB", lambda p: f"{p['memory'] / 1e9:.2f}"),
+    Column("of plan", lambda p: f"{p['memory'] / p['planned']:.3f}" if p["planned"] else ""),
 )
 
 PAIRED = (

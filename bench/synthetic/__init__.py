@@ -1,1 +1,1 @@
-"""Full-size checkpoints with random weights: published dimensions and layouts, nothing to download."""
+"""Full-size checkpoints with random weights, in published dimensions and layouts."""

@@ -1,7 +1,4 @@
-"""Write a synthetic checkpoint: the same bytes from the same seed, 16 MiB of them in memory at a time.
-
-    python bench/synthetic/checkpoint.py gpt-oss-20b --models build/models
-"""
+"""Write a synthetic checkpoint: the same bytes from the same seed, 16 MiB in memory at a time."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from synthetic.models import Synthetic, Tensor, scale_byte
 
 from hybrid_moe.formats.table import Array
 from hybrid_moe.loaders.model_config import CONFIG_NAME
 from hybrid_moe.loaders.writer import ShardedWriter
 from hybrid_moe.parallel import for_each
+from synthetic.models import Synthetic, Tensor, scale_byte
 
 SEED = 20
 SHARD_BYTES = 5_000_000_000

@@ -29,7 +29,7 @@ class Tensor:
         plan: key, dtype and shape.
         fill: "normal" (BF16, cut off, not rounded), "ones" (BF16), "codes" (random nibbles) or
             "scales" (random E8M0 bytes).
-        scale: standard deviation of "normal"; of "scales" the one that weights come to with "codes".
+        scale: standard deviation of "normal"; of "scales" that of the weights, with "codes".
     """
 
     plan: PlannedTensor
@@ -85,8 +85,8 @@ def _outside_layers(config: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def gpt_oss_tensors(config: Mapping[str, Any]) -> Iterator[Tensor]:
-    """gpt-oss's release: fused experts `*_blocks` [E, N, K/32, 16] and `*_scales` [E, N, K/32], rows
-    of gate and up in turn."""
+    """gpt-oss's release: fused experts `*_blocks` [E, N, K/32, 16] and `*_scales` [E, N, K/32],
+    rows of gate and up in turn."""
     H, I, E = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
     for number in range(config["num_hidden_layers"]):
         layer = f"model.layers.{number}"

@@ -10,11 +10,14 @@ from hybrid_moe.formats.table import AS_STORED
 from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.placement.profile import PlacementProfile
 from hybrid_moe.planning import scratch
+from hybrid_moe.planning.dense import EMBEDDINGS, DenseLayers
 from hybrid_moe.planning.kv_cache import KvCache, kind_of, sglang_cache, transformers_cache
-from hybrid_moe.planning.model import EMBEDDINGS, HotExperts, Model
+from hybrid_moe.planning.model import HotExperts, Model
 from hybrid_moe.planning.plan import CPU_EXPERTS, GPU, NOWHERE, RAM, MemoryPart, Plan, Request
 from hybrid_moe.planning.prediction import predict_decode, predict_prefill
 from hybrid_moe.text import format_bytes
+
+_REST = "embeddings, norms, routers and what else there is"
 
 DIVIDED = frozenset({"attention", "shared experts", "dense MLP", EMBEDDINGS})
 """Parts that tensor parallelism divides among GPUs; the others are whole on each."""
@@ -153,17 +156,32 @@ def _gpu_parts(model: Model, request: Request, cache: KvCache) -> list[MemoryPar
 
 def _cpu_parts(model: Model, request: Request, cache: KvCache) -> list[MemoryPart]:
     """Everything but the experts, in RAM, under Transformers."""
-    stored = sum(nbytes for name, nbytes in model.parts.items() if name != DRAFT)
-    note = "as stored" if stored == model.bytes_16bit else f"BF16; {format_bytes(stored)} stored"
     buffers = scratch.cpu_buffers(model, request.context, request.threads, request.pools)
     activations = scratch.cpu_activations(model, request.context)
     return [
-        MemoryPart("everything but routed experts", RAM, model.bytes_16bit, note),
+        *_dense_parts(model.dense, request),
+        MemoryPart(_REST, RAM, model.torch_bytes, "held by torch, in 16 bits or more"),
         MemoryPart(DRAFT, NOWHERE, model.parts.get(DRAFT, 0), "only for speculative decoding"),
         MemoryPart("KV cache", RAM, cache.per_gpu(), cache.formula),
         MemoryPart("buffers of the CPU experts", RAM, buffers, "batches are cut at 2048 tokens"),
         MemoryPart("activations", RAM, activations, "16 x context x H x 2 B", assumed=True),
         MemoryPart("Python, torch", RAM, scratch.TRANSFORMERS_RAM, "1 GiB", assumed=True),
+    ]
+
+
+def _dense_parts(dense: DenseLayers, request: Request) -> list[MemoryPart]:
+    """Linear layers in strips: one arena for each matrix and pool."""
+    if dense.fmt is None:
+        return []
+    rounding = 0
+    if request.huge_pages:
+        shares = (nbytes / request.pools for nbytes in dense.strips)
+        rounding = round(request.pools * sum(-share % HUGE_PAGE for share in shares))
+    name = f"linear layers, {dense.fmt.name}"
+    return [
+        MemoryPart(name, RAM, sum(dense.strips), "strips, rows in steps of 64"),
+        MemoryPart("linear layers, biases", RAM, dense.biases, "float32, also where there is none"),
+        MemoryPart("linear layers, page rounding", RAM, rounding, "huge pages of 2 MiB"),
     ]
 
 

@@ -26,6 +26,9 @@ MAC_SHARE = 0.5
 GPU_READ_SHARE, GPU_FLOP_SHARE = 0.75, 0.4
 """Assumed, of a GPU's data sheet."""
 
+DENSE_READ_SHARE = 0.93
+"""Of the read bandwidth, in linear layers at one token."""
+
 TORCH_SHARE = 0.5
 """Assumed, of the CPU's ceilings in what torch computes beside the experts."""
 
@@ -71,7 +74,9 @@ _HELP = {
     "CPU arithmetic": "more cores, or a processor with AVX-512 or AMX; more experts on the GPU",
     "GPU bandwidth": "a GPU with faster memory, or more GPUs",
     "GPU arithmetic": "a faster GPU, or more GPUs",
+    "RAM bandwidth, dense": "linear layers in fewer bits (--dense int8, --dense mxfp4), or a GPU",
     "RAM bandwidth, rest": "a GPU, which takes everything but the routed experts",
+    "CPU arithmetic, dense": "more cores, or a GPU, which takes everything but the routed experts",
     "CPU arithmetic, rest": "a GPU, which takes everything but the routed experts",
     "hand-over": "all experts of a layer on the GPU: this is the price of each layer on the CPU",
 }
@@ -85,7 +90,9 @@ def predict_decode(
     cold = sum(layer.top_k * hot.cold_share(layer) * layer.packed for layer in model.layers)
     terms = [_read("RAM bandwidth", "experts", cold, cpu.read * READ_SHARE)]
     if not gpus:
-        rest = model.read_per_token_16bit + cache.per_gpu() / 2
+        rest = model.torch_read + cache.per_gpu() / 2
+        dense = cpu.read * DENSE_READ_SHARE
+        terms.append(_read("RAM bandwidth, dense", "linear layers", model.dense.nbytes, dense))
         terms.append(_read("RAM bandwidth, rest", "the rest", rest, cpu.read * TORCH_SHARE))
         terms.append(_handover(model, hot))
         return _prediction(terms, sum(term.seconds for term in terms), 1)
@@ -120,11 +127,17 @@ def predict_prefill(
     read = _read("RAM bandwidth", "experts", touched, cpu.read * READ_SHARE)
     cold = max(compute.seconds, read.seconds)
     if not gpus:
+        fmt = model.dense.fmt
+        dense = _compute(
+            "CPU arithmetic, dense", "linear layers", tokens * model.dense.weights,
+            cpu.macs["BF16" if fmt is None else fmt.name] * MAC_SHARE, "MAC",
+        )  # fmt: skip
         rest = _compute(
-            "CPU arithmetic, rest", "the rest", tokens * model.weights_per_token,
+            "CPU arithmetic, rest", "the rest", tokens * model.torch_weights,
             cpu.macs["BF16"] * TORCH_SHARE, "MAC",
         )  # fmt: skip
-        return _prediction([compute, read, rest], cold + rest.seconds, tokens)
+        seconds = cold + dense.seconds + rest.seconds
+        return _prediction([compute, read, dense, rest], seconds, tokens)
     speed = sum(gpu.flops for gpu in gpus) * GPU_FLOP_SHARE
     hot_flops = 2 * sum(
         tokens * layer.top_k * (1 - hot.cold_share(layer)) * layer.weights for layer in model.layers
