@@ -179,6 +179,16 @@ def evaluate(
     return Evaluation(value, out.worst, np.sqrt(out.variance))
 
 
+def evaluate_linear(
+    x: Array, w: Array, bias: Array | None = None, *, activation_error: float = FIXED_POINT_ERROR
+) -> Evaluation:
+    """x W^T + b and its error bounds: x [T, K] the exact values that the kernel is given, w [N, K]
+    dequantized weights, bias [N]; rounded once to BF16."""
+    y = _exact(x).fixed_point(activation_error).times(_f64(w), None if bias is None else _f64(bias))
+    out = y.rounded(BF16_ROUNDOFF)
+    return Evaluation(y.value, out.worst, np.sqrt(out.variance))
+
+
 def reference_moe(*args: Any, **options: Any) -> F64:
     """The value alone, [T, H]; arguments as for `evaluate`."""
     return evaluate(*args, **options).value

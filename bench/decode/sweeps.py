@@ -130,13 +130,13 @@ def _compiled(name: str, arity: int, body: KernelBody, tier: Tier) -> Callable[.
 
 
 def _library_encoder(tier: Tier) -> Callable[[Array], Array]:
-    kernel = _compiled("encode", 6, encode_rows(FIXED15), tier)
+    kernel = _compiled("encode", 7, encode_rows(FIXED15), tier)
 
     def encode(x: Array) -> Array:
         source = (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
         row = np.zeros(FIXED15.row_bytes(GROUPS) + 64, np.uint8)
         start = -row.ctypes.data % 64
-        kernel(source.ctypes.data, 0, row.ctypes.data + start, 0, 1, GROUPS)
+        kernel(source.ctypes.data, 0, row.ctypes.data + start, 0, 1, GROUPS, FIXED15.group_bytes)
         return row[start : start + FIXED15.row_bytes(GROUPS)]
 
     return encode

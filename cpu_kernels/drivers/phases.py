@@ -17,8 +17,8 @@ finished: two or three barriers a layer. A dense layer's are encode, and `linear
 
 from __future__ import annotations
 
+from hybrid_moe.cpu_kernels.drivers.dense_tasks import linear_task
 from hybrid_moe.cpu_kernels.drivers.intrinsics import call, driver, load_acquire
-from hybrid_moe.cpu_kernels.drivers.linear import linear_task
 from hybrid_moe.cpu_kernels.drivers.records import (
     COMBINE,
     DOWN,
@@ -33,7 +33,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     Phase,
 )
 from hybrid_moe.cpu_kernels.drivers.route import encode_tokens
-from hybrid_moe.cpu_kernels.drivers.tiles import (
+from hybrid_moe.cpu_kernels.drivers.tiling import (
     ceil_div,
     dot_tiles,
     part,

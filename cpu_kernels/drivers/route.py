@@ -4,6 +4,7 @@ expert layer follow from routing: token x slot ids -> pairs grouped by expert.""
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels import tuning
+from hybrid_moe.cpu_kernels.drivers.dense_tasks import encode_tiles, linear_macs, linear_strips
 from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     call,
     driver,
@@ -12,7 +13,6 @@ from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     set_float_environment,
     store_release,
 )
-from hybrid_moe.cpu_kernels.drivers.linear import encode_tiles, linear_macs, linear_strips
 from hybrid_moe.cpu_kernels.drivers.patience import NS_PER_MAC
 from hybrid_moe.cpu_kernels.drivers.records import (
     COMBINE,
@@ -26,7 +26,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     Job,
     Phase,
 )
-from hybrid_moe.cpu_kernels.drivers.tiles import ceil_div
+from hybrid_moe.cpu_kernels.drivers.tiling import ceil_div
 from hybrid_moe.cpu_kernels.jit.record import i64
 from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES
 

@@ -51,12 +51,14 @@ def unpack_some(
     words = by_group[:, :, : layout.code_bytes].view(np.uint32)
     words = words.reshape(len(strips), layout.groups, layout.words, STRIP_ROWS)
     # one index of axis 0 and one of axis 3 for each row: [rows, groups, words]
-    codes = words[strip, :, :, lane].reshape(len(rows), -1).view(fmt.code_dtype)
+    codes = words[strip, :, :, lane].reshape(len(rows), layout.groups * layout.words)
+    codes = codes.view(fmt.code_dtype)
     if fmt.scale is None:
         return Matrix(codes)
     scales = by_group[:, :, layout.code_bytes :]
     scales = scales.reshape(len(strips), layout.groups, layout.scales, STRIP_ROWS)
-    return Matrix(codes, scales[strip, :, :, lane].reshape(len(rows), -1).view(fmt.scale.dtype))
+    taken = scales[strip, :, :, lane].reshape(len(rows), layout.groups * layout.scales)
+    return Matrix(codes, taken.view(fmt.scale.dtype))
 
 
 def _panels(

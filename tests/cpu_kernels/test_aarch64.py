@@ -103,11 +103,12 @@ _SCALARS = {
     ("MXFP4", "activate"): (3, 6),
     ("BF16", "activate"): (0, 1),
     ("BF16", "direct1"): (0, 1),
+    **{(fmt, "deliver"): (1, 1) for fmt in FORMATS},
 }
 """Kernel -> lanes that leave their vector, scalar instructions on floats. A group that is encoded
 in fixed point has a maximum and two biases, reductions by nature, and a step that is the product of
 two powers of two, or NaN, as is its exponent; the limit of the activation is negated once; one
-address is kept in a vector register."""
+address is kept in a vector register; rows of a panel that is not whole are delivered one by one."""
 
 
 @Kernels

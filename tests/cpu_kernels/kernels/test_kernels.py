@@ -124,8 +124,9 @@ def _encode(kernels: KernelSet, x: Array) -> Array:
     T, K = x.shape
     groups = K // 32
     rows = aligned((T, kernels.encoding.row_bytes(groups)), np.uint8, fill=0xFF)
-    call = callable_at(kernels.encode, 6)
-    call(np.ascontiguousarray(x), 2 * K, rows, rows.shape[1], T, groups)
+    call = callable_at(kernels.encode, 7)
+    step = kernels.encoding.group_bytes
+    call(np.ascontiguousarray(x), 2 * K, rows, rows.shape[1], T, groups, step)
     return rows
 
 

@@ -79,7 +79,8 @@ class Block:
         """bf16 bits [T, K] -> bytes of the tile [group][token]."""
         group_bytes = self.kernels.encoding.group_bytes
         rows = aligned((len(x), GROUPS, group_bytes), np.uint8)
-        self.encode(np.ascontiguousarray(x), 2 * K, rows, GROUPS * group_bytes, len(x), GROUPS)
+        row_bytes = GROUPS * group_bytes
+        self.encode(np.ascontiguousarray(x), 2 * K, rows, row_bytes, len(x), GROUPS, group_bytes)
         return rows.transpose(1, 0, 2).reshape(-1)
 
     def weights(self, fmt: WeightFormat, matrix: Matrix) -> Array:
@@ -114,7 +115,7 @@ def _block(fmt_name: str, most: int, lowered: str) -> Block:
         kernels,
         most,
         dot=compile_kernel(kernels.tile.dots[most], DOT_ARITY, tier),
-        encode=compile_kernel(encode_rows(kernels.encoding), 6, tier),
+        encode=compile_kernel(encode_rows(kernels.encoding), 7, tier),
         unpack=None if unpack is None else compile_kernel(unpack, 3, tier),
         enter=compile_kernel(configure(kernels.tile.config), 0, tier),
         leave=compile_kernel(release, 0, tier),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers.intrinsics import call, driver, load_acquire
 from hybrid_moe.cpu_kernels.drivers.records import Entry, Job, MatrixShare
-from hybrid_moe.cpu_kernels.drivers.tiles import (
+from hybrid_moe.cpu_kernels.drivers.tiling import (
     ceil_div,
     dot_tiles,
     part,
