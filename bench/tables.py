@@ -131,6 +131,21 @@ END_TO_END = (
     Column("of plan", lambda p: f"{p['memory'] / p['planned']:.3f}" if p["planned"] else ""),
 )
 
+DENSE = (
+    text("layer", "{layer}"),
+    text("format", "{format}"),
+    number("tokens", "tokens"),
+    number("ms", "ms", 3),
+    number("GB/s of weights", "weight_bandwidth", 2),
+    number("read now", "read_bandwidth", 1),
+    percent("% of read", "weight_bandwidth", "read_bandwidth"),
+    number("GMAC/s", "rate", 1),
+    number("peak", "rate_ceiling"),
+    percent("% of peak", "rate", "rate_ceiling"),
+    number("torch BF16, ms", "torch_ms", 3),
+    ratio("ours is faster", "ours_is_faster"),
+)
+
 PAIRED = (
     text("layer", "{method} {shape}"),
     number("threads", "threads"),
