@@ -31,8 +31,12 @@ from hybrid_moe.loaders.safetensors import ReadBuffers
 ARCHITECTURES: Mapping[str, str] = {"gpt_oss": "gpt-oss", "qwen3_moe": "qwen3moe"}
 """By `model_type`: GGUF's names of what can be written."""
 
-DENSE: Mapping[str, GgmlType] = {"bf16": GgmlType.BF16, "int8": GgmlType.Q8_0}
-"""By our name of a format for linear layers."""
+DENSE: Mapping[str, GgmlType] = {
+    "bf16": GgmlType.BF16,
+    "torch": GgmlType.BF16,
+    "int8": GgmlType.Q8_0,
+}
+"""By our name of what linear layers are; torch has them in BF16."""
 
 _BLOCK = 17
 """Bytes of 32 weights: the scale, then element j beside element j + 16."""
@@ -67,7 +71,7 @@ def write_gguf(folder: Path, target: Path, dense: str) -> list[Path]:
     if family not in ARCHITECTURES or dense not in DENSE:
         raise ValueError(f"GGUF of {family} with dense={dense} is not written here")
     target.mkdir(parents=True, exist_ok=True)
-    files = [target / f"{dense}.gguf", target / "experts.gguf"]
+    files = [target / f"{DENSE[dense].name.lower()}.gguf", target / "experts.gguf"]
     names = gguf.get_tensor_name_map(_architecture(family), checkpoint.config["num_hidden_layers"])
     first = list(_dense_tensors(checkpoint, names, DENSE[dense]))
     second = list(_expert_tensors(checkpoint))

@@ -9,7 +9,7 @@ from hybrid_moe.cpu_kernels.memory import HUGE_PAGE
 from hybrid_moe.formats.table import AS_STORED
 from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.placement.profile import PlacementProfile
-from hybrid_moe.planning import scratch
+from hybrid_moe.planning import cpu_only, scratch
 from hybrid_moe.planning.dense import EMBEDDINGS, DenseLayers
 from hybrid_moe.planning.kv_cache import KvCache, kind_of, sglang_cache, transformers_cache
 from hybrid_moe.planning.model import HotExperts, Model
@@ -29,18 +29,23 @@ def lay_out(model: Model, request: Request) -> Plan:
     Raises:
         ValueError: the configuration lacks a size, or the profile does not fit the model.
     """
-    config = model.config
-    if request.gpus:
+    config, cpu, gpus = model.config, request.cpu, request.gpus
+    if gpus:
         cache = sglang_cache(config, request.context, request.chunk, request.requests)
         fixed = _gpu_parts(model, request, cache)
         hot = _choose_hot(model, request, sum(p.nbytes for p in fixed if p.place == GPU))
         share = -(-hot_bytes(model, hot) // len(request.gpus))
         name = f"routed experts, {model.gpu_format}"
         parts = [MemoryPart(name, GPU, share, _counts(hot)), *fixed]
+        tokens = min(request.chunk, request.context)
+        decode = predict_decode(model, hot, cpu, gpus, cache)
+        prefill = predict_prefill(model, hot, cpu, gpus, tokens)
     else:
         cache = transformers_cache(config, request.context)
         hot = first_ids(model, 0, "no GPU")
         parts = _cpu_parts(model, request, cache)
+        decode = cpu_only.predict_decode(model, cpu, cache)
+        prefill = cpu_only.predict_prefill(model, cpu, min(request.chunk, request.context))
     parts = [*_expert_parts(model, request, hot), *parts]
     return Plan(
         model=model,
@@ -48,10 +53,8 @@ def lay_out(model: Model, request: Request) -> Plan:
         parts=tuple(part for part in parts if part.nbytes),
         hot=hot,
         cache=cache,
-        decode=predict_decode(model, hot, request.cpu, request.gpus, cache),
-        prefill=predict_prefill(
-            model, hot, request.cpu, request.gpus, min(request.chunk, request.context)
-        ),
+        decode=decode,
+        prefill=prefill,
         shortages=(),
         notes=tuple(_notes(model, request)),
     )
