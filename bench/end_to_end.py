@@ -23,7 +23,8 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from tables import END_TO_END, OTHERS, show
 from hybrid_moe.cpu_kernels.ceilings.peaks import mac_ceiling
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
-from hybrid_moe.planning import CpuSpeeds, Model, Request, make_plan, read_model
+from hybrid_moe.formats.table import BF16
+from hybrid_moe.planning import CpuSpeeds, Model, Plan, Request, make_plan, read_model
 from hybrid_moe.planning.machine import huge_pages_here, memory_of_this_machine
 from hybrid_moe.planning.plan import RAM
 from hybrid_moe.planning.reading import token_reads
@@ -62,6 +64,7 @@ class Point:
         reads, one_thread_reads: bandwidth around it, GB/s.
         peak_s: what the prompt's multiply-accumulates take at their peak.
         peak_rss: most memory of the process up to here, bytes. planned: what `plan` says.
+        predicted_decode, predicted_prefill: what `plan` says with these ceilings, tokens per second.
         tokens: the answer's first ones.
     """
 
@@ -80,6 +83,8 @@ class Point:
     one_thread_reads: list[float] = field(default_factory=list)
     peak_s: list[float] = field(default_factory=list)
     peak_rss: list[int] = field(default_factory=list)
+    predicted_decode: list[float] = field(default_factory=list)
+    predicted_prefill: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
@@ -128,63 +133,75 @@ class Bench:
             worker.close()
 
     def _measure(self, subject: Subject, worker: WorkerProcess, label: str, context: int) -> None:
-        args = self.args
+        args, model = self.args, subject.planned
         computed = context <= args.longest_prompt
-        peak = peak_seconds(subject.planned, context, self.pool) if computed else None
+        peaks = {name: mac_ceiling(name, self.pool, seconds=0.1) for name in formats(model)}
         before = self.reads.measure()
         made = worker.ask("run", context=context, new=args.new, computed=computed)
         after = self.reads.measure()
         if "unavailable" in made:
             self.console.log(f"{worker.name}, {context} tokens: left out: {made['unavailable']}")
             return
+        one, every = (statistics.mean(pair) for pair in zip(before, after, strict=True))
+        speeds = CpuSpeeds(1e9 * every, peaks, "measured around it")
+        middle = context + args.new // 2
+        plan = forecast(model, speeds, middle, args.threads)
         key = (subject.name, worker.name, context)
         point = self.points.get(key)
         if point is None:
-            point = self.points[key] = self._point(subject, worker.name, label, context, computed)
-        one, every = (statistics.mean(pair) for pair in zip(before, after, strict=True))
-        if peak is not None:
+            point = self.points[key] = Point(
+                subject.name, worker.name, label, args.dense, context, computed, args.threads,
+                token_bytes=token_reads(model, middle).total,
+                planned=planned_bytes(model, speeds, context + args.new, args.threads)
+                if worker.name == OURS
+                else None,
+            )  # fmt: skip
+        if computed:
             point.prefill_s.append(made["prefill"])
-            point.peak_s.append(peak)
+            point.peak_s.append(peak_seconds(model, context, peaks))
+            prefill = forecast(model, speeds, context, args.threads).prefill
+            point.predicted_prefill.append(prefill.tokens_per_second)
         point.decode.append(len(made["seconds"]) / sum(made["seconds"]))
+        point.predicted_decode.append(plan.decode.tokens_per_second)
         point.reads.append(every)
         point.one_thread_reads.append(one)
         point.peak_rss.append(worker.ask("memory")["peak_rss"])
         point.others.append(made["others"])
         point.tokens = point.tokens or made["tokens"][:8]
 
-    def _point(
-        self, subject: Subject, engine: str, label: str, context: int, computed: bool
-    ) -> Point:
-        args = self.args
-        last = context + args.new
-        planned = planned_bytes(subject.planned, last, args.threads) if engine == OURS else None
-        token_bytes = token_reads(subject.planned, context + args.new // 2).total
-        return Point(
-            subject.name, engine, label, args.dense, context, computed, args.threads, token_bytes,
-            planned,
-        )  # fmt: skip
+
+def formats(model: Model) -> list[str]:
+    """Names of the formats that a model's products are computed in."""
+    dense = BF16 if model.dense.fmt is None else model.dense.fmt
+    return list(dict.fromkeys(fmt.name for fmt in (*model.formats, dense, BF16)))
 
 
-def peak_seconds(model: Model, tokens: int, pool: PoolConfig) -> float:
+def peak_seconds(model: Model, tokens: int, peaks: Mapping[str, float]) -> float:
     """Of a prompt's multiply-accumulates at the peak of each format's instruction; the output layer
     meets the last token only and is left out."""
-    macs = {layer.method.name: 0.0 for layer in model.layers}
-    for layer in model.layers:
-        macs[layer.method.name] += tokens * layer.top_k * layer.weights
-    dense = "BF16" if model.dense.fmt is None else model.dense.fmt.name
-    macs[dense] = macs.get(dense, 0.0) + tokens * model.dense.weights
-    macs["BF16"] = macs.get("BF16", 0.0) + tokens * model.torch_weights
-    return sum(count / mac_ceiling(name, pool, seconds=0.1) for name, count in macs.items())
+    dense = BF16 if model.dense.fmt is None else model.dense.fmt
+    weights = [(layer.method, layer.top_k * layer.weights) for layer in model.layers]
+    weights += [(dense, model.dense.weights), (BF16, model.torch_weights)]
+    return sum(tokens * count / peaks[fmt.name] for fmt, count in weights)
 
 
-def planned_bytes(model: Model, context: int, threads: int) -> int:
+def planned_bytes(model: Model, speeds: CpuSpeeds, context: int, threads: int) -> int:
     """What `plan` says that the process will take."""
-    speeds = CpuSpeeds(1e9, dict.fromkeys(("MXFP4", "BF16", "INT8"), 1e9), "not asked")
-    request = Request(
-        gpus=(), ram=memory_of_this_machine(), context=context, requests=1, chunk=2048,
+    return make_plan(model, _request(speeds, context, threads)).nbytes(RAM)
+
+
+def forecast(model: Model, speeds: CpuSpeeds, tokens: int, threads: int) -> Plan:
+    """A plan whose decode has `tokens` in the cache, which it takes to be half full, and whose
+    prefill is of as many."""
+    request = _request(speeds, 2 * tokens, threads)
+    return make_plan(model, replace(request, chunk=tokens))
+
+
+def _request(speeds: CpuSpeeds, context: int, threads: int) -> Request:
+    return Request(
+        gpus=(), ram=memory_of_this_machine(), context=context, requests=1, chunk=context,
         threads=threads, pools=1, cpu=speeds, huge_pages=huge_pages_here(),
     )  # fmt: skip
-    return make_plan(model, request).nbytes(RAM)
 
 
 def rows(points: list[Point]) -> list[dict[str, Any]]:
@@ -209,6 +226,8 @@ def _row(point: Point, ours: Point | None) -> dict[str, Any]:
         "prefill_share": None,
         "ours_decodes_faster": None,
         "ours_prefills_faster": None,
+        "decode_of_plan": _ratio(point.decode, point.predicted_decode),
+        "prefill_of_plan": None,
         "memory": max(point.peak_rss),
         "others": statistics.median(point.others),
     }
@@ -217,6 +236,8 @@ def _row(point: Point, ours: Point | None) -> dict[str, Any]:
         row["prefill_share"] = statistics.median(
             peak / took for peak, took in zip(point.peak_s, point.prefill_s, strict=True)
         )
+        measured = [point.context / seconds for seconds in point.prefill_s]
+        row["prefill_of_plan"] = _ratio(measured, point.predicted_prefill)
     if ours is not None and point is not ours:
         row["ours_decodes_faster"] = _ratio(ours.decode, point.decode)
         if point.prefill_s:

@@ -78,8 +78,8 @@ def end_to_end(bench: Bench) -> Iterator[str]:
         "the read bandwidth around the answer over the bytes that a token reads: its experts, "
         "linear layers, routers, norms and the KV cache, each once. The peak is that of the "
         "instructions that the formats of a prompt's products are given. Memory is the most that "
-        'the process has held so far, beside what `hybrid-moe plan` says of it. "Filled": the cache '
-        f"has random keys and values. {'; '.join(engines)}.\n"
+        'the process has held so far, beside what `hybrid-moe plan` says of it. "Filled": the '
+        f"cache has random keys and values. {'; '.join(engines)}.\n"
     )
     yield markdown(tables.END_TO_END, points)
 

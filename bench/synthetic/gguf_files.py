@@ -27,6 +27,7 @@ from hybrid_moe.formats.table import MXFP4, Array
 from hybrid_moe.formats.tensors import Matrix
 from hybrid_moe.loaders import Checkpoint, LayerSource
 from hybrid_moe.loaders.safetensors import ReadBuffers
+from synthetic.ggml_blocks import ggml_blocks
 
 ARCHITECTURES: Mapping[str, str] = {"gpt_oss": "gpt-oss", "qwen3_moe": "qwen3moe"}
 """By `model_type`: GGUF's names of what can be written."""
@@ -37,9 +38,6 @@ DENSE: Mapping[str, GgmlType] = {
     "int8": GgmlType.Q8_0,
 }
 """By our name of what linear layers are; torch has them in BF16."""
-
-_BLOCK = 17
-"""Bytes of 32 weights: the scale, then element j beside element j + 16."""
 
 
 @dataclass(frozen=True)
@@ -177,22 +175,6 @@ def _expert_biases(source: LayerSource, name: str) -> Array:
 def _matrix(source: LayerSource, expert: int, name: str, buffers: ReadBuffers) -> Matrix:
     matrix: Matrix = getattr(source.expert(expert, MXFP4, buffers.mine), name)
     return matrix
-
-
-def ggml_blocks(matrix: Matrix) -> Array:
-    """MXFP4 [N, K/2] and [N, K/32] as ggml's blocks, uint8 [N, 17 * K/32].
-
-    A byte of ours holds elements 2i and 2i + 1, one of ggml's j and j + 16.
-    """
-    assert matrix.scales is not None
-    N, groups = matrix.scales.shape
-    codes = matrix.codes.reshape(N, groups, 16)
-    low, high = codes[..., :8], codes[..., 8:]  # elements 0 to 15 and 16 to 31
-    blocks = np.empty((N, groups, _BLOCK), np.uint8)
-    blocks[..., 0] = matrix.scales
-    blocks[..., 1::2] = (low & 15) | (high << 4)
-    blocks[..., 2::2] = (low >> 4) | (high & 0xF0)
-    return blocks.reshape(N, groups * _BLOCK)
 
 
 def _add_configuration(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:

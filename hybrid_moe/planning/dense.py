@@ -9,6 +9,8 @@ smaller.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +27,7 @@ EMBEDDINGS = "embeddings"
 """The part that the output layer belongs to."""
 
 _PARTS = frozenset({"attention", "shared experts", "dense MLP", EMBEDDINGS})
+_LAYER = re.compile(r".*?\.\d+\.")
 _LOOKED_UP = ("embed", "wte", "tid2eid")
 
 
@@ -35,7 +38,7 @@ class DenseLayers:
     Attributes:
         fmt: their format; None where torch computes all of them.
         keys: of their weights and biases in the checkpoint.
-        strips: bytes of each matrix's strips.
+        arenas: bytes of strips that share an arena: a layer's projections, or an MLP.
         biases: bytes of their biases, float32.
         weights: of all matrices that every token of a prompt meets: without the output layer,
             which only the last one needs.
@@ -43,14 +46,14 @@ class DenseLayers:
 
     fmt: WeightFormat | None = None
     keys: frozenset[str] = frozenset()
-    strips: tuple[int, ...] = ()
+    arenas: tuple[int, ...] = ()
     biases: int = 0
     weights: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of them; a token reads them all."""
-        return sum(self.strips) + self.biases
+        return sum(self.arenas) + self.biases
 
 
 def dense_format(choice: str) -> WeightFormat | None:
@@ -88,13 +91,15 @@ def dense_layers(
     taken = [t for key, t in tensors.items() if _is_linear(t, part[key], fmt, tied=tied)]
     biases = [key for t in taken if (key := t.key.removesuffix("weight") + "bias") in tensors]
     rows = [round_up(t.shape[0], STRIP_ROWS) for t in taken]
+    arenas: Counter[str] = Counter()
+    for N, t in zip(rows, taken, strict=True):
+        layer = _LAYER.match(t.key)
+        shared = f"{layer[0] if layer else t.key} {part[t.key]}"
+        arenas[shared] += N // STRIP_ROWS * strip_layout(fmt, t.shape[1]).nbytes
     return DenseLayers(
         fmt=fmt,
         keys=frozenset([*(t.key for t in taken), *biases]),
-        strips=tuple(
-            N // STRIP_ROWS * strip_layout(fmt, t.shape[1]).nbytes
-            for N, t in zip(rows, taken, strict=True)
-        ),
+        arenas=tuple(arenas.values()),
         biases=4 * sum(rows),
         weights=sum(math.prod(t.shape) for t in taken if part[t.key] != EMBEDDINGS),
     )

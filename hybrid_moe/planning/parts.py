@@ -173,16 +173,16 @@ def _cpu_parts(model: Model, request: Request, cache: KvCache) -> list[MemoryPar
 
 
 def _dense_parts(dense: DenseLayers, request: Request) -> list[MemoryPart]:
-    """Linear layers in strips: one arena for each matrix and pool."""
+    """Linear layers in strips: one arena for each layer and pool, and for each MLP."""
     if dense.fmt is None:
         return []
     rounding = 0
     if request.huge_pages:
-        shares = (nbytes / request.pools for nbytes in dense.strips)
+        shares = (nbytes / request.pools for nbytes in dense.arenas)
         rounding = round(request.pools * sum(-share % HUGE_PAGE for share in shares))
     name = f"linear layers, {dense.fmt.name}"
     return [
-        MemoryPart(name, RAM, sum(dense.strips), "strips, rows in steps of 64"),
+        MemoryPart(name, RAM, sum(dense.arenas), "strips, rows in steps of 64"),
         MemoryPart("linear layers, biases", RAM, dense.biases, "float32, also where there is none"),
         MemoryPart("linear layers, page rounding", RAM, rounding, "huge pages of 2 MiB"),
     ]
