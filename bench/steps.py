@@ -58,7 +58,7 @@ from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier, host_feat
 from hybrid_moe.cpu_kernels.jit.compile import assembly
 from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.library import functions_of, kernel_set
-from hybrid_moe.cpu_kernels.kernels.order import mxfp4_order
+from hybrid_moe.cpu_kernels.kernels.order import fixed15_order
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.cpu_kernels.tuning import BLOCK_TURN_TOKENS, TURN_GROUPS, UNPACK_GROUPS
@@ -211,7 +211,7 @@ def tile_counts(tier: Tier) -> tuple[int, Counter[Instruction]]:
     most = max(int(name[len(kind) :]) for name in functions if name.startswith(kind))
     name = f"{kind}{most}"
     text = build_module([(name, DOT_ARITY, functions[name])], tier, "steps")
-    order = mxfp4_order(most, tier.registers, tier.registers_per_panel)
+    order = fixed15_order(most, tier.registers, tier.registers_per_panel)
     if tier.tiles:
         trips = (GROUPS, most // BLOCK_TURN_TOKENS)
     else:  # two panels take turns with two, or all four follow each other in memory

@@ -40,6 +40,10 @@ in docs/kernels.md). For a group of a strip T tokens take 32 cycles for decoding
 directly, in tiles of up to 6; a block takes 40 for unpacking and the more of 12 T (vectors) and 128
 + 4 T (stores), T in fours. By count it wins from 4 on, but none has run yet: it begins where the
 direct way decodes twice (7 tokens: 372 against 200)."""
+INT8_BLOCKS_FROM = TILE_TOKENS + 1
+"""Likewise, without decoding: T tokens take 17 cycles a panel directly, 68 T in all, a block the
+more of 12 T and 128 + 4 T. By count it wins from 3 on; like MXFP4, it begins where codes would be
+read twice."""
 BF16_BLOCKS_FROM = 1
 """Likewise: 16 cycles for 1 KiB of weights are faster than any memory."""
 BLOCK_TURN_TOKENS = 4
@@ -54,6 +58,8 @@ for each chunk, so that inputs too come from the third-level cache once, gained 
 (4096 x 2048, 96 tokens an expert, 8 strips: 104.3 GMAC/s, 104.7 without)."""
 MXFP4_CHUNK_GROUPS = 256
 """Groups of packed codes: 272 KB, a quarter of Zen 4's second-level cache."""
+INT8_CHUNK_GROUPS = 64
+"""136 KB."""
 BF16_CHUNK_GROUPS = 32
 """128 KB."""
 TURN_GROUPS = 16
@@ -61,12 +67,14 @@ TURN_GROUPS = 16
 
 # Prefetch instructions
 
-MXFP4_AHEAD = 8192
+PACKED_AHEAD = 8192
 """Bytes between the codes that are read and the line that is prefetched, in kernels that do not
 read lines in order. The others leave it to the processor: prefetch instructions cost them 20 to
 25 % on Zen 4."""
 BF16_BLOCK_AHEAD = 8192
 """Likewise, of BF16 in a matrix unit's one pass over a strip."""
+INT8_BLOCK_AHEAD = 8192
+"""Likewise, of INT8."""
 BF16_AHEAD = 4096
 """Likewise for one token on narrow registers. Zen 3, whose prefetchers stop at the end of a 4 KiB
 page, gains a sixth."""

@@ -47,10 +47,14 @@ class ShardedWriter:
         directory: an existing directory.
         tensors: everything that will be written; order is kept but for alignment.
         shard_bytes: largest size of a shard's data; a larger tensor gets a shard of its own.
+
+    Attributes:
+        shards: final names of the files of tensors.
     """
 
     def __init__(self, directory: Path, tensors: Sequence[PlannedTensor], shard_bytes: int) -> None:
         self._directory = directory
+        self.shards: list[str] = []
         self._places: dict[str, tuple[int, int, int]] = {}  # key -> descriptor, offset, bytes
         self._descriptors: list[int] = []
         self._names: list[str] = []
@@ -130,6 +134,7 @@ class ShardedWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # data starts aligned
         self._names.append(name)
+        self.shards.append(name)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptor = os.open(self._directory / (name + PARTIAL), flags, 0o644)
         self._descriptors.append(descriptor)

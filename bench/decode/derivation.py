@@ -20,7 +20,8 @@ import numpy as np
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, KernelBody, Val, vector
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, fused
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier
-from hybrid_moe.cpu_kernels.kernels.dot import (
+from hybrid_moe.cpu_kernels.kernels.encode import FIXED15_GROUP
+from hybrid_moe.cpu_kernels.kernels.mxfp4_dot import (
     E2M1_DOUBLED,
     MXFP4_STRIP,
     UNPACKED_GROUP,
@@ -29,8 +30,7 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
     mxfp4_unpack,
     mxfp4_unpacked_dot,
 )
-from hybrid_moe.cpu_kernels.kernels.encode import FIXED15_GROUP
-from hybrid_moe.cpu_kernels.kernels.order import Order, mxfp4_order
+from hybrid_moe.cpu_kernels.kernels.order import Order, fixed15_order
 from hybrid_moe.formats.strips import PANEL_ROWS, PANELS, STRIP_ROWS, SUMS_BYTES
 from hybrid_moe.formats.table import Array
 
@@ -260,7 +260,7 @@ def _clear(emit: Emit, sums: Val, panels: int) -> None:
 def _add(emit: Emit, at: Val, product: Val, scale: Val) -> None:
     """To the sums in memory; `scale` is the address of 16 scales."""
     old = emit.load(at, F32, 16, align=64)
-    emit.store(at, old + product * mxfp4_scale(emit, scale).power, align=64)
+    emit.store(at, old + product * mxfp4_scale(emit, scale).factor, align=64)
 
 
 def _byte_dots(emit: Emit, codes: Val, stride: int, x: Val, ahead: int = 0) -> Val:
@@ -353,7 +353,7 @@ def unpacked(tokens: int, most: int, chunk: int) -> Body:
 
 
 def _order(emit: Emit, tokens: int) -> Order:
-    return mxfp4_order(tokens, emit.tier.registers, emit.tier.registers_per_panel)
+    return fixed15_order(tokens, emit.tier.registers, emit.tier.registers_per_panel)
 
 
 _FLOAT_ROWS = (rows_in_floats, ROWS, (STRIP_ROWS, GROUPS // _LINE_GROUPS), encode_rows_in_floats)

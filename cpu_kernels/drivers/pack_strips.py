@@ -17,6 +17,7 @@ def pack_strips(
     groups: int,
     words: int,
     scales: int,
+    scale_bytes: int,
     codes0: int,
     codes1: int,
     code_stride: int,
@@ -31,11 +32,11 @@ def pack_strips(
     A strip is two halves of 32 rows. The first comes from (codes0, scales0), the second from
     (codes1, scales1): for gate and up two matrices, of which a strip takes the same rows; for down
     one matrix, whose next 32 rows are `half_step` = 32 rows on (gate and up: 0). A row at or past
-    `rows` is zeroes. In a group, a row has `words` 32-bit words of codes and `scales` bytes of
-    scales.
+    `rows` is zeroes. In a group, a row has `words` 32-bit words of codes and `scales` scales of
+    `scale_bytes` bytes.
     """
     code_bytes = 4 * STRIP_ROWS * words
-    group_bytes = code_bytes + STRIP_ROWS * scales
+    group_bytes = code_bytes + STRIP_ROWS * scales * scale_bytes
     for strip in range(first_strip, last_strip):
         to = out + (strip - first_strip) * groups * group_bytes
         for lane in range(STRIP_ROWS):
@@ -50,12 +51,15 @@ def pack_strips(
                     if row < rows:
                         value = code[g * words + w]
                     code_to[STRIP_ROWS * w] = value
-                scale_to = u8.at(to + g * group_bytes + code_bytes + lane)
                 for s in range(scales):
-                    value = 0
-                    if row < rows:
-                        value = scale[g * scales + s]
-                    scale_to[STRIP_ROWS * s] = value
+                    scale_to = u8.at(
+                        to + g * group_bytes + code_bytes + (STRIP_ROWS * s + lane) * scale_bytes
+                    )
+                    for b in range(scale_bytes):
+                        value = 0
+                        if row < rows:
+                            value = scale[(g * scales + s) * scale_bytes + b]
+                        scale_to[b] = value
 
 
 @driver

@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from hybrid_moe.cpu_kernels.dsl.emit import I8, I16, I32, Emit, Val, join, pieces, vector
-from hybrid_moe.cpu_kernels.dsl.ops import Lowering
+from hybrid_moe.cpu_kernels.dsl.ops import (
+    Lowering,
+    half_to_float_native,
+    wide_split_planes,
+    wide_total_planes,
+)
 
 _AT_HWCAP = 16
 _HWCAP_ASIMDDP = 1 << 20
@@ -55,7 +60,25 @@ def _byte_dot_sdot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     return join([emit.intrinsic(name, kind, a, part, broadcast) for a, part in pairs])
 
 
+def _wide_start(emit: Emit, bias: Val) -> Val:
+    """Accumulators of the high and of the low plane; signed weights need no bias."""
+    return emit.splat(0, I32, 32)
+
+
+def _wide_dot_sdot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val) -> Val:
+    high, low = accumulator.halves()
+    return _byte_dot_sdot(emit, high, w, first).concat(_byte_dot_sdot(emit, low, w, second))
+
+
 LOWERINGS: Mapping[str, Lowering] = MappingProxyType(
-    {"lookup16": _lookup16, "byte_dot": _byte_dot},
+    {"lookup16": _lookup16, "byte_dot": _byte_dot, "half_to_float": half_to_float_native},
 )
-SDOT_LOWERINGS: Mapping[str, Lowering] = MappingProxyType({"byte_dot": _byte_dot_sdot})
+SDOT_LOWERINGS: Mapping[str, Lowering] = MappingProxyType(
+    {
+        "byte_dot": _byte_dot_sdot,
+        "wide_split": wide_split_planes,
+        "wide_start": _wide_start,
+        "wide_dot": _wide_dot_sdot,
+        "wide_total": wide_total_planes,
+    }
+)

@@ -14,8 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 
-from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, Val
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, Val, vector
 from hybrid_moe.formats.table import Array
 
 Lowering = Callable[..., Any]
@@ -103,6 +104,105 @@ def _byte_dot_total(emit: Emit, high: Val, low: Val) -> Val:
     return (high << 8) + low
 
 
+# wide_dot: exact integer dot products of signed bytes (weights, any byte) by integers of 15 bits
+# (activations, |q| <= 16320), four inputs per 32-bit lane. How 32 activations lie in 64 bytes is
+# the tier's own, as is the accumulator: `wide_split` arranges them, and `wide_dot` takes 32-bit
+# words k and 8 + k of that for quad k. `wide_start` makes an accumulator from a bias, -WIDE_OFFSET
+# times the sum of q, for tiers whose weights must be unsigned; `wide_total` reads it. A total is at
+# most 32 * 128 * 16320 < 2^26 in magnitude.
+#
+# The generic arrangement is 16-bit words, inputs 0 and 2 of each quad in its first word, 1 and 3 in
+# its second. The other one that tiers use is planes: q = 256 * high + low, high bytes first. Tiers
+# with a matrix unit must use planes, since its kernels read them.
+
+WIDE_OFFSET = 128
+
+
+def split_planes(q: Val) -> tuple[Val, Val]:
+    """q = 256 * high + low, int32 all: low in -128..127, high in -64..64 for |q| <= 16320."""
+    low = ((q + 128) & 255) - 128
+    return (q - low).sar(8), low
+
+
+def _wide_split_meaning(q: Array) -> Array:
+    """int32 [32] -> int16 [32]: by quads, inputs 0 and 2 of all, then 1 and 3 of all."""
+    quads = q.reshape(8, 4)
+    return np.concatenate([quads[:, 0::2].ravel(), quads[:, 1::2].ravel()]).astype(np.int16)
+
+
+def _wide_split(emit: Emit, q: Val) -> Val:
+    order = [4 * quad + i + half for half in (0, 1) for quad in range(8) for i in (0, 2)]
+    return q.trunc(I16).shuffle(order).bits(I8)
+
+
+def wide_split_planes(emit: Emit, q: Val) -> Val:
+    """The arrangement for instructions that multiply bytes."""
+    high, low = (plane.trunc(I8) for plane in split_planes(q))
+    return high.concat(low)
+
+
+def _wide_start_meaning(bias: Array) -> Array:
+    return np.zeros(16, np.int64)
+
+
+def _wide_start(emit: Emit, bias: Val) -> Val:
+    return emit.splat(0, I32, 16)
+
+
+def _wide_dot_meaning(accumulator: Array, w: Array, first: Array, second: Array) -> Array:
+    """int64 [16], int8 [64], int16 [2] (inputs 0, 2), int16 [2] (1, 3) -> int64 [16]."""
+    q = np.array([first[0], second[0], first[1], second[1]], np.int64)
+    return accumulator + w.reshape(16, 4).astype(np.int64) @ q
+
+
+def _wide_dot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val) -> Val:
+    w32 = w.bits(I32)
+    for i, word in enumerate((first, second)):
+        x32 = emit.broadcast(word, 16)
+        accumulator = accumulator + (w32 << (24 - 8 * i)).sar(24) * (x32 << 16).sar(16)
+        accumulator = accumulator + (w32 << (8 - 8 * i)).sar(24) * x32.sar(16)
+    return accumulator
+
+
+def _wide_total_meaning(accumulator: Array) -> Array:
+    return accumulator
+
+
+def _wide_total(emit: Emit, accumulator: Val) -> Val:
+    return accumulator
+
+
+def wide_total_planes(emit: Emit, accumulator: Val) -> Val:
+    """Of an accumulator that holds the sums of the high plane, then those of the low one."""
+    high, low = accumulator.halves()
+    return (high << 8) + low
+
+
+# half_to_float(x): fp16 bits in 16-bit lanes -> float32, exact
+
+
+def _half_to_float_meaning(x: Array) -> Array:
+    """uint16 [16] -> float32 [16]."""
+    return x.view(np.float16).astype(np.float32)
+
+
+def _half_to_float(emit: Emit, x: Val) -> Val:
+    """An fp16's exponent and mantissa are those of a float32 2^112 times smaller, subnormal ones
+    included; NaN and infinity get the exponent bits of their kind."""
+    wide = x.zext(I32)
+    magnitude = (wide & 0x7FFF) << 13
+    value = (magnitude.bits(F32) * 2.0**112).bits(I32)
+    value = (magnitude > 0x0F7FFFFF).select(magnitude | 0x7F800000, value)
+    return (value | ((wide & 0x8000) << 16)).bits(F32)
+
+
+def half_to_float_native(emit: Emit, x: Val) -> Val:
+    """The target's own conversion: FCVTL, or VCVTPH2PS on x86. Subnormal fp16 are kept by both,
+    whatever the control word says."""
+    halves = emit.builder.bitcast(x.ir, ir.VectorType(ir.HalfType(), x.lanes))
+    return Val(emit, emit.builder.fpext(halves, vector(F32, x.lanes)))
+
+
 # pair_dot(accumulator, w, x): accumulator float32 [16]; w and x hold two bf16 in 32 bits. The odd
 # (upper) product is added first, each sum rounded to nearest even: the order of VDPBF16PS. The
 # products are exact in float32 while they are normal, so fused and unfused additions agree.
@@ -153,6 +253,11 @@ OPS: Mapping[str, Op] = MappingProxyType(
             Op("byte_dot", _byte_dot_meaning, _byte_dot),
             Op("byte_dot_bias", _byte_dot_bias_meaning, _byte_dot_bias),
             Op("byte_dot_total", _byte_dot_total_meaning, _byte_dot_total),
+            Op("wide_split", _wide_split_meaning, _wide_split),
+            Op("wide_start", _wide_start_meaning, _wide_start),
+            Op("wide_dot", _wide_dot_meaning, _wide_dot),
+            Op("wide_total", _wide_total_meaning, _wide_total),
+            Op("half_to_float", _half_to_float_meaning, _half_to_float),
             Op("pair_dot", _pair_dot_meaning, _pair_dot, exact=False),
             Op("times_power", _times_power_meaning, _times_power),
         )

@@ -17,7 +17,17 @@ import llvmlite.binding as llvm
 
 from hybrid_moe.cpu_kernels.dsl import amx, neon
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, Val, join, pieces, vector
-from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, Lowering, fused, unpack_pair
+from hybrid_moe.cpu_kernels.dsl.ops import (
+    BYTE_DOT_OFFSET,
+    OPS,
+    WIDE_OFFSET,
+    Lowering,
+    fused,
+    half_to_float_native,
+    unpack_pair,
+    wide_split_planes,
+    wide_total_planes,
+)
 from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
 from hybrid_moe.cpu_kernels.jit.compile import Target
 
@@ -129,6 +139,20 @@ class _Wide:
             )
         return totals[0] + totals[1]
 
+    def wide_dot(self, emit: Emit, accumulator: Val, w: Val, first: Val, second: Val) -> Val:
+        """PMADDWD over 16-bit words: PMADDUBSW would saturate with weights of a whole byte. Shifts
+        widen inputs 0 and 2 of each lane, then 1 and 3."""
+        n = self.bits // 16
+        words = w.bits(I16)
+        for weights, word in (((words << 8).sar(8), first), (words.sar(8), second)):
+            x = emit.broadcast(word, n // 2).bits(I16)
+            parts = pieces(weights, 32 // n)
+            kind = vector(I32, n // 2)
+            accumulator = accumulator + join(
+                [emit.intrinsic(self.pmaddwd, kind, part, x) for part in parts]
+            )
+        return accumulator
+
 
 def _halves_bias(emit: Emit, x: Val) -> Val:
     """The offset of inputs 0, 1 (mod 4) in the lower 16 bits, of inputs 2, 3 in the upper."""
@@ -136,6 +160,27 @@ def _halves_bias(emit: Emit, x: Val) -> Val:
     low = emit.reduce("add", wide.shuffle([i for i in range(x.lanes) if i % 4 < 2]))
     high = emit.reduce("add", wide.shuffle([i for i in range(x.lanes) if i % 4 >= 2]))
     return ((high * -BYTE_DOT_OFFSET) << 16) | ((low * -BYTE_DOT_OFFSET) & 0xFFFF)
+
+
+def _wide_start_planes(emit: Emit, bias: Val) -> Val:
+    """Two accumulators, of the high and of the low plane: the bias is whole in the lower one."""
+    return emit.splat(0, I32, 16).concat(emit.broadcast(bias, 16))
+
+
+def _wide_planes(byte_dot: Lowering) -> dict[str, Lowering]:
+    """Lowerings for tiers whose `byte_dot` sums in 32 bits: weights plus 128 are unsigned bytes."""
+
+    def dot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val) -> Val:
+        high, low = accumulator.halves()
+        unsigned = w + -WIDE_OFFSET
+        return byte_dot(emit, high, unsigned, first).concat(byte_dot(emit, low, unsigned, second))
+
+    return {
+        "wide_split": wide_split_planes,
+        "wide_start": _wide_start_planes,
+        "wide_dot": dot,
+        "wide_total": wide_total_planes,
+    }
 
 
 def _pair_dot_fused(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
@@ -193,6 +238,8 @@ def _wide_lowerings(wide: _Wide) -> dict[str, Lowering]:
         "byte_dot": wide.byte_dot,
         "byte_dot_bias": _halves_bias,
         "byte_dot_total": wide.byte_dot_total,
+        "wide_dot": wide.wide_dot,
+        "half_to_float": half_to_float_native,
         "pair_dot": _pair_dot_fused,
     }
 
@@ -222,7 +269,7 @@ NEON_DOTPROD = Tier(
 
 AVX2 = Tier(
     "avx2",
-    frozenset({"avx2", "fma"}),
+    frozenset({"avx2", "f16c", "fma"}),
     "x86-64-v3",
     vector_bits=256,
     registers=16,
@@ -236,7 +283,7 @@ AVX2_VNNI = Tier(
     vector_bits=256,
     registers=16,
     lowerings={name: OPS[name].lower for name in ("byte_dot_bias", "byte_dot_total")}
-    | {"byte_dot": _byte_dot_avx_vnni},
+    | {"byte_dot": _byte_dot_avx_vnni, **_wide_planes(_byte_dot_avx_vnni)},
     extends=AVX2,
 )
 
@@ -257,7 +304,7 @@ AVX512_VNNI = Tier(
     vector_bits=512,
     registers=32,
     lowerings={name: OPS[name].lower for name in ("byte_dot_bias", "byte_dot_total")}
-    | {"byte_dot": _byte_dot_vnni},
+    | {"byte_dot": _byte_dot_vnni, **_wide_planes(_byte_dot_vnni)},
     extends=AVX512,
 )
 

@@ -13,6 +13,10 @@ is stored as a float32 and as its exponent, of which a tier reads one. The biase
 that makes the weights unsigned. Within each 8 inputs the order is 0 2 4 6 1 3 5 7: the low nibbles
 of a 32-bit word of codes hold the even inputs, the high nibbles the odd ones.
 
+INT8 takes the same integers q, since its codes are integers too. The factor is the step of q,
+2^(e - 13). The 64 bytes hold q as the tier's `wide_dot` reads it, quads in the order of the inputs;
+the lower bias is what undoes the offset of tiers that make the weights unsigned.
+
 A row is [group]. A tile is several tokens that a kernel multiplies by the same weights, stored as
 [group][token]: one stream for any number of tokens, and the inputs of a group never compete for
 one set of the first-level cache, as rows 4096 bytes apart would.
@@ -26,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, I64, Emit, KernelBody, Val
+from hybrid_moe.cpu_kernels.dsl.ops import WIDE_OFFSET, split_planes
 from hybrid_moe.cpu_kernels.jit.record import Record, f32, i8, i32
 from hybrid_moe.formats.strips import GROUP, MOST_BLOCK_TOKENS
 
@@ -65,9 +70,9 @@ def _power_of_two(exponent: Val) -> Val:
     return ((exponent + 127) << 23).bits(F32)
 
 
-def encode_fixed15_group(emit: Emit, x: Val, to: Val) -> None:
-    """Encode 32 float32 that hold bf16 values into the group at address `to`."""
-    group = FIXED15_GROUP
+def _fixed15(emit: Emit, x: Val, to: Val, halved: int) -> Val:
+    """32 float32 that hold bf16 values -> int32 q. Stores the factor, the step of q times
+    2^-halved, and its exponent into the group at address `to`."""
     magnitude = emit.reduce("umax", x.bits(I32) & 0x7FFFFFFF)
     biased = magnitude >> 23
     is_finite = biased < 255
@@ -75,9 +80,19 @@ def encode_fixed15_group(emit: Emit, x: Val, to: Val) -> None:
     shift = -biased + 140  # 13 - e
     half = shift.sar(1)  # 2^shift may exceed float32's range, its two halves do not
     q = (x * _power_of_two(half)) * _power_of_two(shift - half)
-    q = (q + ROUND).bits(I32) - ROUND_BITS
-    low = ((q + 128) & 255) - 128  # -128..127; the rest is a multiple of 256 and high -64..64
-    high = (q - low).sar(8)
+    step = -shift - halved
+    half = step.sar(1)
+    power = _power_of_two(half) * _power_of_two(step - half)
+    nan = emit.splat(0x7FC00000, I32).bits(F32)
+    emit.store(to + FIXED15_GROUP.factor, is_finite.select(power, nan), align=4)
+    emit.store(to + FIXED15_GROUP.exponent, is_finite.select(step.to_float(), nan), align=4)
+    return (q + ROUND).bits(I32) - ROUND_BITS
+
+
+def encode_fixed15_group(emit: Emit, x: Val, to: Val) -> None:
+    """Encode 32 float32 that hold bf16 values into the group at address `to`."""
+    group = FIXED15_GROUP
+    high, low = split_planes(_fixed15(emit, x, to, halved=1))
     for plane, at, bias in (
         (high, group.high, group.high_bias),
         (low, group.low, group.low_bias),
@@ -85,12 +100,15 @@ def encode_fixed15_group(emit: Emit, x: Val, to: Val) -> None:
         lanes = plane.trunc(I8).shuffle(_QUAD_ORDER)
         emit.store(to + at, lanes, align=16)
         emit.store(to + bias, emit.op("byte_dot_bias", lanes), align=4)
-    step = -shift - 1
-    half = step.sar(1)
-    factor = _power_of_two(half) * _power_of_two(step - half)
-    nan = emit.splat(0x7FC00000, I32).bits(F32)
-    emit.store(to + group.factor, is_finite.select(factor, nan), align=4)
-    emit.store(to + group.exponent, is_finite.select(step.to_float(), nan), align=4)
+
+
+def encode_wide_group(emit: Emit, x: Val, to: Val) -> None:
+    """The same for INT8 weights."""
+    group = FIXED15_GROUP
+    q = _fixed15(emit, x, to, halved=0)
+    emit.store(to + group.high, emit.op("wide_split", q), align=16)
+    emit.store(to + group.high_bias, emit.splat(0, I32), align=4)
+    emit.store(to + group.low_bias, emit.reduce("add", q) * -WIDE_OFFSET, align=4)
 
 
 def _store_bf16(emit: Emit, x: Val, to: Val) -> None:
@@ -115,6 +133,7 @@ class Encoding:
 
 
 FIXED15 = Encoding(FIXED15_GROUP.nbytes, encode_fixed15_group)
+WIDE15 = Encoding(FIXED15_GROUP.nbytes, encode_wide_group)
 BF16_PAIRS = Encoding(2 * GROUP, _store_bf16)
 
 BLOCK_SLACK = (MOST_BLOCK_TOKENS - 1) * max(FIXED15.group_bytes, BF16_PAIRS.group_bytes)

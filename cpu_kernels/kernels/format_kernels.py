@@ -10,8 +10,8 @@ from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
 from hybrid_moe.cpu_kernels.dsl.tiles import TileConfig
-from hybrid_moe.cpu_kernels.kernels import dot, order, tile_dot
-from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15, Encoding
+from hybrid_moe.cpu_kernels.kernels import bf16_dot, int8_dot, mxfp4_dot, order, tile_dot
+from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15, WIDE15, Encoding
 from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS
 
@@ -79,25 +79,41 @@ FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
     {
         "MXFP4": FormatKernels(
             encoding=FIXED15,
-            most=order.mxfp4_most,
-            order=order.mxfp4_order,
-            direct=dot.mxfp4_dot,
-            tiled=dot.mxfp4_unpacked_dot,
-            unpack=dot.mxfp4_unpack(BYTE_DOT_OFFSET),
-            unpacked_group_bytes=dot.UNPACKED_GROUP.nbytes,
+            most=order.fixed15_most,
+            order=order.fixed15_order,
+            direct=mxfp4_dot.mxfp4_dot,
+            tiled=mxfp4_dot.mxfp4_unpacked_dot,
+            unpack=mxfp4_dot.mxfp4_unpack(BYTE_DOT_OFFSET),
+            unpacked_group_bytes=mxfp4_dot.UNPACKED_GROUP.nbytes,
             chunk_groups=tuning.MXFP4_CHUNK_GROUPS,
             tile=TileKernels(
-                config=tile_dot.MXFP4_CONFIG,
+                config=tile_dot.FIXED15_CONFIG,
                 dots={16: tile_dot.mxfp4_tile_dot},
-                unpack=dot.mxfp4_unpack(0),
+                unpack=mxfp4_dot.mxfp4_unpack(0),
                 from_tokens=tuning.MXFP4_BLOCKS_FROM,
+            ),
+        ),
+        "INT8": FormatKernels(
+            encoding=WIDE15,
+            most=order.fixed15_most,
+            order=order.fixed15_order,
+            direct=int8_dot.int8_dot,
+            tiled=None,
+            unpack=None,
+            unpacked_group_bytes=0,
+            chunk_groups=tuning.INT8_CHUNK_GROUPS,
+            tile=TileKernels(
+                config=tile_dot.FIXED15_CONFIG,
+                dots={16: tile_dot.int8_tile_dot},
+                unpack=None,
+                from_tokens=tuning.INT8_BLOCKS_FROM,
             ),
         ),
         "BF16": FormatKernels(
             encoding=BF16_PAIRS,
             most=order.bf16_most,
             order=order.bf16_order,
-            direct=dot.bf16_dot,
+            direct=bf16_dot.bf16_dot,
             tiled=None,
             unpack=None,
             unpacked_group_bytes=0,

@@ -5,8 +5,8 @@ registers. Counts below are vectors of 16 lanes; a register holds one (AVX-512),
 quarter of a vector.
 
 A kernel for T tokens keeps a float32 sum in registers for each token and panel. While it sums a
-group of MXFP4 as integers, it also keeps two planes for each token and panel under way. The other
-registers hold a word of codes, the weights looked up from it, inputs and constants.
+group as integers (MXFP4, INT8), it also keeps two planes for each token and panel under way. The
+other registers hold a word of codes, the weights looked up from it, inputs and constants.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def _vectors(registers: int, per_panel: int, reserved: int) -> int:
     return (registers - reserved) // per_panel
 
 
-def mxfp4_most(registers: int, per_panel: int) -> int:
+def fixed15_most(registers: int, per_panel: int) -> int:
     """Tokens of the largest tile: two planes of one panel for each, beside four registers."""
     return max(1, min(TILE_TOKENS, _vectors(registers, per_panel, 4) // 2))
 
 
-def mxfp4_order(tokens: int, registers: int, per_panel: int) -> Order:
+def fixed15_order(tokens: int, registers: int, per_panel: int) -> Order:
     """One word of all four panels, then the next, touches lines in strictly ascending order, and
     the processor's own prefetchers keep up (Zen 4: a prefetch instruction for each line costs 20
     to 25 %). With more tokens the planes of four panels do not fit: panels follow each other, and

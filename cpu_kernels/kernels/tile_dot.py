@@ -8,19 +8,21 @@ tile reaches no token's sums.
 Operands lie in memory as TILELOADD wants them:
 
     A  activations of 16 tokens in one group, as they follow each other in a tile: 80 bytes apart
-       (MXFP4, 32 bytes of one plane each) or 64 (BF16, the whole group)
+       (MXFP4 and INT8, 32 bytes of one plane each) or 64 (BF16, the whole group)
     B  one panel in one group, 256 bytes from row to row, since a row of the strip has four panels:
-       8 rows of unpacked bytes (MXFP4) or 16 rows of packed pairs (BF16)
-    C  16 tokens x 16 rows of weights: sums of BF16 256 bytes apart; those of MXFP4 go to scratch
+       8 rows of bytes (MXFP4: unpacked; INT8: the codes) or 16 rows of packed pairs (BF16)
+    C  16 tokens x 16 rows of weights: sums of BF16 256 bytes apart; integers go to scratch
 
-MXFP4 sums a group in two integer registers, one for each plane of the activations, and scales them
-by vector: exact sums, so the bits are those of `dot`. BF16 sums in the order of `tile_dot_pairs`.
+MXFP4 and INT8 sum a group in two integer registers, one for each plane of the activations, and
+scale them by vector: exact sums, so the bits are those of `group_dot`. BF16 sums in the order of
+`tile_dot_pairs`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.dsl.tiles import (
@@ -32,20 +34,18 @@ from hybrid_moe.cpu_kernels.dsl.tiles import (
     Tiles,
     TileShape,
 )
-from hybrid_moe.cpu_kernels.kernels.dot import (
-    BF16_STRIP,
-    UNPACKED_GROUP,
-    DotArgs,
-    Scale,
-    dot_kernel,
-    unpacked_scale,
-)
+from hybrid_moe.cpu_kernels.kernels.bf16_dot import BF16_STRIP
+from hybrid_moe.cpu_kernels.kernels.dot import DotArgs, dot_kernel
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.epilogue import clear
+from hybrid_moe.cpu_kernels.kernels.group_dot import Scale
+from hybrid_moe.cpu_kernels.kernels.int8_dot import INT8_STRIP, int8_scale
+from hybrid_moe.cpu_kernels.kernels.mxfp4_dot import UNPACKED_GROUP, unpacked_scale
 from hybrid_moe.cpu_kernels.tuning import (
     BF16_BLOCK_AHEAD,
     BF16_CHUNK_GROUPS,
     BLOCK_TURN_TOKENS,
+    INT8_BLOCK_AHEAD,
     SHARE_BYTES,
     UNPACK_GROUPS,
 )
@@ -56,38 +56,42 @@ _B_STRIDE = PANELS * ROW_BYTES
 _WHOLE = TileShape()
 _PLANE = TileShape(ROWS, GROUP)  # 32 int8 inputs of 16 tokens
 _QUADS = TileShape(GROUP // 4, ROW_BYTES)
-MXFP4_CONFIG = TileConfig((_PLANE, _PLANE, _QUADS, _QUADS, _WHOLE, _WHOLE, _WHOLE, _WHOLE))
+FIXED15_CONFIG = TileConfig((_PLANE, _PLANE, _QUADS, _QUADS, _WHOLE, _WHOLE, _WHOLE, _WHOLE))
 BF16_CONFIG = TileConfig((_WHOLE,) * REGISTERS)
 
-_PAIR = 2  # panels of MXFP4 whose planes are in C registers at a time: 2 x 2 of them
+_PAIR = 2  # panels of integers whose planes are in C registers at a time: 2 x 2 of them
 _PLANES = (FIXED15_GROUP.high, FIXED15_GROUP.low)
 
 
-@dot_kernel
-def mxfp4_tile_dot(emit: Emit, args: DotArgs) -> None:
-    """Dot kernel of MXFP4 for up to 16 tokens, from unpacked signed bytes, two panels at a time.
+def _fixed15_tile_dot(
+    emit: Emit,
+    args: DotArgs,
+    group_bytes: int,
+    share: int,
+    scale: Callable[[Emit, Val, int], Scale],
+) -> None:
+    """Dot kernel for up to 16 tokens, from signed bytes [quad][panel][lane][4], two panels at a
+    time. A group of weights takes `group_bytes`; `scale` has the scales of (group, panel). In each
+    group `share` bytes from `ahead` on are prefetched.
 
     Registers: 0-1 A, a plane each; 2-3 B, a panel each; 4-7 C, [panel][plane].
     """
-    tiles = Tiles(emit, MXFP4_CONFIG)
+    tiles = Tiles(emit, FIXED15_CONFIG)
     totals = emit.scratch(2 * _PAIR * REGISTER_BYTES)
     turns = (args.count + (BLOCK_TURN_TOKENS - 1)) & -BLOCK_TURN_TOKENS
     with emit.when(args.begin.equals(0)):
         clear(emit, args.sums, turns)
-    share = SHARE_BYTES // UNPACK_GROUPS
     with emit.loop(args.begin, args.end) as group:
         index = group - args.begin
-        weights = args.codes + index * UNPACKED_GROUP.nbytes
+        weights = args.codes + index * group_bytes
         x = args.x + group * (args.count * FIXED15_GROUP.nbytes)
         for line in range(0, share, LINE):
             emit.prefetch(args.ahead + index * share + line)
         for plane, offset in enumerate(_PLANES):
             tiles.load(plane, x + offset, emit.i64(FIXED15_GROUP.nbytes))
         for first in range(0, PANELS, _PAIR):
-            _mxfp4_products(tiles, weights + ROW_BYTES * first, totals)
-            scales = [
-                unpacked_scale(emit, weights + 64 * panel) for panel in range(first, first + _PAIR)
-            ]
+            _products(tiles, weights + ROW_BYTES * first, totals)
+            scales = [scale(emit, weights, panel) for panel in range(first, first + _PAIR)]
             with emit.loop(0, turns, step=BLOCK_TURN_TOKENS) as turn:
                 for token in (turn + i for i in range(BLOCK_TURN_TOKENS)):
                     _add_scaled(
@@ -99,7 +103,25 @@ def mxfp4_tile_dot(emit: Emit, args: DotArgs) -> None:
                     )
 
 
-def _mxfp4_products(tiles: Tiles, weights: Val, totals: Val) -> None:
+@dot_kernel
+def mxfp4_tile_dot(emit: Emit, args: DotArgs) -> None:
+    """From unpacked bytes; the packed codes of the next chunk are prefetched meanwhile."""
+
+    def scale(emit: Emit, group: Val, panel: int) -> Scale:
+        return unpacked_scale(emit, group + 64 * panel)
+
+    _fixed15_tile_dot(emit, args, UNPACKED_GROUP.nbytes, SHARE_BYTES // UNPACK_GROUPS, scale)
+
+
+@dot_kernel
+def int8_tile_dot(emit: Emit, args: DotArgs) -> None:
+    """From the codes of a strip."""
+    begin = args.codes + INT8_BLOCK_AHEAD
+    args = dataclasses.replace(args, ahead=begin)
+    _fixed15_tile_dot(emit, args, INT8_STRIP.group_bytes, INT8_STRIP.group_bytes, int8_scale)
+
+
+def _products(tiles: Tiles, weights: Val, totals: Val) -> None:
     """totals [panel 2][plane 2][token 16][row 16] int32 = two panels x both planes of a group."""
     emit = tiles.emit
     for p in range(_PAIR):
@@ -125,7 +147,7 @@ def _add_scaled(emit: Emit, totals: Val, encoded: Val, scales: Sequence[Scale], 
         )
         exact = ((high << 8) + low).to_float()
         product = emit.op("times_power", exact, factor, exponent)
-        product = emit.op("times_power", product, scale.power, scale.exponent)
+        product = scale.times(emit, product, by_exponent=True)
         emit.store(sums + 64 * p, emit.load(sums + 64 * p, F32, 16, align=64) + product, align=64)
 
 

@@ -17,7 +17,7 @@ from hybrid_moe.formats.tensors import Matrix
 
 @functools.lru_cache(maxsize=1)
 def _pack_strips() -> Callable[..., int]:
-    kind = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 14)
+    kind = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 15)
     return kind(drivers.addresses()["pack_strips"])
 
 
@@ -48,6 +48,7 @@ def _pack(
         layout.groups,
         layout.words,
         layout.scales,
+        layout.scale_bytes,
         codes0.ctypes.data,
         codes1.ctypes.data,
         codes0.strides[0],

@@ -55,10 +55,10 @@ def unpack_some(
     codes = codes.view(fmt.code_dtype)
     if fmt.scale is None:
         return Matrix(codes)
-    scales = by_group[:, :, layout.code_bytes :]
+    scales = by_group[:, :, layout.code_bytes :].view(fmt.scale.dtype)
     scales = scales.reshape(len(strips), layout.groups, layout.scales, STRIP_ROWS)
     taken = scales[strip, :, :, lane].reshape(len(rows), layout.groups * layout.scales)
-    return Matrix(codes, taken.view(fmt.scale.dtype))
+    return Matrix(codes, taken)
 
 
 def _panels(
@@ -79,10 +79,10 @@ def _panels(
     rows = (S, PANELS, PANEL_ROWS, -1)
     if fmt.scale is None:
         return codes.reshape(rows).view(fmt.code_dtype), None
-    scales = by_group[:, :, layout.code_bytes :]
+    scales = by_group[:, :, layout.code_bytes :].view(fmt.scale.dtype)
     scales = scales.reshape(S, groups, layout.scales, PANELS, PANEL_ROWS)
     scales = np.ascontiguousarray(scales.transpose(0, 3, 4, 1, 2)).reshape(rows)
-    return codes.reshape(rows).view(fmt.code_dtype), scales.view(fmt.scale.dtype)
+    return codes.reshape(rows).view(fmt.code_dtype), scales
 
 
 def _matrix(codes: Array, scales: Array | None, rows: int) -> Matrix:

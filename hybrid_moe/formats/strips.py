@@ -2,17 +2,17 @@
 
 A panel is 16 output rows, a strip four panels: for a down projection rows 64s..64s+63; for gate
 and up, 32 rows of gate and the same 32 rows of up, so that one pass yields both factors of the
-activation of one group of h. Codes are stored as 32-bit words (8 MXFP4 codes, 2 bf16) in the order
-of use, and a group of 32 inputs has its scales right behind its codes:
+activation of one group of h. Codes are stored as 32-bit words (8 MXFP4 codes, 4 INT8 codes, 2
+bf16) in the order of use, and a group of 32 inputs has its scales right behind its codes:
 
     strip = [group][codes [word][panel 4][lane 16] | scales [panel 4][lane 16]]
 
 with `word` running along K. One lane is one output row, so a vector load brings the same inputs
 of 16 rows and no horizontal sum is ever needed. Packing is a transposition of 32-bit words; the
 nibble order inside a word is answered by the order in which activations are encoded. A group is
-whole cache lines (MXFP4: 17, BF16: 64), read in ascending order.
+whole cache lines (MXFP4: 17, INT8: 34, BF16: 64), read in ascending order.
 
-Rows past the last one are zero (scale 2^-127).
+Rows past the last one are zero bits (MXFP4: scale 2^-127; INT8: scale 0).
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ class StripLayout:
         groups: K / 32.
         words: 32-bit words of codes that a row has in a group.
         scales: scales that a row has in a group; 0 where the format has none.
+        scale_bytes: of one scale; 0 likewise.
     """
 
     groups: int
     words: int
     scales: int
+    scale_bytes: int
 
     @property
     def code_bytes(self) -> int:
@@ -60,7 +62,7 @@ class StripLayout:
     @property
     def group_bytes(self) -> int:
         """From one group to the next."""
-        return self.code_bytes + STRIP_ROWS * self.scales
+        return self.code_bytes + STRIP_ROWS * self.scales * self.scale_bytes
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +78,7 @@ def strip_layout(fmt: WeightFormat, K: int) -> StripLayout:
         groups=K // GROUP,
         words=GROUP * fmt.bits // 32,
         scales=0 if fmt.scale is None else GROUP // fmt.group,
+        scale_bytes=0 if fmt.scale is None else fmt.scale.dtype.itemsize,
     )
 
 

@@ -5,8 +5,9 @@ quantizer, the sizes that the packer and the planner use, and (through `cpu_kern
 step that the kernel generator emits. This module is at the bottom of the house: it imports
 nothing of the project.
 
-Sources: OCP Microscaling Formats (MX) v1.0 for E2M1 and E8M0; the tests hold every table against
-`ml_dtypes`.
+Sources: OCP Microscaling Formats (MX) v1.0 for E2M1 and E8M0; ggml's Q8_0 (`block_q8_0` in
+ggml-common.h, `quantize_row_q8_0_ref` in ggml-quants.c) for INT8. The tests hold every table
+against `ml_dtypes`, or the encoder against these sources.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ F32: TypeAlias = npt.NDArray[np.float32]
 
 UE8M0_NAN = 255
 """The one E8M0 byte that is no power of two. A checkpoint that holds it is refused."""
+FP16_INFINITE = np.uint16(0x7C00)
+"""The exponent bits of an fp16 that is NaN or infinite."""
+INT8_MOST = 127
+"""Largest code: codes are symmetric. -128 is no code that the encoder makes, but is decoded."""
 
 E2M1_VALUES: tuple[float, ...] = (
     0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
@@ -40,13 +45,13 @@ class ScaleType:
         name: name used in messages.
         dtype: NumPy dtype of a stored scale.
         decode: stored scales -> float32 factors, same shape.
-        invalid: a stored value that has no finite factor, or None.
+        invalid: stored scales -> mask of those that have no finite factor.
     """
 
     name: str
     dtype: np.dtype[Any]
     decode: Callable[[Array], F32]
-    invalid: int | None = None
+    invalid: Callable[[Array], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,46 @@ def _round_e2m1(magnitudes: F32) -> tuple[npt.NDArray[np.uint8], F32]:
     return codes, np.square(values[codes] - magnitudes).sum(axis=-1)
 
 
-UE8M0 = ScaleType("ue8m0", np.dtype(np.uint8), ue8m0_to_float, invalid=UE8M0_NAN)
+def _encode_int8(w: F32) -> tuple[Array, Array | None]:
+    """ggml's Q8_0, bit for bit: d = max / 127 in float32, codes round(x * (1 / d)) with ties away
+    from zero, and d stored as fp16.
+
+    Maxima below about 127 * 2^-25 have a d of zero in fp16, so their group becomes zeros; those of
+    about 127 * 2^-14 have fewer bits in d. Where 1 / d is infinite too (max below 2^-121), ggml's
+    codes are undefined, and these are 0.
+    """
+    N, K = w.shape
+    if K % 32:
+        raise ValueError(f"rows of {K} weights are no multiple of INT8's group of 32")
+    groups = np.asarray(w, np.float32).reshape(N, K // 32, 32)
+    maxima = np.abs(groups).max(axis=-1)
+    if not np.isfinite(maxima).all():
+        raise ValueError("a weight is NaN or infinite, which INT8 cannot hold")
+    steps = maxima / np.float32(INT8_MOST)
+    with np.errstate(over="ignore", divide="ignore"):
+        scales = steps.astype(np.float16)
+        inverse = np.float32(1) / steps
+    if not np.isfinite(scales).all():
+        raise ValueError(
+            f"a weight has magnitude {maxima.max():.4g}, beyond what fp16 scales of INT8 reach "
+            f'(127 * 65504 = 8.3e6): keep such a matrix in "BF16"'
+        )
+    inverse[np.isinf(inverse)] = 0
+    scaled = groups * inverse[..., None]
+    magnitudes = np.abs(scaled)
+    whole = np.floor(magnitudes)
+    whole += magnitudes - whole >= np.float32(0.5)
+    codes = np.copysign(whole, scaled, out=whole).astype(np.int8)
+    return codes.reshape(N, K), scales
+
+
+UE8M0 = ScaleType("ue8m0", np.dtype(np.uint8), ue8m0_to_float, lambda s: s == UE8M0_NAN)
+FP16 = ScaleType(
+    "fp16",
+    np.dtype(np.float16),
+    lambda s: s.astype(np.float32),
+    lambda s: (s.view(np.uint16) & FP16_INFINITE) == FP16_INFINITE,
+)
 
 MXFP4 = WeightFormat(
     name="MXFP4",
@@ -204,7 +248,17 @@ BF16 = WeightFormat(
     encode=lambda w: (f32_to_bf16(w), None),
 )
 
-FORMATS: Mapping[str, WeightFormat] = MappingProxyType({f.name: f for f in (MXFP4, BF16)})
+INT8 = WeightFormat(
+    name="INT8",
+    bits=8,
+    code_dtype=np.dtype(np.int8),
+    group=32,
+    scale=FP16,
+    decode_codes=lambda codes: codes.astype(np.float32),
+    encode=_encode_int8,
+)
+
+FORMATS: Mapping[str, WeightFormat] = MappingProxyType({f.name: f for f in (MXFP4, INT8, BF16)})
 """Every format by its `method` name. A new format is a new row here and a row in the tests."""
 
 

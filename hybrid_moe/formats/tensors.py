@@ -88,10 +88,11 @@ def check_matrix(matrix: Matrix, fmt: WeightFormat, N: int, K: int) -> None:
                 f"{scales_where}: {fmt.scale.name} scales must be {fmt.scale.dtype}, "
                 f"these are {scales.dtype}"
             )
-        if fmt.scale.invalid is not None and bool((scales == fmt.scale.invalid).any()):
+        invalid = fmt.scale.invalid(scales)
+        if invalid.any():
             raise CheckpointError(
-                f"{scales_where}: a {fmt.scale.name} scale is {fmt.scale.invalid} (NaN); "
-                "the checkpoint is damaged"
+                f"{scales_where}: a {fmt.scale.name} scale is {scales[invalid][0]}, which is no "
+                "finite number; the checkpoint is damaged"
             )
     if bias is not None and bias.shape != (N,):
         raise CheckpointError(f"{where}: bias of shape {tuple(bias.shape)}, expected ({N},)")

@@ -25,8 +25,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Run = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, int | None], torch.Tensor]
-"""Runs a layer: (layer, hidden, ids, weights, CUDA stream or None)."""
+Run = Callable[..., torch.Tensor]
+"""Runs a layer: (layer, *what its operator was given but the handle). For `experts` that is hidden,
+ids, weights, CUDA stream or None."""
 
 _layers: dict[int, tuple[weakref.ReferenceType[Any], Run]] = {}
 
@@ -38,13 +39,14 @@ class Handle:
 
     Attributes:
         value: the integer that a graph holds.
+        run: what it was made with.
     """
 
     def __init__(self, layer: Any, run: Run) -> None:
         value = secrets.randbits(62)
         while value in _layers:
             value = secrets.randbits(62)
-        self.value = value
+        self.value, self.run = value, run
         _layers[value] = (weakref.ref(layer, lambda _: _layers.pop(value, None)), run)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -110,7 +112,8 @@ def experts(
     return output
 
 
-def _find(handle: int) -> tuple[Any, Run]:
+def find(handle: int) -> tuple[Any, Run]:
+    """The layer under `handle`, and what runs it. Raises RuntimeError if there is none."""
     reference, run = _layers.get(handle, (None, None))
     layer = None if reference is None else reference()
     if layer is None or run is None:
@@ -134,7 +137,7 @@ def _experts(
     handle: int,
     cuda_stream: int | None = None,
 ) -> torch.Tensor:
-    layer, run = _find(handle)
+    layer, run = find(handle)
     return run(layer, hidden, ids, weights, cuda_stream).contiguous()
 
 
@@ -166,7 +169,7 @@ def _(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like)
 
 
-NO_GRADIENT = "experts that run through hybrid_moe have no gradient: inference only"
+NO_GRADIENT = "layers that run through hybrid_moe have no gradient: inference only"
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -14,14 +14,18 @@ from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats.table import BF16, MXFP4, WeightFormat
+from hybrid_moe.formats.table import BF16, INT8, MXFP4, WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from tests.reference import FIXED_POINT_ERROR, Evaluation, evaluate
 
 Array = npt.NDArray[Any]
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-ACTIVATION_ERROR = {MXFP4.name: FIXED_POINT_ERROR, BF16.name: 0.0}
+ACTIVATION_ERROR = {
+    MXFP4.name: FIXED_POINT_ERROR,
+    INT8.name: FIXED_POINT_ERROR,
+    BF16.name: 0.0,
+}
 """Format -> what its encoding of activations may lose (kernels/encode.py)."""
 
 
@@ -50,6 +54,9 @@ def decode(fmt: WeightFormat, matrix: Matrix) -> npt.NDArray[np.float64]:
     """The matrix in float64, written apart from the project's own dequantizer."""
     if fmt.name == BF16.name:
         return from_bf16(matrix.codes)
+    if fmt.name == INT8.name:
+        assert matrix.scales is not None
+        return matrix.codes.astype(np.float64) * np.repeat(matrix.scales.astype(np.float64), 32, 1)
     assert fmt.name == MXFP4.name and matrix.scales is not None
     nibbles = np.stack([matrix.codes & 15, matrix.codes >> 4], axis=-1)
     nibbles = nibbles.reshape(len(matrix.codes), -1)
@@ -64,6 +71,10 @@ def random_matrix(
     b = rng.standard_normal(N).astype(np.float32) if bias else None
     if fmt.name == BF16.name:
         return Matrix(to_bf16(rng.standard_normal((N, K)) / np.sqrt(K)), None, b)
+    if fmt.name == INT8.name:  # -128 too, which no encoder makes, and scales of both signs
+        int8 = rng.integers(-128, 128, (N, K)).astype(np.int8)
+        steps = rng.choice([-1, 1], (N, K // 32)) * 2.0 ** rng.uniform(-9, -5, (N, K // 32))
+        return Matrix(int8, (steps / np.sqrt(K)).astype(np.float16), b)
     codes = rng.integers(0, 256, (N, K // 2), dtype=np.uint8)
     scales = rng.integers(-3, 2, (N, K // 32)) - round(np.log2(K) / 2) + 127
     return Matrix(codes, scales.astype(np.uint8), b)
@@ -74,6 +85,9 @@ def integer_matrix(fmt: WeightFormat, rng: np.random.Generator, N: int, K: int) 
     with small integers exactly, in any order."""
     if fmt.name == BF16.name:
         return Matrix(to_bf16(rng.integers(-12, 13, (N, K)) / 2), None)
+    if fmt.name == INT8.name:
+        int8 = rng.integers(-24, 25, (N, K)).astype(np.int8)
+        return Matrix(int8, rng.choice([0.25, 0.5, -0.5], (N, K // 32)).astype(np.float16))
     codes = rng.integers(0, 256, (N, K // 2), dtype=np.uint8)
     return Matrix(codes, rng.integers(126, 129, (N, K // 32)).astype(np.uint8))
 

@@ -10,6 +10,7 @@ import torch
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+from hybrid_moe.formats.strips import packed_nbytes
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec, expert_tensors
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
@@ -82,6 +83,11 @@ def new_layer(spec: ExpertsSpec, options: ExpertsOptions) -> ExpertLayer:
     )
     layer.allocate(np.ones(spec.num_experts, dtype=np.bool_), biases=spec.biased)
     return layer
+
+
+def experts_nbytes(spec: ExpertsSpec, fmt: WeightFormat) -> int:
+    """Bytes that the strips of a module's experts take."""
+    return spec.num_experts * packed_nbytes(fmt, spec.hidden, spec.intermediate)
 
 
 def fill(layer: ExpertLayer, module: torch.nn.Module, spec: ExpertsSpec, fmt: WeightFormat) -> None:

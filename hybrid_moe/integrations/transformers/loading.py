@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.integrations.transformers.dense.dense_loading import CheckpointLayers
 from hybrid_moe.integrations.transformers.experts_module import (
     ExpertsSpec,
     experts_spec,
@@ -121,12 +122,15 @@ def load_experts(source: LayerSource, module: HybridExperts, options: ExpertsOpt
     )
 
 
-def load_skeleton(checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> Any:
+def load_skeleton(
+    checkpoint: Checkpoint, kwargs: Mapping[str, Any], dense: CheckpointLayers | None = None
+) -> Any:
     """The model of a checkpoint with all of its weights but the experts', which are empty.
 
     Args:
         checkpoint: a directory in Transformers' layout, whose experts are in formats of ours.
         kwargs: for Transformers' `from_pretrained`.
+        dense: takes dense layers too, which are empty as well; None for none.
 
     Raises:
         CheckpointError: a tensor is missing, has no place in the model, or has another shape.
@@ -139,7 +143,9 @@ def load_skeleton(checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> Any:
     original = model_class(config, directory, trust["trust_remote_code"])
     config = _config_of(original, config)
     drop_experts_quantization(config, only_experts=rest_is_plain(checkpoint))
-    hybrid = _with_hybrid_experts(original, checkpoint.drafts.patterns)
+    if dense is not None:
+        dequantize_fp8(config)
+    hybrid = _with_hybrid_experts(original, checkpoint.drafts.patterns, dense)
     model, info = hybrid.from_pretrained(
         directory,
         config=config,
@@ -224,18 +230,36 @@ def drop_experts_quantization(config: Any, *, only_experts: bool) -> None:
         config.quantization_config = {**as_dict, "modules_to_not_convert": [*skipped, ".experts"]}
 
 
-def _with_hybrid_experts(original: Any, unread: Iterable[str]) -> Any:
-    """`original` with experts modules replaced at the end of its construction, and keys that these
-    patterns match left unread."""
+def dequantize_fp8(config: Any) -> None:
+    """Let Transformers dequantise whatever FP8 weights it loads, in place: beside dense layers that
+    are held in BF16, on a machine with a GPU too."""
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
+        config.quantization_config = {**quantization, "dequantize": True}
+
+
+def _with_hybrid_experts(
+    original: Any, unread: Iterable[str], dense: CheckpointLayers | None
+) -> Any:
+    """`original` with experts modules, and layers that `dense` takes, replaced at the end of its
+    construction, and keys that these patterns match left unread."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original.__init__(self, config, *args, **kwargs)
         names = swap(self)
+        if dense is not None:
+            dense.swap(self, {name: experts.spec for name, experts in names.items()})
         # Keys of the checkpoint below an experts module belong to the loaders: neither read nor
         # reported. The model's prefix is optional, as published checkpoints may lack it.
         below = [rf"(^|\.){re.escape(_without_prefix(self, name))}\." for name in names]
         ignored = set(self._keys_to_ignore_on_load_unexpected or ())
         self._keys_to_ignore_on_load_unexpected = ignored | set(below) | set(unread)
+
+    def _adjust_missing_and_unexpected_keys(self: Any, info: Any) -> None:
+        if dense is not None:
+            prefix = self.base_model_prefix
+            info.unexpected_keys = {k for k in info.unexpected_keys if not dense.owns(k, prefix)}
+        original._adjust_missing_and_unexpected_keys(self, info)
 
     # Transformers reads the source of a model's module, and messages name the class
     return type(
@@ -243,6 +267,7 @@ def _with_hybrid_experts(original: Any, unread: Iterable[str]) -> Any:
         (original,),
         {
             "__init__": __init__,
+            "_adjust_missing_and_unexpected_keys": _adjust_missing_and_unexpected_keys,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             LOADS_EXPERTS: True,

@@ -6,13 +6,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from hybrid_moe.formats.table import WeightFormat, format_named
+from hybrid_moe.formats.table import FORMATS, WeightFormat, format_named
 
 if TYPE_CHECKING:
     from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 
 ATTRIBUTE = "hybrid_moe_options"
 """Attribute of a model's config that holds the options of `experts_implementation="hybrid_moe"`."""
+
+DENSE_TORCH = "torch"
+"""The choice of `dense` that leaves the linear layers beside the experts to torch."""
+
+
+def dense_format(dense: str) -> WeightFormat | None:
+    """The format in which dense layers are held; None for "torch".
+
+    Args:
+        dense: name of a weight format in any case ("bf16", ...), or "torch".
+
+    Raises:
+        ValueError: neither; the message lists the choices.
+    """
+    if dense == DENSE_TORCH:
+        return None
+    fmt = FORMATS.get(str(dense).upper())
+    if fmt is None:
+        choices = ", ".join([*(name.lower() for name in FORMATS), DENSE_TORCH])
+        raise ValueError(f"dense is {dense!r}: choices are {choices}")
+    return fmt
 
 
 @dataclass(frozen=True)

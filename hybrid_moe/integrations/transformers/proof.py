@@ -6,7 +6,7 @@ Attributes suggest a formula; `_apply_gate` runs on a grid of values and must ag
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -24,19 +24,40 @@ def recognise_activation(
     apply_gate = getattr(module, "_apply_gate", None)
     if apply_gate is None:
         raise NotImplementedError(f"{where}: the class has no _apply_gate to read its activation")
-    candidates = list(_candidates(module))
-    gate, up = _probes({c.limit for c in candidates})
-    halves = [gate, up]
-    gate_up = torch.cat(halves) if concatenated else torch.stack(halves, dim=-1).flatten()
-    with torch.no_grad():
-        computed = apply_gate(gate_up[None])[0]
-    for activation in candidates:
-        if torch.allclose(computed, _swiglu(gate, up, activation), rtol=1e-5, atol=1e-30):
-            return activation
+
+    def apply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        halves = [gate, up]
+        gate_up = torch.cat(halves) if concatenated else torch.stack(halves, dim=-1).flatten()
+        computed: torch.Tensor = apply_gate(gate_up[None])[0]
+        return computed
+
+    activation = agreeing_activation(module, apply)
+    if activation is not None:
+        return activation
     raise NotImplementedError(
         f"{where}: its activation is not one of silu(gate) * up, the same with both clamped, "
         "and clamped gate * sigmoid(alpha * gate) * (up + 1)"
     )
+
+
+def agreeing_activation(
+    module: torch.nn.Module, apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
+) -> Activation | None:
+    """The `Activation` that `module`'s attributes suggest and that equals `apply` on `_probes`.
+
+    Args:
+        apply: (gate, up), float32 [N] each -> [N]; None where it cannot be applied.
+    """
+    candidates = list(_candidates(module))
+    gate, up = _probes({c.limit for c in candidates})
+    with torch.no_grad():
+        computed = apply(gate, up)
+    if computed is None:
+        return None
+    for activation in candidates:
+        if torch.allclose(computed, _swiglu(gate, up, activation), rtol=1e-5, atol=1e-30):
+            return activation
+    return None
 
 
 def _candidates(module: torch.nn.Module) -> Iterator[Activation]:

@@ -11,14 +11,13 @@ import logging
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from tqdm import tqdm
 
 from hybrid_moe.formats.table import BF16, chosen_format
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.integrations.transformers.guard import NAME, guard
-from hybrid_moe.integrations.transformers.options import ExpertsOptions
+from hybrid_moe.integrations.transformers.options import ExpertsOptions, dense_format
 from hybrid_moe.loaders.find_model import find_model
 
 if TYPE_CHECKING:
@@ -81,20 +80,24 @@ def offload(
     threads: int | None = None,
     pools: int | None = None,
     *,
+    dense: str = "bf16",
     progress: bool = True,
 ) -> Model:
-    """Move the routed experts of a loaded model into packed strips, layer by layer.
+    """Move the routed experts and the linear layers of a loaded model into packed strips.
 
     Each experts module is replaced by a `HybridExperts` without parameters, which frees its
-    memory: `state_dict()` lacks the experts from then on and `save_pretrained` raises.
-    Weights in another format than `method` are quantised (BF16 to MXFP4: nearest, see
-    `WeightFormat.encode`). Inference only.
+    memory: `state_dict()` lacks the experts from then on. Linear layers (attention's projections,
+    shared experts, the output layer) become `HybridLinear`s, gated MLPs `HybridMLP`s; see
+    `dense.choose` for which. Weights in another format than `method` and `dense` are quantised
+    (nearest, see `WeightFormat.encode`). Inference only.
 
     Args:
         model: a Transformers model with experts on any device (not meta).
         method: weight format of the strips.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
+        dense: weight format of linear layers ("bf16", "int8", "mxfp4"), or "torch" to leave them
+            as they are.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -112,9 +115,15 @@ def offload(
         find_experts,
         refuse_adapters,
     )
-    from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts, fill
+    from hybrid_moe.integrations.transformers.hybrid_experts import (
+        HybridExperts,
+        experts_nbytes,
+        fill,
+    )
     from hybrid_moe.integrations.transformers.loading import replace_module
+    from hybrid_moe.integrations.transformers.packing_bar import PackingBar
 
+    dense_fmt = dense_format(dense)
     options = _checked(method, threads, pools)
     found = find_experts(model)
     refuse_adapters(model, found)
@@ -124,17 +133,25 @@ def offload(
             raise ValueError(
                 f"{specs[name].where} is on the meta device: it has no weights to move"
             )
-    for name in tqdm(
-        list(found), desc="Packing experts", unit="layer", disable=None if progress else True
-    ):
-        experts = HybridExperts(specs[name])
-        fill(experts.allocate(options), found.pop(name), specs[name], options.fmt)
-        replace_module(model, name, experts)
+    with PackingBar("Packing weights", progress) as bar:
+        bar.expect(sum(experts_nbytes(spec, options.fmt) for spec in specs.values()))
+        for name, spec in specs.items():
+            experts = HybridExperts(spec)
+            fill(experts.allocate(options), found.pop(name), spec, options.fmt)
+            replace_module(model, name, experts)
+            bar.add(experts_nbytes(spec, options.fmt))
+        if dense_fmt is not None:
+            from hybrid_moe.integrations.transformers.dense.dense_loading import (
+                DenseOptions,
+                offload_dense,
+            )
+
+            offload_dense(model, specs, DenseOptions(dense_fmt, options.pool_config()), bar)
     register()
     select = getattr(model, "set_experts_implementation", None)
     if select is not None:
         select(NAME)
-    _refuse_saving(model)
+    _save_from_strips(model)
     return model
 
 
@@ -144,13 +161,15 @@ def from_pretrained(
     threads: int | None = None,
     pools: int | None = None,
     *,
+    dense: str = "bf16",
     progress: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """Load a causal language model with its routed experts in packed strips.
+    """Load a causal language model with its routed experts and linear layers in packed strips.
 
-    Experts go from the checkpoint's files straight into the strips, so the memory needed is that
-    of the packed experts and of everything else, once. `state_dict()` lacks the experts.
+    Both go from the checkpoint's files straight into the strips, so the memory needed is that of
+    what is packed and of everything else, once. `state_dict()` lacks the experts. See `offload`
+    for what becomes of the linear layers.
 
     Args:
         directory: a checkpoint in Transformers' layout, or in its family's published one; or the
@@ -159,6 +178,9 @@ def from_pretrained(
             stores, layer by layer. BF16 experts are quantised while loading if it is another.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
+        dense: weight format of linear layers ("bf16", "int8", "mxfp4"; F16 and F32 are rounded and
+            FP8 is dequantised on the way), or "torch" to leave them to Transformers, as where they
+            are on another device than the CPU or are quantised by it.
         progress: show a progress bar on stderr.
         **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...; `variant`
             and `subfolder` choose the files of experts too).
@@ -175,14 +197,17 @@ def from_pretrained(
         open_checkpoint,
         take_subfolder,
     )
-    from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
+    from hybrid_moe.integrations.transformers.dense.dense_loading import DenseOptions, dense_layers
+    from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts, experts_nbytes
     from hybrid_moe.integrations.transformers.loading import (
         experts_source,
         load_experts,
         load_skeleton,
     )
+    from hybrid_moe.integrations.transformers.packing_bar import PackingBar
     from hybrid_moe.loaders.model_config import ModelConfig
 
+    dense_fmt = dense_format(dense)
     path = check_directory(take_subfolder(directory, kwargs))
     if "experts_implementation" in kwargs:
         raise ValueError(
@@ -202,16 +227,24 @@ def from_pretrained(
     options = _checked((chosen or BF16).name, threads, pools)
     register()
     try:
-        model = load_skeleton(checkpoint, kwargs)
+        layers = None
+        if dense_fmt is not None:
+            layers = dense_layers(
+                checkpoint, DenseOptions(dense_fmt, options.pool_config()), kwargs
+            )
+        model = load_skeleton(checkpoint, kwargs, layers)
         experts = {n: m for n, m in model.named_modules() if isinstance(m, HybridExperts)}
         sources = [experts_source(stored, checkpoint, n, m.spec) for n, m in experts.items()]
-        pairs = zip(sources, experts.values(), strict=True)
-        for source, module in tqdm(
-            pairs, "Loading experts", len(sources), unit="layer", disable=None if progress else True
-        ):
-            method = (chosen or source.format).name
-            load_experts(source, module, replace(options, method=method))
-        _refuse_saving(model)
+        with PackingBar("Loading weights", progress) as bar:
+            for source, module in zip(sources, experts.values(), strict=True):
+                bar.expect(experts_nbytes(module.spec, chosen or source.format))
+            if layers is not None:
+                layers.load(model, {n: m.spec for n, m in experts.items()}, bar)
+            for source, module in zip(sources, experts.values(), strict=True):
+                fmt = chosen or source.format
+                load_experts(source, module, replace(options, method=fmt.name))
+                bar.add(experts_nbytes(module.spec, fmt))
+        _save_from_strips(model)
     finally:
         checkpoint.close()
     return model
@@ -242,14 +275,9 @@ def _checked(method: str, threads: int | None, pools: int | None) -> ExpertsOpti
     return ExpertsOptions(options.fmt.name, threads, pools)
 
 
-def _refuse_saving(model: Any) -> None:
-    """`save_pretrained` would write a checkpoint without experts, and say nothing."""
+def _save_from_strips(model: Any) -> None:
+    """Transformers' own `save_pretrained` would write a checkpoint without what is packed."""
+    from hybrid_moe.integrations.transformers.dense.saving import save_pretrained
+
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = _cannot_save
-
-
-def _cannot_save(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError(
-        "the experts of this model are packed and would be missing from what is saved: save it "
-        "before offload, or use `hybrid-moe convert` to write a checkpoint with quantised experts"
-    )
+        model.save_pretrained = MethodType(save_pretrained, model)

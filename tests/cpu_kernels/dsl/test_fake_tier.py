@@ -17,7 +17,7 @@ from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, Val
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, Lowering, fused, unpack_pair
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE, Tier
 from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
-from hybrid_moe.cpu_kernels.kernels.order import mxfp4_most
+from hybrid_moe.cpu_kernels.kernels.order import fixed15_most
 from hybrid_moe.formats.table import FORMATS, WeightFormat
 from tests.cpu_kernels.cases import Case, from_bf16, random_batch
 from tests.cpu_kernels.kernels.test_kernels import check_dot_kernels
@@ -54,6 +54,43 @@ def _byte_dot_total(emit: Emit, high: Val, low: Val) -> Val:
     return -((high << 6) + low.sar(2))
 
 
+# An accumulator of wide dots: the sums of the low plane, then those of the high one, negative. The
+# activations lie in planes, as a tier with a matrix unit must keep them.
+
+
+def _wide_split(emit: Emit, q: Val) -> Val:
+    """The low plane is q's lower byte, and a borrow makes it signed."""
+    low = (q << 24).sar(24)
+    return ((q - low) >> 8).trunc(I8).concat(low.trunc(I8))
+
+
+def _wide_start(emit: Emit, bias: Val) -> Val:
+    return emit.splat(0, I32, 32)
+
+
+def _wide_dot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val) -> Val:
+    """The last product first, the low plane first."""
+    w32 = w.bits(I32).concat(w.bits(I32))
+    x32 = emit.broadcast(second, 16).concat(emit.broadcast(first, 16))
+    for i in (3, 2, 1, 0):
+        accumulator = accumulator - (w32 << (24 - 8 * i)).sar(24) * (x32 << (24 - 8 * i)).sar(24)
+    return accumulator
+
+
+def _wide_total(emit: Emit, accumulator: Val) -> Val:
+    low, high = accumulator.halves()
+    return -(low + high * 256)
+
+
+def _half_to_float(emit: Emit, x: Val) -> Val:
+    """Normal and subnormal numbers apart; the tests have no others."""
+    wide = x.zext(I32)
+    exponent, mantissa = (wide >> 10) & 31, wide & 1023
+    normal = (((exponent + 112) << 23) | (mantissa << 13)).bits(F32)
+    value = exponent.equals(0).select(mantissa.to_float() * 2.0**-24, normal)
+    return (value.bits(I32) | ((wide >> 15) << 31)).bits(F32)
+
+
 def _pair_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     """Eight rows at a time."""
     (w0, w1), (x0, x1) = unpack_pair(w), unpack_pair(emit.broadcast(x, 16))
@@ -76,6 +113,13 @@ _DOTS = {
         *("lookup_low4", "byte_dot", "byte_dot_bias", "byte_dot_total", "times_power"),
     },
     ("MXFP4", True): {"byte_dot", "tile_dot_bytes", "tile_configure", "tile_release"},
+    ("INT8", False): {
+        *("wide_split", "wide_start", "wide_dot", "wide_total", "half_to_float", "times_power"),
+    },
+    ("INT8", True): {
+        *("wide_split", "wide_dot", "half_to_float", "tile_dot_bytes", "tile_configure"),
+        "tile_release",
+    },
     ("BF16", False): {"pair_dot"},
     ("BF16", True): {"tile_dot_pairs", "tile_configure", "tile_release"},
 }
@@ -87,6 +131,11 @@ _LOWERINGS: dict[str, Lowering] = {
     "byte_dot": _byte_dot,
     "byte_dot_bias": _byte_dot_bias,
     "byte_dot_total": _byte_dot_total,
+    "wide_split": _wide_split,
+    "wide_start": _wide_start,
+    "wide_dot": _wide_dot,
+    "wide_total": _wide_total,
+    "half_to_float": _half_to_float,
     "pair_dot": _pair_dot,
     "times_power": _times_power,
 }
@@ -131,7 +180,7 @@ def test_a_new_tier_is_one_row(
 ) -> None:
     used: Counter[str] = Counter()
     fake = _fake(vector_bits, registers, tiles, used)
-    assert mxfp4_most(fake.registers, fake.registers_per_panel) == most
+    assert fixed15_most(fake.registers, fake.registers_per_panel) == most
     check_dot_kernels(fmt, fake)
     case = Case.random(fmt, 96, 64, bias=True)
     layer, portable = case.layer(fake), case.layer(PORTABLE)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, Val
-from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, Val
+from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, WIDE_OFFSET
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, available_tiers
 from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
 from tests.cpu_kernels.emulation import RUNNABLE
@@ -67,6 +67,21 @@ def _byte_dots(emit: Emit, w: Val, x: Val, biases: Val, out: Val) -> None:
     emit.store(out + 128, emit.op("byte_dot_total", total, total))
 
 
+def _wide_dots(emit: Emit, w: Val, q: Val, split: Val, out: Val) -> None:
+    """A group: split, start, 8 wide_dots, total."""
+    values = emit.load(q, I32, 32)
+    emit.store(split, emit.op("wide_split", values))
+    total = emit.op("wide_start", emit.reduce("add", values) * -WIDE_OFFSET)
+    for quad in range(8):
+        first, second = (emit.load(split + (at + 4 * quad), I32) for at in (0, 32))
+        total = emit.op("wide_dot", total, emit.load(w + 64 * quad, I8, 64), first, second)
+    emit.store(out, emit.op("wide_total", total))
+
+
+def _half_to_float(emit: Emit, x: Val, out: Val) -> None:
+    emit.store(out, emit.op("half_to_float", emit.load(x, I16, 16)))
+
+
 def _pair_dot(emit: Emit, accumulator: Val, w: Val, x: Val, out: Val) -> None:
     old, weights = emit.load(accumulator, F32, 16), emit.load(w, I32, 16)
     emit.store(out, emit.op("pair_dot", old, weights, emit.load(x, I32)))
@@ -81,6 +96,8 @@ _KERNELS: Mapping[str, tuple[Callable[..., None], int]] = {
     "lookup16": (_lookup16, 2),
     "lookup_low4": (_lookup_low4, 2),
     "byte_dot": (_byte_dots, 4),
+    "wide_dot": (_wide_dots, 4),
+    "half_to_float": (_half_to_float, 2),
     "pair_dot": (_pair_dot, 4),
     "times_power": (_times_power, 4),
 }
@@ -93,7 +110,8 @@ def _kernel(op: str, name: str) -> Callable[..., None]:
 
 
 def test_every_op_is_tested() -> None:
-    family = {"byte_dot_bias", "byte_dot_total"}  # tested together with byte_dot
+    # tested together with byte_dot and wide_dot
+    family = {"byte_dot_bias", "byte_dot_total", "wide_split", "wide_start", "wide_total"}
     assert set(OPS) == set(_KERNELS) | family, "a new op needs a test here"
 
 
@@ -164,6 +182,45 @@ def test_byte_dot(name: str, seed: int, sparse: bool) -> None:
     if sparse:  # aligned signs: sums near the ends, where 16-bit halves would overflow
         w = np.where(rng.random((16, 32)) < 0.8, np.where(x > 0, 24, 0), w).astype(np.uint8)
     _check_byte_dots(name, _as_quads(w), x)
+
+
+def _check_wide_dots(name: str, w: Array, q: Array) -> None:
+    out, split = np.zeros(16, np.int32), np.zeros(64, np.uint8)
+    _kernel("wide_dot", name)(w, q, split, out)
+    expected = w.astype(np.int64).transpose(1, 0, 2).reshape(16, 32) @ q
+    assert np.array_equal(out, expected)
+    words = OPS["wide_split"].meaning(q).reshape(2, 8, 2)
+    meant: Array = OPS["wide_start"].meaning(np.int32(0))
+    for quad in range(8):
+        meant = OPS["wide_dot"].meaning(meant, w[quad], *words[:, quad])
+    assert np.array_equal(OPS["wide_total"].meaning(meant), expected)
+
+
+@TierNames
+@pytest.mark.parametrize("q", [-16320, -129, -128, 0, 127, 128, 16320])
+@pytest.mark.parametrize("w", [-128, -127, 0, 127])
+def test_wide_dot_at_the_ends_of_its_range(name: str, w: int, q: int) -> None:
+    _check_wide_dots(name, np.full((8, 16, 4), w, np.int8), np.full(32, q, np.int32))
+
+
+@TierNames
+@given(seed=st.integers(0, 2**32 - 1), aligned=st.booleans())
+def test_wide_dot(name: str, seed: int, aligned: bool) -> None:
+    rng = np.random.default_rng(seed)
+    w = rng.integers(-128, 128, (16, 32)).astype(np.int8)
+    q = rng.integers(-16320, 16321, 32).astype(np.int32)
+    if aligned:  # signs alike: sums near the ends, which no byte product with saturation reaches
+        w = np.where(rng.random((16, 32)) < 0.8, np.where(q > 0, 127, -128), w).astype(np.int8)
+    _check_wide_dots(name, _as_quads(w), q)
+
+
+@TierNames
+def test_half_to_float(name: str) -> None:
+    """Every fp16: subnormal ones, and a NaN stays one."""
+    for x in np.arange(1 << 16, dtype=np.uint16).reshape(-1, 16):
+        out = np.zeros(16, np.float32)
+        _kernel("half_to_float", name)(x, out)
+        _assert_same_floats(out, OPS["half_to_float"].meaning(x))
 
 
 def _random_bf16(rng: np.random.Generator, n: int, spread: int) -> Array:

@@ -33,8 +33,8 @@ from hybrid_moe.cpu_kernels.jit.record import (
     u8,
 )
 from hybrid_moe.cpu_kernels.jit.translate import translate
-from hybrid_moe.cpu_kernels.kernels.dot import UnpackedGroup
 from hybrid_moe.cpu_kernels.kernels.encode import Fixed15Group
+from hybrid_moe.cpu_kernels.kernels.mxfp4_dot import UnpackedGroup
 
 BITS = {"i64": 64, "i32": 32, "i8": 8, "u8": 8, "f32": 32}
 

@@ -31,7 +31,7 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.strips import round_up
-from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat
 from tests.cpu_kernels.amx import (
     MNEMONICS,
     Emulator,
@@ -267,7 +267,7 @@ def _expected(fmt: WeightFormat, sizes: Sequence[int], groups: int, strips: int)
     counts: Counter[str] = Counter()
     for size in sizes:
         blocks = round_up(size, 16) // 16
-        if fmt is MXFP4:  # a group: A for two planes, B for four panels; C, a plane of a panel each
+        if fmt is not BF16:  # a group: A of two planes, B of four panels; C, a plane of a panel
             counts += Counter(tileloadd=(2 + 4) * groups, tdpbssd=2 * 4 * groups)
             counts += Counter(tilezero=2 * 4 * groups, tilestored=2 * 4 * groups)
         else:  # A again for each pair of panels, B once; C stays over the groups of a strip
@@ -341,6 +341,12 @@ def test_assembly_configures_in_one_kernel(fmt: WeightFormat) -> None:
             "MXFP4", "block16",
             {"tdpbssd": 2 * 4, "tileloadd": 2 + 4, "tilezero": 2 * 4, "tilestored": 2 * 4,
              "prefetcht0": 4096 // 32 // 64},
+        ),
+        # the same from packed codes, all of whose lines are asked for
+        (
+            "INT8", "block16",
+            {"tdpbssd": 2 * 4, "tileloadd": 2 + 4, "tilezero": 2 * 4, "tilestored": 2 * 4,
+             "prefetcht0": 34},
         ),
         # 16 tokens meet four panels: a load of A, of each B, and of each C of earlier chunks
         (

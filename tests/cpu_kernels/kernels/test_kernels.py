@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I16, Emit, Val
+from hybrid_moe.cpu_kernels.dsl.ops import OPS
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.kernels import encode, epilogue
 from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
@@ -29,7 +30,7 @@ from hybrid_moe.formats.strips import (
     round_up,
     strip_layout,
 )
-from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat, f32_to_bf16
+from hybrid_moe.formats.table import FORMATS, INT8, MXFP4, WeightFormat, f32_to_bf16
 from hybrid_moe.formats.tensors import Matrix
 from tests.cpu_kernels.cases import (
     Array,
@@ -130,8 +131,13 @@ def _encode(kernels: KernelSet, x: Array) -> Array:
     return rows
 
 
-def _decode_rows(rows: Array) -> tuple[Array, Array]:
-    """Encoded MXFP4 rows -> (integers q, factors) as [T, groups, 32] and [T, groups]."""
+Fixed15 = pytest.mark.parametrize("fmt", [MXFP4, INT8], ids=lambda f: f.name)
+"""Formats whose activations are fixed-point numbers."""
+
+
+def _decode_rows(fmt: WeightFormat, name: str, rows: Array) -> tuple[Array, Array]:
+    """Encoded rows -> (integers q, the step that they are counted in) as [T, groups, 32] and [T,
+    groups]."""
     at = encode.FIXED15_GROUP
     groups = rows.reshape(len(rows), -1, at.nbytes)
 
@@ -141,24 +147,31 @@ def _decode_rows(rows: Array) -> tuple[Array, Array]:
 
     high, low = (field(offset, 32, np.int8).astype(np.int64) for offset in (at.high, at.low))
     order = [8 * octet + i for octet in range(4) for i in (0, 2, 4, 6, 1, 3, 5, 7)]
-    restored = np.empty_like(high)
-    restored[:, :, order] = 256 * high + low
+    if fmt is INT8:
+        order = list(range(32))
+    q = 256 * high + low
+    if fmt is INT8 and RUNNABLE[name].lowering("wide_split") is OPS["wide_split"].lower:
+        q = field(at.high, 32, np.int16).astype(np.int64)  # inputs 0 and 2 of each quad, 1 and 3
+        order = [4 * quad + i for half in ((0, 2), (1, 3)) for quad in range(8) for i in half]
+    restored = np.empty_like(q)
+    restored[:, :, order] = q
     factors, exponents = (field(o, 1, np.float32)[..., 0] for o in (at.factor, at.exponent))
     assert np.array_equal(np.exp2(exponents.astype(np.float64)), factors, equal_nan=True)
-    return restored, factors
+    return restored, factors * np.float32(2 if fmt is MXFP4 else 1)  # its weights are doubled
 
 
 @TierNames
+@Fixed15
 @given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0, 3, 12, 40]))
-def test_encoding_keeps_its_bounds(name: str, seed: int, spread: int) -> None:
+def test_encoding_keeps_its_bounds(fmt: WeightFormat, name: str, seed: int, spread: int) -> None:
     """Off by at most 2^(e - 14) where the maximum is in [2^e, 2^(e+1)); exact near the maximum."""
     rng = np.random.default_rng(seed)
     centre = int(rng.integers(-100, 80))
     exponents = centre + rng.integers(-spread, spread + 1, (3, 96))
     x = to_bf16(np.ldexp(rng.standard_normal((3, 96)), exponents))
-    q, factors = _decode_rows(_encode(_kernels(MXFP4.name, name), x))
+    q, steps = _decode_rows(fmt, name, _encode(_kernels(fmt.name, name), x))
     exact = from_bf16(x).reshape(3, 3, 32)
-    decoded = q * 2.0 * factors[..., None].astype(np.float64)
+    decoded = q * steps[..., None].astype(np.float64)
     largest = np.abs(exact).max(axis=-1, keepdims=True)
     e = np.floor(np.log2(largest))
     error = np.abs(decoded - exact)
@@ -168,18 +181,19 @@ def test_encoding_keeps_its_bounds(name: str, seed: int, spread: int) -> None:
 
 
 @TierNames
-def test_encoding_of_special_groups(name: str) -> None:
+@Fixed15
+def test_encoding_of_special_groups(fmt: WeightFormat, name: str) -> None:
     x = np.zeros((7, 32), np.uint16)
     x[1] = 0x8000  # -0
     x[2] = 0x0001  # the smallest subnormal
     x[3] = 0x7F7F  # the largest number
     x[4, 5], x[5, 31], x[6, 0] = 0x7FC0, 0x7F80, 0xFF80
-    q, factors = _decode_rows(_encode(_kernels(MXFP4.name, name), x))
-    assert (q[:2] == 0).all() and np.isfinite(factors[:4]).all()
-    decoded = q * 2.0 * factors[..., None].astype(np.float64)
+    q, steps = _decode_rows(fmt, name, _encode(_kernels(fmt.name, name), x))
+    assert (q[:2] == 0).all() and np.isfinite(steps[:4]).all()
+    decoded = q * steps[..., None].astype(np.float64)
     for row in (2, 3):
         assert np.array_equal(decoded[row, 0], from_bf16(x[row]))
-    assert np.isnan(factors[4:]).all()
+    assert np.isnan(steps[4:]).all()
 
 
 @TierNames
@@ -225,7 +239,8 @@ def _unpack(fmt: WeightFormat, strips: Array, K: int) -> Array:
         codes = np.ascontiguousarray(words.T).view(fmt.code_dtype)
         scales = None
         if fmt.scale is not None:
-            scales = strip[:, layout.code_bytes :].reshape(-1, STRIP_ROWS).T
+            scales = np.ascontiguousarray(strip[:, layout.code_bytes :]).view(fmt.scale.dtype)
+            scales = scales.reshape(-1, STRIP_ROWS).T
         panels.append(decode(fmt, Matrix(codes, scales)).reshape(PANELS, PANEL_ROWS, K))
     return np.stack(panels)
 

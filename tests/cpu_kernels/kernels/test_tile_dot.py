@@ -15,9 +15,12 @@ import pytest
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.dsl.tiles import configure, release
 from hybrid_moe.cpu_kernels.job import JobShape
-from hybrid_moe.cpu_kernels.kernels.dot import BF16_STRIP, DOT_ARITY, UNPACKED_GROUP
+from hybrid_moe.cpu_kernels.kernels.bf16_dot import BF16_STRIP
+from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.encode import BLOCK_SLACK, FIXED15_GROUP, encode_rows
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS, FormatKernels
+from hybrid_moe.cpu_kernels.kernels.int8_dot import INT8_STRIP
+from hybrid_moe.cpu_kernels.kernels.mxfp4_dot import UNPACKED_GROUP
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.strips.pack import pack_rows
 from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS
@@ -28,7 +31,7 @@ from hybrid_moe.formats.strips import (
     SUMS_BYTES,
     strip_layout,
 )
-from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.table import BF16, FORMATS, INT8, MXFP4, WeightFormat
 from hybrid_moe.formats.tensors import Matrix
 from tests.cpu_kernels.amx import emulator
 from tests.cpu_kernels.cases import (
@@ -228,10 +231,16 @@ def test_32_tokens_of_bf16_read_chunks_twice(loads: list[tuple[int, int, int]]) 
 
 
 @Emulated
-def test_mxfp4_reads_unpacked_bytes_in_one_pass(loads: list[tuple[int, int, int]]) -> None:
+@pytest.mark.parametrize(
+    ("fmt", "size"),
+    [(MXFP4, UNPACKED_GROUP.nbytes), (INT8, INT8_STRIP.group_bytes)],
+    ids=["MXFP4, unpacked", "INT8, packed"],
+)
+def test_bytes_are_read_in_one_pass(
+    fmt: WeightFormat, size: int, loads: list[tuple[int, int, int]]
+) -> None:
     """Both planes of a group 80 bytes apart, then its panels, two at a time."""
-    a, b = _loaded(MXFP4, 16, loads)
-    size = UNPACKED_GROUP.nbytes
+    a, b = _loaded(fmt, 16, loads)
     assert b == [(2 + p % 2, size * g + 64 * p, 256) for g in range(GROUPS) for p in range(PANELS)]
     planes = (FIXED15_GROUP.high, FIXED15_GROUP.low)
     assert a == [(n, 16 * 80 * g + at, 80) for g in range(GROUPS) for n, at in enumerate(planes)]

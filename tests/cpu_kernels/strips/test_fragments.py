@@ -80,8 +80,18 @@ def _bf16_step(s: int) -> Step:
     )
 
 
+def _int8_step(s: int) -> Step:
+    """A word is the four columns of a lane."""
+    return Step(
+        lambda q: [4 * s + q],
+        lambda q: [16 * s + 4 * q + n for n in range(4)],
+        lambda words: words.view(np.int8).astype(np.float64),
+    )
+
+
 STEPS = {
     "MXFP4": [_mxfp4_step((0, 4, 1, 5)), _mxfp4_step((2, 6, 3, 7))],
+    "INT8": [_int8_step(0), _int8_step(1)],
     "BF16": [_bf16_step(0), _bf16_step(1)],
 }
 
@@ -107,8 +117,8 @@ def test_a_strip_feeds_tensor_cores(fmt: WeightFormat) -> None:
     def scale(group: int, half: int, row: int) -> float:
         if fmt.scale is None:
             return 1.0
-        byte = groups[group, layout.code_bytes + HALF_ROWS * half + row]
-        return float(2.0 ** (int(byte) - 127))
+        scales = groups[group, layout.code_bytes :].view(fmt.scale.dtype)
+        return float(fmt.scale.decode(scales[HALF_ROWS * half + row]))
 
     out = np.zeros((2, HALF_ROWS, TOKENS))
     for half in range(2):

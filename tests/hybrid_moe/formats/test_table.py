@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import struct
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ from hypothesis.extra import numpy as hnp
 from hybrid_moe.formats.table import (
     BF16,
     FORMATS,
+    FP16,
+    INT8,
     MXFP4,
     UE8M0_NAN,
     WeightFormat,
@@ -143,17 +148,99 @@ def test_mxfp4_encode_keeps_mxfp4_values(codes: np.ndarray, scales: np.ndarray) 
     assert same(MXFP4.dequantize(*MXFP4.encode(values)), values)
 
 
+def roundf(x: float) -> int:
+    """C's: ties away from zero."""
+    return int(math.copysign(math.floor(abs(x) + 0.5), x))
+
+
+def quantize_row_q8_0_ref(row: np.ndarray) -> bytes:
+    """ggml's `block_q8_0`s of a row (ggml-quants.c), float32 step by step: d as fp16, then qs."""
+    blocks = b""
+    for x in row.reshape(-1, 32):
+        d = np.float32(np.abs(x).max()) / np.float32(127)
+        with np.errstate(over="ignore"):
+            inverse = np.float32(1) / d if d else np.float32(0)
+        codes = [roundf(float(v * inverse)) for v in x] if np.isfinite(inverse) else [0] * 32
+        blocks += struct.pack("<e32b", float(d), *codes)
+    return blocks
+
+
+def as_blocks(codes: np.ndarray, scales: np.ndarray) -> bytes:
+    pairs = zip(codes.reshape(-1, 32), scales.reshape(-1), strict=True)
+    return b"".join(d.tobytes() + q.tobytes() for q, d in pairs)
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.sampled_from([32, 64, 96])),
+        elements=st.floats(-8e6, 8e6, width=32) | st.floats(-1, 1, width=32),
+    )
+)
+def test_int8_has_the_bits_of_q8_0(w: np.ndarray) -> None:
+    """Subnormal and vanishing scales too. Of a group below 2^-121 ggml's codes are undefined."""
+    codes, scales = INT8.encode(w)
+    assert scales is not None and (codes.dtype, scales.dtype) == (np.int8, np.float16)
+    assert as_blocks(codes, scales) == b"".join(quantize_row_q8_0_ref(row) for row in w)
+
+
+def test_int8_has_the_bits_of_the_gguf_package() -> None:
+    quants = pytest.importorskip("gguf.quants")
+    rng = np.random.default_rng(4)
+    w = rng.standard_normal((40, 256)) * 2.0 ** rng.integers(-30, 20, (40, 256))
+    w[0], w[1, :64] = 0, np.arange(64) - 31.5  # ties
+    codes, scales = INT8.encode(w.astype(np.float32))
+    assert scales is not None
+    blocks = quants.Q8_0.quantize(w.astype(np.float32))
+    assert as_blocks(codes, scales) == blocks.tobytes()
+    assert np.array_equal(INT8.dequantize(codes, scales), quants.Q8_0.dequantize(blocks))
+
+
+@given(matrices)
+def test_int8_is_off_by_half_a_step_and_the_rounding_of_the_scale(w: np.ndarray) -> None:
+    """Of scales that are normal fp16: d rounds by at most 2^-11, a code times 127 of them."""
+    w = np.where(np.abs(w) > 127 * 65504, 1, w).astype(np.float32)
+    largest = np.abs(w).reshape(len(w), -1, 32).max(axis=-1, keepdims=True)
+    d = np.maximum(largest, 127 * 2.0**-14) / 127
+    error = np.abs(INT8.dequantize(*INT8.encode(w)) - w.astype(np.float64))
+    assert (error.reshape(len(w), -1, 32) <= d * (0.5 + 127 * 2.0**-11 + 2.0**-14)).all()
+
+
+def test_int8_refuses_what_fp16_scales_do_not_reach() -> None:
+    w = np.zeros((2, 32), np.float32)
+    w[1, 3] = 127 * 65504
+    codes, scales = INT8.encode(w)
+    assert scales is not None and scales.max() == 65504 and codes[1, 3] == 127
+    w[1, 3] = -9e6
+    with pytest.raises(ValueError, match=r"magnitude 9e\+06, beyond .* of INT8 .*BF16"):
+        INT8.encode(w)
+
+
+def test_every_int8_code_with_every_fp16() -> None:
+    d = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    assert np.array_equal(FP16.invalid(d), ~np.isfinite(d))
+    d = d[np.isfinite(d)]
+    for code in (-128, -127, -1, 0, 1, 127):
+        values = INT8.dequantize(np.full((len(d), 32), code, np.int8), d[:, None])
+        assert np.array_equal(values, np.repeat(code * d[:, None].astype(np.float64), 32, 1))
+
+
+QUANTIZED = pytest.mark.parametrize("fmt", [MXFP4, INT8], ids=lambda fmt: fmt.name)
+
+
+@QUANTIZED
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_mxfp4_refuses_what_it_cannot_hold(value: float) -> None:
+def test_what_a_format_cannot_hold_is_refused(fmt: WeightFormat, value: float) -> None:
     w = np.zeros((2, 64), np.float32)
     w[1, 40] = value
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        MXFP4.encode(w)
+    with pytest.raises(ValueError, match=f"NaN or infinite, which {fmt.name} cannot hold"):
+        fmt.encode(w)
 
 
-def test_mxfp4_refuses_a_broken_group() -> None:
-    with pytest.raises(ValueError, match="multiple of MXFP4's group of 32"):
-        MXFP4.encode(np.zeros((2, 48), np.float32))
+@QUANTIZED
+def test_a_broken_group_is_refused(fmt: WeightFormat) -> None:
+    with pytest.raises(ValueError, match=f"multiple of {fmt.name}'s group of 32"):
+        fmt.encode(np.zeros((2, 48), np.float32))
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
@@ -165,7 +252,8 @@ def test_sizes_agree_with_what_encode_returns(fmt: WeightFormat, data: st.DataOb
     assert codes.dtype == fmt.code_dtype
     assert (None if scales is None else scales.shape) == fmt.scale_shape(N, K)
     assert fmt.nbytes(N, K) == codes.nbytes + (0 if scales is None else scales.nbytes)
-    assert np.array_equal(fmt.dequantize(codes, scales), np.ones((N, K), np.float32))
+    rounding = 2.0**-11 if fmt is INT8 else 0.0  # of a scale of 1 / 127 to fp16
+    assert (np.abs(fmt.dequantize(codes, scales) - 1) <= rounding).all()
     assert K % fmt.k_multiple == 0
 
 

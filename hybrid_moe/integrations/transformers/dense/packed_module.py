@@ -1,0 +1,122 @@
+"""What modules with packed weights have in common: what they refuse, and how they are copied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+
+from hybrid_moe.integrations.transformers.dense.held import HeldMatrix
+from hybrid_moe.integrations.transformers.dense.weight import PackedWeight
+from hybrid_moe.runtime import torch_op
+
+
+class _FixedParameters(dict[str, Any]):
+    """Parameters by name, which are neither replaced nor removed, nor joined by others. Some write
+    here past `__setattr__`: pruning, `functional_call`, accelerate."""
+
+    def __init__(self, parameters: dict[str, Any], refuse: Callable[[str], NoReturn]) -> None:
+        super().__init__(parameters)
+        self._refuse = refuse
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self or value is not self[name]:
+            self._refuse(f"its {name} cannot be replaced or parametrized")
+
+    def __delitem__(self, name: str) -> None:
+        self._refuse(f"its {name} cannot be removed or parametrized")
+
+
+class PackedModule(torch.nn.Module):
+    """A module whose parameters are `PackedWeight`s of one `HeldMatrix`, called at most `weight`
+    and `bias`. It stays on the CPU and in its dtype, and its parameters stay what they are."""
+
+    _held: HeldMatrix
+    _handle: torch_op.Handle
+    _is_hf_initialized = True
+    """Transformers does not draw random weights for it."""
+
+    def _take(self, held: HeldMatrix, run: torch_op.Run) -> None:
+        """To be called by constructors, after `Module.__init__`."""
+        self._held = held
+        self._handle = torch_op.Handle(self, run)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise RuntimeError(
+            f"{self._held.where}: {what}, but its weight is packed by hybrid_moe: change the model "
+            'before its layers are packed, or load it with dense="torch"; load_state_dict takes a '
+            "whole new weight"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """`to`, `half`, `cuda` and their kin. What leaves a tensor as it is passes."""
+        probe = torch.empty(1, dtype=self._held.dtype, device="cpu")
+        if fn(probe) is not probe or probe.is_shared():  # type: ignore[no-untyped-call]
+            self._refuse("it cannot be converted, moved or shared")
+        return self
+
+    def _fix_parameters(self, **parameters: torch.Tensor | None) -> None:
+        """Let these be its parameters from now on. To be called last by constructors."""
+        self.__dict__["_parameters"] = _FixedParameters(parameters, self._refuse)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._parameters:
+            self._parameters[name] = value  # the same, or refused
+        else:
+            super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """`PackedWeight`s, which unpack when they are read; nothing while nothing is loaded, so
+        that whoever loads the rest of a model does not look for them."""
+        if self._held.matrix.loaded:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Pack what is given, see `HeldMatrix.load`; what is this module's own weight stays."""
+        given: dict[str, torch.Tensor | None] = {}
+        names = [name for name, parameter in self._parameters.items() if parameter is not None]
+        for name in names:
+            value = state_dict.get(prefix + name)
+            if value is None and strict:
+                missing_keys.append(prefix + name)
+            same = isinstance(value, PackedWeight) and value.held.matrix is self._held.matrix
+            given[name] = None if same else value
+        if strict:
+            unexpected_keys += [
+                key
+                for key in state_dict
+                if key.startswith(prefix) and key.removeprefix(prefix) not in names
+            ]
+        if any(value is not None for value in given.values()):
+            try:
+                self._held.load(given["weight"], given.get("bias"))
+            except (ValueError, RuntimeError) as error:
+                error_msgs.append(str(error))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Packed weights never change, so a copy of the model shares them."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        apart = ("_handle", "_parameters")
+        own = {name: value for name, value in self.__dict__.items() if name not in apart}
+        made.__dict__.update(copy.deepcopy(own, memo))
+        made._fix_parameters(**copy.deepcopy(dict(self._parameters), memo))
+        made._take(made._held, self._handle.run)
+        return made
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            f"{self._held.where}: weights packed by hybrid_moe cannot be pickled: save_pretrained "
+            "writes them"
+        )
