@@ -81,7 +81,7 @@ class Ours(_TransformersEngine):
     """This package."""
 
     def _load(self, folder: Path, dense: str, threads: int) -> Any:
-        return hybrid_moe.from_pretrained(folder, threads=threads)
+        return hybrid_moe.from_pretrained(folder, threads=threads, dense=dense, progress=False)
 
     @property
     def label(self) -> str:

@@ -26,7 +26,9 @@ DEFAULT = "bf16"
 EMBEDDINGS = "embeddings"
 """The part that the output layer belongs to."""
 
-_PARTS = frozenset({"attention", "shared experts", "dense MLP", EMBEDDINGS})
+_MLPS = frozenset({"shared experts", "dense MLP"})
+_PARTS = _MLPS | {"attention", EMBEDDINGS}
+_DOWN = re.compile(r"\b(?:down_proj|w2)\b")
 _LAYER = re.compile(r".*?\.\d+\.")
 _LOOKED_UP = ("embed", "wte", "tid2eid")
 
@@ -90,17 +92,21 @@ def dense_layers(
     tied = is_tied(tensors)
     taken = [t for key, t in tensors.items() if _is_linear(t, part[key], fmt, tied=tied)]
     biases = [key for t in taken if (key := t.key.removesuffix("weight") + "bias") in tensors]
-    rows = [round_up(t.shape[0], STRIP_ROWS) for t in taken]
     arenas: Counter[str] = Counter()
-    for N, t in zip(rows, taken, strict=True):
-        layer = _LAYER.match(t.key)
+    bias_rows = 0
+    for t in taken:
+        layer, mlp = _LAYER.match(t.key), part[t.key] in _MLPS
+        # a strip of an MLP has 32 rows of gate and the same of up
+        paired = mlp and not _DOWN.search(t.key)
+        rows = round_up(t.shape[0], GROUP if paired else STRIP_ROWS)
         shared = f"{layer[0] if layer else t.key} {part[t.key]}"
-        arenas[shared] += N // STRIP_ROWS * strip_layout(fmt, t.shape[1]).nbytes
+        arenas[shared] += rows * strip_layout(fmt, t.shape[1]).nbytes // STRIP_ROWS
+        bias_rows += 0 if mlp else rows
     return DenseLayers(
         fmt=fmt,
         keys=frozenset([*(t.key for t in taken), *biases]),
         arenas=tuple(arenas.values()),
-        biases=4 * sum(rows),
+        biases=4 * bias_rows,
         weights=sum(math.prod(t.shape) for t in taken if part[t.key] != EMBEDDINGS),
     )
 
