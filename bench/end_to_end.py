@@ -64,7 +64,7 @@ class Point:
         reads, one_thread_reads: bandwidth around it, GB/s.
         peak_s: what the prompt's multiply-accumulates take at their peak.
         peak_rss: most memory of the process up to here, bytes. planned: what `plan` says.
-        predicted_decode, predicted_prefill: what `plan` says with these ceilings, tokens per second.
+        predicted_decode, predicted_prefill: tokens per second that `plan` says with these ceilings.
         tokens: the answer's first ones.
     """
 

@@ -7,7 +7,7 @@ scratch      what a pass over a batch borrows, in RAM and on the GPU
 parts        what takes memory, and where; which experts are on the GPU
 plan         what was asked, and the answer
 fitting      whether it fits, and what would make it fit
-dense        linear layers beside the experts: which are held in strips, and their bytes
+linear_layers  layers beside the experts that are held in strips, and their bytes
 reading      bytes that a token reads on a machine without a GPU
 terms        what a predicted time consists of
 prediction   tokens per second beside a GPU, and what limits them

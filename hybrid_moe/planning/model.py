@@ -24,7 +24,7 @@ from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.inspect import part_of
 from hybrid_moe.loaders.model_config import TOP_K
 from hybrid_moe.placement.profile import PlacementProfile
-from hybrid_moe.planning.dense import (
+from hybrid_moe.planning.linear_layers import (
     DEFAULT,
     EMBEDDINGS,
     DenseLayers,

@@ -10,8 +10,8 @@ from hybrid_moe.formats.table import AS_STORED
 from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.placement.profile import PlacementProfile
 from hybrid_moe.planning import cpu_only, scratch
-from hybrid_moe.planning.dense import EMBEDDINGS, DenseLayers
 from hybrid_moe.planning.kv_cache import KvCache, kind_of, sglang_cache, transformers_cache
+from hybrid_moe.planning.linear_layers import EMBEDDINGS, DenseLayers
 from hybrid_moe.planning.model import HotExperts, Model
 from hybrid_moe.planning.plan import CPU_EXPERTS, GPU, NOWHERE, RAM, MemoryPart, Plan, Request
 from hybrid_moe.planning.prediction import predict_decode, predict_prefill
