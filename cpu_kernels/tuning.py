@@ -165,3 +165,11 @@ SPIN_NS = 50_000
 """Of an idle worker: torch's own threads want the cores when we are idle."""
 WAIT_SPIN_NS = 200_000
 """For a phase or a job: as long as the tasks of a decode step that are left."""
+
+# Attention: splits of the keys of one sequence and key head
+
+
+def attention_tasks(units: int, workers: int) -> int:
+    """Tasks of so many splits: several for each worker, since the system may put one aside; a
+    split takes some microseconds, a claim a tenth of one."""
+    return min(units, 8 * workers)

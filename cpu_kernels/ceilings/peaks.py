@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
+from llvmlite import ir
 
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import repetitions_per_second
 from hybrid_moe.cpu_kernels.dsl import tiles
@@ -24,6 +25,7 @@ from hybrid_moe.cpu_kernels.dsl.tiers import Tier, available_tiers, choose_tier
 from hybrid_moe.cpu_kernels.dsl.tiles import Tiles
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.formats.strips import GROUP
 
 ROWS = 16
 _WINDOW = 2048  # bytes of activations: well inside a first-level cache
@@ -86,12 +88,20 @@ _SIZES = tuple(_Tile(*t) for t in ((2, 1), (4, 1), (6, 1), (2, 2), (8, 1), (4, 2
 
 @dataclass(frozen=True)
 class _VectorOp:
-    """A dot product of 32-bit lanes: inputs of a lane, lanes of a register of weights."""
+    """A dot product of 32-bit lanes: inputs of a lane, and type of a register of weights.
+
+    Attributes:
+        start: an accumulator.
+        multiply: (emit, accumulator, weights, address of activations) -> accumulator.
+        total: an accumulator as 16 lanes of 32 bits.
+    """
 
     name: str
     inputs: int
-    weight_lanes: int
-    is_float: bool
+    weights: tuple[ir.Type, int]
+    start: Callable[[Emit], Val]
+    multiply: Callable[[Emit, Val, Val, Val], Val]
+    total: Callable[[Emit, Val], Val] = lambda emit, accumulator: accumulator
 
     def kernels(self, tier: Tier) -> list[PeakKernel]:
         """Tiles whose accumulators leave some registers free."""
@@ -108,22 +118,20 @@ class _VectorOp:
 
     def _body(self, tile: _Tile) -> KernelBody:
         def body(emit: Emit, weights: Val, activations: Val, steps: Val, out: Val) -> None:
-            zero = emit.splat(0.0 if self.is_float else 0, F32 if self.is_float else I32, ROWS)
-            sums = [[emit.var(zero) for _ in range(tile.panels)] for _ in range(tile.tokens)]
-            kind = I32 if self.is_float else I8
-            w = [
-                emit.load(weights + 64 * p, kind, self.weight_lanes, 64) for p in range(tile.panels)
+            sums = [
+                [emit.var(self.start(emit)) for _ in range(tile.panels)] for _ in range(tile.tokens)
             ]
+            w = [emit.load(weights + 64 * p, *self.weights, 64) for p in range(tile.panels)]
             with emit.loop(0, steps, _UNROLL) as step:
                 # an address that changes with each step keeps the products inside the loop
                 at = activations + ((step * 64) & (_WINDOW - 1))
                 for u, t in itertools.product(range(_UNROLL), range(tile.tokens)):
-                    x = emit.load(at + (64 * u + 4 * t), I32, align=4)
                     for p in range(tile.panels):
-                        sums[t][p].set(emit.op(self.name, sums[t][p].get(), w[p], x))
+                        x = at + (64 * u + 4 * t)
+                        sums[t][p].set(self.multiply(emit, sums[t][p].get(), w[p], x))
             for t, p in itertools.product(range(tile.tokens), range(tile.panels)):
                 at = out + 64 * (t * tile.panels + p)
-                emit.store(at, sums[t][p].get().bits(I32), align=4)
+                emit.store(at, self.total(emit, sums[t][p].get()).bits(I32), align=4)
 
         return body
 
@@ -161,8 +169,31 @@ class _TileOp:
         tiles.release(emit)
 
 
-_BYTE_DOT = _VectorOp("byte_dot", 4, 64, is_float=False)
-_PAIR_DOT = _VectorOp("pair_dot", 2, 16, is_float=True)
+def _one_word(name: str) -> Callable[[Emit, Val, Val, Val], Val]:
+    """An op that takes 32 bits of activations."""
+    return lambda emit, accumulator, w, x: emit.op(name, accumulator, w, emit.load(x, I32, align=4))
+
+
+def _two_words(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+    """`wide_dot`: the other 32 bits are as far away as in a group of activations."""
+    first, second = (emit.load(x + offset, I32, align=4) for offset in (0, GROUP))
+    return emit.op("wide_dot", accumulator, w, first, second)
+
+
+_BYTE_DOT = _VectorOp(
+    "byte_dot", 4, (I8, 64), lambda emit: emit.splat(0, I32, ROWS), _one_word("byte_dot")
+)
+_WIDE_DOT = _VectorOp(
+    "wide_dot",
+    4,
+    (I8, 64),
+    lambda emit: emit.op("wide_start", emit.splat(0, I32)),
+    _two_words,
+    lambda emit, accumulator: emit.op("wide_total", accumulator),
+)
+_PAIR_DOT = _VectorOp(
+    "pair_dot", 2, (I32, 16), lambda emit: emit.splat(0.0, F32, ROWS), _one_word("pair_dot")
+)
 _TILE_BYTES = _TileOp("tile_dot_bytes", tiles.ROW_BYTES, Tiles.dot_bytes)
 _TILE_PAIRS = _TileOp("tile_dot_pairs", tiles.ROW_BYTES // 2, Tiles.dot_pairs)
 _BF16_ONES = 0x3F803F80
@@ -172,6 +203,7 @@ MAC_OPS: Mapping[str, MacOp] = MappingProxyType(
         op.name: op
         for op in (
             MacOp("byte_dot", _BYTE_DOT.kernels, 0x01010101),
+            MacOp("wide_dot", _WIDE_DOT.kernels, 0x01010101),
             MacOp("pair_dot", _PAIR_DOT.kernels, _BF16_ONES),
             MacOp("tile_dot_bytes", _TILE_BYTES.kernels, 0x01010101),
             MacOp("tile_dot_pairs", _TILE_PAIRS.kernels, _BF16_ONES),
@@ -194,6 +226,10 @@ USES: Mapping[str, tuple[MacUse, ...]] = MappingProxyType(
     {
         "MXFP4": (
             MacUse("byte_dot", 2, _TWO_PLANES),
+            MacUse("tile_dot_bytes", 2, _TWO_PLANES),
+        ),
+        "INT8": (
+            MacUse("wide_dot", 1, "activations of 15 bits: two byte products, or one of words"),
             MacUse("tile_dot_bytes", 2, _TWO_PLANES),
         ),
         "BF16": (

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from hybrid_moe.cpu_kernels import drivers
+from hybrid_moe.cpu_kernels import drivers, trace
 from hybrid_moe.cpu_kernels.drivers import records
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.affinity import bind_thread
@@ -59,6 +59,7 @@ class PoolGroup:
         control.wait_spin_ns = WAIT_SPIN_NS
         control.futex = FUTEX_NUMBERS[platform.machine()]
         control.timeout_ns = control.timeout[1] = _TIMEOUT_NS
+        trace.add_group(control)
         self._in_flight: dict[int, object] = {}
         """What jobs own, by number. Entries leave by `dict.pop`, which needs no lock."""
         self._starting: object = None

@@ -190,14 +190,14 @@ class Case:
             **options,
         )
 
-    def with_scales(self, **scales: int) -> Case:
+    def with_scales(self, **scales: float) -> Case:
         """The same codes with one scale everywhere in the matrices named."""
 
         def changed(expert: ExpertTensors) -> ExpertTensors:
             new = {}
-            for name, byte in scales.items():
+            for name, scale in scales.items():
                 matrix = getattr(expert, name)
-                new[name] = dataclasses.replace(matrix, scales=np.full_like(matrix.scales, byte))
+                new[name] = dataclasses.replace(matrix, scales=np.full_like(matrix.scales, scale))
             return dataclasses.replace(expert, **new)
 
         return dataclasses.replace(self, experts=[changed(e) for e in self.experts])

@@ -20,7 +20,7 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS
 from hybrid_moe.formats.strips import GROUP
-from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.table import FORMATS, INT8, MXFP4, WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from tests.cpu_kernels.cases import Array, Case, flushes_subnormals, from_bf16, random_batch
 from tests.cpu_kernels.emulation import QUICK, RUNNABLE
@@ -241,8 +241,14 @@ def test_packing_takes_interleaved_gate_and_up(fmt: WeightFormat) -> None:
 
 def _tiny_activations(fmt: WeightFormat) -> tuple[Case, float]:
     """Experts that make results of subnormal activations, and the activations' scale."""
-    case = Case.random(fmt, 64, 64)
-    if fmt.scale is not None:  # weights of 2^127, or subnormal ones for the rest of the batch
+    case = Case.random(fmt, 64, 64, bias=fmt is INT8)
+    if fmt is INT8:  # scales reach 2^16 only: gate gives 2^-104, and up is a bias of 1
+        case = case.with_scales(gate=65504.0, up=65504.0, down=65504.0)
+        for expert in case.experts:
+            for matrix, bias in ((expert.gate, 0), (expert.up, 1), (expert.down, 0)):
+                assert matrix.bias is not None
+                matrix.bias[:] = bias
+    elif fmt.scale is not None:  # weights of 2^127, or subnormal ones for the rest of the batch
         case = case.with_scales(gate=254, up=254, down=127)
         case.experts[1].gate.scales[...] = 0
     else:

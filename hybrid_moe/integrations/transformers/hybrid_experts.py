@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.strips import packed_nbytes
@@ -80,6 +80,7 @@ def new_layer(spec: ExpertsSpec, options: ExpertsOptions) -> ExpertLayer:
         spec.intermediate,
         pool=options.pool_config(),
         activation=spec.activation,
+        name=spec.where.partition(" ")[0],
     )
     layer.allocate(np.ones(spec.num_experts, dtype=np.bool_), biases=spec.biased)
     return layer
@@ -124,8 +125,32 @@ def run_layer(
             f"{spec.where}: ids {tuple(ids.shape)} and weights {tuple(weights.shape)} must both be "
             f"[{rows}, k] for hidden states {tuple(hidden.shape)}"
         )
-    output: torch.Tensor = _InferenceOnly.apply(hidden, layer, ids, weights)  # type: ignore[no-untyped-call]
-    return output
+    if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
+        output: torch.Tensor = _InferenceOnly.apply(hidden, layer, ids, weights)  # type: ignore[no-untyped-call]
+        return output
+    return _compute(hidden, layer, ids, weights)
+
+
+def _compute(
+    hidden: torch.Tensor, layer: ExpertLayer, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """What is plain already (CPU, BF16, contiguous) is read where it is."""
+    x = _plain(hidden, torch.bfloat16)
+    ids, weights = _plain(ids, torch.int64), _plain(weights, torch.float32)
+    out = torch.empty_like(x)
+    at = (x.data_ptr(), ids.data_ptr(), weights.data_ptr(), 0, out.data_ptr())
+    job = layer.start(Batch(ids.shape[0], ids.shape[1], *at), out)
+    if job.missing >= 0:
+        raise RuntimeError(f"a token is routed to expert {job.missing}, which is not loaded")
+    y = job.wait()
+    return y if x is hidden else y.to(hidden.device, hidden.dtype)
+
+
+def _plain(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` as a contiguous tensor of `dtype` on the CPU; itself where it is one."""
+    if type(x) is torch.Tensor and x.dtype is dtype and x.is_cpu and x.is_contiguous():
+        return x.resolve_neg()
+    return x.detach().to("cpu", dtype).resolve_neg().contiguous()
 
 
 class _InferenceOnly(torch.autograd.Function):
@@ -140,22 +165,8 @@ class _InferenceOnly(torch.autograd.Function):
         ids: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        x = bf16_bits(hidden.reshape(-1, hidden.shape[-1]))
-        y = layer.forward(
-            x,
-            ids.detach().to("cpu", torch.int64).contiguous().numpy(),
-            weights.detach().to("cpu", torch.float32).contiguous().numpy(),
-        )
-        output = torch.from_numpy(y.view(np.int16)).view(torch.bfloat16)
-        return output.to(hidden.device, hidden.dtype).view(hidden.shape)
+        return _compute(hidden, layer, ids, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(torch_op.NO_GRADIENT)
-
-
-def bf16_bits(x: torch.Tensor) -> npt.NDArray[np.uint16]:
-    """`x` as bfloat16 bit patterns; a view where it is a contiguous BF16 tensor on the CPU."""
-    x = x.detach().to("cpu", torch.bfloat16).contiguous()
-    bits: npt.NDArray[np.uint16] = x.view(torch.int16).numpy().view(np.uint16)
-    return bits

@@ -47,6 +47,9 @@ class HybridEmbedding(PackedModule, torch.nn.Embedding):
             TypeError: no int32 or int64 tensor. IndexError: an id that no row has.
             RuntimeError: the weight is not loaded, or this is a forked child.
         """
+        if not isinstance(input, torch.Tensor) or input.dtype not in (torch.int64, torch.int32):
+            what = getattr(input, "dtype", type(input).__name__)
+            raise TypeError(f"{self._where}: ids must be an int32 or int64 tensor, not {what}")
         if torch_op.is_traced(input) or input.is_meta:
             return dense_op.embedding(
                 input, self._handle.value, self.embedding_dim, self._held.dtype
@@ -58,8 +61,6 @@ class HybridEmbedding(PackedModule, torch.nn.Embedding):
 
 
 def _look_up(module: HybridEmbedding, ids: torch.Tensor) -> torch.Tensor:
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{module._where}: ids must be int64 or int32, not {ids.dtype}")
     held = module._held
     wanted = ids.detach().to("cpu", torch.int64).reshape(-1).numpy()
     if wanted.size and not 0 <= wanted.min() <= wanted.max() < module.num_embeddings:

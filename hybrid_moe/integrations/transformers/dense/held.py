@@ -62,7 +62,7 @@ class HeldMatrix:
             if self.layer is None:
                 if not self.matrix.loaded:
                     raise RuntimeError(f"{self.where}: forward before its weights are loaded")
-                self.layer = DenseLayer([self.matrix])
+                self.layer = DenseLayer([self.matrix], name=self.where)
             return self.layer
 
     @property
@@ -127,7 +127,7 @@ class HeldMatrix:
                     except ValueError as error:
                         raise ValueError(f"{self.where}: {error}") from error
                     new.load(Matrix(codes, scales, part, self.where), first)
-            self.matrix, self.layer = new, DenseLayer([new])
+            self.matrix, self.layer = new, DenseLayer([new], name=self.where)
         if self.replaced is not None:
             self.replaced()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hybrid_moe.integrations.transformers.dense.held import HeldMatrix
 from hybrid_moe.integrations.transformers.dense.weight import PackedWeight
@@ -15,15 +16,17 @@ from hybrid_moe.runtime import torch_op
 
 class _FixedParameters(dict[str, Any]):
     """Parameters by name, which are neither replaced nor removed, nor joined by others. Some write
-    here past `__setattr__`: pruning, `functional_call`, accelerate."""
+    here past `__setattr__`: pruning, `functional_call`, accelerate. `torch.export` puts tensors
+    without values in their place while it traces, and puts them back."""
 
     def __init__(self, parameters: dict[str, Any], refuse: Callable[[str], NoReturn]) -> None:
         super().__init__(parameters)
-        self._refuse = refuse
+        self._own, self._refuse = parameters, refuse
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if name not in self or value is not self[name]:
+        if name not in self._own or not (value is self._own[name] or isinstance(value, FakeTensor)):
             self._refuse(f"its {name} cannot be replaced or parametrized")
+        super().__setitem__(name, value)
 
     def __delitem__(self, name: str) -> None:
         self._refuse(f"its {name} cannot be removed or parametrized")
@@ -45,9 +48,9 @@ class PackedModule(torch.nn.Module):
 
     def _refuse(self, what: str) -> NoReturn:
         raise RuntimeError(
-            f"{self._held.where}: {what}, but its weight is packed by hybrid_moe: change the model "
-            'before its layers are packed, or load it with dense="torch"; load_state_dict takes a '
-            "whole new weight"
+            f"{self._held.where} is packed by hybrid_moe: {what}. Change the model before its "
+            'layers are packed, or load it with dense="torch"; load_state_dict takes a whole new '
+            "weight"
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

@@ -53,7 +53,9 @@ class _Plan:
     def __init__(self, members: Sequence[HeldMatrix]) -> None:
         self.members = tuple(members)
         self.first = self.members[0]
-        self.layer = DenseLayer([held.matrix for held in self.members])
+        first, *others = (held.where for held in self.members)
+        name = "·".join([first, *(where.rpartition(".")[2] for where in others)])
+        self.layer = DenseLayer([held.matrix for held in self.members], name=name)
         self.rows = list(self.layer.rows)
         self.width = sum(self.rows)
         self.misses = 0
@@ -161,7 +163,7 @@ class SharedInput:
     def _watch(self, held: HeldMatrix, x: torch.Tensor) -> None:
         """Learn who has the same input: those between two different ones."""
         staged = self._staged
-        if held not in staged.seen and self._is_staged(x):
+        if staged.seen and held not in staged.seen and self._is_staged(x):
             staged.seen += (held,)
             return
         together, staged.seen = staged.seen, (held,)

@@ -145,10 +145,10 @@ class PackedWeight(torch.Tensor):
     def data_ptr(self) -> NoReturn:
         raise RuntimeError(f"{self.label} is packed by hybrid_moe: it has no address; clone() it")
 
-    def untyped_storage(self) -> NoReturn:
+    def storage(self) -> NoReturn:
         raise RuntimeError(f"{self.label} is packed by hybrid_moe: it has no storage; clone() it")
 
-    storage = typed_storage = untyped_storage
+    typed_storage = storage
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         return values(self).numpy(*args, **kwargs)
