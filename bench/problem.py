@@ -74,7 +74,8 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Codes:
-    """A random matrix: MXFP4 as nibbles [N, K/2] with E8M0 bytes [N, K/32], BF16 as bits [N, K]."""
+    """A random matrix: MXFP4 as nibbles [N, K/2] with E8M0 bytes [N, K/32], INT8 as int8 [N, K] and
+    fp16 scales [N, K/32], BF16 as bits [N, K]."""
 
     codes: Array
     scales: Array | None
@@ -83,6 +84,8 @@ class Codes:
         """float64 [N, K]."""
         if self.scales is None:
             return bf16_values(self.codes).astype(np.float64)
+        if self.codes.dtype == np.int8:
+            return self.codes * np.repeat(self.scales.astype(np.float64), SCALE_GROUP, 1)
         nibbles = np.stack([self.codes & 15, self.codes >> 4], -1).reshape(len(self.codes), -1)
         values = np.array([*E2M1, *(-v for v in E2M1)])[nibbles]
         return values * np.repeat(2.0 ** (self.scales.astype(np.float64) - 127), SCALE_GROUP, 1)
@@ -113,9 +116,13 @@ def random_experts(shape: Shape, method: str) -> list[dict[str, Codes]]:
         if method == "MXFP4":
             codes = np.frombuffer(rng.bytes(N * K // 2), np.uint8).reshape(N, K // 2)
             return Codes(codes, rng.integers(119, 122, (N, K // SCALE_GROUP), dtype=np.uint8))
+        if method == "INT8":
+            codes = np.frombuffer(rng.bytes(N * K), np.int8).reshape(N, K)
+            steps = rng.uniform(1, 3, (N, K // SCALE_GROUP)) / 8192
+            return Codes(np.maximum(codes, -127), steps.astype(np.float16))
         if method == "BF16":
             return Codes(bf16_bits(rng.standard_normal((N, K), dtype=np.float32) / 50), None)
-        raise ValueError(f"no random weights of {method}: MXFP4 and BF16 can be made")
+        raise ValueError(f"no random weights of {method}: MXFP4, INT8 and BF16 can be made")
 
     return [{name: matrix(*size) for name, size in shape.matrices.items()} for _ in range(SOURCES)]
 

@@ -191,10 +191,11 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         """Pack the experts whose mask is False from stacked tensors, quantising floats.
 
         Args:
-            gate_proj, up_proj: float [E', I, H], or uint8 codes [E', I, H/2] for MXFP4.
-            down_proj: float [E', H, I], or uint8 codes [E', H, I/2].
+            gate_proj, up_proj: float [E', I, H], or uint8 codes [E', I, H/2] for MXFP4, int8
+                [E', I, H] for INT8.
+            down_proj: float [E', H, I], or codes, likewise.
             physical_to_logical_map_cpu: as for `load_weights`, into the E' experts given.
-            gate_scale, up_scale, down_scale: with codes: E8M0 [E', N, K/32].
+            gate_scale, up_scale, down_scale: with codes: [E', N, K/32], E8M0 (INT8: fp16).
             gate_bias, up_bias: float [E', I]. down_bias: float [E', H].
 
         Raises:

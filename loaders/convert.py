@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from hybrid_moe.formats.table import Array, WeightFormat, format_named
+from hybrid_moe.formats.table import MXFP4, Array, WeightFormat, format_named
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.companions import companion_files
@@ -33,6 +33,7 @@ CONFIG_KEY = "hybrid_moe"
 """Key in `config.json` that says what `convert_checkpoint` did; other tools ignore it."""
 
 _COPY_BYTES = 16 << 20
+_INT8_DTYPES = ("I8", "F16")
 Progress = Callable[[int, int], None]
 
 
@@ -57,7 +58,7 @@ def convert_checkpoint(
     Args:
         src: directory of a checkpoint whose experts are BF16, F16 or F32.
         dst: directory to write; created, or empty.
-        method: "MXFP4".
+        method: "MXFP4" or "INT8". INT8 has the same names, codes as I8 and scales as F16.
         progress: True shows a bar on stderr; a function is called with (bytes done, bytes in all).
         threads: threads that quantize.
         shard_bytes: largest size of a shard.
@@ -72,8 +73,8 @@ def convert_checkpoint(
         OSError: too little room at `dst`.
     """
     fmt = format_named(method)
-    if fmt.name != "MXFP4":
-        raise ValueError(f'experts are converted to method="MXFP4", not to {fmt.name}')
+    if fmt.scale is None:
+        raise ValueError(f'experts are converted to method="MXFP4" or "INT8", not to {fmt.name}')
     source_path, target_path = Path(src), Path(dst)
     _check_paths(source_path, target_path)
     checkpoint = Checkpoint.open(source_path)
@@ -184,7 +185,7 @@ def _written_keys(layer: LayerSource, expert: int, projection: str) -> tuple[str
 
 def _plan_layer(layer: LayerSource, fmt: WeightFormat) -> list[PlannedTensor]:
     scheme = _written(layer)
-    code_dtype, scale_dtype = scheme.mxfp4_dtypes
+    code_dtype, scale_dtype = scheme.mxfp4_dtypes if fmt is MXFP4 else _INT8_DTYPES
     H, I = layer.hidden, layer.intermediate
     planned: list[PlannedTensor] = []
     projections = [(scheme.gate, I, H), (scheme.up, I, H), (scheme.down, H, I)]
@@ -194,7 +195,7 @@ def _plan_layer(layer: LayerSource, fmt: WeightFormat) -> list[PlannedTensor]:
         for projection, N, K in projections:
             code_key, scale_key, bias_key = _written_keys(layer, expert, projection)
             codes, scales = fmt.code_shape(N, K), (N, K // fmt.group)
-            if scheme.fused:  # gpt-oss: [E, N, K/32, 16] and [E, N, K/32]
+            if scheme.fused:  # gpt-oss: [E, N, K/32, 16] (INT8: 32) and [E, N, K/32]
                 blocks = (layer.num_experts, *scales, codes[1] // scales[1])
                 planned.append(PlannedTensor(code_key, code_dtype, blocks))
                 planned.append(PlannedTensor(scale_key, scale_dtype, blocks[:-1]))

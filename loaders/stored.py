@@ -1,7 +1,8 @@
 """Which weight format a pair of stored dtypes means, as a table.
 
 One format is stored under several dtypes: MXFP4 codes are int8 in DeepSeek-V4, uint8 in gpt-oss and
-F4 in newer files; ue8m0 scales are F8_E8M0 or plain bytes.
+F4 in newer files; ue8m0 scales are F8_E8M0 or plain bytes. INT8 is what `convert` writes: nobody
+else publishes int8 codes with fp16 scales for groups of 32.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from hybrid_moe.formats.table import (
     BF16,
     F32,
     FORMATS,
+    INT8,
     MXFP4,
     Array,
     WeightFormat,
@@ -44,6 +46,7 @@ class Stored:
 
 STORED: tuple[Stored, ...] = (
     Stored(MXFP4, ("U8", "I8", "F4"), ("F8_E8M0", "U8")),
+    Stored(INT8, ("I8",), ("F16",)),
     Stored(BF16, ("BF16",)),
     Stored(BF16, ("F32", "F16"), exact=False),
 )

@@ -302,7 +302,7 @@ _GPT_OSS_QUANTIZATION = {
 
 _QWEN3_NAMES = ("gate_proj", "up_proj", "down_proj")
 
-BITS = {"BF16": 16.0, "MXFP4": 4.25}
+BITS = {"BF16": 16.0, "INT8": 8.5, "MXFP4": 4.25}
 """Of a weight in each format, scales included."""
 
 FAMILIES: dict[str, Family] = {

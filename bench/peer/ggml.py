@@ -18,8 +18,8 @@ from problem import SOURCES, Array, Batch, Codes, Shape, bf16_values, random_exp
 from peer.interface import Peer, UnavailableError
 
 _F32, _I32 = 0, 26
-_TYPES = {"MXFP4": 39, "BF16": 30}
-"""ggml_type; these numbers are part of the GGUF file format."""
+_TYPES = {"MXFP4": 39, "INT8": 8, "BF16": 30}
+"""ggml_type, of INT8 its Q8_0; these numbers are part of the GGUF file format."""
 
 _GRAPH_NODES = 256
 

@@ -152,7 +152,8 @@ def _wide_start(emit: Emit, bias: Val) -> Val:
 def _wide_dot_meaning(accumulator: Array, w: Array, first: Array, second: Array) -> Array:
     """int64 [16], int8 [64], int16 [2] (inputs 0, 2), int16 [2] (1, 3) -> int64 [16]."""
     q = np.array([first[0], second[0], first[1], second[1]], np.int64)
-    return accumulator + w.reshape(16, 4).astype(np.int64) @ q
+    total: Array = accumulator + w.reshape(16, 4).astype(np.int64) @ q
+    return total
 
 
 def _wide_dot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val) -> Val:

@@ -171,9 +171,9 @@ def _wide_planes(byte_dot: Lowering) -> dict[str, Lowering]:
     """Lowerings for tiers whose `byte_dot` sums in 32 bits: weights plus 128 are unsigned bytes."""
 
     def dot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val) -> Val:
-        high, low = accumulator.halves()
         unsigned = w + -WIDE_OFFSET
-        return byte_dot(emit, high, unsigned, first).concat(byte_dot(emit, low, unsigned, second))
+        planes = zip(accumulator.halves(), (first, second), strict=True)
+        return join([byte_dot(emit, plane, unsigned, x) for plane, x in planes])
 
     return {
         "wide_split": wide_split_planes,

@@ -141,6 +141,7 @@ def mxfp4_unpack(offset: int) -> KernelBody:
                     emit.store(to + 64 * (PANELS * quad + panel), w, align=64)
             for panel in range(PANELS):
                 scale = mxfp4_scale(emit, at + (MXFP4_STRIP.code_bytes + 16 * panel))
+                assert scale.exponent is not None
                 emit.store(to + (UNPACKED_GROUP.powers + 64 * panel), scale.factor, align=64)
                 emit.store(to + (UNPACKED_GROUP.exponents + 64 * panel), scale.exponent, align=64)
 

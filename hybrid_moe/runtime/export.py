@@ -7,8 +7,9 @@ parallel ranks, in host buffers from which it copies on:
     w13   [2 I/n, H]  the rank's rows of gate, then the same rows of up
     w2    [H, I/n]    the rank's columns of down
 
-Codes are the checkpoint's. Scales are bf16, which holds every power of two of E8M0 exactly: so
-kt-kernel hands them over, and so its callers size their buffers. A format without scales has none.
+Codes are the checkpoint's. Scales have 16 bits: those of E8M0 are bf16, which holds each power of
+two exactly: so kt-kernel hands them over, and so its callers size their buffers. fp16 scales (INT8)
+stay as they are. A format without scales has none.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.formats.table import Array, WeightFormat, f32_to_bf16
+from hybrid_moe.formats.table import UE8M0, Array, WeightFormat, f32_to_bf16
 from hybrid_moe.formats.tensors import Matrix
 from hybrid_moe.parallel import map_all
 from hybrid_moe.runtime import arguments
@@ -120,8 +121,10 @@ class ExpertWriter:
             ):
                 _copy(weight[r], [part.codes for part in parts])
                 if fmt.scale is not None:
-                    factors = [fmt.scale.decode(p.scales) for p in parts if p.scales is not None]
-                    _copy(scale[r], [f32_to_bf16(f) for f in factors])
+                    scales = [part.scales for part in parts if part.scales is not None]
+                    if fmt.scale is UE8M0:
+                        scales = [f32_to_bf16(fmt.scale.decode(s)) for s in scales]
+                    _copy(scale[r], scales)
 
 
 def _columns(matrix: Matrix, rank: int, ranks: int) -> Matrix:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from hybrid_moe.formats.table import Array, WeightFormat
+from hybrid_moe.formats.table import INT8, MXFP4, Array, WeightFormat
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix, check_matrix
 from hybrid_moe.runtime.arguments import LayerShape
 
 PROJECTIONS = ("gate", "up", "down")
-SCALE_TYPES = ("torch.uint8", "torch.float8_e8m0fnu")  # names: torch before 2.7 lacks the second
+CODE_TYPES = {
+    MXFP4.name: (("torch.uint8", "torch.int8"), ("torch.uint8", "torch.float8_e8m0fnu")),
+    INT8.name: (("torch.int8",), ("torch.float16",)),
+}
+"""Format -> dtypes of its codes and of its scales, by name: torch before 2.7 lacks one."""
 FLOAT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -21,8 +26,10 @@ class Stacked:
     """One projection of all experts.
 
     Attributes:
-        weight: float [E, N, K], to be quantised; or codes of the method: uint8 (int8) for MXFP4.
-        scale: [E, N, K/group] with codes (float8_e8m0fnu or uint8 for MXFP4), else None.
+        weight: float [E, N, K], to be quantised; or codes of the method: uint8 (int8) for MXFP4,
+            int8 for INT8.
+        scale: [E, N, K/group] with codes (float8_e8m0fnu or uint8 for MXFP4, float16 for INT8),
+            else None.
         bias: float [E, N] or None.
     """
 
@@ -55,20 +62,21 @@ def check_stacked(
             if part == "bias" and tensor.dtype not in FLOAT_TYPES:
                 raise TypeError(f"{name}_bias has dtype {tensor.dtype}, must be a float type")
         weight = given.weight
-        coded = weight.dtype in (torch.uint8, torch.int8) and fmt.scale is not None
+        code_types, scale_types = CODE_TYPES.get(fmt.name, ((), ()))
+        coded = str(weight.dtype) in code_types
         if not coded and weight.dtype not in FLOAT_TYPES:
             raise TypeError(
                 f"{name}_proj has dtype {weight.dtype}, must be a float type"
-                + (f" or uint8 {fmt.name} codes" if fmt.scale is not None else "")
+                + (f" or {_names(code_types)} {fmt.name} codes" if code_types else "")
             )
         if coded != (given.scale is not None):
             raise ValueError(
                 f"{name}_scale is {'missing' if coded else 'given'}, but {name}_proj is "
                 f"{weight.dtype}: {fmt.name} codes come with scales, floats without"
             )
-        if coded and given.scale is not None and str(given.scale.dtype) not in SCALE_TYPES:
+        if coded and given.scale is not None and str(given.scale.dtype) not in scale_types:
             raise TypeError(
-                f"{name}_scale has dtype {given.scale.dtype}, must be uint8 or float8_e8m0fnu"
+                f"{name}_scale has dtype {given.scale.dtype}, must be {_names(scale_types)}"
             )
         if weight.dim() != 3:
             raise ValueError(
@@ -119,13 +127,18 @@ def expert_of(
     return ExpertTensors(**matrices)
 
 
+def _names(dtypes: Sequence[str]) -> str:
+    return " or ".join(dtype.removeprefix("torch.") for dtype in dtypes)
+
+
 def _codes(
     given: Stacked, expert: int, fmt: WeightFormat, where: str
 ) -> tuple[Array, Array | None]:
     weight = given.weight[expert].detach().cpu()
-    if given.scale is not None:
-        scale = given.scale[expert].detach().cpu().view(torch.uint8)
-        return weight.view(torch.uint8).numpy(), scale.numpy()
+    if given.scale is not None and fmt.scale is not None:
+        scale = given.scale[expert].detach().cpu().contiguous().view(torch.uint8)
+        codes = weight.view(torch.uint8).numpy().view(fmt.code_dtype)
+        return codes, scale.numpy().view(fmt.scale.dtype)
     values = weight.to(torch.float32).contiguous().numpy()
     if not np.isfinite(values).all():
         raise CheckpointError(f"{where}: holds a NaN or an infinity")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybrid_moe import wrapper as wrapper_module
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.table import FORMATS, INT8, MXFP4, WeightFormat
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.families import EXPERTS, TOP_K, Experts, FamilyFixture, write_family
@@ -236,7 +236,7 @@ def test_failed_load_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("method", ["MXFP4", "BF16"])
+@pytest.mark.parametrize("method", FORMATS)
 def test_tensors_of_any_float_type(dtype: torch.dtype, method: str) -> None:
     weights = Weights.random()
     rounded = [t.to(dtype) for t in (weights.gate, weights.up, weights.down)]
@@ -251,16 +251,34 @@ def test_biases() -> None:
     outputs_agree(weights.load(wrapper()), weights.expected(batch), batch)
 
 
-@pytest.mark.parametrize("scale_type", [torch.uint8, torch.float8_e8m0fnu])
-def test_codes_that_are_quantized_already(scale_type: torch.dtype) -> None:
-    weights, batch, w = Weights.random(), Batch.random(), wrapper()
+@pytest.mark.parametrize(
+    ("fmt", "scale_type"),
+    [(MXFP4, torch.uint8), (MXFP4, torch.float8_e8m0fnu), (INT8, torch.float16)],
+)
+def test_codes_that_are_quantized_already(fmt: WeightFormat, scale_type: torch.dtype) -> None:
+    weights, batch, w = Weights.random(), Batch.random(), wrapper(method=fmt.name)
     codes, scales = {}, {}
     for name in ("gate", "up", "down"):
-        c, s = weights.quantized(name, MXFP4)
+        c, s = weights.quantized(name, fmt)
         codes[f"{name}_proj"] = torch.from_numpy(c)
         scales[f"{name}_scale"] = torch.from_numpy(s).view(scale_type)
     w.load_weights_from_tensors(**codes, **scales)
-    outputs_agree(w, weights.expected(batch), batch)
+    outputs_agree(w, weights.expected(batch, fmt.name), batch)
+
+
+def test_codes_of_another_format_are_refused() -> None:
+    """The codes of MXFP4 are bytes of two, and its scales powers of two."""
+    weights = [torch.zeros(E, *shape) for shape in ((I, H), (I, H), (H, I))]
+    w = wrapper(method="INT8")
+    with pytest.raises(TypeError, match=r"dtype torch\.uint8, must be a float type or int8 INT8"):
+        w.load_weights_from_tensors(weights[0].to(torch.uint8), *weights[1:])
+    with pytest.raises(TypeError, match=r"gate_scale has dtype torch\.bfloat16, must be float16"):
+        w.load_weights_from_tensors(
+            weights[0].to(torch.int8), *weights[1:], gate_scale=torch.ones(E, I, 2).bfloat16()
+        )
+    scales = torch.full((E, I, 2), torch.inf, dtype=torch.float16)
+    with pytest.raises(CheckpointError, match=r"gate_proj\[\d\]: a fp16 scale is inf, which is no"):
+        w.load_weights_from_tensors(weights[0].to(torch.int8), *weights[1:], gate_scale=scales)
 
 
 CODES = {"gate_proj": torch.zeros(E, I, H // 2, dtype=torch.uint8)}

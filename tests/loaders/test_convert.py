@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.table import INT8, MXFP4, WeightFormat
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint, convert_checkpoint
 from hybrid_moe.loaders import convert as convert_module
@@ -70,13 +70,34 @@ WRITTEN: dict[str, dict[str, tuple[str, list[int]]]] = {
 """Some of what must be written for each family, with dtype and shape."""
 
 
-def assert_converted(fixture: FamilyFixture, directory: Path) -> None:
+WRITTEN_INT8: dict[str, dict[str, tuple[str, list[int]]]] = {
+    "qwen3_moe": {
+        "model.layers.1.mlp.experts.3.up_proj.weight": ("I8", [INTERMEDIATE, HIDDEN]),
+        "model.layers.1.mlp.experts.3.up_proj.weight_scale": ("F16", [INTERMEDIATE, HIDDEN // 32]),
+    },
+    "deepseek_v4": {
+        "model.layers.0.ffn.experts.1.w2.weight": ("I8", [HIDDEN, INTERMEDIATE]),
+        "model.layers.0.ffn.experts.1.w2.scale": ("F16", [HIDDEN, INTERMEDIATE // 32]),
+    },
+    "gpt_oss": {
+        "model.layers.0.mlp.experts.gate_up_proj_blocks": (
+            "I8", [EXPERTS, 2 * INTERMEDIATE, HIDDEN // 32, 32],
+        ),
+        "model.layers.0.mlp.experts.down_proj_scales": (
+            "F16", [EXPERTS, HIDDEN, INTERMEDIATE // 32],
+        ),
+    },
+}  # fmt: skip
+"""The same for method="INT8"."""
+
+
+def assert_converted(fixture: FamilyFixture, directory: Path, fmt: WeightFormat = MXFP4) -> None:
     """The experts in `directory` are those of `fixture`, quantized."""
     checkpoint = Checkpoint.open(directory)
     assert checkpoint.layers == tuple(fixture.layers)
     for number, layer in fixture.layers.items():
         source = checkpoint.layer(number)
-        assert source.format is MXFP4
+        assert source.format is fmt
         for expert in range(EXPERTS):
             tensors = source.expert(expert)
             for name in ("gate", "up", "down"):
@@ -86,12 +107,13 @@ def assert_converted(fixture: FamilyFixture, directory: Path) -> None:
                     assert np.array_equal(kept, getattr(layer, name)[expert])
                     continue
                 w = getattr(layer, name)[expert].astype(np.float32)
-                codes, scales = MXFP4.encode(w)
+                codes, scales = fmt.encode(w)
                 assert np.array_equal(matrix.codes, codes)
                 assert np.array_equal(matrix.scales, scales)
-                # E2M1 is at most a third of the group's maximum away: 8 * 2^e saturates to 6
-                error = np.abs(decode_mxfp4(codes, scales) - w).reshape(len(w), -1, 32)
-                assert (error.max(-1) <= np.abs(w).reshape(error.shape).max(-1) / 3).all()
+                if fmt is MXFP4:
+                    # at most a third of the group's maximum away: 8 * 2^e saturates to 6
+                    error = np.abs(decode_mxfp4(codes, scales) - w).reshape(len(w), -1, 32)
+                    assert (error.max(-1) <= np.abs(w).reshape(error.shape).max(-1) / 3).all()
                 bias = getattr(layer, f"{name}_bias")
                 assert (matrix.bias is None) == (bias is None)
                 assert bias is None or np.array_equal(matrix.bias, bias[expert])
@@ -110,19 +132,24 @@ def test_threads_where_affinity_cannot_be_read(
     assert_converted(fixture, tmp_path / "converted")
 
 
-@pytest.mark.parametrize("name", WRITTEN)
-def test_convert(family: Family, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fmt", "name"),
+    [(MXFP4, name) for name in WRITTEN] + [(INT8, name) for name in WRITTEN_INT8],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_convert(family: Family, fmt: WeightFormat, name: str, tmp_path: Path) -> None:
     fixture, steps = family(name), []
     target = tmp_path / "converted"
     convert_checkpoint(
         fixture.directory,
         target,
+        fmt.name,
         progress=lambda done, total: steps.append((done, total)),
         threads=2,
     )
-    assert_converted(fixture, target)
+    assert_converted(fixture, target, fmt)
     before, after = Checkpoint.open(fixture.directory), Checkpoint.open(target)
-    for key, (dtype, shape) in WRITTEN[name].items():
+    for key, (dtype, shape) in (WRITTEN if fmt is MXFP4 else WRITTEN_INT8)[name].items():
         assert (after.index.info(key).dtype, list(after.index.info(key).shape)) == (dtype, shape)
     others = [key for key in before.index.tensors if key not in before.expert_keys]
     assert set(others) == set(after.index.tensors) - after.expert_keys
@@ -136,7 +163,7 @@ def test_convert(family: Family, name: str, tmp_path: Path) -> None:
     total = sum(tensor.nbytes for tensor in after.index.tensors.values())
     assert steps[-1] == (total, total)
     config = json.loads((target / "config.json").read_text())
-    assert config.pop("hybrid_moe") == {"experts": "MXFP4", "group": 32}
+    assert config.pop("hybrid_moe") == {"experts": fmt.name, "group": 32}
     assert config == json.loads((fixture.directory / "config.json").read_text())
     files = [{file.name for file in folder.iterdir()} for folder in (target, fixture.directory)]
     assert files[0] == files[1] >= {"config.json", "model.safetensors"}
@@ -336,6 +363,13 @@ def test_what_is_refused(family: Family, tmp_path: Path) -> None:
         (source, full / "file", "MXFP4", ValueError, "is a file"),
         (source, tmp_path / "out", "INT3", ValueError, "unknown method 'INT3'"),
         (source, tmp_path / "out", "BF16", ValueError, "not to BF16"),
+        (
+            family("qwen3_moe_mixed").directory,
+            tmp_path / "out",
+            "INT8",
+            ValueError,
+            "MXFP4, which does not become INT8",
+        ),
         (family("gpt_oss_mxfp4").directory, tmp_path / "out", "MXFP4", ValueError, "MXFP4 already"),
         (full, tmp_path / "out", "MXFP4", CheckpointError, r"no \*\.safetensors"),
     ]

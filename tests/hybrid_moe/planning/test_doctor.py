@@ -47,7 +47,7 @@ def test_next_tier_s_lack_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.delenv("HYBRID_MOE_ISA", raising=False)
     monkeypatch.setattr(
-        tiers, "host_features", lambda: frozenset({"avx2", "fma", "avxvnni", "avx512f"})
+        tiers, "host_features", lambda: frozenset({"avx2", "f16c", "fma", "avxvnni", "avx512f"})
     )
     isa = doctor.read_isa()
     assert isa.chosen == "avx2_vnni"

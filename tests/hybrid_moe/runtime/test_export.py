@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_moe.formats.table import FORMATS, WeightFormat
+from hybrid_moe.formats.table import FORMATS, INT8, WeightFormat
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import E, H, I, Weights, wrapper
 
@@ -33,6 +33,8 @@ class HostBuffers:
             ("w2_scale_ptrs", fmt.scale_shape(H, columns)),
         ):
             shapes[name], self.dtypes[name] = shape or (0, 0), np.dtype(ml_dtypes.bfloat16)
+            if fmt is INT8:
+                self.dtypes[name] = np.dtype(np.float16)
         self.shapes, self.ranks = shapes, ranks
         self.memory = {
             name: [np.full(self.nbytes(name) + self.GUARD, 0xA5, np.uint8) for _ in range(ranks)]
@@ -80,7 +82,7 @@ def test_ranks_together_hold_the_expert(method: str, ranks: int) -> None:
                 array = WEIGHTS.quantized(name, fmt)[part]
                 assert array is not None
                 stored[name] = array[logical]
-            if kind == "scale":  # 2^(s - 127), exact in bf16
+            if kind == "scale" and fmt is not INT8:  # 2^(s - 127), exact in bf16
                 stored = {n: np.ldexp(1.0, s.astype(int) - 127) for n, s in stored.items()}
             w13 = np.stack(buffers[f"w13_{kind}_ptrs"]).reshape(ranks, 2, I // ranks, -1)
             for at, name in enumerate(("gate", "up")):
