@@ -10,15 +10,18 @@ as GGUF for llama.cpp, which reads the same weights.
 Each engine runs in a process of its own, which ends before the next one starts, since two copies
 of a model seldom fit; each loads the model once a round, and the rounds take turns. A context is
 computed as a prompt if it has at most --longest-prompt tokens; longer ones are filled with random
-keys and values. Then --new tokens follow. "Read" is the bandwidth just before and after; the
-roofline is that bandwidth over the bytes that a token reads: its experts, linear layers, routers
-and norms, and the KV cache, each once. "Peak" is what the multiply-accumulates of a prompt take at
-the peak of the instructions that their formats are given. Memory stands beside what `plan` says.
+keys and values. Then --new tokens follow, and between every eight of them the clock stands still
+while memory is read: "read" is the harmonic mean of these bandwidths. The roofline is that over the
+bytes that a token reads: its experts, linear layers, routers and norms, and the KV cache, each
+once; the share of it is the median over the eights. "Peak" is what the multiply-accumulates of a
+prompt take at the peak of the instructions that their formats are given. Memory stands beside what
+`plan` says, and so do both speeds, with the ceilings of the same seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -28,7 +31,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness import Reads, parse_list, parse_numbers, parser
+from harness import parse_list, parse_numbers, parser
 from peer.find import BENCH, INSTALLED, Place, find_llama
 from peer.interface import UnavailableError
 from peer.process import WorkerProcess
@@ -36,6 +39,7 @@ from rich.console import Console
 from synthetic.checkpoint import make_checkpoint
 from synthetic.models import MODELS
 from tables import END_TO_END, OTHERS, show
+from whole_model.clock import SLICE
 
 from hybrid_moe.cpu_kernels.ceilings.peaks import mac_ceiling
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -61,7 +65,7 @@ class Point:
         token_bytes: that a token reads, the cache in the middle of the answer.
         prefill_s: seconds from the prompt to the first token.
         decode: tokens per second after it.
-        reads, one_thread_reads: bandwidth around it, GB/s.
+        reads: bandwidth meanwhile, GB/s. shares: what is used of it.
         peak_s: what the prompt's multiply-accumulates take at their peak.
         peak_rss: most memory of the process up to here, bytes. planned: what `plan` says.
         predicted_decode, predicted_prefill: tokens per second that `plan` says with these ceilings.
@@ -80,7 +84,7 @@ class Point:
     prefill_s: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
-    one_thread_reads: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
     peak_s: list[float] = field(default_factory=list)
     peak_rss: list[int] = field(default_factory=list)
     predicted_decode: list[float] = field(default_factory=list)
@@ -107,7 +111,6 @@ class Bench:
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.args, self.console = args, console
         self.pool = PoolConfig.choose(args.threads)
-        self.reads = Reads(args.threads)
         self.points: dict[tuple[str, str, int], Point] = {}
 
     def measure(self, subject: Subject, engine: str, place: Place) -> None:
@@ -136,14 +139,12 @@ class Bench:
         args, model = self.args, subject.planned
         computed = context <= args.longest_prompt
         peaks = {name: mac_ceiling(name, self.pool, seconds=0.1) for name in formats(model)}
-        before = self.reads.measure()
         made = worker.ask("run", context=context, new=args.new, computed=computed)
-        after = self.reads.measure()
         if "unavailable" in made:
             self.console.log(f"{worker.name}, {context} tokens: left out: {made['unavailable']}")
             return
-        one, every = (statistics.mean(pair) for pair in zip(before, after, strict=True))
-        speeds = CpuSpeeds(1e9 * every, peaks, "measured around it")
+        read = statistics.harmonic_mean(made["reads"])
+        speeds = CpuSpeeds(1e9 * read, peaks, "measured meanwhile")
         middle = context + args.new // 2
         plan = forecast(model, speeds, middle, args.threads)
         key = (subject.name, worker.name, context)
@@ -163,11 +164,27 @@ class Bench:
             point.predicted_prefill.append(prefill.tokens_per_second)
         point.decode.append(len(made["seconds"]) / sum(made["seconds"]))
         point.predicted_decode.append(plan.decode.tokens_per_second)
-        point.reads.append(every)
-        point.one_thread_reads.append(one)
+        point.reads.append(read)
+        point.shares.append(read_share(point.token_bytes, made["seconds"], made["reads"]))
         point.peak_rss.append(worker.ask("memory")["peak_rss"])
         point.others.append(made["others"])
         point.tokens = point.tokens or made["tokens"][:8]
+
+
+def read_share(nbytes: int, seconds: list[float], reads: list[float]) -> float:
+    """Of the read bandwidth, what an answer uses: the median over its slices, each beside the
+    bandwidths at its beginning and end.
+
+    Args:
+        nbytes: that a token reads.
+        seconds: of each token.
+        reads: GB/s, see `TokenClock`.
+    """
+    around = itertools.pairwise(reads)
+    return statistics.median(
+        nbytes / statistics.mean(seconds[at : at + SLICE]) / (1e9 * statistics.mean(pair))
+        for at, pair in zip(range(0, len(seconds), SLICE), around, strict=True)
+    )
 
 
 def formats(model: Model) -> list[str]:
@@ -212,16 +229,12 @@ def rows(points: list[Point]) -> list[dict[str, Any]]:
 
 def _row(point: Point, ours: Point | None) -> dict[str, Any]:
     decode, read = statistics.median(point.decode), statistics.median(point.reads)
-    shares = [
-        speed * point.token_bytes / (1e9 * read)
-        for speed, read in zip(point.decode, point.reads, strict=True)
-    ]
     row = {
         **asdict(point),
         "decode_tokens_per_s": decode,
         "read_bandwidth": read,
         "roofline": 1e9 * read / point.token_bytes,
-        "decode_share": statistics.median(shares),
+        "decode_share": statistics.median(point.shares),
         "prefill_tokens_per_s": None,
         "prefill_share": None,
         "ours_decodes_faster": None,

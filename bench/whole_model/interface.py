@@ -3,23 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer, greedily.
-
-    Attributes:
-        prefill: seconds from the ids to the first new token.
-        tokens: the new tokens.
-        seconds: of each token after the first.
-    """
-
-    prefill: float
-    tokens: list[int]
-    seconds: list[float]
+from whole_model.clock import TokenClock
 
 
 class Engine(ABC):
@@ -44,10 +30,10 @@ class Engine(ABC):
         """Name and version."""
 
     @abstractmethod
-    def generate(self, prompt: list[int], new: int) -> Generation:
-        """Continue `prompt` by `new` tokens."""
+    def generate(self, prompt: list[int], new: int, clock: TokenClock) -> list[int]:
+        """Continue `prompt` by `new` tokens, the likeliest each, which are returned."""
 
     @abstractmethod
-    def generate_behind(self, context: int, token: int, new: int) -> Generation:
+    def generate_behind(self, context: int, token: int, new: int, clock: TokenClock) -> list[int]:
         """Continue `token` by `new` tokens where `context` others are in the cache already: random
         keys and values, since their speed is that of any other."""

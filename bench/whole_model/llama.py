@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import itertools
 import os
 import re
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ from typing import Any
 import numpy as np
 from peer.interface import UnavailableError
 
-from whole_model.interface import Engine, Generation
+from whole_model.clock import TokenClock
+from whole_model.interface import Engine
 
 LONGEST_PREFILL = 1024
 """Tokens with which a cache is filled: it can only be filled by computing, at some 20 tokens a
@@ -59,7 +58,7 @@ class LlamaCpp(Engine):
         if not self._context:
             raise UnavailableError(f"llama.cpp makes no context of {context} tokens")
         self._vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
-        self.generate([1] * 8, 4)
+        self.generate([1] * 8, 4, TokenClock(None))
 
     @property
     def label(self) -> str:
@@ -67,24 +66,25 @@ class LlamaCpp(Engine):
         found = re.search(r'__version__ = "(.+?)"', package)
         return f"llama.cpp of llama-cpp-python {found[1] if found else '?'}"
 
-    def generate(self, prompt: list[int], new: int) -> Generation:
+    def generate(self, prompt: list[int], new: int, clock: TokenClock) -> list[int]:
         llama = self._llama
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
-        start = time.perf_counter()
+        clock.start()
         for at in range(0, len(prompt), 512):
             self._decode(prompt[at : at + 512])
-        tokens, times = [self._likeliest()], [time.perf_counter()]
+        tokens = [self._likeliest()]
+        clock.token()
         while len(tokens) < new:
             self._decode(tokens[-1:])
             tokens.append(self._likeliest())
-            times.append(time.perf_counter())
-        seconds = [b - a for a, b in itertools.pairwise(times)]
-        return Generation(times[0] - start, tokens, seconds)
+            clock.token()
+        clock.finish()
+        return tokens
 
-    def generate_behind(self, context: int, token: int, new: int) -> Generation:
+    def generate_behind(self, context: int, token: int, new: int, clock: TokenClock) -> list[int]:
         if context > LONGEST_PREFILL:
             raise UnavailableError(f"computing the keys of {context} tokens takes too long")
-        return self.generate([token] * (context + 1), new)
+        return self.generate([token] * (context + 1), new, clock)
 
     def _decode(self, ids: list[int]) -> None:
         array = (ctypes.c_int32 * len(ids))(*ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,26 @@ import transformers
 from peer.interface import UnavailableError
 
 import hybrid_moe
-from whole_model.interface import Engine, Generation
+from whole_model.clock import TokenClock
+from whole_model.interface import Engine
 
 
-class _Clock:
-    """A streamer that notes when tokens come; the first call brings the prompt."""
+class _Streamer:
+    """Tells the clock of tokens; the first call brings the prompt."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, clock: TokenClock) -> None:
+        self._clock = clock
+        self._started = False
 
     def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
+        if self._started:
+            self._clock.token()
+        else:
+            self._clock.start()
+            self._started = True
 
     def end(self) -> None:
-        """Nothing is left to show."""
+        self._clock.finish()
 
 
 class _TransformersEngine(Engine):
@@ -36,13 +41,14 @@ class _TransformersEngine(Engine):
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(threads)
         self._model: Any = self._load(folder, dense, threads)
-        self._generate(torch.ones(1, 8, dtype=torch.int64), 4)
+        self._generate(torch.ones(1, 8, dtype=torch.int64), 4, TokenClock(None))
 
     def _load(self, folder: Path, dense: str, threads: int) -> Any:
         raise NotImplementedError
 
-    def _generate(self, ids: torch.Tensor, new: int, cache: Any = None) -> tuple[Generation, Any]:
-        clock = _Clock()
+    def _generate(
+        self, ids: torch.Tensor, new: int, clock: TokenClock, cache: Any = None
+    ) -> tuple[list[int], Any]:
         given = {} if cache is None else {"past_key_values": cache}
         with torch.inference_mode():
             out = self._model.generate(
@@ -51,21 +57,18 @@ class _TransformersEngine(Engine):
                 max_new_tokens=new,
                 min_new_tokens=new,
                 do_sample=False,
-                streamer=clock,
+                streamer=_Streamer(clock),
                 pad_token_id=0,
                 return_dict_in_generate=True,
                 **given,
             )
-        start, first, *later = clock.times
-        seconds = [b - a for a, b in zip([first, *later], later, strict=False)]
-        tokens = out.sequences[0, ids.shape[1] :].tolist()
-        return Generation(first - start, tokens, seconds), out.past_key_values
+        return out.sequences[0, ids.shape[1] :].tolist(), out.past_key_values
 
-    def generate(self, prompt: list[int], new: int) -> Generation:
-        return self._generate(torch.tensor([prompt]), new)[0]
+    def generate(self, prompt: list[int], new: int, clock: TokenClock) -> list[int]:
+        return self._generate(torch.tensor([prompt]), new, clock)[0]
 
-    def generate_behind(self, context: int, token: int, new: int) -> Generation:
-        _, cache = self._generate(torch.ones(1, 1, dtype=torch.int64), 2)
+    def generate_behind(self, context: int, token: int, new: int, clock: TokenClock) -> list[int]:
+        _, cache = self._generate(torch.ones(1, 1, dtype=torch.int64), 2, TokenClock(None))
         held = cache.get_seq_length()
         config = self._model.config
         shape = (1, config.num_key_value_heads, context - held, config.head_dim)
@@ -74,7 +77,7 @@ class _TransformersEngine(Engine):
                 keys, values = (torch.randn(shape).bfloat16() for _ in range(2))
                 cache.update(keys, values, layer)
         ids = torch.full((1, context + 1), token)  # those in the cache are not looked at
-        return self._generate(ids, new, cache)[0]
+        return self._generate(ids, new, clock, cache)[0]
 
 
 class Ours(_TransformersEngine):

@@ -6,7 +6,6 @@ import importlib
 import re
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import numpy as np
 from peer.pipe import answer_commands
 from problem import OtherLoad
 
+from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
+from whole_model.clock import TokenClock
 from whole_model.interface import Engine
 
 ENGINES = {
@@ -22,6 +23,9 @@ ENGINES = {
     "transformers": ("whole_model.torch_engines", "Eager"),
 }
 _SEED = 3
+
+PROBE_BYTES = 256 << 20
+"""Of the buffer that is read between tokens: far more than a cache holds."""
 
 
 class Worker:
@@ -40,27 +44,34 @@ class Worker:
         files = [Path(file) for file in weights]
         self._engine: Engine = made(Path(folder), files, dense, threads, context)
         self._vocabulary = vocabulary
+        self._probe = ReadProbe(threads, PROBE_BYTES)
         return {"label": self._engine.label, "load_s": time.perf_counter() - start}
 
     def run(self, context: int, new: int, computed: bool) -> dict[str, Any]:
         """Generate behind `context` random tokens, which are computed or are only in the cache."""
         rng = np.random.default_rng((_SEED, context))
         prompt: list[int] = rng.integers(0, self._vocabulary, context).tolist()
-        others = OtherLoad()
+        clock, others = TokenClock(self._probe), OtherLoad()
         if computed:
-            made = self._engine.generate(prompt, new)
+            tokens = self._engine.generate(prompt, new, clock)
         else:
-            made = self._engine.generate_behind(context, prompt[0], new)
-        return {**asdict(made), "others": others.share()}
+            tokens = self._engine.generate_behind(context, prompt[0], new, clock)
+        return {
+            "tokens": tokens,
+            "prefill": clock.prefill,
+            "seconds": clock.seconds,
+            "reads": clock.reads,
+            "others": others.share(),
+        }
 
     def memory(self) -> dict[str, Any]:
-        """The most memory that the process has held so far."""
+        """The most memory that the process has held so far, without the probe's buffer."""
         status = Path("/proc/self/status").read_text()
         peak, anonymous = (
             1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])  # type: ignore[index]
             for name in ("VmHWM", "RssAnon")
         )
-        return {"peak_rss": peak, "anonymous": anonymous}
+        return {"peak_rss": peak - PROBE_BYTES, "anonymous": anonymous - PROBE_BYTES}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from synthetic.checkpoint import make_checkpoint
 from synthetic.models import MODELS
 from tables import END_TO_END
 from tables import rows as table_rows
+from whole_model import clock
 from whole_model.torch_engines import Eager
 from whole_model.worker import Worker
 
@@ -27,7 +28,7 @@ def point(engine: str, **changes: Any) -> Point:
     made = Point(
         model="m", engine=engine, label=f"{engine} 1.0", dense="bf16", context=100, computed=True,
         threads=2, token_bytes=2 * 10**9, planned=4 * 10**9, prefill_s=[2.0, 4.0],
-        decode=[5.0, 4.0], reads=[20.0, 16.0], one_thread_reads=[20.0, 16.0], peak_s=[1.0, 1.0],
+        decode=[5.0, 4.0], reads=[20.0, 16.0], shares=[0.5, 0.5], peak_s=[1.0, 1.0],
         peak_rss=[3 * 10**9, 2 * 10**9], predicted_decode=[4.0, 4.0],
         predicted_prefill=[50.0, 25.0], others=[0.0, 0.02],
     )  # fmt: skip
@@ -42,7 +43,7 @@ def test_rows() -> None:
     assert mine["prefill_tokens_per_s"] == pytest.approx(100 / 3)
     assert mine["prefill_share"] == pytest.approx((1 / 2 + 1 / 4) / 2)
     assert mine["decode_tokens_per_s"] == 4.5 and mine["roofline"] == pytest.approx(9)
-    assert mine["decode_share"] == pytest.approx(0.5), "5 of 10 and 4 of 8 tok/s"
+    assert mine["decode_share"] == 0.5
     assert mine["memory"] == 3 * 10**9 and mine["ours_decodes_faster"] is None
     assert mine["decode_of_plan"] == pytest.approx((5 / 4 + 1) / 2)
     assert mine["prefill_of_plan"] == pytest.approx(1)
@@ -52,6 +53,34 @@ def test_rows() -> None:
     row = dict(zip(header, first, strict=True))
     assert row["% of it"] == "50" and row["memory / plan"] == "0.750"
     assert "1.50 x" in second and "1.50 x" not in first
+
+
+def test_the_share_is_of_the_bandwidth_of_the_same_seconds() -> None:
+    """2 GB a token: 8 tokens at 10 GB/s where 20 could be read, 8 at 20 of 40, 4 at 5 of 10; and
+    one token that was held up, in a slice of its own."""
+    seconds = [0.2] * 8 + [0.1] * 8 + [0.4] * 4
+    assert end_to_end.read_share(2 * 10**9, seconds, [15, 25, 55, -35]) == pytest.approx(0.5)
+    held_up = [0.1] * 8 + [0.1] * 8 + [9.0]
+    assert end_to_end.read_share(2 * 10**9, held_up, [40, 40, 40, 40]) == pytest.approx(0.5)
+
+
+def test_a_clock_stands_still_while_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+
+    class Probe:
+        def measure(self, seconds: float) -> float:
+            now[0] += 100.0
+            return 30.0
+
+    ticking = clock.TokenClock(Probe())  # type: ignore[arg-type]
+    ticking.start()
+    for _ in range(12):
+        now[0] += 0.5
+        ticking.token()
+    ticking.finish()
+    assert ticking.prefill == 0.5 and ticking.seconds == [0.5] * 11
+    assert ticking.reads == [30.0] * 3, "before, after eight, at the end"
 
 
 def test_a_filled_context_has_no_prefill() -> None:
