@@ -10,7 +10,7 @@ import torch
 
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, choose_tier
 from hybrid_moe.cpu_kernels.kernels.rms_norm import LANES, STYLES, NormStyle
-from hybrid_moe.cpu_kernels.row_functions import rms_norms
+from hybrid_moe.cpu_kernels.row_functions import row_functions
 from tests.cpu_kernels.emulation import RUNNABLE
 
 SIZES = (8, 24, 64, 128, 520, 2048, 2880, 8256, 16896)
@@ -21,7 +21,7 @@ EPSILON = 1e-6
 def _norm(style: NormStyle, tier: str, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
     epsilon = ctypes.c_float(EPSILON)
-    rms_norms(RUNNABLE[tier])[style.name](
+    row_functions(RUNNABLE[tier])[style.name](
         x.data_ptr(), w.data_ptr(), out.data_ptr(), *x.shape, ctypes.addressof(epsilon)
     )
     return out

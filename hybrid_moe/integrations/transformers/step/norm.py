@@ -20,8 +20,8 @@ import torch
 from torch.nn import Parameter
 
 from hybrid_moe.cpu_kernels.kernels.rms_norm import LANES, MOST_INPUTS, STYLES
-from hybrid_moe.cpu_kernels.row_functions import RowFunction, rms_norms
-from hybrid_moe.runtime.torch_op import is_traced
+from hybrid_moe.cpu_kernels.row_functions import RowFunction, row_functions
+from hybrid_moe.integrations.transformers.step.plain import is_plain, only_computes
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def recognise_norm(module: torch.nn.Module) -> NormSpec | None:
     if dtype not in widths or inputs % LANES or inputs > min(MOST_INPUTS, MOST_ELEMENTS // 2):
         return None
     epsilon = ctypes.c_float(value)
-    functions = rms_norms()
+    functions = row_functions()
     candidates = [n for n, style in STYLES.items() if style.weight_bytes == widths[dtype]]
     specs = [NormSpec(functions[n], inputs, dtype, attribute, value, epsilon) for n in candidates]
     for x, random in _probes(inputs, dtype, value):
@@ -174,20 +174,17 @@ def _forward(self: torch.nn.Module, *inputs: Any, **named: Any) -> Any:
 
 def _applies(module: torch.nn.Module, spec: NormSpec, x: Any) -> bool:
     """Whether a compiled norm may stand for the module's own on `x`."""
-    if type(x) is not torch.Tensor or x.dtype is not torch.bfloat16 or not x.is_cpu:
-        return False
     weight = module._parameters["weight"]
     return (
-        0 < x.numel() < MOST_ELEMENTS
+        type(x) is torch.Tensor
+        and is_plain(x)
+        and 0 < x.numel() < MOST_ELEMENTS
         and x.shape[-1] == spec.inputs
-        and x.is_contiguous()
         and type(weight) is Parameter
         and weight.dtype is spec.weight_dtype
         and weight.is_cpu
         and weight.shape == (spec.inputs,)
         and weight.is_contiguous()
         and module.__dict__.get(spec.attribute) == spec.value
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not is_traced(x)
+        and only_computes(x)
     )

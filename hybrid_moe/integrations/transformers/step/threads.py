@@ -84,18 +84,15 @@ def torch_threads(few: bool) -> Iterator[None]:
 def scope_threads(model: torch.nn.Module) -> None:
     """Let `model.forward` and `model.generate` run in scopes of `torch_threads`. Idempotent."""
     for name in _SCOPED:
-        scoped = _scoped(type(model), name)
-        if scoped is not None and name not in model.__dict__:
+        own = getattr(type(model), name, None)
+        if own is not None and name not in model.__dict__:
             # a bound method: a copy of the model gets one of its own
-            model.__dict__[name] = MethodType(scoped, model)
+            model.__dict__[name] = MethodType(_scoped(own, name), model)
 
 
 @functools.cache
-def _scoped(kind: type, name: str) -> Callable[..., Any] | None:
-    """The class's method, in a scope; its signature stays."""
-    own = getattr(kind, name, None)
-    if own is None:
-        return None
+def _scoped(own: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A class's method, in a scope; its signature stays."""
 
     @functools.wraps(own)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
