@@ -47,8 +47,8 @@ class AttentionCall(NamedTuple):
         window: keys that a token sees at most, its own among them; 0: all.
         first: address of int64 [B], the first key of each sequence that is no padding; or 0.
         scale: address of a float32, by which scores are multiplied.
-        sinks: address of float32 [H * G], a score that takes part in the softmax and has no value;
-            -infinity: none.
+        sinks: address of [H * G] scores that take part in the softmax and have no value.
+        sink_bytes: of each of them, 2 for bf16 and 4 for float32; 0: there are none.
         query_states: bf16 [B][H * G][Q][key_dim], contiguous.
         key_states: address of key 0 of head 0 of sequence 0, and the strides to the next sequence,
             head and key. value_states: likewise.
@@ -65,6 +65,7 @@ class AttentionCall(NamedTuple):
     first: int
     scale: int
     sinks: int
+    sink_bytes: int
     query_states: int
     key_states: int
     key_sequence_bytes: int
@@ -224,8 +225,7 @@ class CachedAttention:
         keys, values = (a if a.strides[-1] == 2 else a.copy() for a in (keys, values))
         out = np.empty((B, Q, query_heads, self.value_dim), np.uint16)
         factor = np.array([scale], np.float32)
-        sunk = np.full(query_heads, -np.inf, np.float32) if sinks is None else sinks
-        sunk = np.ascontiguousarray(sunk, np.float32)
+        sunk = np.ascontiguousarray(np.zeros(query_heads) if sinks is None else sinks, np.float32)
         first = None if first is None else np.ascontiguousarray(first, np.int64)
         if sunk.shape != (query_heads,) or (first is not None and first.shape != (B,)):
             raise ValueError("sinks must be [query heads], and first [sequences]")
@@ -236,6 +236,7 @@ class CachedAttention:
         call = AttentionCall(
             B, H, Q, query_heads // H * Q, T, split_count(T, Q, window), window,
             0 if first is None else first.ctypes.data, factor.ctypes.data, sunk.ctypes.data,
+            0 if sinks is None else 4,
             q.ctypes.data, keys.ctypes.data, k_sequence, k_head, k_key,
             values.ctypes.data, v_sequence, v_head, v_key, out.ctypes.data,
         )  # fmt: skip

@@ -94,7 +94,8 @@ def merge_row(attention: Attention, head: int, row: int) -> None:
         attention.rows * attention.partial_bytes,
         split_count(attention, sequence),
         attention.value_dim,
-        attention.sinks + 4 * query_head,
+        attention.sinks + attention.sink_bytes * query_head,
+        attention.sink_bytes,
         attention.out + 2 * attention.value_dim * at,
     )
 

@@ -161,7 +161,8 @@ class Attention(Record):
     window = i64  # keys that a token sees at most, its own among them, or 0
     first = array(i64)  # [B] first key that is no padding, or 0
     scale = i64  # address of a float32
-    sinks = i64  # of float32 [H * G]; -infinity: none
+    sinks = i64  # address of the scores of H * G sinks,
+    sink_bytes = i64  # each a bf16 or a float32; 0: there are none
     query_states = i64  # [B][H * G][Q][key_dim]
     key_states = i64  # of key 0 of head 0 of sequence 0, and bytes between
     key_sequence_bytes = i64

@@ -267,8 +267,8 @@ def attend(tier: Tier) -> KernelBody:
 
     q is bf16 [rows][key_dim]. keys and values are bf16 [count], of key_dim and value_dim each
     (multiples of 16), so many bytes apart; 1 <= count <= ATTENTION_SPLIT. visible is int32
-    [rows][2]: the keys that a row sees, from the first up to and without the second. scale is the address of a
-    float32. scratch has `scratch_bytes(rows, key_dim)`, partials are [rows].
+    [rows][2]: the keys that a row sees, from the first up to and without the second. scale is the
+    address of a float32. scratch has `scratch_bytes(rows, key_dim)`, partials are [rows].
 
     Memory is busy all the time: values are fetched while scores are computed, and while values are
     added, the keys at `ahead`, which the next unit reads (any address: nothing there is used).
@@ -325,14 +325,26 @@ ATTEND_ARITY = 14
 
 
 def merge(
-    emit: Emit, partials: Val, stride: Val, splits: Val, value_dim: Val, sink: Val, out: Val
+    emit: Emit,
+    partials: Val,
+    stride: Val,
+    splits: Val,
+    value_dim: Val,
+    sink: Val,
+    sink_bytes: Val,
+    out: Val,
 ) -> None:
     """Kernel: the partials of one row, `stride` bytes apart, -> out, bf16 [value_dim]; 0 where it
-    saw no key. `sink` is the address of a float32, -infinity for none. Overwrites each m."""
+    saw no key. `sink` is the address of a bf16 or a float32, by its `sink_bytes`; 0: there is none.
+    Overwrites each m."""
     minus_infinity = _infinity(emit)
     tail = value_dim * 4
-    sunk = emit.load(sink, F32, align=4)
-    most = emit.var(sunk)
+    most = emit.var(minus_infinity)
+    with emit.when(sink_bytes.equals(2)):
+        most.set((emit.load(sink, I16, align=2).zext(I32) << 16).bits(F32))
+    with emit.when(sink_bytes.equals(4)):
+        most.set(emit.load(sink, F32, align=4))
+    sunk = most.get()
     with emit.loop(0, splits) as i:
         most.set(_greater(emit.load(partials + i * stride + tail, F32, align=4), most.get()))
     reference = most.get().equals(minus_infinity).select(0.0, most.get())
@@ -366,4 +378,4 @@ def merge(
         emit.store(out + whole * 2, to_bf16(combined(whole, 1)[0]), align=2)
 
 
-MERGE_ARITY = 6
+MERGE_ARITY = 7

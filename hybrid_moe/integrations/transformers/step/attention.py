@@ -105,7 +105,6 @@ class _Decoder:
         self.scale: np.ndarray[Any, np.dtype[np.float32]] = np.zeros(1, np.float32)
         self.scale_address = self.scale.ctypes.data
         self.factor: float | None = None
-        self.no_sinks = torch.empty(0)
 
     def run(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ranges: KeyRanges,
@@ -116,20 +115,19 @@ class _Decoder:
         key_heads, keys, window, first = key.shape[1], ranges.keys, ranges.window, ranges.first
         if factor != self.factor:
             self.scale[0] = self.factor = factor
+        sunk = sink_bytes = 0
         if sinks is not None:
-            sinks = sinks.detach().to(torch.float32).contiguous()
-        elif self.no_sinks.shape[0] == query_heads:
-            sinks = self.no_sinks
-        else:
-            sinks = self.no_sinks = torch.full((query_heads,), -torch.inf)
+            if sinks.dtype not in (torch.bfloat16, torch.float32) or not sinks.is_contiguous():
+                sinks = sinks.detach().to(torch.float32).contiguous()
+            sunk, sink_bytes = sinks.data_ptr(), sinks.itemsize
         query = query.contiguous()
-        out = query.new_empty((sequences, queries, query_heads, self.value_dim))
+        out = torch.empty((sequences, queries, query_heads, self.value_dim), dtype=torch.bfloat16)
         k_sequence, k_head, k_key, _ = key.stride()
         v_sequence, v_head, v_key, _ = value.stride()
         call = AttentionCall(
             sequences, key_heads, queries, query_heads // key_heads * queries, keys,
             split_count(keys, queries, window), window,
-            0 if first is None else first.data_ptr(), self.scale_address, sinks.data_ptr(),
+            0 if first is None else first.data_ptr(), self.scale_address, sunk, sink_bytes,
             query.data_ptr(), key.data_ptr(), 2 * k_sequence, 2 * k_head, 2 * k_key,
             value.data_ptr(), 2 * v_sequence, 2 * v_head, 2 * v_key, out.data_ptr(),
         )  # fmt: skip
@@ -242,7 +240,7 @@ def _elsewhere(
         return "gradients are asked for"
     if not query.dtype == key.dtype == value.dtype == torch.bfloat16:
         return f"its states are {query.dtype}, not bfloat16"
-    if not query.device.type == key.device.type == value.device.type == "cpu":
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
         return ""
     if query.shape[3] % 16 or value.shape[3] % 16:
         return "heads whose size is no multiple of 16"
