@@ -7,7 +7,6 @@ import inspect
 import logging
 import pickle
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -257,15 +256,12 @@ def test_backward_is_refused_by_name() -> None:
         model(input_ids=prompt()).logits.sum().backward()
 
 
-def test_copies_share_the_panels_and_nothing_incomplete_is_saved(tmp_path: Path) -> None:
+def test_copies_share_the_panels_and_are_not_pickled() -> None:
     model = offload(build("qwen3_moe"), "MXFP4", threads=1, progress=False)
     expected = logits(model, prompt())
     twin = copy.deepcopy(model)
-    with pytest.raises(RuntimeError, match="before offload"):
-        model.save_pretrained(tmp_path / "model")
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(model)
-    assert not list(tmp_path.iterdir())
     del model
     assert torch.equal(logits(twin, prompt()), expected)
 

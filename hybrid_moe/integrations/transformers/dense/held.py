@@ -22,6 +22,9 @@ from hybrid_moe.text import format_bytes
 _ROWS = 16 * STRIP_ROWS
 """Rows that are converted at a time: float32 of 1024 rows of 4096 inputs are 16 MiB."""
 
+_KIND = ("fmt", "rows", "inputs", "has_bias", "pool")
+"""What is equal of matrices that can stand for each other."""
+
 _change = ProcessLock()
 """Who puts another matrix or layer in the place of one."""
 
@@ -65,6 +68,12 @@ class HeldMatrix:
                 self.layer = DenseLayer([self.matrix], name=self.where)
             return self.layer
 
+    def _readable(self) -> PackedMatrix:
+        matrix = self.matrix
+        if not matrix.loaded:
+            raise RuntimeError(f"{self.where}: read before its weights are loaded")
+        return matrix
+
     @property
     def weight_nbytes(self) -> int:
         """Of the whole weight as torch would hold it."""
@@ -72,11 +81,11 @@ class HeldMatrix:
 
     def weight(self) -> torch.Tensor:
         """[N, K] in `dtype`, unpacked anew by every call; quantised weights are dequantised."""
+        matrix = self._readable()
         warn_once(
             f"{self.where}: its packed weight is read, which unpacks it into "
             f"{format_bytes(self.weight_nbytes)} each time (said once)"
         )
-        matrix = self.matrix
         return _to_torch(matrix.unpack(), matrix, self.dtype)
 
     def rows(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -85,12 +94,21 @@ class HeldMatrix:
         Raises:
             IndexError: there is no such row.
         """
-        matrix = self.matrix
+        matrix = self._readable()
         return _to_torch(matrix.take_rows(ids), matrix, self.dtype)
 
     def bias(self) -> torch.Tensor:
         """[N] in `dtype`; zeros where there is none."""
         return torch.from_numpy(self.matrix.bias[: self.matrix.rows].copy()).to(self.dtype)
+
+    def share(self, matrix: PackedMatrix) -> bool:
+        """Take another packed matrix, if it is of the same kind: no weight is copied."""
+        if any(getattr(matrix, name) != getattr(self.matrix, name) for name in _KIND):
+            return False
+        with _change:
+            self.matrix, self.layer = matrix, None
+        self._replaced()
+        return True
 
     def load(self, weight: torch.Tensor | None, bias: torch.Tensor | None = None) -> None:
         """Pack another weight, another bias or both. A job under way computes with the old ones.
@@ -128,6 +146,9 @@ class HeldMatrix:
                         raise ValueError(f"{self.where}: {error}") from error
                     new.load(Matrix(codes, scales, part, self.where), first)
             self.matrix, self.layer = new, DenseLayer([new], name=self.where)
+        self._replaced()
+
+    def _replaced(self) -> None:
         if self.replaced is not None:
             self.replaced()
 

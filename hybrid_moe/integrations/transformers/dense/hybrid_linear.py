@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.integrations.transformers.dense.held import HeldMatrix
@@ -73,6 +74,7 @@ class HybridLinear(PackedModule, torch.nn.Linear):
             and not input.is_neg()
             and not (input.requires_grad and _is_grad_enabled())
             and not _is_autocast_enabled("cpu")
+            and forward_ad._current_level < 0
             and (shape := input.shape)
             and shape[-1] == self.in_features
         ):
@@ -102,6 +104,8 @@ class HybridLinear(PackedModule, torch.nn.Linear):
             and x.dtype is not torch.float64  # as autocast has it
         ):
             x = x.to(torch.get_autocast_dtype(device))
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+            raise RuntimeError(f"{self._held.where}: {torch_op.NO_GRADIENT}")
         if torch_op.is_traced(x) or x.is_meta:
             return dense_op.linear(x, self._handle.value, self.out_features)
         if x.requires_grad and torch.is_grad_enabled():

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.integrations.transformers.dense.held import HeldMatrix
 from hybrid_moe.integrations.transformers.dense.weight import PackedWeight
 from hybrid_moe.runtime import torch_op
@@ -86,21 +87,24 @@ class PackedModule(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Pack what is given, see `HeldMatrix.load`; what is this module's own weight stays."""
+        """Pack what is given, see `HeldMatrix.load`. Packed weights of the same kind are shared,
+        and so what is this module's own weight stays."""
         given: dict[str, torch.Tensor | None] = {}
         names = [name for name, parameter in self._parameters.items() if parameter is not None]
         for name in names:
             value = state_dict.get(prefix + name)
             if value is None and strict:
                 missing_keys.append(prefix + name)
-            same = isinstance(value, PackedWeight) and value.held.matrix is self._held.matrix
-            given[name] = None if same else value
+            given[name] = value
         if strict:
             unexpected_keys += [
                 key
                 for key in state_dict
                 if key.startswith(prefix) and key.removeprefix(prefix) not in names
             ]
+        source = _source(given)
+        if source is not None and self._held.share(source):
+            return
         if any(value is not None for value in given.values()):
             try:
                 self._held.load(given["weight"], given.get("bias"))
@@ -123,3 +127,15 @@ class PackedModule(torch.nn.Module):
             f"{self._held.where}: weights packed by hybrid_moe cannot be pickled: save_pretrained "
             "writes them"
         )
+
+
+def _source(given: Mapping[str, torch.Tensor | None]) -> PackedMatrix | None:
+    """The matrix whose weight these are, with its bias if it has one; None for anything else."""
+    found = None
+    for name, value in given.items():
+        if not (isinstance(value, PackedWeight) and value.whole and value.part == name):
+            return None
+        if found not in (None, value.held.matrix):
+            return None
+        found = value.held.matrix
+    return found if found is not None and found.loaded else None

@@ -52,7 +52,7 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @dataclass(frozen=True)
-class Source:
+class HeldTensor:
     """A tensor that the model holds.
 
     Attributes:
@@ -198,16 +198,16 @@ class SavePlan:
             yield from saved.writes()
 
 
-def _like(source: Source) -> torch.Tensor:
+def _like(source: HeldTensor) -> torch.Tensor:
     return torch.empty(source.shape, dtype=source.dtype, device="meta")
 
 
-def _sources(model: Any) -> dict[str, Source]:
+def _sources(model: Any) -> dict[str, HeldTensor]:
     """What the model holds but for routed experts, by the names that Transformers' modules would
     have for it."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    packed: dict[str, Source] = {}
+    packed: dict[str, HeldTensor] = {}
     hidden: list[str] = []  # prefixes of packed modules, whose own names are not written
     for name, module in model.named_modules():
         if isinstance(module, HybridMLP):
@@ -237,7 +237,7 @@ def _sources(model: Any) -> dict[str, Source]:
     return packed | {name: _tensor_source(tensor) for name, tensor in plain.items()}
 
 
-def _matrix_source(name: str, matrices: list[PackedMatrix]) -> Source:
+def _matrix_source(name: str, matrices: list[PackedMatrix]) -> HeldTensor:
     """Matrices below each other."""
     first = matrices[0]
     _check_format(name, first.fmt)
@@ -249,13 +249,13 @@ def _matrix_source(name: str, matrices: list[PackedMatrix]) -> Source:
                 rows = np.arange(start, min(start + step, matrix.rows), dtype=np.int64)
                 yield matrix.take_rows(rows).codes
 
-    return Source((sum(m.rows for m in matrices), first.inputs), torch.bfloat16, pieces)
+    return HeldTensor((sum(m.rows for m in matrices), first.inputs), torch.bfloat16, pieces)
 
 
-def _mlp_sources(name: str, module: HybridMLP) -> dict[str, Source]:
+def _mlp_sources(name: str, module: HybridMLP) -> dict[str, HeldTensor]:
     _check_format(name, module.layer.fmt)
     H, I = module.spec.hidden, module.spec.intermediate
-    sources: dict[str, Source] = {}
+    sources: dict[str, HeldTensor] = {}
 
     def matrix(role: str, bias: bool) -> Iterator[Array]:
         tensors: ExpertTensors = module.layer.unpack(0)
@@ -265,18 +265,18 @@ def _mlp_sources(name: str, module: HybridMLP) -> dict[str, Source]:
     shapes = {"gate": (I, H), "up": (I, H), "down": (H, I)}
     for role, child, biased in zip(shapes, module.names, module.biased, strict=True):
         shape = shapes[role]
-        sources[f"{name}.{child}.weight"] = Source(
+        sources[f"{name}.{child}.weight"] = HeldTensor(
             shape, torch.bfloat16, partial(matrix, role, False)
         )
         if biased:
-            sources[f"{name}.{child}.bias"] = Source(
+            sources[f"{name}.{child}.bias"] = HeldTensor(
                 shape[:1], module.dtype, partial(matrix, role, True)
             )
     return sources
 
 
-def _tensor_source(tensor: torch.Tensor) -> Source:
-    return Source(tuple(tensor.shape), tensor.dtype, lambda: iter([_raw(tensor)]))
+def _tensor_source(tensor: torch.Tensor) -> HeldTensor:
+    return HeldTensor(tuple(tensor.shape), tensor.dtype, lambda: iter([_raw(tensor)]))
 
 
 def _check_format(name: str, fmt: WeightFormat) -> None:

@@ -123,23 +123,24 @@ class SharedInput:
                 self._plan = None
                 return None
         staged.plan, staged.outputs = None, {}
+        elements, address, rows = x.numel(), x.data_ptr(), plan.rows
         *lead, inputs = x.shape
-        elements, address, layer = x.numel(), x.data_ptr(), plan.layer
         tokens = elements // inputs
+        out = x.new_empty((*lead, plan.width) if tokens == 1 else (tokens * plan.width,))
+        job = plan.layer.start(tokens, address, out.data_ptr(), out, x)
+        # While other workers are at it already
         seen = ctypes.string_at(address, 2 * elements)
         if tokens == 1:
-            out = x.new_empty((*lead, plan.width))
-            layer.start(1, address, out.data_ptr(), out, x).wait()
-            parts = torch.unsafe_split_with_sizes(out, plan.rows, -1)
+            parts = torch.unsafe_split_with_sizes(out, rows, -1)
         else:
-            out = x.new_empty(tokens * plan.width)
-            layer.start(tokens, address, out.data_ptr(), out, x).wait()
-            flat = torch.unsafe_split_with_sizes(out, [tokens * rows for rows in plan.rows])
-            parts = tuple(y.view(*lead, n) for y, n in zip(flat, plan.rows, strict=True))
+            flat = torch.unsafe_split_with_sizes(out, [tokens * n for n in rows])
+            parts = tuple(y.view(*lead, n) for y, n in zip(flat, rows, strict=True))
         outputs = dict(zip(plan.members, parts, strict=True))
         first = outputs.pop(plan.first)
-        staged.inference, staged.input = torch.is_inference_mode_enabled(), seen
-        staged.plan, staged.outputs = plan, outputs
+        inference = torch.is_inference_mode_enabled()
+        job.wait()
+        staged.input, staged.plan, staged.outputs = seen, plan, outputs
+        staged.inference = inference
         return first
 
     def _part(self, plan: _Plan, held: HeldMatrix, x: torch.Tensor) -> torch.Tensor | None:
