@@ -7,7 +7,8 @@ Layers are q·k·v (one job), o and the output layer, in as many copies as a mod
 has, so that every call finds its weights in memory and in no cache. "In turn" is a pass over all of
 them: what a token of decode reads of them. A prompt wants the output layer's product of its last
 token only, so that layer is left out beyond 16 tokens. torch has the same weights in BF16. The job
-without work has one strip of one group: what a call costs beside its weights.
+without work has one strip of one group, and goes through the module that models have: what a call
+costs beside its weights.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.table import format_named
 from hybrid_moe.formats.tensors import Matrix
+from hybrid_moe.integrations.transformers.dense.hybrid_linear import HybridLinear
 from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
 COPIES = 6
@@ -141,10 +143,11 @@ def point(
 
 
 def empty_job(pool: PoolConfig, seconds: float = 0.5) -> dict[str, Any]:
-    """Microseconds of a call that has next to nothing to do."""
-    layer = Linear("BF16", [(64, 32)], pool)
-    x = np.zeros((1, 32), np.uint16)
-    calls = time_calls(lambda _: layer.layer.forward(x), seconds)
+    """Microseconds of a call of the module that has next to nothing to do."""
+    (matrix,) = Linear("BF16", [(64, 32)], pool).matrices
+    module = HybridLinear(matrix, "empty", torch.bfloat16)
+    x = torch.zeros(1, 32, dtype=torch.bfloat16)
+    calls = time_calls(lambda _: module(x), seconds)
     return {"median_us": 1e6 * statistics.median(calls.seconds), "threads": pool.threads}
 
 

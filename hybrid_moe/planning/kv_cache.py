@@ -246,9 +246,12 @@ def _full_layers(config: Mapping[str, Any]) -> int:
     return _number(config, "num_hidden_layers") - others
 
 
-def attention_layers(config: Mapping[str, Any]) -> int:
-    """Layers whose tokens look at others, through a window or not."""
-    return _number(config, "num_hidden_layers") - sum(n in _NO_CACHE for n in _types(config))
+def keys_seen(config: Mapping[str, Any], tokens: int) -> int:
+    """Keys that the last of `tokens` tokens looks at, over all layers."""
+    if kind_of(config) != "sliding":
+        return _full_layers(config) * tokens
+    windows = _sliding_layers(config) * min(tokens, _window(config))
+    return _full_layers(config) * tokens + windows
 
 
 def _window(config: Mapping[str, Any]) -> int:

@@ -166,10 +166,17 @@ def _cpu_parts(model: Model, request: Request, cache: KvCache) -> list[MemoryPar
         MemoryPart(_REST, RAM, model.torch_bytes, "held by torch, in 16 bits or more"),
         MemoryPart(DRAFT, NOWHERE, model.parts.get(DRAFT, 0), "only for speculative decoding"),
         MemoryPart("KV cache", RAM, cache.per_gpu(), cache.formula),
+        MemoryPart("KV cache, growing", RAM, _grown(cache), "one layer in its old and new place"),
         MemoryPart("buffers of the CPU experts", RAM, buffers, "batches are cut at 2048 tokens"),
         MemoryPart("activations", RAM, activations, "16 x context x H x 2 B", assumed=True),
         MemoryPart("Python, torch", RAM, scratch.TRANSFORMERS_RAM, "1 GiB", assumed=True),
     ]
+
+
+def _grown(cache: KvCache) -> int:
+    """Bytes of the largest layer of a cache: it has two places while it is copied into larger ones.
+    Room that is not written yet is not resident."""
+    return max((round(row.tokens * row.nbytes) for row in cache.rows if row.layers), default=0)
 
 
 def _dense_parts(dense: DenseLayers, request: Request) -> list[MemoryPart]:

@@ -23,6 +23,7 @@ HELP = {
     "KV cache": "a shorter context, or faster memory",
     "attention": f"shorter prompts, more cores, or {_WITHOUT_GPU}",
     "the rest": _WITHOUT_GPU,
+    "between tokens": "several requests at once: this is what a token takes beside its layers",
     "between jobs": "fewer, larger layers: this is what each takes beside what it reads",
 }
 """What would make a prediction's longest term shorter, by its name."""
