@@ -15,8 +15,8 @@ MODEL := examples/tiny_moe/model
 PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
 
 .PHONY: demo test fuzz test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install
-.PHONY: install-dev wheel bench bench-ceilings bench-load bench-peers bench-peers-install bench-pool
-.PHONY: bench-quick bench-results clean
+.PHONY: install-dev wheel bench bench-ceilings bench-dense bench-end-to-end bench-load bench-peers
+.PHONY: bench-peers-install bench-pool bench-quick bench-results clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -105,11 +105,29 @@ wheel: install-dev
 	rm -rf dist && $(BIN)/python -m build
 	$(BIN)/python .ci/check_dist.py
 
+RECEIPTS := build/receipts
+
 bench: install
 	$(BIN)/python bench/moe_layer.py
 
 bench-ceilings: install
 	$(BIN)/hybrid-moe bench ceilings
+
+bench-dense: install
+	$(BIN)/python bench/dense.py
+
+# Whole models beside llama.cpp, and the first table of README and of docs/results. The checkpoints
+# and their GGUF files take 65 GB under MODELS, one model at a time half of that; 24 GB of memory.
+MODELS ?= build/models
+END_TO_END ?= gpt-oss-20b qwen3-30b-a3b
+bench-end-to-end: install
+	mkdir -p $(RECEIPTS)
+	for model in $(END_TO_END); do \
+		$(BIN)/python bench/end_to_end.py --model $$model --models $(MODELS) --peers llama.cpp \
+			--json $(RECEIPTS)/end_to_end-$$model.json || exit 1; done
+	$(BIN)/python bench/end_to_end.py --model $(firstword $(END_TO_END)) --models $(MODELS) \
+		--dense int8 --contexts 512 --peers llama.cpp --json $(RECEIPTS)/end_to_end-int8.json
+	$(BIN)/python bench/report.py $(RECEIPTS)/end_to_end-*.json
 
 bench-load: install
 	$(BIN)/python bench/load.py
@@ -125,11 +143,12 @@ bench-quick: install
 bench-peers: install
 	$(BIN)/python bench/peers.py --targets
 
-# Of llama.cpp, whose sources llama-cpp-python's source distribution has, only ggml's CPU libraries
-# are built: a minute for each of two cores, where the whole takes a quarter of an hour.
+# Of llama.cpp, whose sources llama-cpp-python's source distribution has, only the libraries are
+# built: five minutes on two cores, where the whole takes a quarter of an hour.
 GGML := build/peers/ggml
 bench-peers-install: install
 	$(PIP) install -q --target build/peers/kt_kernel --no-deps kt-kernel gguf
+	$(PIP) install -q --target build/peers/gguf --no-deps gguf
 	$(PIP) install -q cmake ninja
 	rm -rf $(GGML) && mkdir -p $(GGML)
 	$(PIP) download -q --no-deps --no-binary llama-cpp-python -d $(GGML) llama-cpp-python
@@ -137,10 +156,9 @@ bench-peers-install: install
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S $(GGML)/vendor/llama.cpp -B $(GGML)/build -G Ninja \
 		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DLLAMA_CURL=OFF \
 		$(foreach part,COMMON TESTS TOOLS EXAMPLES SERVER,-DLLAMA_BUILD_$(part)=OFF)
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(GGML)/build --target ggml-base ggml-cpu
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(GGML)/build --target llama
 
-# the whole series on an idle machine; its receipts become docs/results
-RECEIPTS := build/receipts
+# the series of layers on an idle machine; its receipts become docs/results
 bench-results: install
 	mkdir -p $(RECEIPTS)
 	$(PIP) install -q -c constraints.txt -e ".[bench]"
@@ -151,6 +169,7 @@ bench-results: install
 	$(BIN)/python bench/moe_layer.py --methods MXFP4 --tiers others --tokens 1,64 --json $(RECEIPTS)/tiers.json
 	$(BIN)/python bench/peers.py --targets --longest-call 10 --json $(RECEIPTS)/peers.json
 	$(BIN)/python bench/load.py --json $(RECEIPTS)/load.json
+	$(BIN)/python bench/dense.py --formats BF16,MXFP4 --json $(RECEIPTS)/dense.json
 	$(BIN)/python bench/quick.py --json $(RECEIPTS)/quick.json
 	$(BIN)/python bench/report.py $(RECEIPTS)/*.json
 

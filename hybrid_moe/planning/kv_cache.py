@@ -246,6 +246,11 @@ def _full_layers(config: Mapping[str, Any]) -> int:
     return _number(config, "num_hidden_layers") - others
 
 
+def attention_layers(config: Mapping[str, Any]) -> int:
+    """Layers whose tokens look at others, through a window or not."""
+    return _number(config, "num_hidden_layers") - sum(n in _NO_CACHE for n in _types(config))
+
+
 def _window(config: Mapping[str, Any]) -> int:
     """Tokens that a layer with a window keeps."""
     name = "sliding_window" if config.get("sliding_window") else "attention_chunk_size"

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hybrid_moe.cli import app
-from hybrid_moe.cli.plan import one_digit
+from hybrid_moe.cli.plan import digits
 from hybrid_moe.integrations.sglang.gpu_experts import PROFILE
 from hybrid_moe.placement.profile import read_profile, write_profile
 from hybrid_moe.planning import DoesNotFitError, Model, make_plan, read_model
@@ -217,11 +217,12 @@ def test_serve_becomes_the_server(gpt_oss: Model, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
-    [(13802.9, "10000"), (4700.0, "5000"), (9.6, "10"), (2.44, "2"), (0.032, "0.03")],
-)
-def test_predictions_have_one_digit(value: float, text: str) -> None:
-    assert one_digit(value) == text
+    ("value", "one", "two"),
+    [(13802.9, "10000", "14000"), (4700.0, "5000", "4700"), (9.6, "10", "9.6"),
+     (2.44, "2", "2.4"), (0.0321, "0.03", "0.032")],
+)  # fmt: skip
+def test_predictions_have_one_digit_or_two(value: float, one: str, two: str) -> None:
+    assert (digits(value, 1), digits(value, 2)) == (one, two)
 
 
 def test_only_plans_without_a_gpu_are_measured(fake: Fake) -> None:
