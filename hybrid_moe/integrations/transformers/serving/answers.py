@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
-from hybrid_moe.integrations.transformers.step.kv_cache import growing_cache
+from hybrid_moe.integrations.transformers.step.growing_cache import growing_cache
 
 logger = logging.getLogger(__name__)
 
