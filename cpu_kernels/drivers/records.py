@@ -211,7 +211,7 @@ class Group(Record):
     lock = shared_line  # of who fills the next entry, see `lock`
     abandoned = shared_line  # newest job that was given up: the group is stuck until it is complete
     worker0 = shared_line  # 1 while somebody is worker 0
-    spin_ns = i64  # how long an idle worker spins before it sleeps,
+    spin_ns = shared  # how long an idle worker spins before it sleeps,
     wait_spin_ns = i64  # and whoever waits for a phase, a job or a lock
     futex = i64  # number of the system call
     timeout_ns = i64  # of one wait of a caller,

@@ -289,7 +289,7 @@ def work(group: Group, pool: int, worker: int) -> None:
             until = 0
             continue
         spins += 1
-        until = spin(spins, until, group.spin_ns)
+        until = spin(spins, until, load_acquire(group.spin_ns))
         if until != _TIRED:
             continue
         seen = start_to_sleep(group.work)
