@@ -1,5 +1,6 @@
 # make demo   create .venv, install, generate text with the model in the repository
 # make test   the whole test suite
+# make test-full   the same with hundreds of requests to a server, killed and restarted
 # make fuzz   random checkpoints and random wrappers, for hours
 # make test-tiers   kernels, layers and wrappers as on machines of other tiers
 # make test-lowest  the lowest versions that pyproject.toml declares
@@ -14,9 +15,9 @@ TREE := build/tree/hybrid_moe
 MODEL := examples/tiny_moe/model
 PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
 
-.PHONY: demo test fuzz test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install
-.PHONY: install-dev wheel bench bench-ceilings bench-load bench-peers bench-peers-install bench-pool
-.PHONY: bench-quick bench-results clean
+.PHONY: demo test test-full fuzz test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install
+.PHONY: install-dev wheel bench bench-ceilings bench-dense bench-end-to-end bench-load bench-peers
+.PHONY: bench-peers-install bench-pool bench-quick bench-results clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -37,9 +38,13 @@ demo:
 	@test -e $(VENV)/.installed || echo "installing PyTorch, Transformers and hybrid_moe into $(VENV): minutes, once"
 	@$(MAKE) --no-print-directory install
 	$(BIN)/hybrid-moe generate --model $(MODEL) --prompt "$(PROMPT)" --max-new-tokens 120 --temperature 0.7 --seed 2
+	@echo 'talk to it: $(BIN)/hybrid-moe chat --model $(MODEL) --temperature 0.7'
 
 test: install-dev
 	$(BIN)/python -m pytest
+
+test-full: install-dev
+	HYBRID_MOE_TEST_FULL=1 $(BIN)/python -m pytest
 
 # For hours, until something is wrong or Ctrl-C: both fuzzers of tests/fuzz in turn, with other inputs
 # each time unless SEED is given.
@@ -105,11 +110,29 @@ wheel: install-dev
 	rm -rf dist && $(BIN)/python -m build
 	$(BIN)/python .ci/check_dist.py
 
+RECEIPTS := build/receipts
+
 bench: install
 	$(BIN)/python bench/moe_layer.py
 
 bench-ceilings: install
 	$(BIN)/hybrid-moe bench ceilings
+
+bench-dense: install
+	$(BIN)/python bench/dense.py
+
+# Whole models beside llama.cpp, and the first table of README and of docs/results. The checkpoints
+# and their GGUF files take 65 GB under MODELS, one model at a time half of that; 24 GB of memory.
+MODELS ?= build/models
+END_TO_END ?= gpt-oss-20b qwen3-30b-a3b
+bench-end-to-end: install
+	mkdir -p $(RECEIPTS)
+	for model in $(END_TO_END); do \
+		$(BIN)/python bench/end_to_end.py --model $$model --models $(MODELS) --peers llama.cpp \
+			--json $(RECEIPTS)/end_to_end-$$model.json || exit 1; done
+	$(BIN)/python bench/end_to_end.py --model $(firstword $(END_TO_END)) --models $(MODELS) \
+		--dense int8 --contexts 512 --peers llama.cpp --json $(RECEIPTS)/end_to_end-int8.json
+	$(BIN)/python bench/report.py $(RECEIPTS)/end_to_end-*.json
 
 bench-load: install
 	$(BIN)/python bench/load.py
@@ -125,11 +148,12 @@ bench-quick: install
 bench-peers: install
 	$(BIN)/python bench/peers.py --targets
 
-# Of llama.cpp, whose sources llama-cpp-python's source distribution has, only ggml's CPU libraries
-# are built: a minute for each of two cores, where the whole takes a quarter of an hour.
+# Of llama.cpp, whose sources llama-cpp-python's source distribution has, only the libraries are
+# built: five minutes on two cores, where the whole takes a quarter of an hour.
 GGML := build/peers/ggml
 bench-peers-install: install
 	$(PIP) install -q --target build/peers/kt_kernel --no-deps kt-kernel gguf
+	$(PIP) install -q --target build/peers/gguf --no-deps gguf
 	$(PIP) install -q cmake ninja
 	rm -rf $(GGML) && mkdir -p $(GGML)
 	$(PIP) download -q --no-deps --no-binary llama-cpp-python -d $(GGML) llama-cpp-python
@@ -137,10 +161,9 @@ bench-peers-install: install
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S $(GGML)/vendor/llama.cpp -B $(GGML)/build -G Ninja \
 		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DLLAMA_CURL=OFF \
 		$(foreach part,COMMON TESTS TOOLS EXAMPLES SERVER,-DLLAMA_BUILD_$(part)=OFF)
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(GGML)/build --target ggml-base ggml-cpu
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(GGML)/build --target llama
 
-# the whole series on an idle machine; its receipts become docs/results
-RECEIPTS := build/receipts
+# the series of layers on an idle machine; its receipts become docs/results
 bench-results: install
 	mkdir -p $(RECEIPTS)
 	$(PIP) install -q -c constraints.txt -e ".[bench]"
@@ -151,6 +174,7 @@ bench-results: install
 	$(BIN)/python bench/moe_layer.py --methods MXFP4 --tiers others --tokens 1,64 --json $(RECEIPTS)/tiers.json
 	$(BIN)/python bench/peers.py --targets --longest-call 10 --json $(RECEIPTS)/peers.json
 	$(BIN)/python bench/load.py --json $(RECEIPTS)/load.json
+	$(BIN)/python bench/dense.py --formats BF16,MXFP4 --json $(RECEIPTS)/dense.json
 	$(BIN)/python bench/quick.py --json $(RECEIPTS)/quick.json
 	$(BIN)/python bench/report.py $(RECEIPTS)/*.json
 

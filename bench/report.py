@@ -5,7 +5,8 @@
 Receipts are what the other benchmarks write with --json; several of one benchmark are joined. A
 benchmark that was stored on the same day and processor and is not among them stays. The page shows
 every stored file, newest first. `roofline.svg`, which README shows, is drawn from the newest file
-with a measured layer. Pictures need matplotlib: `pip install "hybrid-moe[bench]"`.
+with a measured layer, and README's table of whole models is written from the newest file that has
+some. Pictures need matplotlib: `pip install "hybrid-moe[bench]"`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 import comparison
+import front_page
 import tables
 from comparison import OUR_ERROR, by_point
 from tables import Column, markdown, number, text
@@ -30,6 +32,8 @@ from hybrid_moe.planning.receipt import write_receipt
 Bench = dict[str, Any]
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+
+README = RESULTS.parent.parent / "README.md"
 
 ROOFLINE = "roofline.svg"
 
@@ -59,6 +63,35 @@ def ceilings(bench: Bench) -> Iterator[str]:
         Column("of a format", lambda p: ", ".join(f"{n} {r:.1f}" for n, r in p["formats"].items())),
     )
     yield markdown(columns, bench["peaks"])
+
+
+def end_to_end(bench: Bench) -> Iterator[str]:
+    """Whole models, ours beside other engines."""
+    points = bench["points"]
+    yield "### Whole models\n\n`python bench/end_to_end.py --peers llama.cpp`\n"
+    engines = dict.fromkeys(p["label"] for p in points)
+    yield (
+        'Random weights in published dimensions and layouts, MXFP4 experts; "linear" is the '
+        "format of all other matrices. Engines take turns, each in a fresh process that loads the "
+        f"model, with {points[0]['threads']} threads; figures are medians over "
+        f'{len(points[0]["decode"])} rounds, "we are" that of the rounds\' ratios. The roofline is '
+        "the read bandwidth around the answer over the bytes that a token reads: its experts, "
+        "linear layers, routers, norms and the KV cache, each once. The peak is that of the "
+        "instructions that the formats of a prompt's products are given. Memory is the most that "
+        'the process has held so far, beside what `hybrid-moe plan` says of it. "Filled": the '
+        f"cache has random keys and values. {'; '.join(engines)}.\n"
+    )
+    yield markdown(tables.END_TO_END, points)
+
+
+def dense(bench: Bench) -> Iterator[str]:
+    """Linear layers beside torch's."""
+    yield "### Linear layers\n\n`python bench/dense.py`\n"
+    yield (
+        "Of gpt-oss-20b, each call with other weights than the last ones. A job without work takes "
+        f"{bench['empty']['median_us']:.1f} µs.\n"
+    )
+    yield markdown(tables.DENSE, bench["points"])
 
 
 def moe_layer(bench: Bench) -> Iterator[str]:
@@ -141,7 +174,10 @@ def steps(bench: Bench) -> Iterator[str]:
 
 
 SECTIONS: Mapping[str, Callable[[Bench], Iterator[str]]] = MappingProxyType(
-    {s.__name__: s for s in (ceilings, moe_layer, peers, pool, load, steps, quick)}
+    {
+        s.__name__: s
+        for s in (end_to_end, ceilings, moe_layer, dense, peers, pool, load, steps, quick)
+    }
 )
 """Benchmark, as its receipt names it -> its section, in the order of the page."""
 
@@ -244,7 +280,7 @@ def main() -> None:
     if args.receipts:
         receipts = [json.loads(Path(name).read_text()) for name in args.receipts]
         print(store(join(receipts), RESULTS))
-    for path in render(RESULTS):
+    for path in [*render(RESULTS), *front_page.write(README, RESULTS)]:
         print(path)
 
 

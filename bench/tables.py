@@ -51,6 +51,16 @@ def percent(heading: str, part: str, whole: str) -> Column:
     return Column(heading, shown)
 
 
+def share(heading: str, key: str) -> Column:
+    """A part of 1 as percent; empty where it is None."""
+    return Column(heading, lambda p: "" if p[key] is None else f"{100 * p[key]:.0f}")
+
+
+def ratio(heading: str, key: str) -> Column:
+    """How many times; empty where it is None."""
+    return Column(heading, lambda p: "" if p[key] is None else f"{p[key]:.2f} x")
+
+
 Rows = tuple[list[str], list[list[str]]]
 
 
@@ -102,6 +112,46 @@ MOE_LAYER = (
     number("peak", "rate_ceiling"),
     percent("% of peak", "rate", "rate_ceiling"),
     number("tokens/s", "tokens_per_s", 1),
+)
+
+
+def _of_plan(p: Point) -> str:
+    """Measured over predicted speeds; of ours alone, which is what is planned."""
+    shown = [p["prefill_of_plan"], p["decode_of_plan"]] if p["planned"] else []
+    return ", ".join(f"{value:.2f}" for value in shown if value is not None)
+
+
+END_TO_END = (
+    text("model", "{model}"),
+    text("linear", "{dense}"),
+    text("engine", "{engine}"),
+    Column("context", lambda p: f"{p['context']}" + ("" if p["computed"] else ", filled")),
+    number("prefill, tok/s", "prefill_tokens_per_s", 1),
+    share("% of peak", "prefill_share"),
+    ratio("we are", "ours_prefills_faster"),
+    number("decode, tok/s", "decode_tokens_per_s", 2),
+    number("read, GB/s", "read_bandwidth", 1),
+    number("roofline, tok/s", "roofline", 2),
+    share("% of it", "decode_share"),
+    ratio("we are", "ours_decodes_faster"),
+    Column("memory, GB", lambda p: f"{p['memory'] / 1e9:.2f}"),
+    Column("memory / plan", lambda p: f"{p['memory'] / p['planned']:.3f}" if p["planned"] else ""),
+    Column("prefill, decode / plan", _of_plan),
+)
+
+DENSE = (
+    text("layer", "{layer}"),
+    text("format", "{format}"),
+    number("tokens", "tokens"),
+    number("ms", "ms", 3),
+    number("GB/s of weights", "weight_bandwidth", 2),
+    number("read now", "read_bandwidth", 1),
+    percent("% of read", "weight_bandwidth", "read_bandwidth"),
+    number("GMAC/s", "rate", 1),
+    number("peak", "rate_ceiling"),
+    percent("% of peak", "rate", "rate_ceiling"),
+    number("torch BF16, ms", "torch_ms", 3),
+    ratio("ours is faster", "ours_is_faster"),
 )
 
 PAIRED = (

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hybrid_moe.cpu_kernels import trace
 from hybrid_moe.cpu_kernels.descriptor import describe_dense
 from hybrid_moe.cpu_kernels.drivers import check_machine, records
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
@@ -44,12 +45,19 @@ class DenseLayer:
         out_offsets: of each matrix, the rows of those before it.
     """
 
-    def __init__(self, matrices: Sequence[PackedMatrix], *, isa: str | Tier | None = None) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[PackedMatrix],
+        *,
+        isa: str | Tier | None = None,
+        name: str = "linear",
+    ) -> None:
         """Describe the layer; no thread starts. The matrices may be loaded later.
 
         Args:
             matrices: of the same K, format and pools.
             isa: a tier's name, to use instead of the best one.
+            name: of its jobs in a trace.
 
         Raises:
             ValueError: the matrices differ, or there is none; an unusable tier.
@@ -64,6 +72,7 @@ class DenseLayer:
         self.fmt, self.inputs, self.pool = matrices[0].fmt, matrices[0].inputs, matrices[0].pool
         self.rows = tuple(m.rows for m in matrices)
         self.out_offsets = tuple(accumulate(self.rows, initial=0))[:-1]
+        self.name = name
         self.tier = isa if isinstance(isa, Tier) else choose_tier(isa)
         self._lock = ProcessLock()
         self._state: _Ready | None = None
@@ -162,6 +171,7 @@ class DenseLayer:
                     self.matrices[0].layout,
                     {"shares": shares, "workers": workers},
                 )
+                descriptor.label = trace.label(self.name)
                 kept = (shares, workers, ranges, [m.bias for m in self.matrices])
                 group = group_for(self.pool)
                 self._state = _Ready(group, descriptor, descriptor.address, kept)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from hybrid_moe.cpu_kernels import trace
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.batch import Batch, check_arrays
 from hybrid_moe.cpu_kernels.descriptor import describe
@@ -53,6 +54,7 @@ class ExpertLayer(PackedExperts):
         pool: PoolConfig,
         activation: Activation | None = None,
         isa: str | Tier | None = None,
+        name: str = "experts",
     ) -> None:
         """Describe the layer; nothing is allocated and no thread starts.
 
@@ -62,6 +64,7 @@ class ExpertLayer(PackedExperts):
             pool: worker threads.
             activation: clamps and alpha; plain SwiGLU by default.
             isa: a tier's name, to use instead of the best one.
+            name: of its jobs in a trace.
 
         Raises:
             ValueError: a size is not positive or not a multiple of 32; an unusable tier.
@@ -71,6 +74,7 @@ class ExpertLayer(PackedExperts):
         super().__init__(fmt, num_experts, hidden, intermediate, pool)
         self.activation = activation or Activation()
         self.tier = isa if isinstance(isa, Tier) else choose_tier(isa)
+        self.name = name
         self._workers = np.array(pool.threads_per_pool, np.int64)
         self._parameters: npt.NDArray[np.float32] = np.array(self.activation.parameters, np.float32)
         self._ready_state: _Ready | None = None
@@ -199,6 +203,7 @@ class ExpertLayer(PackedExperts):
                 descriptor = describe(
                     kernels, self.num_experts, self.gate_up_layout, self.down_layout, tables
                 )
+                descriptor.label = trace.label(self.name)
                 self._ready_state = _Ready(
                     self._group,
                     descriptor,

@@ -163,5 +163,17 @@ PAUSES_PER_LOOK = 32
 """Between two looks at the clock: a pause takes 1 to 140 cycles."""
 SPIN_NS = 50_000
 """Of an idle worker: torch's own threads want the cores when we are idle."""
+AWAKE_SPIN_NS = 5_000_000
+"""Of an idle worker while a model generates, and torch has one thread: longer than what lies
+between two jobs, also of two tokens (some ms: sampling, the streamer). gpt-oss-20b, Zen 4: with
+50 us it falls asleep in most gaps of a decode step, which takes 109 to 122 ms then and 101 now."""
 WAIT_SPIN_NS = 200_000
 """For a phase or a job: as long as the tasks of a decode step that are left."""
+
+# Attention: splits of the keys of one sequence and key head
+
+
+def attention_tasks(units: int, workers: int) -> int:
+    """Tasks of so many splits: several for each worker, since the system may put one aside; a
+    split takes some microseconds, a claim a tenth of one."""
+    return min(units, 8 * workers)

@@ -234,6 +234,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             pool=self.pool,
             activation=self.activation,
             isa=self._isa,
+            name=f"experts layer {self.layer_idx}",
         )
 
     def _load(self, fill: Fill) -> None:

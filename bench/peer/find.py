@@ -41,6 +41,26 @@ def find_ggml(folder: str | None) -> Place | None:
     return Place(sys.executable, {"GGML_LIB": str(Path(named).resolve())}) if named else None
 
 
+def find_llama(folder: str | None) -> Place | None:
+    """llama.cpp's libraries and bindings: `folder` with `build/bin` and `llama_cpp`, an installed
+    llama-cpp-python, or where `make bench-peers-install` built them; and the `gguf` package."""
+    root = Path(folder) if folder else INSTALLED / "ggml"
+    package, libraries = root / "llama_cpp", root / "build" / "bin"
+    spec = importlib.util.find_spec("llama_cpp")  # imports nothing
+    if not folder and spec is not None and spec.origin is not None:
+        package = Path(spec.origin).parent
+        libraries = package / "lib"
+    if not (libraries / "libllama.so").exists():
+        return None
+    variables = {
+        "LLAMA_CPP_PACKAGE": str(package.resolve()),
+        "LLAMA_CPP_LIB_PATH": str(libraries.resolve()),
+    }
+    if importlib.util.find_spec("gguf") is None:
+        variables["PYTHONPATH"] = str(INSTALLED / "gguf")
+    return Place(sys.executable, variables)
+
+
 def find_kt(python: str | None, folder: str | None) -> Place | None:
     """kt-kernel: of another interpreter, of a folder of `pip install --target`, or installed."""
     python = python or os.environ.get("KT_PYTHON")

@@ -16,15 +16,15 @@ from peer.interface import UnavailableError
 
 
 class WorkerProcess:
-    """Starts `peer.worker`; stopped (SIGSTOP) between questions, since idle threads may spin."""
+    """Starts a worker; stopped (SIGSTOP) between questions, since idle threads may spin."""
 
-    def __init__(self, name: str, place: Place, threads: int) -> None:
+    def __init__(self, name: str, place: Place, threads: int, module: str = "peer.worker") -> None:
         self.name = name
         self.label = name
         # a file, since a pipe that nobody reads fills up
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [place.python, "-m", "peer.worker", name],
+            [place.python, "-m", module, name],
             cwd=place.bench,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -53,7 +53,7 @@ class WorkerProcess:
         return answer
 
     def load(self, **problem: Any) -> None:
-        """Load a layer.
+        """Load a layer or a model.
 
         Raises:
             RuntimeError: the process ended.

@@ -1,16 +1,8 @@
-"""A process that holds one library and does what `bench/peers.py` tells it over a pipe.
-
-Commands are JSON lines on standard input, answers JSON lines on standard output; whatever the
-library prints goes to standard error.
-"""
+"""A process that holds one library and does what `bench/peers.py` tells it over a pipe."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-import json
-import os
-import signal
 import sys
 import time
 from typing import Any
@@ -25,9 +17,8 @@ from problem import (
     time_calls,
 )
 
-from peer.interface import Peer, UnavailableError
-
-_PR_SET_PDEATHSIG = 1
+from peer.interface import Peer
+from peer.pipe import answer_commands
 
 PEERS = {
     "ours": ("peer.ours", "Ours"),
@@ -81,24 +72,5 @@ class Worker:
         return {"error": relative_error(self._peer.output(), expected)}
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends: it may be stopped by then."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def main() -> None:
-    _end_with_parent()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    worker = Worker(sys.argv[1])
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            answer = getattr(worker, command.pop("op"))(**command)
-        except (UnavailableError, ImportError) as reason:
-            answer = {"unavailable": str(reason)}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer_commands(Worker(sys.argv[1]))

@@ -12,20 +12,24 @@ or, where no expert is active, nothing but
 A down task owns its output rows, so experts are summed without conflicts and no buffer of
 tokens x k x hidden exists. Few tokens on many workers want smaller tasks than that gives: they keep
 such a buffer, and add the same numbers in the same order. Between phases all tasks must be
-finished: two or three barriers a layer. A dense layer's are encode, and `linear`.
+finished: two or three barriers a layer. A dense layer's are encode, and `linear`;
+those of attention are in `attention_tasks`.
 """
 
 from __future__ import annotations
 
+from hybrid_moe.cpu_kernels.drivers.attention_tasks import attend_task, merge_task
 from hybrid_moe.cpu_kernels.drivers.dense_tasks import linear_task
 from hybrid_moe.cpu_kernels.drivers.intrinsics import call, driver, load_acquire
 from hybrid_moe.cpu_kernels.drivers.records import (
+    ATTEND,
     COMBINE,
     DOWN,
     DOWN_BY_PAIR,
     ENCODE,
     GATE_UP,
     LINEAR,
+    MERGE,
     ZERO,
     Entry,
     Job,
@@ -290,5 +294,9 @@ def run_task(entry: Entry, phase: Phase, pool: int, task: int, worker: int) -> N
         combine_task(entry, pool, begin, end, scratch)
     elif phase.kind == LINEAR:
         linear_task(entry, pool, begin, end, scratch)
+    elif phase.kind == ATTEND:
+        attend_task(job, pool, begin, end, scratch)
+    elif phase.kind == MERGE:
+        merge_task(job, pool, begin, end)
     elif phase.kind == ZERO:
         zero_task(job, begin, end)

@@ -5,6 +5,7 @@
     Job    one forward of one layer, and what routing found  ->  Layer  its kernels and strips
     GraphJob  a job that a GPU's stream posts, over and over  ->  Job, Group, Mask, Counters
     Watcher   the thread that reads mailboxes: Post, a mailbox and what is under way there
+    Trace  what a group's threads did, and when  ->  Span
 
 Addresses that kernels get are plain integers (i64), and say what lies there. Words that one thread
 writes while another may read are `shared`; those on which threads spin have a line to themselves.
@@ -38,14 +39,25 @@ CLAIM_BITS = 24
 NO_ROOM = -(1 << 62)
 """What `try_launch` returns when the ring is full."""
 
-ENCODE, GATE_UP, DOWN, DOWN_BY_PAIR, COMBINE, ZERO, LINEAR = range(7)
+ENCODE, GATE_UP, DOWN, DOWN_BY_PAIR, COMBINE, ZERO, LINEAR, ATTEND, MERGE = range(9)
 """Kinds of phases: what `phases.run_task` does."""
+
+ATTENTION_SPLIT = 256
+"""Keys that `kernels.attention_kernels` takes at a time, on which the bits of its results depend:
+scores and weights of eight rows are 12 KB, and the partials that a split leaves are 1/27 of what it
+reads (keys and values of 64 dimensions)."""
 
 IDS_PASS, IDS_COUNT, IDS_FAULT = range(3)
 """What ids out of range mean: nothing, are counted, are a fault as well."""
 
 ERROR_TIMEOUT, ERROR_STUCK, ERROR_STOPPED = range(1, 4)
 """Why a run was given up."""
+
+SPAN_SUBMIT, SPAN_TASK, SPAN_WAIT = range(3)
+"""What a thread did in a span of a trace."""
+
+SPAN_KINDS = 16
+"""A task's `Span.detail` is SPAN_KINDS * index of its phase + kind of the phase."""
 
 
 class TilePlan(Record):
@@ -94,6 +106,7 @@ class Layer(Record):
     """What does not change once a layer is ready, but for the tables of experts. One of experts, or
     a dense one: matrices that all tokens meet."""
 
+    label = i64  # what a trace calls its jobs, see `trace.label`
     experts = i64  # 0: a dense layer
     hidden = i64
     intermediate = i64
@@ -123,6 +136,43 @@ class Layer(Record):
     matrices = i64  # of a dense layer
     shares = array(inline(MatrixShare))  # [pools][matrices + 1]; the last one's `units` is the sum
     tiled_from = i64  # tokens of an expert that are cut by `tiled`; fewer by `direct`
+
+
+class Attention(Record):
+    """Query tokens over cached keys and values, see `attention_tasks`. B sequences, Q query tokens,
+    G query heads for each of H key heads. The query tokens are the last ones of the keys; a row is
+    a query head and token of one key head. All states are bf16."""
+
+    attend = i64  # kernels
+    merge = i64
+    workers = array(i64)  # [pools]
+    key_dim = i64
+    value_dim = i64
+    partial_bytes = i64
+    visible_bytes = i64  # of a worker's scratch, in front of the kernel's
+    partials = i64  # [B][H][splits][rows]
+    # of one call
+    sequences = i64  # B
+    key_heads = i64  # H
+    queries = i64  # Q
+    rows = i64  # G * Q
+    keys = i64  # of each sequence, those of the query tokens among them
+    splits = i64  # most of one sequence
+    window = i64  # keys that a token sees at most, its own among them, or 0
+    first = array(i64)  # [B] first key that is no padding, or 0
+    scale = i64  # address of a float32
+    sinks = i64  # address of the scores of H * G sinks,
+    sink_bytes = i64  # each a bf16 or a float32; 0: there are none
+    query_states = i64  # [B][H * G][Q][key_dim]
+    key_states = i64  # of key 0 of head 0 of sequence 0, and bytes between
+    key_sequence_bytes = i64
+    key_head_bytes = i64
+    key_bytes = i64
+    value_states = i64
+    value_sequence_bytes = i64
+    value_head_bytes = i64
+    value_bytes = i64
+    out = i64  # [B][Q][H * G][value_dim]
 
 
 class Job(Record):
@@ -165,6 +215,7 @@ class Job(Record):
     pairs = i64  # of all of them
     ignored = i64  # ids out of range
     missing = i64  # 1 + an expert that is not loaded and not skipped, or 0
+    attention = pointer(Attention)  # or 0: a layer's job
 
 
 class Phase(Record):
@@ -211,12 +262,35 @@ class Group(Record):
     lock = shared_line  # of who fills the next entry, see `lock`
     abandoned = shared_line  # newest job that was given up: the group is stuck until it is complete
     worker0 = shared_line  # 1 while somebody is worker 0
-    spin_ns = i64  # how long an idle worker spins before it sleeps,
+    spin_ns = shared  # how long an idle worker spins before it sleeps,
     wait_spin_ns = i64  # and whoever waits for a phase, a job or a lock
     futex = i64  # number of the system call
     timeout_ns = i64  # of one wait of a caller,
     timeout = i64[2]  # and the same as a struct timespec
+    trace = shared  # address of a `Trace`, or 0: nobody traces
     ring = inline(Entry)[RING]
+
+
+class Span(Record, alignment=LINE):
+    """What a thread did from when to when, nanoseconds of CLOCK_MONOTONIC."""
+
+    begin = i64
+    end = i64
+    kind = i64  # SPAN_SUBMIT, ...
+    thread = i64  # of a task its worker, else the number that the system gives the thread
+    sequence = i64  # of the job
+    detail = i64  # of a submission the job's tokens; of a task see SPAN_KINDS
+    label = i64  # of a submission that of the job's layer
+    written = shared  # 1 once all others are
+
+
+class Trace(Record, alignment=LINE):
+    """Where the threads of a group write what they do. Nobody waits for room."""
+
+    taken = shared_line  # spans so far; those from `room` on are not kept
+    room = i64
+    gettid = i64  # number of the system call
+    spans = array(inline(Span))
 
 
 class Counters(Record, alignment=LINE):

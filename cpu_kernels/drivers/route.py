@@ -4,6 +4,7 @@ expert layer follow from routing: token x slot ids -> pairs grouped by expert.""
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels import tuning
+from hybrid_moe.cpu_kernels.drivers.attention_tasks import attend_units, merge_units, unit_macs
 from hybrid_moe.cpu_kernels.drivers.dense_tasks import encode_tiles, linear_macs, linear_strips
 from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     call,
@@ -15,18 +16,20 @@ from hybrid_moe.cpu_kernels.drivers.intrinsics import (
 )
 from hybrid_moe.cpu_kernels.drivers.patience import NS_PER_MAC
 from hybrid_moe.cpu_kernels.drivers.records import (
+    ATTEND,
     COMBINE,
     DOWN,
     DOWN_BY_PAIR,
     ENCODE,
     GATE_UP,
     LINEAR,
+    MERGE,
     ZERO,
     Entry,
     Job,
     Phase,
 )
-from hybrid_moe.cpu_kernels.drivers.tiling import ceil_div
+from hybrid_moe.cpu_kernels.drivers.tiling import ceil_div, part
 from hybrid_moe.cpu_kernels.jit.record import i64
 from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES
 
@@ -110,6 +113,7 @@ def place_pairs(job: Job) -> None:
 encode_tasks = driver(tuning.encode_tasks)
 expert_tasks = driver(tuning.expert_tasks)
 row_tasks = driver(tuning.row_tasks)
+attention_tasks = driver(tuning.attention_tasks)
 
 
 @driver
@@ -160,11 +164,34 @@ def append_linear(entry: Entry) -> None:
 
 
 @driver
+def append_attention(entry: Entry) -> None:
+    """The phases of an attention job."""
+    job = entry.job
+    attention = job.attention
+    workers = attention.workers
+    phase = append_phase(entry, ATTEND)
+    units = attend_units(attention)
+    for p in range(job.pools):
+        share = part(units, job.pools, p + 1) - part(units, job.pools, p)
+        add_tasks(entry, phase, p, share, attention_tasks(share, workers[p]), unit_macs(attention))
+    if attention.splits == 1:
+        return
+    phase = append_phase(entry, MERGE)
+    units = merge_units(attention)
+    macs = attention.splits * attention.value_dim
+    for p in range(job.pools):
+        share = part(units, job.pools, p + 1) - part(units, job.pools, p)
+        add_tasks(entry, phase, p, share, min(share, workers[p]), macs)
+
+
+@driver
 def append_phases(entry: Entry) -> None:
     """The phases of a job, see `phases` for what each does and `tuning` for its tasks."""
     store_release(entry.phase_count, 0)
     store_release(entry.task_ns, 0)
-    if entry.job.layer.matrices != 0:
+    if entry.job.attention.address != 0:
+        append_attention(entry)
+    elif entry.job.layer.matrices != 0:
         append_linear(entry)
     else:
         append_expert_phases(entry)
@@ -255,6 +282,8 @@ def route(job: Job) -> int:
     """Group the pairs of a job and take in its inputs. Returns 1 + an expert that is neither loaded
     nor skipped, or 0. A dense layer has nothing to route: its job says that one "expert" is
     active."""
+    if job.attention.address != 0:
+        return 0
     if job.layer.matrices == 0:
         count_pairs(job)
         place_pairs(job)

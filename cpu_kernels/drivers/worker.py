@@ -50,6 +50,10 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     MAX_POOLS,
     NO_ROOM,
     RING,
+    SPAN_KINDS,
+    SPAN_SUBMIT,
+    SPAN_TASK,
+    SPAN_WAIT,
     Entry,
     EventCount,
     Group,
@@ -58,6 +62,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     Phase,
 )
 from hybrid_moe.cpu_kernels.drivers.route import append_phases, route
+from hybrid_moe.cpu_kernels.drivers.spans import CALLER, begin_span, end_span
 from hybrid_moe.cpu_kernels.jit.record import Word, i64
 from hybrid_moe.cpu_kernels.tuning import PAUSES_PER_LOOK
 
@@ -200,7 +205,11 @@ def take_tasks(
         # the task that is claimed keeps the entry as it is, until it is counted
         total = load_acquire(phase.total)
         last = load_acquire(entry.phase_count) - 1
+        begin = begin_span(group)
         run_task(entry, phase, pool, task, worker)
+        if begin != 0:
+            detail = SPAN_KINDS * index + phase.kind
+            end_span(group, begin, SPAN_TASK, worker, sequence, detail, 0)
         # its release half publishes what the task wrote, to the acquire of `phase_is_done`
         if fetch_add(phase.done, 1) + 1 == total:
             end_phase(group, sequence, 1 if index == last else 0)
@@ -289,7 +298,7 @@ def work(group: Group, pool: int, worker: int) -> None:
             until = 0
             continue
         spins += 1
-        until = spin(spins, until, group.spin_ns)
+        until = spin(spins, until, load_acquire(group.spin_ns))
         if until != _TIRED:
             continue
         seen = start_to_sleep(group.work)
@@ -359,9 +368,12 @@ def wait_for(group: Group, sequence: int, pool: int, worker: int, assist: int) -
 def help_until(group: Group, sequence: int, pool: int, worker: int, assist: int) -> bool:
     """Wait for a job; with `assist` as worker `worker` (0), whenever nobody else is. Whether it is
     complete: false after the group's timeout, so that Python can see signals."""
+    begin = begin_span(group)
     before = set_float_environment()
     is_complete = wait_for(group, sequence, pool, worker, assist)
     restore_float_environment(before)
+    if begin != 0:
+        end_span(group, begin, SPAN_WAIT, CALLER, sequence, 0, 0)
     return is_complete
 
 
@@ -439,6 +451,7 @@ def try_launch(group: Group, job: Job) -> int:
     """
     if not has_room(group):
         return NO_ROOM
+    begin = begin_span(group)
     missing = route(job)  # before the lock: it works in the job's own memory
     if missing != 0:
         return 1 - missing
@@ -453,4 +466,6 @@ def try_launch(group: Group, job: Job) -> int:
     append_phases(entry)
     publish(group, entry)
     unlock(group, group.lock)
+    if begin != 0:
+        end_span(group, begin, SPAN_SUBMIT, CALLER, sequence, job.tokens, job.layer.label)
     return sequence

@@ -229,10 +229,11 @@ class Emit:
         pointer = self.builder.inttoptr(address.ir, ir.PointerType())
         self.builder.store(value.ir, pointer, align=align)
 
-    def prefetch(self, address: Val) -> None:
-        """Hint that the cache line at `address` is read soon (to all cache levels)."""
+    def prefetch(self, address: Val, locality: int = 3) -> None:
+        """Hint that the cache line at `address` is read soon: to all cache levels, or with locality
+        2 to all but the first."""
         pointer = self.builder.inttoptr(address.ir, ir.PointerType())
-        hint = [ir.Constant(I32, n) for n in (0, 3, 1)]  # read, keep, data cache
+        hint = [ir.Constant(I32, n) for n in (0, locality, 1)]  # read, keep, data cache
         kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), I32, I32, I32])
         self.call("llvm.prefetch.p0", kind, [pointer, *hint])
 

@@ -13,14 +13,15 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from hybrid_moe.cpu_kernels import drivers
+from hybrid_moe.cpu_kernels import drivers, trace
 from hybrid_moe.cpu_kernels.drivers import records
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.affinity import bind_thread
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.tuning import SPIN_NS, WAIT_SPIN_NS
+from hybrid_moe.cpu_kernels.tuning import AWAKE_SPIN_NS, SPIN_NS, WAIT_SPIN_NS
 from hybrid_moe.locks import ProcessLock
 
 FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
@@ -29,6 +30,7 @@ FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
 _SUBMITTED = records.Group.word("submitted")
 _COMPLETED = records.Group.word("completed")
 _STOP = records.Group.word("stop")
+_SPIN = records.Group.word("spin_ns")
 
 _TIMEOUT_NS = 50_000_000  # of a caller's wait: Ctrl-C is seen after two of these at the latest
 _forks = 0
@@ -55,10 +57,13 @@ class PoolGroup:
         self.control = control = records.Group.over(Arena(records.Group.nbytes).bytes)
         self._words = control.words  # the same, quicker to read one by one
         self.address = control.address
-        control.spin_ns = SPIN_NS
+        control.spin_ns.value = SPIN_NS
+        self._awake = 0
+        self._awake_lock = threading.Lock()
         control.wait_spin_ns = WAIT_SPIN_NS
         control.futex = FUTEX_NUMBERS[platform.machine()]
         control.timeout_ns = control.timeout[1] = _TIMEOUT_NS
+        trace.add_group(control)
         self._in_flight: dict[int, object] = {}
         """What jobs own, by number. Entries leave by `dict.pop`, which needs no lock."""
         self._starting: object = None
@@ -117,6 +122,24 @@ class PoolGroup:
             if self.caller_works:
                 self._start(0)
                 self.caller_works = False
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Idle workers spin for AWAKE_SPIN_NS meanwhile, before they sleep: for a series of jobs
+        with little between them, of a caller who does not want the cores himself. Scopes of several
+        threads overlap."""
+        self._count_awake(1)
+        try:
+            yield
+        finally:
+            self._count_awake(-1)
+
+    def _count_awake(self, change: int) -> None:
+        if self._forks != _forks:  # a scope that a fork has left: there is no control block
+            return
+        with self._awake_lock:
+            self._awake += change
+            self._words[_SPIN] = AWAKE_SPIN_NS if self._awake else SPIN_NS
 
     def check_process(self) -> None:
         """Raise in a forked child, where the workers do not exist, and after `stop`."""

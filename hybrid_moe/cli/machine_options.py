@@ -32,6 +32,12 @@ BaseOption = Annotated[
 MethodOption = Annotated[
     str | None, typer.Option(help="Format of the CPU's experts; default: what is stored.")
 ]
+DenseOption = Annotated[
+    str,
+    typer.Option(
+        help="Format of linear layers where there is no GPU: bf16, int8, mxfp4; or torch."
+    ),
+]
 GpuExpertsOption = Annotated[
     int | None,
     typer.Option(min=0, help="Experts of each layer on the GPU; default: as many as fit."),
@@ -84,6 +90,7 @@ class MachineOptions:
     ram_bandwidth: float | None
     gmacs: float | None
     gpu_bandwidth: float | None
+    dense: str = "bf16"
 
     def plan(self, named: str | Path) -> Plan:
         """Plan a model, see `find_model`; measures the ceilings if none were given."""
@@ -95,7 +102,7 @@ class MachineOptions:
 
         gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
         path, base = find_model(named), find_model(self.base) if self.base else None
-        model = planning.read_model(path, base, self.method)
+        model = planning.read_model(path, base, self.method, self.dense)
         threads = self.threads or PoolConfig.choose(pools=self.pools).threads
         request = planning.Request(
             gpus=gpus,

@@ -27,6 +27,7 @@ def plan(
     context: o.ContextOption = None,
     base: o.BaseOption = None,
     method: o.MethodOption = None,
+    dense: o.DenseOption = "bf16",
     gpu_experts: o.GpuExpertsOption = None,
     profile: o.ProfileOption = None,
     requests: o.RequestsOption = 4,
@@ -45,7 +46,7 @@ def plan(
     """
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
-        ceilings, ram_bandwidth, gmacs, gpu_bandwidth,
+        ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense,
     )  # fmt: skip
     made = options.plan(model)
     if json is not None:
@@ -99,26 +100,30 @@ def _gpu(nbytes: int, bandwidth: float, source: str) -> str:
 
 
 def speed(prediction: Prediction, *, measured: bool) -> str:
-    """Tokens per second in one digit, which is what a prediction knows.
+    """Tokens per second in as many digits as a prediction knows: two where its shares of the
+    ceilings were measured, one where they are assumed.
 
     Args:
-        measured: the shares of the ceilings that it rests on were measured; on a GPU they never
-            were.
+        measured: they were; on a GPU they never were.
     """
-    rounded = one_digit(prediction.tokens_per_second)
-    return f"about {rounded} tok/s" + ("" if measured else ", not measured")
+    if measured:
+        return f"about {digits(prediction.tokens_per_second, 2)} tok/s"
+    return f"about {digits(prediction.tokens_per_second, 1)} tok/s, not measured"
 
 
-def one_digit(value: float) -> str:
-    """4321.0 -> "4000", 0.0321 -> "0.03"."""
-    return f"{float(f'{value:.1g}'):g}"
+def digits(value: float, count: int) -> str:
+    """4321.0 in one digit is "4000", 0.0321 in two "0.032"."""
+    return f"{float(f'{value:.{count}g}'):g}"
 
 
 def _show_prediction(title: str, prediction: Prediction, *, measured: bool) -> None:
-    rows = [(term.name, _time(term.seconds), term.why) for term in prediction.terms]
+    count = 2 if measured else 1
+    rows = [(term.name, _time(term.seconds, count), term.why) for term in prediction.terms]
     grid(f"{title}: {speed(prediction, measured=measured)}", _TERMS, rows)
     typer.echo(f"limit: {prediction.limit}\nwould help: {prediction.help}")
 
 
-def _time(seconds: float) -> str:
-    return f"{one_digit(seconds)} s" if seconds >= 1 else f"{one_digit(1e3 * seconds)} ms"
+def _time(seconds: float, count: int) -> str:
+    if seconds >= 1:
+        return f"{digits(seconds, count)} s"
+    return f"{digits(1e3 * seconds, count)} ms"

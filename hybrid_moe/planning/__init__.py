@@ -7,7 +7,11 @@ scratch      what a pass over a batch borrows, in RAM and on the GPU
 parts        what takes memory, and where; which experts are on the GPU
 plan         what was asked, and the answer
 fitting      whether it fits, and what would make it fit
-prediction   tokens per second, and what limits them
+linear_layers  layers beside the experts that are held in strips, and their bytes
+reading      bytes that a token reads on a machine without a GPU
+terms        what a predicted time consists of
+prediction   tokens per second beside a GPU, and what limits them
+cpu_only     tokens per second without one
 serving      the SGLang command that carries the plan out
 """
 
@@ -15,7 +19,7 @@ from hybrid_moe.planning.fitting import make_plan
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu, parse_gpus, parse_size
 from hybrid_moe.planning.model import HotExperts, Model, read_model
 from hybrid_moe.planning.plan import DoesNotFitError, MemoryPart, Plan, Request
-from hybrid_moe.planning.prediction import Prediction, Term
+from hybrid_moe.planning.terms import Prediction, Term
 
 __all__ = [
     "CpuSpeeds",

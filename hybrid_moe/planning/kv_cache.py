@@ -246,6 +246,14 @@ def _full_layers(config: Mapping[str, Any]) -> int:
     return _number(config, "num_hidden_layers") - others
 
 
+def keys_seen(config: Mapping[str, Any], tokens: int) -> int:
+    """Keys that the last of `tokens` tokens looks at, over all layers."""
+    if kind_of(config) != "sliding":
+        return _full_layers(config) * tokens
+    windows = _sliding_layers(config) * min(tokens, _window(config))
+    return _full_layers(config) * tokens + windows
+
+
 def _window(config: Mapping[str, Any]) -> int:
     """Tokens that a layer with a window keeps."""
     name = "sliding_window" if config.get("sliding_window") else "attention_chunk_size"

@@ -24,11 +24,15 @@ from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.inspect import part_of
 from hybrid_moe.loaders.model_config import TOP_K
 from hybrid_moe.placement.profile import PlacementProfile
-
-EMBEDDINGS = "embeddings"
-
-_LOOKED_UP = ("embed", "wte", "tid2eid")
-"""In keys of tables of which a token reads one row."""
+from hybrid_moe.planning.linear_layers import (
+    DEFAULT,
+    EMBEDDINGS,
+    DenseLayers,
+    dense_format,
+    dense_layers,
+    is_looked_up,
+    is_tied,
+)
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,11 @@ class Model:
         read_per_token: bytes of these that every token reads.
         weights_per_token: weights that each token of a prompt meets: those, without the output
             layer, which only its last token needs.
-        bytes_16bit: of all of them where a runtime turns smaller floats into BF16; draft layers
-            left out.
-        read_per_token_16bit: of what every token reads, likewise.
+        dense: linear layers that are held in strips where there is no GPU.
+        torch_bytes: then, of what torch holds: all the rest, draft layers left out, where a runtime
+            turns smaller floats into BF16.
+        torch_read: of these, what every token reads.
+        torch_weights: of these, as `weights_per_token`.
         has_bias: experts have biases.
         hot_possible: a serving engine can read experts for the GPU from `base`. Not from what
             `hybrid-moe convert` wrote: no engine knows that format; and not where layers differ
@@ -120,8 +126,10 @@ class Model:
     parts: Mapping[str, int]
     read_per_token: int
     weights_per_token: int
-    bytes_16bit: int
-    read_per_token_16bit: int
+    dense: DenseLayers
+    torch_bytes: int
+    torch_read: int
+    torch_weights: int
     has_bias: bool
     hot_possible: bool
 
@@ -152,7 +160,9 @@ class Model:
         return value if isinstance(value, int) else None
 
 
-def read_model(path: Path, base: Path | None = None, method: str | None = None) -> Model:
+def read_model(
+    path: Path, base: Path | None = None, method: str | None = None, dense: str = DEFAULT
+) -> Model:
     """Describe the model at `path`.
 
     Args:
@@ -160,12 +170,14 @@ def read_model(path: Path, base: Path | None = None, method: str | None = None) 
         base: checkpoint of everything else and of the experts for the GPU; None is `path` itself,
             unless that was converted.
         method: format for the CPU; None (or "STORED") is what `path` stores, layer by layer.
+        dense: format of linear layers where there is no GPU; "torch" leaves them to torch.
 
     Raises:
         FileNotFoundError: nothing is there.
         CheckpointError: a checkpoint is damaged, has no experts or fewer than a token takes, or the
             two differ.
-        ValueError: the experts do not become `method`, or `config.json` lacks something.
+        ValueError: the experts do not become `method`, there is no format `dense`, or `config.json`
+            lacks something.
     """
     checkpoint = Checkpoint.open(path)
     rest = checkpoint if base is None else Checkpoint.open(base)
@@ -189,6 +201,8 @@ def read_model(path: Path, base: Path | None = None, method: str | None = None) 
         parts[part[key]] += tensor.nbytes
     kept = {key: tensor for key, tensor in tensors.items() if part[key] != DRAFT}
     read = _read_by_a_token(kept, part)
+    linear = dense_layers(kept, part, dense_format(dense))
+    left = [tensor for tensor in read if tensor.key not in linear.keys]
     return Model(
         path=path,
         base=base or path,
@@ -202,11 +216,11 @@ def read_model(path: Path, base: Path | None = None, method: str | None = None) 
         ),
         parts=dict(parts.most_common()),
         read_per_token=sum(t.nbytes for t in read),
-        weights_per_token=sum(
-            math.prod(t.shape) for t in read if not _is_scale(t) and part[t.key] != EMBEDDINGS
-        ),
-        bytes_16bit=sum(map(_in_16_bits, kept.values())),
-        read_per_token_16bit=sum(map(_in_16_bits, read)),
+        weights_per_token=_weights(read, part),
+        dense=linear,
+        torch_bytes=sum(_in_16_bits(t) for key, t in kept.items() if key not in linear.keys),
+        torch_read=sum(map(_in_16_bits, left)),
+        torch_weights=_weights(left, part),
         has_bias=first.has_bias,
         hot_possible=readable and gpu_format != AS_STORED,
     )
@@ -245,12 +259,18 @@ def _read_by_a_token(
     tensors: Mapping[str, TensorInfo], part: Mapping[str, str]
 ) -> list[TensorInfo]:
     """The tensors that a token reads whole. Tied embeddings are also the output layer."""
-    tied = not any("lm_head" in key or key.startswith("head.") for key in tensors)
+    tied = is_tied(tensors)
     return [
         tensor
         for key, tensor in tensors.items()
-        if part[key] != "vision and audio" and (tied or not any(word in key for word in _LOOKED_UP))
+        if part[key] != "vision and audio" and (tied or not is_looked_up(key))
     ]
+
+
+def _weights(tensors: list[TensorInfo], part: Mapping[str, str]) -> int:
+    """Weights of these that each token of a prompt meets."""
+    met = (t for t in tensors if not _is_scale(t) and part[t.key] != EMBEDDINGS)
+    return sum(math.prod(t.shape) for t in met)
 
 
 def _is_scale(tensor: TensorInfo) -> bool:

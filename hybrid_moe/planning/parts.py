@@ -9,12 +9,15 @@ from hybrid_moe.cpu_kernels.memory import HUGE_PAGE
 from hybrid_moe.formats.table import AS_STORED
 from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.placement.profile import PlacementProfile
-from hybrid_moe.planning import scratch
+from hybrid_moe.planning import cpu_only, scratch
 from hybrid_moe.planning.kv_cache import KvCache, kind_of, sglang_cache, transformers_cache
-from hybrid_moe.planning.model import EMBEDDINGS, HotExperts, Model
+from hybrid_moe.planning.linear_layers import EMBEDDINGS, DenseLayers
+from hybrid_moe.planning.model import HotExperts, Model
 from hybrid_moe.planning.plan import CPU_EXPERTS, GPU, NOWHERE, RAM, MemoryPart, Plan, Request
 from hybrid_moe.planning.prediction import predict_decode, predict_prefill
 from hybrid_moe.text import format_bytes
+
+_REST = "embeddings, norms, routers and what else there is"
 
 DIVIDED = frozenset({"attention", "shared experts", "dense MLP", EMBEDDINGS})
 """Parts that tensor parallelism divides among GPUs; the others are whole on each."""
@@ -26,18 +29,23 @@ def lay_out(model: Model, request: Request) -> Plan:
     Raises:
         ValueError: the configuration lacks a size, or the profile does not fit the model.
     """
-    config = model.config
-    if request.gpus:
+    config, cpu, gpus = model.config, request.cpu, request.gpus
+    if gpus:
         cache = sglang_cache(config, request.context, request.chunk, request.requests)
         fixed = _gpu_parts(model, request, cache)
         hot = _choose_hot(model, request, sum(p.nbytes for p in fixed if p.place == GPU))
         share = -(-hot_bytes(model, hot) // len(request.gpus))
         name = f"routed experts, {model.gpu_format}"
         parts = [MemoryPart(name, GPU, share, _counts(hot)), *fixed]
+        tokens = min(request.chunk, request.context)
+        decode = predict_decode(model, hot, cpu, gpus, cache)
+        prefill = predict_prefill(model, hot, cpu, gpus, tokens)
     else:
         cache = transformers_cache(config, request.context)
         hot = first_ids(model, 0, "no GPU")
         parts = _cpu_parts(model, request, cache)
+        decode = cpu_only.predict_decode(model, cpu, cache)
+        prefill = cpu_only.predict_prefill(model, cpu, min(request.chunk, request.context))
     parts = [*_expert_parts(model, request, hot), *parts]
     return Plan(
         model=model,
@@ -45,10 +53,8 @@ def lay_out(model: Model, request: Request) -> Plan:
         parts=tuple(part for part in parts if part.nbytes),
         hot=hot,
         cache=cache,
-        decode=predict_decode(model, hot, request.cpu, request.gpus, cache),
-        prefill=predict_prefill(
-            model, hot, request.cpu, request.gpus, min(request.chunk, request.context)
-        ),
+        decode=decode,
+        prefill=prefill,
         shortages=(),
         notes=tuple(_notes(model, request)),
     )
@@ -153,17 +159,39 @@ def _gpu_parts(model: Model, request: Request, cache: KvCache) -> list[MemoryPar
 
 def _cpu_parts(model: Model, request: Request, cache: KvCache) -> list[MemoryPart]:
     """Everything but the experts, in RAM, under Transformers."""
-    stored = sum(nbytes for name, nbytes in model.parts.items() if name != DRAFT)
-    note = "as stored" if stored == model.bytes_16bit else f"BF16; {format_bytes(stored)} stored"
     buffers = scratch.cpu_buffers(model, request.context, request.threads, request.pools)
     activations = scratch.cpu_activations(model, request.context)
     return [
-        MemoryPart("everything but routed experts", RAM, model.bytes_16bit, note),
+        *_dense_parts(model.dense, request),
+        MemoryPart(_REST, RAM, model.torch_bytes, "held by torch, in 16 bits or more"),
         MemoryPart(DRAFT, NOWHERE, model.parts.get(DRAFT, 0), "only for speculative decoding"),
         MemoryPart("KV cache", RAM, cache.per_gpu(), cache.formula),
+        MemoryPart("KV cache, growing", RAM, _grown(cache), "one layer in its old and new place"),
         MemoryPart("buffers of the CPU experts", RAM, buffers, "batches are cut at 2048 tokens"),
         MemoryPart("activations", RAM, activations, "16 x context x H x 2 B", assumed=True),
         MemoryPart("Python, torch", RAM, scratch.TRANSFORMERS_RAM, "1 GiB", assumed=True),
+    ]
+
+
+def _grown(cache: KvCache) -> int:
+    """Bytes of the largest layer of a cache: it has two places while it is copied into larger ones.
+    Room that is not written yet is not resident."""
+    return max((round(row.tokens * row.nbytes) for row in cache.rows if row.layers), default=0)
+
+
+def _dense_parts(dense: DenseLayers, request: Request) -> list[MemoryPart]:
+    """Linear layers in strips: one arena for each layer and pool, and for each MLP."""
+    if dense.fmt is None:
+        return []
+    rounding = 0
+    if request.huge_pages:
+        shares = (nbytes / request.pools for nbytes in dense.arenas)
+        rounding = round(request.pools * sum(-share % HUGE_PAGE for share in shares))
+    name = f"linear layers, {dense.fmt.name}"
+    return [
+        MemoryPart(name, RAM, sum(dense.arenas), "strips, rows in steps of 64"),
+        MemoryPart("linear layers, biases", RAM, dense.biases, "float32, also where there is none"),
+        MemoryPart("linear layers, page rounding", RAM, rounding, "huge pages of 2 MiB"),
     ]
 
 

@@ -10,7 +10,7 @@ from hybrid_moe.placement.profile import PlacementProfile
 from hybrid_moe.planning.kv_cache import KvCache
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu
 from hybrid_moe.planning.model import HotExperts, Model
-from hybrid_moe.planning.prediction import Prediction
+from hybrid_moe.planning.terms import Prediction
 from hybrid_moe.text import format_bytes
 
 GPU, RAM, NOWHERE = "each GPU", "RAM", "not loaded"

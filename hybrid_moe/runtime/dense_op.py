@@ -77,6 +77,13 @@ def _refuse(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 _linear.register_autograd(_refuse, setup_context=_keep_input)
 
 
+@_linear.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, handle: int, features: int
+) -> tuple[torch.Tensor, int]:
+    return linear(x.movedim(in_dims[0] or 0, 0), handle, features), 0
+
+
 @torch.library.custom_op(
     "hybrid_moe::embedding",
     mutates_args=(),
@@ -90,3 +97,10 @@ def _embedding(ids: torch.Tensor, handle: int, features: int, dtype: torch.dtype
 @_embedding.register_fake
 def _(ids: torch.Tensor, handle: int, features: int, dtype: torch.dtype) -> torch.Tensor:
     return ids.new_empty((*ids.shape, features), dtype=dtype)
+
+
+@_embedding.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, ...], ids: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, int]:
+    return embedding(ids.movedim(in_dims[0] or 0, 0), *rest), 0

@@ -59,11 +59,12 @@ class Handle:
         return type(None), ()
 
 
-def is_traced(x: torch.Tensor) -> bool:
+def is_traced(x: torch.Tensor | None) -> bool:
     """Whether a graph is being captured, so that an operator must stand for the layer.
 
-    True inside `torch.compile`, `torch.export` and `torch.jit.trace`, and under every mode that
-    looks at operators (`make_fx`, fake tensors).
+    True inside `torch.compile`, `torch.export` and `torch.jit.trace`, under every mode that looks
+    at operators (`make_fx`, fake tensors), and under transforms of `torch.func`, whose tensors have
+    no address.
     """
     return (
         torch.compiler.is_compiling()
@@ -71,6 +72,7 @@ def is_traced(x: torch.Tensor) -> bool:
         or fx._is_fx_tracing_flag  # make_fx above the level of modes, `pre_dispatch`
         or _get_current_dispatch_mode() is not None
         or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
     )
 
 

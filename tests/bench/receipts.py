@@ -51,6 +51,20 @@ def pool_point(**changes: Any) -> dict[str, Any]:
     return {**point, **changes}
 
 
+def model_point(**changes: Any) -> dict[str, Any]:
+    """A whole model: 4 of 8 tok/s, a prompt at half of the peak."""
+    point = {"model": "gpt-oss-20b", "engine": "ours", "label": "ours 1.0", "dense": "bf16",
+             "context": 512, "computed": True, "threads": 2, "decode": [4.0, 4.0],
+             "prefill_tokens_per_s": 40.0, "prefill_share": 0.5, "ours_prefills_faster": None,
+             "decode_tokens_per_s": 4.0, "read_bandwidth": 32.0, "roofline": 8.0,
+             "decode_share": 0.5, "ours_decodes_faster": None, "memory": 10**10,
+             "planned": 2 * 10**10, "prefill_of_plan": 0.9, "decode_of_plan": 1.1}  # fmt: skip
+    if changes.get("engine", "ours") != "ours":
+        changes = {"planned": None, "ours_decodes_faster": 1.5, "ours_prefills_faster": 2.0,
+                   **changes}  # fmt: skip
+    return {**point, **changes}
+
+
 def every_bench() -> list[dict[str, Any]]:
     """One receipt of each benchmark that the report knows."""
     peers = [peer_point("ours", [2.0, 2.0], 1.0), peer_point("ggml", [3.0, 5.0], 2.0)]
@@ -58,6 +72,9 @@ def every_bench() -> list[dict[str, Any]]:
                "outliers": 0.0024}]  # fmt: skip
     load = {"first_touch_GBps": 1.0, "GBps": 2.0, "again_GBps": 3.0, "peak_over_packed": 1.01,
             "packed_bytes": 10**9}  # fmt: skip
+    linear = {"layer": "o", "format": "BF16", "tokens": 1, "threads": 2, "ms": 2.0,
+              "weight_bandwidth": 20.0, "read_bandwidth": 25.0, "rate": 50.0, "rate_ceiling": 100.0,
+              "torch_ms": 3.0, "ours_is_faster": 1.5}  # fmt: skip
     read = {"where": "1 thread", "threads": 1, "in_order": 12.5, "at_random": 11.5}
     peak = {"tier": "avx2", "op": "byte_dot", "threads": 2, "one_thread": 60.0,
             "all_threads": 120.0, "formats": {"MXFP4": 60.0}}  # fmt: skip
@@ -66,6 +83,8 @@ def every_bench() -> list[dict[str, Any]]:
     tile = {"part": "tiers", "tier": "amx", "instructions": 17.0}
     return [
         machine("ceilings", threads=2, reads=[read], peaks=[peak], skipped={"amx": "amx-tile"}),
+        machine("end_to_end", points=[model_point(), model_point(engine="llama.cpp")]),
+        machine("dense", points=[linear], empty={"median_us": 9.0, "threads": 2}),
         machine("moe_layer", points=[layer_point(), layer_point(tokens=64)], skipped={}),
         machine("peers", points=peers, errors=errors),
         machine("pool", points=[pool_point(), pool_point(caller="caller works", signal_us=None)]),

@@ -65,6 +65,10 @@ def test_page(tmp_path: Path) -> None:
     assert rows_of(text, "### Ceilings")[0] == ["1 thread", "1", "12.5", "11.5"]
     layer = rows_of(text, "### One MoE layer")[0]
     assert layer[5] == "80" and layer[8] == "50", "shares of read bandwidth and of peak"
+    whole, peer = rows_of(text, "### Whole models")[:2]
+    assert whole[9:11] == ["8.00", "50"] and whole[13:] == ["0.500", "0.90, 1.10"]
+    assert peer[6] == "2.00 x" and peer[11] == "1.50 x" and peer[13:] == ["", ""]
+    assert rows_of(text, "### Linear layers")[0][6] == "80"
     peers = rows_of(text, "### Beside other libraries")[0]
     assert peers[5] == "80" and peers[7] == "50" and peers[9].endswith("(2.00 x)")
     assert "| MXFP4 A | 1 | read 80 % of 85 % | **missed** |" in text

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, phases, route, worker
+from hybrid_moe.cpu_kernels.drivers import host, mailbox, patience, phases, route, spans, worker
 from hybrid_moe.cpu_kernels.jit.record import Word
 
 
@@ -64,7 +64,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch, pause: Callable[[], None]) -> Clo
         "nanoseconds": clock.now,
         "system_call": lambda *arguments: 0,
     }
-    for module in (host, mailbox, patience, phases, route, worker):
+    for module in (host, mailbox, patience, phases, route, spans, worker):
         for name, operation in operations.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, operation)

@@ -80,6 +80,7 @@ def new_layer(spec: ExpertsSpec, options: ExpertsOptions) -> ExpertLayer:
         spec.intermediate,
         pool=options.pool_config(),
         activation=spec.activation,
+        name=spec.where.partition(" ")[0],
     )
     layer.allocate(np.ones(spec.num_experts, dtype=np.bool_), biases=spec.biased)
     return layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from hybrid_moe.cpu_kernels.job import IDLE
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool import group as group_module
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.pool.group import group_for
+from hybrid_moe.cpu_kernels.pool.group import PoolGroup, group_for
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+from hybrid_moe.cpu_kernels.tuning import AWAKE_SPIN_NS, SPIN_NS
 from hybrid_moe.formats.table import MXFP4
 from tests.cpu_kernels.cases import Array, Case, random_batch
 from tests.machines import Machine, pretend_processors
@@ -212,3 +214,17 @@ def test_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         group.stop()
     assert not any(thread.is_alive() for thread in group._threads)
+
+
+def test_idle_workers_stay_awake_in_scopes() -> None:
+    """Scopes overlap as those of two threads do; the last one to end ends it, also by an error."""
+    group = PoolGroup(PoolConfig(1))
+    word, first = group.control.spin_ns, ExitStack()
+    assert word.value == SPIN_NS
+    first.enter_context(group.awake())
+    with pytest.raises(KeyError), group.awake():
+        first.close()
+        assert word.value == AWAKE_SPIN_NS
+        raise KeyError
+    assert word.value == SPIN_NS
+    group.stop()

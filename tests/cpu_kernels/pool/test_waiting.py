@@ -303,7 +303,7 @@ def test_idle_workers_stay_away_from_python(patient: Groups) -> None:
 def test_sleeping_at_every_opportunity(patient: Groups, spin_ns: int) -> None:
     """With next to no spinning every wait goes through its sleep, and every wake-up is needed."""
     group = patient(4, 2)
-    group.control.spin_ns = group.control.wait_spin_ns = spin_ns
+    group.control.spin_ns.value = group.control.wait_spin_ns = spin_ns
     layer = layer_of(CASE, group)
     batches = [random_batch(tokens, CASE.H, CASE.E, 2, seed=tokens) for tokens in (1, 7, 40)]
     expected = [CASE.layer().forward(*batch) for batch in batches]

@@ -116,7 +116,7 @@ def test_a_draft_layer_behind_the_last_one(drafted: Path) -> None:
     model, other = load(drafted), plain(drafted)
     offload(other, "BF16", threads=1, progress=False)
     assert torch.equal(logits(model, prompt()), logits(other, prompt()))
-    summary, planned = inspect_checkpoint(drafted), read_model(drafted)
+    summary, planned = inspect_checkpoint(drafted), read_model(drafted, dense="torch")
     assert (summary.moe_layers, summary.draft_layers) == ((1, 2, 3), (4,))
     experts = 3 * 4 * 3 * 96 * 64 * 2  # layers, experts, projections, weights, bytes
     assert summary.ram_experts["BF16"] == summary.parts["routed experts"] == experts
@@ -124,6 +124,6 @@ def test_a_draft_layer_behind_the_last_one(drafted: Path) -> None:
     tensors = load_file(drafted / FILE)
     draft = sum(t.nbytes for key, t in tensors.items() if ".layers.4." in key)
     assert planned.parts["draft layers"] == summary.parts["draft layers"] == draft
-    assert planned.bytes_16bit == sum(t.nbytes for t in tensors.values()) - draft - experts
+    assert planned.torch_bytes == sum(t.nbytes for t in tensors.values()) - draft - experts
     source = Checkpoint.open(drafted).layer(4)  # an engine with a draft model can still read it
     assert source.num_experts == 4

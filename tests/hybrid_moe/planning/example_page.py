@@ -21,6 +21,8 @@ from tests.hybrid_moe.planning.fake_checkpoints import MODELS, write_headers
 PAGE = Path(__file__).parents[3] / "docs" / "plan.md"
 MODEL = "gpt-oss-120b"
 MACHINE = "--gpu 24GB --ram 96GB --context 32768"
+SMALLER = "gpt-oss-20b"
+WITHOUT_GPU = "--ram 24GB --context 8192"
 CPU = "--threads 16 --pools 1 --ram-bandwidth 80 --gmacs 1000"
 """The processor; the page says what it is."""
 
@@ -29,11 +31,12 @@ HEAD = f"""\
 
 Written by `python -m tests.hybrid_moe.planning.example_page` from headers with the published names,
 shapes and configuration: the checkpoint was not at hand. The processor has 16 cores, two channels
-of DDR5-5600 and a peak of 1000 GMAC/s; both commands were also given
+of DDR5-5600 and a peak of 1000 GMAC/s; all commands were also given
 
     {CPU}
 
-Memory is computed from the headers. Speeds have one digit, and with a GPU none has been measured.
+Memory is computed from the headers. Speeds with a GPU have one digit, since none has been measured;
+without one they have two: shares of the ceilings are those of whole models that were run.
 [sglang.md](sglang.md#what-a-plan-consists-of) says where each line comes from.
 """
 
@@ -53,15 +56,20 @@ def page() -> str:
     """The text of the page, as on a machine with huge pages."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
-        write_headers(Path(folder) / MODEL, MODELS[MODEL])
+        for name in (MODEL, SMALLER):
+            write_headers(Path(folder) / name, MODELS[name])
         os.chdir(folder)
         try:
             with patch.object(machine, "huge_pages_here", lambda: True):
                 plan = run(f"plan {MODEL} {MACHINE}")
                 serve = run(f"serve --model {MODEL} {MACHINE} --dry-run")
+                alone = run(f"plan {SMALLER} {WITHOUT_GPU}")
         finally:
             os.chdir(before)
-    return f"{HEAD}\n{plan}\nWhat `serve` starts then:\n\n{serve}"
+    return (
+        f"{HEAD}\n{plan}\nWhat `serve` starts then:\n\n{serve}"
+        f"\nA smaller model without a GPU, as `generate` runs it:\n\n{alone}"
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
 from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.integrations.transformers.dense.hybrid_linear import HybridLinear
+from hybrid_moe.integrations.transformers.dense.mlp import HybridMLP
+from hybrid_moe.integrations.transformers.dense.packing import nbytes_of
 from hybrid_moe.integrations.transformers.registration import from_pretrained
 from hybrid_moe.loaders import inspect_checkpoint
 from hybrid_moe.loaders.model_config import ModelConfig
@@ -131,11 +134,23 @@ def test_every_byte_of_a_checkpoint_is_in_a_part(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss_mxfp4", "deepseek_v4_mxfp4"])
 def test_the_rest_is_as_large_as_the_loaded_model(name: str, tmp_path: Path) -> None:
     fixture = write_family(name, tmp_path)
-    model = from_pretrained(fixture.directory, None, threads=1, progress=False)
+    model = from_pretrained(fixture.directory, None, threads=1, progress=False, dense="torch")
     unique = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
     # DeepSeek-V4 keeps some tensors in float32, which its release stores so, and this one as BF16
     actual = sum(t.numel() * (2 if t.is_floating_point() else t.itemsize) for t in unique.values())
-    assert read_model(fixture.directory).bytes_16bit == pytest.approx(actual, rel=TOLERANCE)
+    planned = read_model(fixture.directory, dense="torch")
+    assert planned.torch_bytes == pytest.approx(actual, rel=TOLERANCE)
+    assert planned.dense.nbytes == 0
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss_mxfp4", "mixtral"])
+def test_linear_layers_are_as_large_as_those_of_the_loaded_model(name: str, tmp_path: Path) -> None:
+    """Which are packed is told from the modules there, from headers here."""
+    fixture = write_family(name, tmp_path)
+    model = from_pretrained(fixture.directory, None, threads=1, progress=False, dense="mxfp4")
+    planned = read_model(fixture.directory, dense="mxfp4")
+    built = [m for m in model.modules() if isinstance(m, HybridLinear | HybridMLP)]
+    assert sum(map(nbytes_of, built)) == sum(planned.dense.arenas) > 0
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "deepseek_v4"])

@@ -21,6 +21,7 @@ from hybrid_moe.planning import (
     DoesNotFitError,
     Model,
     Plan,
+    cpu_only,
     make_plan,
     parse_gpus,
     parse_size,
@@ -30,7 +31,7 @@ from hybrid_moe.planning.kv_cache import kind_of, sglang_cache
 from hybrid_moe.planning.machine import measure_cpu, read_receipt
 from hybrid_moe.planning.parts import hot_bytes
 from hybrid_moe.planning.plan import GPU, RAM
-from hybrid_moe.planning.prediction import GPU_READ_SHARE, HANDOVER_S, MAC_SHARE, READ_SHARE
+from hybrid_moe.planning.prediction import GPU_READ_SHARE, HANDOVER_S, READ_SHARE
 from hybrid_moe.planning.serving import server_command
 from hybrid_moe.text import format_bytes
 from tests.families import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, write_family
@@ -166,14 +167,14 @@ def test_each_layer_in_its_own_format(tmp_path: Path) -> None:
         assert EXPERTS * layer.packed == pytest.approx(weights * bits[name] / 8, rel=0.02)
     assert expert_ram(plan) == sum(EXPERTS * layer.packed for layer in model.layers)
     read = TOP_K * sum(layer.packed for layer in model.layers)
-    term = next(t for t in plan.decode.terms if t.name == "RAM bandwidth")
-    assert term.seconds == pytest.approx(read / (CPU.read * READ_SHARE))
+    term = next(t for t in plan.decode.terms if t.name == "experts")
+    assert term.seconds == pytest.approx(read / (CPU.read * cpu_only.STREAM_SHARE))
     # half of the arithmetic at each format's rate
     slow = replace(CPU, macs={"MXFP4": 1000e9, "BF16": 250e9})
     prefill = make_plan(model, request(cpu=slow, chunk=32)).prefill
     macs = 32 * TOP_K * 3 * HIDDEN * INTERMEDIATE
-    term = next(t for t in prefill.terms if t.name == "CPU arithmetic")
-    assert term.seconds == pytest.approx((macs / 1000e9 + macs / 250e9) / MAC_SHARE)
+    term = next(t for t in prefill.terms if t.name == "experts, arithmetic")
+    assert term.seconds == pytest.approx((macs / 1000e9 + macs / 250e9) / cpu_only.MAC_SHARE)
     # what a server is told, and that it reads no experts for a GPU
     command = server_command(make_plan(model, request("8GB", context=64)))
     given = dict(itertools.pairwise(command.arguments))
@@ -424,9 +425,9 @@ def test_decode_on_a_gpu_is_the_sum_of_its_parts(gpt_oss: Model) -> None:
 def test_prefill_on_the_cpu_is_arithmetic(gpt_oss: Model) -> None:
     plan = make_plan(gpt_oss, request())
     macs = 2048 * 24 * 4 * 3 * 2880 * 2880
-    term = next(t for t in plan.prefill.terms if t.name == "CPU arithmetic")
-    assert term.seconds == pytest.approx(macs / (1000e9 * MAC_SHARE))
-    assert plan.prefill.limit.startswith("CPU arithmetic")
+    term = next(t for t in plan.prefill.terms if t.name == "experts, arithmetic")
+    assert term.seconds == pytest.approx(macs / (1000e9 * cpu_only.MAC_SHARE))
+    assert plan.prefill.limit.startswith("experts, arithmetic")
 
 
 def test_all_experts_on_the_gpu_leave_nothing_for_the_cpu(gpt_oss: Model) -> None:

@@ -36,10 +36,6 @@ class HybridEmbedding(PackedModule, torch.nn.Embedding):
         self.scale_grad_by_freq = self.sparse = False
         self._fix_parameters(weight=linear.weight)
 
-    def reset_parameters(self) -> None:
-        """Refused: the weight is packed."""
-        self._refuse("its weight cannot be drawn anew")
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """ids of any shape [...] -> [..., embedding_dim].
 
@@ -63,12 +59,11 @@ class HybridEmbedding(PackedModule, torch.nn.Embedding):
 def _look_up(module: HybridEmbedding, ids: torch.Tensor) -> torch.Tensor:
     held = module._held
     wanted = ids.detach().to("cpu", torch.int64).reshape(-1).numpy()
-    if wanted.size and not 0 <= wanted.min() <= wanted.max() < module.num_embeddings:
-        raise IndexError(
-            f"{module._where}: ids from {wanted.min()} to {wanted.max()}, there are rows 0 to "
-            f"{module.num_embeddings - 1}"
-        )
-    return held.rows(wanted).view(*ids.shape, module.embedding_dim).to(ids.device)
+    try:
+        rows = held.rows(wanted)
+    except IndexError as error:
+        raise IndexError(f"{module._where}: {error}") from error
+    return rows.view(*ids.shape, module.embedding_dim).to(ids.device)
 
 
 def why_not_tied(embedding: torch.nn.Module) -> str | None:

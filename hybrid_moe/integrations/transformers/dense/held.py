@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,9 @@ from hybrid_moe.text import format_bytes
 _ROWS = 16 * STRIP_ROWS
 """Rows that are converted at a time: float32 of 1024 rows of 4096 inputs are 16 MiB."""
 
+_KIND = ("fmt", "rows", "inputs", "has_bias", "pool")
+"""What is equal of matrices that can stand for each other."""
+
 _change = ProcessLock()
 """Who puts another matrix or layer in the place of one."""
 
@@ -36,20 +37,18 @@ class HeldMatrix:
         where: name of the module, for messages.
         dtype: of the weight as torch sees it, and of an embedding's rows.
         layer: computes with `matrix` alone; None until it is first needed.
-        replaced: called when `matrix` has become another one.
     """
 
-    __slots__ = ("dtype", "layer", "matrix", "replaced", "where")
+    __slots__ = ("dtype", "layer", "matrix", "where")
 
     def __init__(self, matrix: PackedMatrix, where: str, dtype: torch.dtype) -> None:
         self.matrix, self.where, self.dtype = matrix, where, dtype
         self.layer: DenseLayer | None = None
-        self.replaced: Callable[[], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeldMatrix:
         """The strips are shared: they never change."""
         made = HeldMatrix(self.matrix, self.where, self.dtype)
-        made.layer, made.replaced = self.layer, copy.deepcopy(self.replaced, memo)
+        made.layer = self.layer
         return made
 
     def open(self) -> DenseLayer:
@@ -62,8 +61,14 @@ class HeldMatrix:
             if self.layer is None:
                 if not self.matrix.loaded:
                     raise RuntimeError(f"{self.where}: forward before its weights are loaded")
-                self.layer = DenseLayer([self.matrix])
+                self.layer = DenseLayer([self.matrix], name=self.where)
             return self.layer
+
+    def _readable(self) -> PackedMatrix:
+        matrix = self.matrix
+        if not matrix.loaded:
+            raise RuntimeError(f"{self.where}: read before its weights are loaded")
+        return matrix
 
     @property
     def weight_nbytes(self) -> int:
@@ -72,11 +77,11 @@ class HeldMatrix:
 
     def weight(self) -> torch.Tensor:
         """[N, K] in `dtype`, unpacked anew by every call; quantised weights are dequantised."""
+        matrix = self._readable()
         warn_once(
             f"{self.where}: its packed weight is read, which unpacks it into "
             f"{format_bytes(self.weight_nbytes)} each time (said once)"
         )
-        matrix = self.matrix
         return _to_torch(matrix.unpack(), matrix, self.dtype)
 
     def rows(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -85,12 +90,20 @@ class HeldMatrix:
         Raises:
             IndexError: there is no such row.
         """
-        matrix = self.matrix
+        matrix = self._readable()
         return _to_torch(matrix.take_rows(ids), matrix, self.dtype)
 
     def bias(self) -> torch.Tensor:
         """[N] in `dtype`; zeros where there is none."""
         return torch.from_numpy(self.matrix.bias[: self.matrix.rows].copy()).to(self.dtype)
+
+    def share(self, matrix: PackedMatrix) -> bool:
+        """Take another packed matrix, if it is of the same kind: no weight is copied."""
+        if any(getattr(matrix, name) != getattr(self.matrix, name) for name in _KIND):
+            return False
+        with _change:
+            self.matrix, self.layer = matrix, None
+        return True
 
     def load(self, weight: torch.Tensor | None, bias: torch.Tensor | None = None) -> None:
         """Pack another weight, another bias or both. A job under way computes with the old ones.
@@ -110,6 +123,10 @@ class HeldMatrix:
             shapes = {"weight": (weight, (old.rows, old.inputs)), "bias": (bias, (old.rows,))}
             for name, (given, shape) in shapes.items():
                 self._check(name, given, shape)
+            if bias is not None and not old.has_bias:
+                raise ValueError(f"{self.where}: a bias was given, and the layer has none")
+            if not old.loaded and (weight is None or (old.has_bias and bias is None)):
+                raise ValueError(f"{self.where}: the first weights must be whole, with the bias")
             biases = self._biases(bias)
             new = old
             if old.loaded:
@@ -127,9 +144,7 @@ class HeldMatrix:
                     except ValueError as error:
                         raise ValueError(f"{self.where}: {error}") from error
                     new.load(Matrix(codes, scales, part, self.where), first)
-            self.matrix, self.layer = new, DenseLayer([new])
-        if self.replaced is not None:
-            self.replaced()
+            self.matrix, self.layer = new, DenseLayer([new], name=self.where)
 
     def _check(self, name: str, given: torch.Tensor | None, shape: tuple[int, ...]) -> None:
         if given is None:

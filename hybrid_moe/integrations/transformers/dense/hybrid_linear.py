@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.integrations.transformers.dense.held import HeldMatrix
@@ -51,10 +52,6 @@ class HybridLinear(PackedModule, torch.nn.Linear):
         """The packed matrix; another one after `load_state_dict`."""
         return self._held.matrix
 
-    def reset_parameters(self) -> None:
-        """Refused: the weight is packed."""
-        self._refuse("its weight cannot be drawn anew")
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features].
 
@@ -73,6 +70,7 @@ class HybridLinear(PackedModule, torch.nn.Linear):
             and not input.is_neg()
             and not (input.requires_grad and _is_grad_enabled())
             and not _is_autocast_enabled("cpu")
+            and forward_ad._current_level < 0
             and (shape := input.shape)
             and shape[-1] == self.in_features
         ):
@@ -102,6 +100,8 @@ class HybridLinear(PackedModule, torch.nn.Linear):
             and x.dtype is not torch.float64  # as autocast has it
         ):
             x = x.to(torch.get_autocast_dtype(device))
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+            raise RuntimeError(f"{self._held.where}: {torch_op.NO_GRADIENT}")
         if torch_op.is_traced(x) or x.is_meta:
             return dense_op.linear(x, self._handle.value, self.out_features)
         if x.requires_grad and torch.is_grad_enabled():
@@ -160,4 +160,4 @@ def share_inputs(model: torch.nn.Module) -> None:
             if len(children) > 1:
                 shared = SharedInput()
                 for child in children:
-                    child._shared, child._held.replaced = shared, shared.forget
+                    child._shared = shared

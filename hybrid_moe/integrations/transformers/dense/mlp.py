@@ -164,7 +164,7 @@ class HybridMLP(nn.Module):
             biased=mlp.biased,
         )
         layer = ExpertLayer(
-            fmt, 1, mlp.hidden, mlp.intermediate, pool=pool, activation=mlp.activation
+            fmt, 1, mlp.hidden, mlp.intermediate, pool=pool, activation=mlp.activation, name=where
         )
         layer.allocate(np.ones(1, np.bool_), biases=mlp.biased)
         biased = tuple(mlp.linears[name].bias is not None for name in mlp.names)

@@ -9,9 +9,17 @@ from typing import Any, NoReturn
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.integrations.transformers.dense.held import HeldMatrix
 from hybrid_moe.integrations.transformers.dense.weight import PackedWeight
 from hybrid_moe.runtime import torch_op
+
+
+def _refuse(where: str, what: str) -> NoReturn:
+    raise RuntimeError(
+        f"{where} is packed by hybrid_moe: {what}. Change the model before its layers are packed, "
+        'or load it with dense="torch"; load_state_dict takes a whole new weight'
+    )
 
 
 class _FixedParameters(dict[str, Any]):
@@ -19,17 +27,17 @@ class _FixedParameters(dict[str, Any]):
     here past `__setattr__`: pruning, `functional_call`, accelerate. `torch.export` puts tensors
     without values in their place while it traces, and puts them back."""
 
-    def __init__(self, parameters: dict[str, Any], refuse: Callable[[str], NoReturn]) -> None:
+    def __init__(self, parameters: dict[str, Any], where: str) -> None:
         super().__init__(parameters)
-        self._own, self._refuse = parameters, refuse
+        self._own, self._where = parameters, where
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name not in self._own or not (value is self._own[name] or isinstance(value, FakeTensor)):
-            self._refuse(f"its {name} cannot be replaced or parametrized")
+            _refuse(self._where, f"its {name} cannot be replaced or parametrized")
         super().__setitem__(name, value)
 
     def __delitem__(self, name: str) -> None:
-        self._refuse(f"its {name} cannot be removed or parametrized")
+        _refuse(self._where, f"its {name} cannot be removed or parametrized")
 
 
 class PackedModule(torch.nn.Module):
@@ -46,23 +54,20 @@ class PackedModule(torch.nn.Module):
         self._held = held
         self._handle = torch_op.Handle(self, run)
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise RuntimeError(
-            f"{self._held.where} is packed by hybrid_moe: {what}. Change the model before its "
-            'layers are packed, or load it with dense="torch"; load_state_dict takes a whole new '
-            "weight"
-        )
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """`to`, `half`, `cuda` and their kin. What leaves a tensor as it is passes."""
         probe = torch.empty(1, dtype=self._held.dtype, device="cpu")
         if fn(probe) is not probe or probe.is_shared():  # type: ignore[no-untyped-call]
-            self._refuse("it cannot be converted, moved or shared")
+            _refuse(self._held.where, "it cannot be converted, moved or shared")
         return self
 
     def _fix_parameters(self, **parameters: torch.Tensor | None) -> None:
         """Let these be its parameters from now on. To be called last by constructors."""
-        self.__dict__["_parameters"] = _FixedParameters(parameters, self._refuse)
+        self.__dict__["_parameters"] = _FixedParameters(parameters, self._held.where)
+
+    def reset_parameters(self) -> None:
+        """Refused: the weight is packed."""
+        _refuse(self._held.where, "its weight cannot be drawn anew")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._parameters:
@@ -86,21 +91,24 @@ class PackedModule(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Pack what is given, see `HeldMatrix.load`; what is this module's own weight stays."""
+        """Pack what is given, see `HeldMatrix.load`. Packed weights of the same kind are shared,
+        and so what is this module's own weight stays."""
         given: dict[str, torch.Tensor | None] = {}
         names = [name for name, parameter in self._parameters.items() if parameter is not None]
         for name in names:
             value = state_dict.get(prefix + name)
             if value is None and strict:
                 missing_keys.append(prefix + name)
-            same = isinstance(value, PackedWeight) and value.held.matrix is self._held.matrix
-            given[name] = None if same else value
+            given[name] = value
         if strict:
             unexpected_keys += [
                 key
                 for key in state_dict
                 if key.startswith(prefix) and key.removeprefix(prefix) not in names
             ]
+        source = _source(given)
+        if source is not None and self._held.share(source):
+            return
         if any(value is not None for value in given.values()):
             try:
                 self._held.load(given["weight"], given.get("bias"))
@@ -123,3 +131,15 @@ class PackedModule(torch.nn.Module):
             f"{self._held.where}: weights packed by hybrid_moe cannot be pickled: save_pretrained "
             "writes them"
         )
+
+
+def _source(given: Mapping[str, torch.Tensor | None]) -> PackedMatrix | None:
+    """The matrix whose weight these are, with its bias if it has one; None for anything else."""
+    found = None
+    for name, value in given.items():
+        if not (isinstance(value, PackedWeight) and value.whole and value.part == name):
+            return None
+        if found not in (None, value.held.matrix):
+            return None
+        found = value.held.matrix
+    return found if found is not None and found.loaded else None

@@ -29,13 +29,13 @@ class PackedWeight(torch.Tensor):
 
     Attributes:
         held: the packed matrix. A copy of this tensor shares it.
-        whole: it is the weight [N, K] itself or the bias [N] itself, and no view.
-        label: the module's name and this one's, for messages.
+        part: "weight" or "bias".
+        whole: it is the weight [N, K] or the bias [N] itself, and no view.
     """
 
     held: HeldMatrix
+    part: str
     whole: bool
-    label: str
     _read: Read
 
     # Nothing is done to functions of torch: they arrive, taken apart, in __torch_dispatch__
@@ -43,7 +43,7 @@ class PackedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, held: HeldMatrix, label: str, read: Read, like: torch.Tensor, whole: bool = False
+        cls, held: HeldMatrix, part: str, read: Read, like: torch.Tensor, whole: bool = False
     ) -> PackedWeight:
         """`like`, on meta, has the shape, strides and dtype of what `read` returns."""
         with torch.inference_mode(False):  # also in inference mode a view of a normal one is one
@@ -55,8 +55,13 @@ class PackedWeight(torch.Tensor):
                 dtype=like.dtype,
                 device=torch.device("cpu"),
             )
-        self.held, self.label, self.whole, self._read = held, label, whole, read
+        self.held, self.part, self.whole, self._read = held, part, whole, read
         return self
+
+    @property
+    def label(self) -> str:
+        """The module's name and this one's, for messages."""
+        return f"{self.held.where}.{self.part}"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -80,7 +85,7 @@ class PackedWeight(torch.Tensor):
             if func in _WITHOUT_VALUES:
                 return func(self._like(), *args[1:], **{**kwargs, "device": _device(kwargs)})
             rows = _ROWS.get(func)
-            if rows is not None and self.whole and self.dim() == 2:
+            if rows is not None and self.whole and self.part == "weight":
                 result = rows(self, *args[1:], **kwargs)
                 if result is not None:
                     return result
@@ -98,12 +103,12 @@ class PackedWeight(torch.Tensor):
         if isinstance(likes, torch.Tensor):
             same = self.whole and func in _SAME
             read = self._read if same else lambda: func(self._read(), *args, **kwargs)
-            return PackedWeight(self.held, self.label, read, likes, same)
+            return PackedWeight(self.held, self.part, read, likes, same)
 
         def one(index: int) -> Read:
             return lambda: func(self._read(), *args, **kwargs)[index]
 
-        return [PackedWeight(self.held, self.label, one(i), like) for i, like in enumerate(likes)]
+        return [PackedWeight(self.held, self.part, one(i), like) for i, like in enumerate(likes)]
 
     def _refuse(self, what: str) -> NoReturn:
         raise RuntimeError(
@@ -121,7 +126,7 @@ class PackedWeight(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         if value is not self:
-            self._refuse("weight.data =")
+            self._refuse("data =")
 
     @property
     def requires_grad(self) -> bool:
@@ -170,7 +175,7 @@ class PackedWeight(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
         if not self.whole:
             raise RuntimeError(f"a view of {self.label} cannot be copied: clone() it")
-        return parameter(copy.deepcopy(self.held, memo), bias=self.dim() == 1)
+        return parameter(copy.deepcopy(self.held, memo), bias=self.part == "bias")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
@@ -183,8 +188,8 @@ def parameter(held: HeldMatrix, *, bias: bool = False) -> PackedWeight:
     """The weight [N, K] or bias [N] of `held`, as what `torch.nn.Parameter` takes for its own."""
     shape = (held.matrix.rows,) if bias else (held.matrix.rows, held.matrix.inputs)
     like = torch.empty(shape, dtype=held.dtype, device="meta")
-    name = f"{held.where}.{'bias' if bias else 'weight'}"
-    made = PackedWeight(held, name, held.bias if bias else held.weight, like, whole=True)
+    part = "bias" if bias else "weight"
+    made = PackedWeight(held, part, held.bias if bias else held.weight, like, whole=True)
     made._is_param = True  # isinstance(made, torch.nn.Parameter)
     made._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers leaves it alone
     return made
@@ -258,7 +263,7 @@ def _lazy(func: Any, weight: PackedWeight, *args: Any, **kwargs: Any) -> Any:
     if dim not in (0, -2) or kwargs:
         return None
     N, K = weight.shape
-    ids = func(torch.arange(N)[:, None], 0, *args[1:])[..., 0]
+    ids = func(torch.arange(N, device="cpu")[:, None], 0, *args[1:])[..., 0]
     if 2 * ids.numel() > N:
         return None
     like = func(weight._like(), 0, *args[1:])
@@ -267,7 +272,7 @@ def _lazy(func: Any, weight: PackedWeight, *args: Any, **kwargs: Any) -> Any:
     def read() -> torch.Tensor:
         return weight.held.rows(ids.reshape(-1).numpy()).view(*ids.shape, K)
 
-    return PackedWeight(weight.held, weight.label, read, like)
+    return PackedWeight(weight.held, weight.part, read, like)
 
 
 _ROWS: dict[Any, Callable[..., Any]] = {

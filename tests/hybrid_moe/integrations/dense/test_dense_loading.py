@@ -30,8 +30,8 @@ from tests.hybrid_moe.integrations.dense.wide_models import WIDE, build_wide
 from tests.hybrid_moe.integrations.loading_cases import load, plain
 from tests.hybrid_moe.tiny_models import logits, prompt
 
-FAMILY = pytest.mark.parametrize("family", WIDE)
 DENSE = [*(name.lower() for name in FORMATS), "torch"]
+"""The choices, as a message lists them."""
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,13 @@ def offloaded(folder: Path, dense: str = "bf16") -> Any:
     return offload(plain(folder), "BF16", threads=1, dense=dense, progress=False)
 
 
-@FAMILY
-@pytest.mark.parametrize("dense", DENSE)
+@pytest.mark.parametrize(
+    ("family", "dense"),
+    [
+        *((family, "bf16") for family in WIDE),
+        *(("qwen3_moe", dense) for dense in DENSE if dense != "bf16"),
+    ],
+)
 def test_equals_offload_of_what_transformers_loads(
     checkpoint: Callable[[str], Path], family: str, dense: str
 ) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hybrid_moe.integrations.transformers.dense.embedding import HybridEmbedding
@@ -141,6 +142,27 @@ def test_a_gradient_in_a_graph_is_refused_when_it_is_computed() -> None:
     with pytest.raises(RuntimeError, match="no gradient: inference only"):
         y.sum().backward()
     torch._dynamo.reset()
+
+
+def test_transforms_of_torch_func(node: Node) -> None:
+    """Their tensors have no address, or one that is zero."""
+    x = torch.stack([node.batch(4), node.batch(4).flip(0)])
+    want = node.module(x)
+    assert torch.equal(torch.vmap(node.module)(x), want)
+    assert torch.equal(torch.vmap(node.module, in_dims=1)(x), want.movedim(1, 0))
+    assert torch.equal(torch.func.functionalize(node.module)(x), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_forward_derivatives_are_refused_by_name(dtype: torch.dtype) -> None:
+    layer, x = Case.random().layer, inputs(2, K, dtype=dtype)
+    message = "q_proj: .* no gradient: inference only"
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(layer, (x,), (x,))
+    with forward_ad.dual_level():
+        assert torch.equal(layer(x * 1), layer(x))
+        with pytest.raises(RuntimeError, match=message):
+            layer(forward_ad.make_dual(x, x))
 
 
 def test_layers_in_the_same_code_stay_themselves() -> None:

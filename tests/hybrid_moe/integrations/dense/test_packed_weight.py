@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +15,10 @@ import torch
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat
 from hybrid_moe.integrations.transformers.dense.held import HeldMatrix
+from hybrid_moe.integrations.transformers.dense.hybrid_linear import share_inputs
 from hybrid_moe.integrations.transformers.dense.weight import PackedWeight
 from tests.hybrid_moe.integrations.dense.linear_cases import WHERE, Case, K, N, inputs
 
@@ -178,6 +182,13 @@ def test_rows_that_are_not_there(ids: torch.Tensor) -> None:
         torch.nn.functional.embedding(ids, weight)
     with pytest.raises(IndexError):
         weight[int(ids)]
+
+
+def test_reading_before_loading_is_named() -> None:
+    held = HeldMatrix(PackedMatrix(BF16, N, K, PoolConfig(1)), WHERE, torch.bfloat16)
+    for read in (held.weight, lambda: held.rows(np.zeros(1, np.int64))):
+        with pytest.raises(RuntimeError, match=f"{WHERE}: read before its weights are loaded"):
+            read()
 
 
 def test_what_reading_costs_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -379,11 +390,23 @@ def test_load_state_dict_packs(fmt: WeightFormat, dtype: torch.dtype, bias: bool
         assert torch.equal(layer.bias + 0, other.bias.bfloat16())
 
 
-def test_loading_packed_weights_copies_their_codes() -> None:
-    case, other = Case.random(MXFP4, bias=True), Case.random(MXFP4, bias=True, seed=1)
+@Formats
+def test_loading_packed_weights_shares_them(fmt: WeightFormat, unpacked: list[int]) -> None:
+    """Nothing is rounded, and nothing copied."""
+    case, other = Case.random(fmt, bias=True), Case.random(fmt, bias=True, seed=1)
     case.layer.load_state_dict(other.layer.state_dict())
-    assert np.array_equal(case.layer.matrix.unpack().codes, other.matrix.codes)
-    assert np.array_equal(case.layer.matrix.unpack().scales, other.matrix.scales)
+    assert case.layer.matrix is other.layer.matrix and not unpacked
+    assert torch.equal(case.layer(inputs(3, K)), other.layer(inputs(3, K)))
+
+
+def test_loading_packed_weights_of_another_kind_unpacks_them() -> None:
+    for options in ({"fmt": MXFP4}, {"threads": 2}, {"dtype": torch.float32}):
+        case = Case.random(bias=True)
+        other = Case.random(**{"bias": True, "seed": 1, **options})  # type: ignore[arg-type]
+        case.layer.load_state_dict(other.layer.state_dict())
+        assert torch.equal(case.layer.weight + 0, other.weight.bfloat16())
+    with pytest.raises(RuntimeError, match=r"expected \(200, 96\)"):
+        case.layer.load_state_dict({"weight": case.layer.bias, "bias": case.layer.bias})
 
 
 def test_loading_its_own_state_changes_nothing(unpacked: list[int]) -> None:
@@ -420,6 +443,34 @@ def test_what_cannot_be_loaded_is_named_and_leaves_the_old(kind: str) -> None:
     with pytest.raises(RuntimeError, match=rf"{WHERE}: .*{message}"):
         layer.load_state_dict({"weight": weight})
     assert torch.equal(layer(x), y)
+
+
+def test_the_first_weights_are_whole() -> None:
+    case = Case.random(bias=True)
+    held = HeldMatrix(PackedMatrix(BF16, N, K, PoolConfig(1), bias=True), WHERE, torch.bfloat16)
+    for half in ((case.weight, None), (None, case.bias)):
+        with pytest.raises(ValueError, match=f"{WHERE}: the first weights must be whole"):
+            held.load(*half)
+    held.load(case.weight, case.bias)
+    assert torch.equal(held.weight(), case.weight.bfloat16())
+    with pytest.raises(ValueError, match=f"{WHERE}: a bias was given"):
+        Case.random().layer._held.load(case.weight, case.bias)
+
+
+def test_memory_is_freed_without_the_collector() -> None:
+    """Strips are gigabytes: no cycle may keep them until the collector runs."""
+    parent = torch.nn.ModuleList([Case.random(bias=True, seed=s).layer for s in range(3)])
+    share_inputs(parent)
+    for seed in range(4):
+        for layer in parent:
+            layer(inputs(1, K, seed=seed))
+    matrices = [weakref.ref(layer.matrix) for layer in parent]
+    gc.disable()
+    try:
+        del parent, layer
+        assert [matrix() for matrix in matrices] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_unexpected_keys_are_named() -> None:

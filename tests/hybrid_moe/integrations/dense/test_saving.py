@@ -20,7 +20,8 @@ from tests.hybrid_moe.integrations.dense.wide_models import WIDE, build_wide
 from tests.hybrid_moe.integrations.loading_cases import load, plain
 from tests.hybrid_moe.tiny_models import build, logits, prompt
 
-FAMILY = pytest.mark.parametrize("family", WIDE)
+ALIKE = {"qwen3_moe_packed_mxfp4", "minimax_m2_mxfp4", "deepseek_v3_draft"}
+"""Families that differ from others in what is read only."""
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -42,8 +43,10 @@ def assert_same(one: Path, other: Path) -> None:
         assert torch.equal(*pair), key
 
 
-@FAMILY
-@pytest.mark.parametrize("original", [True, False], ids=["published", "modules"])
+@pytest.mark.parametrize(
+    ("family", "original"),
+    [*((family, True) for family in WIDE), ("gpt_oss", False), ("deepseek_v4", False)],
+)
 def test_writes_what_transformers_writes(family: str, original: bool, tmp_path: Path) -> None:
     model = build_wide(family)
     model.save_pretrained(tmp_path / "plain", save_original_format=original)
@@ -64,7 +67,7 @@ def test_writes_what_transformers_writes(family: str, original: bool, tmp_path: 
         assert all(not p.is_meta and p.dtype == torch.bfloat16 for p in eager.lm_head.parameters())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ALIKE])
 def test_a_loaded_checkpoint_is_written_back(name: str, tmp_path: Path) -> None:
     """Every family: experts keep their bits and their names. Held against what Transformers makes
     of the same checkpoint where it can load it, else against the checkpoint itself."""
@@ -77,7 +80,7 @@ def test_a_loaded_checkpoint_is_written_back(name: str, tmp_path: Path) -> None:
         model = load(folder, None)
     model.save_pretrained(tmp_path / "second")
     before, after = Checkpoint.open(folder), Checkpoint.open(tmp_path / "second")
-    assert before.layers == after.layers or name == "deepseek_v3_draft"
+    assert before.layers == after.layers
     for number in after.layers:
         one, other = before.layer(number), after.layer(number)
         assert one.format is other.format

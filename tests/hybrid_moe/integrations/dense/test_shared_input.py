@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hybrid_moe.cpu_kernels.dense import DenseLayer
+from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
 from hybrid_moe.integrations.transformers.dense import shared_input
 from hybrid_moe.integrations.transformers.dense.hybrid_linear import HybridLinear, share_inputs
@@ -102,10 +103,6 @@ def test_many_tokens_are_computed_apart(jobs: list[int]) -> None:
         jobs.clear()
         got = model(x)
         assert jobs == expected and equal(got, apart(x))
-
-
-def _shift(x: torch.Tensor) -> torch.Tensor:
-    return x + 1
 
 
 CHANGED: dict[str, Callable[[str, torch.Tensor], torch.Tensor]] = {
@@ -230,6 +227,21 @@ def test_an_exception_in_between() -> None:
         assert equal(model(x), apart(x))
 
 
+def test_an_interrupted_job_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, apart = learned()
+    x = inputs(1, K)
+    want = apart(x)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Job, "wait", _interrupted)
+        model.q(x)
+    assert torch.equal(model.k(x), want["k"])
+    assert equal(model(x), want)
+
+
+def _interrupted(job: Job[Any]) -> Any:
+    raise KeyboardInterrupt
+
+
 def test_a_part_is_taken_once(jobs: list[int]) -> None:
     """Outputs belong to who takes them: a second call computes another."""
     model, apart = learned()
@@ -307,9 +319,10 @@ def test_another_weight_is_used_at_once(jobs: list[int]) -> None:
         m.v.load_state_dict({"weight": other.weight})
     assert torch.equal(model.v(x), apart.v(x))
     for seed in range(20, 23):
+        y = inputs(1, K, seed=seed)
         jobs.clear()
-        got = model(inputs(1, K, seed=seed))
-    assert jobs == [3, 1] and equal(got, apart(inputs(1, K, seed=22)))
+        got = model(y)
+        assert jobs == [3, 1] and equal(got, apart(y))
 
 
 def test_a_copy_learns_for_itself(jobs: list[int]) -> None:

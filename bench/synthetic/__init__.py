@@ -1,0 +1,1 @@
+"""Full-size checkpoints with random weights, in published dimensions and layouts."""

@@ -1,0 +1,1 @@
+"""What a decode step does between the jobs of its layers."""

@@ -1,0 +1,130 @@
+"""Tokens per second without a GPU, as `generate` runs a model: every term measured.
+
+A token reads its experts, the linear layers and the KV cache once, and in between each layer has
+work that streams nothing. A prompt multiplies; its attention does so over the context. The shares
+of the ceilings and the fixed times are those of `bench/end_to_end.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hybrid_moe.planning.kv_cache import KvCache, keys_seen
+from hybrid_moe.planning.machine import CpuSpeeds
+from hybrid_moe.planning.model import Model
+from hybrid_moe.planning.terms import (
+    Prediction,
+    Term,
+    computing,
+    each,
+    prediction,
+    reading,
+    share_met,
+)
+
+STREAM_SHARE = 0.95
+"""Of the read bandwidth, in what the pool streams at one token: experts and linear layers."""
+
+TORCH_SHARE = 0.5
+"""Of the read bandwidth, in what torch reads beside them."""
+
+CACHE_SHARE = 0.8
+"""Of the read bandwidth, in attention over the KV cache."""
+
+LAYER_S = 300e-6
+"""Of each layer at one token, beside what it reads: norms, router and rotary embedding, Python, and
+the hand-over of its jobs. `hybrid-moe generate` of the small model takes 2 ms a token: four layers,
+0.4 ms of reading, the rest `TOKEN_S`."""
+
+TOKEN_S = 600e-6
+"""Of each token: embedding, the choice of the next one, and Transformers' loop around it."""
+
+MAC_SHARE = 0.78
+"""Of the peak multiply-accumulates of the pool, at 512 tokens and more."""
+
+ATTENTION_SHARE = 0.3
+"""Of BF16's peak, in a prompt's attention by torch."""
+
+PASSES = 40
+"""How often torch reads or writes the tokens of a layer, [tokens, H] of BF16, at `TORCH_SHARE`."""
+
+
+def predict_decode(model: Model, cpu: CpuSpeeds, cache: KvCache) -> Prediction:
+    """Speed of one token at a time, the context half full."""
+    experts = sum(layer.top_k * (layer.packed + layer.bias) for layer in model.layers)
+    stream, torch = cpu.read * STREAM_SHARE, cpu.read * TORCH_SHARE
+    terms = [
+        reading("experts", "experts", experts, stream),
+        reading("linear layers", "linear layers", model.dense.nbytes, stream),
+        reading("the rest", "other weights", model.torch_read, torch),
+        reading("KV cache", "a half full KV cache", cache.per_gpu() / 2, cpu.read * CACHE_SHARE),
+        each("between jobs", num_layers(model), "layers", LAYER_S),
+        each("between tokens", 1, "token", TOKEN_S),
+    ]
+    return prediction(terms, sum(term.seconds for term in terms), 1)
+
+
+def predict_prefill(model: Model, cpu: CpuSpeeds, tokens: int) -> Prediction:
+    """Speed of a prompt of `tokens`."""
+    fmt = model.dense.fmt
+    dense_rate = cpu.macs["BF16" if fmt is None else fmt.name] * MAC_SHARE
+    experts, read = _experts(model, cpu, tokens)
+    dense = [
+        computing(
+            "linear layers, arithmetic", "linear layers", tokens * model.dense.weights, dense_rate
+        ),
+        reading("linear layers", "linear layers", model.dense.nbytes, cpu.read * STREAM_SHARE),
+    ]
+    torch_macs = computing(
+        "the rest", "other layers", tokens * model.torch_weights, cpu.macs["BF16"] * TORCH_SHARE
+    )
+    passes = PASSES * 2 * tokens * model.hidden * num_layers(model)
+    rest = [
+        computing(
+            "attention", "attention", attention_macs(model.config, tokens),
+            cpu.macs["BF16"] * ATTENTION_SHARE,
+        ),
+        torch_macs,
+        reading("the rest", "activations", passes, cpu.read * TORCH_SHARE),
+        each("between jobs", num_layers(model), "layers", LAYER_S),
+    ]  # fmt: skip
+    seconds = max(experts.seconds, read.seconds) + max(term.seconds for term in dense)
+    terms = [experts, read, *dense, *rest]
+    return prediction(terms, seconds + sum(term.seconds for term in rest), tokens)
+
+
+def _experts(model: Model, cpu: CpuSpeeds, tokens: int) -> tuple[Term, Term]:
+    """Arithmetic of a prompt's experts, and reading each of them that some token takes."""
+    macs = [tokens * layer.top_k * layer.weights for layer in model.layers]
+    # of several formats the mean speed, each as long as its layers take
+    rates = [cpu.macs[layer.method.name] for layer in model.layers]
+    seconds = sum(count / rate for count, rate in zip(macs, rates, strict=True))
+    touched = sum(
+        layer.num_experts * layer.packed * share_met(tokens * layer.top_k, layer.num_experts)
+        for layer in model.layers
+    )
+    rate = sum(macs) / seconds * MAC_SHARE
+    return (
+        computing("experts, arithmetic", "experts", sum(macs), rate),
+        reading("experts", "experts", touched, cpu.read * STREAM_SHARE),
+    )
+
+
+def num_layers(model: Model) -> int:
+    """All layers, those without experts too."""
+    count = model.config.get("num_hidden_layers")
+    return count if isinstance(count, int) else len(model.layers)
+
+
+def attention_macs(config: Mapping[str, Any], tokens: int) -> int:
+    """Multiply-accumulates of queries with keys and of weights with values, for a prompt. A token
+    looks at half of the others on average, and at a window as soon as it is full."""
+    heads = int(config["num_attention_heads"])
+    size = int(config.get("head_dim") or config["hidden_size"] // heads)
+    if config.get("kv_lora_rank"):
+        keys = int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"])
+        both = keys + int(config["v_head_dim"])
+    else:
+        both = 2 * size
+    return tokens * keys_seen(config, -(-tokens // 2)) * heads * both
