@@ -1,5 +1,6 @@
 # make demo   create .venv, install, generate text with the model in the repository
 # make test   the whole test suite
+# make test-full   the same with hundreds of requests to a server, killed and restarted
 # make fuzz   random checkpoints and random wrappers, for hours
 # make test-tiers   kernels, layers and wrappers as on machines of other tiers
 # make test-lowest  the lowest versions that pyproject.toml declares
@@ -14,7 +15,7 @@ TREE := build/tree/hybrid_moe
 MODEL := examples/tiny_moe/model
 PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
 
-.PHONY: demo test fuzz test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install
+.PHONY: demo test test-full fuzz test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install
 .PHONY: install-dev wheel bench bench-ceilings bench-dense bench-end-to-end bench-load bench-peers
 .PHONY: bench-peers-install bench-pool bench-quick bench-results clean
 
@@ -37,9 +38,13 @@ demo:
 	@test -e $(VENV)/.installed || echo "installing PyTorch, Transformers and hybrid_moe into $(VENV): minutes, once"
 	@$(MAKE) --no-print-directory install
 	$(BIN)/hybrid-moe generate --model $(MODEL) --prompt "$(PROMPT)" --max-new-tokens 120 --temperature 0.7 --seed 2
+	@echo 'talk to it: $(BIN)/hybrid-moe chat --model $(MODEL) --temperature 0.7'
 
 test: install-dev
 	$(BIN)/python -m pytest
+
+test-full: install-dev
+	HYBRID_MOE_TEST_FULL=1 $(BIN)/python -m pytest
 
 # For hours, until something is wrong or Ctrl-C: both fuzzers of tests/fuzz in turn, with other inputs
 # each time unless SEED is given.

@@ -114,6 +114,10 @@ def _names(spans: npt.NDArray[Any], labels: Sequence[str]) -> dict[int, str]:
     return {sequence: labels[number] for sequence, number in numbers}
 
 
+def _phase(kind: int) -> str:
+    return PHASES.get(kind, f"phase of kind {kind}")
+
+
 def _name(names: dict[int, str], sequence: int) -> str:
     return names.get(sequence, f"job {sequence}")
 
@@ -135,7 +139,7 @@ def _jobs(
     for at, begin, end in zip(first, begins, ends, strict=True):
         sequence = int(tasks["sequence"][at])
         kind = int(tasks["detail"][at]) % records.SPAN_KINDS
-        phase = _span(PHASES[kind], row, begin, end)
+        phase = _span(_phase(kind), row, begin, end)
         phases.setdefault(sequence, []).append(phase)
     submitted = group.spans[group.spans["kind"] == records.SPAN_SUBMIT]
     tokens = dict(zip(submitted["sequence"].tolist(), submitted["detail"].tolist(), strict=True))
@@ -166,7 +170,7 @@ def _tasks(
     made = [_named("thread_name", row + 1 + w, f"worker {w}{of_group}") for w in workers]
     for task in tasks:
         begin, end, _, worker, sequence, detail, *_ = map(int, task.tolist())
-        name = f"{PHASES[detail % records.SPAN_KINDS]}, {_name(names, sequence)}"
+        name = f"{_phase(detail % records.SPAN_KINDS)}, {_name(names, sequence)}"
         made.append(_span(name, row + 1 + worker, begin - start, end - start, job=sequence))
     return made
 

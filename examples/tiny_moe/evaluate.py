@@ -1,10 +1,11 @@
-"""Held-out perplexity, routing and a sample of a model directory, three ways of running it.
+"""Held-out perplexity, routing and a sample of a model directory, several ways of running it.
 
     python evaluate.py --bf16 tiny_bf16 --mxfp4 model --json results.json
 
 Ways: the BF16 checkpoint under plain Transformers; the MXFP4 checkpoint under plain Transformers,
-its experts dequantized first; the MXFP4 checkpoint through hybrid_moe. The last two run the same
-weights: they may differ by the rounding of activations only (docs/numerics.md).
+its experts dequantized first; the MXFP4 checkpoint through hybrid_moe. These two run the same
+weights: they may differ by the rounding of activations only (docs/numerics.md). Then the same with
+the other linear layers and the embedding in INT8 and in MXFP4, whose weights are rounded once more.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +114,19 @@ def dequantized_model(folder: Path) -> Any:
         return plain_model(Path(scratch) / "dequantized")
 
 
-def hybrid_model(folder: Path) -> Any:
-    """The MXFP4 checkpoint `folder` through hybrid_moe."""
+def hybrid_model(folder: Path, dense: str = "bf16") -> Any:
+    """The MXFP4 checkpoint `folder` through hybrid_moe, its other linear layers as `dense` says."""
     import hybrid_moe
 
-    return hybrid_moe.from_pretrained(folder, method="MXFP4")
+    return hybrid_moe.from_pretrained(folder, method="MXFP4", dense=dense)
 
 
 WAYS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "BF16, Transformers": ("bf16", plain_model),
     "MXFP4, Transformers": ("mxfp4", dequantized_model),
     "MXFP4, hybrid_moe": ("mxfp4", hybrid_model),
+    "MXFP4, hybrid_moe, dense int8": ("mxfp4", partial(hybrid_model, dense="int8")),
+    "MXFP4, hybrid_moe, dense mxfp4": ("mxfp4", partial(hybrid_model, dense="mxfp4")),
 }
 """Name of a way -> the checkpoint it runs, and how that is loaded."""
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hybrid_moe.cli.bench import bench
+from hybrid_moe.cli.chat import chat
 from hybrid_moe.cli.convert import convert
 from hybrid_moe.cli.doctor import doctor
 from hybrid_moe.cli.errors import readable, settings
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, convert, inspect, plan, doctor):
+for command in (generate, chat, convert, inspect, plan, doctor):
     app.command()(readable(command))
 app.command(context_settings=CONTEXT_SETTINGS)(readable(serve))
 app.add_typer(bench, name="bench")

@@ -24,6 +24,9 @@ EXTRAS = {
     "tokenizers": "transformers",
     "accelerate": "transformers",
     "huggingface_hub": "transformers",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "openai": "serve",
 }
 """Module -> the extra of this package that installs it."""
 

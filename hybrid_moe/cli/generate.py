@@ -2,186 +2,83 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybrid_moe.cli.models import ModelOption, blaming
-from hybrid_moe.cli.terminal import Steps, console
+from hybrid_moe.cli import machine_options as shared
+from hybrid_moe.cli import model_options as o
+from hybrid_moe.cli.models import ModelOption
+from hybrid_moe.cli.roofline import Roofline, WaitClock, bytes_of_a_token, measure_bandwidth
+from hybrid_moe.cli.terminal import Steps, text_writer, token_writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from hybrid_moe.loaders import CheckpointSummary
+    from hybrid_moe.integrations.transformers.serving.answers import Answer
 
 
 def generate(
     model: ModelOption,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    method: Annotated[
-        str | None,
-        typer.Option(help="Weight format of the experts; default: what the checkpoint stores."),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Worker threads; default: one per available core.")
-    ] = None,
-    pools: Annotated[
-        int | None, typer.Option(help="Worker pools; default: one per NUMA node.")
-    ] = None,
+    method: shared.MethodOption = None,
+    dense: shared.DenseOption = o.DENSE,
+    threads: shared.ThreadsOption = None,
+    pools: shared.PoolsOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[
-        int,
-        typer.Option(min=0, max=2**63 - 1, help="Of the sampling, where temperature is above 0."),
-    ] = 0,
+    seed: o.SeedOption = 0,
 ) -> None:
-    """Continue a prompt with the model's experts on the CPU.
+    """Continue a prompt, with experts and linear layers on the CPU's kernels.
 
     The text goes to stdout; what is being done, and how fast it was, to stderr.
     """
     with Steps() as steps:
-        steps.begin("importing PyTorch and Transformers")
+        opened = o.OpenedModel.open(model, steps)
+        ids = opened.tokens(prompt)
+        bandwidth = None
+        if max_new_tokens > 1:  # before the memory is full
+            steps.begin("measuring the memory")
+            bandwidth = measure_bandwidth(opened.workers(threads, pools))
+        loaded = opened.load(method, dense, threads, pools, steps)
         import torch
-        import transformers
 
-        from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
-        from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-        from hybrid_moe.integrations.transformers.registration import (
-            check_directory,
-            from_pretrained,
-        )
-        from hybrid_moe.loaders import inspect_checkpoint
+        from hybrid_moe.cpu_kernels.pool.group import group_for
+        from hybrid_moe.integrations.transformers.serving.answers import Answerer
 
-        if not steps.console.is_terminal:
-            transformers.utils.logging.disable_progress_bar()
-        steps.begin("reading the configuration")
-        path = check_directory(model)
-        choose_tier()  # a wrong HYBRID_MOE_ISA is an error before minutes of loading, not after
-        summary = inspect_checkpoint(path)
-        with blaming(f"{path} could not be loaded"):
-            tokenizer, inputs = tokenize(path, prompt)
-            steps.begin("loading the model", spin=False)  # which shows bars of its own
-            loaded = from_pretrained(path, method=method, threads=threads, pools=pools)
-        workers = PoolConfig.choose(threads, pools).threads
-        # PyTorch counts processors, whatever a cgroup's quota says of their time
-        torch.set_num_threads(threads or min(workers, torch.get_num_threads()))
-        steps.begin("compiling kernels")
-        with torch.inference_mode():
-            loaded(input_ids=inputs["input_ids"][:, :1])
-        steps.end()
-        steps.say(f"{headline(model, summary, loaded)}; ready in {steps.seconds:.1f} s", "bold")
         torch.manual_seed(seed)
-        sampling: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
-            sampling["temperature"] = temperature
         steps.begin("first token")
-        clock = streamer_class()(tokenizer, text_writer(), steps.end)
-        with torch.inference_mode():
-            loaded.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                streamer=clock,
-                pad_token_id=pad_token(tokenizer),
-                **sampling,
+        writer = token_writer(opened.tokenizer, text_writer())
+        clock, waited_before = WaitClock(), 0.0
+        started = False
+
+        def on_token(token: int) -> None:
+            nonlocal started, waited_before
+            if not started:
+                started, waited_before = True, clock.seconds
+                steps.end()
+            writer.put(torch.tensor([token]))
+
+        with clock.on(group_for(opened.workers(threads, pools))):
+            answer = Answerer(loaded).answer(
+                ids, o.sampling(loaded, max_new_tokens, temperature), on_token
             )
+        writer.end()
         typer.echo("")
-        steps.say(clock.summary(inputs["input_ids"].shape[1]), "dim")
+        steps.say(speeds(answer), "dim")
+        if bandwidth is not None and answer.decode_speed is not None:
+            context = answer.prompt + len(answer.tokens) // 2
+            try:
+                nbytes = bytes_of_a_token(opened.path, method, dense, context)
+            except ValueError as error:
+                steps.say(f"no roofline: {error}", "dim")
+                return
+            waited = clock.seconds - waited_before
+            steps.say(f"decode at {Roofline(bandwidth, nbytes).summary(answer, waited)}", "dim")
 
 
-def headline(model: str, summary: CheckpointSummary, loaded: Any) -> str:
-    """What runs, in one line: the model, its experts, their format, the tier and the threads."""
-    from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
-
-    experts = [module for module in loaded.modules() if isinstance(module, HybridExperts)]
-    first = next(module.layer for module in experts if module.layer is not None)
-    per_token = summary.experts_per_token or "an unknown number"
-    threads, pools = first.pool.threads, first.pool.pools
-    return (
-        f"{model}: {summary.model_type}, {len(experts)} layers of {first.num_experts} experts, "
-        f"{per_token} per token, {first.fmt.name}; tier {first.tier.name}; "
-        f"{threads} thread{'s' * (threads > 1)}" + (f" in {pools} pools" if pools > 1 else "")
-    )
-
-
-def text_writer() -> Callable[[str], None]:
-    """Writes pieces of the answer to stdout: in colour on a terminal, else as they are."""
-    screen = console()
-    if not screen.is_terminal:
-        return lambda text: typer.echo(text, nl=False)
-    from rich.text import Text
-
-    return lambda text: screen.print(Text(text, "green"), end="", soft_wrap=True)
-
-
-def tokenize(model: Path, prompt: str) -> tuple[Any, Any]:
-    """The checkpoint's tokenizer, and the prompt as its tokens.
-
-    Raises:
-        ValueError: no usable tokenizer, or the prompt has no tokens.
-    """
-    import transformers
-
-    if not prompt:
-        raise ValueError("the prompt is empty: give at least one token to continue")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the prompt is no valid UTF-8") from None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the tokenizer in {model} cannot be loaded: {error}") from error
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].shape[1] == 0:
-        raise ValueError(
-            f"the tokenizer in {model} makes no token of the prompt; are its files "
-            "(tokenizer.json, tokenizer_config.json) there?"
-        )
-    return tokenizer, inputs
-
-
-def pad_token(tokenizer: Any) -> int:
-    """An id for padding: one prompt needs none, but Transformers warns where there is none."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in known if token is not None), 0)
-
-
-def streamer_class() -> type[Any]:
-    """Transformers' text streamer with a clock (a function, so that `--help` imports nothing)."""
-    from transformers import TextStreamer
-
-    class ClockedStreamer(TextStreamer):  # type: ignore[misc]
-        """Gives finished words to `write` and notes when tokens arrive; `begin` is called before
-        the first one is written."""
-
-        def __init__(
-            self, tokenizer: Any, write: Callable[[str], None], begin: Callable[[], None]
-        ) -> None:
-            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            self.write = write
-            self.begin = begin
-            self.times: list[float] = []  # of the prompt, then of each token
-
-        def put(self, value: Any) -> None:
-            self.times.append(perf_counter())
-            if len(self.times) == 2:  # the first is the prompt
-                self.begin()
-            super().put(value)
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            self.write(text)
-
-        def summary(self, prompt_tokens: int) -> str:
-            """Tokens per second of prefill (to the first token) and of decode (after it)."""
-            start, first, last = self.times[0], self.times[1], self.times[-1]
-            decoded = len(self.times) - 2
-            speeds = [
-                f"prefill {prompt_tokens} tokens, {prompt_tokens / (first - start):.1f} tok/s"
-            ]
-            if decoded:
-                speeds.append(f"decode {decoded} tokens, {decoded / (last - first):.1f} tok/s")
-            return "; ".join(speeds)
-
-    return ClockedStreamer
+def speeds(answer: Answer) -> str:
+    """Tokens per second of prefill (to the first token) and of decode (after it)."""
+    read = answer.prompt - answer.reused
+    text = f"prefill {read} tokens, {answer.prefill_speed:.1f} tok/s"
+    if answer.decode_speed is not None:
+        text += f"; decode {len(answer.times) - 1} tokens, {answer.decode_speed:.1f} tok/s"
+    return text

@@ -1,15 +1,19 @@
-"""`hybrid-moe serve`: an SGLang server with the flags that the plan chose."""
+"""`hybrid-moe serve`: Transformers' server here, or with a GPU an SGLang server as planned."""
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hybrid_moe.cli import machine_options as o
+from hybrid_moe.cli.local_server import listen, require_server, serve_here
+from hybrid_moe.cli.model_options import DENSE
 from hybrid_moe.cli.models import ModelOption
+from hybrid_moe.cli.terminal import Steps
 
 if TYPE_CHECKING:
     from hybrid_moe.planning.serving import ServerCommand
@@ -26,6 +30,7 @@ def serve(
     context: o.ContextOption = None,
     base: o.BaseOption = None,
     method: o.MethodOption = None,
+    dense: o.DenseOption = DENSE,
     gpu_experts: o.GpuExpertsOption = None,
     profile: o.ProfileOption = None,
     requests: o.RequestsOption = 4,
@@ -36,17 +41,42 @@ def serve(
     ram_bandwidth: o.RamBandwidthOption = None,
     gmacs: o.GmacsOption = None,
     gpu_bandwidth: o.GpuBandwidthOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen at, without a GPU.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port, without a GPU; 0 takes a free one.")
+    ] = 8000,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the command and do not run it.")
+        bool, typer.Option("--dry-run", help="Print what would run and do not run it.")
     ] = False,
 ) -> None:
-    """Print and run the SGLang server that `plan` chose. Flags after -- go to SGLang."""
+    """Serve a model by OpenAI's API.
+
+    Without --gpu Transformers' server runs in this process. With one the SGLang server that `plan`
+    chose is printed and run, and flags after -- go to SGLang.
+    """
     from hybrid_moe.planning.serving import require_sglang, server_command
 
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
-        ceilings, ram_bandwidth, gmacs, gpu_bandwidth,
+        ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense,
     )  # fmt: skip
+    if not gpu:
+        if rest.args:
+            raise ValueError(f"{rest.args[0]}: what follows -- is for SGLang, which needs a --gpu")
+        if base is not None:
+            raise ValueError("--base is for SGLang, which needs a --gpu")
+        if dry_run:
+            _check_fit(options, model)
+            typer.echo(f"Transformers' server in this process, at http://{host}:{port}/v1")
+            return
+        with Steps() as steps:
+            listener = listen(host, port)
+            steps.begin("importing the server")
+            require_server()
+            steps.begin("seeing whether the model fits")
+            _check_fit(options, model)
+            serve_here(model, method, dense, threads, pools, context, listener, steps)
+        return
     if not dry_run:
         require_sglang()  # before headers are read and ceilings measured
     python = "python" if dry_run else sys.executable
@@ -57,6 +87,12 @@ def serve(
     typer.echo(command.text)
     if not dry_run:
         _become(command)
+
+
+def _check_fit(options: o.MachineOptions, model: str) -> None:
+    """Raise `DoesNotFitError` before minutes of loading. How fast it will be is not asked: any
+    speeds do, and nothing is measured."""
+    replace(options, ram_bandwidth=1.0, gmacs=1.0, ceilings=None).plan(model).check()
 
 
 def _become(command: ServerCommand) -> None:

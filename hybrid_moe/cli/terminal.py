@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +28,28 @@ def console(stderr: bool = False) -> Console:
     if made.width < 1:
         made.width = _WIDTH
     return made
+
+
+def text_writer(style: str = "green") -> Callable[[str], None]:
+    """Writes pieces of text to stdout at once: in colour on a terminal, else as they are."""
+    screen = console()
+    if not screen.is_terminal:
+        return lambda text: typer.echo(text, nl=False)
+    from rich.text import Text
+
+    def write(text: str) -> None:
+        screen.print(Text(text, style), end="", soft_wrap=True)
+
+    return write
+
+
+def token_writer(tokenizer: Any, write: Callable[[str], None]) -> Any:
+    """Transformers' text streamer: what `put` gets of tokens, `write` gets of finished words."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: write(text)
+    return streamer
 
 
 def make_output_safe() -> None:
@@ -85,6 +110,11 @@ class Steps:
         if self._name:
             self.say(f"{self._name}: {perf_counter() - self._began:.1f} s", "dim")
             self._name = ""
+
+    def drop(self) -> None:
+        """End the present step without a word."""
+        self._stop_spinner()
+        self._name = ""
 
     def say(self, text: str, style: str = "") -> None:
         """Print a line."""

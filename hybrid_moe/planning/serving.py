@@ -9,23 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hybrid_moe.formats.table import MXFP4
-from hybrid_moe.planning.kv_cache import PAGE, kind_of
+from hybrid_moe.planning.kv_cache import PAGE
 from hybrid_moe.planning.plan import GPU, Plan
 
 INSTALL = 'pip install "hybrid-moe[sglang]"'
 
 PLACEMENT_VARIABLE = "HYBRID_MOE_PLACEMENT"
 """The plugin's variable: the file of a placement profile."""
-
-_CPU_FLAGS = (
-    "--device", "cpu", "--dtype", "bfloat16", "--attention-backend", "torch_native",
-    "--sampling-backend", "pytorch", "--grammar-backend", "none",
-    "--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled",
-)  # fmt: skip
-"""SGLang without a GPU: PyTorch's own kernels, no graphs."""
-
-_CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
-"""SGLang's variable: without it, it looks for a GPU."""
 
 _NUMA_BINDING = "SGLANG_AUTO_NUMA_BIND"
 """SGLang's variable: unless it is 0, a scheduler gets the cores and the memory of one NUMA node."""
@@ -68,9 +58,10 @@ def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()
 
     Raises:
         DoesNotFitError: the plan does not fit.
-        ValueError: SGLang cannot run this model on the CPU alone, or `extra` has a flag that the
-            plan decides.
+        ValueError: the plan has no GPU, or `extra` has a flag that the plan decides.
     """
+    if not plan.request.gpus:
+        raise ValueError("without a GPU Transformers' server runs, and no SGLang")
     plan.check()
     _check_extra(extra)
     model, request = plan.model, plan.request
@@ -88,13 +79,10 @@ def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()
     ]
     words = [word for name, value in flags for word in (name, str(value))]
     words.append("--disable-shared-experts-fusion")
-    words += _gpu_flags(plan) if request.gpus else _cpu_flags(plan)
+    words += _gpu_flags(plan)
     profile = plan.hot.profile
     environment = {} if profile is None else {PLACEMENT_VARIABLE: str(profile.path)}
-    if request.gpus:
-        environment[_NUMA_BINDING] = "0"
-    else:
-        environment[_CPU_ENGINE] = "1"
+    environment[_NUMA_BINDING] = "0"
     return ServerCommand((python, "-m", "sglang.launch_server", *words, *extra), environment)
 
 
@@ -121,16 +109,6 @@ def _gpu_flags(plan: Plan) -> list[str]:
     if plan.cache.window_ratio is not None:
         words += ["--swa-full-tokens-ratio", f"{plan.cache.window_ratio:.3f}"]
     return words
-
-
-def _cpu_flags(plan: Plan) -> list[str]:
-    kind = kind_of(plan.model.config)
-    if kind != "gqa":
-        raise ValueError(
-            f"SGLang has no attention kernel for {plan.model.family} on the CPU: give it a --gpu, "
-            f"or run `hybrid-moe generate --model {plan.model.path}`, which uses Transformers"
-        )
-    return [*_CPU_FLAGS]
 
 
 def _check_extra(extra: Sequence[str]) -> None:

@@ -59,7 +59,7 @@ class Handle:
         return type(None), ()
 
 
-def is_traced(x: torch.Tensor) -> bool:
+def is_traced(x: torch.Tensor | None) -> bool:
     """Whether a graph is being captured, so that an operator must stand for the layer.
 
     True inside `torch.compile`, `torch.export` and `torch.jit.trace`, under every mode that looks

@@ -15,6 +15,7 @@ import torch
 
 import hybrid_moe
 from hybrid_moe.cli.errors import explain
+from hybrid_moe.cpu_kernels.ceilings import bandwidth
 from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.integrations.transformers.registration import from_pretrained
@@ -29,6 +30,13 @@ from tests.machines import Machine
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the bandwidth probe: the real ones are far beyond the caches."""
+    real = bandwidth.ReadProbe
+    monkeypatch.setattr(bandwidth, "ReadProbe", lambda pool: real(pool, 1 << 20, block=64 << 10))
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +60,7 @@ def test_generate_streams_the_greedy_text(checkpoint: Path, method: str | None) 
     assert result.stdout == text_of(greedy(model, ids, 12)) + "\n"
     assert f"prefill {len(PROMPT)} tokens" in result.stderr
     assert "decode 11 tokens" in result.stderr and "tok/s" in result.stderr
+    assert re.search(r"decode at .+ of the roofline \(0\.\d+ MB a token at \d", result.stderr)
 
 
 def test_generate_says_what_it_does(checkpoint: Path) -> None:
@@ -62,7 +71,8 @@ def test_generate_says_what_it_does(checkpoint: Path) -> None:
     lines = plain.stderr.splitlines()
     steps = [line.rpartition(":")[0] for line in lines if re.fullmatch(r".*: \d+\.\d s", line)]
     assert steps == ["importing PyTorch and Transformers", "reading the configuration",
-                     "loading the model", "compiling kernels", "first token"]  # fmt: skip
+                     "measuring the memory", "loading the model", "compiling kernels",
+                     "first token"]  # fmt: skip
     headline = next(line for line in lines if "ready in" in line)
     for fact in (str(checkpoint), "qwen3_moe", "2 layers of 8 experts, 3 per token", "BF16",
                  f"tier {choose_tier().name}", "1 thread;"):  # fmt: skip
@@ -242,7 +252,7 @@ def test_version() -> None:
 def test_help_imports_nothing_heavy() -> None:
     program = (
         "import sys\nfrom typer.testing import CliRunner\nfrom hybrid_moe.cli import app\n"
-        "for words in ([], ['generate'], ['inspect'], ['plan'], ['serve']):\n"
+        "for words in ([], ['generate'], ['chat'], ['inspect'], ['plan'], ['serve']):\n"
         "    assert CliRunner().invoke(app, [*words, '--help']).exit_code == 0\n"
         "heavy = {'torch', 'transformers', 'llvmlite'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

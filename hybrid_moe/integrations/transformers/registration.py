@@ -152,7 +152,7 @@ def offload(
     if select is not None:
         select(NAME)
     _save_from_strips(model)
-    _prepare_steps(model)
+    _prepare_steps(model, options)
     return model
 
 
@@ -246,7 +246,7 @@ def from_pretrained(
                 load_experts(source, module, replace(options, method=fmt.name))
                 bar.add(experts_nbytes(module.spec, fmt))
         _save_from_strips(model)
-        _prepare_steps(model)
+        _prepare_steps(model, options)
     finally:
         checkpoint.close()
     return model
@@ -285,7 +285,7 @@ def _save_from_strips(model: Any) -> None:
         model.save_pretrained = MethodType(save_pretrained, model)
 
 
-def _prepare_steps(model: Any) -> None:
+def _prepare_steps(model: Any, options: ExpertsOptions) -> None:
     from hybrid_moe.integrations.transformers.step.prepare import prepare_steps
 
-    prepare_steps(model)
+    prepare_steps(model, options.pool_config())

@@ -79,14 +79,8 @@ def test_original_and_converted(fake: Fake) -> None:
     assert (found["--kt-method"], found["--moe-runner-backend"]) == ("MXFP4", "triton")
 
 
-def test_on_the_cpu_alone(fake: Fake, gpt_oss: Model) -> None:
-    model = read_model(fake("Qwen3-30B-A3B-MXFP4"))
-    command = server_command(make_plan(model, request()))
-    assert command.environment == {"SGLANG_USE_CPU_ENGINE": "1"}
-    found = flags(command)
-    assert found["--device"] == "cpu" and found["--kt-num-gpu-experts"] == "0"
-    assert not {"--mem-fraction-static", "--moe-runner-backend"} & found.keys()
-    with pytest.raises(ValueError, match=r"no attention kernel for gpt_oss on the CPU.*generate"):
+def test_without_a_gpu_there_is_no_command(gpt_oss: Model) -> None:
+    with pytest.raises(ValueError, match="Transformers' server runs"):
         server_command(make_plan(gpt_oss, request()))
 
 
@@ -180,6 +174,28 @@ def test_serve_prints_the_command(fake: Fake) -> None:
     )
     assert result.stdout.endswith("    --port 4000\n")
     assert "computed, not measured" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--", "--port", "1"), "--port: what follows -- is for SGLang, which needs a --gpu"),
+        (("--base", "x"), "--base is for SGLang"),
+        (("--ram", "4GB"), "memory is too small by"),
+        (("--gpu-experts", "2"), "experts on the GPU need a GPU"),
+    ],
+)
+def test_serve_without_a_gpu_refuses(fake: Fake, words: tuple[str, ...], message: str) -> None:
+    result = run("serve", "--model", fake("gpt-oss-20b"), *words)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert message in result.stderr
+
+
+def test_serve_without_a_gpu_measures_nothing(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid_moe.planning.machine.measure_cpu", None)
+    result = run("serve", "--model", fake("gpt-oss-20b"), "--ram", "64GB", "--port", 1, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "Transformers' server in this process, at http://127.0.0.1:1/v1\n"
 
 
 def test_serve_without_sglang(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:

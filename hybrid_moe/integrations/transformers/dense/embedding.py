@@ -36,10 +36,6 @@ class HybridEmbedding(PackedModule, torch.nn.Embedding):
         self.scale_grad_by_freq = self.sparse = False
         self._fix_parameters(weight=linear.weight)
 
-    def reset_parameters(self) -> None:
-        """Refused: the weight is packed."""
-        self._refuse("its weight cannot be drawn anew")
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """ids of any shape [...] -> [..., embedding_dim].
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,20 +37,18 @@ class HeldMatrix:
         where: name of the module, for messages.
         dtype: of the weight as torch sees it, and of an embedding's rows.
         layer: computes with `matrix` alone; None until it is first needed.
-        replaced: called when `matrix` has become another one.
     """
 
-    __slots__ = ("dtype", "layer", "matrix", "replaced", "where")
+    __slots__ = ("dtype", "layer", "matrix", "where")
 
     def __init__(self, matrix: PackedMatrix, where: str, dtype: torch.dtype) -> None:
         self.matrix, self.where, self.dtype = matrix, where, dtype
         self.layer: DenseLayer | None = None
-        self.replaced: Callable[[], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeldMatrix:
         """The strips are shared: they never change."""
         made = HeldMatrix(self.matrix, self.where, self.dtype)
-        made.layer, made.replaced = self.layer, copy.deepcopy(self.replaced, memo)
+        made.layer = self.layer
         return made
 
     def open(self) -> DenseLayer:
@@ -107,7 +103,6 @@ class HeldMatrix:
             return False
         with _change:
             self.matrix, self.layer = matrix, None
-        self._replaced()
         return True
 
     def load(self, weight: torch.Tensor | None, bias: torch.Tensor | None = None) -> None:
@@ -128,6 +123,10 @@ class HeldMatrix:
             shapes = {"weight": (weight, (old.rows, old.inputs)), "bias": (bias, (old.rows,))}
             for name, (given, shape) in shapes.items():
                 self._check(name, given, shape)
+            if bias is not None and not old.has_bias:
+                raise ValueError(f"{self.where}: a bias was given, and the layer has none")
+            if not old.loaded and (weight is None or (old.has_bias and bias is None)):
+                raise ValueError(f"{self.where}: the first weights must be whole, with the bias")
             biases = self._biases(bias)
             new = old
             if old.loaded:
@@ -146,11 +145,6 @@ class HeldMatrix:
                         raise ValueError(f"{self.where}: {error}") from error
                     new.load(Matrix(codes, scales, part, self.where), first)
             self.matrix, self.layer = new, DenseLayer([new], name=self.where)
-        self._replaced()
-
-    def _replaced(self) -> None:
-        if self.replaced is not None:
-            self.replaced()
 
     def _check(self, name: str, given: torch.Tensor | None, shape: tuple[int, ...]) -> None:
         if given is None:

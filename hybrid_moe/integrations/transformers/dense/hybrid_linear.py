@@ -52,10 +52,6 @@ class HybridLinear(PackedModule, torch.nn.Linear):
         """The packed matrix; another one after `load_state_dict`."""
         return self._held.matrix
 
-    def reset_parameters(self) -> None:
-        """Refused: the weight is packed."""
-        self._refuse("its weight cannot be drawn anew")
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features].
 
@@ -164,4 +160,4 @@ def share_inputs(model: torch.nn.Module) -> None:
             if len(children) > 1:
                 shared = SharedInput()
                 for child in children:
-                    child._shared, child._held.replaced = shared, shared.forget
+                    child._shared = shared

@@ -15,22 +15,29 @@ from hybrid_moe.integrations.transformers.dense.weight import PackedWeight
 from hybrid_moe.runtime import torch_op
 
 
+def _refuse(where: str, what: str) -> NoReturn:
+    raise RuntimeError(
+        f"{where} is packed by hybrid_moe: {what}. Change the model before its layers are packed, "
+        'or load it with dense="torch"; load_state_dict takes a whole new weight'
+    )
+
+
 class _FixedParameters(dict[str, Any]):
     """Parameters by name, which are neither replaced nor removed, nor joined by others. Some write
     here past `__setattr__`: pruning, `functional_call`, accelerate. `torch.export` puts tensors
     without values in their place while it traces, and puts them back."""
 
-    def __init__(self, parameters: dict[str, Any], refuse: Callable[[str], NoReturn]) -> None:
+    def __init__(self, parameters: dict[str, Any], where: str) -> None:
         super().__init__(parameters)
-        self._own, self._refuse = parameters, refuse
+        self._own, self._where = parameters, where
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name not in self._own or not (value is self._own[name] or isinstance(value, FakeTensor)):
-            self._refuse(f"its {name} cannot be replaced or parametrized")
+            _refuse(self._where, f"its {name} cannot be replaced or parametrized")
         super().__setitem__(name, value)
 
     def __delitem__(self, name: str) -> None:
-        self._refuse(f"its {name} cannot be removed or parametrized")
+        _refuse(self._where, f"its {name} cannot be removed or parametrized")
 
 
 class PackedModule(torch.nn.Module):
@@ -47,23 +54,20 @@ class PackedModule(torch.nn.Module):
         self._held = held
         self._handle = torch_op.Handle(self, run)
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise RuntimeError(
-            f"{self._held.where} is packed by hybrid_moe: {what}. Change the model before its "
-            'layers are packed, or load it with dense="torch"; load_state_dict takes a whole new '
-            "weight"
-        )
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """`to`, `half`, `cuda` and their kin. What leaves a tensor as it is passes."""
         probe = torch.empty(1, dtype=self._held.dtype, device="cpu")
         if fn(probe) is not probe or probe.is_shared():  # type: ignore[no-untyped-call]
-            self._refuse("it cannot be converted, moved or shared")
+            _refuse(self._held.where, "it cannot be converted, moved or shared")
         return self
 
     def _fix_parameters(self, **parameters: torch.Tensor | None) -> None:
         """Let these be its parameters from now on. To be called last by constructors."""
-        self.__dict__["_parameters"] = _FixedParameters(parameters, self._refuse)
+        self.__dict__["_parameters"] = _FixedParameters(parameters, self._held.where)
+
+    def reset_parameters(self) -> None:
+        """Refused: the weight is packed."""
+        _refuse(self._held.where, "its weight cannot be drawn anew")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._parameters:

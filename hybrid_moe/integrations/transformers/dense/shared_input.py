@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from hybrid_moe.cpu_kernels.dense import DenseLayer
+from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.integrations.transformers.dense.held import HeldMatrix
 
 MOST_ELEMENTS = 1 << 16
@@ -46,6 +47,7 @@ class _Plan:
 
     Attributes:
         first: of them. layer: computes them all. rows: outputs of each. width: of all.
+        matrices: those that the layers had when it was made.
         misses: jobs in a row whose outputs were not all taken. Threads that count at once may
             count one too few.
     """
@@ -53,9 +55,10 @@ class _Plan:
     def __init__(self, members: Sequence[HeldMatrix]) -> None:
         self.members = tuple(members)
         self.first = self.members[0]
+        self.matrices = tuple(held.matrix for held in self.members)
         first, *others = (held.where for held in self.members)
         name = "·".join([first, *(where.rpartition(".")[2] for where in others)])
-        self.layer = DenseLayer([held.matrix for held in self.members], name=name)
+        self.layer = DenseLayer(self.matrices, name=name)
         self.rows = list(self.layer.rows)
         self.width = sum(self.rows)
         self.misses = 0
@@ -69,14 +72,14 @@ class _Staged(threading.local):
         seen: while a parent is watched, the layers that had this input.
         plan: whose job it was; None for no job.
         inference: whether the outputs were made in inference mode.
-        outputs: of layers that have not taken theirs.
+        outputs: of matrices whose layers have not taken theirs.
     """
 
     input: bytes = b""
     seen: tuple[HeldMatrix, ...] = ()
     plan: _Plan | None = None
     inference = False
-    outputs: dict[HeldMatrix, torch.Tensor]
+    outputs: dict[PackedMatrix, torch.Tensor]
 
     def __init__(self) -> None:
         self.outputs = {}
@@ -94,10 +97,6 @@ class SharedInput:
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
         """The copy of a model learns for itself."""
         return SharedInput()
-
-    def forget(self) -> None:
-        """A matrix is another one: learn anew. What other threads have staged is not taken."""
-        self._plan, self._looks = None, _LOOKS
 
     def output(self, held: HeldMatrix, x: torch.Tensor) -> torch.Tensor | None:
         """The output of `held`'s layer for a plain input of 1 to `MOST_ELEMENTS` elements, or None:
@@ -123,6 +122,10 @@ class SharedInput:
                 self._plan = None
                 return None
         staged.plan, staged.outputs = None, {}
+        for held, matrix in zip(plan.members, plan.matrices, strict=True):
+            if held.matrix is not matrix:  # load_state_dict has put another in its place
+                plan = self._plan = _Plan(plan.members)
+                break
         elements, address, rows = x.numel(), x.data_ptr(), plan.rows
         *lead, inputs = x.shape
         tokens = elements // inputs
@@ -135,8 +138,8 @@ class SharedInput:
         else:
             flat = torch.unsafe_split_with_sizes(out, [tokens * n for n in rows])
             parts = tuple(y.view(*lead, n) for y, n in zip(flat, rows, strict=True))
-        outputs = dict(zip(plan.members, parts, strict=True))
-        first = outputs.pop(plan.first)
+        outputs = dict(zip(plan.matrices, parts, strict=True))
+        first = outputs.pop(plan.matrices[0])
         inference = torch.is_inference_mode_enabled()
         job.wait()
         staged.input, staged.plan, staged.outputs = seen, plan, outputs
@@ -151,7 +154,7 @@ class SharedInput:
         if (
             not self._is_staged(x)
             or staged.inference is not torch.is_inference_mode_enabled()
-            or (part := staged.outputs.pop(held, None)) is None
+            or (part := staged.outputs.pop(held.matrix, None)) is None
         ):
             return None
         shape = x.shape
@@ -170,12 +173,6 @@ class SharedInput:
         together, staged.seen = staged.seen, (held,)
         staged.input = ctypes.string_at(x.data_ptr(), 2 * x.numel())
         if len(together) > 1 and together not in self._given_up:
-            self._learn(together)
-            staged.seen = ()
+            self._plan, staged.seen = _Plan(together), ()
         else:
             self._looks -= 1
-
-    def _learn(self, together: tuple[HeldMatrix, ...]) -> None:
-        plan = self._plan = _Plan(together)
-        if any(h.matrix is not m for h, m in zip(together, plan.layer.matrices, strict=True)):
-            self._plan = None  # one was replaced, and `forget` may have come before the plan

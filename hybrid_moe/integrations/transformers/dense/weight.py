@@ -263,7 +263,7 @@ def _lazy(func: Any, weight: PackedWeight, *args: Any, **kwargs: Any) -> Any:
     if dim not in (0, -2) or kwargs:
         return None
     N, K = weight.shape
-    ids = func(torch.arange(N)[:, None], 0, *args[1:])[..., 0]
+    ids = func(torch.arange(N, device="cpu")[:, None], 0, *args[1:])[..., 0]
     if 2 * ids.numel() > N:
         return None
     like = func(weight._like(), 0, *args[1:])

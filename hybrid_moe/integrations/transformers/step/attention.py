@@ -8,7 +8,7 @@ that takes part in the softmax and has no value.
 
 What neither computes goes to Transformers' SDPA, or with sinks to the model's own eager attention,
 and is said once: masks that are no ranges of keys, gradients, dropout, attention weights as an
-output, soft caps, position biases, graphs of `torch.compile`.
+output, soft caps, position biases; without a word, graphs that are captured.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from hybrid_moe.integrations.transformers.guard import NAME
 from hybrid_moe.integrations.transformers.step.key_ranges import KeyRanges, key_ranges_mask
 from hybrid_moe.integrations.transformers.step.prefill import prefill
 from hybrid_moe.logs import warn_once
+from hybrid_moe.runtime.torch_op import is_traced
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ def _elsewhere(
     kwargs: dict[str, Any],
 ) -> str | None:
     """Why a call is not computed here; "" where that needs no notice; None if it is."""
-    if torch.compiler.is_compiling():
+    if is_traced(query):
         return ""
     if not isinstance(ranges, KeyRanges):
         return "" if ranges is None else "its mask is no range of keys"

@@ -25,6 +25,8 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from hybrid_moe.runtime.torch_op import is_traced
+
 BLOCK = 256
 """Tokens that a capacity is a multiple of."""
 
@@ -98,7 +100,7 @@ def _concatenates(past: torch.Tensor, states: torch.Tensor) -> bool:
     promoted or refused as torch does."""
     return (
         states.requires_grad
-        or torch.compiler.is_compiling()
+        or is_traced(states)
         or (
             past.numel() > 0
             and (

@@ -19,6 +19,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from hybrid_moe.runtime.torch_op import is_traced
+
 
 @dataclass(slots=True)  # not frozen: one is made in every call, in half the time
 class KeyRanges:
@@ -68,7 +70,7 @@ def key_ranges_mask(
         window is not None
         and allow_is_causal_skip  # else the model wants a tensor to work on
         and not use_vmap
-        and not torch.compiler.is_compiling()
+        and not is_traced(attention_mask)
         and torch.device(device).type == "cpu"
     ):
         keys = int(q_offset) + q_length - kv_offset

@@ -8,7 +8,7 @@ of its own. Nothing of the model is copied, and other modules and models stay as
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -16,33 +16,37 @@ import torch
 
 
 def looks_up(module: torch.nn.Module, name: str) -> Any:
-    """The value of a global that `module.forward` looks up, or None if it does not. A `forward`
-    that is no plain function of the class, or has been replaced already, looks up nothing."""
-    forward = module.__dict__.get("forward", type(module).forward)
-    function = getattr(forward, "__func__", forward)
-    if not isinstance(function, FunctionType) or (
-        "forward" in module.__dict__ and not hasattr(function, "_hybrid_moe_globals")
-    ):
+    """The value of a global that `module.forward` looks up, or None if it does not. One that has
+    been replaced already, or is no plain function of the class, looks up nothing."""
+    forward = type(module).forward
+    if "forward" in module.__dict__ or not isinstance(forward, FunctionType):
         return None
-    return function.__globals__.get(name) if name in function.__code__.co_names else None
+    return forward.__globals__.get(name) if name in forward.__code__.co_names else None
 
 
 def set_globals(module: torch.nn.Module, values: Mapping[str, Any]) -> None:
-    """Let `module.forward` find `values` under their names, which it `looks_up`.
+    """Let `module.forward` find `values` under their names, which it `looks_up`. Other names keep
+    the values that they have now. In graphs that torch captures the class's own `forward` runs."""
+    forward = _with_globals(type(module).forward, tuple(values.items()))
+    module.__dict__["forward"] = MethodType(forward, module)  # a copy gets one of its own
 
-    Other names keep the values that they have now. A graph that torch captures is one of the
-    class's own `forward`: TorchDynamo looks globals up in the module that the code is of.
-    """
-    forward = module.__dict__.get("forward", type(module).forward)
-    function: FunctionType = getattr(forward, "__func__", forward)
+
+@functools.cache
+def _with_globals(own: FunctionType, values: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """`own` for eager code, see `set_globals`."""
     made = FunctionType(
-        function.__code__,
-        {**function.__globals__, **values},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
+        own.__code__,
+        {**own.__globals__, **dict(values)},
+        own.__name__,
+        own.__defaults__,
+        own.__closure__,
     )
-    made.__kwdefaults__ = function.__kwdefaults__
-    functools.update_wrapper(made, function)
-    made._hybrid_moe_globals = tuple(values)  # type: ignore[attr-defined]
-    module.__dict__["forward"] = MethodType(made, module)  # a copy gets one of its own
+    made.__kwdefaults__ = own.__kwdefaults__
+
+    @functools.wraps(own)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # TorchDynamo looks globals up where the code is from
+            return own(self, *args, **kwargs)
+        return made(self, *args, **kwargs)
+
+    return forward

@@ -6,6 +6,9 @@ import logging
 
 import torch
 
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.integrations.transformers.step.attention import use_attention
+from hybrid_moe.integrations.transformers.step.growing_cache import use_cache
 from hybrid_moe.integrations.transformers.step.norm import replace_norms
 from hybrid_moe.integrations.transformers.step.rotary import replace_rotary
 from hybrid_moe.integrations.transformers.step.router import replace_router_logits
@@ -14,16 +17,22 @@ from hybrid_moe.integrations.transformers.step.threads import scope_threads
 _log = logging.getLogger(__name__)
 
 
-def prepare_steps(model: torch.nn.Module) -> None:
-    """Let norms, rotary positions and routers' logits of few tokens run compiled, and torch's
-    threads make room in decode steps.
+def prepare_steps(model: torch.nn.Module, pool: PoolConfig | None = None) -> None:
+    """Let attention of few tokens and its cache be the pool's, and norms, rotary positions and
+    routers' logits of few tokens run compiled; torch's threads make room in decode steps.
 
-    The model's classes, parameters and results stay as they are, to the bit. Idempotent; weights
-    may be loaded later.
+    The model's classes and parameters stay as they are, and all results but those of attention to
+    the bit. Idempotent; weights may be loaded later.
+
+    Args:
+        model: any of Transformers.
+        pool: that of its layers, whose workers stay awake in decode steps.
     """
+    use_attention(model, pool)
+    use_cache(model)
     norms, rotary = replace_norms(model), replace_rotary(model)
     routers = replace_router_logits(model)
-    scope_threads(model)
+    scope_threads(model, pool)
     _log.info(
         "%s: %d norms, %d rotary embeddings and %d routers run compiled",
         type(model).__name__,

@@ -28,7 +28,7 @@ def replace_rotary(model: torch.nn.Module) -> int:
     replaced = 0
     for module in model.modules():
         function = looks_up(module, NAME)
-        if callable(function) and not hasattr(function, "_hybrid_moe_own"):
+        if callable(function):
             set_globals(module, {NAME: rotary(function)})
             replaced += 1
     return replaced
@@ -36,13 +36,14 @@ def replace_rotary(model: torch.nn.Module) -> int:
 
 @functools.cache
 def rotary(own: _Apply) -> _Apply:
-    """(q, k, cos, sin, ...) -> what `own` gives."""
+    """What `own` gives, which takes (q, k, cos, sin) or something else."""
     proved: dict[tuple[int, int], bool] = {}
 
     @functools.wraps(own)
-    def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not _applies(q, k, cos, sin):
-            return own(q, k, cos, sin, *args, **kwargs)
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 4 or not _applies(*args):
+            return own(*args, **kwargs)
+        q, k, cos, sin = args
         sizes = q.shape[-1], cos.shape[-1]
         if sizes not in proved:
             proved[sizes] = _agrees(own, *sizes)
@@ -50,7 +51,6 @@ def rotary(own: _Apply) -> _Apply:
             return own(q, k, cos, sin)
         return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
-    apply._hybrid_moe_own = own  # type: ignore[attr-defined]
     return apply
 
 

@@ -10,7 +10,6 @@ does with its logits stays torch's.
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,10 +50,16 @@ def _fits(experts: int, inputs: int) -> bool:
     return experts % EXPERTS == 0 and inputs % INPUTS == 0 and 0 < experts <= MOST_EXPERTS
 
 
-@functools.lru_cache(maxsize=1)
-def _functional() -> SimpleNamespace:
+class _Functional:
     """`torch.nn.functional` with another `linear`."""
-    return SimpleNamespace(**{**vars(F), "linear": linear})
+
+    def __init__(self) -> None:
+        vars(self).update({**vars(F), "linear": linear})
+
+
+@functools.lru_cache(maxsize=1)
+def _functional() -> _Functional:
+    return _Functional()
 
 
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:

@@ -5,6 +5,9 @@ milliseconds after each, on the cores that the pool's workers want. A long promp
 work. So the threads of torch follow the tokens of each forward pass, and are one between the passes
 of `generate`, where the next token is chosen.
 
+The pool's workers, in turn, stay awake through the gaps of a decode step (`PoolGroup.awake`): a
+gap is longer than they spin else, and to wake one takes the caller 25 us and the job as long again.
+
 Only the calling thread's setting changes: OpenMP keeps one for each thread, `torch.get_num_threads`
 is that, and MKL has one that goes before it. `torch.set_num_threads` would also set what threads
 get that start later, those of other models among them. Whatever ends a scope restores both.
@@ -22,6 +25,8 @@ from typing import Any
 
 import torch
 
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.logs import warn_once
 
 FEW_TOKENS = 64
@@ -30,6 +35,8 @@ elements on (`at::internal::GRAIN_SIZE`), a dozen tokens, but take less time tha
 there are some times as many."""
 
 _SCOPED = ("forward", "generate")
+_POOL = "_hybrid_moe_pool"
+"""Attribute of a model: the pool of its layers."""
 
 
 class _Caller(threading.local):
@@ -81,8 +88,10 @@ def torch_threads(few: bool) -> Iterator[None]:
         set_mkl(mkl)
 
 
-def scope_threads(model: torch.nn.Module) -> None:
-    """Let `model.forward` and `model.generate` run in scopes of `torch_threads`. Idempotent."""
+def scope_threads(model: torch.nn.Module, pool: PoolConfig | None = None) -> None:
+    """Let `model.forward` and `model.generate` run in scopes of `torch_threads`, and the workers of
+    `pool` stay awake in decode steps. Idempotent."""
+    model.__dict__[_POOL] = pool
     for name in _SCOPED:
         own = getattr(type(model), name, None)
         if own is not None and name not in model.__dict__:
@@ -98,7 +107,10 @@ def _scoped(own: Callable[..., Any], name: str) -> Callable[..., Any]:
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return own(self, *args, **kwargs)
-        with torch_threads(few=_tokens(args, kwargs) < FEW_TOKENS):
+        pool: PoolConfig | None = self.__dict__.get(_POOL)
+        few = _tokens(args, kwargs) < FEW_TOKENS
+        awake = group_for(pool).awake() if few and pool else contextlib.nullcontext()
+        with torch_threads(few), awake:
             return own(self, *args, **kwargs)
 
     @functools.wraps(own)

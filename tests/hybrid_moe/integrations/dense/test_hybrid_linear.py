@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -228,3 +229,23 @@ def test_pickling_is_refused_by_name() -> None:
     for what in (layer, layer.weight, layer.state_dict()):
         with pytest.raises(TypeError, match=rf"{WHERE}.*cannot be pickled.*save_pretrained"):
             pickle.dumps(what)
+
+
+def test_a_forked_child_is_told_so() -> None:
+    layer, x = Case.random().layer, inputs(1, K)
+    layer(x)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def child() -> None:
+        for use in (lambda: layer(x), lambda: layer.weight[3] + 0, lambda: layer.weight.clone()):
+            try:
+                use()
+            except RuntimeError as error:
+                sender.send(str(error))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    messages = [receiver.recv() for _ in range(3)]
+    process.join(10)
+    assert all("forked child process" in message for message in messages)
+    assert process.exitcode == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat
 from hybrid_moe.integrations.transformers.dense.held import HeldMatrix
+from hybrid_moe.integrations.transformers.dense.hybrid_linear import share_inputs
 from hybrid_moe.integrations.transformers.dense.weight import PackedWeight
 from tests.hybrid_moe.integrations.dense.linear_cases import WHERE, Case, K, N, inputs
 
@@ -440,6 +443,34 @@ def test_what_cannot_be_loaded_is_named_and_leaves_the_old(kind: str) -> None:
     with pytest.raises(RuntimeError, match=rf"{WHERE}: .*{message}"):
         layer.load_state_dict({"weight": weight})
     assert torch.equal(layer(x), y)
+
+
+def test_the_first_weights_are_whole() -> None:
+    case = Case.random(bias=True)
+    held = HeldMatrix(PackedMatrix(BF16, N, K, PoolConfig(1), bias=True), WHERE, torch.bfloat16)
+    for half in ((case.weight, None), (None, case.bias)):
+        with pytest.raises(ValueError, match=f"{WHERE}: the first weights must be whole"):
+            held.load(*half)
+    held.load(case.weight, case.bias)
+    assert torch.equal(held.weight(), case.weight.bfloat16())
+    with pytest.raises(ValueError, match=f"{WHERE}: a bias was given"):
+        Case.random().layer._held.load(case.weight, case.bias)
+
+
+def test_memory_is_freed_without_the_collector() -> None:
+    """Strips are gigabytes: no cycle may keep them until the collector runs."""
+    parent = torch.nn.ModuleList([Case.random(bias=True, seed=s).layer for s in range(3)])
+    share_inputs(parent)
+    for seed in range(4):
+        for layer in parent:
+            layer(inputs(1, K, seed=seed))
+    matrices = [weakref.ref(layer.matrix) for layer in parent]
+    gc.disable()
+    try:
+        del parent, layer
+        assert [matrix() for matrix in matrices] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_unexpected_keys_are_named() -> None:

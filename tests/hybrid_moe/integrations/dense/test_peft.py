@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +69,15 @@ def test_unloading_gives_the_packed_model_back(models: tuple[Any, Any]) -> None:
     bare = packed.unload()
     assert not any("lora" in name for name, _ in bare.named_modules())
     assert greedy(bare, prompt()) == greedy(pack(build("mixtral")), prompt())
+
+
+def test_adapters_are_saved_and_loaded(models: tuple[Any, Any], tmp_path: Path) -> None:
+    plain, packed = models
+    packed.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(pack(build("mixtral")), tmp_path).eval()
+    assert torch.equal(logits(again, prompt()), logits(packed, prompt()))
+    there = peft.PeftModel.from_pretrained(build("mixtral"), tmp_path).eval()
+    assert torch.equal(logits(there, prompt()), logits(plain, prompt()))
 
 
 def test_training_is_refused_by_name() -> None:

@@ -111,6 +111,13 @@ def test_with_other_arguments(ran: list[torch.Size]) -> None:
     assert not ran and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_a_function_of_other_arguments(ran: list[torch.Size]) -> None:
+    """DeepSeek-V4's rotates one tensor."""
+    own, (q, _, cos, sin) = _apply("deepseek_v4"), _inputs(16, 8)
+    with torch.no_grad():
+        assert torch.equal(rotary.rotary(own)(q, cos, sin), own(q, cos, sin)) and not ran
+
+
 @pytest.mark.parametrize("name", TIERS)
 def test_every_tier(name: str) -> None:
     """Against float64: three roundings to bf16 of 2^-8, two of them of the terms."""

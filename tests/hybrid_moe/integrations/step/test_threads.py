@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.pool.group import group_for
+from hybrid_moe.cpu_kernels.tuning import AWAKE_SPIN_NS, SPIN_NS
 from hybrid_moe.integrations.transformers.step import threads
 from hybrid_moe.integrations.transformers.step.prepare import prepare_steps
 from hybrid_moe.integrations.transformers.step.threads import (
@@ -201,6 +204,15 @@ def test_models_look_as_before(model: Qwen3MoeForCausalLM, plain: Qwen3MoeForCau
     with torch.no_grad():
         other.lm_head.weight.zero_()
         assert other(torch.zeros(1, 1, dtype=torch.int64)).logits.count_nonzero() == 0
+
+
+def test_workers_stay_awake_in_decode_steps(model: Qwen3MoeForCausalLM) -> None:
+    pool = PoolConfig(2)
+    scope_threads(model, pool)
+    spin, seen = group_for(pool).control.spin_ns, []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(spin.value))
+    _generate(model, FEW_TOKENS, new=2)
+    assert seen == [SPIN_NS, AWAKE_SPIN_NS] and spin.value == SPIN_NS
 
 
 class Embedded(nn.Module):

@@ -1,0 +1,189 @@
+"""What `generate`, `chat` and `serve` share: the model, and how it is loaded."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hybrid_moe.cli.models import blaming
+from hybrid_moe.cli.terminal import Steps
+
+if TYPE_CHECKING:
+    from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+    from hybrid_moe.loaders import CheckpointSummary
+
+DENSE = "bf16"
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling, where tokens are drawn.")
+]
+LONGEST_CONTEXT = 32768
+"""Tokens, where nobody asks for another context: longer prompts take a CPU many minutes."""
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model before its weights are loaded.
+
+    Attributes:
+        name: as the user gave it. path: its folder.
+        summary: of its checkpoint.
+        tokenizer: Transformers'.
+    """
+
+    name: str
+    path: Path
+    summary: CheckpointSummary
+    tokenizer: Any
+
+    @classmethod
+    def open(cls, name: str, steps: Steps) -> OpenedModel:
+        """Read the configuration and the tokenizer; imports what loading needs.
+
+        Raises:
+            ValueError: no usable tokenizer, or an unknown HYBRID_MOE_ISA: errors before minutes of
+                loading, not after.
+            FileNotFoundError, CheckpointError: see `check_directory` and `inspect_checkpoint`.
+        """
+        steps.begin("importing PyTorch and Transformers")
+        import transformers
+
+        from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
+        from hybrid_moe.integrations.transformers.registration import check_directory
+        from hybrid_moe.loaders import inspect_checkpoint
+
+        if not steps.console.is_terminal:
+            transformers.utils.logging.disable_progress_bar()
+        steps.begin("reading the configuration")
+        path = check_directory(name)
+        choose_tier()
+        summary = inspect_checkpoint(path)
+        with blaming(f"{path} could not be loaded"):
+            try:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+        return cls(name, path, summary, tokenizer)
+
+    @property
+    def served_name(self) -> str:
+        """What requests call the model: its id, or the name of its folder."""
+        return self.path.name if Path(self.name).is_dir() else self.name
+
+    def need_fast_tokenizer(self) -> None:
+        """Raise `ValueError` for a tokenizer that cannot decode token by token."""
+        if not hasattr(self.tokenizer, "_tokenizer"):
+            raise ValueError(
+                f"the tokenizer in {self.path} has no tokenizer.json, which answers are decoded by"
+            )
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a text.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if not text:
+            raise ValueError("the prompt is empty: give at least one token to continue")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the prompt is no valid UTF-8") from None
+        with blaming(f"{self.path} could not be loaded"):
+            tokens: list[int] = self.tokenizer(text)["input_ids"]
+        if not tokens:
+            raise ValueError(
+                f"the tokenizer in {self.path} makes no token of the prompt; are its files "
+                "(tokenizer.json, tokenizer_config.json) there?"
+            )
+        return tokens
+
+    def load(
+        self, method: str | None, dense: str, threads: int | None, pools: int | None, steps: Steps
+    ) -> Any:
+        """The model, ready to generate; says what runs.
+
+        Raises:
+            ValueError, CheckpointError, NotImplementedError: see `from_pretrained`.
+        """
+        import torch
+
+        from hybrid_moe.integrations.transformers.registration import from_pretrained
+
+        with blaming(f"{self.path} could not be loaded"):
+            steps.begin("loading the model", spin=False)  # which shows bars of its own
+            model = from_pretrained(
+                self.path, method=method, threads=threads, pools=pools, dense=dense
+            )
+        workers = self.workers(threads, pools).threads
+        # PyTorch counts processors, whatever a cgroup's quota says of their time
+        torch.set_num_threads(threads or min(workers, torch.get_num_threads()))
+        steps.begin("compiling kernels")
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([[0]]))
+        steps.end()
+        steps.say(f"{self._headline(model)}; ready in {steps.seconds:.1f} s", "bold")
+        return model
+
+    @staticmethod
+    def workers(threads: int | None, pools: int | None) -> PoolConfig:
+        """The threads that work.
+
+        Raises:
+            ValueError: this machine cannot have them.
+        """
+        from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+
+        return PoolConfig.choose(threads, pools)
+
+    def context(self, asked: int | None) -> int:
+        """Tokens that a prompt and its answer may have together.
+
+        Raises:
+            ValueError: more than the model was made for.
+        """
+        from hybrid_moe.loaders import Checkpoint
+
+        longest = Checkpoint.open(self.path).model.full.get("max_position_embeddings")
+        if asked is None:
+            return min(longest or LONGEST_CONTEXT, LONGEST_CONTEXT)
+        if longest is not None and asked > longest:
+            raise ValueError(f"--context {asked}: the model was made for {longest} tokens")
+        return asked
+
+    def _headline(self, model: Any) -> str:
+        """What runs, in one line: the model, its experts, their format, tier and threads."""
+        from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
+
+        experts = [module for module in model.modules() if isinstance(module, HybridExperts)]
+        first = next(module.layer for module in experts if module.layer is not None)
+        per_token = self.summary.experts_per_token or "an unknown number"
+        threads, pools = first.pool.threads, first.pool.pools
+        return (
+            f"{self.name}: {self.summary.model_type}, {len(experts)} layers of "
+            f"{first.num_experts} experts, {per_token} per token, {first.fmt.name}; "
+            f"tier {first.tier.name}; {threads} thread{'s' * (threads > 1)}"
+            + (f" in {pools} pools" if pools > 1 else "")
+        )
+
+
+def sampling(model: Any, max_new_tokens: int, temperature: float | None) -> Any:
+    """A `GenerationConfig`: the model's own, with these.
+
+    Args:
+        max_new_tokens: of the answer, at most.
+        temperature: 0 takes the likeliest token; None leaves the choice to the model's authors.
+    """
+    config = copy.deepcopy(model.generation_config)
+    config.max_new_tokens = max_new_tokens
+    if temperature is not None:
+        config.do_sample = temperature > 0
+        config.temperature = temperature or None
+        if not config.do_sample:
+            config.top_k = config.top_p = None  # else Transformers warns that they do nothing
+    if config.pad_token_id is None:
+        config.pad_token_id = 0  # one prompt needs no padding, but Transformers warns
+    return config
