@@ -121,17 +121,16 @@ bench-ceilings: install
 bench-dense: install
 	$(BIN)/python bench/dense.py
 
-# Whole models beside llama.cpp, and the first table of README and of docs/results. The checkpoints
-# and their GGUF files take 65 GB under MODELS, one model at a time half of that; 24 GB of memory.
+# Whole models beside llama.cpp, and the first table of README and of docs/results: 24 GB of memory.
+# The checkpoints take 32 GB under MODELS, and one model's GGUF files up to 19 GB more at a time.
 MODELS ?= build/models
-END_TO_END ?= gpt-oss-20b qwen3-30b-a3b
+END_TO_END = $(BIN)/python bench/end_to_end.py --models $(MODELS) --peers llama.cpp
 bench-end-to-end: install
 	mkdir -p $(RECEIPTS)
-	for model in $(END_TO_END); do \
-		$(BIN)/python bench/end_to_end.py --model $$model --models $(MODELS) --peers llama.cpp \
-			--json $(RECEIPTS)/end_to_end-$$model.json || exit 1; done
-	$(BIN)/python bench/end_to_end.py --model $(firstword $(END_TO_END)) --models $(MODELS) \
-		--dense int8 --contexts 512 --peers llama.cpp --json $(RECEIPTS)/end_to_end-int8.json
+	$(END_TO_END) --model gpt-oss-20b --json $(RECEIPTS)/end_to_end-gpt-oss.json
+	$(END_TO_END) --model gpt-oss-20b --dense int8 --contexts 512 --remove-gguf \
+		--json $(RECEIPTS)/end_to_end-int8.json
+	$(END_TO_END) --model qwen3-30b-a3b --remove-gguf --json $(RECEIPTS)/end_to_end-qwen3.json
 	$(BIN)/python bench/report.py $(RECEIPTS)/end_to_end-*.json
 
 bench-load: install

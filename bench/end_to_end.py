@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -308,6 +309,7 @@ def parse_arguments() -> argparse.Namespace:
     made.add_argument("--dense", default="bf16", help="format of linear layers: bf16, int8, ...")
     made.add_argument("--peers", type=parse_list, default="", help=", ".join(ENGINES[1:]))
     made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--remove-gguf", action="store_true", help="afterwards: it is large")
     made.add_argument("--llama-cpp", metavar="FOLDER", help="with build/bin and llama_cpp")
     return made.parse_args()
 
@@ -330,6 +332,8 @@ def main() -> None:
         planned = read_model(folder, dense=args.dense)
         subject = Subject(model.name, folder, planned, model.config["vocab_size"], gguf)
         run_rounds(bench, subject, dict(engines))
+        if args.remove_gguf and gguf:
+            shutil.rmtree(Path(gguf[0]).parent)
     points = rows(list(bench.points.values()))
     show(console, processor(), [*END_TO_END, OTHERS], points)
 
