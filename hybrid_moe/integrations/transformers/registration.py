@@ -246,7 +246,8 @@ def from_pretrained(
                 load_experts(source, module, replace(options, method=fmt.name))
                 bar.add(experts_nbytes(module.spec, fmt))
         _save_from_strips(model)
-        _prepare_steps(model, options)
+        chosen_by_user = kwargs.get("attn_implementation") is not None
+        _prepare_steps(model, options, attention=not chosen_by_user)
     finally:
         checkpoint.close()
     return model
@@ -285,7 +286,7 @@ def _save_from_strips(model: Any) -> None:
         model.save_pretrained = MethodType(save_pretrained, model)
 
 
-def _prepare_steps(model: Any, options: ExpertsOptions) -> None:
+def _prepare_steps(model: Any, options: ExpertsOptions, *, attention: bool = True) -> None:
     from hybrid_moe.integrations.transformers.step.prepare import prepare_steps
 
-    prepare_steps(model, options.pool_config())
+    prepare_steps(model, options.pool_config(), attention=attention)

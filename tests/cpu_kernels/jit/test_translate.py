@@ -439,18 +439,20 @@ def walks() -> Callable[..., int]:
 @pytest.mark.usefixtures("_python_memory")
 @pytest.mark.parametrize("half_step", [0, 32])
 @pytest.mark.parametrize("rows", [96, 50])
-def test_packing(rows: int, half_step: int) -> None:
+@pytest.mark.parametrize("scale_bytes", [1, 2])
+def test_packing(scale_bytes: int, rows: int, half_step: int) -> None:
     (code,) = compiled(pack_strips)
     rng = np.random.default_rng(rows)
     codes = rng.integers(0, 256, (2, 96, 48), np.uint8)
-    scales = rng.integers(0, 256, (2, 96, 3), np.uint8)
+    scales = rng.integers(0, 256, (2, 96, 3 * scale_bytes), np.uint8)
     strips = 96 // (32 + half_step) + 1
     results = []
     for run in (code, pack_strips):
-        out = np.full((strips, 3 * 1088), 0xEE, np.uint8)
-        at = [out.ctypes.data, 0, strips, 3, 4, 1]
+        out = np.full((strips, 3 * (1024 + 64 * scale_bytes)), 0xEE, np.uint8)
+        at = [out.ctypes.data, 0, strips, 3, 4, 1, scale_bytes]
         at += [codes[0].ctypes.data, codes[1].ctypes.data, 48]
-        at += [scales[0].ctypes.data, scales[1].ctypes.data, 3, half_step, rows]
+        at += [scales[0].ctypes.data, scales[1].ctypes.data, 3 * scale_bytes]
+        at += [half_step, rows]
         run(*at)
         results.append(out)
     assert np.array_equal(*results)

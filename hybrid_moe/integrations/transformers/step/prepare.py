@@ -17,7 +17,9 @@ from hybrid_moe.integrations.transformers.step.threads import scope_threads
 _log = logging.getLogger(__name__)
 
 
-def prepare_steps(model: torch.nn.Module, pool: PoolConfig | None = None) -> None:
+def prepare_steps(
+    model: torch.nn.Module, pool: PoolConfig | None = None, *, attention: bool = True
+) -> None:
     """Let attention of few tokens and its cache be the pool's, and norms, rotary positions and
     routers' logits of few tokens run compiled; torch's threads make room in decode steps.
 
@@ -27,8 +29,10 @@ def prepare_steps(model: torch.nn.Module, pool: PoolConfig | None = None) -> Non
     Args:
         model: any of Transformers.
         pool: that of its layers, whose workers stay awake in decode steps.
+        attention: False where the user has chosen an implementation of attention.
     """
-    use_attention(model, pool)
+    if attention:
+        use_attention(model, pool)
     use_cache(model)
     norms, rotary = replace_norms(model), replace_rotary(model)
     routers = replace_router_logits(model)
