@@ -130,6 +130,7 @@ DECODE = (
 PREFILL = (
     Problem(1, 2, 4, 90, 90, 64, 64, sinks=True),
     Problem(2, 2, 2, 40, 130, 96, 80, sinks=True),
+    Problem(1, 2, 3, 20, 50, 80, 96, sinks=True),
     Problem(2, 1, 4, 70, 70, 64, 64, padded=True),
     Problem(2, 2, 2, 90, 150, 64, 64, window=20, padded=True, sinks=True),
     Problem(1, 1, 2, 100, 100, 32, 32, window=33, sinks=True),
@@ -297,6 +298,14 @@ def test_a_mask_of_more_keys_than_there_are_is_refused() -> None:
     made, _, _ = states(Problem(1, 2, 2, 1, 20, 32, 32))
     with torch.no_grad(), pytest.raises(ValueError, match="a mask of 21 keys for 20"):
         attention_forward(torch.nn.Identity(), *made, KeyRanges(21))
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_no_sequences(queries: int) -> None:
+    made, ranges, _ = states(Problem(1, 2, 2, queries, 600, 32, 48))
+    with torch.no_grad():
+        out, _ = attention_forward(torch.nn.Identity(), *(t[:0] for t in made), ranges)
+    assert out.shape == (0, queries, 4, 48)
 
 
 def test_more_queries_than_keys_without_a_mask_are_as_sdpa_has_them() -> None:
