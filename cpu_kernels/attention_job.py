@@ -170,6 +170,8 @@ class CachedAttention:
         Raises:
             RuntimeError: this is a forked child, or the threads have been stopped.
         """
+        if not call.sequences * call.key_heads * call.rows:
+            return  # a job without tasks would never be complete
         memory = self._borrow(call.sequences * call.key_heads * call.splits * call.rows, call.rows)
         _write_call(memory.words, *call)
         group = self._group

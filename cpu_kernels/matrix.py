@@ -17,6 +17,10 @@ from hybrid_moe.cpu_kernels.strips.unpack import RunAll, unpack_rows, unpack_som
 from hybrid_moe.formats.strips import STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.formats.tensors import Matrix, check_matrix
+from hybrid_moe.locks import ProcessLock
+
+_allocation = ProcessLock()
+"""Who takes memory for a matrix: threads may begin to load one at the same time."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,12 @@ class PackedMatrix:
             RuntimeError: called twice or closed. MemoryError: the system refuses.
         """
         self._check_usable()
-        if self._ranges:
-            raise RuntimeError("already allocated")
+        with _allocation:
+            if self._ranges:
+                raise RuntimeError("already allocated")
+            self._allocate(memory)
+
+    def _allocate(self, memory: Sequence[Workspace] | None = None) -> None:
         sizes = [self.share_nbytes(p) for p in range(self.pool.pools)]
         if memory is None:
             nodes = self.pool.memory_nodes
@@ -142,8 +150,9 @@ class PackedMatrix:
         if (matrix.bias is not None) != self.has_bias:
             state = "has a bias" if matrix.bias is not None else "has no bias"
             raise ValueError(f"{matrix.where} {state}, which the layer does not expect")
-        if not self._ranges:
-            self.allocate()
+        with _allocation:
+            if not self._ranges:
+                self._allocate()
         begin, end = first_row // STRIP_ROWS, -(-last // STRIP_ROWS)
         for held in self._ranges:
             low, high = max(begin, held.first), min(end, held.first + len(held.strips))

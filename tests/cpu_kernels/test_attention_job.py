@@ -203,6 +203,18 @@ def test_rows_without_keys_are_zero(sinks: bool) -> None:
     assert out[0].any()
 
 
+@pytest.mark.parametrize("empty", ["sequences", "queries"])
+def test_nothing_to_compute(empty: str) -> None:
+    """Of several splits: their merge would have no task, and nobody would end it."""
+    q, keys = (
+        np.zeros((2, 4, 1, 16), np.uint16),
+        np.zeros((2, 2, 2 * ATTENTION_SPLIT, 16), np.uint16),
+    )
+    q, keys = (q[:0], keys[:0]) if empty == "sequences" else (q[:, :, :0], keys)
+    out = CachedAttention(16, 16, POOL).forward(q, keys, keys, scale=1.0)
+    assert out.shape == (len(q), q.shape[2], 4, 16)
+
+
 def test_nan_stays_in_its_sequence_and_head() -> None:
     x = inputs(Problem(2, 2, 2, 1, 600, 32, 32))
     before = x.run()

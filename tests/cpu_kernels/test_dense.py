@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import time
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_moe.cpu_kernels import dense as dense_module
+from hybrid_moe.cpu_kernels import matrix as matrix_module
 from hybrid_moe.cpu_kernels.dense import DenseLayer
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.job import IDLE
@@ -215,6 +219,24 @@ def test_matrices_share_workspaces() -> None:
         assert np.array_equal(y, same)
     with pytest.raises(RuntimeError, match="already allocated"):
         packed[0].allocate()
+
+
+def test_threads_that_begin_to_load_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of them takes the memory, and the others wait for it."""
+    (matrix,) = _matrices("BF16", 64, (128,))
+    packed, taken = PackedMatrix(BF16, 128, 64, POOLS[0]), []
+
+    def slow(*args: Any) -> Workspace:
+        taken.append(args)
+        time.sleep(0.1)  # that the others are not in time is what must not matter
+        return Workspace(*args)
+
+    monkeypatch.setattr(matrix_module, "Workspace", slow)
+    halves = [Matrix(matrix.codes[i : i + 64], None, None, "") for i in (0, 64)]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(packed.load, halves, (0, 64)))
+    assert len(taken) == 1
+    assert np.array_equal(packed.unpack().codes, matrix.codes)
 
 
 def test_refusals() -> None:

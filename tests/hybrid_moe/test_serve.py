@@ -47,10 +47,14 @@ def expected(directory: Path) -> Expected:
     return Expected(directory)
 
 
+class Told(list[tuple[str, Answer]]):
+    """A list whose methods a test may replace."""
+
+
 @pytest.fixture(scope="module")
-def answers() -> list[tuple[str, Answer]]:
+def answers() -> Told:
     """What the server has told of its answers."""
-    return []
+    return Told()
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +293,21 @@ def test_an_error_while_generating_is_told(
         list(answer)
     monkeypatch.undo()
     assert ask(client, PROMPTS[2], "text")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_while_it_is_reported_is_told(
+    client: openai.OpenAI, answers: Told, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where nobody reads the server's stderr any more."""
+
+    def fail(told: tuple[str, Answer]) -> None:
+        raise BrokenPipeError("nobody listens")
+
+    monkeypatch.setattr(answers, "append", fail)
+    patient = client.with_options(timeout=20)
+    with pytest.raises(openai.APIError, match="nobody listens"):
+        list(patient.completions.create(model="tiny", prompt="Emma", max_tokens=2, stream=stream))
 
 
 def test_sigterm_ends_it_cleanly(directory: Path, expected: Expected) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -82,24 +83,26 @@ def refuse_resizing(model: Model) -> Model:
     """Make `model.resize_token_embeddings` raise where it would change the number of rows, before
     it reads them all. What changes nothing passes. For models with a packed embedding or output
     layer, once they are packed."""
-    resize = getattr(model, "resize_token_embeddings", None)
-    if resize is None:
-        return model
-
-    def checked(
-        new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs: Any
-    ) -> Any:
-        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        wanted = rows if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of:
-            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
-        if wanted != rows:
-            raise RuntimeError(
-                f"the embedding of {type(model).__name__} has {rows} rows packed by hybrid_moe and "
-                f"cannot be resized to {wanted}: resize and save the model in plain Transformers "
-                'first, or load it with dense="torch"'
-            )
-        return resize(new_num_tokens, pad_to_multiple_of, **kwargs)
-
-    model.resize_token_embeddings = checked  # type: ignore[assignment]
+    if hasattr(model, "resize_token_embeddings"):
+        # a bound method: a copy of the model gets one of its own
+        model.resize_token_embeddings = MethodType(_resize, model)  # type: ignore[assignment]
     return model
+
+
+def _resize(
+    self: Any,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    rows = self.get_input_embeddings().weight.shape[0]
+    wanted = rows if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of:
+        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+    if wanted != rows:
+        raise RuntimeError(
+            f"the embedding of {type(self).__name__} has {rows} rows packed by hybrid_moe and "
+            f"cannot be resized to {wanted}: resize and save the model in plain Transformers "
+            'first, or load it with dense="torch"'
+        )
+    return type(self).resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, **kwargs)

@@ -181,8 +181,7 @@ class HybridMLP(nn.Module):
         self.spec, self.layer, self.names, self.dtype = spec, layer, names, dtype
         self.biased = biased
         self._handle = torch_op.Handle(self, _run)
-        self._ids = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
-        self._weights = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+        self._routing = _every_token(1)
 
     def load(self, tensors: ExpertTensors) -> None:
         """Pack its three matrices; the arrays may be reused afterwards."""
@@ -192,17 +191,14 @@ class HybridMLP(nn.Module):
         """x [..., H] -> like x."""
         if torch_op.is_traced(x):
             rows = x.reshape(-1, x.shape[-1]).shape[0]
-            ids = torch.zeros(rows, 1, dtype=torch.int64, device=x.device)
-            weights = torch.ones(rows, 1, dtype=torch.float32, device=x.device)
-            return torch_op.experts(x, ids, weights, self._handle.value)
+            return torch_op.experts(x, *_every_token(rows, x.device), self._handle.value)
         return self._compute(x)
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // self.spec.hidden
-        ids, weights = self._ids, self._weights
-        if len(ids) < rows:  # what they hold never changes, so threads may replace each other's
-            ids = self._ids = torch.zeros(rows, 1, dtype=torch.int64, device="cpu")
-            weights = self._weights = torch.ones(rows, 1, dtype=torch.float32, device="cpu")
+        ids, weights = self._routing
+        if len(ids) < rows:  # a single store: threads may replace each other's
+            ids, weights = self._routing = _every_token(rows)
         return run_layer(self.layer, self.spec, x, ids[:rows], weights[:rows])
 
     def _load_from_state_dict(
@@ -229,6 +225,14 @@ class HybridMLP(nn.Module):
     def extra_repr(self) -> str:
         s = self.spec
         return f"hidden={s.hidden}, intermediate={s.intermediate}, {self.layer.fmt.name}"
+
+
+def _every_token(
+    rows: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and weights [rows, 1] that route every token to the one expert, with weight 1."""
+    ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+    return ids, torch.ones(rows, 1, dtype=torch.float32, device=device)
 
 
 def _run(

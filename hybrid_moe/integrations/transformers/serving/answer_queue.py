@@ -161,12 +161,12 @@ class AnswerQueue(BaseGenerateManager):  # type: ignore[misc]
                 if served.seed is not None:
                     torch.manual_seed(served.seed)
                 answer = self._answerer.answer(prompt, given, on_token, cancelled)
+            served.end = answer.end
+            self._report(request_id, answer)
         except CancelledError:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever it is, the client is told rather than kept waiting
             raise GenerationFailedError(f"{type(error).__name__}: {error}") from error
-        served.end = answer.end
-        self._report(request_id, answer)
         return answer
 
 

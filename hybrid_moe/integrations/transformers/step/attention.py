@@ -14,6 +14,7 @@ output, soft caps, position biases; without a word, graphs that are captured.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import weakref
 from typing import Any
@@ -40,8 +41,8 @@ _MOST_ROWS = 256
 
 _Result = tuple[torch.Tensor, torch.Tensor | None]
 
-_pools: weakref.WeakKeyDictionary[torch.nn.Module, PoolConfig] = weakref.WeakKeyDictionary()
-"""Of modules of the models that `use_attention` was called for."""
+_POOL = "_hybrid_moe_attention_pool"
+"""Attribute of modules of the models that `use_attention` was called for; a copy has it too."""
 _computing: weakref.WeakKeyDictionary[torch.nn.Module, _Decoder] = weakref.WeakKeyDictionary()
 
 
@@ -65,7 +66,7 @@ def use_attention(model: Any, pool: PoolConfig | None = None) -> bool:
     model.set_attn_implementation({part: NAME} if part else NAME)
     pool = pool or PoolConfig.choose(None, None)
     for module in model.modules():
-        _pools[module] = pool
+        module.__dict__[_POOL] = pool
     return True
 
 
@@ -137,6 +138,7 @@ class _Decoder:
 
 
 _attentions: dict[tuple[int, int, PoolConfig], CachedAttention] = {}
+os.register_at_fork(after_in_child=_attentions.clear)  # the parent's threads are not the child's
 
 
 def _attention(key_dim: int, value_dim: int, pool: PoolConfig) -> CachedAttention:
@@ -150,7 +152,7 @@ def _attention(key_dim: int, value_dim: int, pool: PoolConfig) -> CachedAttentio
 def _decoder(module: torch.nn.Module, key_dim: int, value_dim: int) -> _Decoder:
     found = _computing.get(module)
     if found is None or (found.key_dim, found.value_dim) != (key_dim, value_dim):
-        pool = _pools.get(module) or PoolConfig.choose(None, None)
+        pool = module.__dict__.get(_POOL) or PoolConfig.choose(None, None)
         found = _computing[module] = _Decoder(key_dim, value_dim, pool)
     return found
 
@@ -186,7 +188,7 @@ def attention_forward(
     if ranges is None and (is_causal if is_causal is not None else _is_causal(module)):
         queries, keys = query.shape[2], key.shape[2]
         # as Transformers' SDPA has it: no mask, and several tokens: those are the first ones
-        ranges = KeyRanges(keys if queries == 1 else queries)
+        ranges = KeyRanges(keys if queries == 1 else queries) if queries <= keys else None
     reason = _elsewhere(query, key, value, ranges, dropout, s_aux, kwargs)
     if reason is not None:
         if reason:
@@ -243,12 +245,21 @@ def _elsewhere(
         return f"its states are {query.dtype}, not bfloat16"
     if not (query.is_cpu and key.is_cpu and value.is_cpu):
         return ""
-    if query.shape[3] % 16 or value.shape[3] % 16:
+    (sequences, heads, _, dim), (_, key_heads, keys, _) = query.shape, key.shape
+    if (
+        key.shape != (sequences, key_heads, keys, dim)
+        or value.shape[:3] != key.shape[:3]
+        or not key_heads
+        or heads % key_heads
+        or (ranges.first is not None and ranges.first.shape != (sequences,))
+    ):
+        return "its states are not of the same sequences and heads"
+    if dim % 16 or value.shape[3] % 16:
         return "heads whose size is no multiple of 16"
     if key.stride(3) != 1 or value.stride(3) != 1:
         return "dimensions of a head do not adjoin"
-    if ranges.keys > key.shape[2]:
-        raise ValueError(f"a mask of {ranges.keys} keys for {key.shape[2]}")
+    if ranges.keys > keys:
+        raise ValueError(f"a mask of {ranges.keys} keys for {keys}")
     return None
 
 

@@ -174,7 +174,7 @@ def _forward(self: torch.nn.Module, *inputs: Any, **named: Any) -> Any:
 
 def _applies(module: torch.nn.Module, spec: NormSpec, x: Any) -> bool:
     """Whether a compiled norm may stand for the module's own on `x`."""
-    weight = module._parameters["weight"]
+    weight = module._parameters.get("weight")  # absent where it is parametrized
     return (
         type(x) is torch.Tensor
         and is_plain(x)

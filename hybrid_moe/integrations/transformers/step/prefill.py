@@ -51,6 +51,8 @@ def prefill(
     sequences, query_heads, queries, _ = query.shape
     value_dim = value.shape[3]
     out = query.new_zeros((sequences, queries, query_heads, value_dim))
+    if not out.numel():
+        return out
     sunk = None if sinks is None else sinks.detach().float().view(key.shape[1], -1, 1)
     for some, first in _sequences(ranges, sequences):
         skipped = max(0, first - (ranges.keys - queries))  # query tokens that are padding
@@ -58,9 +60,10 @@ def prefill(
             continue
         k, v = (t[some, :, first : ranges.keys] for t in (key, value))
         q = _split(query[some, :, skipped:], 1, (key.shape[1], -1))
-        narrower = k.shape[3] - value_dim  # flash attention takes heads of one size
-        padded = torch.nn.functional.pad(v, (0, narrower)) if narrower > 0 else v
-        for begin, (partial, lse) in _blocks(q, k, padded, ranges.window, scale):
+        # flash attention takes heads of one size; zeros change neither scores nor values
+        size = max(k.shape[3], value_dim)
+        q, k, v = (_widened(t, size) for t in (q, k, v))
+        for begin, (partial, lse) in _blocks(q, k, v, ranges.window, scale):
             partial = partial[..., :value_dim]
             end = skipped + begin + partial.shape[3]
             to = _split(out[some, skipped + begin : end], 2, partial.shape[1:3])
@@ -70,6 +73,12 @@ def prefill(
             else:  # in float32, rounded once
                 torch.mul(partial, torch.sigmoid(lse - sunk).unsqueeze(-1), out=to)
     return out
+
+
+def _widened(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """With zeros behind the last dimension up to `size`."""
+    missing = size - tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def _split(tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ interleaved pairs, heads of which a part is rotated, tables in float32.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from hybrid_moe.cpu_kernels.kernels.rotate import LANES
 from hybrid_moe.cpu_kernels.row_functions import ROTATE, row_functions
 from hybrid_moe.integrations.transformers.step.own_globals import looks_up, set_globals
 from hybrid_moe.integrations.transformers.step.plain import is_plain, only_computes
+
+_log = logging.getLogger(__name__)
 
 NAME = "apply_rotary_pos_emb"
 
@@ -47,6 +50,9 @@ def rotary(own: _Apply) -> _Apply:
         sizes = q.shape[-1], cos.shape[-1]
         if sizes not in proved:
             proved[sizes] = _agrees(own, *sizes)
+            if not proved[sizes]:
+                where = f"{own.__module__}.{NAME}"
+                _log.info("%s with sizes %s stays torch's: it has other bits", where, sizes)
         if not proved[sizes]:
             return own(q, k, cos, sin)
         return _rotated(q, cos, sin), _rotated(k, cos, sin)

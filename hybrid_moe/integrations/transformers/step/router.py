@@ -10,6 +10,7 @@ does with its logits stays torch's.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from hybrid_moe.cpu_kernels.kernels.router_logits import EXPERTS, INPUTS
 from hybrid_moe.cpu_kernels.row_functions import LOGITS, row_functions
 from hybrid_moe.integrations.transformers.step.own_globals import looks_up, set_globals
 from hybrid_moe.integrations.transformers.step.plain import is_plain, only_computes
+
+_log = logging.getLogger(__name__)
 
 CHUNK = 512
 """Inputs that oneDNN adds up at a time for one row."""
@@ -114,5 +117,10 @@ def _has_torch_s_bits(experts: int, inputs: int, biased: bool) -> bool:
             weight[:, half:] = -weight[:, :half].flip(1)
             bias = None if bias is None else bias * 2.0**-20
         if not torch.equal(_logits(x, weight, bias), F.linear(x, weight, bias)):
+            _log.info(
+                "logits of %d experts of %d inputs stay torch's, which adds in another order here",
+                experts,
+                inputs,
+            )
             return False
     return True

@@ -138,5 +138,6 @@ def test_resizing_is_refused_by_name(options: dict[str, bool]) -> None:
         model.resize_token_embeddings(rows - 1, pad_to_multiple_of=100, **options)
     assert model.config.vocab_size == rows == model.lm_head.out_features
     for same in (rows, None):
-        assert model.resize_token_embeddings(same) is model.get_input_embeddings()
+        for each in (model, copy.deepcopy(model)):
+            assert each.resize_token_embeddings(same) is each.get_input_embeddings()
     assert isinstance(model, transformers.PreTrainedModel)

@@ -177,6 +177,21 @@ def test_bits_do_not_depend_on_the_batch() -> None:
     assert torch.equal(torch.stack([hybrid(row) for row in x]), together)
 
 
+def test_threads_with_batches_of_different_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that comes while another one makes room for more tokens."""
+    hybrid, x = packed(Gated().bfloat16()), torch.randn(5, H, dtype=torch.bfloat16)
+    expected, ones, meanwhile = hybrid(x[:3]), torch.ones, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        monkeypatch.setattr(torch, "ones", ones)
+        meanwhile.append(hybrid(x[:4]))
+        return ones(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "ones", interrupted)
+    assert torch.equal(hybrid(x)[:3], expected)
+    assert torch.equal(meanwhile[0][:3], expected)
+
+
 def test_compiled_without_a_break() -> None:
     hybrid, x = packed(Gated().bfloat16()), torch.randn(2, 3, H, dtype=torch.bfloat16)
     compiled = torch.compile(hybrid, backend="eager", fullgraph=True)

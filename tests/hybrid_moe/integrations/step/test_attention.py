@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +130,7 @@ DECODE = (
 PREFILL = (
     Problem(1, 2, 4, 90, 90, 64, 64, sinks=True),
     Problem(2, 2, 2, 40, 130, 96, 80, sinks=True),
+    Problem(1, 2, 3, 20, 50, 80, 96, sinks=True),
     Problem(2, 1, 4, 70, 70, 64, 64, padded=True),
     Problem(2, 2, 2, 90, 150, 64, 64, window=20, padded=True, sinks=True),
     Problem(1, 1, 2, 100, 100, 32, 32, window=33, sinks=True),
@@ -298,7 +300,70 @@ def test_a_mask_of_more_keys_than_there_are_is_refused() -> None:
         attention_forward(torch.nn.Identity(), *made, KeyRanges(21))
 
 
+@pytest.mark.parametrize("queries", [1, 20])
+def test_no_sequences(queries: int) -> None:
+    made, ranges, _ = states(Problem(1, 2, 2, queries, 600, 32, 48))
+    with torch.no_grad():
+        out, _ = attention_forward(torch.nn.Identity(), *(t[:0] for t in made), ranges)
+    assert out.shape == (0, queries, 4, 48)
+
+
+def test_more_queries_than_keys_without_a_mask_are_as_sdpa_has_them() -> None:
+    p = Problem(1, 2, 2, 20, 20, 32, 32)
+    (query, key, value), _, _ = states(p)
+    few = (query, key[:, :, :12], value[:, :, :12])
+    with torch.no_grad():
+        out, _ = attention_forward(Module(p), *few, None)
+        expected, _ = sdpa_attention_forward(Module(p), *few, None)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("case", ["sequences", "value heads", "keys", "padding", "group"])
+def test_states_that_do_not_fit_are_not_read(case: str) -> None:
+    """Beyond the end of one of them: what they are then is SDPA's to say."""
+    (query, key, value), _, _ = states(Problem(2, 2, 2, 1, 20, 32, 32))
+    ranges = KeyRanges(20)
+    if case == "sequences":
+        key, value = key[:1], value[:1]
+    elif case == "value heads":
+        value = value[:, :1]
+    elif case == "keys":
+        value = value[:, :, :10]
+    elif case == "padding":
+        ranges = KeyRanges(20, first=torch.tensor([3]))
+    else:
+        query = query[:, :3]
+    reason = attention._elsewhere(query, key, value, ranges, 0.0, None, {})
+    assert reason == "its states are not of the same sequences and heads"
+
+
 # models
+
+
+def test_a_copy_computes_on_the_threads_of_the_original() -> None:
+    model = build("qwen3_moe")
+    pool = PoolConfig(1)
+    assert use_attention(model, pool)
+    for each in (model, copy.deepcopy(model)):
+        module = each.model.layers[0].self_attn
+        assert attention._decoder(module, 16, 16).attention.pool == pool
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_model_of_a_forked_child() -> None:
+    """One that is loaded there has threads there, though the parent had attention of its sizes."""
+    made, _, _ = states(Problem(1, 2, 2, 1, 20, 32, 32))
+    with torch.no_grad():
+        expected, _ = attention_forward(torch.nn.Identity(), *made, KeyRanges(20))
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                out, _ = attention_forward(torch.nn.Identity(), *made, KeyRanges(20))
+                status = 0 if torch.equal(out, expected) else 2
+            finally:
+                os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def without_routing(family: str) -> Any:

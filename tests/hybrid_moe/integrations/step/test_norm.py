@@ -151,6 +151,15 @@ def test_what_has_changed_since(ran: list[torch.Size]) -> None:
         assert module.float()(x).dtype == torch.float32 and len(ran) == 1
 
 
+def test_a_weight_that_is_parametrized(ran: list[torch.Size]) -> None:
+    module, x = _module("Llama's"), torch.randn(2, N).bfloat16()
+    replace_norms(module)
+    ran.clear()
+    torch.nn.utils.parametrize.register_parametrization(module, "weight", torch.nn.Tanh())
+    with torch.no_grad():
+        assert torch.isfinite(module(x)).all() and not ran
+
+
 def test_copies_are_their_own(ran: list[torch.Size]) -> None:
     module = _module("Llama's")
     replace_norms(module)
