@@ -1,6 +1,6 @@
 # make demo   create .venv, install, generate text with the model in the repository
 # make test   the whole test suite
-# make test-full   the same with hundreds of requests to a server, killed and restarted
+# make test-full   the same, with more models and with hundreds of requests to a server
 # make fuzz   random checkpoints and random wrappers, for hours
 # make test-tiers   kernels, layers and wrappers as on machines of other tiers
 # make test-lowest  the lowest versions that pyproject.toml declares
