@@ -1,6 +1,6 @@
 # make demo   create .venv, install, generate text with the model in the repository
 # make test   the whole test suite
-# make test-full   the same with hundreds of requests to a server, killed and restarted
+# make test-full   the same, with more models and with hundreds of requests to a server
 # make fuzz   random checkpoints and random wrappers, for hours
 # make test-tiers   kernels, layers and wrappers as on machines of other tiers
 # make test-lowest  the lowest versions that pyproject.toml declares
@@ -58,10 +58,13 @@ fuzz: install-dev
 # processor can run, and for the kinds of tier that it lacks with their instructions emulated
 # (tests/isa.py); `make test` has run them for its own.
 TIER_TESTS := $(addprefix tests/cpu_kernels/,dsl/test_tiers.py kernels/test_kernels.py test_layer.py \
-	kernels/test_coverage.py test_invariance.py pool/test_pool.py streams/test_graph_job.py ceilings) \
+	kernels/test_coverage.py test_invariance.py test_dense.py test_attention_job.py pool/test_pool.py \
+	streams/test_graph_job.py ceilings) \
 	$(addprefix tests/hybrid_moe/,test_wrapper_forward.py test_wrapper_kernels.py \
 	test_wrapper_plain.py integrations/test_transformers_experts.py runtime/test_export.py \
 	streams/test_staging_kernels.py) \
+	$(addprefix tests/hybrid_moe/integrations/,step/test_router.py step/test_rotary.py \
+	dense/test_hybrid_linear.py) \
 	tests/bench/test_steps.py tests/conformance tests/examples tests/streams/test_hand_over.py
 test-tiers: install-dev
 	for isa in $$($(BIN)/python -m tests.isa); do \

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import parse_list, parse_numbers, parser
-from peer.find import BENCH, INSTALLED, Place, find_llama
+from peer.find import BENCH, INSTALLED, Place, find_llama, those_found
 from peer.interface import UnavailableError
 from peer.process import WorkerProcess
 from rich.console import Console
@@ -287,14 +287,7 @@ def places(args: argparse.Namespace, console: Console) -> dict[str, Place]:
         raise SystemExit(f"unknown engine {unknown[0]}: there are {', '.join(ENGINES[1:])}")
     here = Place(sys.executable, {})
     found = {OURS: here, "llama.cpp": find_llama(args.llama_cpp), "transformers": here}
-    there = {}
-    for name in (OURS, *args.peers):
-        place = found[name]
-        if place is None:
-            console.print(f"[yellow]{name} is left out:[/] not found; see bench/README.md")
-        else:
-            there[name] = place
-    return there
+    return those_found((OURS, *args.peers), found, console)
 
 
 def parse_arguments() -> argparse.Namespace:

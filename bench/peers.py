@@ -24,7 +24,7 @@ from typing import Any
 import comparison
 from comparison import OUR_ERROR, OURS, PEERS, TARGETS
 from harness import Reads, layer_parser, parse_list, time_beside_reads, weight_bytes
-from peer.find import Place, find_ggml, find_kt
+from peer.find import Place, find_ggml, find_kt, those_found
 from peer.interface import UnavailableError
 from peer.process import WorkerProcess
 from problem import SHAPES, Shape, batches_for, random_batches
@@ -79,14 +79,7 @@ def places(args: argparse.Namespace, console: Console) -> dict[str, Place]:
     unknown = [name for name in args.libraries if name not in found]
     if unknown:
         raise SystemExit(f"unknown library {unknown[0]}: there are {', '.join(NAMES)}")
-    there = {}
-    for name in args.libraries:
-        place = found[name]
-        if place is None:
-            console.print(f"[yellow]{name} is left out:[/] not found; see bench/README.md")
-        else:
-            there[name] = place
-    return there
+    return those_found(args.libraries, found, console)
 
 
 def set_up(

@@ -1,4 +1,5 @@
-"""Settings of every test: hypothesis without deadlines, --isa, nothing from the caller's shell."""
+"""Settings of every test: hypothesis without deadlines, --isa, the mark `full`, nothing from the
+caller's shell."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: takes long; run by `make test-full` only")
     os.environ.pop("HYBRID_MOE_ISA", None)
     if name := config.getoption("isa"):
         from tests.isa import simulate
@@ -32,7 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --isa, what is parametrized over tiers runs for that one."""
+    """What has the mark `full` runs where that is asked for; with --isa, what is parametrized over
+    tiers runs for that one."""
+    if not os.environ.get("HYBRID_MOE_TEST_FULL"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="make test-full"))
     if not (isa := config.getoption("isa")):
         return
     from hybrid_moe.cpu_kernels.dsl.tiers import TIERS

@@ -10,8 +10,11 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.console import Console
 
 BENCH = Path(__file__).resolve().parents[1]
 INSTALLED = BENCH.parent / "build" / "peers"
@@ -25,6 +28,20 @@ class Place:
     python: str
     variables: dict[str, str]
     bench: Path = BENCH
+
+
+def those_found(
+    wanted: Sequence[str], found: Mapping[str, Place | None], console: Console
+) -> dict[str, Place]:
+    """Those of `wanted` that are somewhere; the others are reported."""
+    there = {}
+    for name in wanted:
+        place = found[name]
+        if place is None:
+            console.print(f"[yellow]{name} is left out:[/] not found; see bench/README.md")
+        else:
+            there[name] = place
+    return there
 
 
 def find_ggml(folder: str | None) -> Place | None:

@@ -52,25 +52,24 @@ def unit_macs(attention: Attention) -> int:
 
 
 @driver
-def key_address(attention: Attention, head: int, key: int) -> int:
+def head_offset(attention: Attention, head: int, sequence_bytes: int, head_bytes: int) -> int:
+    """Bytes in front of a key head of all sequences."""
     sequence = head // attention.key_heads
-    return (
-        attention.key_states
-        + sequence * attention.key_sequence_bytes
-        + (head - sequence * attention.key_heads) * attention.key_head_bytes
-        + key * attention.key_bytes
-    )
+    return sequence * sequence_bytes + (head - sequence * attention.key_heads) * head_bytes
+
+
+@driver
+def key_address(attention: Attention, head: int, key: int) -> int:
+    of_head = head_offset(attention, head, attention.key_sequence_bytes, attention.key_head_bytes)
+    return attention.key_states + of_head + key * attention.key_bytes
 
 
 @driver
 def value_address(attention: Attention, head: int, key: int) -> int:
-    sequence = head // attention.key_heads
-    return (
-        attention.value_states
-        + sequence * attention.value_sequence_bytes
-        + (head - sequence * attention.key_heads) * attention.value_head_bytes
-        + key * attention.value_bytes
+    of_head = head_offset(
+        attention, head, attention.value_sequence_bytes, attention.value_head_bytes
     )
+    return attention.value_states + of_head + key * attention.value_bytes
 
 
 @driver

@@ -13,7 +13,9 @@ from hybrid_moe.cli.errors import USER_ERRORS
 WHAT = "a checkpoint's folder, or the id (org/name) of one in the Hugging Face cache"
 
 ModelOption = Annotated[str, typer.Option(help=f"The model: {WHAT}.", metavar="MODEL")]
-ModelArgument = Annotated[str, typer.Argument(help=f"{WHAT}.".capitalize(), metavar="MODEL")]
+ModelArgument = Annotated[
+    str, typer.Argument(help=f"{WHAT[0].upper()}{WHAT[1:]}.", metavar="MODEL")
+]
 
 
 @contextmanager

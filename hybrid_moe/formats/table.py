@@ -151,6 +151,23 @@ def _decode_e2m1(codes: Array) -> F32:
     return np.asarray(E2M1_VALUES, np.float32)[unpack_nibbles(codes)]
 
 
+def _groups_of_32(w: F32, name: str) -> tuple[F32, F32]:
+    """Weights [N, K] in groups [N, K / 32, 32], and their largest magnitudes [N, K / 32], for the
+    format of that name.
+
+    Raises:
+        ValueError: no whole groups, NaN or infinity.
+    """
+    N, K = w.shape
+    if K % 32:
+        raise ValueError(f"rows of {K} weights are no multiple of {name}'s group of 32")
+    groups = np.asarray(w, np.float32).reshape(N, K // 32, 32)
+    maxima = np.abs(groups).max(axis=-1)
+    if not np.isfinite(maxima).all():
+        raise ValueError(f"a weight is NaN or infinite, which {name} cannot hold")
+    return groups, maxima
+
+
 def _encode_mxfp4(w: F32) -> tuple[Array, Array | None]:
     """MX v1.0, section 6.3: shared exponent floor(log2(max)) - 2, elements to nearest even.
 
@@ -158,13 +175,7 @@ def _encode_mxfp4(w: F32) -> tuple[Array, Array | None]:
     the standard's exponent saturates maxima in (6, 8) * 2^e to 6, which costs accuracy that the
     format need not lose; every result is still a valid MX block.
     """
-    N, K = w.shape
-    if K % 32:
-        raise ValueError(f"rows of {K} weights are no multiple of MXFP4's group of 32")
-    groups = np.asarray(w, np.float32).reshape(N, K // 32, 32)
-    maxima = np.abs(groups).max(axis=-1)
-    if not np.isfinite(maxima).all():
-        raise ValueError("a weight is NaN or infinite, which MXFP4 cannot hold")
+    groups, maxima = _groups_of_32(w, "MXFP4")
     _, exponents = np.frexp(maxima)  # max = m * 2^exponent, m in [0.5, 1)
     scales = np.clip(exponents - 1 - 2 + 127, 0, 253).astype(np.uint8)
     # Scaling by a power of two is exact in float32 wherever a code other than 0 can result.
@@ -173,7 +184,7 @@ def _encode_mxfp4(w: F32) -> tuple[Array, Array | None]:
     wider_codes, wider_errors = _round_e2m1(magnitudes * np.float32(0.5))
     wider = 4 * wider_errors < errors  # in units of the square of the narrower scale
     codes = np.where(wider[..., None], wider_codes, codes)
-    codes = (codes | (np.signbit(groups).view(np.uint8) << np.uint8(3))).reshape(N, K)
+    codes = (codes | (np.signbit(groups).view(np.uint8) << np.uint8(3))).reshape(w.shape)
     return codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4)), scales + wider
 
 
@@ -195,13 +206,7 @@ def _encode_int8(w: F32) -> tuple[Array, Array | None]:
     about 127 * 2^-14 have fewer bits in d. Where 1 / d is infinite too (max below 2^-121), ggml's
     codes are undefined, and these are 0.
     """
-    N, K = w.shape
-    if K % 32:
-        raise ValueError(f"rows of {K} weights are no multiple of INT8's group of 32")
-    groups = np.asarray(w, np.float32).reshape(N, K // 32, 32)
-    maxima = np.abs(groups).max(axis=-1)
-    if not np.isfinite(maxima).all():
-        raise ValueError("a weight is NaN or infinite, which INT8 cannot hold")
+    groups, maxima = _groups_of_32(w, "INT8")
     steps = maxima / np.float32(INT8_MOST)
     with np.errstate(over="ignore", divide="ignore"):
         scales = steps.astype(np.float16)
@@ -217,7 +222,7 @@ def _encode_int8(w: F32) -> tuple[Array, Array | None]:
     whole = np.floor(magnitudes)
     whole += magnitudes - whole >= np.float32(0.5)
     codes = np.copysign(whole, scaled, out=whole).astype(np.int8)
-    return codes.reshape(N, K), scales
+    return codes.reshape(w.shape), scales
 
 
 UE8M0 = ScaleType("ue8m0", np.dtype(np.uint8), ue8m0_to_float, lambda s: s == UE8M0_NAN)

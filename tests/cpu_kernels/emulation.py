@@ -415,7 +415,7 @@ def emulated(tier: Tier, features: frozenset[str] | None = None) -> Tier:
     return dataclasses.replace(
         tier,
         name=f"{tier.name}_emulated",
-        features=frozenset(),
+        features=tier.all_features & host,  # of the instructions that are not emulated
         cpu=avx2.cpu if avx2.features <= host else "",
         lowerings=lowerings,
         flushing=frozenset(op for op in lowerings if tier.flushes(op)),

@@ -16,6 +16,7 @@ from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.kernels.attention_kernels import transpose
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+from tests.cpu_kernels.attention_problem import Problem
 from tests.cpu_kernels.cases import from_bf16, to_bf16
 from tests.cpu_kernels.emulation import RUNNABLE
 from tests.cpu_kernels.toolbox import aligned, compile_kernel
@@ -29,25 +30,6 @@ POOLS = [
     if threads <= usable_cores()
 ]
 TierNames = pytest.mark.parametrize("name", TIERS)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes of a call: B sequences, H key heads of G query heads, Q query tokens, T keys."""
-
-    B: int
-    H: int
-    G: int
-    Q: int
-    T: int
-    key_dim: int
-    value_dim: int
-    window: int = 0
-    padded: bool = False
-    sinks: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.B}x{self.H}x{self.G}-q{self.Q}-t{self.T}-d{self.key_dim}-{self.value_dim}"
 
 
 PROBLEMS = (

@@ -181,7 +181,8 @@ def test_uninitialised_memory_is_never_read(
 
 def _strided(array: Array) -> Array:
     """The same rows, every other row of a larger array."""
-    wide = np.full((2 * len(array), array.shape[1] + 8), 255, array.dtype)
+    wide = np.empty((2 * len(array), array.shape[1] + 8), array.dtype)
+    wide.view(np.uint8)[:] = 255
     wide[::2, :-8] = array
     return wide[::2, :-8]
 

@@ -212,7 +212,7 @@ def test_ctrl_c_stops_an_answer(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.skipif(not os.environ.get("HYBRID_MOE_TEST_FULL"), reason="make test-full")
+@pytest.mark.full
 def test_the_terminal(tiny: Path) -> None:
     """Several lines; Ctrl-C stops an answer, and at the prompt it leaves with the second."""
     terminal = Terminal(tiny)

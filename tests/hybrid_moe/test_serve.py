@@ -330,7 +330,7 @@ def test_sigterm_ends_it_cleanly(directory: Path, expected: Expected) -> None:
     assert not any("Traceback" in line for line in server.lines)
 
 
-@pytest.mark.skipif(not FULL, reason="make test-full")
+@pytest.mark.full
 def test_killed_and_started_again(directory: Path, expected: Expected) -> None:
     """A client notices that its answer is not whole; the next server answers as the first did."""
     for number in (signal.SIGKILL, signal.SIGINT):

@@ -73,9 +73,13 @@ NEW_TOKENS = 10
 
 
 def build(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A random model with weights large enough that experts and router matter."""
-    torch.manual_seed(SEEDS[family])
-    config = FAMILIES[family]()
+    """A random model of a family."""
+    return random_model(FAMILIES[family](), dtype, SEEDS[family])
+
+
+def random_model(config: Any, dtype: torch.dtype, seed: int) -> Any:
+    """A model with weights large enough that every layer, experts and router matter."""
+    torch.manual_seed(seed)
     config._experts_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 
+from tests.hybrid_moe.tiny_models import random_model
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 112, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None,
@@ -78,18 +80,5 @@ WIDE: dict[str, Callable[[], Any]] = {
 
 
 def build_wide(family: str, dtype: torch.dtype = torch.bfloat16, seed: int = 5) -> Any:
-    """A random model with weights large enough that every layer matters."""
-    torch.manual_seed(seed)
-    config = WIDE[family]()
-    config._experts_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-            elif "bias" in name:
-                parameter.normal_(std=0.1)
-        for name, buffer in model.named_buffers():
-            if name.endswith("tid2eid"):  # hash routing: token -> its experts
-                buffer.random_(0, config.n_routed_experts)
-    return model.eval()
+    """A random model of a family."""
+    return random_model(WIDE[family](), dtype, seed)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from hybrid_moe.integrations.transformers.step import attention, prefill
 from hybrid_moe.integrations.transformers.step.attention import attention_forward, use_attention
 from hybrid_moe.integrations.transformers.step.growing_cache import grow, growing_cache, use_cache
 from hybrid_moe.integrations.transformers.step.key_ranges import KeyRanges, key_ranges_mask
+from tests.cpu_kernels.attention_problem import Problem
 from tests.hybrid_moe.tiny_models import FAMILIES, build, greedy, prompt
 
 POOL = PoolConfig(min(2, usable_cores()))
@@ -104,22 +104,6 @@ def test_a_mask_to_work_on_is_a_tensor() -> None:
 
 
 # one call
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes of a call, as in tests/cpu_kernels/test_attention_job.py."""
-
-    B: int
-    H: int
-    G: int
-    Q: int
-    T: int
-    key_dim: int
-    value_dim: int
-    window: int = 0
-    padded: bool = False
-    sinks: bool = False
 
 
 DECODE = (
