@@ -116,6 +116,8 @@ class _Recorder:
 
     def stop(self) -> None:
         """End the trace, and write its file."""
+        if self._path is None:  # without the lock: at exit another thread may hold it for good
+            return
         with self._lock:
             path, self._path = self._path, None
             if path is None:

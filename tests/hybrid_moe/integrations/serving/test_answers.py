@@ -40,6 +40,17 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(2, 120, (length,), generator=rng).tolist()
 
 
+def follows(model: Any, ids: list[int], tokens: Any) -> bool:
+    """Whether each token is the likeliest behind those before it, in one pass that keeps nothing;
+    or as good as that: a prompt is cut in another place then, and attention of many tokens rounds
+    unlike that of few. Five roundings of BF16, as in `tiny_models.SEEDS`."""
+    whole = torch.tensor([[*ids, *tokens]])
+    with torch.no_grad():
+        scores = model(input_ids=whole).logits[0, len(ids) - 1 : -1].float()
+    chosen = scores.gather(1, torch.tensor(list(tokens))[:, None])[:, 0]
+    return bool((scores.max(1).values - chosen <= 0.019 * scores.abs().max()).all())
+
+
 def reads(model: Any) -> tuple[list[int], Any]:
     """The lengths of what the model reads from now on, and what ends that."""
     lengths: list[int] = []
@@ -71,7 +82,7 @@ def test_a_conversation_is_not_read_again(family: str, request: pytest.FixtureRe
         second = answerer.answer(longer, config(model, 4))
     assert second.reused == len(ids) + 5  # the last token was not read by the model yet
     assert lengths == [6, 1, 1, 1]
-    assert list(second.tokens) == greedy(model, torch.tensor([longer]), 4)
+    assert follows(model, longer, second.tokens)
 
 
 def test_the_common_beginning_is_kept_where_the_cache_can_be_cut(qwen: Any, gpt_oss: Any) -> None:
@@ -81,7 +92,7 @@ def test_the_common_beginning_is_kept_where_the_cache_can_be_cut(qwen: Any, gpt_
         other = [*ids[:40], *prompt(7, seed=2)]
         answer = answerer.answer(other, config(model, 6))
         assert answer.reused == kept
-        assert list(answer.tokens) == greedy(model, torch.tensor([other]), 6)
+        assert follows(model, other, answer.tokens)
 
 
 @pytest.mark.parametrize("cut", [1, 9, 30])
@@ -94,7 +105,7 @@ def test_an_answer_is_cut_off_again(qwen: Any, gpt_oss: Any, cut: int) -> None:
             other = [*ids, *first.tokens[: 30 - cut], *prompt(6, seed=5 + turn)]
             answer = answerer.answer(other, config(model, 6))
             assert answer.reused == len(ids) + 30 - cut
-            assert list(answer.tokens) == greedy(model, torch.tensor([other]), 6)
+            assert follows(model, other, answer.tokens)
 
 
 def test_the_same_prompt_again_reads_its_last_token(qwen: Any) -> None:
