@@ -14,8 +14,8 @@ from hybrid_moe.cli.terminal import Steps
 if TYPE_CHECKING:
     from hybrid_moe.integrations.transformers.serving.answers import Answer
 
-GRACE_S = 5
-"""Seconds that answers have to be completed when the server is told to stop."""
+LAST_RESORT_S = 30
+"""Seconds after which connections are cut that do not end although their answers have."""
 
 
 def require_server() -> None:
@@ -43,9 +43,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve_here(
     model: str, method: str | None, dense: str, threads: int | None, pools: int | None,
-    context: int | None, listener: socket.socket, steps: Steps,
+    context: int | None, grace: float, listener: socket.socket, steps: Steps,
 ) -> None:  # fmt: skip
     """Load a model and serve it until SIGINT or SIGTERM.
+
+    Args:
+        grace: seconds that answers then have to be completed.
 
     Raises:
         ValueError: see `OpenedModel`.
@@ -70,7 +73,7 @@ def serve_here(
     queue = AnswerQueue(Answerer(loaded), longest, report)
     if not opened.tokenizer.chat_template:
         steps.say("the tokenizer has no chat template: only /v1/completions", "yellow")
-    server = _server(make_app(name, loaded, opened.tokenizer, queue), queue)
+    server = _server(make_app(name, loaded, opened.tokenizer, queue), queue, grace)
     host, port = listener.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     steps.say(f"serving {name!r} at http://{address}/v1, context {longest} tokens", "bold")
@@ -84,17 +87,20 @@ def serve_here(
     steps.say("stopped", "dim")
 
 
-def _server(app: Any, queue: Any) -> Any:
+def _server(app: Any, queue: Any, grace: float) -> Any:
     import uvicorn
 
     class Server(uvicorn.Server):  # type: ignore[misc]
-        """Gives answers under way `GRACE_S` seconds, and then tells their clients."""
+        """Gives answers some seconds when it is told to stop, and then tells their clients."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            asyncio.get_running_loop().call_later(GRACE_S, queue.stop)
+            asyncio.get_running_loop().call_later(grace, queue.stop)
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S + 30
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=round(grace) + LAST_RESORT_S,
     )
     return Server(config)

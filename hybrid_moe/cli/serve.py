@@ -45,6 +45,9 @@ def serve(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port, without a GPU; 0 takes a free one.")
     ] = 8000,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds that answers have when told to stop, without GPU.")
+    ] = 5,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would run and do not run it.")
     ] = False,
@@ -75,7 +78,7 @@ def serve(
             require_server()
             steps.begin("seeing whether the model fits")
             _check_fit(options, model)
-            serve_here(model, method, dense, threads, pools, context, listener, steps)
+            serve_here(model, method, dense, threads, pools, context, grace, listener, steps)
         return
     if not dry_run:
         require_sglang()  # before headers are read and ceilings measured

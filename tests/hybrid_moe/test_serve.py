@@ -312,7 +312,7 @@ def test_an_error_while_it_is_reported_is_told(
 
 def test_sigterm_ends_it_cleanly(directory: Path, expected: Expected) -> None:
     """Who still waits is told, in a stream and else; nobody gets half an answer for a whole one."""
-    server = ServeProcess(directory)
+    server = ServeProcess(directory, "--grace", "0")
     client = client_of(server.url)
     assert ask(client, PROMPTS[3], "chat") == expected.chat(PROMPTS[3], TOKENS)
     long: dict[str, Any] = {"model": "tiny", "prompt": "Emma", "max_tokens": 1000}
@@ -334,7 +334,7 @@ def test_sigterm_ends_it_cleanly(directory: Path, expected: Expected) -> None:
 def test_killed_and_started_again(directory: Path, expected: Expected) -> None:
     """A client notices that its answer is not whole; the next server answers as the first did."""
     for number in (signal.SIGKILL, signal.SIGINT):
-        server = ServeProcess(directory)
+        server = ServeProcess(directory, "--grace", "0")
         client = client_of(server.url)
         ask_many(client, expected, 100)
         stream = client.completions.create(model="tiny", prompt="Emma", max_tokens=900, stream=True)

@@ -186,7 +186,7 @@ def test_serve_prints_the_command(fake: Fake) -> None:
     ],
 )
 def test_serve_without_a_gpu_refuses(fake: Fake, words: tuple[str, ...], message: str) -> None:
-    result = run("serve", "--model", fake("gpt-oss-20b"), *words)
+    result = run("serve", "--dry-run", "--model", fake("gpt-oss-20b"), *words)
     assert result.exit_code == 2 and result.stdout == ""
     assert message in result.stderr
 
