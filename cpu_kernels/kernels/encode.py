@@ -65,6 +65,11 @@ def to_bf16(x: Val) -> Val:
     return (is_nan.select(bits | 0x400000, rounded) >> 16).trunc(I16)
 
 
+def through_bf16(x: Val) -> Val:
+    """float32 rounded to bf16, as float32."""
+    return (to_bf16(x).zext(I32) << 16).bits(F32)
+
+
 def _power_of_two(exponent: Val) -> Val:
     """2^exponent as a scalar float32, for exponents of normal numbers."""
     return ((exponent + 127) << 23).bits(F32)

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, Emit, KernelBody, Val, Var
-from hybrid_moe.cpu_kernels.kernels.encode import load_bf16, to_bf16
+from hybrid_moe.cpu_kernels.dsl.emit import F32, Emit, KernelBody, Val, Var
+from hybrid_moe.cpu_kernels.kernels.encode import load_bf16, through_bf16, to_bf16
 
 LANES = 8
 """Of torch's sums; x86-64 has no wider ones of them."""
@@ -77,7 +77,7 @@ def rms_norm(style: NormStyle) -> KernelBody:
                 h = load_bf16(emit, at + i * 2, LANES) * scale
                 w = _weights(emit, weight, i, style)
                 if style.rounds_first:
-                    h = _through_bf16(h)
+                    h = through_bf16(h)
                 emit.store(to + i * 2, to_bf16(w * h), align=2)
 
     return body
@@ -88,11 +88,6 @@ def _weights(emit: Emit, weight: Val, i: Val, style: NormStyle) -> Val:
     wide = style.weight_bytes == 4
     w = emit.load(at, F32, LANES, align=4) if wide else load_bf16(emit, at, LANES)
     return w + 1.0 if style.from_one else w
-
-
-def _through_bf16(h: Val) -> Val:
-    """float32 rounded to bf16, as float32."""
-    return (to_bf16(h).zext(I32) << 16).bits(F32)
 
 
 def _square_root(emit: Emit, x: Val) -> Val:

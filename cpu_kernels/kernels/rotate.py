@@ -9,8 +9,8 @@ the negative are the same. Transformers' functions are this in some 15 operation
 
 from __future__ import annotations
 
-from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, Emit, Val
-from hybrid_moe.cpu_kernels.kernels.encode import load_bf16, to_bf16
+from hybrid_moe.cpu_kernels.dsl.emit import Emit, Val
+from hybrid_moe.cpu_kernels.kernels.encode import load_bf16, through_bf16, to_bf16
 
 LANES = 8
 """The half of a head is a multiple of it."""
@@ -28,12 +28,7 @@ def rotate(
             [load_bf16(emit, table + i * 2 + shift, LANES) for shift in (emit.i64(0), other * 2)]
             for table in (cos, sin)
         )
-        first = _rounded(x1 * cos1) - _rounded(x2 * sin1)
-        second = _rounded(x2 * cos2) + _rounded(x1 * sin2)
+        first = through_bf16(x1 * cos1) - through_bf16(x2 * sin1)
+        second = through_bf16(x2 * cos2) + through_bf16(x1 * sin2)
         emit.store(to, to_bf16(first), align=2)
         emit.store(to + half * 2, to_bf16(second), align=2)
-
-
-def _rounded(x: Val) -> Val:
-    """Rounded to bf16, as float32."""
-    return (to_bf16(x).zext(I32) << 16).bits(F32)

@@ -21,9 +21,8 @@ INPUTS = 32
 def router_logits(biased: bool) -> KernelBody:
     """Kernel (x, weight, bias, out, experts, inputs, chunk) of one token.
 
-    x is bf16 [inputs], weight bf16 [experts][inputs], bias bf16 [experts] or not looked at,
-    out bf16
-    [experts]; chunk is a multiple of INPUTS.
+    x is bf16 [inputs], weight bf16 [experts][inputs], bias bf16 [experts] or not looked at, out
+    bf16 [experts]; chunk is a multiple of INPUTS.
     """
 
     def body(

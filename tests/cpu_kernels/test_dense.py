@@ -126,11 +126,15 @@ def test_bits_do_not_depend_on_luck(fmt: WeightFormat, pool: PoolConfig) -> None
             assert np.array_equal(layer.forward(x[-T:])[0], whole[-T:])
 
 
+@pytest.mark.parametrize("most", [3, 5])
 @Formats
-def test_long_batches_run_in_parts(fmt: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_batches_run_in_parts(
+    fmt: WeightFormat, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts that the caller encodes, and such as workers do: one is over before the next begins."""
     layer, x = _layer(fmt, _matrices(fmt.name, 96)), _inputs(23, 96)
     expected = layer.forward(x)
-    monkeypatch.setattr(dense_module, "MAX_TOKENS_PER_JOB", 5)
+    monkeypatch.setattr(dense_module, "MAX_TOKENS_PER_JOB", most)
     for y, whole in zip(layer.forward(x), expected, strict=True):
         assert np.array_equal(y, whole)
 

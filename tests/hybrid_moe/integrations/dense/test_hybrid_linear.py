@@ -15,6 +15,7 @@ import torch
 
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
 from hybrid_moe.formats.table import BF16, FORMATS, WeightFormat
 from hybrid_moe.integrations.transformers.dense.hybrid_linear import HybridLinear
 from tests.hybrid_moe.integrations.dense.linear_cases import WHERE, Case, K, N, inputs
@@ -249,3 +250,15 @@ def test_a_forked_child_is_told_so() -> None:
     process.join(10)
     assert all("forked child process" in message for message in messages)
     assert process.exitcode == 0
+
+
+def test_a_weight_that_is_packed_for_other_threads_is_packed_anew() -> None:
+    """Strips are cut over the pools that compute with them."""
+    one, other = Case.random(), Case.random(seed=1)
+    pool = PoolConfig(1, 1, (min(numa_nodes()),))
+    packed = PackedMatrix(BF16, N, K, pool)
+    packed.load(other.matrix)
+    layer = HybridLinear(packed, WHERE, torch.bfloat16)
+    one.layer.load_state_dict(layer.state_dict())
+    assert one.layer.matrix is not packed and one.layer.matrix.pool == PoolConfig(1) != pool
+    assert torch.equal(one.layer(inputs(2, K)), other.layer(inputs(2, K)))

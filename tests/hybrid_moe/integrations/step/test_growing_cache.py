@@ -116,6 +116,17 @@ def test_a_step_copies_its_own_states_only() -> None:
 
 
 @torch.no_grad()
+def test_a_window_that_moves_onto_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the front of the memory has no room beside it, new memory is taken: of one head, whose
+    tokens adjoin, torch refuses to copy them onto themselves."""
+    monkeypatch.setattr(module, "BLOCK", 16)
+    ours, theirs = GrowingWindowLayer(17), DynamicSlidingWindowLayer(17)
+    for tokens in (16, *[3] * 40):
+        made = [torch.randn(1, 1, tokens, 8) for _ in range(2)]
+        assert all(map(torch.equal, ours.update(*made), theirs.update(*made)))
+
+
+@torch.no_grad()
 def test_memory_of_a_window_is_bounded() -> None:
     layer = GrowingWindowLayer(100)
     for tokens in (5000, *[1] * 1000, 3000, *[1] * 300):
