@@ -72,6 +72,7 @@ class FakeExpertLayer:
         pool: Any,
         activation: Any,
         isa: str | None = None,
+        name: str = "experts",
     ) -> None:
         self.fmt, self.E, self.H, self.I = fmt, num_experts, hidden, intermediate
         self.num_experts = num_experts

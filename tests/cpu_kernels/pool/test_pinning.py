@@ -156,6 +156,7 @@ def test_every_door_chooses_the_same(name: str, on: Callable[[str], Machine]) ->
 def _plan_options(**given: object) -> MachineOptions:
     values: dict[str, object] = dict.fromkeys(MachineOptions.__dataclass_fields__)
     values |= {"ram": "64GB", "requests": 1, "chunk": 64, "ram_bandwidth": 20.0, "gmacs": 60.0}
+    values |= {"dense": "bf16"}
     return MachineOptions(**{**values, **given})  # type: ignore[arg-type]
 
 
