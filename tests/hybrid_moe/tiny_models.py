@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import transformers
 
+from hybrid_moe.integrations.transformers.registration import offload
+
 COMMON = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -75,6 +77,14 @@ NEW_TOKENS = 10
 def build(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A random model of a family."""
     return random_model(FAMILIES[family](), dtype, SEEDS[family])
+
+
+def offload_experts(model: Any, method: str, threads: int | None = None) -> Any:
+    """`offload` with linear layers and attention as they were, so that they keep their bits."""
+    attention = model.config._attn_implementation
+    offload(model, method, threads, dense="torch", progress=False)
+    model.set_attn_implementation(attention)
+    return model
 
 
 def random_model(config: Any, dtype: torch.dtype, seed: int) -> Any:

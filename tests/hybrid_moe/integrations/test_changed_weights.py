@@ -16,8 +16,8 @@ from torch.nn.utils import parameters_to_vector, parametrize, vector_to_paramete
 
 from hybrid_moe.integrations.transformers import dispatch
 from hybrid_moe.integrations.transformers.experts_module import find_experts
-from hybrid_moe.integrations.transformers.registration import offload, register
-from tests.hybrid_moe.tiny_models import FAMILIES, build, logits, prompt
+from hybrid_moe.integrations.transformers.registration import register
+from tests.hybrid_moe.tiny_models import FAMILIES, build, logits, offload_experts, prompt
 
 Change = Callable[[Any], None]
 """Changes the weights of an experts module."""
@@ -54,7 +54,7 @@ def fresh(model: Any) -> torch.Tensor:
     twin = copy.deepcopy(model)
     for module in find_experts(twin).values():
         module.__dict__.pop("_hybrid_moe_packed", None)
-    return logits(offload(twin, "BF16", threads=1, progress=False), prompt())
+    return logits(offload_experts(twin, "BF16", threads=1), prompt())
 
 
 def _no_grad(write: Change) -> Change:

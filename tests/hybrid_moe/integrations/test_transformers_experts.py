@@ -23,8 +23,7 @@ from hybrid_moe.integrations.transformers.experts_module import (
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.proof import recognise_activation
 from hybrid_moe.integrations.transformers.registration import offload, register, register_or_warn
-from hybrid_moe.integrations.transformers.step.prepare import prepare_steps
-from tests.hybrid_moe.tiny_models import FAMILIES, build, greedy, logits, prompt
+from tests.hybrid_moe.tiny_models import FAMILIES, build, greedy, logits, offload_experts, prompt
 from tests.reference import assert_within, evaluate
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -192,15 +191,13 @@ def test_greedy_text_equals_eager_token_for_token(family: str, method: str) -> N
 
 @FAMILY
 def test_registered_name_equals_offload_and_keeps_the_parameters(family: str) -> None:
-    """To the bit, where attention and linear layers are the same."""
     register()
     model = build(family)
-    prepare_steps(model)
     count = sum(p.numel() for p in model.parameters())
     model.set_experts_implementation("hybrid_moe")
     attached = logits(model, prompt())
     assert sum(p.numel() for p in model.parameters()) == count
-    offload(model, "BF16", dense="torch", progress=False)
+    offload_experts(model, "BF16")
     torch.testing.assert_close(logits(model, prompt()), attached, rtol=0, atol=0)
 
 
@@ -214,9 +211,8 @@ def test_changed_weights_and_options_are_packed_again() -> None:
             module.down_proj.mul_(-1)  # type: ignore[operator]
     after = logits(model, prompt())
     assert not torch.equal(before, after)
-    offloaded = offload(build("qwen3_moe"), "MXFP4", dense="torch", progress=False)
+    offloaded = offload_experts(build("qwen3_moe"), "MXFP4")
     restored = build("qwen3_moe")
-    prepare_steps(restored)
     restored.config.hybrid_moe_options = {"method": "MXFP4", "threads": 1}
     restored.set_experts_implementation("hybrid_moe")
     assert torch.equal(logits(restored, prompt()), logits(offloaded, prompt()))

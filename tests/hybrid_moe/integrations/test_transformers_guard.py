@@ -18,7 +18,7 @@ from hybrid_moe.integrations.transformers.experts_module import find_experts
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.registration import from_pretrained, offload, register
 from hybrid_moe.logs import warn_once
-from tests.hybrid_moe.tiny_models import COMMON, build, logits, prompt
+from tests.hybrid_moe.tiny_models import COMMON, build, logits, offload_experts, prompt
 
 NAMED = {"experts_implementation": "hybrid_moe"}
 AutoModel = transformers.AutoModelForCausalLM
@@ -163,7 +163,7 @@ def test_what_transformers_can_read_is_read(tmp_path: Path) -> None:
     model = build("qwen3_moe")
     model.save_pretrained(tmp_path / "bf16")
     loaded = AutoModel.from_pretrained(tmp_path / "bf16", **NAMED)
-    offload(model, "BF16", progress=False)
+    offload_experts(model, "BF16")
     assert torch.equal(logits(loaded, prompt()), logits(model, prompt()))
 
 
@@ -258,7 +258,7 @@ def test_the_registered_name_runs_parametrized_experts_as_they_are() -> None:
         experts.parametrizations.down_proj[0].a.data.mul_(-3)
     changed = logits(model, prompt())
     parametrize.remove_parametrizations(experts, "down_proj", leave_parametrized=True)
-    offload(model, "BF16", progress=False)
+    offload_experts(model, "BF16")
     assert torch.equal(logits(model, prompt()), changed)
     assert not torch.equal(before, adapted) and not torch.equal(adapted, changed)
 

@@ -19,7 +19,7 @@ from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.registration import offload, register
 from hybrid_moe.runtime import torch_op
 from tests.hybrid_moe.cases import Weights, wrapper
-from tests.hybrid_moe.tiny_models import build, logits, prompt
+from tests.hybrid_moe.tiny_models import build, logits, offload_experts, prompt
 
 H, E, K = 64, 8, 3
 TARGET = torch.ops.hybrid_moe.experts.default
@@ -282,7 +282,7 @@ def test_whole_models_compile(implementation: str) -> None:
     torch._dynamo.reset()
     model = build("qwen3_moe")
     if implementation == "offload":
-        offload(model, "MXFP4", threads=1, progress=False)
+        offload_experts(model, "MXFP4", threads=1)
     else:
         register()
         model.set_experts_implementation("hybrid_moe")

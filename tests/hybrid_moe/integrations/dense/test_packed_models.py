@@ -7,9 +7,8 @@ import copy
 import pytest
 import torch
 
-from hybrid_moe.integrations.transformers.registration import offload
 from tests.hybrid_moe.integrations.dense.packed_models import pack
-from tests.hybrid_moe.tiny_models import FAMILIES, build, greedy, logits, prompt
+from tests.hybrid_moe.tiny_models import FAMILIES, build, greedy, logits, offload_experts, prompt
 
 HALF_UNITS = 8
 """Roundings of BF16 that the two models make apart, per logit: a few a layer."""
@@ -27,7 +26,7 @@ def test_tokens_equal_those_of_plain_transformers(family: str) -> None:
 
 def test_a_compiled_model_has_the_same_logits() -> None:
     torch._dynamo.reset()
-    model = pack(offload(build("qwen3_moe"), "BF16", threads=1, progress=False))
+    model = pack(offload_experts(build("qwen3_moe"), "BF16", threads=1))
     want = logits(model, prompt())
     assert torch.equal(logits(torch.compile(model, backend="eager"), prompt()), want)
     torch._dynamo.reset()
