@@ -114,9 +114,12 @@ class _Recorder:
         notes.trace.taken.value = 0
         control.trace.value = notes.trace.address  # last: threads may write from here on
 
+    def _is_recording(self) -> bool:
+        return self._path is not None
+
     def stop(self) -> None:
         """End the trace, and write its file."""
-        if self._path is None:  # without the lock: at exit another thread may hold it for good
+        if not self._is_recording():  # without the lock: another thread may hold it at exit for good
             return
         with self._lock:
             path, self._path = self._path, None
