@@ -119,7 +119,7 @@ class _Recorder:
 
     def stop(self) -> None:
         """End the trace, and write its file."""
-        if not self._is_recording():  # without the lock: another thread may hold it at exit for good
+        if not self._is_recording():  # without the lock: at exit a thread may hold it for good
             return
         with self._lock:
             path, self._path = self._path, None
