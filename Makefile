@@ -130,6 +130,7 @@ MODELS ?= build/models
 END_TO_END = $(BIN)/python bench/end_to_end.py --models $(MODELS) --peers llama.cpp
 bench-end-to-end: install
 	mkdir -p $(RECEIPTS)
+	$(PIP) install -q -c constraints.txt -e ".[bench]" # without it the results lose their pictures
 	$(END_TO_END) --model gpt-oss-20b --json $(RECEIPTS)/end_to_end-gpt-oss.json
 	$(END_TO_END) --model gpt-oss-20b --dense int8 --contexts 512 --remove-gguf \
 		--json $(RECEIPTS)/end_to_end-int8.json
