@@ -40,11 +40,14 @@ demo:
 	$(BIN)/hybrid-moe generate --model $(MODEL) --prompt "$(PROMPT)" --max-new-tokens 120 --temperature 0.7 --seed 2
 	@echo 'talk to it: $(BIN)/hybrid-moe chat --model $(MODEL) --temperature 0.7'
 
+# a process for each core: few tests have work for two
+PYTEST = $(BIN)/python -m pytest -n auto
+
 test: install-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: install-dev
-	HYBRID_MOE_TEST_FULL=1 $(BIN)/python -m pytest
+	HYBRID_MOE_TEST_FULL=1 $(PYTEST)
 
 # For hours, until something is wrong or Ctrl-C: both fuzzers of tests/fuzz in turn, with other inputs
 # each time unless SEED is given.
@@ -68,7 +71,7 @@ TIER_TESTS := $(addprefix tests/cpu_kernels/,dsl/test_tiers.py kernels/test_kern
 	tests/bench/test_steps.py tests/conformance tests/examples tests/streams/test_hand_over.py
 test-tiers: install-dev
 	for isa in $$($(BIN)/python -m tests.isa); do \
-		echo "tier $$isa"; $(BIN)/python -m pytest --isa $$isa $(TIER_TESTS) || exit 1; done
+		echo "tier $$isa"; $(PYTEST) --isa $$isa $(TIER_TESTS) || exit 1; done
 
 test-lowest:
 	PYTHON=$(PYTHON) .ci/lowest
