@@ -36,7 +36,7 @@ of DDR5-5600 and a peak of 1000 GMAC/s; all commands were also given
     {CPU}
 
 Memory is computed from the headers. Speeds with a GPU have one digit, since none has been measured;
-without one they have two: shares of the ceilings are those of whole models that were run.
+without one they have two: shares of the ceilings are those of a whole model that was run.
 [sglang.md](sglang.md#what-a-plan-consists-of) says where each line comes from.
 """
 
