@@ -70,6 +70,8 @@ def events(
     made: list[Event] = [_named("process_name", 0, f"hybrid_moe {os.getpid()}")]
     callers: dict[int, list[Event]] = {}
     for group in groups:
+        if not len(group.spans):
+            continue  # it had nothing to do: no rows
         row = _ROWS + _GROUP_ROWS * group.number
         of_group = f" of group {group.number}" if group.number else ""
         names = _names(group.spans, labels)

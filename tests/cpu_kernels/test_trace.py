@@ -18,7 +18,7 @@ from hybrid_moe.cpu_kernels.dense import DenseLayer
 from hybrid_moe.cpu_kernels.drivers import records, spans, worker
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.trace_file import BETWEEN
+from hybrid_moe.cpu_kernels.trace_file import BETWEEN, GroupSpans, events
 from hybrid_moe.formats.table import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch, random_matrix
 from tests.cpu_kernels.pool.test_phases import published
@@ -69,8 +69,8 @@ def traced(layers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
             thread.join()
     content = json.loads(path.read_text())
     assert content["otherData"] == {"spans that found no room": 0}
-    events: list[Event] = content["traceEvents"]
-    return events
+    found: list[Event] = content["traceEvents"]
+    return found
 
 
 def _rows(events: list[Event]) -> dict[str, list[Event]]:
@@ -141,6 +141,12 @@ def test_phases_cover_their_job(traced: list[Event]) -> None:
             job, phases = row[at], row[at + 1 : following]
             assert phases[0]["ts"] == pytest.approx(job["ts"], abs=TOUCHING)
             assert _end(phases[-1]) == pytest.approx(_end(job), abs=TOUCHING)
+
+
+def test_a_group_without_jobs_has_no_rows() -> None:
+    nothing = GroupSpans(3, np.zeros(0, records.Span.dtype))
+    (process,) = events([nothing], [], 0, 10**6)
+    assert process["name"] == "process_name"
 
 
 def test_a_caller_s_time_is_covered(traced: list[Event]) -> None:
