@@ -66,8 +66,7 @@ TIER_TESTS := $(addprefix tests/cpu_kernels/,dsl/test_tiers.py kernels/test_kern
 	$(addprefix tests/hybrid_moe/,test_wrapper_forward.py test_wrapper_kernels.py \
 	test_wrapper_plain.py integrations/test_transformers_experts.py runtime/test_export.py \
 	streams/test_staging_kernels.py) \
-	$(addprefix tests/hybrid_moe/integrations/,step/test_router.py step/test_rotary.py \
-	dense/test_hybrid_linear.py) \
+	$(addprefix tests/hybrid_moe/integrations/,step/test_router.py step/test_rotary.py) \
 	tests/bench/test_steps.py tests/conformance tests/examples tests/streams/test_hand_over.py
 test-tiers: install-dev
 	for isa in $$($(BIN)/python -m tests.isa); do \
