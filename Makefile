@@ -68,9 +68,10 @@ TIER_TESTS := $(addprefix tests/cpu_kernels/,dsl/test_tiers.py kernels/test_kern
 	streams/test_staging_kernels.py) \
 	$(addprefix tests/hybrid_moe/integrations/,step/test_router.py step/test_rotary.py) \
 	tests/bench/test_steps.py tests/conformance tests/examples tests/streams/test_hand_over.py
+# As many tiers at a time as there are cores: a process for each costs less than several for one.
 test-tiers: install-dev
-	for isa in $$($(BIN)/python -m tests.isa); do \
-		echo "tier $$isa"; $(PYTEST) --isa $$isa $(TIER_TESTS) || exit 1; done
+	$(BIN)/python -m tests.isa | xargs -n 1 -P $$(nproc) \
+		sh -c 'echo "tier $$0"; exec $(BIN)/python -m pytest --isa $$0 $(TIER_TESTS)'
 
 test-lowest:
 	PYTHON=$(PYTHON) .ci/lowest
