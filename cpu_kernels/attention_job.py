@@ -15,10 +15,7 @@ import numpy.typing as npt
 from hybrid_moe.cpu_kernels import trace
 from hybrid_moe.cpu_kernels.drivers import check_machine, records
 from hybrid_moe.cpu_kernels.drivers.records import ATTENTION_SPLIT
-from hybrid_moe.cpu_kernels.dsl.emit import build_module
-from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier
-from hybrid_moe.cpu_kernels.jit.compile import compile_functions
-from hybrid_moe.cpu_kernels.jit.sources import source_key
+from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
 from hybrid_moe.cpu_kernels.kernels.attention_kernels import (
     ATTEND_ARITY,
     DIMS,
@@ -28,6 +25,7 @@ from hybrid_moe.cpu_kernels.kernels.attention_kernels import (
     partial_bytes,
     scratch_bytes,
 )
+from hybrid_moe.cpu_kernels.kernels.library import compile_kernels
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
@@ -88,14 +86,7 @@ def split_count(keys: int, queries: int, window: int) -> int:
 def _kernels(tier: Tier) -> tuple[int, int]:
     """Addresses of `attend` and `merge`."""
     functions = [("attend", ATTEND_ARITY, attend(tier)), ("merge", MERGE_ARITY, merge)]
-    label = f"attention_{tier.name}"
-    at = compile_functions(
-        lambda: build_module(functions, tier, label),
-        tier.target,
-        ["attend", "merge"],
-        label,
-        sources=source_key(label) if tier is TIERS.get(tier.name) else None,
-    )
+    at = compile_kernels(functions, tier, f"attention_{tier.name}")
     return at["attend"], at["merge"]
 
 

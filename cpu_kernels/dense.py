@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -14,23 +13,13 @@ from hybrid_moe.cpu_kernels import trace
 from hybrid_moe.cpu_kernels.descriptor import describe_dense
 from hybrid_moe.cpu_kernels.drivers import check_machine, records
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
-from hybrid_moe.cpu_kernels.job import IDLE, Job, JobShape, Output, capacity_for
+from hybrid_moe.cpu_kernels.job import IDLE, Job, JobShape, Output, ReadyLayer, capacity_for
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
-from hybrid_moe.cpu_kernels.pool.group import PoolGroup, group_for
+from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.locks import ProcessLock
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """What a layer needs to run, and what jobs own, as `layer._Ready`."""
-
-    group: PoolGroup
-    descriptor: records.Layer
-    address: int
-    memory: tuple[object, ...]
 
 
 class DenseLayer:
@@ -75,7 +64,7 @@ class DenseLayer:
         self.name = name
         self.tier = isa if isinstance(isa, Tier) else choose_tier(isa)
         self._lock = ProcessLock()
-        self._state: _Ready | None = None
+        self._state: ReadyLayer | None = None
         self._closed = False
         self._shapes: dict[int, JobShape] = {}  # by capacity
 
@@ -140,7 +129,7 @@ class DenseLayer:
             sequence = group.submit(memory.address, owned)
         return Job((group, sequence, memory), output, tokens)
 
-    def _job_shape(self, ready: _Ready, tokens: int) -> JobShape:
+    def _job_shape(self, ready: ReadyLayer, tokens: int) -> JobShape:
         capacity = capacity_for(tokens)
         shape = self._shapes.get(capacity)
         if shape is None:
@@ -157,7 +146,7 @@ class DenseLayer:
             )
         return shape
 
-    def _ready(self) -> _Ready:
+    def _ready(self) -> ReadyLayer:
         """The threads and the descriptor; the first pass starts and builds them."""
         with self._lock:
             if self._closed:
@@ -174,7 +163,7 @@ class DenseLayer:
                 descriptor.label = trace.label(self.name)
                 kept = (shares, workers, ranges, [m.bias for m in self.matrices])
                 group = group_for(self.pool)
-                self._state = _Ready(group, descriptor, descriptor.address, kept)
+                self._state = ReadyLayer(group, descriptor, descriptor.address, kept)
             return self._state
 
     def _shares(self) -> npt.NDArray[Any]:

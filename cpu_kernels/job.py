@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from hybrid_moe.cpu_kernels import tuning
@@ -22,6 +23,17 @@ def capacity_for(tokens: int) -> int:
     """Tokens to size a job for: exact when small, else a power of two, so that jobs of similar
     batches share memory that is already mapped."""
     return tokens if tokens <= _EXACT_CAPACITY else 1 << (tokens - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class ReadyLayer:
+    """What a layer needs to run, and what jobs own: its threads, the compiled code's view of it
+    (at `address`), and whatever that points to (`memory`)."""
+
+    group: PoolGroup
+    descriptor: records.Layer
+    address: int
+    memory: tuple[object, ...]
 
 
 class JobShape(NamedTuple):

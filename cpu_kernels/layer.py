@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +11,18 @@ from hybrid_moe.cpu_kernels import trace
 from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.batch import Batch, check_arrays
 from hybrid_moe.cpu_kernels.descriptor import describe
-from hybrid_moe.cpu_kernels.drivers import check_machine, records
+from hybrid_moe.cpu_kernels.drivers import check_machine
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
 from hybrid_moe.cpu_kernels.experts import PackedExperts
-from hybrid_moe.cpu_kernels.job import IDLE, Job, JobMemory, JobShape, Output, capacity_for
+from hybrid_moe.cpu_kernels.job import (
+    IDLE,
+    Job,
+    JobMemory,
+    JobShape,
+    Output,
+    ReadyLayer,
+    capacity_for,
+)
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -24,17 +31,6 @@ from hybrid_moe.cpu_kernels.streams.graph_job import Counters, GraphJob, LiveMas
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.table import Array, WeightFormat
 from hybrid_moe.locks import ProcessLock
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """What a layer needs to run, and what jobs own: its threads, the compiled code's view of it
-    (at `address`), and whatever that points to (`memory`)."""
-
-    group: PoolGroup
-    descriptor: records.Layer
-    address: int
-    memory: tuple[object, ...]
 
 
 class ExpertLayer(PackedExperts):
@@ -77,7 +73,7 @@ class ExpertLayer(PackedExperts):
         self.name = name
         self._workers = np.array(pool.threads_per_pool, np.int64)
         self._parameters: npt.NDArray[np.float32] = np.array(self.activation.parameters, np.float32)
-        self._ready_state: _Ready | None = None
+        self._ready_state: ReadyLayer | None = None
         self._ready_lock = ProcessLock()  # a child closes what it inherits
         self._group: PoolGroup | None = None
         self._job_shapes: dict[tuple[int, int], JobShape] = {}  # by capacity and k
@@ -172,7 +168,7 @@ class ExpertLayer(PackedExperts):
         """Of a job of T tokens with k experts each."""
         return self._job_shape(self._ready(), tokens, top_k)
 
-    def _job_shape(self, ready: _Ready, tokens: int, top_k: int) -> JobShape:
+    def _job_shape(self, ready: ReadyLayer, tokens: int, top_k: int) -> JobShape:
         key = (capacity_for(tokens), top_k)
         shape = self._job_shapes.get(key)
         if shape is None:
@@ -189,7 +185,7 @@ class ExpertLayer(PackedExperts):
             )
         return shape
 
-    def _ready(self) -> _Ready:
+    def _ready(self) -> ReadyLayer:
         """The threads and the descriptor; the first pass starts and builds them."""
         self._check_open()
         if not self.loaded.any():
@@ -204,7 +200,7 @@ class ExpertLayer(PackedExperts):
                     kernels, self.num_experts, self.gate_up_layout, self.down_layout, tables
                 )
                 descriptor.label = trace.label(self.name)
-                self._ready_state = _Ready(
+                self._ready_state = ReadyLayer(
                     self._group,
                     descriptor,
                     descriptor.address,

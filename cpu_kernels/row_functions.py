@@ -11,10 +11,9 @@ import functools
 from collections.abc import Callable, Mapping
 
 from hybrid_moe.cpu_kernels.drivers import check_machine
-from hybrid_moe.cpu_kernels.dsl.emit import KernelBody, build_module
-from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier, choose_tier
-from hybrid_moe.cpu_kernels.jit.compile import compile_functions
-from hybrid_moe.cpu_kernels.jit.sources import source_key
+from hybrid_moe.cpu_kernels.dsl.emit import KernelBody
+from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
+from hybrid_moe.cpu_kernels.kernels.library import compile_kernels
 from hybrid_moe.cpu_kernels.kernels.rms_norm import STYLES, rms_norm
 from hybrid_moe.cpu_kernels.kernels.rotate import rotate
 from hybrid_moe.cpu_kernels.kernels.router_logits import router_logits
@@ -45,15 +44,7 @@ def row_functions(tier: Tier | None = None) -> Mapping[str, RowFunction]:
     tier = tier or choose_tier()
     symbols = {name: f"row_function{i}" for i, name in enumerate(_KERNELS)}
     functions = [(symbols[name], *kernel) for name, kernel in _KERNELS.items()]
-    label = f"row_functions_{tier.name}"
-    own = tier is TIERS.get(tier.name)  # else a name does not tell what it is
-    at = compile_functions(
-        lambda: build_module(functions, tier, label),
-        tier.target,
-        list(symbols.values()),
-        label,
-        sources=source_key(label) if own else None,
-    )
+    at = compile_kernels(functions, tier, f"row_functions_{tier.name}")
     void = ctypes.c_void_p  # takes any address or count
     return {
         name: ctypes.PYFUNCTYPE(None, *[void] * arity)(at[symbols[name]])

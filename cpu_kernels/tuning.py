@@ -164,9 +164,9 @@ PAUSES_PER_LOOK = 32
 SPIN_NS = 50_000
 """Of an idle worker: torch's own threads want the cores when we are idle."""
 AWAKE_SPIN_NS = 5_000_000
-"""Of an idle worker while a model generates, and torch has one thread: longer than what lies
-between two jobs, also of two tokens (some ms: sampling, the streamer). gpt-oss-20b, Zen 4: with
-50 us it falls asleep in most gaps of a decode step, which takes 109 to 122 ms then and 101 now."""
+"""Of an idle worker in a decode step, in which torch has one thread: longer than what lies between
+two jobs. gpt-oss-20b, Zen 4: with 50 us it falls asleep in most gaps of a decode step, which takes
+109 to 122 ms then and 101 now."""
 WAIT_SPIN_NS = 200_000
 """For a phase or a job: as long as the tasks of a decode step that are left."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody, build_module
@@ -137,20 +137,34 @@ def _tilings(kernels: FormatKernels, at: Mapping[str, int]) -> tuple[Tiling, Til
     return few, few, never
 
 
-@functools.lru_cache(maxsize=64)
-def kernel_set(format_name: str, tier: Tier) -> KernelSet:
-    """Compile (or fetch from the cache) and load the kernels of a format on a tier."""
-    kernels = FORMAT_KERNELS[format_name]
-    functions = functions_of(format_name, tier)
-    label = f"{format_name.lower()}_{tier.name}"
+def compile_kernels(
+    functions: Sequence[tuple[str, int, KernelBody]], tier: Tier, label: str
+) -> Mapping[str, int]:
+    """Compile kernels for a tier, or fetch them from the cache, and load them.
+
+    Args:
+        functions: (name, arity, body) of each.
+        label: tells which kernels these are and on which tier; with the sources it is their key.
+
+    Returns:
+        Their addresses by name.
+    """
     own = tier is TIERS.get(tier.name)  # else a name does not tell what it is
-    at = compile_functions(
+    return compile_functions(
         lambda: build_module(functions, tier, label),
         tier.target,
         [name for name, _, _ in functions],
         label,
         sources=source_key(label) if own else None,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def kernel_set(format_name: str, tier: Tier) -> KernelSet:
+    """Compile (or fetch from the cache) and load the kernels of a format on a tier."""
+    kernels = FORMAT_KERNELS[format_name]
+    label = f"{format_name.lower()}_{tier.name}"
+    at = compile_kernels(functions_of(format_name, tier), tier, label)
     direct, tiled, tiled_from = _tilings(kernels, at)
     return KernelSet(
         direct=direct,
