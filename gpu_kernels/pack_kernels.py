@@ -23,6 +23,7 @@ Ranks and sums are whole numbers and each is computed by one thread: results dep
 the ids, and no kernel needs an atomic operation.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,7 @@ def _kernels(config: PackConfig) -> dict[str, Any]:
                 arch.griddepcontrol_launch_dependents()
 
         @cute.jit
-        def permute(self, x: Pointer, xp: Pointer, piece: Int32, pieces: Int32):
+        def permute(self, x: Pointer, xp: Pointer, piece: Int32, pieces: Int32) -> None:
             """One piece of a group of activations. Its 16-byte loads and stores are whole sectors
             for pieces of 8; of 32, four of them together are."""
             size = cutlass.const_expr(len(self.config.order))
@@ -122,7 +123,9 @@ def _kernels(config: PackConfig) -> dict[str, Any]:
                 cute.autovec_copy(here, vector(xp + place, size))
 
         @cute.jit
-        def expert_of(self, ids: Pointer, slot_of: Pointer, pair: Int32, pairs: Int32, experts: Int32):
+        def expert_of(
+            self, ids: Pointer, slot_of: Pointer, pair: Int32, pairs: Int32, experts: Int32
+        ) -> Any:
             """(expert, slot) of a pair; (_NO_EXPERT, -1) if it is in no tile."""
             expert = Int32(_NO_EXPERT)
             slot = Int32(-1)
@@ -136,7 +139,7 @@ def _kernels(config: PackConfig) -> dict[str, Any]:
             return expert, slot
 
         @cute.jit
-        def rank_and_count(self, keys: cute.Tensor, key: Int32, thread: Int32, used: Int32):
+        def rank_and_count(self, keys: cute.Tensor, key: Int32, thread: Int32, used: Int32) -> Any:
             """How many of the first `used` keys (rounded up to whole steps) are `key`: before
             `thread`, and in all."""
             rank = Int32(0)
@@ -151,7 +154,7 @@ def _kernels(config: PackConfig) -> dict[str, Any]:
             return rank, count
 
         @cute.jit
-        def pad(self, tile_rows: Pointer, tile: Int32, used: Int32):
+        def pad(self, tile_rows: Pointer, tile: Int32, used: Int32) -> None:
             """-1 in the rows of a tile from `used` on."""
             rows = self.config.tile
             for row in cutlass.range(used, rows):
@@ -161,7 +164,7 @@ def _kernels(config: PackConfig) -> dict[str, Any]:
         @cute.kernel
         def kernel(self, x: Pointer, ids: Pointer, slot_of: Pointer, xp: Pointer, tile_slot: Pointer,
                    tile_rows: Pointer, num_tiles: Pointer, pieces: Int32, pairs: Int32,
-                   experts: Int32):  # fmt: skip
+                   experts: Int32) -> None:  # fmt: skip
             thread = arch.thread_idx()[0]
             block = arch.block_idx()[0]
             tile = self.config.tile
@@ -205,14 +208,14 @@ def _kernels(config: PackConfig) -> dict[str, Any]:
         @cute.jit
         def __call__(self, x: Pointer, ids: Pointer, slot_of: Pointer, xp: Pointer, tile_slot: Pointer,
                      tile_rows: Pointer, num_tiles: Pointer, pieces: Int32, pairs: Int32,
-                     experts: Int32, stream):  # fmt: skip
+                     experts: Int32, stream: Any) -> None:  # fmt: skip
             self.kernel(x, ids, slot_of, xp, tile_slot, tile_rows, num_tiles, pieces, pairs,
                         experts).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)  # fmt: skip
 
     class PackCount(PackKernel):
         @cute.kernel
         def kernel(self, x: Pointer, ids: Pointer, slot_of: Pointer, xp: Pointer, keys: Pointer,
-                   counts: Pointer, chunks: Int32, pieces: Int32, pairs: Int32, experts: Int32):  # fmt: skip
+                   counts: Pointer, chunks: Int32, pieces: Int32, pairs: Int32, experts: Int32) -> None:  # fmt: skip
             thread = arch.thread_idx()[0]
             block = arch.block_idx()[0]
             chunk_keys = shared(THREADS)
@@ -237,13 +240,13 @@ def _kernels(config: PackConfig) -> dict[str, Any]:
         @cute.jit
         def __call__(self, x: Pointer, ids: Pointer, slot_of: Pointer, xp: Pointer, keys: Pointer,
                      counts: Pointer, chunks: Int32, pieces: Int32, pairs: Int32, experts: Int32,
-                     stream):  # fmt: skip
+                     stream: Any) -> None:  # fmt: skip
             self.kernel(x, ids, slot_of, xp, keys, counts, chunks, pieces, pairs, experts).launch(
                 grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)  # fmt: skip
 
     class PackScan(PackKernel):
         @cute.kernel
-        def kernel(self, counts: Pointer, totals: Pointer, chunks: Int32, experts: Int32):
+        def kernel(self, counts: Pointer, totals: Pointer, chunks: Int32, experts: Int32) -> None:
             thread = arch.thread_idx()[0]
             lane = thread % SCAN_EXPERTS
             part = thread // SCAN_EXPERTS
@@ -272,7 +275,8 @@ def _kernels(config: PackConfig) -> dict[str, Any]:
                     at(totals, expert)[0] = before
 
         @cute.jit
-        def __call__(self, counts: Pointer, totals: Pointer, chunks: Int32, experts: Int32, stream):
+        def __call__(self, counts: Pointer, totals: Pointer, chunks: Int32, experts: Int32,
+                     stream: Any) -> None:  # fmt: skip
             self.kernel(counts, totals, chunks, experts).launch(
                 grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)  # fmt: skip
 
@@ -280,7 +284,7 @@ def _kernels(config: PackConfig) -> dict[str, Any]:
         @cute.kernel
         def kernel(self, slot_of: Pointer, keys: Pointer, counts: Pointer, totals: Pointer,
                    tile_slot: Pointer, tile_rows: Pointer, num_tiles: Pointer, pairs: Int32,
-                   experts: Int32):  # fmt: skip
+                   experts: Int32) -> None:  # fmt: skip
             thread = arch.thread_idx()[0]
             block = arch.block_idx()[0]
             lane = thread % 32
@@ -340,7 +344,7 @@ def _kernels(config: PackConfig) -> dict[str, Any]:
         @cute.jit
         def __call__(self, slot_of: Pointer, keys: Pointer, counts: Pointer, totals: Pointer,
                      tile_slot: Pointer, tile_rows: Pointer, num_tiles: Pointer, pairs: Int32,
-                     experts: Int32, stream):  # fmt: skip
+                     experts: Int32, stream: Any) -> None:  # fmt: skip
             self.kernel(slot_of, keys, counts, totals, tile_slot, tile_rows, num_tiles, pairs,
                         experts).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)  # fmt: skip
 
@@ -377,8 +381,9 @@ def _activations(config: PackConfig) -> tuple[Argument, ...]:
     return Argument("x", "bf16", 16), ids, *_words("slot_of"), Argument("xp", "bf16", 16)
 
 
-def few_definition(config: PackConfig) -> KernelDefinition:
-    """`pack_few`, grid 1 + ceil(pieces / 256): pairs up to 256."""
+@functools.lru_cache(maxsize=64)
+def pack_few(config: PackConfig) -> KernelDefinition:
+    """Grid 1 + ceil(pieces / 256); pairs up to 256."""
     arguments = (
         *_activations(config),
         *_words("tile_slot", "tile_rows", "num_tiles"),
@@ -387,8 +392,9 @@ def few_definition(config: PackConfig) -> KernelDefinition:
     return KernelDefinition("pack_few", config, _few, arguments, THREADS, 8 * THREADS)
 
 
-def count_definition(config: PackConfig) -> KernelDefinition:
-    """`pack_count`, grid chunks + ceil(pieces / 256)."""
+@functools.lru_cache(maxsize=64)
+def pack_count(config: PackConfig) -> KernelDefinition:
+    """Grid chunks + ceil(pieces / 256)."""
     arguments = (
         *_activations(config),
         *_words("keys", "counts"),
@@ -397,14 +403,16 @@ def count_definition(config: PackConfig) -> KernelDefinition:
     return KernelDefinition("pack_count", config, _count, arguments, THREADS, 4 * THREADS)
 
 
-def scan_definition(config: PackConfig) -> KernelDefinition:
-    """`pack_scan`, grid ceil(experts / 32)."""
+@functools.lru_cache(maxsize=64)
+def pack_scan(config: PackConfig) -> KernelDefinition:
+    """Grid ceil(experts / 32)."""
     arguments = (*_words("counts", "totals"), *_numbers("chunks", "experts"))
     return KernelDefinition("pack_scan", config, _scan, arguments, THREADS, 4 * THREADS)
 
 
-def scatter_definition(config: PackConfig) -> KernelDefinition:
-    """`pack_scatter`, grid chunks."""
+@functools.lru_cache(maxsize=64)
+def pack_scatter(config: PackConfig) -> KernelDefinition:
+    """Grid chunks."""
     arguments = (
         *_words("slot_of", "keys", "counts", "totals", "tile_slot", "tile_rows", "num_tiles"),
         *_numbers("pairs", "experts"),
