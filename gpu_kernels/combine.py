@@ -6,8 +6,8 @@ All in float32 and unfused, as on the CPU (docs/numerics.md): the sum starts at 
 rounded before it is added, and the CPU's part comes last. The only other rounding is the output's.
 
 A block has one token and 512 of its columns. The lanes of its first warp hold the token's pairs and
-rank them by comparing all with all (k <= 16). Then every thread loads four columns of all hot rows
-at once, 16 bytes each, so that it waits for memory once and not k times, and adds them in order.
+rank them by comparing all with all (k <= 16). Then every thread loads four columns of all hot rows,
+16 bytes each, none waiting for another, and adds them in order.
 """
 
 # No `from __future__ import annotations`: the DSL reads annotations as objects.
@@ -22,6 +22,8 @@ from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition, Launch
 from hybrid_moe.gpu_kernels.expert_tiles import check_tensor
 from hybrid_moe.gpu_kernels.pack_tokens import check_routing
+from hybrid_moe.gpu_kernels.pointers import at, vector
+from hybrid_moe.gpu_kernels.toolchain import has_pdl, launch
 
 Tensor = torch.Tensor
 
@@ -56,12 +58,6 @@ def _kernel(config: CombineConfig) -> Any:
 
     Pointer = cute.Pointer
 
-    def vector(pointer: Any, size: int) -> Any:
-        return cute.make_tensor(pointer, cute.make_layout(size))
-
-    def at(pointer: Any, index: Any) -> Any:
-        return cute.make_tensor(pointer + index, cute.make_layout(1))
-
     def rounded_product(a: Any, b: Any) -> Any:
         # Written as `a * b` it would become a fused multiply-add.
         return arch.inline_ptx(
@@ -73,11 +69,19 @@ def _kernel(config: CombineConfig) -> Any:
             self.config = config
 
         @cute.jit
-        def order(self, ids: Pointer, weights: Pointer, slot_of: Pointer, token: Int32,
-                  experts: Int32, order: cute.Tensor, factors: cute.Tensor) -> None:  # fmt: skip
-            """One warp: the token's hot pairs in the order of the sum, and their weights; order[k] is
-            how many. Behind them stands the first one again: its row is read in vain, but from the
-            cache, where a pair that is not hot has no row."""
+        def order(
+            self,
+            ids: Pointer,
+            weights: Pointer,
+            slot_of: Pointer,
+            token: Int32,
+            experts: Int32,
+            order: cute.Tensor,
+            factors: cute.Tensor,
+        ) -> None:
+            """One warp: the token's hot pairs in the order of the sum, and their weights; order[k]
+            is how many. Behind them stands the first one again: its row is read in vain, but from
+            the cache, and a pair that is not hot has no row."""
             lane = arch.thread_idx()[0]
             k = self.config.k
             key = Int32(2**31 - 1)
@@ -107,8 +111,17 @@ def _kernel(config: CombineConfig) -> Any:
                 order[k] = hot
 
         @cute.kernel
-        def kernel(self, y: Pointer, ids: Pointer, weights: Pointer, slot_of: Pointer, cold: Pointer,
-                   out: Pointer, H: Int32, experts: Int32) -> None:  # fmt: skip
+        def kernel(
+            self,
+            y: Pointer,
+            ids: Pointer,
+            weights: Pointer,
+            slot_of: Pointer,
+            cold: Pointer,
+            out: Pointer,
+            H: Int32,
+            experts: Int32,
+        ) -> None:
             thread = arch.thread_idx()[0]
             token, part, _ = arch.block_idx()
             k = self.config.k
@@ -149,10 +162,21 @@ def _kernel(config: CombineConfig) -> Any:
                 cute.autovec_copy(rounded, vector(out + row * COLUMNS, COLUMNS))
 
         @cute.jit
-        def __call__(self, y: Pointer, ids: Pointer, weights: Pointer, slot_of: Pointer,
-                     cold: Pointer, out: Pointer, H: Int32, experts: Int32, stream: Any) -> None:  # fmt: skip
+        def __call__(
+            self,
+            y: Pointer,
+            ids: Pointer,
+            weights: Pointer,
+            slot_of: Pointer,
+            cold: Pointer,
+            out: Pointer,
+            H: Int32,
+            experts: Int32,
+            stream: Any,
+        ) -> None:
             self.kernel(y, ids, weights, slot_of, cold, out, H, experts).launch(
-                grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)  # fmt: skip
+                grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
+            )
 
     return Combine(config)
 

@@ -26,17 +26,10 @@ from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.gpu_kernels.definition import Launch
 from hybrid_moe.gpu_kernels.expert_tiles import TILE_STEP, check_tensor
 from hybrid_moe.gpu_kernels.fragments import permute
-from hybrid_moe.gpu_kernels.pack_kernels import (
-    MOST_EXPERTS,
-    SCAN_EXPERTS,
-    THREADS,
-    PackConfig,
-    pack_count,
-    pack_few,
-    pack_scan,
-    pack_scatter,
-    piece_order,
-)
+from hybrid_moe.gpu_kernels.pack_few import pack_few
+from hybrid_moe.gpu_kernels.pack_many import SCAN_EXPERTS, pack_count, pack_scan, pack_scatter
+from hybrid_moe.gpu_kernels.pack_parts import MOST_EXPERTS, THREADS, PackConfig, piece_order
+from hybrid_moe.gpu_kernels.toolchain import has_pdl, launch
 
 Tensor = torch.Tensor
 
@@ -171,7 +164,9 @@ def pack_launches(
             (x, ids, slot_of, xp, keys, counts, chunks, pieces, pairs, experts),
             (chunks + permuting,),
         ),
-        Launch(pack_scan(config), (counts, totals, chunks, experts), (-(-experts // SCAN_EXPERTS),)),
+        Launch(
+            pack_scan(config), (counts, totals, chunks, experts), (-(-experts // SCAN_EXPERTS),)
+        ),
         Launch(
             pack_scatter(config),
             (slot_of, keys, counts, totals, tile_slot, tile_rows, num_tiles, pairs, experts),
