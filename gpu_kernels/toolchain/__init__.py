@@ -5,7 +5,7 @@ Nothing here imports CuTe DSL in this process, or CUDA before the first launch.
 
 from hybrid_moe.gpu_kernels.toolchain.binaries import KernelBinary, compiled, warm
 from hybrid_moe.gpu_kernels.toolchain.compile_process import CompileError
-from hybrid_moe.gpu_kernels.toolchain.launching import launch, prepare
+from hybrid_moe.gpu_kernels.toolchain.launching import has_pdl, launch, prepare
 from hybrid_moe.gpu_kernels.toolchain.usable import Availability, availability
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "KernelBinary",
     "availability",
     "compiled",
+    "has_pdl",
     "launch",
     "prepare",
     "warm",

@@ -256,6 +256,12 @@ def device_architecture(device: int) -> str:
     return arch
 
 
+@functools.lru_cache(maxsize=64)
+def has_pdl(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one in front has ended: sm_90 and later."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _raw_stream() -> Callable[[int], int]:
     """torch's own shortcut where it has it: a Stream object takes ten times as long."""
     raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
