@@ -108,7 +108,7 @@ def _kernel(config: ActQuantConfig) -> Any:
 
     class ActQuant:
         @cute.kernel
-        def kernel(self, x: cute.Pointer, y: cute.Pointer, s: cute.Pointer, tokens: Int32):  # type: ignore[no-untyped-def]
+        def kernel(self, x: cute.Pointer, y: cute.Pointer, s: cute.Pointer, tokens: Int32) -> None:
             thread = cute.arch.thread_idx()[0]
             lane = thread % 16
             job = Int64(cute.arch.block_idx()[0]) * (2 * config.warps) + thread // 16
@@ -149,8 +149,8 @@ def _kernel(config: ActQuantConfig) -> Any:
 
         @cute.jit
         def __call__(
-            self, x: cute.Pointer, y: cute.Pointer, s: cute.Pointer, tokens: Int32, stream
-        ):  # type: ignore[no-untyped-def]
+            self, x: cute.Pointer, y: cute.Pointer, s: cute.Pointer, tokens: Int32, stream: Any
+        ) -> None:
             self.kernel(x, y, s, tokens).launch(
                 grid=[1, 1, 1], block=[32 * config.warps, 1, 1], stream=stream
             )
@@ -173,8 +173,8 @@ def act_quant_ref(x: Tensor, scale_fmt: str | None = None) -> tuple[Tensor, Tens
 
 def _blocks(x: Tensor) -> Tensor:
     """[..., ceil(H / 128), 128], zeros behind the last."""
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % BLOCK))
-    return padded.unflatten(-1, (-1, BLOCK))
+    padded: Tensor = torch.nn.functional.pad(x, (0, -x.shape[-1] % BLOCK))
+    return padded.view(*x.shape[:-1], -1, BLOCK)
 
 
 def act_quant(x: Tensor, scale_fmt: str | None = None) -> tuple[Tensor, Tensor]:

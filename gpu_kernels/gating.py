@@ -51,8 +51,8 @@ SCORINGS = {
     "deepseek_v4": Scoring("sqrtsoftplus", by_score=True, rounding="steps", epsilon=1e-20),
     "switch": Scoring("softmax", by_score=True, rounding="steps"),
 }
-"""Named after the family that has it first. `switch` chooses by probabilities that have been rounded
-to the model's dtype, as torch.argmax there does, so that near ties go to the lower id."""
+"""Named after the family that has it first. `switch` chooses by probabilities that are rounded to
+the model's dtype, as its argmax does, so that near ties go to the lower id."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Gating:
         top_k: experts of a token.
         renormalise: the weights of a token sum to `scaling`.
         scaling: factor of the weights.
-        groups: the experts are that many groups of neighbours; a group's score is the sum of its two
-            largest values. 1 for no groups.
+        groups: the experts are that many groups of neighbours, each with the sum of its two largest
+            values as its score. 1 for no groups.
         kept_groups: of the groups with the largest scores; experts of others are not chosen.
     """
 

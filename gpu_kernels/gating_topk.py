@@ -183,7 +183,7 @@ def _kernel(config: GatingConfig) -> Any:
             ids: cute.Pointer,
             weights: cute.Pointer,
             tokens: Int32,
-        ):  # type: ignore[no-untyped-def]
+        ) -> None:
             thread = cute.arch.thread_idx()[0]
             lane = thread % 32
             token = cute.arch.block_idx()[0] * config.warps + thread // 32
@@ -276,8 +276,8 @@ def _kernel(config: GatingConfig) -> Any:
             ids: cute.Pointer,
             weights: cute.Pointer,
             tokens: Int32,
-            stream,
-        ):  # type: ignore[no-untyped-def]
+            stream: Any,
+        ) -> None:
             self.kernel(logits, bias, ids, weights, tokens).launch(
                 grid=[1, 1, 1], block=[32 * config.warps, 1, 1], stream=stream
             )
@@ -344,8 +344,8 @@ def gating_topk(
         gating: what becomes of them.
         bias: float32 or bf16 [E], added to the scores for the choice alone; only with scorings that
             choose by score.
-        dtype: the model's, float32 or bf16, to which values are rounded as `SCORINGS` says; None for
-            that of the logits.
+        dtype: the model's, float32 or bf16, to which values are rounded as `SCORINGS` says; None
+            for that of the logits.
 
     Returns:
         ids: int32 [T, k], the best first.

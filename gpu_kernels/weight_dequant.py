@@ -85,7 +85,7 @@ def _kernel(config: WeightDequantConfig) -> Any:
 
     class WeightDequant:
         @cute.kernel
-        def kernel(self, x: cute.Pointer, s: cute.Pointer, y: cute.Pointer, rows: Int32):  # type: ignore[no-untyped-def]
+        def kernel(self, x: cute.Pointer, s: cute.Pointer, y: cute.Pointer, rows: Int32) -> None:
             block = Int64(cute.arch.block_idx()[0])
             at = (block * THREADS + cute.arch.thread_idx()[0]) * each
             row, column = at // N, at % N
@@ -102,7 +102,9 @@ def _kernel(config: WeightDequantConfig) -> Any:
                 cute.autovec_copy(values, cute.make_tensor(y + at, cute.make_layout(each)))
 
         @cute.jit
-        def __call__(self, x: cute.Pointer, s: cute.Pointer, y: cute.Pointer, rows: Int32, stream):  # type: ignore[no-untyped-def]
+        def __call__(
+            self, x: cute.Pointer, s: cute.Pointer, y: cute.Pointer, rows: Int32, stream: Any
+        ) -> None:
             self.kernel(x, s, y, rows).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
     return WeightDequant()
