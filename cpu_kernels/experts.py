@@ -13,7 +13,7 @@ from hybrid_moe.cpu_kernels.drivers.records import Expert
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows, publish_address
-from hybrid_moe.cpu_kernels.strips.unpack import RunAll, unpack_gate_up, unpack_rows
+from hybrid_moe.cpu_kernels.strips.unpack import RunAll, unpack_expert
 from hybrid_moe.formats.shares import ShareLayout, even_shares
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.formats.table import Array, WeightFormat
@@ -215,28 +215,11 @@ class PackedExperts:
         """
         self.check_readable(expert)
         shares = [memory for _, memory in self._ranges(expert, self._arenas)]
-        strips = [
-            (share[: layout.down_offset], share[layout.down_offset : layout.strip_bytes])
-            for layout, share in zip(self._layouts, shares, strict=True)
-        ]
-        gate_up, down = (
-            (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(-1, layout.nbytes)
-            for parts, layout in zip(
-                zip(*strips, strict=True), (self.gate_up_layout, self.down_layout), strict=True
-            )
+        record = self._table[expert, 0]
+        biased = [name for name in self._layouts[0].bias_rows if self._has_bias(record, name)]
+        return unpack_expert(
+            self._layouts, shares, self.fmt, self.hidden, self.intermediate, biased, run_all
         )
-        fmt = self.fmt
-        gate, up = unpack_gate_up(gate_up, self.gate_up_layout, fmt, self.intermediate, run_all)
-        matrices = {"gate": gate, "up": up}
-        matrices["down"] = unpack_rows(down, self.down_layout, fmt, self.hidden, run_all)
-        for name, matrix in matrices.items():
-            if self._has_bias(self._table[expert, 0], name):
-                parts = [
-                    layout.bias(share, name)
-                    for layout, share in zip(self._layouts, shares, strict=True)
-                ]
-                matrices[name] = replace(matrix, bias=np.concatenate(parts)[: len(matrix.codes)])
-        return ExpertTensors(**matrices)
 
     @property
     def loaded(self) -> npt.NDArray[np.bool_]:
