@@ -61,16 +61,16 @@ from hybrid_moe.cpu_kernels.drivers.worker import (
 )
 from hybrid_moe.cpu_kernels.jit.record import Word, i32
 
-_NAN_PAIR = 0x7FC07FC0  # two bf16
+_NAN_WORD = 0x7FC07FC0  # two bf16, or a float32
 
 
 @driver
 def fill_nan(graph_job: GraphJob) -> None:
     """Make the output of a run that failed NaN, so that nobody takes it for a result."""
     job = graph_job.job
-    pairs = i32.at(load_acquire(job.out))
-    for i in range(job.tokens * graph_job.hidden // 2):
-        pairs[i] = _NAN_PAIR
+    words = i32.at(load_acquire(job.out))
+    for i in range(job.tokens * graph_job.hidden * job.out_size // 4):
+        words[i] = _NAN_WORD
 
 
 @driver

@@ -118,6 +118,7 @@ class Layer(Record):
     add = i64
     clear = i64
     finish = i64
+    finish_float = i64
     deliver = i64
     enter = i64  # what a thread calls before its first and
     leave = i64  # after its last task of a job, or 0
@@ -186,7 +187,8 @@ class Job(Record):
     ids = array(i64)  # [T][k]
     weights = array(f32)  # [T][k]
     skip = array(u8)  # [E] or 0: experts that contribute nothing here
-    out = shared  # address of bf16 [T][hidden]; elsewhere once the job is given up
+    out = shared  # address of the output [T][hidden]; elsewhere once the job is given up
+    out_size = i64  # bytes of a value of it: 2 for bf16, 4 for float32
     out_tokens = i64  # of a dense layer: the output is [matrix][out_tokens][rows], and the job's
     out_first = i64  # first token is this one of it
     pools = i64

@@ -204,7 +204,7 @@ def append_expert_phases(entry: Entry) -> None:
     layer = job.layer
     active, pairs, workers = job.active, job.pairs, layer.workers
     if active == 0:
-        units = ceil_div(2 * job.tokens * layer.hidden, SUMS_BYTES)
+        units = ceil_div(job.out_size * job.tokens * layer.hidden, SUMS_BYTES)
         # a task even where there are no tokens: the last one to end is what completes a job
         tasks = max(1, min(units, workers[0]))
         add_tasks(entry, append_phase(entry, ZERO), 0, units, tasks, 0)
