@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt hybrid_moe/__init__.py | $(VE
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e ".[transformers,dev]"
+	$(PIP) install -q -c constraints.txt -e ".[transformers,dev,gpu]"
 	touch $@
 
 demo:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from problem import SHAPES, SOURCES, Batch, Calls, Codes, Shape, random_experts
 
-from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import format_named
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 

@@ -13,8 +13,8 @@ from hybrid_moe.cpu_kernels.drivers.records import Expert
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows, publish_address
-from hybrid_moe.cpu_kernels.strips.share import ShareLayout, even_shares
 from hybrid_moe.cpu_kernels.strips.unpack import RunAll, unpack_gate_up, unpack_rows
+from hybrid_moe.formats.shares import ShareLayout, even_shares
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.formats.table import Array, WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors, check_matrix

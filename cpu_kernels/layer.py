@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels import trace
-from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.batch import Batch, check_arrays
 from hybrid_moe.cpu_kernels.descriptor import describe
 from hybrid_moe.cpu_kernels.drivers import check_machine
@@ -29,6 +28,7 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, group_for
 from hybrid_moe.cpu_kernels.streams.graph_job import Counters, GraphJob, LiveMask, Report
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
+from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import Array, WeightFormat
 from hybrid_moe.locks import ProcessLock
 

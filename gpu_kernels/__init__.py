@@ -1,1 +1,1 @@
-"""Kernels of the experts on a GPU: none yet."""
+"""The experts on a GPU: kernels in CuTe DSL over the CPU's own strips, and their references."""

@@ -14,8 +14,8 @@ import os
 
 import torch
 
-from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import chosen_format
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
 from hybrid_moe.runtime import arguments, checkpoint_cache, construction_order, filling, torch_op

@@ -44,7 +44,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("cpu_kernels.trace",),
     ("cpu_kernels.memory", "cpu_kernels.kernels", "cpu_kernels.trace_file"),
     ("cpu_kernels.drivers", "cpu_kernels.dsl"),
-    ("cpu_kernels.jit", "cpu_kernels.tuning", "cpu_kernels.activation"),
+    ("cpu_kernels.jit", "cpu_kernels.tuning"),
     ("formats",),
     ("parallel", "sysfiles"),
     ("imported", "locks", "logs", "text"),

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import BF16, INT8, MXFP4, WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from tests.reference import FIXED_POINT_ERROR, Evaluation, evaluate

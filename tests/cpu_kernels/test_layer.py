@@ -9,10 +9,10 @@ import math
 import numpy as np
 import pytest
 
-from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat
 from hybrid_moe.formats.tensors import CheckpointError
 from tests.cpu_kernels.cases import (

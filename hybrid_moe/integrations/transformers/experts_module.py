@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn.utils import parametrize
 
-from hybrid_moe.cpu_kernels.activation import Activation
+from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import BF16, MXFP4, Array, WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from hybrid_moe.integrations.transformers.proof import recognise_activation

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from hybrid_moe.cpu_kernels.activation import Activation
+from hybrid_moe.formats.activation import Activation
 
 
 def recognise_activation(

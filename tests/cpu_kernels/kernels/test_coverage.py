@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import FORMATS, WeightFormat
 from tests.cpu_kernels.cases import Array, Case, from_bf16, has_portable_bits, random_batch
 from tests.cpu_kernels.emulation import RUNNABLE

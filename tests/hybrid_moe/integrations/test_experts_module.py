@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_moe.cpu_kernels.activation import Activation
+from hybrid_moe.formats.activation import Activation
 from hybrid_moe.integrations.transformers.experts_module import experts_spec
 from hybrid_moe.integrations.transformers.proof import recognise_activation
 from tests.hybrid_moe.tiny_models import FAMILIES, build

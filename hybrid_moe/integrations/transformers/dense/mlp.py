@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from hybrid_moe.cpu_kernels.activation import Activation
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from hybrid_moe.cpu_kernels.activation import Activation
+from hybrid_moe.formats.activation import Activation
 from hybrid_moe.integrations.transformers.dense.choose import Choice, choose
 from hybrid_moe.integrations.transformers.experts_module import (
     ExpertsSpec,

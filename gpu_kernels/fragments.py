@@ -1,0 +1,112 @@
+"""How a strip is an operand of tensor cores, as it lies in memory.
+
+`mma.m16n8k16` multiplies A [16 rows, 16 k] by B [16 k, 8 columns]. PTX gives lane l of a warp, with
+t = l // 4 and q = l % 4, these elements:
+
+    A: rows t, t + 8         x k 2q, 2q + 1, 2q + 8, 2q + 9
+    B: the same k            x column t
+    C: rows t, t + 8         x columns 2q, 2q + 1
+
+Rows and k may be permuted at will as long as A, B and C agree. Here weights are A and tokens are
+the columns of B. A strip has 64 rows, in halves of 32; the 32-bit words of a group of 32 inputs lie
+[word][row]. In load j, a lane reads 16 aligned bytes, word 4j + q of rows 4t .. 4t + 3 of a half,
+and a warp 512 distinct bytes in whole sectors. Its four rows are two tiles of 16 rows:
+
+    tile i of a half: A rows t, t + 8 = rows 4t + 2i, 4t + 2i + 1 of the half
+
+so a lane's four C rows are its four A rows, and a factor of a row needs no shuffle. In a gate/up
+strip half 0 is gate and half 1 up of the same columns, in the same lane.
+
+A lane holds eight codes of a row and group, whatever their width; two k-steps of 16 take four each.
+`k_order` says which inputs they are. Activations are stored in that order once per token, which
+makes the B fragments of a lane for a group 16 bytes in one place, for every format.
+
+Source: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid_moe.formats.strips import GROUP, PANEL_ROWS, STRIP_ROWS
+from hybrid_moe.formats.table import WeightFormat
+
+LANES = 32
+QUADS = 4
+"""Lanes that share rows; each takes its own words."""
+HALF_ROWS = STRIP_ROWS // 2
+TILE_ROWS = PANEL_ROWS
+"""Rows of an mma."""
+STEP = 16
+"""k of an mma."""
+LOAD_BYTES = 16
+"""Of a lane: one word of four rows."""
+
+CODE_ORDER = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 1, 2, 3), 16: (0, 1)}
+"""Bits of a code -> the order in which a word's codes come out of it. Nibbles n and n + 4 lie 16
+bits apart: one AND leaves them in the halves of a register, as a pair of bf16 has to be."""
+
+T = TypeVar("T")
+
+
+def lane_rows(lane: int, half: int, tile: int) -> tuple[int, int]:
+    """The rows of a strip that a lane holds in rows t and t + 8 of A and C."""
+    first = HALF_ROWS * half + 4 * (lane // QUADS) + 2 * tile
+    return first, first + 1
+
+
+def load_offset(lane: int, half: int, load: int) -> int:
+    """Bytes from a group's start to what a lane reads: word 4 `load` + q of rows 4t .. 4t + 3."""
+    t, q = divmod(lane, QUADS)
+    return 4 * (STRIP_ROWS * (QUADS * load + q) + HALF_ROWS * half + 4 * t)
+
+
+def loads_per_group(fmt: WeightFormat) -> int:
+    """Loads of a lane for one half and group: 1 for 4-bit codes, 2 for 8, 4 for 16."""
+    return GROUP * fmt.bits // (32 * QUADS)
+
+
+@functools.lru_cache(maxsize=64)
+def _k_order(bits: int) -> npt.NDArray[np.int64]:
+    per_word = 32 // bits
+    order = [
+        per_word * (QUADS * load + q) + n
+        for q in range(QUADS)
+        for load in range(GROUP // (QUADS * per_word))
+        for n in CODE_ORDER[bits]
+    ]
+    found = np.array(order, np.int64)
+    found.setflags(write=False)
+    return found
+
+
+def k_order(fmt: WeightFormat) -> npt.NDArray[np.int64]:
+    """int64 [32], a permutation: place 8q + 4s + i of a group of activations holds its input
+    k_order[8q + 4s + i], which lane q meets in column i of its fragment in k-step s."""
+    return _k_order(fmt.bits)
+
+
+@functools.lru_cache(maxsize=64)
+def inverse_k_order(bits: int) -> npt.NDArray[np.int64]:
+    """The place of each of a group's 32 inputs in the order of a format with codes of `bits`."""
+    return np.argsort(_k_order(bits))
+
+
+def permute(x: Any, fmt: WeightFormat) -> Any:
+    """Activations in `k_order`: a NumPy array or torch tensor [..., K], K a multiple of 32 -> a new
+    one of its kind and shape."""
+    return _take(x, k_order(fmt))
+
+
+def unpermute(x: Any, fmt: WeightFormat) -> Any:
+    """The inverse of `permute`."""
+    return _take(x, inverse_k_order(fmt.bits))
+
+
+def _take(x: Any, order: npt.NDArray[np.int64]) -> Any:
+    grouped = x.reshape(*x.shape[:-1], -1, GROUP)
+    return grouped[..., order.tolist()].reshape(x.shape)
