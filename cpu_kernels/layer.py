@@ -78,6 +78,8 @@ class ExpertLayer(PackedExperts):
         self._group: PoolGroup | None = None
         self._job_shapes: dict[tuple[int, int, int], JobShape] = {}  # by capacity, k, out_size
         self._counters = Counters()
+        self._hot_pairs = self._cold_pairs = 0  # of passes that are no graph jobs
+        self._latest = 0  # number of the newest of these
         self._live_masks: dict[int, LiveMask] = {}
 
     def forward(
@@ -166,7 +168,23 @@ class ExpertLayer(PackedExperts):
             if sequence <= 0:
                 IDLE.give_back(memory)
                 return Job(None, output, tokens, ignored, -sequence)
+            hot, cold = memory.routed
+            self._hot_pairs += hot
+            self._cold_pairs += cold
+        self._latest = sequence
         return Job((group, sequence, memory), output, tokens, ignored)
+
+    def wait_all(self) -> None:
+        """Return when every pass that `start` has started is over; the calling thread works."""
+        if self._latest and (ready := self._ready_state) is not None:
+            ready.group.wait(self._latest)
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """(Token, expert) pairs of all passes so far: of experts that the mask put on the GPU, and
+        of experts that were computed here."""
+        hot, cold = self._counters.pairs
+        return self._hot_pairs + hot, self._cold_pairs + cold
 
     def job_shape(self, tokens: int, top_k: int, out_size: int = 2) -> JobShape:
         """Of a job of T tokens with k experts each, and with an output of values of so many bytes,
@@ -194,7 +212,7 @@ class ExpertLayer(PackedExperts):
     def _ready(self) -> ReadyLayer:
         """The threads and the descriptor; the first pass starts and builds them."""
         self._check_open()
-        if not self.loaded.any():
+        if not self._has_loaded:
             raise RuntimeError("no expert of this layer has been loaded")
         self._check_process()
         with self._ready_lock:

@@ -47,6 +47,9 @@ ATTENTION_SPLIT = 256
 scores and weights of eight rows are 12 KB, and the partials that a split leaves are 1/27 of what it
 reads (keys and values of 64 dimensions)."""
 
+COMPUTED_HERE, ON_GPU, ELSEWHERE = range(3)
+"""What a mask says of an expert."""
+
 IDS_PASS, IDS_COUNT, IDS_FAULT = range(3)
 """What ids out of range mean: nothing, are counted, are a fault as well."""
 
@@ -89,6 +92,17 @@ class Expert(Record):
     gate_bias = i64
     up_bias = i64
     down_bias = i64
+
+
+class Move(Record):
+    """An expert's new entries in a layer's table and mask."""
+
+    shares = array(inline(Expert))  # [pools], in the table
+    entries = array(inline(Expert))  # [pools], what these become
+    pools = i64
+    mask = array(u8)  # its byte
+    state = i64  # COMPUTED_HERE, ...
+    applied = shared
 
 
 class MatrixShare(Record):
@@ -186,7 +200,7 @@ class Job(Record):
     x = i64  # bf16 [T][hidden]
     ids = array(i64)  # [T][k]
     weights = array(f32)  # [T][k]
-    skip = array(u8)  # [E] or 0: experts that contribute nothing here
+    skip = array(u8)  # [E] or 0: experts that contribute nothing here, see COMPUTED_HERE, ...
     out = shared  # address of the output [T][hidden]; elsewhere once the job is given up
     out_size = i64  # bytes of a value of it: 2 for bf16, 4 for float32
     out_tokens = i64  # of a dense layer: the output is [matrix][out_tokens][rows], and the job's
@@ -215,6 +229,7 @@ class Job(Record):
     active = i64  # number of active experts
     most = i64  # most tokens of one expert
     pairs = i64  # of all of them
+    hot = i64  # pairs of experts that are on the GPU
     ignored = i64  # ids out of range
     missing = i64  # 1 + an expert that is not loaded and not skipped, or 0
     attention = pointer(Attention)  # or 0: a layer's job
@@ -298,6 +313,8 @@ class Trace(Record, alignment=LINE):
 class Counters(Record, alignment=LINE):
     """What the runs of a layer's graph jobs have met. Counts only grow; several threads add."""
 
+    hot = shared  # pairs of experts on the GPU,
+    cold = shared  # and of experts here
     ignored = shared  # ids out of range, of jobs that count them
     missing = shared  # runs that met an expert that is neither loaded nor skipped,
     missing_expert = shared  # the latest
