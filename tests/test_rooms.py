@@ -52,7 +52,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("cpu_kernels.jit", "cpu_kernels.tuning"),
     ("formats",),
     ("parallel", "sysfiles"),
-    ("imported", "locks", "logs", "text"),
+    ("binary_cache", "imported", "locks", "logs", "shared_libraries", "text"),
 )
 """Rooms, the highest first. Those of one level know nothing of each other."""
 
