@@ -7,61 +7,20 @@ file is read twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.formats.shares import ShareLayout
 from hybrid_moe.formats.strips import PANEL_ROWS, PANELS, STRIP_ROWS, StripLayout
 from hybrid_moe.formats.table import Array, WeightFormat
-from hybrid_moe.formats.tensors import ExpertTensors, Matrix
+from hybrid_moe.formats.tensors import Matrix
 
 RunAll = Callable[[Callable[[slice], None], Iterable[slice]], Iterable[Any]]
 """`map`, or that of an executor: copies need no GIL, so threads share them."""
 
 _STRIPS_PER_COPY = 2  # of 70 to 140 KB each at a model's sizes
-
-
-def unpack_expert(
-    layouts: Sequence[ShareLayout],
-    shares: Sequence[Array],
-    fmt: WeightFormat,
-    hidden: int,
-    intermediate: int,
-    biased: Collection[str],
-    run_all: RunAll = map,
-) -> ExpertTensors:
-    """A copy of one expert, bit for bit as it was packed.
-
-    Args:
-        layouts: of each pool's share.
-        shares: the shares, uint8 [layout.nbytes].
-        fmt: weight format. hidden: H. intermediate: I.
-        biased: which of "gate", "up" and "down" have a bias.
-        run_all: runs the copies.
-    """
-    strips = [
-        (share[: layout.down_offset], share[layout.down_offset : layout.strip_bytes])
-        for layout, share in zip(layouts, shares, strict=True)
-    ]
-    gate_up_layout, down_layout = layouts[0].gate_up, layouts[0].down
-    gate_up, down = (
-        (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(-1, layout.nbytes)
-        for parts, layout in zip(
-            zip(*strips, strict=True), (gate_up_layout, down_layout), strict=True
-        )
-    )
-    gate, up = unpack_gate_up(gate_up, gate_up_layout, fmt, intermediate, run_all)
-    matrices = {"gate": gate, "up": up}
-    matrices["down"] = unpack_rows(down, down_layout, fmt, hidden, run_all)
-    for name in biased:
-        parts = [layout.bias(share, name) for layout, share in zip(layouts, shares, strict=True)]
-        rows = len(matrices[name].codes)
-        matrices[name] = replace(matrices[name], bias=np.concatenate(parts)[:rows])
-    return ExpertTensors(**matrices)
 
 
 def unpack_gate_up(
