@@ -114,8 +114,8 @@ def compile_here(definition: KernelDefinition, arch: str) -> Artifacts:
         pointee = getattr(cutlass, _POINTEES[argument.type])
         return make_ptr(pointee, 256, cute.AddressSpace.gmem, assumed_align=argument.align)
 
-    # What is kept goes through files: in a folder of this call's own, or two compilations of kernels
-    # that the DSL gives the same name would read each other's.
+    # What is kept goes through files: in a folder of this call's own, since two compilations would
+    # read each other's where the DSL gives their kernels the same name.
     with tempfile.TemporaryDirectory(prefix="hybrid_moe-") as folder:
         compiled = cute.compile(
             definition.build(definition.config),

@@ -1,8 +1,9 @@
 """Content-addressed store of compiled objects on disk.
 
 A file is SHA-256(payload) followed by the payload: a relocatable object or the name of one (see
-`cpu_kernels/jit/compile.py`), or code for a GPU (`gpu_kernels/toolchain`). Nothing is unpickled. Writers rename a finished temporary file over the final name,
-so concurrent processes see whole files only; a file that fails its digest is rebuilt.
+`cpu_kernels/jit/compile.py`), or code for a GPU (`gpu_kernels/toolchain`). Nothing is unpickled.
+Writers rename a finished temporary file over the final name, so concurrent processes see whole
+files only; a file that fails its digest is rebuilt.
 
 What is read here is executed. So the directory must belong to this user or to root, and nobody else
 may write to it; the same holds for each file. Both are checked on what has been opened, never on a
