@@ -15,6 +15,7 @@ bf16. So a bf16 GEMM over `fp8_rounded` inputs computes exactly what W8A8 with t
 
 # The DSL evaluates annotations in the module's globals: they must not be strings.
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,7 @@ def choose_config(inputs: int, x: torch.dtype, tokens: int, power_of_two: bool) 
     )
 
 
+@functools.cache
 def definition(config: ActQuantConfig) -> KernelDefinition:
     """The kernel. Grid: ceil(T * ceil(H / 128) / (2 * warps)) thread blocks."""
     return KernelDefinition(
@@ -204,8 +206,7 @@ def act_quant(x: Tensor, scale_fmt: str | None = None) -> tuple[Tensor, Tensor]:
     config = choose_config(H, x.dtype, tokens, scale_fmt is not None)
     y = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     s = x.new_empty(*x.shape[:-1], blocks, dtype=torch.float32)
-    grid = (-(-tokens * blocks // (2 * config.warps)), 1, 1)
-    launch(definition(config), (x, y, s, tokens), grid)
+    launch(definition(config), (x, y, s, tokens), -(-tokens * blocks // (2 * config.warps)))
     return y, s
 
 

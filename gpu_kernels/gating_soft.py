@@ -12,6 +12,7 @@ theirs in a fixed order. The mixtures themselves are matrix products, which torc
 
 # The DSL evaluates annotations in the module's globals: they must not be strings.
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,7 @@ class SoftConfig:
     logits: str
 
 
+@functools.cache
 def definition(config: SoftConfig) -> KernelDefinition:
     """The kernel. Grid: ceil(T / WARPS) by B blocks; over tokens, ceil(slots / 32) by B."""
     return KernelDefinition(
@@ -188,7 +190,7 @@ def gating_soft(logits: Tensor) -> SoftRouting:
     for over_tokens, lines in ((True, -(-slots // 32)), (False, -(-T // WARPS))):
         weights = torch.empty_like(logits, dtype=torch.float32)
         values = (logits, weights, T, slots)
-        launch(definition(SoftConfig(over_tokens, kind)), values, (lines, B, 1))
+        launch(definition(SoftConfig(over_tokens, kind)), values, (lines, B))
         found.append(weights)
     return SoftRouting(*found)
 

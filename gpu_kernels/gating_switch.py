@@ -8,6 +8,7 @@ address for a whole warp costs one access. So counts need no atomics and depend 
 
 # The DSL evaluates annotations in the module's globals: they must not be strings.
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,7 @@ class SwitchConfig:
         return -(-self.experts // 32) * 32
 
 
+@functools.cache
 def definition(config: SwitchConfig) -> KernelDefinition:
     """The kernel. Grid: B blocks, one a sequence."""
     return KernelDefinition(
@@ -173,7 +175,7 @@ def gating_switch(logits: Tensor, capacity: int, dtype: torch.dtype | None = Non
 
     choice, weights = gating_topk(logits.flatten(0, 1), TOP_1, dtype=dtype)
     routed = torch.empty(B, E, dtype=torch.int32, device=logits.device)
-    launch(definition(SwitchConfig(E)), (choice, routed, S, min(capacity, S)), (B, 1, 1))
+    launch(definition(SwitchConfig(E)), (choice, routed, S, min(capacity, S)), B)
     return SwitchRouting(choice.view(B, S), weights.view(B, S), routed, routed.clamp_max(capacity))
 
 

@@ -8,6 +8,7 @@ it. Nothing is sorted, nothing lies in shared memory, and the choice needs no br
 
 # The DSL evaluates annotations in the module's globals: they must not be strings.
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,7 @@ def choose_config(
     )
 
 
+@functools.cache
 def definition(config: GatingConfig) -> KernelDefinition:
     """The kernel. Grid: ceil(T / warps) blocks."""
     return KernelDefinition(
@@ -365,8 +367,8 @@ def gating_topk(
     )
     ids = logits.new_empty(tokens, gating.top_k, dtype=torch.int32)
     weights = logits.new_empty(tokens, gating.top_k, dtype=torch.float32)
-    values = (logits, weights if bias is None else bias.float(), ids, weights, tokens)
-    launch(definition(config), values, (-(-tokens // config.warps), 1, 1))
+    values = (logits, None if bias is None else bias.float(), ids, weights, tokens)
+    launch(definition(config), values, -(-tokens // config.warps))
     return ids, weights
 
 

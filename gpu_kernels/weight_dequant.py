@@ -7,6 +7,7 @@ round. The last blocks of a matrix may be short.
 
 # The DSL evaluates annotations in the module's globals: they must not be strings.
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,7 @@ def choose_config(columns: int, dtype: torch.dtype) -> WeightDequantConfig:
     return WeightDequantConfig(columns, each, "bf16" if dtype == torch.bfloat16 else "f32")
 
 
+@functools.cache
 def definition(config: WeightDequantConfig) -> KernelDefinition:
     """The kernel. Grid: ceil(M * N / each / THREADS) blocks."""
     size = 2 if config.y == "bf16" else 4
@@ -140,8 +142,7 @@ def weight_dequant(x: Tensor, s: Tensor, dtype: torch.dtype = torch.bfloat16) ->
     M, N = x.shape
     config = choose_config(N, dtype)
     y = torch.empty(M, N, dtype=dtype, device=x.device)
-    grid = (-(-M * N // (config.each * THREADS)), 1, 1)
-    launch(definition(config), (x, s.float(), y, M), grid)
+    launch(definition(config), (x, s.float(), y, M), -(-M * N // (config.each * THREADS)))
     return y
 
 
