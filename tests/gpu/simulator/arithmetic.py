@@ -31,6 +31,32 @@ Function = Callable[..., Array]
 ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
+DIRECTED: dict[str, Function] = {
+    # whether a float32 is on the wrong side of the exact value; which way is right
+    "rm": lambda rounded, exact: np.where(rounded > exact, -np.inf, np.nan),
+    "rp": lambda rounded, exact: np.where(rounded < exact, np.inf, np.nan),
+    "rz": lambda rounded, exact: np.where(np.abs(rounded) > np.abs(exact), 0.0, np.nan),
+}
+
+
+def _directed(name: str, wrong: Function) -> Function:
+    """Rounds down, up or to zero."""
+
+    def function(*x: Array) -> Array:
+        one = np.ones(1, np.float32)
+        if name == "fma":
+            exact = fma64(*x)
+        elif name == "mul":
+            exact = fma64(x[0], x[1], np.zeros(1, np.float32))
+        else:
+            exact = fma64(x[0], one, {"add": x[1], "sub": -x[1]}[name])
+        rounded = exact.astype(np.float32)
+        towards = wrong(rounded, exact).astype(np.float32)
+        return np.where(np.isnan(towards), rounded, np.nextafter(rounded, towards))
+
+    return function
+
+
 # ---- integers
 
 
@@ -223,9 +249,12 @@ def _wide(d: Decoder, op: Op, args: Args) -> Step:
 def _float(d: Decoder, op: Op, args: Args) -> Step:
     kind = op[-1]
     name = "fma" if op[0] == "mad" else op[0]
-    if {"rz", "rm", "rp", "xorsign", "relu"} & set(op):
+    directed = next((part for part in op if part in DIRECTED), "")
+    if {"xorsign", "relu"} & set(op) or (directed and kind != "f32"):
         raise d.unknown()
-    if name == "fma":
+    if directed:
+        exact = _directed(name, DIRECTED[directed])
+    elif name == "fma":
         exact = fma32 if kind == "f32" else (lambda a, b, c: a * b + c)
     elif "NaN" in op:
         exact = {"min": np.minimum, "max": np.maximum}[name]
