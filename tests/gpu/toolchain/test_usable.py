@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,8 +31,7 @@ def test_here() -> None:
     """The sentence is true of this machine."""
     found = availability()
     assert found.reason and not found.reason.endswith(".")
-    if torch.version.cuda is None:
-        assert not found.usable and "without CUDA" in found.reason
+    assert not found.usable or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,7 @@ def test_with_a_gpu(
     )  # fmt: skip
     monkeypatch.setattr(cuda_driver, "driver", lambda: cuda_driver.CudaDriver(library))
     monkeypatch.setattr(usable, "dsl_version", lambda: dsl)
+    monkeypatch.setattr(usable, "DRIVER_FILES", (Path(__file__),))
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     monkeypatch.setattr(
         torch, "cuda",
@@ -74,12 +76,16 @@ def test_with_a_gpu(
     )  # fmt: skip
     found = availability()
     assert found.usable == usable_
-    import re
-
     assert re.search(reason, found.reason), found.reason
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first reason that holds: no driver, a torch for CPUs, no GPU that it may use."""
+    monkeypatch.setattr(usable, "DRIVER_FILES", (Path("/dev/no_gpu"),))
+    assert "its driver is not loaded (no /dev/no_gpu)" in availability().reason
+    monkeypatch.setattr(usable, "DRIVER_FILES", (Path(__file__),))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is built without CUDA" in availability().reason
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: False))
     assert availability().reason == "torch finds no GPU that it can use"
