@@ -276,6 +276,5 @@ def combine(
     _check(y, ids, weights, slot_of, cold)
     out = y.new_empty((ids.shape[0], y.shape[1]), dtype=torch.bfloat16)
     pdl = has_pdl(y.device)
-    definition, values, grid = combine_launch(y, ids, weights, slot_of, cold, out, pdl)
-    launch(definition, values, grid, pdl=pdl)
+    launch(*combine_launch(y, ids, weights, slot_of, cold, out, pdl), pdl=pdl)
     return out
