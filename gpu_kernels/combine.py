@@ -54,9 +54,7 @@ def _kernel(config: CombineConfig) -> Any:
     import cutlass
     import cutlass.cute as cute
     from cutlass import BFloat16, Float32, Int32, Int64
-    from cutlass.cute import arch
-
-    Pointer = cute.Pointer
+    from cutlass.cute import Pointer, arch
 
     def rounded_product(a: Any, b: Any) -> Any:
         # Written as `a * b` it would become a fused multiply-add.

@@ -36,11 +36,11 @@ def _kernel(config: PackConfig) -> Any:
     import cutlass
     import cutlass.cute as cute
     from cutlass import Int32
-    from cutlass.cute import arch
+    from cutlass.cute import Pointer, arch
 
-    Pointer = cute.Pointer
+    steps = pack_steps(config)
 
-    class PackFew(pack_steps()):
+    class PackFew:
         @cute.kernel
         def kernel(
             self,
@@ -57,20 +57,20 @@ def _kernel(config: PackConfig) -> Any:
         ) -> None:
             thread = arch.thread_idx()[0]
             block = arch.block_idx()[0]
-            tile = self.config.tile
+            tile = config.tile
             memory = shared_words(2 * THREADS + _WARPS)
             keys = vector(memory.iterator, THREADS)
             starts = vector(memory.iterator + THREADS, THREADS)
             tiles_of_warp = vector(memory.iterator + 2 * THREADS, _WARPS)
-            self.wait()
+            steps.wait()
             if block == 0:
-                expert, slot = self.expert_of(ids, slot_of, thread, pairs, experts)
+                expert, slot = steps.expert_of(ids, slot_of, thread, pairs, experts)
                 keys[thread] = expert
                 arch.sync_threads()
                 rank = Int32(0)
                 count = Int32(0)
                 if thread < pairs:  # whole warps have nothing to do
-                    rank, count = self.rank_and_count(keys, expert, thread, pairs)
+                    rank, count = steps.rank_and_count(keys, expert, thread, pairs)
                 hot = expert < NO_EXPERT
                 starts_tile = hot and rank % tile == 0
                 starts[thread] = expert if starts_tile else Int32(NO_EXPERT)
@@ -92,14 +92,14 @@ def _kernel(config: PackConfig) -> Any:
                     if starts_tile:
                         at(tile_slot, mine)[0] = slot
                     if rank == count - 1:
-                        self.pad(tile_rows, mine, row + 1)
+                        steps.pad(tile_rows, mine, row + 1)
                 if thread == 0:
                     total = Int32(0)
                     for warp in cutlass.range_constexpr(_WARPS):
                         total = total + tiles_of_warp[warp]
                     at(num_tiles, 0)[0] = total
             else:
-                self.permute(x, xp, (block - 1) * THREADS + thread, pieces)
+                steps.permute(x, xp, (block - 1) * THREADS + thread, pieces)
 
         @cute.jit
         def __call__(
@@ -120,7 +120,7 @@ def _kernel(config: PackConfig) -> Any:
                 x, ids, slot_of, xp, tile_slot, tile_rows, num_tiles, pieces, pairs, experts
             ).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
-    return PackFew(config)
+    return PackFew()
 
 
 @functools.lru_cache(maxsize=64)
