@@ -32,7 +32,7 @@ from hybrid_moe.runtime.hot_half import HotHalf
 from hybrid_moe.streams.interface import Stream
 
 
-class Placement:
+class ExpertPlacement:
     """Of one layer. It takes the experts when they are loaded, and moves them afterwards.
 
     Args:

@@ -18,7 +18,7 @@ from hybrid_moe.runtime.call import check_call, is_plain, plain
 from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
 from hybrid_moe.runtime.host_mask import HostMask
 from hybrid_moe.runtime.hot_half import HotHalf, HotJob
-from hybrid_moe.runtime.placement_moves import Placement
+from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.runtime.submission import Started, Submission, discard
 from hybrid_moe.streams.faults import LayerFaults
 from hybrid_moe.streams.interface import Stream
@@ -50,7 +50,7 @@ class LayerRunner:
         *,
         deferred: int,
         strict: bool,
-        halves: tuple[HotHalf, Placement] | None = None,
+        halves: tuple[HotHalf, ExpertPlacement] | None = None,
     ) -> None:
         self._layer, self._shape, self._chain = layer, shape, chain
         self._deferred, self._strict = deferred, strict
