@@ -1,8 +1,8 @@
 """Experts whose weights are their signature: an output says which experts made it, exactly.
 
 For x with 1 in column 0, expert e's gate and up give h = 2 in column e and 0 elsewhere, and its
-down projection turns that into 1 in the rows r with r % E == e. Gate and up of one expert with down of
-another would give 2 in all rows. So out[t, r] is the sum of the routing weights of expert r % E.
+down projection turns that into 1 in the rows r with r % E == e. Gate and up of one expert with down
+of another would give 2 in all rows. So out[t, r] is the sum of the routing weights of expert r % E.
 Every number on the way is exact in MXFP4 and bf16, and a pair that is lost, counted twice, or
 computed with bytes of another expert shows.
 """
