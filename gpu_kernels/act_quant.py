@@ -176,7 +176,7 @@ def act_quant_ref(x: Tensor, scale_fmt: str | None = None) -> tuple[Tensor, Tens
 def _blocks(x: Tensor) -> Tensor:
     """[..., ceil(H / 128), 128], zeros behind the last."""
     padded: Tensor = torch.nn.functional.pad(x, (0, -x.shape[-1] % BLOCK))
-    return padded.view(*x.shape[:-1], -1, BLOCK)
+    return padded.view(*x.shape[:-1], padded.shape[-1] // BLOCK, BLOCK)
 
 
 def act_quant(x: Tensor, scale_fmt: str | None = None) -> tuple[Tensor, Tensor]:
