@@ -14,6 +14,7 @@ import torch
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.load import load_layer
 from hybrid_moe.parallel import for_each
@@ -44,12 +45,18 @@ def from_tensors(
         TypeError, ValueError: see `check_stacked`.
     """
     check_stacked(projections, shape, fmt, mapping)
+    biases = any(p.bias is not None for p in projections.values())
+    return from_experts(
+        lambda expert: expert_of(projections, int(mapping[expert]), shape, fmt), biases=biases
+    )
+
+
+def from_experts(read: Callable[[int], ExpertTensors], *, biases: bool) -> Fill:
+    """Experts that `read` gives, called on several threads; `biases`: they may have some."""
 
     def fill(layer: ExpertLayer, wanted: npt.NDArray[np.bool_]) -> None:
-        def load(expert: int) -> None:
-            layer.load(expert, expert_of(projections, int(mapping[expert]), shape, fmt))
-
-        layer.allocate(wanted, biases=any(p.bias is not None for p in projections.values()))
-        for_each(np.flatnonzero(wanted).tolist(), load, layer.pool.threads)
+        layer.allocate(wanted, biases=biases)
+        experts = np.flatnonzero(wanted).tolist()
+        for_each(experts, lambda expert: layer.load(expert, read(expert)), layer.pool.threads)
 
     return fill
