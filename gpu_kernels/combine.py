@@ -54,9 +54,7 @@ def _kernel(config: CombineConfig) -> Any:
     import cutlass
     import cutlass.cute as cute
     from cutlass import BFloat16, Float32, Int32, Int64
-    from cutlass.cute import arch
-
-    Pointer = cute.Pointer
+    from cutlass.cute import Pointer, arch
 
     def rounded_product(a: Any, b: Any) -> Any:
         # Written as `a * b` it would become a fused multiply-add.
@@ -276,6 +274,5 @@ def combine(
     _check(y, ids, weights, slot_of, cold)
     out = y.new_empty((ids.shape[0], y.shape[1]), dtype=torch.bfloat16)
     pdl = has_pdl(y.device)
-    definition, values, grid = combine_launch(y, ids, weights, slot_of, cold, out, pdl)
-    launch(definition, values, grid, pdl=pdl)
+    launch(*combine_launch(y, ids, weights, slot_of, cold, out, pdl), pdl=pdl)
     return out

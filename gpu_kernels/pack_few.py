@@ -29,16 +29,18 @@ from hybrid_moe.gpu_kernels.pack_parts import (
 )
 from hybrid_moe.gpu_kernels.pointers import at, vector
 
+_WARPS = THREADS // 32
+
 
 def _kernel(config: PackConfig) -> Any:
     import cutlass
     import cutlass.cute as cute
     from cutlass import Int32
-    from cutlass.cute import arch
+    from cutlass.cute import Pointer, arch
 
-    Pointer = cute.Pointer
+    steps = pack_steps(config)
 
-    class PackFew(pack_steps()):
+    class PackFew:
         @cute.kernel
         def kernel(
             self,
@@ -55,43 +57,49 @@ def _kernel(config: PackConfig) -> Any:
         ) -> None:
             thread = arch.thread_idx()[0]
             block = arch.block_idx()[0]
-            tile = self.config.tile
-            memory = shared_words(2 * THREADS)
+            tile = config.tile
+            memory = shared_words(2 * THREADS + _WARPS)
             keys = vector(memory.iterator, THREADS)
             starts = vector(memory.iterator + THREADS, THREADS)
-            self.wait()
+            tiles_of_warp = vector(memory.iterator + 2 * THREADS, _WARPS)
+            steps.wait()
             if block == 0:
-                expert, slot = self.expert_of(ids, slot_of, thread, pairs, experts)
+                expert, slot = steps.expert_of(ids, slot_of, thread, pairs, experts)
                 keys[thread] = expert
                 arch.sync_threads()
                 rank = Int32(0)
                 count = Int32(0)
                 if thread < pairs:  # whole warps have nothing to do
-                    rank, count = self.rank_and_count(keys, expert, thread, pairs)
+                    rank, count = steps.rank_and_count(keys, expert, thread, pairs)
                 hot = expert < NO_EXPERT
-                starts[thread] = expert if rank % tile == 0 else Int32(NO_EXPERT)
+                starts_tile = hot and rank % tile == 0
+                starts[thread] = expert if starts_tile else Int32(NO_EXPERT)
+                started = arch.popc(arch.vote_ballot_sync(starts_tile))
+                if thread % 32 == 0:
+                    tiles_of_warp[thread // 32] = started
                 arch.sync_threads()
                 first = Int32(0)
-                total = Int32(0)
                 some = cute.make_rmem_tensor(cute.make_layout(STEP), Int32)
                 if thread < pairs:
                     for j in cutlass.range(0, pairs, STEP):
                         cute.autovec_copy(vector(starts.iterator + j, STEP), some)
                         for i in cutlass.range_constexpr(STEP):
                             first = first + Int32(some[i] < expert)
-                            total = total + Int32(some[i] < NO_EXPERT)
                 if hot:
                     mine = first + rank // tile
                     row = rank % tile
                     at(tile_rows, mine * tile + row)[0] = thread
-                    if row == 0:
+                    if starts_tile:
                         at(tile_slot, mine)[0] = slot
                     if rank == count - 1:
-                        self.pad(tile_rows, mine, row + 1)
+                        steps.pad(tile_rows, mine, row + 1)
                 if thread == 0:
+                    total = Int32(0)
+                    for warp in cutlass.range_constexpr(_WARPS):
+                        total = total + tiles_of_warp[warp]
                     at(num_tiles, 0)[0] = total
             else:
-                self.permute(x, xp, (block - 1) * THREADS + thread, pieces)
+                steps.permute(x, xp, (block - 1) * THREADS + thread, pieces)
 
         @cute.jit
         def __call__(
@@ -112,7 +120,7 @@ def _kernel(config: PackConfig) -> Any:
                 x, ids, slot_of, xp, tile_slot, tile_rows, num_tiles, pieces, pairs, experts
             ).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
-    return PackFew(config)
+    return PackFew()
 
 
 @functools.lru_cache(maxsize=64)
@@ -123,4 +131,5 @@ def pack_few(config: PackConfig) -> KernelDefinition:
         *words("tile_slot", "tile_rows", "num_tiles"),
         *numbers("pieces", "pairs", "experts"),
     )
-    return KernelDefinition("pack_few", config, _kernel, arguments, THREADS, 8 * THREADS)
+    shared_bytes = 4 * (2 * THREADS + _WARPS)
+    return KernelDefinition("pack_few", config, _kernel, arguments, THREADS, shared_bytes)

@@ -41,11 +41,11 @@ def _count(config: PackConfig) -> Any:
     import cutlass
     import cutlass.cute as cute
     from cutlass import Int32, Int64
-    from cutlass.cute import arch
+    from cutlass.cute import Pointer, arch
 
-    Pointer = cute.Pointer
+    steps = pack_steps(config)
 
-    class PackCount(pack_steps()):
+    class PackCount:
         @cute.kernel
         def kernel(
             self,
@@ -63,23 +63,23 @@ def _count(config: PackConfig) -> Any:
             thread = arch.thread_idx()[0]
             block = arch.block_idx()[0]
             chunk_keys = shared_words(THREADS)
-            self.wait()
+            steps.wait()
             if block < chunks:
                 pair = block * THREADS + thread
                 own = counts + Int64(block) * experts
-                expert, _ = self.expert_of(ids, slot_of, pair, pairs, experts)
+                expert, _ = steps.expert_of(ids, slot_of, pair, pairs, experts)
                 chunk_keys[thread] = expert
                 for other in cutlass.range(thread, experts, THREADS):
                     at(own, other)[0] = Int32(0)
                 arch.sync_threads()
-                rank, count = self.rank_and_count(chunk_keys, expert, thread, THREADS)
+                rank, count = steps.rank_and_count(chunk_keys, expert, thread, THREADS)
                 hot = expert < NO_EXPERT
                 if pair < pairs:
                     at(keys, pair)[0] = expert * THREADS + rank if hot else Int32(-1)
                 if hot and rank == count - 1:
                     at(own, expert)[0] = count
             else:
-                self.permute(x, xp, (block - chunks) * THREADS + thread, pieces)
+                steps.permute(x, xp, (block - chunks) * THREADS + thread, pieces)
 
         @cute.jit
         def __call__(
@@ -100,18 +100,18 @@ def _count(config: PackConfig) -> Any:
                 grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
             )
 
-    return PackCount(config)
+    return PackCount()
 
 
 def _scan(config: PackConfig) -> Any:
     import cutlass
     import cutlass.cute as cute
     from cutlass import Int32, Int64
-    from cutlass.cute import arch
+    from cutlass.cute import Pointer, arch
 
-    Pointer = cute.Pointer
+    steps = pack_steps(config)
 
-    class PackScan(pack_steps()):
+    class PackScan:
         @cute.kernel
         def kernel(self, counts: Pointer, totals: Pointer, chunks: Int32, experts: Int32) -> None:
             thread = arch.thread_idx()[0]
@@ -119,7 +119,7 @@ def _scan(config: PackConfig) -> Any:
             part = thread // SCAN_EXPERTS
             expert = arch.block_idx()[0] * SCAN_EXPERTS + lane
             sums = shared_words(THREADS)
-            self.wait()
+            steps.wait()
             size = (chunks + (_WARPS - 1)) // _WARPS
             begin = part * size
             end = cutlass.min(begin + size, chunks)
@@ -149,18 +149,18 @@ def _scan(config: PackConfig) -> Any:
                 grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
             )
 
-    return PackScan(config)
+    return PackScan()
 
 
 def _scatter(config: PackConfig) -> Any:
     import cutlass
     import cutlass.cute as cute
     from cutlass import Int32, Int64
-    from cutlass.cute import arch
+    from cutlass.cute import Pointer, arch
 
-    Pointer = cute.Pointer
+    steps = pack_steps(config)
 
-    class PackScatter(pack_steps()):
+    class PackScatter:
         @cute.kernel
         def kernel(
             self,
@@ -178,11 +178,11 @@ def _scatter(config: PackConfig) -> Any:
             block = arch.block_idx()[0]
             lane = thread % 32
             warp = thread // 32
-            tile = self.config.tile
+            tile = config.tile
             memory = shared_words(MOST_EXPERTS + _WARPS)
             firsts = vector(memory.iterator, MOST_EXPERTS)
             warp_sums = vector(memory.iterator + MOST_EXPERTS, _WARPS)
-            self.wait()
+            steps.wait()
             # Tiles of four experts, then of those before in the warp, then of earlier warps.
             through = cute.make_rmem_tensor(cute.make_layout(_EACH), Int32)
             mine = Int32(0)
@@ -226,7 +226,7 @@ def _scatter(config: PackConfig) -> Any:
                     half = MOST_EXPERTS >> (bit + 1)
                     last = last + (half if firsts[last + half] <= number else 0)
                 at(tile_slot, number)[0] = at(slot_of, last)[0]
-                self.pad(tile_rows, number, at(totals, last)[0] - (number - firsts[last]) * tile)
+                steps.pad(tile_rows, number, at(totals, last)[0] - (number - firsts[last]) * tile)
             if number == 0:
                 at(num_tiles, 0)[0] = all_tiles
 
@@ -248,7 +248,7 @@ def _scatter(config: PackConfig) -> Any:
                 slot_of, keys, counts, totals, tile_slot, tile_rows, num_tiles, pairs, experts
             ).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
-    return PackScatter(config)
+    return PackScatter()
 
 
 @functools.lru_cache(maxsize=64)

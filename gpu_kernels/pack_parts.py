@@ -75,77 +75,79 @@ def shared_words(count: int) -> Any:
     return memory.allocate_tensor(cutlass.Int32, cute.make_layout(count), byte_alignment=16)
 
 
-def pack_steps() -> type[Any]:
-    """The base class of the kernels. Imports the DSL."""
+@dataclass(frozen=True)
+class PackSteps:
+    """Functions for use in kernels; `pack_steps` has their meaning."""
+
+    wait: Any
+    permute: Any
+    expert_of: Any
+    rank_and_count: Any
+    pad: Any
+
+
+def pack_steps(config: PackConfig) -> PackSteps:
+    """What more than one kernel does. Imports the DSL."""
     import cutlass
     import cutlass.cute as cute
     from cutlass import BFloat16, Int32, Int64
-    from cutlass.cute import arch
+    from cutlass.cute import Pointer, arch
 
-    Pointer = cute.Pointer
+    size = len(config.order)
+    tile = config.tile
 
-    class PackSteps:
-        """What the kernels share."""
+    def wait() -> None:
+        """Until what the kernel in front has written is there; the next one may be set up."""
+        if config.pdl:
+            arch.griddepcontrol_wait()
+            arch.griddepcontrol_launch_dependents()
 
-        def __init__(self, config: PackConfig) -> None:
-            self.config = config
+    @cute.jit
+    def permute(x: Pointer, xp: Pointer, piece: Int32, pieces: Int32) -> None:
+        """One piece of a group of activations. A warp's loads and stores of 16 bytes are whole
+        sectors for pieces of 8; of 32, two of them together are, which caches see to."""
+        there = cute.make_rmem_tensor(cute.make_layout(size), BFloat16)
+        here = cute.make_rmem_tensor(cute.make_layout(size), BFloat16)
+        if piece < pieces:
+            place = Int64(piece) * size
+            cute.autovec_copy(vector(x + place, size), there)
+            for i in cutlass.range_constexpr(size):
+                here[i] = there[config.order[i]]
+            cute.autovec_copy(here, vector(xp + place, size))
 
-        def wait(self) -> None:
-            """Until what the kernel in front has written is there; the next one may be set up."""
-            if self.config.pdl:
-                arch.griddepcontrol_wait()
-                arch.griddepcontrol_launch_dependents()
+    @cute.jit
+    def expert_of(ids: Pointer, slot_of: Pointer, pair: Int32, pairs: Int32, experts: Int32) -> Any:
+        """(expert, slot) of a pair; (NO_EXPERT, -1) if it is in no tile."""
+        expert = Int32(NO_EXPERT)
+        slot = Int32(-1)
+        if pair < pairs:
+            given = at(ids, pair)[0]
+            if given >= 0 and given < experts:
+                found = at(slot_of, Int32(given))[0]
+                if found >= 0:
+                    expert = Int32(given)
+                    slot = found
+        return expert, slot
 
-        @cute.jit
-        def permute(self, x: Pointer, xp: Pointer, piece: Int32, pieces: Int32) -> None:
-            """One piece of a group of activations. Its 16-byte loads and stores are whole sectors
-            for pieces of 8; of 32, four of them together are."""
-            size = cutlass.const_expr(len(self.config.order))
-            there = cute.make_rmem_tensor(cute.make_layout(size), BFloat16)
-            here = cute.make_rmem_tensor(cute.make_layout(size), BFloat16)
-            if piece < pieces:
-                place = Int64(piece) * size
-                cute.autovec_copy(vector(x + place, size), there)
-                for i in cutlass.range_constexpr(size):
-                    here[i] = there[self.config.order[i]]
-                cute.autovec_copy(here, vector(xp + place, size))
+    @cute.jit
+    def rank_and_count(keys: cute.Tensor, key: Int32, thread: Int32, used: Int32) -> Any:
+        """How many of the first `used` keys (rounded up to whole steps) are `key`: before `thread`,
+        and in all."""
+        rank = Int32(0)
+        count = Int32(0)
+        some = cute.make_rmem_tensor(cute.make_layout(STEP), Int32)
+        for j in cutlass.range(0, used, STEP):
+            cute.autovec_copy(vector(keys.iterator + j, STEP), some)
+            for i in cutlass.range_constexpr(STEP):
+                same = Int32(some[i] == key)
+                count = count + same
+                rank = rank + (same if j + i < thread else Int32(0))
+        return rank, count
 
-        @cute.jit
-        def expert_of(
-            self, ids: Pointer, slot_of: Pointer, pair: Int32, pairs: Int32, experts: Int32
-        ) -> Any:
-            """(expert, slot) of a pair; (NO_EXPERT, -1) if it is in no tile."""
-            expert = Int32(NO_EXPERT)
-            slot = Int32(-1)
-            if pair < pairs:
-                given = at(ids, pair)[0]
-                if given >= 0 and given < experts:
-                    found = at(slot_of, Int32(given))[0]
-                    if found >= 0:
-                        expert = Int32(given)
-                        slot = found
-            return expert, slot
+    @cute.jit
+    def pad(tile_rows: Pointer, number: Int32, used: Int32) -> None:
+        """-1 in the rows of tile `number` from `used` on."""
+        for row in cutlass.range(used, tile):
+            at(tile_rows, number * tile + row)[0] = Int32(-1)
 
-        @cute.jit
-        def rank_and_count(self, keys: cute.Tensor, key: Int32, thread: Int32, used: Int32) -> Any:
-            """How many of the first `used` keys (rounded up to whole steps) are `key`: before
-            `thread`, and in all."""
-            rank = Int32(0)
-            count = Int32(0)
-            some = cute.make_rmem_tensor(cute.make_layout(STEP), Int32)
-            for j in cutlass.range(0, used, STEP):
-                cute.autovec_copy(vector(keys.iterator + j, STEP), some)
-                for i in cutlass.range_constexpr(STEP):
-                    same = Int32(some[i] == key)
-                    count = count + same
-                    rank = rank + (same if j + i < thread else Int32(0))
-            return rank, count
-
-        @cute.jit
-        def pad(self, tile_rows: Pointer, tile: Int32, used: Int32) -> None:
-            """-1 in the rows of a tile from `used` on."""
-            rows = self.config.tile
-            for row in cutlass.range(used, rows):
-                at(tile_rows, tile * rows + row)[0] = Int32(-1)
-
-    return PackSteps
+    return PackSteps(wait, permute, expert_of, rank_and_count, pad)

@@ -130,6 +130,17 @@ def check_routing(ids: Tensor, slot_of: Tensor, tokens: int, device: torch.devic
     check_tensor("slot_of", slot_of, torch.int32, (experts,), device)
 
 
+def takes_one_launch(pairs: int) -> bool:
+    """Whether `pack_few` is the faster one, and can.
+
+    A comparison of two pairs takes about 8 instructions in all, so 256 pairs, a batch of 32 with 8
+    experts each, take 8 warps x 256 x 8 / 4 schedulers = 4000 cycles, 2 us, and 64 pairs, 2 warps
+    on as many schedulers, 500. Three launches take 2 us each even in a graph, but a time that grows
+    with the pairs and not with their square.
+    """
+    return pairs <= THREADS
+
+
 def pack_launches(
     x: Tensor,
     ids: Tensor,
@@ -137,20 +148,16 @@ def pack_launches(
     packed: PackedTokens,
     *,
     fmt: WeightFormat,
+    few: bool,
     pdl: bool = False,
 ) -> list[Launch]:
-    """The launches that fill `packed`, whose tensors are of the right shapes and dtypes.
-
-    One kernel for up to 256 pairs, which is what decode has: a batch of 32 with 8 experts each.
-    It compares each pair with every other, 256 x 256 / (16 lanes x 4 schedulers x 2 instructions),
-    about 2000 cycles, where three launches cost three times what a launch costs. Many pairs would
-    take it 256 times as long, and have three kernels.
-    """
+    """The launches that fill `packed`, whose tensors are of the right shapes and dtypes: one if
+    `few`, for at most 256 pairs, else three."""
     pairs, experts, tile = ids.numel(), len(slot_of), packed.tile_rows.shape[1]
     config = PackConfig(piece_order(fmt), tile, ids.dtype == torch.int64, pdl)
     pieces = x.numel() // len(config.order)
     permuting = -(-pieces // THREADS)  # blocks
-    if pairs <= THREADS:
+    if few:
         values: tuple[Any, ...] = (x, ids, slot_of, *packed, pieces, pairs, experts)
         return [Launch(pack_few(config), values, (1 + permuting,))]
     chunks = -(-pairs // THREADS)
@@ -209,7 +216,7 @@ def pack(
         return pack_ref(x, ids, slot_of, fmt=fmt, slots=slots, tile=tile)
     _check(x, ids, slot_of, slots, tile)
     packed = empty_packed(x, ids.numel(), slots, tile)
-    pdl = has_pdl(x.device)
-    for definition, values, grid in pack_launches(x, ids, slot_of, packed, fmt=fmt, pdl=pdl):
-        launch(definition, values, grid, pdl=pdl)
+    few, pdl = takes_one_launch(ids.numel()), has_pdl(x.device)
+    for each in pack_launches(x, ids, slot_of, packed, fmt=fmt, few=few, pdl=pdl):
+        launch(*each, pdl=pdl)
     return packed
