@@ -219,6 +219,8 @@ EXACT_IN_FLOAT32 = {"min", "max", "neg", "abs"}
 def _arithmetic(d: Decoder, op: Op, args: Args) -> Step:
     kind = op[-1]
     name = op[0]
+    if kind in ("bf16", "f16") and op[-2] == "f32":
+        return _mixed(d, op, args)
     if "x2" in kind or kind in ("bf16", "f16"):
         return _half(d, op, args)
     if kind[0] == "f" or kind == "f64":
@@ -267,6 +269,19 @@ def _float(d: Decoder, op: Op, args: Args) -> Step:
         unclamped = function
         function = lambda *x: np.fmin(np.fmax(unclamped(*x), 0), 1)  # noqa: E731
     return d.alu(function, args[0], *[d.source(arg, kind) for arg in args[1:]])
+
+
+def _mixed(d: Decoder, op: Op, args: Args) -> Step:
+    """float32 of halves and a last operand in float32 (sm_100): the halves are widened, exactly."""
+    if op[-1] != "bf16" or op[1:-2] not in ((), ("rn",)):
+        raise d.unknown()
+    function = fma32 if op[0] == "fma" else FLOAT[op[0]]
+    kinds = ["u16"] * (len(args) - 2) + ["f32"]
+    return d.alu(
+        lambda *x: function(*map(from_bf16, x[:-1]), x[-1]),
+        args[0],
+        *map(d.source, args[1:], kinds),
+    )
 
 
 def _half(d: Decoder, op: Op, args: Args) -> Step:
@@ -357,8 +372,11 @@ def _setp(d: Decoder, op: Op, args: Args) -> Step:
     compare = COMPARE[op[1]]
     if op[1] == "ne" and kind[0] == "f":
         compare = lambda a, b: (a != b) & ~np.isnan(a) & ~np.isnan(b)  # noqa: E731
-    if kind in ("f16", "bf16"):
+    if kind == "f16":
         raise d.unknown()
+    if kind == "bf16":
+        of_floats = compare
+        compare = lambda a, b: of_floats(from_bf16(a), from_bf16(b))  # noqa: E731
     if "ftz" in op:
         unflushed = compare
         compare = lambda a, b: unflushed(flush(a), flush(b))  # noqa: E731
