@@ -42,6 +42,14 @@ GpuExpertsOption = Annotated[
     int | None,
     typer.Option(min=0, help="Experts of each layer on the GPU; default: as many as fit."),
 ]
+GpuBackendOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="cute|torch",
+        help="Let this package compute the experts on the GPU too: by its kernels (cute) or in "
+        "torch; default: SGLang does.",
+    ),
+]
 ProfileOption = Annotated[
     Path | None, typer.Option(help="Placement profile: which experts are on the GPU.")
 ]
@@ -91,18 +99,23 @@ class MachineOptions:
     gmacs: float | None
     gpu_bandwidth: float | None
     dense: str = "bf16"
+    gpu_backend: str | None = None
 
     def plan(self, named: str | Path) -> Plan:
         """Plan a model, see `find_model`; measures the ceilings if none were given."""
         from hybrid_moe import planning
         from hybrid_moe.cpu_kernels.pool.config import PoolConfig, default_pools
+        from hybrid_moe.integrations.sglang import gpu_backend
         from hybrid_moe.loaders.find_model import find_model
         from hybrid_moe.placement.profile import read_profile
         from hybrid_moe.planning import machine
 
         gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
         path, base = find_model(named), find_model(self.base) if self.base else None
-        model = planning.read_model(path, base, self.method, self.dense)
+        if self.gpu_backend is not None and not gpus:
+            raise ValueError("--gpu-backend is for experts on a GPU: say which with --gpu")
+        backend = gpu_backend.backend_named(self.gpu_backend, "--gpu-backend ")
+        model = planning.read_model(path, base, self.method, self.dense, backend)
         threads = self.threads or PoolConfig.choose(pools=self.pools).threads
         request = planning.Request(
             gpus=gpus,

@@ -32,6 +32,7 @@ def serve(
     method: o.MethodOption = None,
     dense: o.DenseOption = DENSE,
     gpu_experts: o.GpuExpertsOption = None,
+    gpu_backend: o.GpuBackendOption = None,
     profile: o.ProfileOption = None,
     requests: o.RequestsOption = 4,
     chunk: o.ChunkOption = 2048,
@@ -61,7 +62,7 @@ def serve(
 
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
-        ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense,
+        ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense, gpu_backend,
     )  # fmt: skip
     if not gpu:
         if rest.args:

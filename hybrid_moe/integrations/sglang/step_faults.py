@@ -17,6 +17,8 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+from hybrid_moe.integrations.sglang import gpu_backend
+from hybrid_moe.integrations.sglang.gpu_faults import GpuLostError, explaining
 from hybrid_moe.streams.faults import check_errors
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class StepFaults:
 
     def keep(self, error: Exception) -> None:
         """Keep what a forward pass met; raises it where nothing could be done about it."""
-        if not self.alone:
+        if not self.alone or isinstance(error, GpuLostError):
             raise error
         self._kept = self._kept or error
 
@@ -56,7 +58,8 @@ class StepFaults:
         """
         copied = getattr(result, "copy_done", None)
         if copied is not None:
-            copied.synchronize()
+            with explaining(gpu_backend.chosen(), "a step"):  # faults of replayed graphs come here
+                copied.synchronize()
         error = self._take()
         if error is not None:
             self._told, self._failing_until = error, scheduler.forward_ct
