@@ -226,7 +226,8 @@ def _notes(model: Model, request: Request) -> list[str]:
     if request.gpus and not model.hot_possible:
         notes.append(
             f"{model.base} was written by `hybrid-moe convert`, whose experts SGLang cannot put on "
-            "a GPU: give the original checkpoint as --base to use GPU experts, or --gpu-backend cute"
+            "a GPU: give the original checkpoint as --base to use GPU experts, or let this package "
+            "have them (--gpu-backend cute)"
         )
     if request.gpus and len({gpu.nbytes for gpu in request.gpus}) > 1:
         notes.append("tensor parallelism gives every GPU the same: the smallest one counts")

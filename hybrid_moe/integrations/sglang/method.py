@@ -100,9 +100,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             self._spec = expert_layer.layer_spec(
                 layer, num_experts, extra_weight_attrs.get("moe_intermediate_size")
             )
-            if self.gpu_backend is not None:
-                self._take_both_halves(hot, layer.moe_tp_rank, layer.moe_tp_size)
-            elif layer.moe_tp_rank == 0:
+            if self.gpu_backend is None and layer.moe_tp_rank == 0:
                 self.wrapper = self._make_wrapper(hot)
             layer._derived_weight_cache_error = RELOADING
         # Several methods size their parameters by the layer's count, not by the argument.
@@ -119,19 +117,21 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             params_dtype=params_dtype,
             **extra_weight_attrs,
         )
+        if self.gpu_backend is not None and not self.experts.all_hot:
+            self._take_both_halves(layer, hot)
 
-    def _take_both_halves(self, hot: GpuExperts, rank: int, ranks: int) -> None:
+    def _take_both_halves(self, layer: Any, hot: GpuExperts) -> None:
         """Make the wrapper of this rank's experts, wherever they are. Its slots are allocated now:
         SGLang gives its cache what is free after loading."""
-        config = self.kt_config
-        own = RankExperts.of(hot, config.layer_idx, rank, ranks)
+        index = self.kt_config.layer_idx
+        own = RankExperts.of(hot, index, layer.moe_tp_rank, layer.moe_tp_size)
         if own.any:
-            with explaining(self.gpu_backend, f"slots of layer {config.layer_idx}"):
+            with explaining(self.gpu_backend, f"slots of layer {index}"):
                 self.wrapper = self._make_wrapper(
                     own.hot,
                     any_cold=own.any_cold,
                     gpu_backend=self.gpu_backend,
-                    gpu_device=torch.get_default_device(),  # that SGLang builds the model on
+                    gpu_device=next(layer.parameters()).device,
                     elsewhere=own.elsewhere,
                 )
 
@@ -212,7 +212,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
     # Running ------------------------------------------------------------------------------------
 
     def apply(self, layer: Any, dispatch_output: Any) -> Any:
-        """The layer on a batch: SGLang's experts and the wrapper's at the same time, and their sum."""
+        """The layer on a batch: the experts in SGLang's slots and the wrapper's at the same time,
+        and their sum."""
         dispatch_output = with_standard_routing(dispatch_output)
         x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
         running = self.submit(x, topk)
@@ -228,8 +229,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return StandardCombineInput(hidden_states=output)
 
     def submit(self, x: torch.Tensor, topk: Any) -> bool:
-        """Start the wrapper's experts; False if a fault has been met instead, perhaps of a step before,
-        which is kept. Inputs may be overwritten when this returns."""
+        """Start the wrapper's experts; False if a fault has been met instead, perhaps of a step
+        before, which is kept. Inputs may be overwritten when this returns."""
         if self.wrapper is None:
             return False
         if x.shape[-1] != self._spec.hidden_size:
@@ -256,8 +257,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return output
 
     def _with_cold(self, hot: torch.Tensor | None, x: torch.Tensor, running: bool) -> torch.Tensor:
-        """The share of SGLang's experts and, where they are running, the wrapper's. Where these met a
-        fault, the step's requests fail, and its values count for nothing."""
+        """The share of SGLang's experts and, where they are running, the wrapper's. Where these met
+        a fault, the step's requests fail, and its values count for nothing."""
         if self.wrapper is None or not running:
             return torch.zeros_like(x) if hot is None else hot
         hidden = self._spec.hidden_size
