@@ -21,6 +21,13 @@ def chosen(environ: Mapping[str, str] = os.environ) -> str | None:
     return backend_named(environ.get(VARIABLE) or None, f"{VARIABLE}=")
 
 
+def description(backend: str | None) -> str:
+    """Who computes, in words."""
+    if backend is None:
+        return f"SGLang ({VARIABLE} is not set)"
+    return f"{VARIABLE}={backend}: {BACKENDS[backend]}"
+
+
 def backend_named(name: str | None, option: str) -> str | None:
     """`name`, checked; `option` is how the message says where it comes from."""
     if name is not None and name not in BACKENDS:
