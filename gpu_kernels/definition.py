@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import struct
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,15 +114,18 @@ def compile_here(definition: KernelDefinition, arch: str) -> Artifacts:
         pointee = getattr(cutlass, _POINTEES[argument.type])
         return make_ptr(pointee, 256, cute.AddressSpace.gmem, assumed_align=argument.align)
 
-    compiled = cute.compile(
-        definition.build(definition.config),
-        *map(example, definition.arguments),
-        make_fake_stream(),
-        options=f"--gpu-arch {arch} --keep-ptx --keep-cubin",
-    )
-    ptx = compiled.artifacts.PTX
+    # What is kept goes through files: in a folder of this call's own, or two compilations of kernels
+    # that the DSL gives the same name would read each other's.
+    with tempfile.TemporaryDirectory(prefix="hybrid_moe-") as folder:
+        compiled = cute.compile(
+            definition.build(definition.config),
+            *map(example, definition.arguments),
+            make_fake_stream(),
+            options=f"--gpu-arch {arch} --keep-ptx --keep-cubin --dump-dir {shlex.quote(folder)}",
+        )
+        ptx, cubin = compiled.artifacts.PTX, bytes(compiled.artifacts.CUBIN)
     text = ptx if isinstance(ptx, str) else ptx.decode()
     entry = re.search(r"\.entry\s+([\w$]+)", text)
     if entry is None:
         raise RuntimeError(f"{definition.name} for {arch}: the compiled text has no entry point")
-    return Artifacts(entry[1], text, bytes(compiled.artifacts.CUBIN))
+    return Artifacts(entry[1], text, cubin)
