@@ -15,9 +15,11 @@ from sglang.srt import runtime_context
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.plugins import load_plugins
 
+from hybrid_moe.formats.strips import packed_nbytes
+from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
 from hybrid_moe.integrations.sglang import method as method_module
-from hybrid_moe.integrations.sglang.gpu_faults import GpuLostError, GpuMemoryError
 from hybrid_moe.integrations.sglang.step_faults import StepFaults
+from hybrid_moe.runtime.gpu_faults import GpuMemoryError
 from tests.families import FamilyFixture, write_family
 from tests.sglang.layers import (
     LAYER,
@@ -47,14 +49,17 @@ def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYBRID_MOE_GPU", "torch")
 
 
-def on_ranks(fixture: FamilyFixture, hot: int, ranks: int) -> list[Any]:
-    """The layer of each rank, loaded, with the first `hot` experts on GPUs."""
-    layers = []
+def through_ranks(
+    fixture: FamilyFixture, hot: int, ranks: int, batch: Batch
+) -> list[tuple[Any, torch.Tensor]]:
+    """(layer, output) of each rank, with the first `hot` experts on GPUs."""
+    results = []
     for rank in range(ranks):
         with server_options(fixture, hot, ranks=tensor_parallel(rank, of=ranks)):
-            layers.append(new_layer(fixture))
-            load(layers[-1], fixture)
-    return layers
+            layer = new_layer(fixture)
+            load(layer, fixture)
+            results.append((layer, batch.through(layer)))
+    return results
 
 
 @pytest.mark.parametrize(
@@ -70,12 +75,11 @@ def test_ranks_give_parts_of_one_sum(
 
     monkeypatch.setattr(UnquantizedFusedMoEMethod, "apply", refuse)
     monkeypatch.setattr(UnquantizedFusedMoEMethod, "process_weights_after_loading", refuse)
-    layers = on_ranks(qwen, hot, ranks)
     batch = Batch.random(qwen, 9)
-    outputs = [batch.through(layer) for layer in layers]
-    assert_close(torch.stack(outputs).float().sum(dim=0).bfloat16(), batch, qwen)
+    parts = through_ranks(qwen, hot, ranks, batch)
+    assert_close(torch.stack([part for _, part in parts]).sum(dim=0), batch, qwen)
     slots = cold = 0
-    for rank, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
+    for rank, (layer, output) in enumerate(parts):
         assert {param.shape[0] for param in layer.parameters()} == {0}
         wrapper = layer.quant_method.wrapper
         if wrapper is None:
@@ -94,7 +98,8 @@ def test_slots_are_allocated_before_anything_is_loaded(qwen: FamilyFixture) -> N
     """SGLang gives its cache what is free after loading, and measures before that too."""
     with server_options(qwen, gpu_experts=3):
         wrapper = new_layer(qwen).quant_method.wrapper
-    assert wrapper.slots.memory.shape[0] == 3 and not wrapper.loaded
+    slot = packed_nbytes(wrapper.format, qwen.hidden, qwen.intermediate)
+    assert wrapper.gpu_nbytes == 3 * slot and not wrapper.loaded
 
 
 def test_any_set_of_experts_of_gpt_oss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,10 +111,10 @@ def test_any_set_of_experts_of_gpt_oss(tmp_path: Path, monkeypatch: pytest.Monke
     with server_options(fixture, gpu_experts=None):
         layer = gpt_oss_layer(fixture)
         finish(layer)
-    assert {param.shape[0] for param in layer.parameters()} == {0}
-    assert layer.quant_method.wrapper.gpu_experts_mask.tolist() == [False, True, False, True]
-    batch = Batch.random(fixture, 9)
-    assert_close(batch.through(layer), batch, fixture, limit=7.0, alpha=1.702)
+        assert {param.shape[0] for param in layer.parameters()} == {0}
+        assert layer.quant_method.wrapper.gpu_experts_mask.tolist() == [False, True, False, True]
+        batch = Batch.random(fixture, 9)
+        assert_close(batch.through(layer), batch, fixture, limit=7.0, alpha=1.702)
 
 
 def test_sglang_has_no_use_for_codes(qwen: FamilyFixture) -> None:
@@ -133,10 +138,10 @@ def test_routed_scaling_factor_is_applied_once(
     with server_options(qwen, gpu_experts=2):
         layer = new_layer(qwen, routed_scaling_factor=2.5)
         load(layer, qwen)
-    assert layer.should_fuse_routed_scaling_factor_in_topk == folded
-    batch = Batch.random(qwen, 9)
-    scaled = Batch(batch.x, batch.ids, batch.weights * (1.0 if folded else 2.5))
-    assert_close(batch.through(layer), scaled, qwen)
+        assert layer.should_fuse_routed_scaling_factor_in_topk == folded
+        batch = Batch.random(qwen, 9)
+        scaled = Batch(batch.x, batch.ids, batch.weights * (1.0 if folded else 2.5))
+        assert_close(batch.through(layer), scaled, qwen)
 
 
 def test_draft_models_are_sglangs(qwen: FamilyFixture) -> None:
@@ -157,27 +162,33 @@ def test_an_unknown_back_end_is_refused(
         new_layer(qwen)
 
 
-@pytest.mark.parametrize("meets_it", ["submit_forward", "sync_forward"])
-def test_a_full_gpu_fails_a_step_and_a_lost_one_the_server(
-    qwen: FamilyFixture, monkeypatch: pytest.MonkeyPatch, meets_it: str
-) -> None:
-    (layer,) = on_ranks(qwen, hot=2, ranks=1)
+def test_a_full_gpu_fails_a_step(qwen: FamilyFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Met in the slots' kernels while the CPU is at its part; the next step is as any other."""
     batch, faults = Batch.random(qwen, 9), StepFaults()
     faults.alone = True
     monkeypatch.setattr(method_module, "STEP_FAULTS", faults)
 
-    def meet(error: RuntimeError) -> None:
-        def fail(*args: object, **kwargs: object) -> None:
-            layer.quant_method.wrapper.reset()
-            raise error
+    def fail(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
+    with server_options(qwen, gpu_experts=2):
+        layer = new_layer(qwen)
+        load(layer, qwen)
         with monkeypatch.context() as patch:
-            patch.setattr(layer.quant_method.wrapper, meets_it, fail)
+            patch.setattr(SlotExperts, "rows", fail)
             batch.through(layer)
+        kept = faults._take()
+        assert isinstance(kept, GpuMemoryError) and "--mem-fraction-static" in str(kept)
+        assert_close(batch.through(layer), batch, qwen)
 
-    meet(torch.OutOfMemoryError("CUDA out of memory.\nSee the documentation"))
-    kept = faults._take()
-    assert isinstance(kept, GpuMemoryError) and "--mem-fraction-static" in str(kept)
-    assert_close(batch.through(layer), batch, qwen)
-    with pytest.raises(GpuLostError, match=r"layer 1: .*an illegal memory access.*restart"):
-        meet(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+
+def test_slots_that_do_not_fit(qwen: FamilyFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("hybrid_moe.runtime.hot_half.SlotExperts", fail)
+    with (
+        server_options(qwen, gpu_experts=2),
+        pytest.raises(GpuMemoryError, match=r"layer 1: .* slots: .*--kt-num-gpu-experts"),
+    ):
+        new_layer(qwen)

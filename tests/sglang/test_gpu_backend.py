@@ -12,23 +12,24 @@ from hypothesis import strategies as st
 
 from hybrid_moe.integrations.sglang import gpu_backend
 from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts, RankExperts
-from hybrid_moe.integrations.sglang.gpu_faults import (
-    GpuLostError,
-    GpuMemoryError,
-    explained,
-    explaining,
-)
-from hybrid_moe.integrations.sglang.step_faults import StepFaults
+from hybrid_moe.integrations.sglang.step_faults import StepFaults, named_options
 from hybrid_moe.placement.ranks import experts_of_rank
+from hybrid_moe.runtime.gpu_arguments import BACKENDS
+from hybrid_moe.runtime.gpu_faults import GpuLostError, GpuMemoryError, explained
 
 E = 12
-FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGeneral advice")
-LOST = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nAdvice")
+GPU = torch.device("cuda", 0)
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+LOST = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, None), ("", None), ("cute", "cute")])
 def test_back_ends(value: str | None, expected: str | None) -> None:
     assert gpu_backend.chosen({} if value is None else {gpu_backend.VARIABLE: value}) == expected
+
+
+def test_they_are_the_wrappers() -> None:
+    assert set(gpu_backend.BACKENDS) == set(BACKENDS)
 
 
 @pytest.mark.parametrize("value", ["Cute", "1", " torch"])
@@ -63,34 +64,36 @@ def test_no_gpu_gets_the_remainder_of_every_layer() -> None:
 
 @pytest.mark.parametrize(
     ("error", "kind", "cure"),
-    [(FULL, GpuMemoryError, "--kt-num-gpu-experts"), (LOST, GpuLostError, "restart the server")],
+    [(FULL, GpuMemoryError, "--kt-num-gpu-experts"), (LOST, GpuLostError, "restart the process")],
 )
 def test_a_fault_on_the_gpu_is_one_error_with_its_cure(
     error: RuntimeError, kind: type[Exception], cure: str
 ) -> None:
-    told = explained(error, "cute", "layer 3")
-    assert type(told) is kind and told.__cause__ is error
-    assert str(told).startswith("layer 3: ") and cure in str(told)
-    assert "dvice" not in str(told)  # the driver's
-    with pytest.raises(kind), explaining("cute", "layer 3"):
+    refused = pytest.raises(kind, match="layer 3: cuda:0 ")
+    with refused as raised, named_options(), explained(3, GPU):
         raise error
+    assert cure in str(raised.value) and str(error) in str(raised.value)
 
 
 def test_other_errors_stay_as_they_are() -> None:
     other = RuntimeError("a worker failed")
-    assert explained(other, "cute", "layer 3") is other
-    assert explained(FULL, None, "layer 3") is FULL  # SGLang's own
-    with pytest.raises(RuntimeError, match="a worker failed"), explaining("cute", "layer 3"):
+    with pytest.raises(RuntimeError) as raised, named_options(), explained(3, GPU):
         raise other
+    assert raised.value is other
 
 
-def test_a_lost_gpu_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever its step: found by the experts, or when the results of a replayed graph arrive."""
+def test_a_full_gpu_fails_a_step_and_a_lost_one_the_server() -> None:
     faults = StepFaults(check=lambda: None)
     faults.alone = True
-    with pytest.raises(GpuLostError):
-        faults.keep(explained(LOST, "cute", "layer 3"))
+    faults.keep(GpuMemoryError("no room"))
+    assert "--mem-fraction-static" in str(faults._take())
+    with pytest.raises(GpuLostError, match="HYBRID_MOE_GPU"):
+        faults.keep(GpuLostError("gone"))
 
+
+def test_a_replayed_graph_meets_its_fault_when_results_arrive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def synchronize() -> None:
         raise LOST
 
@@ -98,4 +101,4 @@ def test_a_lost_gpu_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend, kind in (("cute", GpuLostError), ("", torch.AcceleratorError)):
         monkeypatch.setenv(gpu_backend.VARIABLE, backend)
         with pytest.raises(kind):
-            faults.before_results(None, None, result)
+            StepFaults(check=lambda: None).before_results(None, None, result)

@@ -35,10 +35,9 @@ from sglang.srt.utils import is_cuda
 from hybrid_moe.integrations.sglang import expert_layer, gpu_backend, gpu_experts, numa_binding
 from hybrid_moe.integrations.sglang.expert_layer import ExpertLayerSpec, UnsupportedLayerError
 from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts, RankExperts
-from hybrid_moe.integrations.sglang.gpu_faults import explained, explaining
 from hybrid_moe.integrations.sglang.model_chain import TARGET_MODEL
 from hybrid_moe.integrations.sglang.slot_loading import physical_to_logical, slot_loader
-from hybrid_moe.integrations.sglang.step_faults import STEP_FAULTS
+from hybrid_moe.integrations.sglang.step_faults import STEP_FAULTS, named_options
 from hybrid_moe.runtime.checkpoint_cache import checked_layer
 from hybrid_moe.wrapper import KTMoEWrapper
 
@@ -126,7 +125,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         index = self.kt_config.layer_idx
         own = RankExperts.of(hot, index, layer.moe_tp_rank, layer.moe_tp_size)
         if own.any:
-            with explaining(self.gpu_backend, f"slots of layer {index}"):
+            with named_options():
                 self.wrapper = self._make_wrapper(
                     own.hot,
                     any_cold=own.any_cold,
@@ -134,6 +133,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
                     gpu_device=next(layer.parameters()).device,
                     elsewhere=own.elsewhere,
                 )
+                self.wrapper.reserve_slots()
 
     def _make_wrapper(
         self, hot: GpuExperts, any_cold: bool = True, **both_halves: Any
@@ -194,7 +194,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if self.wrapper is not None:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # frees what loading holds, before memory is taken
-            with explaining(self.gpu_backend, f"loading layer {layer.layer_id}"):
+            with named_options():
                 self.wrapper.load_weights(physical_to_logical(layer, self.experts.num_experts))
 
     def restore_weights_before_loading(self, layer: Any) -> None:
@@ -238,7 +238,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         try:
             self.wrapper.submit_forward(x, topk.topk_ids, topk.topk_weights, _stream_of(x))
         except (RuntimeError, IndexError) as error:
-            self._keep(error)
+            STEP_FAULTS.keep(error)
             return False
         return True
 
@@ -265,7 +265,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         try:
             cold = self.wrapper.sync_forward(x[:, :hidden], _stream_of(x))
         except (RuntimeError, IndexError) as error:
-            self._keep(error)
+            STEP_FAULTS.keep(error)
             return torch.zeros_like(x) if hot is None else hot
         if hot is not None:
             hot[:, :hidden] += cold
@@ -273,11 +273,6 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if x.shape[-1] == hidden:
             return cold
         return torch.nn.functional.pad(cold, (0, x.shape[-1] - hidden))
-
-    def _keep(self, error: Exception) -> None:
-        """Let a fault fail its step, if the process can go on."""
-        doing = f"experts of layer {self.kt_config.layer_idx}"
-        STEP_FAULTS.keep(explained(error, self.gpu_backend, doing))
 
     def __getattr__(self, name: str) -> Any:
         """What SGLang asks of a layer's method that is not here, the wrapped method answers."""
