@@ -94,7 +94,8 @@ def test_each_form_of_gpu_experts(folder: Path, tmp_path: Path) -> None:
     forms: list[tuple[Any, list[list[int]]]] = [
         ("25%", [[0, 1], [0, 1]]), (0.0, [[], []]), (1.0, [[*range(8)]] * 2),
         (budget, [[0, 1], [0]]), ("24GB", [[*range(8)]] * 2), (masks, [[1, 6], []]),
-        (masks.numpy(), [[1, 6], []]), (chosen, [[1, 6], []]), (tmp_path / "hot.json", [[1, 6], []]),
+        (masks.numpy(), [[1, 6], []]), (chosen, [[1, 6], []]),
+        (tmp_path / "hot.json", [[1, 6], []]),
         (str(tmp_path / "hot.json"), [[1, 6], []]),
     ]  # fmt: skip
     for gpu_experts, expected in forms:
