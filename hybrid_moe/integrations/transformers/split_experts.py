@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
@@ -74,14 +73,9 @@ class SplitExperts:
             gpu_device=split.device,
         )
 
-    @property
-    def layer(self) -> ExpertLayer:
-        """The cold half."""
-        return self.wrapper.cold_layer
-
     def load(self, fill: Fill) -> None:
         """Load all experts, each into the half that it belongs to."""
-        self.wrapper.load_from(fill)
+        self.wrapper.load_weights_by(fill)
 
     def unpack(self, expert: int) -> ExpertTensors:
         """A copy of an expert, hot or cold, bit for bit as it was loaded."""
