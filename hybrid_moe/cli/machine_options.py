@@ -116,6 +116,10 @@ class MachineOptions:
         gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
         path, base = find_model(named), find_model(self.base) if self.base else None
         count = self._gpu_experts()
+        if self.gpu_backend is not None and not gpus and self.gpu_experts is None:
+            raise ValueError(
+                "--gpu-backend is for experts on a GPU: say which with --gpu-experts, or --gpu"
+            )
         backend = gpu_backend.backend_named(self.gpu_backend, "--gpu-backend ") if gpus else None
         model = planning.read_model(path, base, self.method, self.dense, backend)
         slots = None
