@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from hybrid_moe.gpu_kernels.definition import ARCHITECTURES
 from hybrid_moe.gpu_kernels.toolchain.architectures import architecture_of
 from hybrid_moe.gpu_kernels.toolchain.kernel_sources import DSL, dsl_version
+
+DRIVER_FILES = tuple(map(Path, ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version")))
+"""One of them is there where NVIDIA's driver is: on Linux, in containers, under WSL."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,9 @@ class Availability:
 
 
 def availability() -> Availability:
-    """Of the first GPU that torch sees. Imports torch, and nothing of CUDA without a GPU."""
+    """Of the first GPU that torch sees. Imports torch only where there is a driver."""
+    if not any(file.exists() for file in DRIVER_FILES):
+        return _no(f"there is no NVIDIA GPU, or its driver is not loaded (no {DRIVER_FILES[0]})")
     import torch
 
     if torch.version.cuda is None:

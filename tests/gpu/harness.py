@@ -96,7 +96,9 @@ def simulate(
     for argument in definition.arguments:
         value = values[argument.name]
         if argument.align:
-            packed.append(0 if value is None else memory.add(argument.name, _array(argument, value)))
+            packed.append(
+                0 if value is None else memory.add(argument.name, _array(argument, value))
+            )
         else:
             packed.append(value)
     counter = Lint() if lint or (lint is None and seed is None) else None

@@ -190,7 +190,7 @@ INTEGER: dict[str, Function] = {
     "shl": _shift(np.left_shift),
     "shr": _shift(np.right_shift),
     "popc": lambda x: _bits(x).sum(1, dtype=np.uint32),
-    "clz": lambda x: (8 * x.dtype.itemsize - 1 - _highest(x.view(UNSIGNED[x.itemsize]))),
+    "clz": lambda x: 8 * x.dtype.itemsize - 1 - _highest(x.view(UNSIGNED[x.itemsize])),
     "bfind": _highest,
     "brev": _reverse,
 }
@@ -485,7 +485,9 @@ def _cvt_pair(d: Decoder, op: Op, args: Args) -> Step:
     bits = {"bf16x2": np.uint32, "f16x2": np.uint32, "e4m3x2": np.uint16}[to]
     if of != "f32":
         width = "u16" if of == "e4m3x2" else "u32"
-        return d.alu(lambda x: narrow[to](widen[of](x)).view(bits), args[0], d.source(args[1], width))
+        return d.alu(
+            lambda x: narrow[to](widen[of](x)).view(bits), args[0], d.source(args[1], width)
+        )
 
     def pair(high: Array, low: Array) -> Array:
         both = np.stack(np.broadcast_arrays(low, high), -1)

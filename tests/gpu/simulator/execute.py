@@ -226,7 +226,9 @@ class Warps:
         kept = []
         for lanes, (which, data, offset), values, group in self.copies:
             some = keep[lanes]
-            kept.append((place[lanes[some]], (which, data, offset[some]), values[some], group[some]))
+            kept.append(
+                (place[lanes[some]], (which, data, offset[some]), values[some], group[some])
+            )
         self.copies = kept
         self.waiting = [(barrier, pc, mask[keep]) for barrier, pc, mask in self.waiting]
         groups, self.groups = self.groups, {}

@@ -81,7 +81,13 @@ class Lint:
         self._costs: dict[tuple[str, int, bytes], Array] = {}
 
     def count(
-        self, instruction: Instruction, space: str, array: str, size: int, address: Array, mask: Array
+        self,
+        instruction: Instruction,
+        space: str,
+        array: str,
+        size: int,
+        address: Array,
+        mask: Array,
     ) -> None:
         """Adds the requests of all warps. address: int64 [lanes]; mask: the lanes that take part."""
         rows = address.reshape(-1, WARP)

@@ -61,7 +61,11 @@ class GlobalMemory:
         """The arrays that accesses of `size` bytes lie in."""
         low, high = int(address.min()), int(address.max())
         segment = self.segment(low)
-        if segment and low >= segment.address and high + size <= segment.address + segment.data.size:
+        if (
+            segment
+            and low >= segment.address
+            and high + size <= segment.address + segment.data.size
+        ):
             yield segment, (None, segment.data, address - segment.address)
             return
         owner = np.searchsorted(np.array(self._starts), address, "right") - 1
@@ -69,7 +73,9 @@ class GlobalMemory:
             which = owner == index
             there = address[which]
             segment = self.segments[max(index, 0)]
-            outside = (there < segment.address) | (there + size > segment.address + segment.data.size)
+            outside = (there < segment.address) | (
+                there + size > segment.address + segment.data.size
+            )
             if outside.any():
                 raise IndexError(
                     f"out of bounds: {size} bytes at {segment.name}"
