@@ -215,7 +215,7 @@ def _kernel(config: GatingConfig) -> Any:
                     if const_expr(config.biased):
                         choice = rounded(choice + biases[i], config.bias_rounds)
                     keys[i] = ordered(choice)
-                    if const_expr(32 * (i + 1) > E):
+                    if const_expr(32 * (i + 1) > E):  # noqa: SIM102
                         if lane + 32 * i >= E:
                             keys[i] = Uint32(0)
                     if keys[i] > largest:
