@@ -21,8 +21,8 @@ import torch
 from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition, Launch
 from hybrid_moe.gpu_kernels.expert_tiles import check_tensor
+from hybrid_moe.gpu_kernels.lane_memory import at, vector
 from hybrid_moe.gpu_kernels.pack_tokens import check_routing
-from hybrid_moe.gpu_kernels.pointers import at, vector
 from hybrid_moe.gpu_kernels.toolchain import has_pdl, launch
 
 Tensor = torch.Tensor
