@@ -13,7 +13,7 @@ from hybrid_moe.gpu_kernels.expert_tiles import ExpertTiles, check_tensor
 from hybrid_moe.gpu_kernels.fragments import unpermute
 from hybrid_moe.gpu_kernels.gemm_config import GemmConfig, gemm_config
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
-from hybrid_moe.gpu_kernels.strip_gemm import arguments, strip_gemm
+from hybrid_moe.gpu_kernels.strip_gemm import gemm_arguments, strip_gemm
 
 Tensor = torch.Tensor
 
@@ -32,6 +32,7 @@ def _kernel(config: GemmConfig) -> Any:
     class Rows:
         halves_meet = False
         table_columns = TABLE_COLUMNS
+        early_weights = True
 
         @cute.jit
         def store(
@@ -72,7 +73,7 @@ def _kernel(config: GemmConfig) -> Any:
 def definition(config: GemmConfig) -> KernelDefinition:
     """The kernel of one configuration. Its grid is `gemm_grid`."""
     return KernelDefinition(
-        "down", config, _kernel, arguments("f32"), config.threads, config.shared_bytes
+        "down", config, _kernel, gemm_arguments("f32"), config.threads, config.shared_bytes
     )
 
 

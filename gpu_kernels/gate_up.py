@@ -20,7 +20,7 @@ from hybrid_moe.gpu_kernels.expert_tiles import ExpertTiles, check_tensor
 from hybrid_moe.gpu_kernels.fragments import inverse_k_order, permute, unpermute
 from hybrid_moe.gpu_kernels.gemm_config import GemmConfig, gemm_config
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
-from hybrid_moe.gpu_kernels.strip_gemm import arguments, strip_gemm
+from hybrid_moe.gpu_kernels.strip_gemm import gemm_arguments, strip_gemm
 
 Tensor = torch.Tensor
 
@@ -52,6 +52,7 @@ def _kernel(config: GateUpConfig) -> Any:
     class SwiGlu:
         halves_meet = True
         table_columns = TABLE_COLUMNS
+        early_weights = False
 
         @cute.jit
         def store(
@@ -66,7 +67,7 @@ def _kernel(config: GateUpConfig) -> Any:
             t: Int32,
             row_columns: Int32,
         ):
-            """h of columns 4t + 2a and the next one of a strip, for two pairs. c[2 r + e, 0] is gate
+            """h of columns 4t + 2a and 4t + 2a + 1 of a strip, for two pairs. c[2 r + e, 0] is gate
             and c[2 r + e, 1] up of column r and pair e."""
             if cutlass.const_expr(config.gemm.biases):
                 for side in cutlass.range_constexpr(2):
@@ -98,7 +99,7 @@ def definition(config: GateUpConfig) -> KernelDefinition:
     """The kernel of one configuration. Its grid is `gemm_grid`."""
     gemm = config.gemm
     return KernelDefinition(
-        "gate_up", config, _kernel, arguments("bf16"), gemm.threads, gemm.shared_bytes
+        "gate_up", config, _kernel, gemm_arguments("bf16"), gemm.threads, gemm.shared_bytes
     )
 
 

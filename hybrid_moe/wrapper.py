@@ -174,7 +174,9 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             self._mask,
             self.shape,
         )
-        self._hot = options and HotHalf(options, self.shape, self.format, self.activation)
+        self._hot = (
+            None if options is None else HotHalf(options, self.shape, self.format, self.activation)
+        )
         self.pool = arguments.pool_config(cpuinfer_threads, threadpool_count, numa_nodes)
         self.strict = strict
         self._isa = arguments.tier_name(isa)
