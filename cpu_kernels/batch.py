@@ -21,7 +21,8 @@ class Batch(NamedTuple):
         tokens, top_k: T and k.
         x: of bf16 [T, H]. ids: of int64 [T, k]. weights: of float32 [T, k].
         skip: of bool [E], experts that are computed elsewhere and contribute nothing here; or 0.
-        out: of bf16 [T, H], written until the job is over.
+        out: of the output [T, H], written until the job is over.
+        out_size: bytes of a value of the output: 2 for bf16, 4 for float32, which is not rounded.
     """
 
     tokens: int
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
     weights: int
     skip: int
     out: int
+    out_size: int = 2
 
     def parts(self, most: int, hidden: int) -> Sequence[Batch]:
         """Its tokens, at most `most` at a time, of `hidden` inputs each."""
@@ -49,7 +51,8 @@ class Batch(NamedTuple):
             self.ids + 8 * pairs,
             self.weights + 4 * pairs,
             self.skip,
-            self.out + row,
+            self.out + self.out_size * hidden * begin,
+            self.out_size,
         )
 
 

@@ -62,6 +62,7 @@ def _layer(kernels: KernelSet, layout: StripLayout, tables: Mapping[str, Array])
         "add",
         "clear",
         "finish",
+        "finish_float",
         "deliver",
         "enter",
         "leave",

@@ -1,16 +1,20 @@
-"""The experts of one layer in memory: packed on load, unpacked again for export."""
+"""The experts of one layer in memory: packed on load, unpacked again for export.
+
+An expert has a place in the arenas: one range of bytes for each pool. Experts may leave and come
+back (`vacate`, `occupy`): whoever moves one copies its ranges, and nothing is packed again.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.drivers.records import Expert
 from hybrid_moe.cpu_kernels.memory import Arena
+from hybrid_moe.cpu_kernels.placement_change import COLD, PlacementChange
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows, publish_address
 from hybrid_moe.cpu_kernels.strips.unpack import RunAll, unpack_gate_up, unpack_rows
@@ -18,6 +22,11 @@ from hybrid_moe.formats.shares import ShareLayout, even_shares
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, round_up, strip_layout
 from hybrid_moe.formats.table import Array, WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors, check_matrix
+
+BIASED = ("gate", "up", "down")
+
+Ranges = list[npt.NDArray[np.uint8]]
+"""Of each pool, the bytes of its share of an expert."""
 
 
 class PackedExperts:
@@ -64,10 +73,14 @@ class PackedExperts:
         self._table = self._new_table()
         self._place: npt.NDArray[np.int64] = np.full(num_experts, -1, np.int64)
         """Of each expert in the arenas; -1: none."""
+        self._free_places: list[int] = []
+        self._biased: npt.NDArray[np.bool_] = np.zeros((num_experts, 3), np.bool_)
+        """Which of gate, up and down an expert has been loaded with a bias of."""
         self._arenas: list[Arena] = []
         rows = round_up(max(hidden, intermediate), STRIP_ROWS)
         self._no_bias: npt.NDArray[np.float32] = np.zeros(rows, np.float32)
         """The biases of every matrix that has none."""
+        self._has_loaded = False
         self._closed = False
         self._pid = os.getpid()
 
@@ -79,17 +92,24 @@ class PackedExperts:
         """Packed bytes of one expert in one pool, with the room for biases that `allocate` made."""
         return self._layouts[pool].nbytes
 
+    def shares(self, *, biases: bool) -> tuple[ShareLayout, ...]:
+        """An expert's range in each pool, with or without room for biases."""
+        return tuple(replace(layout, biases=biases) for layout in self._layouts)
+
     @property
     def nbytes(self) -> int:
         """Packed bytes held."""
         return sum(arena.nbytes for arena in self._arenas)
 
-    def allocate(self, resident: npt.NDArray[np.bool_], *, biases: bool = True) -> None:
+    def allocate(
+        self, resident: npt.NDArray[np.bool_], *, biases: bool = True, spare: int = 0
+    ) -> None:
         """Map memory for experts. May be called once.
 
         Args:
             resident: bool [E], the experts that are to be loaded.
             biases: with room for biases; False where none of them has any.
+            spare: places beside theirs, for experts that come later.
 
         Raises:
             ValueError: wrong length. RuntimeError: called twice or closed.
@@ -103,9 +123,11 @@ class PackedExperts:
         self._pid = os.getpid()
         chosen = np.flatnonzero(resident)
         self._place[chosen] = np.arange(len(chosen))
-        self._layouts = [replace(layout, biases=biases) for layout in self._layouts]
+        places = len(chosen) + spare
+        self._free_places = list(range(len(chosen), places))
+        self._layouts = list(self.shares(biases=biases))
         self._arenas = [  # all or none
-            Arena(len(chosen) * layout.nbytes, nodes)
+            Arena(places * layout.nbytes, nodes)
             for layout, nodes in zip(self._layouts, self.pool.memory_nodes, strict=True)
         ]
 
@@ -125,76 +147,141 @@ class PackedExperts:
         self._check_process()
         if not 0 <= expert < self.num_experts or self._place[expert] < 0:
             raise IndexError(f"expert {expert} has no memory in this layer")
+        self._check_tensors(expert, tensors)
+        shares, ranges = table[expert], self._ranges(int(self._place[expert]), arenas)
+        entries = self._entries(expert, ranges)
+        for pool, (layout, memory) in enumerate(zip(self._layouts, ranges, strict=True)):
+            self._pack_share(layout, memory, tensors)
+            if pool == 0:
+                entries["gate_up"][0] = shares["gate_up"][0]
+            shares[pool] = entries[pool]
+        publish_address(shares["gate_up"], ranges[0].ctypes.data)
+        self._has_loaded = True
+        self._check_open()
+
+    def pack(self, expert: int, tensors: ExpertTensors, ranges: Ranges) -> None:
+        """Check and pack one expert into memory of the caller's, as `load` would into its place.
+
+        Args:
+            ranges: of each pool, uint8 [nbytes] of its share (`shares`).
+
+        Raises:
+            CheckpointError, ValueError: see `load`.
+        """
+        self._check_tensors(expert, tensors)
+        for layout, memory in zip(self._layouts, ranges, strict=True):
+            self._pack_share(layout, memory, tensors)
+
+    def _check_tensors(self, expert: int, tensors: ExpertTensors) -> None:
+        """Raise unless they are an expert of this layer; note which of them have biases. An expert
+        that is loaded once more keeps those that it had, since a pass may be reading them."""
         H, I = self.hidden, self.intermediate
         check_matrix(tensors.gate, self.fmt, I, H)
         check_matrix(tensors.up, self.fmt, I, H)
         check_matrix(tensors.down, self.fmt, H, I)
-        shares = table[expert]
-        has_bias = self._biased_matrices(expert, shares[0], tensors)
-        ranges = self._ranges(expert, arenas)
-        for pool, (layout, (address, memory)) in enumerate(zip(self._layouts, ranges, strict=True)):
-            biases = self._load_biases(layout, address, memory, tensors, has_bias)
-            pack_gate_up(address, layout.blocks, layout.gate_up, tensors.gate, tensors.up, I)
-            down = address + layout.down_offset
-            pack_rows(down, layout.strips, layout.down, tensors.down, H)
-            shares[pool] = (shares["gate_up"][pool] if pool == 0 else address, down, *biases)
-        publish_address(shares["gate_up"], ranges[0][0])
-        self._check_open()
-
-    def _ranges(self, expert: int, arenas: list[Arena]) -> list[tuple[int, npt.NDArray[np.uint8]]]:
-        """Of each pool, where its share of an expert is: the address, and uint8 [nbytes]."""
-        ranges = []
-        for layout, arena in zip(self._layouts, arenas, strict=True):
-            at = int(self._place[expert]) * layout.nbytes
-            ranges.append((arena.address + at, arena.bytes[at : at + layout.nbytes]))
-        return ranges
-
-    def _biased_matrices(self, expert: int, share: Any, tensors: ExpertTensors) -> set[str]:
-        """Which of gate, up and down have biases now, or had some: an expert that is loaded once
-        more keeps their places, since a pass may be reading them."""
-        names = set()
-        for name in self._layouts[0].bias_rows:
-            given = getattr(tensors, name).bias is not None
-            if given and not self._layouts[0].biases:
+        for name in BIASED:
+            if getattr(tensors, name).bias is not None and not self._layouts[0].biases:
                 raise ValueError(
                     f"expert {expert}: {name} has a bias, but this layer was allocated without "
                     "room for biases; use allocate(resident, biases=True)"
                 )
-            if given or self._has_bias(share, name):
-                names.add(name)
-        return names
+        for at, name in enumerate(BIASED):
+            self._biased[expert, at] |= getattr(tensors, name).bias is not None
 
-    def _load_biases(
-        self,
-        layout: ShareLayout,
-        address: int,
-        memory: npt.NDArray[np.uint8],
-        tensors: ExpertTensors,
-        has_bias: set[str],
-    ) -> list[int]:
-        """Copy the biases into a pool's range; what its record says of gate's, up's and down's."""
-        addresses = []
-        for name, rows in layout.bias_rows.items():
-            if name not in has_bias:
-                addresses.append(self._no_bias.ctypes.data)
-                continue
+    def _pack_share(
+        self, layout: ShareLayout, memory: npt.NDArray[np.uint8], tensors: ExpertTensors
+    ) -> None:
+        """Fill a pool's range; biases that a matrix does not have are zeros."""
+        for name, rows in layout.bias_rows.items() if layout.biases else ():
             bias, here = getattr(tensors, name).bias, layout.bias(memory, name)
-            if bias is None:
-                here[:] = 0
-            else:
-                part = bias[rows.start : rows.stop]
-                here[: len(part)] = part
-            # drivers add 4 bytes for each row of the matrix, and those before `rows` are not here
-            addresses.append(address + layout.bias_offsets[name] - 4 * rows.start)
-        return addresses
+            part = () if bias is None else bias[rows.start : rows.stop]
+            here[: len(part)] = part
+            here[len(part) :] = 0
+        address = memory.ctypes.data
+        gate, up = tensors.gate, tensors.up
+        pack_gate_up(address, layout.blocks, layout.gate_up, gate, up, self.intermediate)
+        down = address + layout.down_offset
+        pack_rows(down, layout.strips, layout.down, tensors.down, self.hidden)
 
-    def _has_bias(self, share: Any, name: str) -> bool:
-        """Whether an expert has been loaded with one.
+    def _ranges(self, place: int, arenas: list[Arena]) -> Ranges:
+        """Of each pool, the bytes of a place: uint8 [nbytes]."""
+        return [
+            arena.bytes[place * layout.nbytes : (place + 1) * layout.nbytes]
+            for layout, arena in zip(self._layouts, arenas, strict=True)
+        ]
+
+    def _entries(self, expert: int, ranges: Ranges) -> Array:
+        """`records.Expert` [pools] of an expert whose ranges these are."""
+        entries = np.zeros(len(ranges), Expert.dtype)
+        for pool, (layout, memory) in enumerate(zip(self._layouts, ranges, strict=True)):
+            address = memory.ctypes.data
+            # drivers add 4 bytes for each row of the matrix, and those before `rows` are not here
+            biases = [
+                address + layout.bias_offsets[name] - 4 * rows.start
+                if self._biased[expert, at]
+                else self._no_bias.ctypes.data
+                for at, (name, rows) in enumerate(layout.bias_rows.items())
+            ]
+            entries[pool] = (address, address + layout.down_offset, *biases)
+        return entries
+
+    # Moving -------------------------------------------------------------------------------------
+
+    @property
+    def free_places(self) -> int:
+        """Places in which no expert is, or is to come."""
+        return len(self._free_places)
+
+    def has_place(self, expert: int) -> bool:
+        """Whether the expert has a place, or is about to be copied into one."""
+        return bool(self._place[expert] >= 0)
+
+    def ranges_of(self, expert: int) -> Ranges:
+        """Of each pool, the bytes of an expert that has a place: uint8 [nbytes], in the arenas."""
+        if not self.has_place(expert):
+            raise IndexError(f"expert {expert} has no memory in this layer")
+        return self._ranges(int(self._place[expert]), self._arenas)
+
+    def occupy(self, expert: int, live: int) -> PlacementChange:
+        """Give an expert a free place (`ranges_of`), into which the caller copies it.
 
         Args:
-            share: that of pool 0, whose rows begin at 0: the address is that of its own memory.
+            live: address of the expert's byte in the layer's live mask.
+
+        Returns:
+            To be applied when the copy is there: jobs launched afterwards compute the expert.
+
+        Raises:
+            RuntimeError: no place is free.
         """
-        return share[f"{name}_bias"] not in (0, self._no_bias.ctypes.data)
+        self._check_open()
+        if not self._free_places:
+            raise RuntimeError("no place of this layer is free")
+        self._place[expert] = self._free_places.pop()
+        entries = self._entries(expert, self.ranges_of(expert))
+        return PlacementChange(self._table, expert, entries, live, COLD, self._owned)
+
+    def vacate(self, expert: int, live: int, state: int) -> PlacementChange:
+        """Take an expert's place for other experts.
+
+        Args:
+            live: as for `occupy`.
+            state: what the mask says of the expert from then on.
+
+        Returns:
+            To be applied when no job that was launched before can read the place any more, and
+            before anything is copied into it.
+        """
+        self._check_open()
+        self._free_places.append(int(self._place[expert]))
+        self._place[expert] = -1
+        entries = np.zeros(self.pool.pools, Expert.dtype)
+        return PlacementChange(self._table, expert, entries, live, state, self._owned)
+
+    @property
+    def _owned(self) -> tuple[object, ...]:
+        """What must not be freed while anything is to be copied or changed."""
+        return self._arenas, self._table, self._no_bias
 
     def check_readable(self, expert: int) -> None:
         """Raise unless `unpack(expert)` can succeed: see there."""
@@ -214,7 +301,10 @@ class PackedExperts:
             IndexError: it is not loaded. RuntimeError: closed, or this is a forked child.
         """
         self.check_readable(expert)
-        shares = [memory for _, memory in self._ranges(expert, self._arenas)]
+        return self.unpack_ranges(expert, self.ranges_of(expert), run_all)
+
+    def unpack_ranges(self, expert: int, shares: Ranges, run_all: RunAll = map) -> ExpertTensors:
+        """The same of an expert that `pack` has packed, from wherever its ranges are now."""
         strips = [
             (share[: layout.down_offset], share[layout.down_offset : layout.strip_bytes])
             for layout, share in zip(self._layouts, shares, strict=True)
@@ -229,8 +319,8 @@ class PackedExperts:
         gate, up = unpack_gate_up(gate_up, self.gate_up_layout, fmt, self.intermediate, run_all)
         matrices = {"gate": gate, "up": up}
         matrices["down"] = unpack_rows(down, self.down_layout, fmt, self.hidden, run_all)
-        for name, matrix in matrices.items():
-            if self._has_bias(self._table[expert, 0], name):
+        for at, (name, matrix) in enumerate(matrices.items()):
+            if self._biased[expert, at]:
                 parts = [
                     layout.bias(share, name)
                     for layout, share in zip(self._layouts, shares, strict=True)

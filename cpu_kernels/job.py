@@ -47,6 +47,7 @@ class JobShape(NamedTuple):
         x_row, h_row: bytes of an encoded row of inputs and of intermediates.
         unpacked_bytes: groups of a strip that are unpacked at a time.
         workers, pools: of the group that runs it.
+        out_size: bytes of a value of the output, see `Batch`.
     """
 
     capacity: int
@@ -58,6 +59,7 @@ class JobShape(NamedTuple):
     unpacked_bytes: int
     workers: int
     pools: int
+    out_size: int = 2
 
     @property
     def pairs(self) -> int:
@@ -98,7 +100,8 @@ class JobShape(NamedTuple):
         """Bytes of the areas whose addresses a descriptor holds, by field."""
         pairs, tokens, experts = self.pairs, self.capacity, self.experts
         return {
-            "x_copy": 2 * tokens * self.hidden * int(experts > 0),
+            # the output of a job that is given up goes here too, see `streams.graph_job`
+            "x_copy": self.out_size * tokens * self.hidden * int(experts > 0),
             "counts": 4 * (experts + 1),
             "active_expert": 4 * experts,
             "active_start": 4 * (experts + 1),
@@ -134,7 +137,7 @@ class JobShape(NamedTuple):
 
 _write_batch = records.Job.writer("layer", *Batch._fields)
 _write_rows = records.Job.writer("layer", *Batch._fields, "out_tokens", "out_first")
-_IGNORED = records.Job.word("ignored")
+_IGNORED, _HOT, _PAIRS = map(records.Job.word, ("ignored", "hot", "pairs"))
 
 
 class JobMemory:
@@ -179,6 +182,11 @@ class JobMemory:
     def ignored(self) -> int:
         """Ids out of range that the latest launch has met."""
         return self._words[_IGNORED]
+
+    @property
+    def routed(self) -> tuple[int, int]:
+        """Pairs that the latest launch has met: of experts on the GPU, and of experts here."""
+        return self._words[_HOT], self._words[_PAIRS]
 
 
 class IdleMemory:

@@ -76,8 +76,10 @@ class ExpertLayer(PackedExperts):
         self._ready_state: ReadyLayer | None = None
         self._ready_lock = ProcessLock()  # a child closes what it inherits
         self._group: PoolGroup | None = None
-        self._job_shapes: dict[tuple[int, int], JobShape] = {}  # by capacity and k
+        self._job_shapes: dict[tuple[int, int, int], JobShape] = {}  # by capacity, k, out_size
         self._counters = Counters()
+        self._hot_pairs = self._cold_pairs = 0  # of passes that are no graph jobs
+        self._latest = 0  # number of the newest of these
         self._live_masks: dict[int, LiveMask] = {}
 
     def forward(
@@ -88,7 +90,8 @@ class ExpertLayer(PackedExperts):
         skip: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.uint16]:
         """`submit(...)` and wait."""
-        return self.submit(x, ids, weights, skip).wait()
+        bits: npt.NDArray[np.uint16] = self.submit(x, ids, weights, skip).wait()
+        return bits
 
     def submit(
         self,
@@ -96,16 +99,19 @@ class ExpertLayer(PackedExperts):
         ids: npt.NDArray[np.int64],
         weights: npt.NDArray[np.float32],
         skip: npt.NDArray[np.bool_] | None = None,
-    ) -> Job[npt.NDArray[np.uint16]]:
+        *,
+        rounded: bool = True,
+    ) -> Job[Array]:
         """Start a forward pass on arrays. They may be changed as soon as this returns.
 
         Args:
             x: bf16 bits [T, H]. ids: [T, k]. weights: [T, k].
             skip: bool [E], experts that are computed elsewhere and contribute nothing here; not to
                 be changed meanwhile.
+            rounded: to bf16. False: the float32 sums, as they are before that.
 
         Returns:
-            A job whose `wait()` gives bf16 bits [T, H].
+            A job whose `wait()` gives [T, H]: bf16 bits (uint16), or float32.
 
         Raises:
             ValueError, TypeError: a shape or dtype is wrong.
@@ -115,10 +121,10 @@ class ExpertLayer(PackedExperts):
         check_arrays(x, ids, weights, skip, self.hidden, self.num_experts)
         x, ids, weights = map(np.ascontiguousarray, (x, ids, weights))
         skip = None if skip is None else np.ascontiguousarray(skip)
-        out = np.empty(x.shape, np.uint16)
+        out: Array = np.empty(x.shape, np.uint16 if rounded else np.float32)
         at = [array.ctypes.data for array in (x, ids, weights)]
         at += [0 if skip is None else skip.ctypes.data, out.ctypes.data]
-        job = self.start(Batch(*ids.shape, *at), out)
+        job = self.start(Batch(*ids.shape, *at, out.itemsize), out)
         if job.missing >= 0:
             raise RuntimeError(
                 f"a token is routed to expert {job.missing}, which is not loaded here "
@@ -150,7 +156,7 @@ class ExpertLayer(PackedExperts):
         if not tokens:
             return Job(None, output, 0)
         most = min(tokens, MAX_TOKENS_PER_JOB)
-        memory = IDLE.borrow(self._job_shape(ready, most, batch.top_k))
+        memory = IDLE.borrow(self._job_shape(ready, most, batch.top_k, batch.out_size))
         owned = (ready, memory, output)
         sequence = ignored = 0
         for part in batch.parts(most, self.hidden):
@@ -162,19 +168,36 @@ class ExpertLayer(PackedExperts):
             if sequence <= 0:
                 IDLE.give_back(memory)
                 return Job(None, output, tokens, ignored, -sequence)
+            hot, cold = memory.routed
+            self._hot_pairs += hot
+            self._cold_pairs += cold
+        self._latest = sequence
         return Job((group, sequence, memory), output, tokens, ignored)
 
-    def job_shape(self, tokens: int, top_k: int) -> JobShape:
-        """Of a job of T tokens with k experts each."""
-        return self._job_shape(self._ready(), tokens, top_k)
+    def wait_all(self) -> None:
+        """Return when every pass that `start` has started is over; the calling thread works."""
+        if self._latest and (ready := self._ready_state) is not None:
+            ready.group.wait(self._latest)
 
-    def _job_shape(self, ready: ReadyLayer, tokens: int, top_k: int) -> JobShape:
-        key = (capacity_for(tokens), top_k)
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """(Token, expert) pairs of all passes so far: of experts that the mask put on the GPU, and
+        of experts that were computed here."""
+        hot, cold = self._counters.pairs
+        return self._hot_pairs + hot, self._cold_pairs + cold
+
+    def job_shape(self, tokens: int, top_k: int, out_size: int = 2) -> JobShape:
+        """Of a job of T tokens with k experts each, and with an output of values of so many bytes,
+        see `Batch`."""
+        return self._job_shape(self._ready(), tokens, top_k, out_size)
+
+    def _job_shape(self, ready: ReadyLayer, tokens: int, top_k: int, out_size: int) -> JobShape:
+        key = (capacity_for(tokens), top_k, out_size)
         shape = self._job_shapes.get(key)
         if shape is None:
             descriptor = ready.descriptor
             shape = self._job_shapes[key] = JobShape(
-                *key,
+                *key[:2],
                 experts=self.num_experts,
                 hidden=self.hidden,
                 x_row=descriptor.x_row_bytes,
@@ -182,13 +205,14 @@ class ExpertLayer(PackedExperts):
                 unpacked_bytes=FORMAT_KERNELS[self.fmt.name].unpacked_bytes,
                 workers=self.pool.threads,
                 pools=self.pool.pools,
+                out_size=out_size,
             )
         return shape
 
     def _ready(self) -> ReadyLayer:
         """The threads and the descriptor; the first pass starts and builds them."""
         self._check_open()
-        if not self.loaded.any():
+        if not self._has_loaded:
             raise RuntimeError("no expert of this layer has been loaded")
         self._check_process()
         with self._ready_lock:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import struct
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """What kernels are compiled for: Ampere, Ada, Hopper, Blackwell."""
@@ -78,6 +80,20 @@ class KernelDefinition:
         return struct.pack("@" + "".join(kinds), *values)  # "@" aligns each to its size
 
 
+class Launch(NamedTuple):
+    """One launch of a kernel: what the toolchain queues, and the tests' simulator runs.
+
+    Attributes:
+        definition: of the kernel.
+        values: of its arguments, in order: tensors, numbers, None for a null pointer.
+        grid: blocks along up to three axes.
+    """
+
+    definition: KernelDefinition
+    values: tuple[Any, ...]
+    grid: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Artifacts:
     """What compilation gives.
@@ -112,15 +128,18 @@ def compile_here(definition: KernelDefinition, arch: str) -> Artifacts:
         pointee = getattr(cutlass, _POINTEES[argument.type])
         return make_ptr(pointee, 256, cute.AddressSpace.gmem, assumed_align=argument.align)
 
-    compiled = cute.compile(
-        definition.build(definition.config),
-        *map(example, definition.arguments),
-        make_fake_stream(),
-        options=f"--gpu-arch {arch} --keep-ptx --keep-cubin",
-    )
-    ptx = compiled.artifacts.PTX
+    # What is kept goes through files: in a folder of this call's own, since two compilations would
+    # read each other's where the DSL gives their kernels the same name.
+    with tempfile.TemporaryDirectory(prefix="hybrid_moe-") as folder:
+        compiled = cute.compile(
+            definition.build(definition.config),
+            *map(example, definition.arguments),
+            make_fake_stream(),
+            options=f"--gpu-arch {arch} --keep-ptx --keep-cubin --dump-dir {shlex.quote(folder)}",
+        )
+        ptx, cubin = compiled.artifacts.PTX, bytes(compiled.artifacts.CUBIN)
     text = ptx if isinstance(ptx, str) else ptx.decode()
     entry = re.search(r"\.entry\s+([\w$]+)", text)
     if entry is None:
         raise RuntimeError(f"{definition.name} for {arch}: the compiled text has no entry point")
-    return Artifacts(entry[1], text, bytes(compiled.artifacts.CUBIN))
+    return Artifacts(entry[1], text, cubin)

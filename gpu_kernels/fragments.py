@@ -108,5 +108,5 @@ def unpermute(x: Any, fmt: WeightFormat) -> Any:
 
 
 def _take(x: Any, order: npt.NDArray[np.int64]) -> Any:
-    grouped = x.reshape(*x.shape[:-1], -1, GROUP)
+    grouped = x.reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
     return grouped[..., order.tolist()].reshape(x.shape)

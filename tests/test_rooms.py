@@ -39,7 +39,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "cpu_kernels.ceilings",
     ),
     ("cpu_kernels.streams", "cpu_kernels.descriptor", "cpu_kernels.experts", "cpu_kernels.matrix"),
-    ("cpu_kernels.job", "cpu_kernels.strips", "cpu_kernels.fingerprint"),
+    (
+        "cpu_kernels.job",
+        "cpu_kernels.strips",
+        "cpu_kernels.fingerprint",
+        "cpu_kernels.placement_change",
+    ),
     ("cpu_kernels.pool", "cpu_kernels.row_functions", "cpu_kernels.batch"),
     ("cpu_kernels.trace",),
     ("cpu_kernels.memory", "cpu_kernels.kernels", "cpu_kernels.trace_file"),
@@ -47,7 +52,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("cpu_kernels.jit", "cpu_kernels.tuning"),
     ("formats",),
     ("parallel", "sysfiles"),
-    ("imported", "locks", "logs", "text"),
+    ("binary_cache", "imported", "locks", "logs", "shared_libraries", "text"),
 )
 """Rooms, the highest first. Those of one level know nothing of each other."""
 

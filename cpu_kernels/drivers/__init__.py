@@ -31,6 +31,7 @@ _ENTRIES = {
     "pack_strips": "pack_strips",
     "fingerprint": "hash_memory",
     "publish_word": "pack_strips",
+    "apply_move": "move_expert",
 }
 """Driver that Python calls -> its module here."""
 

@@ -61,16 +61,16 @@ from hybrid_moe.cpu_kernels.drivers.worker import (
 )
 from hybrid_moe.cpu_kernels.jit.record import Word, i32
 
-_NAN_PAIR = 0x7FC07FC0  # two bf16
+_NAN_WORD = 0x7FC07FC0  # two bf16, or a float32
 
 
 @driver
 def fill_nan(graph_job: GraphJob) -> None:
     """Make the output of a run that failed NaN, so that nobody takes it for a result."""
     job = graph_job.job
-    pairs = i32.at(load_acquire(job.out))
-    for i in range(job.tokens * graph_job.hidden // 2):
-        pairs[i] = _NAN_PAIR
+    words = i32.at(load_acquire(job.out))
+    for i in range(job.tokens * graph_job.hidden * job.out_size // 4):
+        words[i] = _NAN_WORD
 
 
 @driver
@@ -205,6 +205,9 @@ def launch(graph_job: GraphJob) -> int:
     if sequence == NO_ROOM:
         return sequence
     store_release(graph_job.epoch, epoch)
+    if sequence > 0:
+        fetch_add(graph_job.counters.hot, graph_job.job.hot)
+        fetch_add(graph_job.counters.cold, graph_job.job.pairs)
     if graph_job.ignored_ids != IDS_PASS and graph_job.job.ignored > 0:
         fetch_add(graph_job.counters.ignored, graph_job.job.ignored)
         if graph_job.ignored_ids == IDS_FAULT:

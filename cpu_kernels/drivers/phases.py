@@ -201,14 +201,16 @@ def down_strips(
 @driver
 def finish_strip(job: Job, row: int, out: int) -> None:
     """The sums of rows 64 * `row` to 64 * `row` + 63, float32 [T][64] -> the job's output."""
-    hidden = job.layer.hidden
+    layer = job.layer
+    hidden = layer.hidden
+    size = job.out_size
     call(
-        job.layer.finish,
+        layer.finish if size == 2 else layer.finish_float,
         out,
         job.tokens,
         # pairs with the release in `host.withdraw`: a job that is given up writes elsewhere
-        load_acquire(job.out) + 2 * STRIP_ROWS * row,
-        2 * hidden,
+        load_acquire(job.out) + size * STRIP_ROWS * row,
+        size * hidden,
         min(STRIP_ROWS, hidden - STRIP_ROWS * row),
     )
 
@@ -264,7 +266,7 @@ def zero_task(job: Job, begin: int, end: int) -> None:
     cache line. What is left of the output at both ends is less than a unit and a line, and comes
     with the first unit."""
     out = load_acquire(job.out)
-    past = out + 2 * job.tokens * job.layer.hidden
+    past = out + job.out_size * job.tokens * job.layer.hidden
     first = (out + LINE - 1) // LINE * LINE
     units = max(0, past - first) // SUMS_BYTES
     last = min(units, end)

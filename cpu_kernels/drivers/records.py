@@ -47,6 +47,9 @@ ATTENTION_SPLIT = 256
 scores and weights of eight rows are 12 KB, and the partials that a split leaves are 1/27 of what it
 reads (keys and values of 64 dimensions)."""
 
+COMPUTED_HERE, ON_GPU, ELSEWHERE = range(3)
+"""What a mask says of an expert."""
+
 IDS_PASS, IDS_COUNT, IDS_FAULT = range(3)
 """What ids out of range mean: nothing, are counted, are a fault as well."""
 
@@ -91,6 +94,17 @@ class Expert(Record):
     down_bias = i64
 
 
+class Move(Record):
+    """An expert's new entries in a layer's table and mask."""
+
+    shares = array(inline(Expert))  # [pools], in the table
+    entries = array(inline(Expert))  # [pools], what these become
+    pools = i64
+    mask = array(u8)  # its byte
+    state = i64  # COMPUTED_HERE, ...
+    applied = shared
+
+
 class MatrixShare(Record):
     """A pool's share of a dense layer's matrix, some of its strips."""
 
@@ -118,6 +132,7 @@ class Layer(Record):
     add = i64
     clear = i64
     finish = i64
+    finish_float = i64
     deliver = i64
     enter = i64  # what a thread calls before its first and
     leave = i64  # after its last task of a job, or 0
@@ -185,8 +200,9 @@ class Job(Record):
     x = i64  # bf16 [T][hidden]
     ids = array(i64)  # [T][k]
     weights = array(f32)  # [T][k]
-    skip = array(u8)  # [E] or 0: experts that contribute nothing here
-    out = shared  # address of bf16 [T][hidden]; elsewhere once the job is given up
+    skip = array(u8)  # [E] or 0: experts that contribute nothing here, see COMPUTED_HERE, ...
+    out = shared  # address of the output [T][hidden]; elsewhere once the job is given up
+    out_size = i64  # bytes of a value of it: 2 for bf16, 4 for float32
     out_tokens = i64  # of a dense layer: the output is [matrix][out_tokens][rows], and the job's
     out_first = i64  # first token is this one of it
     pools = i64
@@ -213,6 +229,7 @@ class Job(Record):
     active = i64  # number of active experts
     most = i64  # most tokens of one expert
     pairs = i64  # of all of them
+    hot = i64  # pairs of experts that are on the GPU
     ignored = i64  # ids out of range
     missing = i64  # 1 + an expert that is not loaded and not skipped, or 0
     attention = pointer(Attention)  # or 0: a layer's job
@@ -296,6 +313,8 @@ class Trace(Record, alignment=LINE):
 class Counters(Record, alignment=LINE):
     """What the runs of a layer's graph jobs have met. Counts only grow; several threads add."""
 
+    hot = shared  # pairs of experts on the GPU,
+    cold = shared  # and of experts here
     ignored = shared  # ids out of range, of jobs that count them
     missing = shared  # runs that met an expert that is neither loaded nor skipped,
     missing_expert = shared  # the latest

@@ -24,6 +24,7 @@ from hybrid_moe.cpu_kernels.drivers.records import (
     GATE_UP,
     LINEAR,
     MERGE,
+    ON_GPU,
     ZERO,
     Entry,
     Job,
@@ -48,13 +49,15 @@ def expert_state(job: Job, expert: int) -> int:
 
 @driver
 def count_pairs(job: Job) -> None:
-    """Pairs of each expert; ids out of range are counted and contribute nothing."""
+    """Pairs of each expert, and of all that the mask puts on the GPU; ids out of range are
+    counted and contribute nothing."""
     experts = job.layer.experts
     counts = job.counts
     for e in range(experts):
         counts[e] = 0
     ignored = 0
     missing = 0
+    hot = 0
     for i in range(job.tokens * job.top_k):
         e = job.ids[i]
         if e < 0 or e >= experts:
@@ -65,6 +68,9 @@ def count_pairs(job: Job) -> None:
             counts[e] += 1
         elif state == NOT_LOADED:
             missing = e + 1
+        elif job.skip[e] == ON_GPU:
+            hot += 1
+    job.hot = hot
     job.ignored = ignored
     job.missing = missing
 
@@ -204,7 +210,7 @@ def append_expert_phases(entry: Entry) -> None:
     layer = job.layer
     active, pairs, workers = job.active, job.pairs, layer.workers
     if active == 0:
-        units = ceil_div(2 * job.tokens * layer.hidden, SUMS_BYTES)
+        units = ceil_div(job.out_size * job.tokens * layer.hidden, SUMS_BYTES)
         # a task even where there are no tokens: the last one to end is what completes a job
         tasks = max(1, min(units, workers[0]))
         add_tasks(entry, append_phase(entry, ZERO), 0, units, tasks, 0)

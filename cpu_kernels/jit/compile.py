@@ -22,12 +22,12 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from hybrid_moe.cpu_kernels.jit import cache
+from hybrid_moe import binary_cache
 from hybrid_moe.locks import ProcessLock
 
 logger = logging.getLogger(__name__)
 
-ABI = 4
+ABI = 5
 """Raise when the meaning of an address or descriptor that compiled code sees changes."""
 
 try:
@@ -230,9 +230,9 @@ def emit_object(
     if dump is not None:
         _dump(make(), target, label, *dump, program)
     index = None if sources is None else f"{_digest(shape, sources)}.index"
-    known = None if index is None else cache.read(index)
+    known = None if index is None else binary_cache.read(index)
     name = f"{_digest(shape, make())}.o" if known is None else known.decode()
-    payload = cache.read(name)
+    payload = binary_cache.read(name)
     if payload is None:
         text = make()
         name = f"{_digest(shape, text)}.o"
@@ -241,10 +241,10 @@ def emit_object(
             module = _parse(text, machine, program)
             with _in_written_order():
                 payload = bytes(machine.emit_object(module))
-        cache.write(name, payload)
+        binary_cache.write(name, payload)
         logger.debug("compiled %s for %s", label, target.cpu)
     if index is not None and known != name.encode():
-        cache.write(index, name.encode())
+        binary_cache.write(index, name.encode())
     return payload
 
 

@@ -159,3 +159,13 @@ def finish(emit: Emit, sums: Val, count: Val, out: Val, out_stride: Val, rows: V
                 for panel in (2 * half, 2 * half + 1):
                     y = emit.load(sums + i * SUMS_BYTES + 64 * panel, F32, 16, align=64)
                     emit.store(out + i * out_stride + 32 * panel, to_bf16(y), align=2)
+
+
+def finish_float(emit: Emit, sums: Val, count: Val, out: Val, out_stride: Val, rows: Val) -> None:
+    """Kernel: `finish` without the rounding; out is float32 [count][rows]."""
+    with emit.loop(0, count) as i:
+        for half in range(2):
+            with emit.when(rows > GROUP * half):
+                for panel in (2 * half, 2 * half + 1):
+                    y = emit.load(sums + i * SUMS_BYTES + 64 * panel, F32, 16, align=64)
+                    emit.store(out + i * out_stride + 64 * panel, y, align=4)

@@ -70,6 +70,7 @@ class KernelSet:
     add: int
     clear: int
     finish: int
+    finish_float: int
     deliver: int
     enter: int
     leave: int
@@ -99,6 +100,7 @@ def functions_of(format_name: str, tier: Tier) -> list[tuple[str, int, KernelBod
         ("add", 4, epilogue.add),
         ("clear", 2, epilogue.clear),
         ("finish", 5, epilogue.finish),
+        ("finish_float", 5, epilogue.finish_float),
         ("deliver", 6, epilogue.deliver),
     ]
     if blocks is None or blocks.from_tokens > 1:
@@ -179,6 +181,7 @@ def kernel_set(format_name: str, tier: Tier) -> KernelSet:
         add=at["add"],
         clear=at["clear"],
         finish=at["finish"],
+        finish_float=at["finish_float"],
         deliver=at["deliver"],
         enter=at.get("enter", 0),
         leave=at.get("leave", 0),

@@ -38,6 +38,7 @@ def doctor(
     facts("Instruction sets", {tier.name: _tier(tier.missing) for tier in report.isa.tiers})
     facts("Cores", core_facts(report))
     facts("Memory", memory_facts(report))
+    facts("GPU kernels", gpu_facts(report))
     facts("Versions", {name: v or "not installed" for name, v in report.versions.items()})
 
 
@@ -58,11 +59,14 @@ def doctor_sglang(json: bool) -> None:
 
 def sglang_facts(report: SglangReport) -> dict[str, str]:
     """Version, and who serves `--kt-*`."""
+    from hybrid_moe.integrations.sglang import gpu_backend
+
     return {
         "version": report.version or "unknown",
         "tested": report.tested,
         **({"warning": report.warning} if report.warning else {}),
         "--kt-*": f"{'hybrid_moe' if report.take_over else 'not hybrid_moe'}: {report.reason}",
+        "experts on a GPU": gpu_backend.description(report.gpu_backend),
     }
 
 
@@ -104,6 +108,11 @@ def memory_facts(report: MachineReport) -> dict[str, str]:
             for threads, speed in report.bandwidth.items()
         },
     }
+
+
+def gpu_facts(report: MachineReport) -> dict[str, str]:
+    """Whether they are used, and why or why not."""
+    return {"used" if report.gpu.usable else "not used": report.gpu.reason}
 
 
 def _amount(nbytes: int | None) -> str:

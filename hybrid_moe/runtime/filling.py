@@ -7,27 +7,44 @@ the packed layer, with room for biases if there are any, and loads several at a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.load import load_layer
 from hybrid_moe.parallel import for_each
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.weights import Stacked, check_stacked, expert_of
 
-Fill = Callable[[ExpertLayer, npt.NDArray[np.bool_]], None]
+
+class Receiver(Protocol):
+    """Whoever takes the experts: a layer on the CPU, or both halves of one."""
+
+    @property
+    def pool(self) -> PoolConfig:
+        """Its threads load."""
+
+    def allocate(self, wanted: npt.NDArray[np.bool_], /, *, biases: bool) -> None:
+        """Take memory for the experts of a bool [E]."""
+
+    def load(self, expert: int, tensors: ExpertTensors) -> None:
+        """Take one expert. Thread-safe for different experts."""
+
+
+Fill = Callable[[Receiver, npt.NDArray[np.bool_]], None]
 """Allocates the experts of a bool [E] in a layer that has no memory yet, and loads them."""
 
 
 def from_checkpoint(source: LayerSource, fmt: WeightFormat, mapping: torch.Tensor) -> Fill:
     """Experts read from a checkpoint; `mapping` is int64 [E], id -> the checkpoint's expert."""
 
-    def fill(layer: ExpertLayer, wanted: npt.NDArray[np.bool_]) -> None:
+    def fill(layer: Receiver, wanted: npt.NDArray[np.bool_]) -> None:
         layer.allocate(wanted, biases=source.has_bias)
         threads = layer.pool.threads
         load_layer(source, mapping.numpy(), wanted, layer.load, fmt=fmt, threads=threads)
@@ -44,12 +61,18 @@ def from_tensors(
         TypeError, ValueError: see `check_stacked`.
     """
     check_stacked(projections, shape, fmt, mapping)
+    biases = any(p.bias is not None for p in projections.values())
+    return from_experts(
+        lambda expert: expert_of(projections, int(mapping[expert]), shape, fmt), biases=biases
+    )
 
-    def fill(layer: ExpertLayer, wanted: npt.NDArray[np.bool_]) -> None:
-        def load(expert: int) -> None:
-            layer.load(expert, expert_of(projections, int(mapping[expert]), shape, fmt))
 
-        layer.allocate(wanted, biases=any(p.bias is not None for p in projections.values()))
-        for_each(np.flatnonzero(wanted).tolist(), load, layer.pool.threads)
+def from_experts(read: Callable[[int], ExpertTensors], *, biases: bool) -> Fill:
+    """Experts that `read` gives, called on several threads; `biases`: they may have some."""
+
+    def fill(layer: Receiver, wanted: npt.NDArray[np.bool_]) -> None:
+        layer.allocate(wanted, biases=biases)
+        experts = np.flatnonzero(wanted).tolist()
+        for_each(experts, lambda expert: layer.load(expert, read(expert)), layer.pool.threads)
 
     return fill

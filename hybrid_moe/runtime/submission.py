@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from hybrid_moe.cpu_kernels.job import Job
+from hybrid_moe.runtime.hot_half import HotJob
 from hybrid_moe.streams.interface import Stream
 from hybrid_moe.streams.staging import StreamJob, StreamZeros
 
@@ -47,18 +49,20 @@ class Submission:
     Attributes:
         shape: of the batch, (B, H).
         device: of the batch.
-        job: this layer's experts.
+        job: this layer's experts on the CPU.
+        hot: those on the GPU, where the layer has both halves.
         incoming: what the layer before has deferred.
         fault: what sync will raise.
     """
 
-    __slots__ = ("device", "fault", "incoming", "job", "shape")
+    __slots__ = ("device", "fault", "hot", "incoming", "job", "shape")
 
     shape: torch.Size
     device: torch.device
     job: Started
     incoming: Started | None
     fault: Exception | None
+    hot: HotJob | None
 
     def result(self, stream: Stream | None) -> torch.Tensor:
         """The output, with what came in from the layer before; or the fault is raised."""
@@ -67,10 +71,13 @@ class Submission:
             # a new one: its traceback would lead back to one that is kept here, and keep us
             raise type(fault)(*fault.args)
         incoming, self.incoming = self.incoming, None
-        if incoming is None:
+        if incoming is not None:
+            earlier = result_of(incoming, stream)
+            if stream is None:
+                output.add_(earlier)
+            else:
+                stream.add(output, earlier)
+        if self.hot is None:
             return output
-        earlier = result_of(incoming, stream)
-        if stream is None:
-            return output.add_(earlier)
-        stream.add(output, earlier)
-        return output
+        with nullcontext() if stream is None else stream:
+            return self.hot.result(output)

@@ -43,6 +43,7 @@ class BufferKey:
     top_k: int
     dtype: torch.dtype
     device: torch.device
+    out_dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(eq=False)
@@ -78,7 +79,7 @@ class Buffers:
             x=stream.pinned(rows, key.dtype),
             ids=stream.pinned(routing, torch.int64),
             weights=stream.pinned(routing, torch.float32),
-            out=stream.pinned(rows, key.dtype),
+            out=stream.pinned(rows, key.out_dtype),
             mailbox=mailbox,
         )
 

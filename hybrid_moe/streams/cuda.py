@@ -10,12 +10,12 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 import torch
 
+from hybrid_moe.shared_libraries import loaded_library
 from hybrid_moe.streams.interface import Event
 
 T = TypeVar("T")
@@ -24,25 +24,6 @@ _RELAXED = 2  # cudaStreamCaptureModeRelaxed
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: never waits for the legacy default stream
 _WAIT_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 _WRITE_AFTER_ALL = 0  # CU_STREAM_WRITE_VALUE_DEFAULT: behind a memory barrier
-
-
-def loaded_library(name: str, maps: Path = Path("/proc/self/maps")) -> ctypes.CDLL:
-    """The shared library of this process whose file name begins with `name`.
-
-    A second copy of a runtime would have contexts of its own; so the path is taken from what is
-    mapped, never from a search.
-
-    Raises:
-        RuntimeError: no such library is loaded.
-    """
-    for line in maps.read_text().splitlines():
-        path = Path(line.split(maxsplit=5)[-1])
-        if path.name.startswith(name):
-            return ctypes.CDLL(str(path))
-    raise RuntimeError(
-        f"no {name} is loaded in this process: CUDA tensors need a torch that is built for CUDA "
-        "with the shared CUDA runtime"
-    )
 
 
 @functools.cache

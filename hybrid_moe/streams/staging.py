@@ -22,6 +22,8 @@ stays until the stream and the workers are through with it. Its buffers come bac
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,12 +51,22 @@ class Stager:
 
     Args:
         layer: whose experts run.
-        skip: bool [E] CPU tensor, the live mask; it must stay where it is.
+        skip: bool or uint8 [E] CPU tensor, the live mask; it must stay where it is.
         pool: of buffers.
+        out_type: of results: bfloat16, or float32 for sums that are not rounded.
     """
 
-    def __init__(self, layer: ExpertLayer, skip: torch.Tensor, pool: BufferPool = BUFFERS) -> None:
+    def __init__(
+        self,
+        layer: ExpertLayer,
+        skip: torch.Tensor,
+        pool: BufferPool = BUFFERS,
+        out_type: torch.dtype = torch.bfloat16,
+    ) -> None:
         self._layer, self._skip, self._pool = layer, skip, pool
+        self._out_type = out_type
+        self._recent: deque[weakref.ref[StreamJob]] = deque(maxlen=2)
+        """Of eager jobs: more than what runs now and what runs later is never under way."""
         self._jobs: dict[_Key, GraphJob] = {}  # least recently used first
         self._captured: dict[_Key, GraphJob] = {}
         pool.attach(self)
@@ -77,7 +89,8 @@ class Stager:
                 captured graph must end with all its streams joined.
         """
         (tokens, H), k = hidden.shape, ids.shape[1]
-        key = BufferKey(1 << max(tokens - 1, 0).bit_length(), H, k, hidden.dtype, stream.device)
+        capacity = 1 << max(tokens - 1, 0).bit_length()
+        key = BufferKey(capacity, H, k, hidden.dtype, stream.device, self._out_type)
         keeping.release()
         buffers = self._pool.take(key, stream)
         try:
@@ -103,7 +116,16 @@ class Stager:
         job.posted = side.record()
         if join:
             stream.wait(job.posted)
+        if not buffers.captured:
+            self._recent.append(weakref.ref(job))
         return job
+
+    def settle(self, stream: Stream) -> None:
+        """Let what follows on `stream` wait for the ends of all eager jobs so far. Their results
+        are collected as ever."""
+        for job in [job() for job in self._recent]:
+            if job is not None:
+                job.settle(stream)
 
     def _job(self, buffers: Buffers, tokens: int, ignored_ids: int) -> GraphJob:
         """The job over these buffers: immutable, since the stream may still have to post it."""
@@ -120,10 +142,12 @@ class Stager:
                 weights=buffers.weights.data_ptr(),
                 skip=self._skip.data_ptr(),
                 out=buffers.out.data_ptr(),
+                out_size=buffers.out.element_size(),
             )
+            shape = self._layer.job_shape(tokens, top_k, batch.out_size)
             job = self._layer.graph_job(
                 batch,
-                buffers.memory_of(self._layer.job_shape(tokens, top_k), self._layer.pool),
+                buffers.memory_of(shape, self._layer.pool),
                 ignored_ids=ignored_ids,
                 buffers=(buffers, self._skip),
             )
@@ -154,7 +178,7 @@ def _visit(job: GraphJob, captured: bool) -> Iterator[None]:
         raise
 
 
-@dataclass
+@dataclass(eq=False)
 class StreamJob:
     """A job on its way through a stream.
 
@@ -162,7 +186,8 @@ class StreamJob:
         graph_job: what is posted. tokens: T.
         posted: where the side stream has posted it.
         joined: `stream` has waited for that.
-        settled: the wait is queued, and the buffers are the pool's again.
+        settled: the wait is queued, and the buffers are the pool's again; but for `over`.
+        over: where the wait was queued before the result was asked for.
     """
 
     graph_job: GraphJob
@@ -173,6 +198,7 @@ class StreamJob:
     posted: Event
     joined: bool
     settled: bool = False
+    over: Event | None = None
 
     def result(self, stream: Stream) -> torch.Tensor:
         """Queue the wait and the copy to the device; a new device tensor [B, H]."""
@@ -181,7 +207,10 @@ class StreamJob:
                 "submit_forward and sync_forward of one call must either both be captured by a "
                 "CUDA graph or neither"
             )
-        self._wait(stream)
+        if self.over is None:
+            self._wait(stream)
+        else:
+            stream.wait(self.over)
         try:
             with stream:
                 return stream.to_device(self.buffers.out[: self.tokens])
@@ -191,6 +220,8 @@ class StreamJob:
     def discard(self) -> None:
         """Queue the wait, so that the buffers can be used again. Where it cannot be queued, since
         the run is in a graph that has ended, or the wait would be, the pool waits for the run."""
+        if self.over is not None:
+            self._return_early(self.stream)
         if self.settled:
             return
         if self.stream.capturing() == self.buffers.captured:
@@ -198,6 +229,19 @@ class StreamJob:
             self.pool.give_back(self.buffers, self.stream)
         else:
             self._lose()
+
+    def settle(self, stream: Stream) -> None:
+        """Queue the wait now, unless that is done; `result` then waits for where it was queued."""
+        if not self.settled:
+            self._wait(stream)
+            self.over = stream.record()
+
+    def _return_early(self, stream: Stream) -> None:
+        """Give back the buffers of a job that was settled, and whose result nobody wants."""
+        if self.over is not None and not stream.capturing():
+            stream.wait(self.over)
+            self.over = None
+            self.pool.give_back(self.buffers, stream)
 
     def __del__(self) -> None:
         # dropped by an exception, or with its layer; nothing can be queued from a finalizer
@@ -228,6 +272,7 @@ class StreamZeros:
     """In place of a job, for a layer of which all experts are on the GPU."""
 
     like: torch.Tensor
+    out_type: torch.dtype = torch.bfloat16
 
     @property
     def tokens(self) -> int:
@@ -236,7 +281,7 @@ class StreamZeros:
     def result(self, stream: Stream) -> torch.Tensor:
         """Zeros like the batch, a new tensor."""
         with stream:
-            return torch.zeros_like(self.like)
+            return torch.zeros_like(self.like, dtype=self.out_type)
 
     def discard(self) -> None:
         """Nothing runs."""

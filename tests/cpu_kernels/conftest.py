@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_moe.cpu_kernels.jit import cache, compile
+from hybrid_moe import binary_cache as cache
+from hybrid_moe.cpu_kernels.jit import compile
 from hybrid_moe.cpu_kernels.memory import Arena
 from tests.cpu_kernels.amx import emulator
 

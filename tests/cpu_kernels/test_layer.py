@@ -12,8 +12,9 @@ import pytest
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat, f32_to_bf16
 from hybrid_moe.formats.tensors import CheckpointError
 from tests.cpu_kernels.cases import (
     Array,
@@ -59,6 +60,22 @@ def test_forward(fmt: WeightFormat, shape: tuple[int, int], name: str) -> None:
         assert_within(from_bf16(out), case.reference(*batch))
         if has_portable_bits(fmt, name):
             assert np.array_equal(out, _portable_bits(fmt.name, shape, tokens))
+
+
+@pytest.mark.parametrize("pools", [1, 2])
+@Formats
+def test_sums_that_are_not_rounded(fmt: WeightFormat, pools: int) -> None:
+    """Their rounding gives the bits of the rounded output, for one token on many workers (rows by
+    pair), for many tokens, in parts, and where nothing is computed; H ends in half a strip."""
+    case = Case.random(fmt, 352, 96)
+    layer = case.layer(pool=PoolConfig(2, pools))
+    for tokens in (0, 1, 5, 130, MAX_TOKENS_PER_JOB + 3):
+        batch = random_batch(tokens, case.H, case.E, TOP_K)
+        for skip in (None, np.ones(case.E, bool)):
+            sums = layer.submit(*batch, skip, rounded=False).wait()
+            assert sums.shape == (tokens, case.H) and sums.dtype == np.float32
+            assert np.array_equal(f32_to_bf16(sums), layer.forward(*batch, skip))
+            assert (np.count_nonzero(sums) > 0) == (skip is None and tokens > 0)
 
 
 @TierNames

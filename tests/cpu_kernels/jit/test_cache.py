@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hybrid_moe.cpu_kernels.jit import cache
+from hybrid_moe import binary_cache as cache
 from tests.cpu_kernels.jit.test_jit import _answer
 
 os_fstat = os.fstat

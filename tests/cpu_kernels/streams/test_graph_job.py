@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_PASS
 from hybrid_moe.cpu_kernels.job import JobMemory
@@ -56,8 +57,9 @@ class Buffers:
     def job(self, layer: ExpertLayer, *, ignored_ids: int = IDS_COUNT) -> GraphJob:
         names = ("x", "ids", "weights", "skip", "out")
         at = {name: getattr(self, name).ctypes.data for name in names}
-        memory = JobMemory.new(layer.job_shape(T, K))
-        return layer.graph_job(Batch(T, K, **at), memory, ignored_ids=ignored_ids)
+        size = self.out.itemsize
+        memory = JobMemory.new(layer.job_shape(T, K, size))
+        return layer.graph_job(Batch(T, K, **at, out_size=size), memory, ignored_ids=ignored_ids)
 
 
 def _call(function: int, user_data: int) -> None:
@@ -108,6 +110,23 @@ def test_ignored_ids_are_reported_once(ignored_ids: int) -> None:
     _replay(job)
     assert layer.report().ignored == (4 if ignored_ids == IDS_COUNT else 0)
     assert layer.report().ignored == 0
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_sums_that_are_not_rounded(given_up: bool) -> None:
+    """NaN where a run fails; what is given up writes nothing behind the room that it has."""
+    layer = _layer(np.ones(E, bool))
+    buffers = Buffers.random(5)
+    buffers.out = np.zeros((T, H), np.float32)
+    job = buffers.job(layer)
+    if given_up:
+        _call(drivers.addresses()["close_host"], job.user_data)
+    _replay(job)
+    if given_up:
+        assert np.isnan(buffers.out).all()
+        return
+    expected = layer.forward(buffers.x, buffers.ids, buffers.weights)
+    np.testing.assert_array_equal(f32_to_bf16(buffers.out), expected)
 
 
 def test_a_missing_expert_gives_nan_and_a_report() -> None:

@@ -1,8 +1,9 @@
 """Content-addressed store of compiled objects on disk.
 
-A file is SHA-256(payload) followed by the payload: a relocatable object, or the name of one (see
-`jit.compile`). Nothing is unpickled. Writers rename a finished temporary file over the final name,
-so concurrent processes see whole files only; a file that fails its digest is rebuilt.
+A file is SHA-256(payload) followed by the payload: a relocatable object or the name of one (see
+`cpu_kernels/jit/compile.py`), or code for a GPU (`gpu_kernels/toolchain`). Nothing is unpickled.
+Writers rename a finished temporary file over the final name, so concurrent processes see whole
+files only; a file that fails its digest is rebuilt.
 
 What is read here is executed. So the directory must belong to this user or to root, and nobody else
 may write to it; the same holds for each file. Both are checked on what has been opened, never on a
@@ -30,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 LIMIT_BYTES = 256 << 20
 """Of a directory; then entries go, those first that were not used for the longest time. All kernels
-of one version and processor take a few MB."""
+of one version and processor take a few MB, those of a GPU as much."""
 
 _DIGEST_BYTES = 32
-_OURS = re.compile(r"[0-9a-f]{64}\.(o|index)(\.[0-9a-f]{16}\.tmp)?")
+_OURS = re.compile(r"[0-9a-f]{64}\.(o|index|cubin)(\.[0-9a-f]{16}\.tmp)?")
 _TEMPORARY_S = 3600
 """A temporary file so old is left from a process that was killed."""
 

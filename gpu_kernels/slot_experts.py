@@ -1,0 +1,147 @@
+"""The hot experts of one layer: their slots in a device's memory, and what computes with them.
+
+    x, ids ─► pack ─► gate_up ─► down ─► y, a row for each (token, expert) pair
+    y, weights, the CPU's part ─► combine ─► out, rounded once
+
+Everything is a fixed tensor of the device, so that a captured graph follows whatever is written
+into it in the order of its stream: which expert has which slot (`slot_of`), and the slots' bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from hybrid_moe.formats.activation import Activation
+from hybrid_moe.formats.table import UE8M0, WeightFormat
+from hybrid_moe.formats.tensors import ExpertTensors
+from hybrid_moe.gpu_kernels.combine import combine, combine_ref
+from hybrid_moe.gpu_kernels.down import down, down_ref
+from hybrid_moe.gpu_kernels.expert_tiles import ExpertTiles
+from hybrid_moe.gpu_kernels.gate_up import gate_up, gate_up_ref
+from hybrid_moe.gpu_kernels.pack_tokens import pack, pack_ref
+from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
+from hybrid_moe.gpu_kernels.slot_weights import check_supported
+
+Tensor = torch.Tensor
+
+BACKENDS = {
+    "cute": (pack, gate_up, down, combine),
+    "torch": (pack_ref, gate_up_ref, down_ref, combine_ref),
+}
+"""Name -> its functions: kernels of a CUDA device, or their references in torch on any device."""
+
+WIDEST_FOLDED_SCALE = 128
+"""Of E8M0 scales s: 2^(s - 127) times an E2M1 value of up to 6 is below bf16's limit of 2^128 for
+larger ones too, but the kernels fold 2^126 into the decoding of a code (`weight_codes`)."""
+
+_TILES = (8, 16, 32, 64)
+
+
+def has_wide_scales(fmt: WeightFormat, tensors: ExpertTensors) -> bool:
+    """Whether an expert has E8M0 scales that kernels cannot fold into bf16 weights."""
+    if fmt.scale is not UE8M0:
+        return False
+    scales = (tensors.gate.scales, tensors.up.scales, tensors.down.scales)
+    return any(s is not None and bool((s > WIDEST_FOLDED_SCALE).any()) for s in scales)
+
+
+def token_tile(pairs: int, experts: int) -> int:
+    """Pairs of a tile: the smallest that holds what an expert gets on average, with 10 % to spare
+    (Marlin's rule). A token's bits do not depend on it."""
+    return next((tile for tile in _TILES if pairs <= 0.9 * tile * experts), _TILES[-1])
+
+
+class SlotExperts:
+    """See the module.
+
+    Args:
+        layout: of a slot.
+        activation: between the projections.
+        num_experts: E, hot or not.
+        slots: S, at least 1.
+        device: where they are.
+        backend: of `BACKENDS`.
+
+    Attributes:
+        memory: uint8 [S, nbytes], experts as the CPU has them (`slot_layout`).
+        slot_of: int32 [E], the slot of each expert, or -1.
+        wide: int32 [S], not 0 where the expert `has_wide_scales`.
+
+    Raises:
+        NotImplementedError: the back end has no functions for the format.
+        torch.OutOfMemoryError: the device has no room.
+    """
+
+    def __init__(
+        self,
+        layout: SlotLayout,
+        activation: Activation,
+        num_experts: int,
+        slots: int,
+        device: torch.device,
+        backend: str,
+    ) -> None:
+        check_supported(layout.fmt)
+        self.layout, self.activation, self.backend = layout, activation, backend
+        self._pack, self._gate_up, self._down, self._combine = BACKENDS[backend]
+        self.memory = torch.empty((slots, layout.nbytes), dtype=torch.uint8, device=device)
+        self.slot_of = torch.full((num_experts,), -1, dtype=torch.int32, device=device)
+        self.wide = torch.zeros(slots, dtype=torch.int32, device=device)
+        self._gate_up_table = torch.from_numpy(layout.gate_up_table).to(device)
+        self._down_table = torch.from_numpy(layout.down_table).to(device)
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return self.memory.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return self.memory.numel()
+
+    def ranges(self, whole: Tensor) -> list[Tensor]:
+        """The pools' ranges of a slot's bytes, uint8 [nbytes]: views."""
+        places = zip(self.layout.share_offsets, self.layout.shares, strict=True)
+        return [whole[at : at + share.nbytes] for at, share in places]
+
+    def rows(self, x: Tensor, ids: Tensor) -> Tensor:
+        """What each pair of a hot expert gives, not yet weighted: y, float32 [T * k, H]. Rows of
+        other pairs are undefined.
+
+        Args:
+            x: bf16 [T, H], contiguous. ids: int32 or int64 [T, k], contiguous; ids out of range
+                are nobody's.
+        """
+        layout, (tokens, k) = self.layout, ids.shape
+        if not tokens:
+            return x.new_empty((0, layout.hidden), dtype=torch.float32)
+        tile = token_tile(ids.numel(), len(self.slot_of))
+        packed = self._pack(x, ids, self.slot_of, fmt=layout.fmt, slots=self.slots, tile=tile)
+        tiles = ExpertTiles(
+            self.memory,
+            self._gate_up_table,
+            self.wide,
+            packed.tile_slot,
+            packed.tile_rows,
+            packed.num_tiles,
+        )
+        h = self._gate_up(layout, self.activation, tiles, packed.xp, k)
+        return self._down(layout, replace(tiles, table=self._down_table), h)
+
+    def combine(
+        self, y: Tensor, ids: Tensor, weights: Tensor, cold: Tensor | None, slot_of: Tensor
+    ) -> Tensor:
+        """The layer's output, bf16 [T, H]: hot pairs by id, weighted, then the CPU's part.
+
+        Args:
+            y: from `rows`, of the same ids.
+            weights: float32 [T, k].
+            cold: float32 [T, H], or None where the CPU computes nothing.
+            slot_of: as it was for `rows`.
+        """
+        if not ids.shape[0]:
+            return y.new_empty((0, self.layout.hidden), dtype=torch.bfloat16)
+        return self._combine(y, ids, weights, slot_of, cold)
