@@ -164,7 +164,9 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         options = gpu_arguments.hot_options(
             gpu_backend, gpu_slots, gpu_device, elsewhere, self._mask, self.shape
         )
-        self._hot = options and HotHalf(options, self.shape, self.format, self.activation)
+        self._hot = (
+            None if options is None else HotHalf(options, self.shape, self.format, self.activation)
+        )
         self.pool = arguments.pool_config(cpuinfer_threads, threadpool_count, numa_nodes)
         self.strict = strict
         self._isa = arguments.tier_name(isa)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -113,8 +111,7 @@ class LayerRunner:
                     hidden, ids, weights = plain(hidden, ids, weights)
                 job, fault = self._start_all(hidden, ids, weights)
             if halves is not None:
-                with nullcontext() if stream is None else stream:
-                    hot = halves[0].start(hidden, ids, weights)
+                hot = halves[0].start(stream, hidden, ids, weights)
             self._submission = Submission(hidden.shape, hidden.device, job, incoming, fault, hot)
         except BaseException:
             discard(job, self.layer_idx)
@@ -189,8 +186,7 @@ class LayerRunner:
         else:
             self._stager.settle(stream)
         if self._submission is not None and self._submission.hot is not None:
-            with nullcontext() if stream is None else stream:
-                self._submission.hot.keep_placement()
+            self._submission.hot.keep_placement(stream)
 
     def reset(self) -> None:
         """`drop` in all layers of the model, with what is deferred between them."""
