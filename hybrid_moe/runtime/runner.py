@@ -11,6 +11,7 @@ from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_FAULT, IDS_PAS
 from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.streams.progress import Progress
+from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.call import check_call, is_plain, plain
 from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
@@ -53,7 +54,8 @@ class LayerRunner:
         self._layer, self._shape, self._chain = layer, shape, chain
         self._deferred, self._strict = deferred, strict
         self._has_experts = bool(resident.any())
-        self._mask = HostMask(mask, resident)
+        # with both halves no expert is ever nowhere: it comes to the CPU before its mask is 0
+        self._mask = HostMask(mask, resident if halves is None else np.ones_like(resident))
         self._seen_mask: HostMask | Progress = self._mask  # by the latest run
         self._halves = halves
         self._out_type = torch.bfloat16 if halves is None else torch.float32
@@ -192,6 +194,10 @@ class LayerRunner:
         if self._chain is not None:
             self._chain.reset()
         self.drop()
+
+    def unpack(self, expert: int) -> ExpertTensors:
+        """See `KTMoEWrapper.unpack`."""
+        return (self._layer if self._halves is None else self._halves[1]).unpack(expert)
 
     def close(self) -> None:
         """End what is under way."""

@@ -38,11 +38,11 @@ class Report:
     accesses: tuple[Access, ...] = ()
     """Of each memory instruction that ran, in the order of the text."""
     reads: Mapping[str, Traffic] = field(default_factory=dict)
-    """Argument -> what was read from its array."""
+    """Pointer -> what was read from its array."""
 
     def bank_conflicts(self) -> list[Access]:
         """Instructions that needed more wavefronts in shared memory than their words fill."""
-        return [a for a in self.accesses if not a.array and a.units > a.ideal]
+        return [a for a in self.accesses if a.space == "shared" and a.units > a.ideal]
 
     def of(self, array: str, op: str = "ld") -> list[Access]:
         """Instructions ("ld", "st", "cp", ...) on an argument's array; "" is shared memory."""
@@ -121,7 +121,10 @@ def simulate(
     if counter is None:
         return Report()
     accesses = sorted(counter.accesses.values(), key=lambda access: access.instruction.line)
-    return Report(tuple(accesses), counter.reads())
+    unread = {
+        argument.name: Traffic(0, 0, 0) for argument in definition.arguments if argument.align
+    }
+    return Report(tuple(accesses), unread | counter.reads())
 
 
 def _array(argument: Argument, value: Any) -> np.ndarray[Any, Any]:
