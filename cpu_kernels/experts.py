@@ -308,7 +308,10 @@ class PackedExperts:
             IndexError: it is not loaded. RuntimeError: closed, or this is a forked child.
         """
         self.check_readable(expert)
-        shares = self.ranges_of(expert)
+        return self.unpack_ranges(expert, self.ranges_of(expert), run_all)
+
+    def unpack_ranges(self, expert: int, shares: Ranges, run_all: RunAll = map) -> ExpertTensors:
+        """The same of an expert that `pack` has packed, from wherever its ranges are now."""
         strips = [
             (share[: layout.down_offset], share[layout.down_offset : layout.strip_bytes])
             for layout, share in zip(self._layouts, shares, strict=True)

@@ -4,10 +4,12 @@ the GPU: as many as fit beside everything else, or those that were asked for."""
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from hybrid_moe.cpu_kernels.memory import HUGE_PAGE
 from hybrid_moe.formats.table import AS_STORED
 from hybrid_moe.loaders.drafts import DRAFT
+from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
 from hybrid_moe.placement.profile import PlacementProfile
 from hybrid_moe.planning import cpu_only, scratch
 from hybrid_moe.planning.kv_cache import KvCache, kind_of, sglang_cache, transformers_cache
@@ -42,8 +44,12 @@ def lay_out(model: Model, request: Request) -> Plan:
         prefill = predict_prefill(model, hot, cpu, gpus, tokens)
     else:
         cache = transformers_cache(config, request.context)
-        hot = first_ids(model, 0, "no GPU")
-        parts = _cpu_parts(model, request, cache)
+        hot = (
+            HotExperts(request.slots, "as given")
+            if request.slots
+            else first_ids(model, 0, "no GPU")
+        )
+        parts = [*_slot_parts(model, hot), *_cpu_parts(model, request, cache)]
         decode = cpu_only.predict_decode(model, cpu, cache)
         prefill = cpu_only.predict_prefill(model, cpu, min(request.chunk, request.context))
     parts = [*_expert_parts(model, request, hot), *parts]
@@ -107,6 +113,34 @@ def as_many_as_fit(model: Model, room: int) -> HotExperts:
     each = sum(layer.on_gpu for layer in model.layers)
     count = max(0, min(model.num_experts, room // each))
     return first_ids(model, count, "as many as fit, the first ids of every layer")
+
+
+def slots_of(model: Model, gpu_experts: Any) -> dict[int, int]:
+    """How many experts of each layer are in slots, as `from_pretrained` splits them.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: see `hot_masks`.
+    """
+    layers = [
+        LayerOfExperts(layer.layer, layer.num_experts, layer.packed + layer.bias)
+        for layer in model.layers
+    ]
+    masks = hot_masks(gpu_experts, layers, cpu_only.num_layers(model))
+    return {layer: int(mask.sum()) for layer, mask in masks.items()}
+
+
+def _slot_parts(model: Model, hot: HotExperts) -> list[MemoryPart]:
+    """Experts in slots without a GPU. A layer that has some has a spare place among its strips, so
+    that an expert can come back before another leaves."""
+    slots = spare = 0
+    for layer in model.layers:
+        if count := hot.counts[layer.layer]:
+            slots += count * (layer.packed + layer.bias)
+            spare += layer.packed + layer.bias
+    return [
+        MemoryPart("routed experts, slots", RAM, slots, f"{_counts(hot)}; computed by torch"),
+        MemoryPart("routed experts, spare places", RAM, spare, "one for each layer with slots"),
+    ]
 
 
 def _expert_parts(model: Model, request: Request, hot: HotExperts) -> list[MemoryPart]:
@@ -218,4 +252,9 @@ def _notes(model: Model, request: Request) -> list[str]:
         notes.append("no GPU has run this yet: GPU figures are computed, not measured")
     else:
         notes.append("everything is for Transformers, as `hybrid-moe generate` runs it")
+        if request.slots:
+            notes.append(
+                "speeds are those of the CPU's kernels alone: without a GPU torch computes experts "
+                "in slots, slowly, to try how a model is split"
+            )
     return notes

@@ -81,6 +81,8 @@ def offload(
     pools: int | None = None,
     *,
     dense: str = "bf16",
+    gpu_experts: Any = None,
+    gpu_backend: str | None = None,
     progress: bool = True,
 ) -> Model:
     """Move the routed experts and the linear layers of a loaded model into packed strips.
@@ -97,15 +99,24 @@ def offload(
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"), or "torch" to leave them
-            as they are.
+            as they are, which they also are on a GPU that gets experts.
+        gpu_experts: experts that are packed into slots of the device where their layer is, and
+            computed there, while the CPU computes the others: a share of all experts (0.25 or
+            "25%"), GPU memory ("24GB": as many as it holds), bool masks [layers, experts] as of
+            `generate_gpu_experts_masks`, a mapping of layers to expert ids, or the path of a
+            placement profile. None for none.
+        gpu_backend: what computes them: "cute", or "torch", which needs no GPU. None for "cute"
+            where it can be used, else "torch" (logged once, with the reason).
         progress: show a progress bar on stderr.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: unknown method, impossible threads, no experts or such as Transformers does not
-            dispatch, experts on meta.
+        ValueError, TypeError: unknown method, impossible threads, no experts or such as
+            Transformers does not dispatch, experts on meta; GPU experts that the model does not
+            have, a back end that cannot be used here.
+        FileNotFoundError: there is no such profile.
         NotImplementedError: an experts module computes something that this package does not;
             adapters (LoRA) on the experts, which would be lost: merge them first. Nothing has been
             moved then.
@@ -115,12 +126,9 @@ def offload(
         find_experts,
         refuse_adapters,
     )
-    from hybrid_moe.integrations.transformers.hybrid_experts import (
-        HybridExperts,
-        experts_nbytes,
-        fill,
-    )
+    from hybrid_moe.integrations.transformers.hybrid_experts import experts_nbytes, pack_module
     from hybrid_moe.integrations.transformers.loading import replace_module
+    from hybrid_moe.integrations.transformers.model_split import split_of_model
     from hybrid_moe.integrations.transformers.packing_bar import PackingBar
 
     dense_fmt = dense_format(dense)
@@ -133,11 +141,13 @@ def offload(
             raise ValueError(
                 f"{specs[name].where} is on the meta device: it has no weights to move"
             )
+    splits = split_of_model(model, found, specs, options.fmt, gpu_experts, gpu_backend)
+    if any(split.device.type != "cpu" for split in splits.values()):
+        dense_fmt = None  # linear layers stay on the GPU, which has room for experts even
     with PackingBar("Packing weights", progress) as bar:
         bar.expect(sum(experts_nbytes(spec, options.fmt) for spec in specs.values()))
         for name, spec in specs.items():
-            experts = HybridExperts(spec)
-            fill(experts.allocate(options), found.pop(name), spec, options.fmt)
+            experts = pack_module(found.pop(name), spec, options, splits.get(name))
             replace_module(model, name, experts)
             bar.add(experts_nbytes(spec, options.fmt))
         if dense_fmt is not None:
@@ -163,6 +173,8 @@ def from_pretrained(
     pools: int | None = None,
     *,
     dense: str = "bf16",
+    gpu_experts: Any = None,
+    gpu_backend: str | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Any:
@@ -182,16 +194,18 @@ def from_pretrained(
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"; F16 and F32 are rounded and
             FP8 is dequantised on the way), or "torch" to leave them to Transformers, as where they
             are on another device than the CPU or are quantised by it.
+        gpu_experts, gpu_backend: experts that are packed for a GPU, see `offload`. With "cute" the
+            whole model is loaded onto the GPU, unless `device_map` says otherwise.
         progress: show a progress bar on stderr.
         **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...; `variant`
             and `subfolder` choose the files of experts too).
 
     Raises:
-        FileNotFoundError: no such directory.
+        FileNotFoundError: no such directory, or no such profile.
         CheckpointError: the checkpoint is damaged or does not fit the model; names the tensor. Or
             a token takes more experts than there are.
-        ValueError: unknown method, a layer whose stored weights do not become it, impossible
-            threads, no experts.
+        ValueError, TypeError: unknown method, a layer whose stored weights do not become it,
+            impossible threads, no experts; GPU experts or a back end as for `offload`.
         NotImplementedError: an experts module computes something that this package does not.
     """
     from hybrid_moe.integrations.transformers.checkpoint_files import (
@@ -204,6 +218,10 @@ def from_pretrained(
         experts_source,
         load_experts,
         load_skeleton,
+    )
+    from hybrid_moe.integrations.transformers.model_split import (
+        split_of_checkpoint,
+        surrounding_device,
     )
     from hybrid_moe.integrations.transformers.packing_bar import PackingBar
     from hybrid_moe.loaders.model_config import ModelConfig
@@ -226,6 +244,9 @@ def from_pretrained(
     for source in stored.values():  # all of them before anything is loaded
         source.check_format(chosen or source.format)
     options = _checked((chosen or BF16).name, threads, pools)
+    split = split_of_checkpoint(
+        stored, given or checkpoint.model, chosen, gpu_experts, gpu_backend, kwargs
+    )
     register()
     try:
         layers = None
@@ -241,9 +262,11 @@ def from_pretrained(
                 bar.expect(experts_nbytes(module.spec, chosen or source.format))
             if layers is not None:
                 layers.load(model, {n: m.spec for n, m in experts.items()}, bar)
-            for source, module in zip(sources, experts.values(), strict=True):
-                fmt = chosen or source.format
-                load_experts(source, module, replace(options, method=fmt.name))
+            for source, (name, module) in zip(sources, experts.items(), strict=True):
+                fmt, of_layer = chosen or source.format, None
+                if split is not None:
+                    of_layer = split.of_layer(source.layer, surrounding_device(model, name))
+                load_experts(source, module, replace(options, method=fmt.name), of_layer)
                 bar.add(experts_nbytes(module.spec, fmt))
         _save_from_strips(model)
         chosen_by_user = kwargs.get("attn_implementation") is not None
