@@ -41,7 +41,7 @@ class Report:
 
     def bank_conflicts(self) -> list[Access]:
         """Instructions that needed more wavefronts in shared memory than their words fill."""
-        return [a for a in self.accesses if a.space == "shared" and a.units > a.ideal]
+        return [a for a in self.accesses if not a.array and a.units > a.ideal]
 
     def of(self, array: str, op: str = "ld") -> list[Access]:
         """Instructions ("ld", "st", "cp", ...) on an argument's array; "" is shared memory."""
@@ -115,7 +115,7 @@ def simulate(
     if counter is None:
         return Report()
     accesses = sorted(counter.accesses.values(), key=lambda access: access.instruction.line)
-    return Report(tuple(accesses), counter.reads(memory))
+    return Report(tuple(accesses), counter.reads())
 
 
 def _array(argument: Argument, value: Any) -> np.ndarray[Any, Any]:

@@ -111,7 +111,7 @@ def _run(
     y, ids, weights, slot_of, cold = batch
     given_cold = cold if with_cold else None
     out = torch.full((ids.shape[0], y.shape[1]), NAN, dtype=torch.bfloat16)
-    launch = combine_launch(y, ids, weights, slot_of, given_cold, out, pdl)
+    launch = combine_launch(y, ids, weights, slot_of, given_cold, out, pdl=pdl)
     report = simulate(launch.definition, arch, launch.grid, launch.values, seed=seed)
     assert _same_bits(out, combine_ref(y, ids, weights, slot_of, given_cold))
     assert not out.isnan().any()
@@ -136,7 +136,9 @@ def test_the_kernel_equals_the_reference(batch: dict[str, Any], with_cold: bool)
 @pytest.mark.parametrize("pdl", [False, True], ids=["before sm_90", "from sm_90 on"])
 def test_the_kernel_on_all_architectures(pdl: bool) -> None:
     batch = _batch(2, 6, 608, hot=0.6)
-    definition = combine_launch(*batch, torch.empty(2, 608, dtype=torch.bfloat16), pdl).definition
+    definition = combine_launch(
+        *batch, torch.empty(2, 608, dtype=torch.bfloat16), pdl=pdl
+    ).definition
     architectures = [arch for arch in ARCHITECTURES if (arch in FROM_SM_90) == pdl]
     for arch in distinct_architectures(definition, architectures):
         _run(batch, True, arch=arch, pdl=pdl, seed=3)

@@ -398,7 +398,7 @@ def test_conversions_round_and_saturate() -> None:
 def test_an_unknown_instruction_is_named() -> None:
     with pytest.raises(NotImplementedError, match=r"line \d+: wgmma\.fence"):
         run("wgmma.fence.sync.aligned;", np.zeros(1, np.uint32))
-    with pytest.raises(NotImplementedError, match="add.sat.s32"):
+    with pytest.raises(NotImplementedError, match=r"add.sat.s32"):
         run("add.sat.s32 %r1, %r2, %r3;", np.zeros(1, np.uint32))
 
 
