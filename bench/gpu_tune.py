@@ -202,7 +202,7 @@ def gemm_configs(chosen: GemmConfig, card: Card) -> list[GemmConfig]:
     splits = {-(-chosen.ranges // each) for each in range(1, chosen.ranges + 1)} if few else {0}
     found = [chosen]
     for k_warps, strips, stages, depth in itertools.product(
-        sorted(splits), (1, 2, 4, 8), (0,) if few else (3, 4, 5, 6), (2, 4, 8) if few else (2,)
+        sorted(splits), (1, 2, 4, 8), (0,) if few else (2, 4, 8), (2, 4, 8) if few else (2,)
     ):
         try:
             config = GemmConfig(
@@ -232,7 +232,7 @@ def gemm_candidates(kernel: str, problem: Problem, card: Card) -> Iterator[Candi
         "slot_bytes": layout.nbytes,
         "K": K,
         "strips": table.shape[0],
-        "columns": columns,
+        "row_columns": columns,
         "pairs_per_row": shape.top_k if first else 1,
     }
     h = torch.zeros(pairs, K, dtype=torch.bfloat16, device=device)

@@ -5,9 +5,9 @@
 All in float32 and unfused, as on the CPU (docs/numerics.md): the sum starts at 0, a product is
 rounded before it is added, and the CPU's part comes last. The only other rounding is the output's.
 
-A block has one token and some of its columns. The lanes of its first warp hold the token's pairs and
-rank them by comparing all with all (k <= 16). Then every thread loads four columns of all hot rows,
-16 bytes each, none waiting for another, and adds them in order.
+A block has one token and some of its columns. The lanes of its first warp hold the token's pairs
+and rank them by comparing all with all (k <= 16). Then every thread loads four columns of all hot
+rows, 16 bytes each, none waiting for another, and adds them in order.
 """
 
 # No `from __future__ import annotations`: the DSL reads annotations as objects.
@@ -21,8 +21,8 @@ import torch
 from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition, Launch
 from hybrid_moe.gpu_kernels.expert_tiles import check_tensor
+from hybrid_moe.gpu_kernels.lane_memory import at, vector
 from hybrid_moe.gpu_kernels.pack_tokens import check_routing
-from hybrid_moe.gpu_kernels.pointers import at, vector
 from hybrid_moe.gpu_kernels.toolchain import has_pdl, launch
 
 Tensor = torch.Tensor
@@ -182,7 +182,7 @@ def _kernel(config: CombineConfig) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def combine_definition(config: CombineConfig) -> KernelDefinition:
-    """The kernel, grid (tokens, ceil(H / (4 * threads))). `cold` is read where `config.cold` says so."""
+    """The kernel, grid (tokens, ceil(H / (4 * threads))). Without `config.cold`, `cold` is null."""
     arguments = (
         Argument("y", "f32", 16),
         Argument("ids", "i64", 8) if config.wide_ids else Argument("ids", "i32", 4),

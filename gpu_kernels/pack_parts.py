@@ -9,7 +9,7 @@ from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.gpu_kernels.definition import Argument
 from hybrid_moe.gpu_kernels.fragments import k_order
-from hybrid_moe.gpu_kernels.pointers import at, vector
+from hybrid_moe.gpu_kernels.lane_memory import at, vector
 
 THREADS = 256
 """Of every block: the pairs of a chunk, and the most that `pack_few` takes."""
