@@ -19,6 +19,7 @@ import torch
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import chosen_format
+from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
 from hybrid_moe.runtime import (
     arguments,
@@ -242,6 +243,27 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             "down": Stacked(down_proj, down_scale, down_bias),
         }
         self._load(filling.from_tensors(stacked, self.shape, self.format, mapping))
+
+    def load_weights_by(self, fill: Fill) -> None:
+        """Load the experts that this layer computes by a function of `runtime.filling`.
+
+        Raises:
+            RuntimeError: weights are loaded already, or the wrapper is closed.
+        """
+        self._check_not_loaded()
+        self._load(fill)
+
+    def unpack(self, expert: int) -> ExpertTensors:
+        """A copy of an expert that this layer holds, bit for bit as it was loaded. No submission
+        may be under way.
+
+        Raises:
+            RuntimeError: nothing is loaded. IndexError: this expert is not.
+        """
+        index = arguments.integer("expert", expert)
+        if not 0 <= index < self.num_experts:
+            raise IndexError(f"expert is {index}, must be in 0..{self.num_experts - 1}")
+        return self._loaded_runner().unpack(index)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -130,29 +130,24 @@ def slots_of(model: Model, gpu_experts: Any) -> dict[int, int]:
 
 
 def _slot_parts(model: Model, hot: HotExperts) -> list[MemoryPart]:
-    """Experts in slots without a GPU. A layer that has some has a spare place among its strips, so
-    that an expert can come back before another leaves."""
-    slots = spare = 0
-    for layer in model.layers:
-        if count := hot.counts[layer.layer]:
-            slots += count * (layer.packed + layer.bias)
-            spare += layer.packed + layer.bias
-    return [
-        MemoryPart("routed experts, slots", RAM, slots, f"{_counts(hot)}; computed by torch"),
-        MemoryPart("routed experts, spare places", RAM, spare, "one for each layer with slots"),
-    ]
+    """Experts in slots without a GPU."""
+    slots = sum(hot.counts[layer.layer] * (layer.packed + layer.bias) for layer in model.layers)
+    return [MemoryPart("routed experts, slots", RAM, slots, f"{_counts(hot)}; computed by torch")]
 
 
 def _expert_parts(model: Model, request: Request, hot: HotExperts) -> list[MemoryPart]:
-    """The experts on the CPU: one arena for each layer and pool."""
+    """The experts on the CPU: one arena for each layer and pool. With slots it has a place to
+    spare, so that an expert can come back before another leaves."""
     strips: Counter[str] = Counter()
-    rounding = biases = 0
+    rounding = biases = spare = 0
     for layer in model.layers:
         cold = hot.cold(layer)
+        more = int(request.slots is not None and 0 < cold < layer.num_experts)
         strips[layer.method.name] += cold * layer.packed
         biases += cold * layer.bias
+        spare += more * (layer.packed + layer.bias)
         if request.huge_pages and cold:  # each pool's share is rounded; shares are nearly equal
-            share = cold * (layer.packed + layer.bias) / request.pools
+            share = (cold + more) * (layer.packed + layer.bias) / request.pools
             rounding += round(request.pools * (-share % HUGE_PAGE))
     return [
         *(
@@ -160,6 +155,7 @@ def _expert_parts(model: Model, request: Request, hot: HotExperts) -> list[Memor
             for name, nbytes in strips.items()
         ),
         MemoryPart(f"{CPU_EXPERTS}, biases", RAM, biases, "float32"),
+        MemoryPart(f"{CPU_EXPERTS}, spare places", RAM, spare, "one in each layer with slots"),
         MemoryPart(f"{CPU_EXPERTS}, page rounding", RAM, rounding, "huge pages of 2 MiB"),
     ]
 

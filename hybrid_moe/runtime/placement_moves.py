@@ -141,6 +141,18 @@ class ExpertPlacement:
                 self._staged = not all(locked)
                 logger.info("layer %d: %s", self._layer_idx, LOCKS)
 
+    def unpack(self, expert: int) -> ExpertTensors:
+        """A copy of an expert, hot or cold, bit for bit as it was loaded.
+
+        Raises:
+            IndexError: neither half holds it.
+        """
+        slots, slot = self._hot.experts, int(self._slot[expert])
+        if slots is None or slot < 0:
+            return self._layer.unpack(expert)
+        ranges = [part.numpy() for part in slots.ranges(slots.memory[slot].cpu())]
+        return self._layer.unpack_ranges(expert, ranges)
+
     # Moving -------------------------------------------------------------------------------------
 
     def check_mask(self) -> None:

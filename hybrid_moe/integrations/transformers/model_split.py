@@ -88,7 +88,8 @@ def split_of_model(
         for layer, name in sorted(names.items())
     ]
     devices = {name: next(module.parameters()).device for name, module in found.items()}
-    config = ModelConfig(model.config.to_dict(), "the configuration")
+    own = getattr(model, "config", None)
+    config = ModelConfig({} if own is None else own.to_dict(), "the configuration")
     masks = hot_masks(gpu_experts, layers, config.num_layers)
     on_gpu = all(device.type == "cuda" for device in devices.values())
     split = ModelSplit(choose_backend(gpu_backend, on_gpu), masks, config)

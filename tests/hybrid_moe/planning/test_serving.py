@@ -183,6 +183,9 @@ def test_serve_prints_the_command(fake: Fake) -> None:
         (("--base", "x"), "--base is for SGLang"),
         (("--ram", "4GB"), "memory is too small by"),
         (("--gpu-experts", "2"), "experts on the GPU need a GPU"),
+        (("--gpu-experts", "101%"), "gpu_experts is '101%'"),
+        (("--gpu-backend", "cute", "--gpu", "24GB"), "--gpu-backend is for Transformers"),
+        (("--gpu-experts", "25%", "--gpu", "24GB", *MACHINE), "it is a number of experts of each"),
     ],
 )
 def test_serve_without_a_gpu_refuses(fake: Fake, words: tuple[str, ...], message: str) -> None:
