@@ -113,6 +113,11 @@ class SlotExperts:
         """Bytes of all slots."""
         return self.memory.numel()
 
+    @property
+    def small_tensors(self) -> tuple[Tensor, ...]:
+        """All but the slots: what kernels read although no expert has a slot."""
+        return self.slot_of, self.wide, self._gate_up_table, self._down_table
+
     def ranges(self, whole: Tensor) -> list[Tensor]:
         """The pools' ranges of a slot's bytes, uint8 [nbytes]: views."""
         places = zip(self.layout.share_offsets, self.layout.shares, strict=True)
