@@ -87,11 +87,11 @@ def hot_options(
 
 def _check_sizes(shape: LayerShape) -> None:
     """Raise for what the kernels' routing has no room for (`gpu_kernels.pack_tokens`)."""
-    from hybrid_moe.gpu_kernels.pack_tokens import MOST_EXPERTS, MOST_EXPERTS_OF_TOKEN
+    from hybrid_moe.gpu_kernels.pack_tokens import MOST_EXPERTS, MOST_EXPERTS_PER_TOKEN
 
     for name, most in (
         ("num_experts", MOST_EXPERTS),
-        ("num_experts_per_tok", MOST_EXPERTS_OF_TOKEN),
+        ("num_experts_per_tok", MOST_EXPERTS_PER_TOKEN),
     ):
         if getattr(shape, name) > most:
             raise ValueError(
