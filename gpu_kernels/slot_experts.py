@@ -35,8 +35,8 @@ BACKENDS = {
 """Name -> its functions: kernels of a CUDA device, or their references in torch on any device."""
 
 PREFILL_TOKENS = 256
-"""A batch of so many tokens is a prefill, for `fp8_prefill`: more than a batch of decoding requests,
-fewer than a chunk of a prompt."""
+"""From so many tokens on a batch is a prefill, for `fp8_prefill`: more than decoding requests make,
+fewer than a chunk of a prompt has."""
 
 WIDEST_FOLDED_SCALE = 128
 """Of E8M0 scales s: 2^(s - 127) times an E2M1 value of up to 6 is below bf16's limit of 2^128 for

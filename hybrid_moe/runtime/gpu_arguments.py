@@ -87,7 +87,8 @@ def hot_options(
 
 def _check_sizes(shape: LayerShape) -> None:
     """Raise for what the kernels' routing has no room for (`gpu_kernels.pack_tokens`)."""
-    from hybrid_moe.gpu_kernels.pack_tokens import MOST_EXPERTS, MOST_EXPERTS_PER_TOKEN
+    from hybrid_moe.gpu_kernels.pack_parts import MOST_EXPERTS
+    from hybrid_moe.gpu_kernels.pack_tokens import MOST_EXPERTS_PER_TOKEN
 
     for name, most in (
         ("num_experts", MOST_EXPERTS),
