@@ -101,6 +101,11 @@ class GemmConfig:
     def threads(self) -> int:
         return 32 * self.warps
 
+    def grid(self, strips: int, tiles: int) -> tuple[int, int]:
+        """Blocks for a matrix of `strips` strips and at most `tiles` tiles. Strips come first: the
+        activations of some tiles stay in L2 while an expert's weights stream by."""
+        return -(-strips // self.strips), tiles
+
     @property
     def fragments(self) -> int:
         """C fragments of a strip: of halves, row tiles and columns."""

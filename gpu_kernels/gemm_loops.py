@@ -116,14 +116,19 @@ def split_k(config: GemmConfig) -> Any:
     import cutlass.cute as cute
     from cutlass import Float32, Int32, Int64, Uint32
 
+    products = GroupProducts(config)
     depth, columns, halves = config.depth, config.columns, config.halves
     alone = config.ranges <= config.k_warps  # no warp has more than one range
 
-    class SplitK(GroupProducts):
+    class SplitK:
+        codes = products.codes
+        layout = products.layout
+        bound = products.bound
+
         def registers(self) -> tuple[Any, Any]:
             """Places of weights and of activations."""
             return (
-                registers((self.codes.registers, halves, depth), Uint32),
+                registers((products.codes.registers, halves, depth), Uint32),
                 registers((4, columns, depth), Uint32),
             )
 
@@ -134,13 +139,15 @@ def split_k(config: GemmConfig) -> Any:
         @cute.jit
         def start_weights(
             self, words: cute.Tensor, codes_at: Int64, scales_at: Int64, begin: Int32, end: Int32
-        ):
+        ) -> None:
             for d in cutlass.range_constexpr(depth):
                 if begin + d < end:
-                    self.load_weights(words[None, None, d], codes_at, scales_at, begin + d)
+                    products.load_weights(words[None, None, d], codes_at, scales_at, begin + d)
 
         @cute.jit
-        def start_tokens(self, b: cute.Tensor, tokens: cute.Tensor, begin: Int32, end: Int32):
+        def start_tokens(
+            self, b: cute.Tensor, tokens: cute.Tensor, begin: Int32, end: Int32
+        ) -> None:
             for d in cutlass.range_constexpr(depth):
                 if begin + d < end:
                     self.load_tokens(b[None, None, d], tokens, begin + d)
@@ -159,7 +166,7 @@ def split_k(config: GemmConfig) -> Any:
             begin: Int32,
             end: Int32,
             groups: Int32,
-        ):
+        ) -> None:
             """Sum up the groups begin .. end - 1, ranges from `first` on.
 
             Args:
@@ -170,20 +177,20 @@ def split_k(config: GemmConfig) -> Any:
             sums = registers((4, ROW_TILES, columns, halves), Float32)
             sums.fill(0.0)
             r = first
-            boundary = self.bound(first + 1, groups)
+            boundary = products.bound(first + 1, groups)
             for g in cutlass.range(begin, end, depth, unroll=1):
                 for d in cutlass.range_constexpr(depth):
                     if g + d < end:
                         place = words[None, None, d]
-                        self.multiply(place, lambda n, d=d: b[None, n, d], sums, folded)
+                        products.multiply(place, lambda n, d=d: b[None, n, d], sums, folded)
                         if g + (d + depth) < end:
-                            self.load_weights(place, codes_at, scales_at, g + (d + depth))
+                            products.load_weights(place, codes_at, scales_at, g + (d + depth))
                             self.load_tokens(b[None, None, d], tokens, g + (d + depth))
                         if cutlass.const_expr(not alone):  # noqa: SIM102 (one of two stages)
                             if g + (d + 1) == boundary:
                                 self.keep(sums, partial, r)
                                 r += 1
-                                boundary = self.bound(r + 1, groups)
+                                boundary = products.bound(r + 1, groups)
             if cutlass.const_expr(alone):
                 self.keep(sums, partial, r)
 
@@ -196,7 +203,7 @@ def split_k(config: GemmConfig) -> Any:
                         cute.autovec_copy(sums[None, tile, n, half], partial[None, fragment, r])
             sums.fill(0.0)
 
-    return SplitK(config)
+    return SplitK()
 
 
 def staged(config: GemmConfig) -> Any:
@@ -212,17 +219,21 @@ def staged(config: GemmConfig) -> Any:
     from cutlass import BFloat16, Float32, Int32, Int64, Uint32
     from cutlass.cute.nvgpu import cpasync
 
+    products = GroupProducts(config)
     columns = config.columns
     rows_apart = config.threads // CHUNKS
     """Tokens between those that a thread copies."""
 
-    class Staged(GroupProducts):
+    class Staged:
+        codes = products.codes
+        layout = products.layout
+
         copied = config.tile // rows_apart
         """Tokens of which a thread copies a chunk."""
 
         def registers(self) -> Any:
             """Places of a stage's weights."""
-            return registers((self.codes.registers, 1, STAGE_GROUPS), Uint32)
+            return registers((products.codes.registers, 1, STAGE_GROUPS), Uint32)
 
         def chunk(self, i: int) -> tuple[Any, Any]:
             """The i-th (token of a tile, chunk) that this thread copies."""
@@ -232,7 +243,7 @@ def staged(config: GemmConfig) -> Any:
         @cute.jit
         def copy(
             self, sources: cute.Tensor, x: cute.Tensor, stage: Int32, place: Int32, groups: Int32
-        ):
+        ) -> None:
             atom = cute.make_copy_atom(
                 cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL),
                 BFloat16,
@@ -254,13 +265,13 @@ def staged(config: GemmConfig) -> Any:
             sources: cute.Tensor,
             x: cute.Tensor,
             groups: Int32,
-        ):
+        ) -> None:
             """Start loading the first weights and stages.
 
             `sources` are the addresses from which this thread copies activations."""
             for d in cutlass.range_constexpr(STAGE_GROUPS):
                 if d < groups:
-                    self.load_weights(words[None, None, d], codes_at, scales_at, Int32(d))
+                    products.load_weights(words[None, None, d], codes_at, scales_at, Int32(d))
             for s in cutlass.range_constexpr(config.stages - 1):
                 if s * STAGE_GROUPS < groups:
                     self.copy(sources, x, Int32(s), Int32(s), groups)
@@ -277,7 +288,7 @@ def staged(config: GemmConfig) -> Any:
             x: cute.Tensor,
             totals: cute.Tensor,
             groups: Int32,
-        ):
+        ) -> None:
             """totals, float32 [4, row tile, column] = the sums over all K, range by range."""
             lane = cute.arch.thread_idx()[0] & 31
             t, q = lane >> 2, lane & 3
@@ -286,7 +297,7 @@ def staged(config: GemmConfig) -> Any:
             sums.fill(0.0)
             totals.fill(0.0)
             r = Int32(1)
-            boundary = self.bound(r, groups)
+            boundary = products.bound(r, groups)
             for first in cutlass.range(0, groups, STAGE_GROUPS, unroll=1):
                 cute.arch.cp_async_wait_group(config.stages - 2)
                 cute.arch.sync_threads()
@@ -299,7 +310,7 @@ def staged(config: GemmConfig) -> Any:
                 for d in cutlass.range_constexpr(STAGE_GROUPS):
                     if first + d < groups:
 
-                        def column(n, d=d, place=place):
+                        def column(n: int, d: int = d, place: Any = place) -> Any:
                             chunk = (4 * d + q) ^ ((t & 1) * 4)
                             whole = cute.recast_ptr(b.iterator, dtype=BFloat16)
                             cute.autovec_copy(
@@ -309,9 +320,9 @@ def staged(config: GemmConfig) -> Any:
                             return b
 
                         place_of_weights = words[None, None, d]
-                        self.multiply(place_of_weights, column, sums, folded)
+                        products.multiply(place_of_weights, column, sums, folded)
                         if first + (d + STAGE_GROUPS) < groups:
-                            self.load_weights(
+                            products.load_weights(
                                 place_of_weights, codes_at, scales_at, first + (d + STAGE_GROUPS)
                             )
                 if (first + STAGE_GROUPS == boundary) | (first + STAGE_GROUPS > groups):
@@ -319,6 +330,6 @@ def staged(config: GemmConfig) -> Any:
                         totals[i] = totals[i] + sums[i]
                     sums.fill(0.0)
                     r += 1
-                    boundary = self.bound(r, groups)
+                    boundary = products.bound(r, groups)
 
-    return Staged(config)
+    return Staged()

@@ -86,7 +86,7 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
             strips: Int32,
             row_columns: Int32,
             pairs_per_row: Int32,
-        ):
+        ) -> None:
             shared = cutlass.memory.SmemAllocator().allocate_tensor(
                 Float32, cute.make_layout(config.shared_bytes // 4), byte_alignment=128
             )
@@ -203,7 +203,7 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
             first: Int32,
             strips: Int32,
             row_columns: Int32,
-        ):
+        ) -> None:
             """Of every `warps`-th pair of fragments of the block, add up the ranges, and store."""
             tid = cute.arch.thread_idx()[0]
             lane, warp = tid & 31, cute.arch.make_warp_uniform(tid >> 5)
@@ -239,7 +239,7 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
             strip: Int32,
             strips: Int32,
             row_columns: Int32,
-        ):
+        ) -> None:
             """Store the totals of a strip's two warps, each of which has a half of all columns: the
             first finishes the first columns and the second the others, and each gives away, through
             shared memory, what the other one needs."""
@@ -281,7 +281,7 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
             a: Int32,
             n: Int32,
             row_columns: Int32,
-        ):
+        ) -> None:
             """Hand a pair of C fragments of column n to the epilogue."""
             lane = cute.arch.thread_idx()[0] & 31
             t, q = lane >> 2, lane & 3
@@ -307,8 +307,8 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
             strips: Int32,
             row_columns: Int32,
             pairs_per_row: Int32,
-            stream,
-        ):
+            stream: Any,
+        ) -> None:
             pointers = (memory, table, wide, activations, tile_slot, tile_rows, num_tiles, out)
             scalars = (slot_bytes, K, strips, row_columns, pairs_per_row)
             self.kernel(*pointers, *scalars).launch(

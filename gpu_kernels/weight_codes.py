@@ -18,6 +18,8 @@ written with `for` here is unrolled.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from hybrid_moe.formats.strips import StripLayout
@@ -104,7 +106,9 @@ class Bf16Codes:
         raise AssertionError("BF16 has no scales")
 
 
-WEIGHT_CODES = {MXFP4.name: Mxfp4Codes, BF16.name: Bf16Codes}
+WEIGHT_CODES: Mapping[str, Callable[[StripLayout], Any]] = MappingProxyType(
+    {MXFP4.name: Mxfp4Codes, BF16.name: Bf16Codes}
+)
 """Format -> its object."""
 
 
