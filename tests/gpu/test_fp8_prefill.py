@@ -71,7 +71,7 @@ def _error(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def test_a_prefill_is_w8a8_and_loses_four_percent() -> None:
+def test_a_prefill_is_w8a8_and_loses_five_percent() -> None:
     """Three roundings of 2.6 % each, of x and of h and again through gate times up, add up as
     squares. What float32 makes of h moves a few of its codes; the rest are those of float64."""
     slots = random_slots(MXFP4, H, I, E, parts=(1, 1))
@@ -79,7 +79,7 @@ def test_a_prefill_is_w8a8_and_loses_four_percent() -> None:
     found = _compute(slots, T, fp8=True).double().numpy()
     exact = _layer(slots, x, ids, weights, fp8=False)
     assert _error(found, _layer(slots, x, ids, weights, fp8=True)) < 0.006
-    assert 0.03 < _error(found, exact) < 0.05
+    assert 0.04 < _error(found, exact) < 0.05
     assert _error(_compute(slots, T, fp8=False).double().numpy(), exact) < 0.005
 
 
