@@ -18,7 +18,7 @@ from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.shares import ShareLayout
 from hybrid_moe.formats.table import WeightFormat
-from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
+from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_format
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.gpu_arguments import HotOptions
@@ -35,11 +35,15 @@ class HotHalf:
 
     Attributes:
         experts: the slots; None before `reserve`, and where there are none.
+
+    Raises:
+        NotImplementedError: the back end cannot read the format.
     """
 
     def __init__(
         self, options: HotOptions, shape: LayerShape, fmt: WeightFormat, activation: Activation
     ) -> None:
+        check_format(options.backend, fmt)
         self.options = options
         self._shape, self._fmt, self._activation = shape, fmt, activation
         self._biases: bool | None = None
@@ -105,6 +109,11 @@ class HotHalf:
                 f"hidden_states is on {hidden.device}, but this layer's slots are on {self.device} "
                 "(gpu_device)"
             )
+
+    @property
+    def experts_per_token(self) -> int:
+        """k."""
+        return self._shape.num_experts_per_tok
 
     @property
     def layer_idx(self) -> int:
