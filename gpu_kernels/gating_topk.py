@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition
 from hybrid_moe.gpu_kernels.gating import MOST_EXPERTS, SCORINGS, Gating, Scoring
+from hybrid_moe.gpu_kernels.toolchain import launch
 
 Tensor = torch.Tensor
 
@@ -367,8 +368,6 @@ def gating_topk(
     _check(logits, gating, bias, dtype)
     if not logits.is_cuda:
         return gating_topk_ref(logits, gating, bias, dtype)
-    from hybrid_moe.gpu_kernels.toolchain import launch
-
     tokens, experts = logits.shape
     config = choose_config(
         gating, experts, logits.dtype, tokens, None if bias is None else bias.dtype, dtype
