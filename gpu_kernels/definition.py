@@ -14,7 +14,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """What kernels are compiled for: Ampere, Ada, Hopper, Blackwell."""
@@ -78,6 +78,20 @@ class KernelDefinition:
         """The parameters of a launch: addresses and scalars in the order of arguments."""
         kinds = ["Q" if argument.align else SCALARS[argument.type] for argument in self.arguments]
         return struct.pack("@" + "".join(kinds), *values)  # "@" aligns each to its size
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel: what the toolchain queues, and the tests' simulator runs.
+
+    Attributes:
+        definition: of the kernel.
+        values: of its arguments, in order: tensors, numbers, None for a null pointer.
+        grid: blocks along up to three axes.
+    """
+
+    definition: KernelDefinition
+    values: tuple[Any, ...]
+    grid: tuple[int, ...]
 
 
 @dataclass(frozen=True)

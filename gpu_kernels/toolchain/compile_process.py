@@ -91,6 +91,8 @@ class Compiler:
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection[Any, Any]]:
         if not sys.executable:
             raise CompileError("kernels are compiled by a Python process; sys.executable is empty")
+        self._output.seek(0)
+        self._output.truncate()  # what an earlier process said
         ours, theirs = Pipe()
         with theirs:
             script = _MAIN.format(path=sys.path, module=__name__, descriptor=theirs.fileno())

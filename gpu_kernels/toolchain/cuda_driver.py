@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -113,7 +115,6 @@ class CudaDriver:
             function.restype = ctypes.c_int
         self.library = library
         self._contexts: dict[int, int] = {}
-        self.launch_kernel = library.cuLaunchKernelEx
 
     def check(self, code: int, what: str) -> None:
         """Raise if `code` is an error.
@@ -146,20 +147,15 @@ class CudaDriver:
             self._contexts[device] = handle.value or 0
         return self._contexts[device]
 
-    def enter(self, context: int) -> bool:
-        """Make `context` this thread's if it is not; True if `leave` must undo it. A thread that
-        has not used the GPU yet has none."""
-        current = ctypes.c_void_p()
-        self.check(self.library.cuCtxGetCurrent(ctypes.byref(current)), "asking for the context")
-        if current.value == context:
-            return False
+    @contextmanager
+    def within(self, context: int) -> Iterator[None]:
+        """Make `context` this thread's for a while. A thread that has not used the GPU has none."""
         self.check(self.library.cuCtxPushCurrent_v2(context), "changing the context")
-        return True
-
-    def leave(self) -> None:
-        """Undo `enter`."""
-        old = ctypes.c_void_p()
-        self.check(self.library.cuCtxPopCurrent_v2(ctypes.byref(old)), "changing the context")
+        try:
+            yield
+        finally:
+            old = ctypes.c_void_p()
+            self.check(self.library.cuCtxPopCurrent_v2(ctypes.byref(old)), "changing the context")
 
     def load(self, cubin: bytes, entry: str, what: str) -> int:
         """The function `entry` of `cubin` in this thread's context. Also while a graph is captured,

@@ -28,7 +28,8 @@ Value = torch.Tensor | float | None
 
 _SHARED_BY_DEFAULT = 48 << 10
 """Bytes of dynamic shared memory that a kernel may have without asking."""
-_MOST_BLOCKS = (2**31 - 1, 65535, 65535)
+_MOST_X, _MOST_YZ = 2**31 - 1, 65535
+"""Blocks along the axes of a grid."""
 _MOST_ALIASES = 4096
 
 _loading = ProcessLock()
@@ -48,8 +49,7 @@ class LoadedKernel:
         self._what = f"{definition.name} ({definition.config!r}) on GPU {device}"
         self._context = driver.context(device)
         self._lock = ProcessLock()
-        entered = driver.enter(self._context)
-        try:
+        with driver.within(self._context):
             self._function = driver.load(binary.cubin, binary.entry, self._what)
             if definition.shared_bytes > _SHARED_BY_DEFAULT:
                 code = driver.library.cuFuncSetAttribute(
@@ -58,9 +58,6 @@ class LoadedKernel:
                 driver.check(
                     code, f"{definition.shared_bytes} bytes of shared memory, {self._what}"
                 )
-        finally:
-            if entered:
-                driver.leave()
         self._format = struct.Struct(parameter_format(definition))
         self._buffer = ctypes.create_string_buffer(max(1, self._format.size))
         base = ctypes.addressof(self._buffer)
@@ -75,6 +72,10 @@ class LoadedKernel:
             attributes=ctypes.pointer(self._attribute),
         )
         self._config_place = ctypes.byref(self._config)
+        self._current = ctypes.c_void_p()
+        self._current_place = ctypes.byref(self._current)
+        self._get_current = driver.library.cuCtxGetCurrent
+        self._launch = driver.library.cuLaunchKernelEx
 
     def launch(
         self, parameters: Sequence[float], grid: tuple[int, int, int], stream: int, pdl: bool
@@ -87,20 +88,18 @@ class LoadedKernel:
             pdl: whether it may begin before what was queued before it has ended
                 (programmatic dependent launch, sm_90 and later); the kernel waits itself then.
         """
-        entered = self._driver.enter(self._context)
-        try:
-            with self._lock:  # until the driver has copied the parameters
-                self._format.pack_into(self._buffer, 0, *parameters)
-                config = self._config
-                config.grid_x, config.grid_y, config.grid_z = grid
-                config.stream = stream
-                config.attribute_count = pdl
-                code = self._driver.launch_kernel(
-                    self._config_place, self._function, self._places, None
-                )
-        finally:
-            if entered:
-                self._driver.leave()
+        with self._lock:  # until the driver has copied the parameters
+            self._format.pack_into(self._buffer, 0, *parameters)
+            config = self._config
+            config.grid_x, config.grid_y, config.grid_z = grid
+            config.stream = stream
+            config.attribute_count = pdl
+            self._get_current(self._current_place)
+            if self._current.value == self._context:
+                code = self._launch(self._config_place, self._function, self._places, None)
+            else:
+                with self._driver.within(self._context):
+                    code = self._launch(self._config_place, self._function, self._places, None)
         if code:
             self._driver.check(code, f"launching {self._what}")
 
@@ -192,7 +191,7 @@ def _parameters(launcher: _Launcher, values: Sequence[Value]) -> tuple[list[Any]
     name_of_kernel, expected = launcher.definition.name, len(launcher.definition.arguments)
     if len(parameters) != expected:
         raise ValueError(f"{name_of_kernel}: {len(parameters)} values for {expected} arguments")
-    device = -1
+    device: int | None = None
     for number, name, mask in launcher.pointers:
         tensor = parameters[number]
         if tensor is None:
@@ -200,10 +199,11 @@ def _parameters(launcher: _Launcher, values: Sequence[Value]) -> tuple[list[Any]
             continue
         its_device = tensor.get_device()
         if its_device != device:
-            if its_device < 0 or device >= 0:
-                where = f"on {tensor.device}, must be on "
-                where += f"cuda:{device} as the others" if device >= 0 else "a CUDA device"
-                raise ValueError(f"{name_of_kernel}: {name} is {where}")
+            if its_device < 0 or device is not None:
+                right = "a CUDA device" if device is None else f"cuda:{device} as the others"
+                raise ValueError(
+                    f"{name_of_kernel}: {name} is on {tensor.device}, must be on {right}"
+                )
             device = its_device
         address = tensor.data_ptr()
         if address & mask:
@@ -212,16 +212,17 @@ def _parameters(launcher: _Launcher, values: Sequence[Value]) -> tuple[list[Any]
                 f"{mask + 1} bytes"
             )
         parameters[number] = address
-    if device < 0:
+    if device is None:
         raise ValueError(f"{name_of_kernel}: no tensor tells the device")
     return parameters, device
 
 
 def _blocks(grid: int | tuple[int, ...]) -> tuple[int, int, int]:
     x, y, z = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
-    for blocks, most in zip((x, y, z), _MOST_BLOCKS, strict=True):
-        if not 0 <= blocks <= most:
-            raise ValueError(f"a grid of {x} x {y} x {z} blocks: at most {_MOST_BLOCKS}")
+    if not (0 <= x <= _MOST_X and 0 <= y <= _MOST_YZ and 0 <= z <= _MOST_YZ):
+        raise ValueError(
+            f"a grid of {x} x {y} x {z} blocks: at most {_MOST_X} x {_MOST_YZ} x {_MOST_YZ}"
+        )
     return x, y, z
 
 
@@ -253,6 +254,12 @@ def device_architecture(device: int) -> str:
             "are no kernels"
         )
     return arch
+
+
+@functools.lru_cache(maxsize=64)
+def has_pdl(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one in front has ended: sm_90 and later."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _raw_stream() -> Callable[[int], int]:

@@ -20,7 +20,9 @@ from hybrid_moe import sysfiles
 logger = logging.getLogger(__name__)
 Fact = TypeVar("Fact")
 
-PACKAGES = ("torch", "numpy", "llvmlite", "safetensors", "transformers", "sglang")
+PACKAGES = (
+    "torch", "numpy", "llvmlite", "safetensors", "transformers", "sglang", "nvidia-cutlass-dsl",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,14 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class GpuPath:
+    """Whether hot experts are computed by kernels on a GPU, and why or why not."""
+
+    usable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
 class MachineReport:
     """All of it. `bandwidth`: threads -> GB/s read from memory, empty where not measured."""
 
@@ -90,6 +100,7 @@ class MachineReport:
     isa: Isa
     cores: Cores
     memory: Memory
+    gpu: GpuPath
     bandwidth: dict[int, float]
     versions: dict[str, str | None]
 
@@ -108,6 +119,7 @@ def machine_report(measure_bandwidth: bool = True) -> MachineReport:
         isa=read_isa(),
         cores=cores,
         memory=read_memory(),
+        gpu=read_gpu_path(),
         bandwidth=read_bandwidth(cores.threads) if measure_bandwidth else {},
         versions=read_versions(),
     )
@@ -191,6 +203,14 @@ def read_memory() -> Memory:
         limit=memory_limit(),
         huge_pages=huge_page_state(),
     )
+
+
+def read_gpu_path() -> GpuPath:
+    """The kernels' own answer. Imports torch where there is a GPU."""
+    from hybrid_moe.gpu_kernels.toolchain import availability
+
+    found = availability()
+    return GpuPath(found.usable, found.reason)
 
 
 def huge_page_state() -> str | None:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.shares import ShareLayout
 from hybrid_moe.formats.table import WeightFormat
-from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
+from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_format
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.gpu_arguments import HotOptions
@@ -34,11 +35,15 @@ class HotHalf:
 
     Attributes:
         experts: the slots; None before `reserve`, and where there are none.
+
+    Raises:
+        NotImplementedError: the back end cannot read the format.
     """
 
     def __init__(
         self, options: HotOptions, shape: LayerShape, fmt: WeightFormat, activation: Activation
     ) -> None:
+        check_format(options.backend, fmt)
         self.options = options
         self._shape, self._fmt, self._activation = shape, fmt, activation
         self._biases: bool | None = None
@@ -87,10 +92,15 @@ class HotHalf:
         self._biases = layout.biases
 
     def release(self) -> None:
-        """Free the slots. Graphs that were captured find no expert in them any more."""
+        """Free the slots, when the device is through with them. A graph that was captured finds
+        that no expert has one any more; what it reads to find that, some KB, stays for good, since
+        the end of a graph is not reported."""
         experts, self.experts, self._biases = self.experts, None, None
         if experts is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            with explained(self.layer_idx, self.device):
+                experts.slot_of.fill_(-1)
+                torch.cuda.synchronize(self.device)
+            keeping.for_good(experts.small_tensors)
 
     def check_device(self, hidden: torch.Tensor) -> None:
         """Raise `ValueError` for a batch that is not where the slots are."""
@@ -99,6 +109,11 @@ class HotHalf:
                 f"hidden_states is on {hidden.device}, but this layer's slots are on {self.device} "
                 "(gpu_device)"
             )
+
+    @property
+    def experts_per_token(self) -> int:
+        """k."""
+        return self._shape.num_experts_per_tok
 
     @property
     def layer_idx(self) -> int:

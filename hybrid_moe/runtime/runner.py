@@ -54,7 +54,8 @@ class LayerRunner:
         self._layer, self._shape, self._chain = layer, shape, chain
         self._deferred, self._strict = deferred, strict
         self._has_experts = bool(resident.any())
-        self._mask = HostMask(mask, resident)
+        # with both halves no expert is ever nowhere: it comes to the CPU before its mask is 0
+        self._mask = HostMask(mask, resident if halves is None else np.ones_like(resident))
         self._seen_mask: HostMask | Progress = self._mask  # by the latest run
         self._halves = halves
         self._out_type = torch.bfloat16 if halves is None else torch.float32

@@ -198,7 +198,9 @@ def test_doctor_json_and_table() -> None:
     report = json.loads(result.stdout)
     assert report["versions"]["hybrid_moe"] == hybrid_moe.__version__
     assert report["cores"]["available"] >= 1
+    assert report["gpu"]["reason"]
     table = run("doctor", "--no-bandwidth")
+    assert "GPU kernels" in table.stdout
     assert report["isa"]["chosen"] in table.stdout and "NUMA node" in table.stdout
 
 
