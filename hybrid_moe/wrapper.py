@@ -33,7 +33,7 @@ from hybrid_moe.runtime.export import ExpertWriter
 from hybrid_moe.runtime.filling import Fill
 from hybrid_moe.runtime.hot_half import HotHalf
 from hybrid_moe.runtime.layer_facts import LayerFacts
-from hybrid_moe.runtime.placement_moves import Placement
+from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.runtime.process_wide import ProcessWide
 from hybrid_moe.runtime.runner import LayerRunner
 from hybrid_moe.runtime.weights import Stacked
@@ -163,7 +163,9 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         options = gpu_arguments.hot_options(
             gpu_backend, gpu_slots, gpu_device, elsewhere, self._mask, self.shape
         )
-        self._hot = options and HotHalf(options, self.shape, self.format, self.activation)
+        self._hot = (
+            None if options is None else HotHalf(options, self.shape, self.format, self.activation)
+        )
         self.pool = arguments.pool_config(cpuinfer_threads, threadpool_count, numa_nodes)
         self.strict = strict
         self._isa = arguments.tier_name(isa)
@@ -290,7 +292,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
 
     def _fill(
         self, fill: Fill
-    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_], tuple[HotHalf, Placement] | None]:
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_], tuple[HotHalf, ExpertPlacement] | None]:
         """Load the weights: (what tells the CPU's jobs which experts to skip, those that are
         loaded on the CPU, and the other half)."""
         hot = self._hot
@@ -299,7 +301,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             if wanted.any():
                 fill(self._layer, wanted)
             return self._mask, wanted, None
-        placement = Placement(self._layer, hot, self._mask, self.layer_idx)
+        placement = ExpertPlacement(self._layer, hot, self._mask, self.layer_idx)
         wanted = ~hot.options.elsewhere.numpy()
         if wanted.any():
             fill(placement, wanted)

@@ -15,7 +15,6 @@ and nowhere else: a mask that says otherwise is an error at the next submission.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +27,11 @@ from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, has_wide_scales
 from hybrid_moe.runtime.gpu_faults import explained
-from hybrid_moe.runtime.hot_half import HotHalf
+from hybrid_moe.runtime.hot_half import HotHalf, entered
 from hybrid_moe.streams.interface import Stream
 
 
-class Placement:
+class ExpertPlacement:
     """Of one layer. It takes the experts when they are loaded, and moves them afterwards.
 
     Args:
@@ -77,7 +76,8 @@ class Placement:
     def cold(self) -> npt.NDArray[np.bool_]:
         """bool [E], the experts that are loaded on the CPU. Where it has none it has no place for
         any: then none comes later."""
-        return ~self._expected & ~self._away
+        cold: npt.NDArray[np.bool_] = ~self._expected & ~self._away
+        return cold
 
     def allocate(self, wanted: npt.NDArray[np.bool_], *, biases: bool) -> None:
         """Memory for the experts of bool [E], which are all that are not elsewhere."""
@@ -173,7 +173,7 @@ class Placement:
         self._check_stream(stream)
         settle(stream)
         slot = self._free_slots[-1]
-        with self._entered(stream):
+        with entered(stream):
             self._copy(slots, slot, expert, to_slot=True)
             slots.wide[slot : slot + 1].fill_(int(self._wide[expert]))
             slots.slot_of[expert : expert + 1].fill_(slot)
@@ -203,7 +203,7 @@ class Placement:
         settle(stream)
         change = self._layer.occupy(expert, self._live_byte(expert))
         try:
-            with self._entered(stream):
+            with entered(stream):
                 self._copy(slots, slot, expert, to_slot=False)
                 slots.slot_of[expert : expert + 1].fill_(-1)
         except BaseException:  # it stays where it is
@@ -231,9 +231,6 @@ class Placement:
                 f"layer {self._layer_idx}: experts cannot be moved while a CUDA graph is captured: "
                 "move them between replays"
             )
-
-    def _entered(self, stream: Stream | None) -> AbstractContextManager[None]:
-        return nullcontext() if stream is None else stream
 
     def _copy(self, slots: SlotExperts, slot: int, expert: int, *, to_slot: bool) -> None:
         with explained(self._layer_idx, self._hot.device):

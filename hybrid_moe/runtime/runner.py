@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,7 +16,7 @@ from hybrid_moe.runtime.call import check_call, is_plain, plain
 from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
 from hybrid_moe.runtime.host_mask import HostMask
 from hybrid_moe.runtime.hot_half import HotHalf, HotJob
-from hybrid_moe.runtime.placement_moves import Placement
+from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.runtime.submission import Started, Submission, discard
 from hybrid_moe.streams.faults import LayerFaults
 from hybrid_moe.streams.interface import Stream
@@ -50,7 +48,7 @@ class LayerRunner:
         *,
         deferred: int,
         strict: bool,
-        halves: tuple[HotHalf, Placement] | None = None,
+        halves: tuple[HotHalf, ExpertPlacement] | None = None,
     ) -> None:
         self._layer, self._shape, self._chain = layer, shape, chain
         self._deferred, self._strict = deferred, strict
@@ -112,8 +110,7 @@ class LayerRunner:
                     hidden, ids, weights = plain(hidden, ids, weights)
                 job, fault = self._start_all(hidden, ids, weights)
             if halves is not None:
-                with nullcontext() if stream is None else stream:
-                    hot = halves[0].start(hidden, ids, weights)
+                hot = halves[0].start(stream, hidden, ids, weights)
             self._submission = Submission(hidden.shape, hidden.device, job, incoming, fault, hot)
         except BaseException:
             discard(job, self.layer_idx)
@@ -188,8 +185,7 @@ class LayerRunner:
         else:
             self._stager.settle(stream)
         if self._submission is not None and self._submission.hot is not None:
-            with nullcontext() if stream is None else stream:
-                self._submission.hot.keep_placement()
+            self._submission.hot.keep_placement(stream)
 
     def reset(self) -> None:
         """`drop` in all layers of the model, with what is deferred between them."""

@@ -186,8 +186,9 @@ class StreamJob:
         graph_job: what is posted. tokens: T.
         posted: where the side stream has posted it.
         joined: `stream` has waited for that.
-        settled: the wait is queued, and the buffers are the pool's again; but for `over`.
-        over: where the wait was queued before the result was asked for.
+        settled: the wait is queued, and the buffers are the pool's again, or will be (`over`).
+        over: of a wait that was queued before the result was asked for: where it has passed, and
+            on which stream.
     """
 
     graph_job: GraphJob
@@ -198,7 +199,7 @@ class StreamJob:
     posted: Event
     joined: bool
     settled: bool = False
-    over: Event | None = None
+    over: tuple[Event, Stream] | None = None
 
     def result(self, stream: Stream) -> torch.Tensor:
         """Queue the wait and the copy to the device; a new device tensor [B, H]."""
@@ -207,10 +208,11 @@ class StreamJob:
                 "submit_forward and sync_forward of one call must either both be captured by a "
                 "CUDA graph or neither"
             )
-        if self.over is None:
+        over, self.over = self.over, None
+        if over is None:
             self._wait(stream)
         else:
-            stream.wait(self.over)
+            stream.wait(over[0])
         try:
             with stream:
                 return stream.to_device(self.buffers.out[: self.tokens])
@@ -220,8 +222,9 @@ class StreamJob:
     def discard(self) -> None:
         """Queue the wait, so that the buffers can be used again. Where it cannot be queued, since
         the run is in a graph that has ended, or the wait would be, the pool waits for the run."""
-        if self.over is not None:
-            self._return_early(self.stream)
+        over, self.over = self.over, None
+        if over is not None:
+            self.pool.give_back(self.buffers, over[1])
         if self.settled:
             return
         if self.stream.capturing() == self.buffers.captured:
@@ -234,23 +237,19 @@ class StreamJob:
         """Queue the wait now, unless that is done; `result` then waits for where it was queued."""
         if not self.settled:
             self._wait(stream)
-            self.over = stream.record()
-
-    def _return_early(self, stream: Stream) -> None:
-        """Give back the buffers of a job that was settled, and whose result nobody wants."""
-        if self.over is not None and not stream.capturing():
-            stream.wait(self.over)
-            self.over = None
-            self.pool.give_back(self.buffers, stream)
+            self.over = stream.record(), stream
 
     def __del__(self) -> None:
         # dropped by an exception, or with its layer; nothing can be queued from a finalizer
         self._lose()
 
     def _lose(self) -> None:
-        if not self.settled:
+        progress, (over, self.over) = self.graph_job.progress, (self.over, None)
+        if over is not None:
+            self.pool.lost(self.buffers, progress, over[1], awaited=True)
+        elif not self.settled:
             self.settled = True
-            self.pool.lost(self.buffers, self.graph_job.progress, self.stream)
+            self.pool.lost(self.buffers, progress, self.stream)
 
     def _wait(self, stream: Stream) -> None:
         """Let `stream` wait for the job's end."""
