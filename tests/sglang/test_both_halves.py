@@ -13,11 +13,13 @@ pytest.importorskip("sglang", reason="SGLang is not installed (make test-sglang 
 
 from sglang.srt import runtime_context
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, Phase
 from sglang.srt.plugins import load_plugins
 
 from hybrid_moe.formats.strips import packed_nbytes
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
 from hybrid_moe.integrations.sglang import method as method_module
+from hybrid_moe.integrations.sglang.expert_layer import UnsupportedLayerError, check_graphs
 from hybrid_moe.integrations.sglang.step_faults import StepFaults
 from hybrid_moe.runtime.gpu_faults import GpuMemoryError
 from tests.families import FamilyFixture, write_family
@@ -94,6 +96,18 @@ def test_ranks_give_parts_of_one_sum(
     assert (slots, cold) == (int((chosen < hot).sum()), int((chosen >= hot).sum()))
 
 
+def test_only_the_first_rank_has_the_workers(qwen: FamilyFixture) -> None:
+    """SGLang may have bound the others to a part of the machine, which has not so many cores."""
+    for rank in (0, 1):
+        ranks = tensor_parallel(rank, of=2)
+        with server_options(qwen, gpu_experts=3, ranks=ranks, kt_cpuinfer=10_000):
+            if rank:
+                load(new_layer(qwen), qwen)
+                continue
+            with pytest.raises(ValueError, match="10000 threads, but this process may use"):
+                new_layer(qwen)
+
+
 def test_slots_are_allocated_before_anything_is_loaded(qwen: FamilyFixture) -> None:
     """SGLang gives its cache what is free after loading, and measures before that too."""
     with server_options(qwen, gpu_experts=3):
@@ -152,6 +166,20 @@ def test_draft_models_are_sglangs(qwen: FamilyFixture) -> None:
         layer = new_layer(qwen)
     assert layer.quant_method.wrapper is None
     assert layer.w13_weight.shape[0] == qwen.num_experts
+
+
+def test_references_and_graphs_do_not_mix(qwen: FamilyFixture) -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    for graphs in ("full", "disabled"):
+        phases = {phase: {"backend": graphs} for phase in Phase.ALL}
+        with server_options(qwen, 2, cuda_graph_config=CudaGraphConfig.from_dict(phases)):
+            for backend, device in (("torch", cpu), ("cute", gpu), (None, gpu)):
+                check_graphs(backend, device)
+            if graphs == "disabled":
+                check_graphs("torch", gpu)
+                continue
+            with pytest.raises(UnsupportedLayerError, match="HYBRID_MOE_GPU=torch runs without"):
+                check_graphs("torch", gpu)
 
 
 def test_an_unknown_back_end_is_refused(

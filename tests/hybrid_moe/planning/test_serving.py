@@ -110,7 +110,9 @@ def test_flags_that_the_plan_decides(gpt_oss: Model, flag: str) -> None:
 def test_sglang_knows_every_flag(fake: Fake, gpt_oss: Model) -> None:
     server_args = pytest.importorskip("sglang.srt.server_args")
     qwen = read_model(fake("Qwen3-30B-A3B-MXFP4"))
-    for plan in (make_plan(gpt_oss, request("2x24GB")), make_plan(qwen, request())):
+    ours = read_model(fake("Qwen3-30B-A3B-MXFP4"), gpu_backend="torch")
+    for model, gpus in ((gpt_oss, "2x24GB"), (qwen, "24GB"), (ours, "24GB")):
+        plan = make_plan(model, request(gpus))
         parser = argparse.ArgumentParser()
         server_args.ServerArgs.add_cli_args(parser)
         parser.parse_args(server_command(plan).arguments[3:])
@@ -200,6 +202,9 @@ def test_serve_with_experts_of_our_own(fake: Fake) -> None:
     assert result.stdout.startswith("HYBRID_MOE_GPU=cute SGLANG_AUTO_NUMA_BIND=0 python -m ")
     assert "--moe-runner-backend triton" in result.stdout  # what SGLang finds there is not MXFP4
     assert "--kt-num-gpu-experts 0" not in result.stdout
+    torch = read_model(fake("Qwen3-30B-A3B-MXFP4"), gpu_backend="torch")
+    found = flags(server_command(make_plan(torch, request("24GB"))))
+    assert found["--cuda-graph-backend-decode"] == "disabled"
 
 
 def test_serve_without_a_gpu_measures_nothing(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
