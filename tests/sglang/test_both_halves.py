@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("sglang", reason="SGLang is not installed (make test-sglang installs it)")
 
 from sglang.srt import runtime_context
+from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, Phase
 from sglang.srt.plugins import load_plugins
@@ -138,6 +139,26 @@ def test_sglang_has_no_use_for_codes(qwen: FamilyFixture) -> None:
         param = new_layer(qwen).w13_weight
     for expert in range(qwen.num_experts):
         param.weight_loader(param, codes, "experts.w13_weight", shard_id="w1", expert_id=expert)
+
+
+@pytest.mark.parametrize("block", [[32, 32], None], ids=["blocks", "tensors"])
+def test_parameters_of_fp8_are_there_and_take_nothing(
+    qwen: FamilyFixture, block: list[int] | None
+) -> None:
+    """Models look their names up, scales included, and call their loaders with every expert."""
+    scheme = "dynamic" if block else "static"
+    fp8 = Fp8Config(True, activation_scheme=scheme, weight_block_size=block)
+    with server_options(qwen, gpu_experts=2):
+        layer = new_layer(qwen, quant_config=fp8)
+        found = dict(layer.named_parameters())
+        assert {"w13_weight", "w13_weight_scale_inv" if block else "w2_input_scale"} <= set(found)
+        for name, param in found.items():
+            for expert in range(qwen.num_experts):
+                param.weight_loader(param, torch.ones(3), name, shard_id="w1", expert_id=expert)
+            assert not param.numel()
+        finish(layer)
+        batch = Batch.random(qwen, 5)
+        assert_close(batch.through(layer), batch, qwen)
 
 
 @pytest.mark.parametrize("folded", [False, True])
