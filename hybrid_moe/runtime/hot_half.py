@@ -25,6 +25,8 @@ from hybrid_moe.runtime.gpu_arguments import HotOptions
 from hybrid_moe.runtime.gpu_faults import explained
 from hybrid_moe.streams.interface import Stream
 
+_CONTIGUOUS = torch.contiguous_format
+
 
 class HotHalf:
     """The hot experts of one layer.
@@ -126,19 +128,23 @@ class HotHalf:
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
+        *,
+        unchanged: bool = False,
     ) -> HotJob:
         """Compute the hot experts' rows. The tensors may change afterwards.
 
         Args:
             stream: in whose order; None on CPU tensors: now.
             hidden: bf16 [T, H]. ids: [T, k]. weights: float [T, k].
+            unchanged: ids and weights stay as they are until the result is there, which saves two
+                copies.
         """
         experts = self.experts
         if experts is None:
             return HotJob(self, stream, hidden, None)
         with entered(stream), explained(self.layer_idx, self.device):
-            ids = ids.clone(memory_format=torch.contiguous_format)
-            weights = weights.to(torch.float32, copy=True).contiguous()
+            ids = ids.contiguous() if unchanged else ids.clone(memory_format=_CONTIGUOUS)
+            weights = weights.to(torch.float32, copy=not unchanged).contiguous()
             rows = experts.rows(hidden.contiguous(), ids)
         return HotJob(self, stream, hidden, HotRows(experts, rows, ids, weights, experts.slot_of))
 
