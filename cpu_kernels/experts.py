@@ -7,6 +7,7 @@ back (`vacate`, `occupy`): whoever moves one copies its ranges, and nothing is p
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -228,6 +229,11 @@ class PackedExperts:
     # Moving -------------------------------------------------------------------------------------
 
     @property
+    def arenas(self) -> Sequence[Arena]:
+        """The pools' memory."""
+        return tuple(self._arenas)
+
+    @property
     def free_places(self) -> int:
         """Places in which no expert is, or is to come."""
         return len(self._free_places)
@@ -275,7 +281,8 @@ class PackedExperts:
         self._check_open()
         self._free_places.append(int(self._place[expert]))
         self._place[expert] = -1
-        entries = np.zeros(self.pool.pools, Expert.dtype)
+        # the entries stay: a job that should not read them finds other weights, but finds memory
+        entries = self._table[expert].copy()
         return PlacementChange(self._table, expert, entries, live, state, self._owned)
 
     @property
@@ -332,7 +339,7 @@ class PackedExperts:
     def loaded(self) -> npt.NDArray[np.bool_]:
         """Which experts are packed (bool [E], a copy)."""
         published: npt.NDArray[np.bool_] = self._table["gate_up"][:, 0] != 0
-        return published
+        return published & (self._place >= 0)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

@@ -9,6 +9,7 @@ into it in the order of its stream: which expert has which slot (`slot_of`), and
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import UE8M0, WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors
+from hybrid_moe.gpu_kernels.act_quant import fp8_rounded, fp8_rounded_ref
 from hybrid_moe.gpu_kernels.combine import combine, combine_ref
 from hybrid_moe.gpu_kernels.down import down, down_ref
 from hybrid_moe.gpu_kernels.expert_tiles import ExpertTiles
@@ -27,10 +29,14 @@ from hybrid_moe.gpu_kernels.slot_weights import check_supported
 Tensor = torch.Tensor
 
 BACKENDS = {
-    "cute": (pack, gate_up, down, combine),
-    "torch": (pack_ref, gate_up_ref, down_ref, combine_ref),
+    "cute": (pack, gate_up, down, combine, fp8_rounded),
+    "torch": (pack_ref, gate_up_ref, down_ref, combine_ref, fp8_rounded_ref),
 }
 """Name -> its functions: kernels of a CUDA device, or their references in torch on any device."""
+
+PREFILL_TOKENS = 256
+"""A batch of so many tokens is a prefill, for `fp8_prefill`: more than a batch of decoding requests,
+fewer than a chunk of a prompt."""
 
 WIDEST_FOLDED_SCALE = 128
 """Of E8M0 scales s: 2^(s - 127) times an E2M1 value of up to 6 is below bf16's limit of 2^128 for
@@ -63,6 +69,9 @@ class SlotExperts:
         slots: S, at least 1.
         device: where they are.
         backend: of `BACKENDS`.
+        fp8_prefill: batches of `PREFILL_TOKENS` and more are computed as W8A8 has them: the inputs
+            of both projections are rounded to E4M3 with a power of two for 128 of them. About 4 %
+            of the output's size is lost (`fp8_rounded`; tests/gpu/test_fp8_prefill.py).
 
     Attributes:
         memory: uint8 [S, nbytes], experts as the CPU has them (`slot_layout`).
@@ -82,10 +91,12 @@ class SlotExperts:
         slots: int,
         device: torch.device,
         backend: str,
+        fp8_prefill: bool = False,
     ) -> None:
         check_supported(layout.fmt)
         self.layout, self.activation, self.backend = layout, activation, backend
-        self._pack, self._gate_up, self._down, self._combine = BACKENDS[backend]
+        self._pack, self._gate_up, self._down, self._combine, self._fp8 = BACKENDS[backend]
+        self._fp8_from = PREFILL_TOKENS if fp8_prefill else sys.maxsize
         self.memory = torch.empty((slots, layout.nbytes), dtype=torch.uint8, device=device)
         self.slot_of = torch.full((num_experts,), -1, dtype=torch.int32, device=device)
         self.wide = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -101,6 +112,11 @@ class SlotExperts:
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return self.memory.numel()
+
+    @property
+    def small_tensors(self) -> tuple[Tensor, ...]:
+        """All but the slots: what kernels read although no expert has a slot."""
+        return self.slot_of, self.wide, self._gate_up_table, self._down_table
 
     def ranges(self, whole: Tensor) -> list[Tensor]:
         """The pools' ranges of a slot's bytes, uint8 [nbytes]: views."""
@@ -118,6 +134,8 @@ class SlotExperts:
         layout, (tokens, k) = self.layout, ids.shape
         if not tokens:
             return x.new_empty((0, layout.hidden), dtype=torch.float32)
+        fp8 = tokens >= self._fp8_from
+        x = self._fp8(x) if fp8 else x
         tile = token_tile(ids.numel(), len(self.slot_of))
         packed = self._pack(x, ids, self.slot_of, fmt=layout.fmt, slots=self.slots, tile=tile)
         tiles = ExpertTiles(
@@ -129,6 +147,8 @@ class SlotExperts:
             packed.num_tiles,
         )
         h = self._gate_up(layout, self.activation, tiles, packed.xp, k)
+        if fp8:  # blocks of 128 are whole groups, within which `k_order` permutes
+            h = self._fp8(h)
         return self._down(layout, replace(tiles, table=self._down_table), h)
 
     def combine(

@@ -19,6 +19,7 @@ import torch
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import chosen_format
+from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
 from hybrid_moe.runtime import (
     arguments,
@@ -82,6 +83,9 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         gpu_device: where the slots are; None for the current CUDA device, or the CPU where there is
             none ("torch").
         elsewhere: bool [E]: experts that neither half computes or holds, since another rank does.
+        gpu_activation: "fp8" rounds the inputs of the hot experts' projections to E4M3 in batches
+            of 256 tokens and more, as W8A8 does (what that costs: `SlotExperts.fp8_prefill`). It
+            is no faster: these GEMMs multiply in bf16. None for bf16 always.
         deferral_chain: the model that the layer belongs to: one object for all of its layers and
             no others. None: the order of construction decides, see `runtime.construction_order`;
             where that says nothing, the layer defers nothing.
@@ -135,6 +139,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         gpu_slots: int | None = None,
         gpu_device: torch.device | str | int | None = None,
         elsewhere: torch.Tensor | None = None,
+        gpu_activation: str | None = None,
     ) -> None:
         arguments.refuse_unsupported(locals())
         chosen = chosen_format(method)
@@ -161,7 +166,13 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             if torch.cuda.is_available():
                 self._mask = self._mask.pin_memory()
         options = gpu_arguments.hot_options(
-            gpu_backend, gpu_slots, gpu_device, elsewhere, self._mask, self.shape
+            gpu_backend,
+            gpu_slots,
+            gpu_device,
+            elsewhere,
+            gpu_activation,
+            self._mask,
+            self.shape,
         )
         self._hot = (
             None if options is None else HotHalf(options, self.shape, self.format, self.activation)
@@ -242,6 +253,27 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             "down": Stacked(down_proj, down_scale, down_bias),
         }
         self._load(filling.from_tensors(stacked, self.shape, self.format, mapping))
+
+    def load_weights_by(self, fill: Fill) -> None:
+        """Load the experts that this layer computes by a function of `runtime.filling`.
+
+        Raises:
+            RuntimeError: weights are loaded already, or the wrapper is closed.
+        """
+        self._check_not_loaded()
+        self._load(fill)
+
+    def unpack(self, expert: int) -> ExpertTensors:
+        """A copy of an expert that this layer holds, bit for bit as it was loaded. No submission
+        may be under way.
+
+        Raises:
+            RuntimeError: nothing is loaded. IndexError: this expert is not.
+        """
+        index = arguments.integer("expert", expert)
+        if not 0 <= index < self.num_experts:
+            raise IndexError(f"expert is {index}, must be in 0..{self.num_experts - 1}")
+        return self._loaded_runner().unpack(index)
 
     def _check_open(self) -> None:
         if self._closed:

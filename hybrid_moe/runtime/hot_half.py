@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.shares import ShareLayout
 from hybrid_moe.formats.table import WeightFormat
@@ -83,14 +84,20 @@ class HotHalf:
                     slots,
                     device,
                     self.options.backend,
+                    self.options.fp8_prefill,
                 )
         self._biases = layout.biases
 
     def release(self) -> None:
-        """Free the slots. Graphs that were captured find no expert in them any more."""
+        """Free the slots, when the device is through with them. A graph that was captured finds
+        that no expert has one any more; what it reads to find that, some KB, stays for good, since
+        the end of a graph is not reported."""
         experts, self.experts, self._biases = self.experts, None, None
         if experts is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            with explained(self.layer_idx, self.device):
+                experts.slot_of.fill_(-1)
+                torch.cuda.synchronize(self.device)
+            keeping.for_good(experts.small_tensors)
 
     def check_device(self, hidden: torch.Tensor) -> None:
         """Raise `ValueError` for a batch that is not where the slots are."""

@@ -11,6 +11,7 @@ from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_FAULT, IDS_PAS
 from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.streams.progress import Progress
+from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.call import check_call, is_plain, plain
 from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
@@ -193,6 +194,10 @@ class LayerRunner:
         if self._chain is not None:
             self._chain.reset()
         self.drop()
+
+    def unpack(self, expert: int) -> ExpertTensors:
+        """See `KTMoEWrapper.unpack`."""
+        return (self._layer if self._halves is None else self._halves[1]).unpack(expert)
 
     def close(self) -> None:
         """End what is under way."""
