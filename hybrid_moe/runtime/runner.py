@@ -87,8 +87,11 @@ class LayerRunner:
         ids: torch.Tensor,
         weights: torch.Tensor,
         cuda_stream: int | None,
+        *,
+        unchanged: bool = False,
     ) -> None:
-        """See `KTMoEWrapper.submit_forward`."""
+        """See `KTMoEWrapper.submit_forward`. `unchanged`: nobody changes the tensors before `sync`
+        is called."""
         if self._submission is not None:
             raise self._submitted_twice()
         as_it_is = is_plain(hidden, ids, weights, self._shape)
@@ -112,7 +115,7 @@ class LayerRunner:
                     hidden, ids, weights = plain(hidden, ids, weights)
                 job, fault = self._start_all(hidden, ids, weights)
             if halves is not None:
-                hot = halves[0].start(stream, hidden, ids, weights)
+                hot = halves[0].start(stream, hidden, ids, weights, unchanged=unchanged)
             self._submission = Submission(hidden.shape, hidden.device, job, incoming, fault, hot)
         except BaseException:
             discard(job, self.layer_idx)
