@@ -59,11 +59,14 @@ def doctor_sglang(json: bool) -> None:
 
 def sglang_facts(report: SglangReport) -> dict[str, str]:
     """Version, and who serves `--kt-*`."""
+    from hybrid_moe.integrations.sglang import gpu_backend
+
     return {
         "version": report.version or "unknown",
         "tested": report.tested,
         **({"warning": report.warning} if report.warning else {}),
         "--kt-*": f"{'hybrid_moe' if report.take_over else 'not hybrid_moe'}: {report.reason}",
+        "experts on a GPU": gpu_backend.description(report.gpu_backend),
     }
 
 

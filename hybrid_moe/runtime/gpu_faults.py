@@ -8,6 +8,14 @@ from contextlib import contextmanager
 import torch
 
 
+class GpuMemoryError(RuntimeError):
+    """A device has no memory left. What is freed can be used: the process can go on."""
+
+
+class GpuLostError(RuntimeError):
+    """A kernel has failed, and with it the device's context: every later call would fail too."""
+
+
 @contextmanager
 def explained(layer_idx: int, device: torch.device, nbytes: int = 0) -> Iterator[None]:
     """Turn torch's errors of a device into one of the layer.
@@ -16,25 +24,35 @@ def explained(layer_idx: int, device: torch.device, nbytes: int = 0) -> Iterator
         nbytes: of the slots that are being allocated; 0 while something is computed.
 
     Raises:
-        RuntimeError: the device has no memory left, or has met an error from which its context does
-            not recover. Other errors pass as they are.
+        GpuMemoryError: the device has no memory left.
+        GpuLostError: it has met an error from which its context does not recover.
+
+    Other errors pass as they are.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         what = f"{nbytes / 2**30:.2f} GiB of slots" if nbytes else "the experts of this batch"
-        raise RuntimeError(
+        raise GpuMemoryError(
             f"layer {layer_idx}: {device} has no memory left for {what}: put fewer experts on the "
             f"GPU (gpu_slots, gpu_experts_mask), or leave it more room ({error})"
         ) from error
     except RuntimeError as error:
-        if not _is_fatal(error):
+        lost = lost_gpu(f"layer {layer_idx}: {device}", error)
+        if lost is None:
             raise
-        raise RuntimeError(
-            f"layer {layer_idx}: {device} has failed, and this process can use it no more: restart "
-            "the process; CUDA_LAUNCH_BLOCKING=1 shows which kernel it was, and "
-            f'gpu_backend="torch" computes without our kernels ({error})'
-        ) from error
+        raise lost from error
+
+
+def lost_gpu(name: str, error: RuntimeError) -> GpuLostError | None:
+    """What to raise for an error of the device `name`; None if the device can go on."""
+    if not _is_fatal(error):
+        return None
+    return GpuLostError(
+        f"{name} has failed, and this process can use it no more: restart the process; "
+        'CUDA_LAUNCH_BLOCKING=1 shows which kernel it was, and gpu_backend="torch" computes '
+        f"without our kernels ({error})"
+    )
 
 
 def _is_fatal(error: RuntimeError) -> bool:

@@ -90,6 +90,7 @@ class HotHalf:
                     slots,
                     device,
                     self.options.backend,
+                    self.options.fp8_prefill,
                 )
         self._biases = layout.biases
 

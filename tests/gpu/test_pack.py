@@ -36,6 +36,8 @@ def _batch(
     rng = np.random.default_rng(seed)
     x = torch.from_numpy(rng.standard_normal((T, H))).to(torch.bfloat16)
     ids = torch.from_numpy(rng.integers(-2, E + 2, (T, k)))
+    if wide and T > 1:
+        ids[0, 0], ids[-1, -1] = 2**40, -(2**40)  # 0 in the lower half
     slot_of = torch.full((E,), -1, dtype=torch.int32)
     slot_of[rng.permutation(E)[:hot]] = torch.from_numpy(rng.permutation(hot).astype(np.int32))
     return x, ids if wide else ids.int(), slot_of

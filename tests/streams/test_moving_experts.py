@@ -78,7 +78,7 @@ class Hybrid:
             shape = LayerShape(member.layer_idx, E, K, H, I)
             layer = ExpertLayer(MXFP4, E, H, I, pool=self.group.config)
             layer._group = self.group
-            options = HotOptions("torch", SLOTS, DEVICE, torch.zeros(E, dtype=torch.bool))
+            options = HotOptions("torch", SLOTS, DEVICE, torch.zeros(E, dtype=torch.bool), False)
             half = HotHalf(options, shape, MXFP4, Activation())
             mask = torch.arange(E) < HOT
             placement = ExpertPlacement(layer, half, mask, member.layer_idx)
