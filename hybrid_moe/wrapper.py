@@ -417,7 +417,9 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         cuda_stream: int | None,
     ) -> torch.Tensor:
         try:
-            self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
+            runner = self._runner or self._loaded_runner()
+            submit = torch_op.untraced(runner.submit)
+            submit(hidden_states, topk_ids, topk_weights, cuda_stream, unchanged=True)
             return self.sync_forward(hidden_states, cuda_stream)
         except BaseException:
             self.drop()

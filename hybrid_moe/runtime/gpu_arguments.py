@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from hybrid_moe.gpu_kernels.pack_parts import MOST_EXPERTS
+from hybrid_moe.gpu_kernels.pack_tokens import MOST_EXPERTS_PER_TOKEN
+from hybrid_moe.gpu_kernels.toolchain import availability
 from hybrid_moe.runtime.arguments import LayerShape, check_mask, integer
 
 BACKENDS = ("cute", "torch")
@@ -87,8 +90,6 @@ def hot_options(
 
 def _check_sizes(shape: LayerShape) -> None:
     """Raise for what the kernels' routing has no room for (`gpu_kernels.pack_tokens`)."""
-    from hybrid_moe.gpu_kernels.pack_tokens import MOST_EXPERTS, MOST_EXPERTS_PER_TOKEN
-
     for name, most in (
         ("num_experts", MOST_EXPERTS),
         ("num_experts_per_tok", MOST_EXPERTS_PER_TOKEN),
@@ -113,6 +114,11 @@ def _device(backend: str, given: Any) -> torch.device:
     if device.type != "cuda":
         choices = "a CUDA device" if backend == "cute" else 'a CUDA device or "cpu"'
         raise ValueError(f"gpu_device is {device}, must be {choices} with gpu_backend={backend!r}")
+    if backend == "cute" and not (here := availability()).usable:
+        raise RuntimeError(
+            f"gpu_backend='cute': {here.reason}. gpu_backend='torch' needs no kernels of ours, "
+            "and with gpu_device='cpu' no GPU"
+        )
     if not torch.cuda.is_available():
         raise RuntimeError(
             f"gpu_backend={backend!r} needs a CUDA device, and torch finds none: "

@@ -18,12 +18,14 @@ from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.shares import ShareLayout
 from hybrid_moe.formats.table import WeightFormat
-from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
+from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_format
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.gpu_arguments import HotOptions
 from hybrid_moe.runtime.gpu_faults import explained
 from hybrid_moe.streams.interface import Stream
+
+_CONTIGUOUS = torch.contiguous_format
 
 
 class HotHalf:
@@ -35,11 +37,15 @@ class HotHalf:
 
     Attributes:
         experts: the slots; None before `reserve`, and where there are none.
+
+    Raises:
+        NotImplementedError: the back end cannot read the format.
     """
 
     def __init__(
         self, options: HotOptions, shape: LayerShape, fmt: WeightFormat, activation: Activation
     ) -> None:
+        check_format(options.backend, fmt)
         self.options = options
         self._shape, self._fmt, self._activation = shape, fmt, activation
         self._biases: bool | None = None
@@ -108,6 +114,11 @@ class HotHalf:
             )
 
     @property
+    def experts_per_token(self) -> int:
+        """k."""
+        return self._shape.num_experts_per_tok
+
+    @property
     def layer_idx(self) -> int:
         """Of the layer, for messages."""
         return self._shape.layer_idx
@@ -118,19 +129,23 @@ class HotHalf:
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
+        *,
+        unchanged: bool = False,
     ) -> HotJob:
         """Compute the hot experts' rows. The tensors may change afterwards.
 
         Args:
             stream: in whose order; None on CPU tensors: now.
             hidden: bf16 [T, H]. ids: [T, k]. weights: float [T, k].
+            unchanged: ids and weights stay as they are until the result is there, which saves two
+                copies.
         """
         experts = self.experts
         if experts is None:
             return HotJob(self, stream, hidden, None)
         with entered(stream), explained(self.layer_idx, self.device):
-            ids = ids.clone(memory_format=torch.contiguous_format)
-            weights = weights.to(torch.float32, copy=True).contiguous()
+            ids = ids.contiguous() if unchanged else ids.clone(memory_format=_CONTIGUOUS)
+            weights = weights.to(torch.float32, copy=not unchanged).contiguous()
             rows = experts.rows(hidden.contiguous(), ids)
         return HotJob(self, stream, hidden, HotRows(experts, rows, ids, weights, experts.slot_of))
 
@@ -177,6 +192,8 @@ class HotJob:
         """
         rows = self._rows
         with entered(stream):
+            if cold is not None:  # what a layer without a back end has deferred is rounded already
+                cold = cold.float()
             if rows is None:
                 if cold is not None:
                     return cold.to(torch.bfloat16)

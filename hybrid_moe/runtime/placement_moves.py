@@ -137,6 +137,7 @@ class ExpertPlacement:
             slots.wide.copy_(torch.from_numpy(wide))
             if self._hot.device.type == "cuda":
                 torch.cuda.synchronize(self._hot.device)
+                slots.prepare(self._hot.experts_per_token)
                 locked = [page_lock(arena) for arena in self._layer.arenas]
                 self._staged = not all(locked)
                 logger.info("layer %d: %s", self._layer_idx, LOCKS)
