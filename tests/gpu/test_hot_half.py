@@ -89,15 +89,19 @@ def _slots(case: Case, backend: str) -> SlotExperts:
     return slots
 
 
+@pytest.mark.parametrize("tokens", [9, pytest.param(120, marks=pytest.mark.full)])
 @pytest.mark.parametrize("fmt", [MXFP4, BF16], ids=lambda fmt: fmt.name)
-def test_a_layer_with_hot_experts(fmt: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the bound of a layer on the CPU, and of the same bits for a token alone. Ids out of
-    range and cold experts are left to others."""
+def test_a_layer_with_hot_experts(
+    fmt: WeightFormat, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the bound of a layer on the CPU. A token alone has the same bits, though 120 tokens
+    take other kernels: `pack` in three launches, tiles of 64. Ids out of range and cold experts are
+    left to others."""
     others = slot_experts.BACKENDS["torch"][4:]
     simulated = (_pack, _gate_up, _down, _combine, *others)
     monkeypatch.setitem(slot_experts.BACKENDS, "cute", simulated)
     case = Case.random(fmt, H, I, E=E, bias=True, activation=Activation(7.0, 1.702))
-    bits, ids, weights = random_batch(9, H, E, K)
+    bits, ids, weights = random_batch(tokens, H, E, K)
     ids[2, 1] = -1
     ids[4] = E
     skipped = np.where(np.isin(ids, HOT), -1, ids)
