@@ -3,6 +3,7 @@
 y = W_down h + b_down        float32, a row for each pair of the tiles; not yet weighted
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from hybrid_moe.gpu_kernels.expert_tiles import ExpertTiles, check_tensor
 from hybrid_moe.gpu_kernels.fragments import unpermute
 from hybrid_moe.gpu_kernels.gemm_config import GemmConfig, gemm_config
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
-from hybrid_moe.gpu_kernels.strip_gemm import arguments, strip_gemm
+from hybrid_moe.gpu_kernels.strip_gemm import gemm_arguments, strip_gemm
+from hybrid_moe.gpu_kernels.toolchain.launching import has_pdl, launch
 
 Tensor = torch.Tensor
 
@@ -32,6 +34,7 @@ def _kernel(config: GemmConfig) -> Any:
     class Rows:
         halves_meet = False
         table_columns = TABLE_COLUMNS
+        early_weights = True
 
         @cute.jit
         def store(
@@ -45,7 +48,7 @@ def _kernel(config: GemmConfig) -> Any:
             a: Int32,
             t: Int32,
             row_columns: Int32,
-        ):
+        ) -> None:
             """y in rows 4t .. 4t + 3 of half a, for two pairs. c[2 r + e, i] is row 4t + 2 i + r of
             pair e. A half is whole or beyond the last row, since H is a multiple of 32."""
             column = strip * STRIP_ROWS + a * (STRIP_ROWS // 2) + 4 * t
@@ -70,20 +73,28 @@ def _kernel(config: GemmConfig) -> Any:
 
 
 def definition(config: GemmConfig) -> KernelDefinition:
-    """The kernel of one configuration. Its grid is `gemm_grid`."""
+    """The kernel of one configuration. Its grid is `GemmConfig.grid`."""
     return KernelDefinition(
-        "down", config, _kernel, arguments("f32"), config.threads, config.shared_bytes
+        "down", config, _kernel, gemm_arguments("f32"), config.threads, config.shared_bytes
     )
 
 
-def choose(layout: SlotLayout, tile: int, *, pdl: bool = False) -> GemmConfig:
-    """The configuration for experts of this layout and tiles of `tile` pairs."""
-    return gemm_config(layout.fmt.name, layout.intermediate, tile, biases=layout.biases, pdl=pdl)
+@functools.lru_cache(maxsize=256)
+def _chosen(format: str, K: int, tile: int, biases: bool, pdl: bool) -> KernelDefinition:
+    return definition(gemm_config(format, K, tile, biases=biases, pdl=pdl))
 
 
-def _check(layout: SlotLayout, tiles: ExpertTiles, h: Tensor) -> None:
+def choose(layout: SlotLayout, tile: int, *, pdl: bool = False) -> KernelDefinition:
+    """The kernel for experts of this layout and tiles of `tile` pairs."""
+    return _chosen(layout.fmt.name, layout.intermediate, tile, layout.biases, pdl)
+
+
+def _check(layout: SlotLayout, tiles: ExpertTiles, h: Tensor) -> int:
+    """Raise as `down` does; the number of strips."""
     check_tensor("h", h, torch.bfloat16, (h.shape[0], layout.intermediate), h.device)
-    tiles.check(layout, 2, -(-layout.hidden // STRIP_ROWS), h)
+    strips = -(-layout.hidden // STRIP_ROWS)
+    tiles.check(layout, TABLE_COLUMNS, strips, h)
+    return strips
 
 
 def down_ref(layout: SlotLayout, tiles: ExpertTiles, h: Tensor) -> Tensor:
@@ -109,5 +120,15 @@ def down(layout: SlotLayout, tiles: ExpertTiles, h: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is allocated.
+        NotImplementedError: on a GPU, a format that has no kernels.
     """
-    return down_ref(layout, tiles, h)
+    if h.device.type != "cuda":
+        return down_ref(layout, tiles, h)
+    strips = _check(layout, tiles, h)
+    pdl = has_pdl(h.device)
+    kernel = choose(layout, tiles.tile, pdl=pdl)
+    y = h.new_empty(h.shape[0], layout.hidden, dtype=torch.float32)
+    scalars = layout.nbytes, layout.intermediate, strips, layout.hidden, 1
+    grid = kernel.config.grid(strips, len(tiles.tile_slot))
+    launch(kernel, (*tiles.pointers(h), y, *scalars), grid, pdl=pdl)
+    return y

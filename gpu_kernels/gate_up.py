@@ -6,6 +6,7 @@
 for every pair of the tiles; h is written in the `k_order` of `down`, whose input it is.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ from hybrid_moe.gpu_kernels.expert_tiles import ExpertTiles, check_tensor
 from hybrid_moe.gpu_kernels.fragments import inverse_k_order, permute, unpermute
 from hybrid_moe.gpu_kernels.gemm_config import GemmConfig, gemm_config
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
-from hybrid_moe.gpu_kernels.strip_gemm import arguments, strip_gemm
+from hybrid_moe.gpu_kernels.strip_gemm import gemm_arguments, strip_gemm
+from hybrid_moe.gpu_kernels.toolchain.launching import has_pdl, launch
 
 Tensor = torch.Tensor
 
@@ -52,6 +54,7 @@ def _kernel(config: GateUpConfig) -> Any:
     class SwiGlu:
         halves_meet = True
         table_columns = TABLE_COLUMNS
+        early_weights = False
 
         @cute.jit
         def store(
@@ -65,8 +68,8 @@ def _kernel(config: GateUpConfig) -> Any:
             a: Int32,
             t: Int32,
             row_columns: Int32,
-        ):
-            """h of columns 4t + 2a and the next one of a strip, for two pairs. c[2 r + e, 0] is gate
+        ) -> None:
+            """h of columns 4t + 2a and 4t + 2a + 1 of a strip, for two pairs. c[2 r + e, 0] is gate
             and c[2 r + e, 1] up of column r and pair e."""
             if cutlass.const_expr(config.gemm.biases):
                 for side in cutlass.range_constexpr(2):
@@ -95,26 +98,36 @@ def _kernel(config: GateUpConfig) -> Any:
 
 
 def definition(config: GateUpConfig) -> KernelDefinition:
-    """The kernel of one configuration. Its grid is `gemm_grid`."""
+    """The kernel of one configuration. Its grid is `GemmConfig.grid`."""
     gemm = config.gemm
     return KernelDefinition(
-        "gate_up", config, _kernel, arguments("bf16"), gemm.threads, gemm.shared_bytes
+        "gate_up", config, _kernel, gemm_arguments("bf16"), gemm.threads, gemm.shared_bytes
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _chosen(
+    format: str, K: int, tile: int, biases: bool, activation: Activation, pdl: bool
+) -> KernelDefinition:
+    gemm = gemm_config(format, K, tile, biases=biases, pdl=pdl)
+    return definition(GateUpConfig(gemm, *activation.parameters))
 
 
 def choose(
     layout: SlotLayout, activation: Activation, tile: int, *, pdl: bool = False
-) -> GateUpConfig:
-    """The configuration for experts of this layout and tiles of `tile` pairs."""
-    gemm = gemm_config(layout.fmt.name, layout.hidden, tile, biases=layout.biases, pdl=pdl)
-    return GateUpConfig(gemm, *activation.parameters)
+) -> KernelDefinition:
+    """The kernel for experts of this layout and tiles of `tile` pairs."""
+    return _chosen(layout.fmt.name, layout.hidden, tile, layout.biases, activation, pdl)
 
 
-def _check(layout: SlotLayout, tiles: ExpertTiles, xp: Tensor, k: int) -> None:
+def _check(layout: SlotLayout, tiles: ExpertTiles, xp: Tensor, k: int) -> int:
+    """Raise as `gate_up` does; the number of strips."""
     if k < 1:
         raise ValueError(f"k is {k}, must be at least 1")
     check_tensor("xp", xp, torch.bfloat16, (xp.shape[0], layout.hidden), xp.device)
-    tiles.check(layout, 3, layout.intermediate // GROUP, xp)
+    strips = layout.intermediate // GROUP
+    tiles.check(layout, TABLE_COLUMNS, strips, xp)
+    return strips
 
 
 def gate_up_ref(
@@ -132,7 +145,8 @@ def gate_up_ref(
             g, u = g + weights.gate_bias, u + weights.up_bias
         g, u = g.clamp(max=limit), u.clamp(-limit, limit)
         h[pairs] = (g * torch.sigmoid(alpha * g) * (u + offset)).to(h.dtype)
-    return permute(h, layout.fmt)
+    permuted: Tensor = permute(h, layout.fmt)
+    return permuted
 
 
 def gate_up(
@@ -150,5 +164,15 @@ def gate_up(
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is allocated.
+        NotImplementedError: on a GPU, a format that has no kernels.
     """
-    return gate_up_ref(layout, activation, tiles, xp, k)
+    if xp.device.type != "cuda":
+        return gate_up_ref(layout, activation, tiles, xp, k)
+    strips = _check(layout, tiles, xp, k)
+    pdl = has_pdl(xp.device)
+    kernel = choose(layout, activation, tiles.tile, pdl=pdl)
+    h: Tensor = xp.new_empty(xp.shape[0] * k, layout.intermediate)
+    scalars = layout.nbytes, layout.hidden, strips, layout.intermediate, k
+    grid = kernel.config.gemm.grid(strips, len(tiles.tile_slot))
+    launch(kernel, (*tiles.pointers(xp), h, *scalars), grid, pdl=pdl)
+    return h

@@ -18,11 +18,14 @@ written with `for` here is unrolled.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from hybrid_moe.formats.strips import StripLayout
 from hybrid_moe.formats.table import BF16, MXFP4, WeightFormat
 from hybrid_moe.gpu_kernels.fragments import QUADS
+from hybrid_moe.gpu_kernels.lane_memory import load_words, part
 
 MOST_FOLDED_SCALE = 128
 """Largest E8M0 scale whose products with E2M1 codes are bf16: 6 * 2^1; also what the exponent field
@@ -57,8 +60,8 @@ class Mxfp4Codes:
             scales: address of the lane's first row's scale in the group, half 0.
             half: of the strip, on top of these addresses.
         """
-        load_words(to, 0, codes + 128 * half, 4)
-        load_words(to, 4, scales + 32 * half, 1)
+        load_words(part(to, 0, 4), codes + 128 * half)
+        load_words(part(to, 4, 1), scales + 32 * half)
 
     def fragment(self, words: Any, tile: int, step: int, folded: bool) -> list[Any]:
         """a0 .. a3 of a tile and k-step: uint32, pairs of bf16, with their scales if `folded`."""
@@ -88,7 +91,7 @@ class Bf16Codes:
     def load(self, to: Any, codes: Any, scales: Any, half: int) -> None:
         """As `Mxfp4Codes.load`."""
         for load in range(4):
-            load_words(to, 4 * load, codes + (256 * QUADS * load + 128 * half), 4)
+            load_words(part(to, 4 * load, 4), codes + (256 * QUADS * load + 128 * half))
 
     def fragment(self, words: Any, tile: int, step: int, folded: bool) -> list[Any]:
         """As `Mxfp4Codes.fragment`."""
@@ -103,7 +106,9 @@ class Bf16Codes:
         raise AssertionError("BF16 has no scales")
 
 
-WEIGHT_CODES = {MXFP4.name: Mxfp4Codes, BF16.name: Bf16Codes}
+WEIGHT_CODES: Mapping[str, Callable[[StripLayout], Any]] = MappingProxyType(
+    {MXFP4.name: Mxfp4Codes, BF16.name: Bf16Codes}
+)
 """Format -> its object."""
 
 
@@ -121,20 +126,9 @@ def needs_wide(fmt: WeightFormat, scales: Any) -> bool:
     return fmt.name == MXFP4.name and bool((scales > MOST_FOLDED_SCALE).any())
 
 
-def load_words(to: Any, first: int, address: Any, count: int) -> None:
-    """to[first : first + count] = the 32-bit words at `address`, an Int64 that is a multiple of
-    4 * count: one load."""
-    import cutlass.cute as cute
-    from cutlass import Uint32
-
-    place = cute.make_ptr(Uint32, address, cute.AddressSpace.gmem, assumed_align=4 * count)
-    source = cute.make_tensor(place, cute.make_layout(count))
-    cute.autovec_copy(source, cute.make_tensor(to.iterator + first, cute.make_layout(count)))
-
-
 def _code_pair(word: Any, n: int, scale: Any) -> Any:
-    """Codes n and n + 4 of a word as a pair of bf16, times a pair of bf16 over 2^126, or times 1 for
-    None.
+    """Codes n and n + 4 of a word as a pair of bf16, times a pair of bf16 over 2^126, or times 1
+    for None.
 
     Moved to the top of each half, sign | magnitude >> 6 is a bf16 with the code's exponent and
     mantissa bits in the lowest exponent bits and the highest mantissa bit: value * 2^-126, also for

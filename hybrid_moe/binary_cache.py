@@ -125,6 +125,16 @@ def read(name: str) -> bytes | None:
     return payload
 
 
+def has_any(suffix: str) -> bool:
+    """Whether there are entries of a kind, "cubin"."""
+    with _opened(create=False) as directory:
+        if directory is None:
+            return False
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries]
+    return any(_OURS.fullmatch(name) and name.endswith(f".{suffix}") for name in names)
+
+
 def _read_file(name: str, directory: int) -> bytes:
     with os.fdopen(os.open(name, _OPEN_FILE, dir_fd=directory), "rb") as file:
         status = os.fstat(file.fileno())

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybrid_moe import binary_cache
 from hybrid_moe.gpu_kernels.definition import ARCHITECTURES
 from hybrid_moe.gpu_kernels.toolchain.architectures import architecture_of
-from hybrid_moe.gpu_kernels.toolchain.kernel_sources import DSL, dsl_version
+from hybrid_moe.gpu_kernels.toolchain.kernel_sources import DSL, TESTED_DSL, dsl_version
 
 DRIVER_FILES = tuple(map(Path, ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version")))
 """One of them is there where NVIDIA's driver is: on Linux, in containers, under WSL."""
@@ -42,14 +43,15 @@ def availability() -> Availability:
             f"{name} has compute capability {capability[0]}.{capability[1]}; there are kernels for "
             + ", ".join(ARCHITECTURES)
         )
-    version = dsl_version()
-    if version is None:
+    if dsl_version() is None and not binary_cache.has_any("cubin"):
         return _no(f'{DSL} is not installed: pip install "hybrid-moe[gpu]"')
-    return _with_driver(name, arch, version)
+    return _with_driver(name, arch)
 
 
-def _with_driver(name: str, arch: str, version: str) -> Availability:
+def _with_driver(name: str, arch: str) -> Availability:
     from hybrid_moe.gpu_kernels.toolchain.cuda_driver import driver
+
+    version = dsl_version() or TESTED_DSL
 
     try:
         of_driver = driver().version()
@@ -61,7 +63,11 @@ def _with_driver(name: str, arch: str, version: str) -> Availability:
             f"the driver is for CUDA {of_driver[0]}.{of_driver[1]}, {DSL} {version} needs one for "
             f"CUDA {needed}.0 or later"
         )
-    return Availability(True, f"{name} runs kernels for {arch}, compiled by {DSL} {version}")
+    return Availability(
+        True,
+        f"{name} runs kernels for {arch}, compiled by {DSL} {version}"
+        + ("" if dsl_version() else "; it is not installed, so these are what the cache has"),
+    )
 
 
 def _no(reason: str) -> Availability:

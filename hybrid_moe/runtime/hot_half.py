@@ -3,23 +3,29 @@
 A submission starts the CPU's part, then `HotHalf.start` computes a row for each pair of a hot
 expert; the sync adds them up with the CPU's float32 sums and rounds once (`HotJob.result`). On CPU
 tensors all of it is done at once, on the calling thread, while the CPU's workers are at their part;
-on CUDA tensors it is queued on the stream that is entered.
+on CUDA tensors it is queued on the caller's stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
+from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.shares import ShareLayout
 from hybrid_moe.formats.table import WeightFormat
-from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
+from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_format
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.gpu_arguments import HotOptions
 from hybrid_moe.runtime.gpu_faults import explained
+from hybrid_moe.streams.interface import Stream
+
+_CONTIGUOUS = torch.contiguous_format
 
 
 class HotHalf:
@@ -31,11 +37,15 @@ class HotHalf:
 
     Attributes:
         experts: the slots; None before `reserve`, and where there are none.
+
+    Raises:
+        NotImplementedError: the back end cannot read the format.
     """
 
     def __init__(
         self, options: HotOptions, shape: LayerShape, fmt: WeightFormat, activation: Activation
     ) -> None:
+        check_format(options.backend, fmt)
         self.options = options
         self._shape, self._fmt, self._activation = shape, fmt, activation
         self._biases: bool | None = None
@@ -80,14 +90,20 @@ class HotHalf:
                     slots,
                     device,
                     self.options.backend,
+                    self.options.fp8_prefill,
                 )
         self._biases = layout.biases
 
     def release(self) -> None:
-        """Free the slots. Graphs that were captured find no expert in them any more."""
+        """Free the slots, when the device is through with them. A graph that was captured finds
+        that no expert has one any more; what it reads to find that, some KB, stays for good, since
+        the end of a graph is not reported."""
         experts, self.experts, self._biases = self.experts, None, None
         if experts is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            with explained(self.layer_idx, self.device):
+                experts.slot_of.fill_(-1)
+                torch.cuda.synchronize(self.device)
+            keeping.for_good(experts.small_tensors)
 
     def check_device(self, hidden: torch.Tensor) -> None:
         """Raise `ValueError` for a batch that is not where the slots are."""
@@ -97,54 +113,102 @@ class HotHalf:
                 "(gpu_device)"
             )
 
-    def start(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> HotJob:
-        """Compute the hot experts' rows. The tensors may change afterwards (CUDA: in the order of
-        the stream that is entered).
+    @property
+    def experts_per_token(self) -> int:
+        """k."""
+        return self._shape.num_experts_per_tok
+
+    @property
+    def layer_idx(self) -> int:
+        """Of the layer, for messages."""
+        return self._shape.layer_idx
+
+    def start(
+        self,
+        stream: Stream | None,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        unchanged: bool = False,
+    ) -> HotJob:
+        """Compute the hot experts' rows. The tensors may change afterwards.
 
         Args:
+            stream: in whose order; None on CPU tensors: now.
             hidden: bf16 [T, H]. ids: [T, k]. weights: float [T, k].
+            unchanged: ids and weights stay as they are until the result is there, which saves two
+                copies.
         """
         experts = self.experts
         if experts is None:
-            return HotJob(self, None, None, hidden, ids, weights)
-        with explained(self._shape.layer_idx, self.device):
-            ids = ids.clone(memory_format=torch.contiguous_format)
-            weights = weights.to(torch.float32, copy=True).contiguous()
+            return HotJob(self, stream, hidden, None)
+        with entered(stream), explained(self.layer_idx, self.device):
+            ids = ids.contiguous() if unchanged else ids.clone(memory_format=_CONTIGUOUS)
+            weights = weights.to(torch.float32, copy=not unchanged).contiguous()
             rows = experts.rows(hidden.contiguous(), ids)
-        return HotJob(self, experts, rows, hidden, ids, weights)
+        return HotJob(self, stream, hidden, HotRows(experts, rows, ids, weights, experts.slot_of))
+
+
+def entered(stream: Stream | None) -> AbstractContextManager[None]:
+    """What torch queues meanwhile goes to `stream`; None: to the host."""
+    return nullcontext() if stream is None else stream
+
+
+@dataclass
+class HotRows:
+    """A row for each pair of a hot expert, and what `SlotExperts.combine` needs beside it."""
+
+    experts: SlotExperts
+    rows: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    slot_of: torch.Tensor
 
 
 class HotJob:
     """What the hot experts have computed of a batch, until the CPU's part comes."""
 
     def __init__(
-        self,
-        half: HotHalf,
-        experts: SlotExperts | None,
-        rows: torch.Tensor | None,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
+        self, half: HotHalf, stream: Stream | None, hidden: torch.Tensor, rows: HotRows | None
     ) -> None:
-        self._half, self._experts, self._rows = half, experts, rows
-        self._ids, self._weights = ids, weights
+        self._half, self._stream, self._rows = half, stream, rows
         self._shape, self._device = hidden.shape, hidden.device
-        self._slot_of = None if experts is None else experts.slot_of
 
-    def keep_placement(self) -> None:
-        """To be called before the placement changes: this job goes by the present one."""
-        if self._experts is not None and self._slot_of is self._experts.slot_of:
-            self._slot_of = self._slot_of.clone()
+    def keep_placement(self, stream: Stream | None) -> None:
+        """To be called before the placement changes in the order of `stream`: this job goes by the
+        present one."""
+        rows = self._rows
+        if rows is not None and rows.slot_of is rows.experts.slot_of:
+            with entered(stream):
+                rows.slot_of = rows.slot_of.clone()
 
-    def result(self, cold: torch.Tensor | None) -> torch.Tensor:
+    def result(self, cold: torch.Tensor | None, stream: Stream | None) -> torch.Tensor:
         """The layer's output, bf16 [T, H], a new tensor.
 
         Args:
             cold: float32 [T, H], the CPU's part; None where it computes nothing.
+            stream: in whose order.
         """
-        if self._experts is None or self._rows is None or self._slot_of is None:
-            if cold is None:
+        rows = self._rows
+        with entered(stream):
+            if cold is not None:  # what a layer without a back end has deferred is rounded already
+                cold = cold.float()
+            if rows is None:
+                if cold is not None:
+                    return cold.to(torch.bfloat16)
                 return torch.zeros(self._shape, dtype=torch.bfloat16, device=self._device)
-            return cold.to(torch.bfloat16)
-        with explained(self._half._shape.layer_idx, self._half.device):
-            return self._experts.combine(self._rows, self._ids, self._weights, cold, self._slot_of)
+            if stream is not None and self._stream is not None:
+                self._follow(stream, self._stream, rows)
+            with explained(self._half.layer_idx, self._half.device):
+                return rows.experts.combine(rows.rows, rows.ids, rows.weights, cold, rows.slot_of)
+
+    @staticmethod
+    def _follow(stream: Stream, computed_on: Stream, rows: HotRows) -> None:
+        """Let `stream` use what another stream has computed."""
+        if stream.handle == computed_on.handle:
+            return
+        stream.wait(computed_on.record())
+        for tensor in (rows.rows, rows.ids, rows.weights, rows.slot_of):
+            if tensor.is_cuda:  # its memory must not be used again before `stream` is done
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -14,8 +14,8 @@ and nowhere else: a mask that says otherwise is an error at the next submission.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,11 @@ from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, has_wide_scales
 from hybrid_moe.runtime.gpu_faults import explained
-from hybrid_moe.runtime.hot_half import HotHalf
+from hybrid_moe.runtime.hot_half import HotHalf, entered
 from hybrid_moe.streams.interface import Stream
+from hybrid_moe.streams.page_lock import LOCKS, page_lock
+
+logger = logging.getLogger(__name__)
 
 
 class ExpertPlacement:
@@ -64,6 +67,8 @@ class ExpertPlacement:
             self.live = self.live.pin_memory()
         self._staging: list[torch.Tensor] = []
         self._changes: list[PlacementChange] = []
+        self._staged = False
+        """Whether copies go through the driver's pinned buffers."""
         self.moved_bytes = 0
 
     # Loading ------------------------------------------------------------------------------------
@@ -77,7 +82,8 @@ class ExpertPlacement:
     def cold(self) -> npt.NDArray[np.bool_]:
         """bool [E], the experts that are loaded on the CPU. Where it has none it has no place for
         any: then none comes later."""
-        return ~self._expected & ~self._away
+        cold: npt.NDArray[np.bool_] = ~self._expected & ~self._away
+        return cold
 
     def allocate(self, wanted: npt.NDArray[np.bool_], *, biases: bool) -> None:
         """Memory for the experts of bool [E], which are all that are not elsewhere."""
@@ -131,6 +137,10 @@ class ExpertPlacement:
             slots.wide.copy_(torch.from_numpy(wide))
             if self._hot.device.type == "cuda":
                 torch.cuda.synchronize(self._hot.device)
+                slots.prepare(self._hot.experts_per_token)
+                locked = [page_lock(arena) for arena in self._layer.arenas]
+                self._staged = not all(locked)
+                logger.info("layer %d: %s", self._layer_idx, LOCKS)
 
     def unpack(self, expert: int) -> ExpertTensors:
         """A copy of an expert, hot or cold, bit for bit as it was loaded.
@@ -185,7 +195,7 @@ class ExpertPlacement:
         self._check_stream(stream)
         settle(stream)
         slot = self._free_slots[-1]
-        with self._entered(stream):
+        with entered(stream):
             self._copy(slots, slot, expert, to_slot=True)
             slots.wide[slot : slot + 1].fill_(int(self._wide[expert]))
             slots.slot_of[expert : expert + 1].fill_(slot)
@@ -215,7 +225,7 @@ class ExpertPlacement:
         settle(stream)
         change = self._layer.occupy(expert, self._live_byte(expert))
         try:
-            with self._entered(stream):
+            with entered(stream):
                 self._copy(slots, slot, expert, to_slot=False)
                 slots.slot_of[expert : expert + 1].fill_(-1)
         except BaseException:  # it stays where it is
@@ -244,9 +254,6 @@ class ExpertPlacement:
                 "move them between replays"
             )
 
-    def _entered(self, stream: Stream | None) -> AbstractContextManager[None]:
-        return nullcontext() if stream is None else stream
-
     def _copy(self, slots: SlotExperts, slot: int, expert: int, *, to_slot: bool) -> None:
         with explained(self._layer_idx, self._hot.device):
             device = slots.ranges(slots.memory[slot])
@@ -259,6 +266,8 @@ class ExpertPlacement:
                 else:
                     here.copy_(there, non_blocking=True)
                 self.moved_bytes += range_.nbytes
+                if self._staged:
+                    LOCKS.staged += range_.nbytes
 
     def _live_byte(self, expert: int) -> int:
         return self.live.data_ptr() + expert

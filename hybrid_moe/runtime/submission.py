@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +28,19 @@ def result_of(job: Started, stream: Stream | None) -> torch.Tensor:
         return job.wait()
     assert stream is not None
     return job.result(stream)
+
+
+def cold_part(job: Started, stream: Stream | None) -> torch.Tensor | None:
+    """The output of a job that leaves float32 sums; None where nothing ran."""
+    return None if isinstance(job, StreamZeros) else result_of(job, stream)
+
+
+def _add(output: torch.Tensor, other: torch.Tensor, stream: Stream | None) -> torch.Tensor:
+    """`output`, to which `other` has been added."""
+    if stream is None:
+        return output.add_(other)
+    stream.add(output, other)
+    return output
 
 
 def discard(job: Started | None, layer_idx: int) -> None:
@@ -66,18 +78,23 @@ class Submission:
 
     def result(self, stream: Stream | None) -> torch.Tensor:
         """The output, with what came in from the layer before; or the fault is raised."""
-        output = result_of(self.job, stream)
+        if self.hot is None:
+            output = result_of(self.job, stream)
+            self._raise_fault()
+            incoming, self.incoming = self.incoming, None
+            return output if incoming is None else _add(output, result_of(incoming, stream), stream)
+        cold = cold_part(self.job, stream)
+        self._raise_fault()
+        incoming, self.incoming = self.incoming, None
+        if incoming is not None:
+            earlier = cold_part(incoming, stream)
+            if cold is None:
+                cold = earlier
+            elif earlier is not None:
+                cold = _add(cold, earlier, stream)
+        return self.hot.result(cold, stream)
+
+    def _raise_fault(self) -> None:
         if (fault := self.fault) is not None:
             # a new one: its traceback would lead back to one that is kept here, and keep us
             raise type(fault)(*fault.args)
-        incoming, self.incoming = self.incoming, None
-        if incoming is not None:
-            earlier = result_of(incoming, stream)
-            if stream is None:
-                output.add_(earlier)
-            else:
-                stream.add(output, earlier)
-        if self.hot is None:
-            return output
-        with nullcontext() if stream is None else stream:
-            return self.hot.result(output)

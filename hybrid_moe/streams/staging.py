@@ -9,7 +9,8 @@ replayed:
     workers:                                       └── the CPU's experts ──► done
 
 The inputs may change as soon as the caller's stream has passed `copied`; it does not wait for the
-post, which can take a callback thread's wake-up. Post and wait go through the buffers' mailbox: the
+post, which can take a callback thread's wake-up. A layer's own hot half comes before `copied`: both
+only read the inputs. Post and wait go through the buffers' mailbox: the
 stream writes the address of the graph job, waits for the flag and clears it for the next run, so
 that a replay of the same constants works (`hybrid_moe.cpu_kernels.drivers.mailbox` says why). Where
 a GPU has no memory flags, both are host functions, compiled ones: Python would need the GIL inside
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -80,6 +81,7 @@ class Stager:
         *,
         ignored_ids: int = IDS_COUNT,
         join: bool = False,
+        beside: Callable[[], object] = lambda: None,
     ) -> StreamJob:
         """Queue the copies of hidden [B, H], ids and weights [B, k], and the job's start.
 
@@ -87,6 +89,7 @@ class Stager:
             ignored_ids: what ids out of range mean, `records.IDS_*`.
             join: let the stream wait for the post, for a result that is collected elsewhere: a
                 captured graph must end with all its streams joined.
+            beside: queues what the stream does with the inputs while they are copied.
         """
         (tokens, H), k = hidden.shape, ids.shape[1]
         capacity = 1 << max(tokens - 1, 0).bit_length()
@@ -106,14 +109,22 @@ class Stager:
             side.to_host(buffers.x[:tokens], hidden)
             side.to_host(buffers.ids[:tokens], ids)
             side.to_host(buffers.weights[:tokens], weights)
-        stream.wait(side.record())
+        copied = side.record()
         mailbox = buffers.mailbox
-        with _visit(graph_job, buffers.captured):
-            if mailbox is not None:
-                side.write_value(mailbox.posted.address, graph_job.user_data)
-            else:
-                side.host_function(graph_job.post_fn, graph_job.user_data)
-        job.posted = side.record()
+        try:
+            with _visit(graph_job, buffers.captured):
+                if mailbox is not None:
+                    side.write_value(mailbox.posted.address, graph_job.user_data)
+                else:
+                    side.host_function(graph_job.post_fn, graph_job.user_data)
+            job.posted = side.record()
+            try:
+                beside()
+            except BaseException:
+                job.discard()
+                raise
+        finally:
+            stream.wait(copied)
         if join:
             stream.wait(job.posted)
         if not buffers.captured:
@@ -186,8 +197,9 @@ class StreamJob:
         graph_job: what is posted. tokens: T.
         posted: where the side stream has posted it.
         joined: `stream` has waited for that.
-        settled: the wait is queued, and the buffers are the pool's again; but for `over`.
-        over: where the wait was queued before the result was asked for.
+        settled: the wait is queued, and the buffers are the pool's again, or will be (`over`).
+        over: of a wait that was queued before the result was asked for: where it has passed, and
+            on which stream.
     """
 
     graph_job: GraphJob
@@ -198,7 +210,7 @@ class StreamJob:
     posted: Event
     joined: bool
     settled: bool = False
-    over: Event | None = None
+    over: tuple[Event, Stream] | None = None
 
     def result(self, stream: Stream) -> torch.Tensor:
         """Queue the wait and the copy to the device; a new device tensor [B, H]."""
@@ -207,10 +219,11 @@ class StreamJob:
                 "submit_forward and sync_forward of one call must either both be captured by a "
                 "CUDA graph or neither"
             )
-        if self.over is None:
+        over, self.over = self.over, None
+        if over is None:
             self._wait(stream)
         else:
-            stream.wait(self.over)
+            stream.wait(over[0])
         try:
             with stream:
                 return stream.to_device(self.buffers.out[: self.tokens])
@@ -220,8 +233,9 @@ class StreamJob:
     def discard(self) -> None:
         """Queue the wait, so that the buffers can be used again. Where it cannot be queued, since
         the run is in a graph that has ended, or the wait would be, the pool waits for the run."""
-        if self.over is not None:
-            self._return_early(self.stream)
+        over, self.over = self.over, None
+        if over is not None:
+            self.pool.give_back(self.buffers, over[1])
         if self.settled:
             return
         if self.stream.capturing() == self.buffers.captured:
@@ -234,23 +248,19 @@ class StreamJob:
         """Queue the wait now, unless that is done; `result` then waits for where it was queued."""
         if not self.settled:
             self._wait(stream)
-            self.over = stream.record()
-
-    def _return_early(self, stream: Stream) -> None:
-        """Give back the buffers of a job that was settled, and whose result nobody wants."""
-        if self.over is not None and not stream.capturing():
-            stream.wait(self.over)
-            self.over = None
-            self.pool.give_back(self.buffers, stream)
+            self.over = stream.record(), stream
 
     def __del__(self) -> None:
         # dropped by an exception, or with its layer; nothing can be queued from a finalizer
         self._lose()
 
     def _lose(self) -> None:
-        if not self.settled:
+        progress, (over, self.over) = self.graph_job.progress, (self.over, None)
+        if over is not None:
+            self.pool.lost(self.buffers, progress, over[1], awaited=True)
+        elif not self.settled:
             self.settled = True
-            self.pool.lost(self.buffers, self.graph_job.progress, self.stream)
+            self.pool.lost(self.buffers, progress, self.stream)
 
     def _wait(self, stream: Stream) -> None:
         """Let `stream` wait for the job's end."""

@@ -98,6 +98,22 @@ def test_the_kernel_of_activations_has_the_reference_s_bits(
                 assert all(a.units == a.ideal for a in report.of("x")), str(report)
 
 
+@pytest.mark.parametrize("H, dtype", [(328, BF16), (136, F32)])
+def test_the_kernel_of_rounded_activations_has_the_reference_s_bits(
+    H: int, dtype: torch.dtype
+) -> None:
+    x = _activations(5, H, dtype)
+    expected = act.fp8_rounded_ref(x)
+    config = act.choose_config(H, dtype, 5, power_of_two=True, values=True)
+    kernel = act.definition(config)
+    for arch in distinct_architectures(kernel):
+        for seed in (None, 1):
+            y = torch.full_like(x, -77)
+            blocks = -(-5 * -(-H // 128) // (2 * config.warps))
+            simulate(kernel, arch, (blocks,), (x, y, None, 5), seed)
+            torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_activations_that_go_through_fp8() -> None:
     """The product is exact in bf16 and within half a unit of E4M3's last place: 2^-4 of a value,
     or 2^-10 s below 2^-6 s. Over normal values the error is 2.6 % of their size."""

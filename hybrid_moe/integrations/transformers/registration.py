@@ -83,6 +83,7 @@ def offload(
     dense: str = "bf16",
     gpu_experts: Any = None,
     gpu_backend: str | None = None,
+    gpu_activation: str | None = None,
     router: str | None = None,
     progress: bool = True,
 ) -> Model:
@@ -108,6 +109,7 @@ def offload(
             placement profile. None for none.
         gpu_backend: what computes them: "cute", or "torch", which needs no GPU. None for "cute"
             where it can be used, else "torch" (logged once, with the reason).
+        gpu_activation: "fp8" for a W8A8 prefill of these experts, see `KTMoEWrapper`; else None.
         router: "cute" lets routers choose experts by one kernel of ours on a GPU, and by its
             reference on a CPU; the same experts but where values tie, see `gpu_kernels.gating`.
             None for the model's own.
@@ -152,7 +154,9 @@ def offload(
                 f"{specs[name].where} is on the meta device: it has no weights to move"
             )
     routers = plan_routers(model, found) if router else {}
-    splits = split_of_model(model, found, specs, options.fmt, gpu_experts, gpu_backend)
+    splits = split_of_model(
+        model, found, specs, options.fmt, gpu_experts, gpu_backend, gpu_activation
+    )
     if any(split.device.type != "cpu" for split in splits.values()):
         dense_fmt = None  # linear layers stay on the GPU, which has room for experts even
     with PackingBar("Packing weights", progress) as bar:
@@ -187,6 +191,7 @@ def from_pretrained(
     dense: str = "bf16",
     gpu_experts: Any = None,
     gpu_backend: str | None = None,
+    gpu_activation: str | None = None,
     router: str | None = None,
     progress: bool = True,
     **kwargs: Any,
@@ -207,8 +212,9 @@ def from_pretrained(
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"; F16 and F32 are rounded and
             FP8 is dequantised on the way), or "torch" to leave them to Transformers, as where they
             are on another device than the CPU or are quantised by it.
-        gpu_experts, gpu_backend: experts that are packed for a GPU, see `offload`. With "cute" the
-            whole model is loaded onto the GPU, unless `device_map` says otherwise.
+        gpu_experts, gpu_backend, gpu_activation: experts that are packed for a GPU, see
+            `offload`. With "cute" the whole model is loaded onto the GPU, unless `device_map` says
+            otherwise.
         router: see `offload`.
         progress: show a progress bar on stderr.
         **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...; `variant`
@@ -266,7 +272,7 @@ def from_pretrained(
         source.check_format(chosen or source.format)
     options = _checked((chosen or BF16).name, threads, pools)
     split = split_of_checkpoint(
-        stored, given or checkpoint.model, chosen, gpu_experts, gpu_backend, kwargs
+        stored, given or checkpoint.model, chosen, gpu_experts, gpu_backend, kwargs, gpu_activation
     )
     register()
     try:

@@ -12,7 +12,6 @@ from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.locks import ProcessLock
 from hybrid_moe.runtime.filling import Fill
-from hybrid_moe.wrapper import KTMoEWrapper
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class LayerSplit:
         mask: bool [E], True for hot experts.
         backend: what computes these, "cute" or "torch".
         device: where their slots are.
+        activation: "fp8" for W8A8 prefill, see `KTMoEWrapper`; else None.
     """
 
     layer: int
@@ -32,6 +32,7 @@ class LayerSplit:
     mask: torch.Tensor
     backend: str
     device: torch.device
+    activation: str | None = None
 
 
 class SplitExperts:
@@ -55,6 +56,8 @@ class SplitExperts:
                 f'{spec.where} is on {split.device}, and gpu_backend="cute" computes on GPUs: give '
                 'gpu_backend="torch", or a device_map that puts the layer on one'
             )
+        from hybrid_moe.wrapper import KTMoEWrapper  # 0.1 s, of those alone who split
+
         self.backend, self.device = split.backend, split.device
         self._where, self._lock = spec.where, ProcessLock()
         self.wrapper = KTMoEWrapper(
@@ -71,6 +74,7 @@ class SplitExperts:
             swiglu_alpha=spec.activation.alpha,
             gpu_backend=split.backend,
             gpu_device=split.device,
+            gpu_activation=split.activation,
         )
 
     def load(self, fill: Fill) -> None:

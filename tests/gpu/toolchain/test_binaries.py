@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,3 +184,9 @@ def test_parameters_that_lie_elsewhere_are_refused(artifacts: Artifacts) -> None
         binaries._binary(wrong, ARCH, artifacts)
     with pytest.raises(ValueError, match="not a cubin with the kernel another"):
         read_resources(artifacts.cubin, "another")
+
+
+def test_the_tested_version_is_the_pinned_one() -> None:
+    pins = re.findall(r"nvidia-cutlass-dsl==([\d.]+)", (ROOT / "pyproject.toml").read_text())
+    assert {f"{pin} cu12" for pin in pins} == {kernel_sources.TESTED_DSL}
+    assert f"nvidia-cutlass-dsl=={pins[0]}" in (ROOT / "constraints.txt").read_text()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hybrid_moe import binary_cache
 from hybrid_moe.gpu_kernels.toolchain import availability, cuda_driver, usable
 from hybrid_moe.gpu_kernels.toolchain.architectures import architecture_of
 from tests.gpu.toolchain.fake_driver import FakeLibrary
@@ -41,6 +42,7 @@ def test_here() -> None:
         ((9, 0), "4.8.1 cu12", 13000, True, "nvidia-cutlass-dsl 4.8.1 cu12"),
         ((7, 5), "4.8.1 cu12", 12090, False, "NVIDIA X has compute capability 7.5; there are"),
         ((9, 0), None, 12090, False, "nvidia-cutlass-dsl is not installed: pip install"),
+        ((9, 0), None, 12091, True, "sm_90, compiled by .* what the cache has"),
         ((9, 0), "4.8.1 cu13", 12090, False, "the driver is for CUDA 12.9, .* 13.0 or later"),
         ((9, 0), "4.8.1 cu12", 11080, False, "the driver is for CUDA 11.8, .* 12.0 or later"),
         ((9, 0), "4.8.1 cu12", -1, False, "asking its version: CUDA_ERROR_803 .*reboot"),
@@ -53,7 +55,11 @@ def test_with_a_gpu(
     driver: int,
     usable_: bool,
     reason: str,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.setenv("HYBRID_MOE_CACHE_DIR", str(tmp_path / "cache"))
+    if driver % 10:
+        binary_cache.write(f"{0:064}.cubin", b"")
     library = FakeLibrary()
     if driver < 0:
         library.codes["cuDriverGetVersion"] = 803
