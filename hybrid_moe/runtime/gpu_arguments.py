@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from hybrid_moe.gpu_kernels.pack_tokens import MOST_EXPERTS, MOST_EXPERTS_PER_TOKEN
+from hybrid_moe.gpu_kernels.pack_parts import MOST_EXPERTS
+from hybrid_moe.gpu_kernels.pack_tokens import MOST_EXPERTS_PER_TOKEN
 from hybrid_moe.gpu_kernels.toolchain import availability
 from hybrid_moe.runtime.arguments import LayerShape, check_mask, integer
 

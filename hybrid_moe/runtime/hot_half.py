@@ -192,6 +192,8 @@ class HotJob:
         """
         rows = self._rows
         with entered(stream):
+            if cold is not None:  # what a layer without a back end has deferred is rounded already
+                cold = cold.float()
             if rows is None:
                 if cold is not None:
                     return cold.to(torch.bfloat16)
