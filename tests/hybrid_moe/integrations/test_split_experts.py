@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,6 +207,25 @@ def test_saved_models_have_the_hot_experts_too(family: str, tmp_path: Path) -> N
     assert torch.equal(logits(again, prompt()), logits(load(folder, "MXFP4", **HALF), prompt()))
 
 
+def test_experts_that_have_moved(half: Any) -> None:
+    """What is written of a model follows its experts to the other half and back."""
+    module, layer = next(hybrid_experts(half)), split_layers(half)[0]
+    before, said = [module.unpack(e) for e in range(8)], logits(half, prompt())
+    layer.wrapper.demote(0)
+    layer.wrapper.promote(7)
+    assert hot(half)[0] == [1, 2, 3, 7]
+    for expert, tensors in enumerate(before):
+        for name in ("gate", "up", "down"):
+            one, other = getattr(tensors, name), getattr(module.unpack(expert), name)
+            assert np.array_equal(one.codes, other.codes)
+            assert np.array_equal(one.scales, other.scales)
+    now = logits(half, prompt())
+    assert float((now - said).abs().max()) <= CLEAR * float(said.abs().max())
+    for expert in (-1, 8):
+        with pytest.raises(IndexError, match=rf"expert is {expert}, must be in 0\.\.7"):
+            layer.unpack(expert)
+
+
 def test_copies_share_both_halves(half: Any) -> None:
     assert not any("experts" in name for name in half.state_dict())
     expected = logits(half, prompt())
@@ -261,8 +281,8 @@ def test_hit_rates(half: Any, folder: Path) -> None:
     }
     assert hit_rates(load(folder, "MXFP4")) is None
     assert HitRates({0: (1, 4), 3: (3, 4), 5: (0, 0)}).summary() == (
-        "50.0 % of 8 expert calls on the GPU; by layer 25.0 % at least, 50.0 % on average, 75.0 % "
-        "at most"
+        "hot experts took 50.0 % of 8 calls; by layer 25.0 % at least, 50.0 % on average, 75.0 % at "
+        "most"
     )
     assert HitRates({0: (0, 0)}).summary() == "no expert was used"
 
