@@ -125,16 +125,20 @@ def split_of_checkpoint(
         for layer, source in sorted(sources.items())
         if end is None or layer < end
     ]
+    if not layers:
+        return None  # a model without experts, which is refused when it is built
     masks = hot_masks(gpu_experts, layers, end)
     split = ModelSplit(choose_backend(gpu_backend, _on_gpu(kwargs)), masks, config)
-    if split.backend == "cute":
-        kwargs.setdefault("device_map", "cuda")
+    if split.backend == "cute" and kwargs.get("device_map") is None:
+        kwargs["device_map"] = "cuda"
     return split
 
 
 def _is_wanted(gpu_experts: Any, gpu_backend: str | None) -> bool:
     if gpu_experts is None and gpu_backend is not None:
-        raise ValueError(f"gpu_backend is {gpu_backend!r}, but gpu_experts says of no expert")
+        raise ValueError(
+            f"gpu_backend is {gpu_backend!r}, but no expert is to be on a GPU: give gpu_experts"
+        )
     return gpu_experts is not None
 
 
