@@ -108,7 +108,7 @@ def test_generate_with_experts_in_slots(checkpoint: Path) -> None:
         (("--gpu-experts", "150%"), "gpu_experts is '150%', a share must be between 0 and 1"),
         (("--gpu-experts", "8"), "gpu_experts is '8', and a number of experts"),
         (("--gpu-experts", "hot.json"), "gpu_experts is 'hot.json', which is no file"),
-        (("--gpu-backend", "torch"), "gpu_backend is 'torch', but gpu_experts says of no expert"),
+        (("--gpu-backend", "torch"), "gpu_backend is 'torch', but no expert is to be on a GPU"),
         ((*SPLIT[:3], "cuda"), "gpu_backend is 'cuda': choices are cute, torch"),
     ],
 )

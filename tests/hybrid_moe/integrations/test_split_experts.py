@@ -117,7 +117,7 @@ def test_each_form_of_gpu_experts(folder: Path, tmp_path: Path) -> None:
         ({"gpu_experts": 0.5, "gpu_backend": "triton"}, ValueError, "gpu_backend is 'triton'"),
         ({"gpu_experts": 0.5, "gpu_backend": "cute", "device_map": "cpu"}, ValueError,
          'gpu_backend="cute" cannot be used here: the model is on the CPU'),
-        ({"gpu_backend": "torch"}, ValueError, "gpu_backend is 'torch', but gpu_experts"),
+        ({"gpu_backend": "torch"}, ValueError, "'torch', but no expert is to be on a GPU"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused_before_loading(
@@ -174,9 +174,9 @@ def test_cute_kernels_bring_the_model_to_the_gpu(
 
     monkeypatch.setattr(loading, "load_skeleton", skeleton)
     monkeypatch.setattr(toolchain, "availability", lambda: Availability(True, "pretended"))
-    for given, expected in (({}, "cuda"), ({"device_map": "cuda:0"}, "cuda:0")):
+    for given, expected in ((None, "cuda"), ("cuda:0", "cuda:0")):
         with pytest.raises(InterruptedError):
-            load(folder, "MXFP4", gpu_experts=0.5, **given)
+            load(folder, "MXFP4", gpu_experts=0.5, device_map=given)
         assert asked["device_map"] == expected and asked["dense"] is None
 
 
