@@ -19,7 +19,7 @@ from tests.gpu.simulator.memory import GlobalMemory, Piece, Segment, SharedMemor
 from tests.gpu.simulator.numbers import Array
 from tests.gpu.simulator.parse import Instruction, Kernel
 
-LIMIT = 20_000_000
+LIMIT = 3_000_000
 """Instructions of a batch, after which it is taken to be in an endless loop."""
 
 
