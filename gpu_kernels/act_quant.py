@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition
+from hybrid_moe.gpu_kernels.toolchain import launch
 
 Tensor = torch.Tensor
 
@@ -225,8 +226,6 @@ def act_quant(x: Tensor, scale_fmt: str | None = None) -> tuple[Tensor, Tensor]:
     _check(x, scale_fmt)
     if not x.is_cuda:
         return act_quant_ref(x, scale_fmt)
-    from hybrid_moe.gpu_kernels.toolchain import launch
-
     H = x.shape[-1]
     tokens, blocks = x.numel() // H, -(-H // BLOCK)
     config = choose_config(H, x.dtype, tokens, scale_fmt is not None)
@@ -241,6 +240,11 @@ def fp8_rounded_ref(x: Tensor) -> Tensor:
     y, s = act_quant_ref(x, "ue8m0")
     rounded = (_blocks(y.float()) * s[..., None]).flatten(-2)[..., : x.shape[-1]]
     return rounded.to(x.dtype).contiguous()
+
+
+def rounding_kernel(inputs: int, x: torch.dtype, tokens: int) -> KernelDefinition:
+    """The kernel that `fp8_rounded` launches for activations [tokens, inputs]."""
+    return definition(choose_config(inputs, x, tokens, power_of_two=True, values=True))
 
 
 def fp8_rounded(x: Tensor) -> Tensor:
@@ -263,14 +267,12 @@ def fp8_rounded(x: Tensor) -> Tensor:
     _check(x, None)
     if not x.is_cuda:
         return fp8_rounded_ref(x)
-    from hybrid_moe.gpu_kernels.toolchain import launch
-
     H = x.shape[-1]
     tokens = x.numel() // H
-    config = choose_config(H, x.dtype, tokens, power_of_two=True, values=True)
+    kernel = rounding_kernel(H, x.dtype, tokens)
     y = torch.empty_like(x)
-    blocks = tokens * -(-H // BLOCK)
-    launch(definition(config), (x, y, None, tokens), -(-blocks // (2 * config.warps)))
+    half_warps = tokens * -(-H // BLOCK)
+    launch(kernel, (x, y, None, tokens), -(-half_warps // (kernel.threads // 16)))
     return y
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition
 from hybrid_moe.gpu_kernels.gating import MOST_EXPERTS, SCORINGS, Gating, Scoring
+from hybrid_moe.gpu_kernels.toolchain import launch
 
 Tensor = torch.Tensor
 
@@ -353,8 +354,7 @@ def gating_topk(
     Args:
         logits: float32 or bf16 [T, E], contiguous.
         gating: what becomes of them.
-        bias: float32 or bf16 [E], added to the scores for the choice alone; only with scorings that
-            choose by score.
+        bias: float32 or bf16 [E], added to the scores for the choice alone; not to a softmax.
         dtype: the model's, float32 or bf16, to which values are rounded as `SCORINGS` says; None
             for that of the logits.
 
@@ -368,8 +368,6 @@ def gating_topk(
     _check(logits, gating, bias, dtype)
     if not logits.is_cuda:
         return gating_topk_ref(logits, gating, bias, dtype)
-    from hybrid_moe.gpu_kernels.toolchain import launch
-
     tokens, experts = logits.shape
     config = choose_config(
         gating, experts, logits.dtype, tokens, None if bias is None else bias.dtype, dtype
@@ -394,8 +392,8 @@ def _check(logits: Tensor, gating: Gating, bias: Tensor | None, dtype: torch.dty
     gating.check(logits.shape[1])
     if bias is None:
         return
-    if not SCORINGS[gating.scoring].by_score:
-        raise ValueError(f"bias: {gating.scoring} chooses experts by their logits alone")
+    if SCORINGS[gating.scoring].function.startswith("softmax"):
+        raise ValueError(f"bias: routers of the kind {gating.scoring} have none")
     if bias.dtype not in floats:
         raise TypeError(f"bias is {bias.dtype}, must be float32 or bfloat16")
     if bias.shape != logits.shape[1:] or bias.device != logits.device:

@@ -2,8 +2,8 @@
 
     python -m bench.gpu_check.ceilings [--points FILE]
 
-Copy counts bytes read and bytes written. The mma rate is that of 16 independent chains a warp and 16
-warps a multiprocessor without any loads; torch's bf16 GEMM (wgmma, tcgen05) stands beside it.
+Copy counts bytes read and bytes written. The mma rate is that of 16 independent chains a warp and
+16 warps a multiprocessor without any loads; torch's bf16 GEMM (wgmma, tcgen05) stands beside it.
 """
 
 from __future__ import annotations

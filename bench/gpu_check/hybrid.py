@@ -27,21 +27,22 @@ EXPERTS = 32
 TOKENS = (1, 4, 16, 64)
 
 
-def random_weights(model: Model) -> dict[str, torch.Tensor]:
-    """MXFP4 codes and scales for `load_weights_from_tensors`."""
+def random_weights(model: Model, sources: int) -> dict[str, torch.Tensor]:
+    """MXFP4 codes and scales for `load_weights_from_tensors`: `sources` experts, repeated."""
     H, I, E = model.hidden, model.intermediate, model.experts
     made = {}
     for name, rows, inputs in (("gate", I, H), ("up", I, H), ("down", H, I)):
-        codes = torch.randint(0, 256, (1, rows, inputs // 2), dtype=torch.uint8)
-        scales = torch.randint(119, 122, (1, rows, inputs // 32), dtype=torch.uint8)
-        made[f"{name}_proj"] = codes.expand(E, -1, -1)
-        made[f"{name}_scale"] = scales.expand(E, -1, -1)
+        codes = torch.randint(0, 256, (sources, rows, inputs // 2), dtype=torch.uint8)
+        scales = torch.randint(119, 122, (sources, rows, inputs // 32), dtype=torch.uint8)
+        repeats = -(-E // sources), 1, 1
+        made[f"{name}_proj"] = codes.repeat(repeats)[:E]
+        made[f"{name}_scale"] = scales.repeat(repeats)[:E]
         made[f"{name}_bias"] = torch.zeros(E, rows)
     return made
 
 
-def layer(model: Model, mask: torch.Tensor, backend: str | None) -> KTMoEWrapper:
-    """A loaded wrapper."""
+def layer(model: Model, mask: torch.Tensor, backend: str | None, sources: int = 2) -> KTMoEWrapper:
+    """A loaded wrapper with so many different experts."""
     made = KTMoEWrapper(
         0, model.experts, model.top_k, model.hidden, model.intermediate,
         gpu_experts_mask=mask, method="MXFP4",
@@ -49,7 +50,7 @@ def layer(model: Model, mask: torch.Tensor, backend: str | None) -> KTMoEWrapper
         gpu_backend=backend, gpu_device=device() if backend else None,
         gpu_slots=int(mask.sum()) + 1 if backend else None,
     )  # fmt: skip
-    made.load_weights_from_tensors(**random_weights(model))
+    made.load_weights_from_tensors(**random_weights(model, sources))
     return made
 
 

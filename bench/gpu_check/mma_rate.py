@@ -62,9 +62,7 @@ def _kernel(config: MmaRateConfig) -> Any:
             sums.fill(0.0)
             for _ in cutlass.range(rounds):
                 for chain in cutlass.range_constexpr(config.chains):
-                    c = cute.make_tensor(
-                        sums[None, chain].iterator, cute.make_layout((4, 1, 1))
-                    )
+                    c = cute.make_tensor(sums[None, chain].iterator, cute.make_layout((4, 1, 1)))
                     cute.gemm(mma, c, left, right, c)
             total = Float32(0)
             for chain in cutlass.range_constexpr(config.chains):

@@ -1,5 +1,5 @@
-"""Measurements as JSON lines: each is written as soon as it is there, so that a step that is stopped
-loses only what it has not measured."""
+"""Measurements as JSON lines: each is written as soon as it is there, so that a step that is
+stopped loses only what it has not measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Points:
     """Writes to a file, or to the screen where none is given."""
 
     def __init__(self, path: str | None) -> None:
-        self._file = open(path, "a") if path else sys.stdout  # noqa: SIM115 (open until the end)
+        self._file = Path(path).open("a") if path else sys.stdout  # noqa: SIM115 (until the end)
 
     def add(self, bench: str, **fields: Any) -> None:
         """One measurement; None for what was not measured."""

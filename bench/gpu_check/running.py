@@ -1,4 +1,4 @@
-"""Steps: commands with a limit, each in a process group of its own. One that fails stops no other."""
+"""Steps: commands with a limit, each in a process group of its own. None stops another one."""
 
 from __future__ import annotations
 

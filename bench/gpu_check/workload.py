@@ -19,6 +19,9 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 REHEARSED_TOKENS = (1, 40)
 
 
+SILU = Activation()
+
+
 @dataclass(frozen=True)
 class Model:
     """One MoE layer: H, I, experts E, experts of a token k, and gpt-oss's options."""
@@ -29,7 +32,7 @@ class Model:
     experts: int
     top_k: int
     biases: bool = False
-    activation: Activation = Activation()
+    activation: Activation = SILU
 
     def layout(self, fmt: str) -> SlotLayout:
         """Of a slot, as one pool packs it."""
@@ -61,7 +64,7 @@ def random_slots(layout: SlotLayout, slots: int, device: torch.device) -> Tensor
         part = memory[:, first : first + count * strips.nbytes]
         groups = part.unflatten(1, (count * strips.groups, strips.group_bytes))
         if layout.fmt is format_named("BF16"):
-            values = torch.randn(groups.shape[1:-1] + (strips.code_bytes // 2,), device=device)
+            values = torch.randn((*groups.shape[1:-1], strips.code_bytes // 2), device=device)
             groups[:] = (0.02 * values).bfloat16().view(torch.uint8)
             continue
         groups[..., : strips.code_bytes].random_(0, 256)

@@ -109,6 +109,9 @@ def _gpu_flags(plan: Plan) -> list[str]:
     # Marlin and Triton skip ids of -1 (experts that are elsewhere) and tell which expert is whose
     runner = "marlin" if plan.model.engine_format == MXFP4.name else "triton"
     words += ["--moe-runner-backend", runner]
+    if plan.model.gpu_backend == "torch":  # which no graph can hold
+        words += ["--cuda-graph-backend-decode", "disabled"]
+        words += ["--cuda-graph-backend-prefill", "disabled"]
     if plan.cache.window_ratio is not None:
         words += ["--swa-full-tokens-ratio", f"{plan.cache.window_ratio:.3f}"]
     return words

@@ -49,9 +49,7 @@ def server_options(
                 kt_weight_path=str(fixture.directory),
                 kt_method=method,
                 kt_num_gpu_experts=gpu_experts,
-                kt_cpuinfer=1,
-                kt_threadpool_count=1,
-                **options,
+                **{"kt_cpuinfer": 1, "kt_threadpool_count": 1, **options},
             )
         )
         parallel = runtime_context.get_parallel()

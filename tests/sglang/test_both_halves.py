@@ -12,12 +12,15 @@ import torch
 pytest.importorskip("sglang", reason="SGLang is not installed (make test-sglang installs it)")
 
 from sglang.srt import runtime_context
+from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, Phase
 from sglang.srt.plugins import load_plugins
 
 from hybrid_moe.formats.strips import packed_nbytes
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
 from hybrid_moe.integrations.sglang import method as method_module
+from hybrid_moe.integrations.sglang.expert_layer import UnsupportedLayerError, check_graphs
 from hybrid_moe.integrations.sglang.step_faults import StepFaults
 from hybrid_moe.runtime.gpu_faults import GpuMemoryError
 from tests.families import FamilyFixture, write_family
@@ -94,6 +97,18 @@ def test_ranks_give_parts_of_one_sum(
     assert (slots, cold) == (int((chosen < hot).sum()), int((chosen >= hot).sum()))
 
 
+def test_only_the_first_rank_has_the_workers(qwen: FamilyFixture) -> None:
+    """SGLang may have bound the others to a part of the machine, which has not so many cores."""
+    for rank in (0, 1):
+        ranks = tensor_parallel(rank, of=2)
+        with server_options(qwen, gpu_experts=3, ranks=ranks, kt_cpuinfer=10_000):
+            if rank:
+                load(new_layer(qwen), qwen)
+                continue
+            with pytest.raises(ValueError, match="10000 threads, but this process may use"):
+                new_layer(qwen)
+
+
 def test_slots_are_allocated_before_anything_is_loaded(qwen: FamilyFixture) -> None:
     """SGLang gives its cache what is free after loading, and measures before that too."""
     with server_options(qwen, gpu_experts=3):
@@ -126,6 +141,26 @@ def test_sglang_has_no_use_for_codes(qwen: FamilyFixture) -> None:
         param.weight_loader(param, codes, "experts.w13_weight", shard_id="w1", expert_id=expert)
 
 
+@pytest.mark.parametrize("block", [[32, 32], None], ids=["blocks", "tensors"])
+def test_parameters_of_fp8_are_there_and_take_nothing(
+    qwen: FamilyFixture, block: list[int] | None
+) -> None:
+    """Models look their names up, scales included, and call their loaders with every expert."""
+    scheme = "dynamic" if block else "static"
+    fp8 = Fp8Config(True, activation_scheme=scheme, weight_block_size=block)
+    with server_options(qwen, gpu_experts=2):
+        layer = new_layer(qwen, quant_config=fp8)
+        found = dict(layer.named_parameters())
+        assert {"w13_weight", "w13_weight_scale_inv" if block else "w2_input_scale"} <= set(found)
+        for name, param in found.items():
+            for expert in range(qwen.num_experts):
+                param.weight_loader(param, torch.ones(3), name, shard_id="w1", expert_id=expert)
+            assert not param.numel()
+        finish(layer)
+        batch = Batch.random(qwen, 5)
+        assert_close(batch.through(layer), batch, qwen)
+
+
 @pytest.mark.parametrize("folded", [False, True])
 def test_routed_scaling_factor_is_applied_once(
     qwen: FamilyFixture, monkeypatch: pytest.MonkeyPatch, folded: bool
@@ -152,6 +187,20 @@ def test_draft_models_are_sglangs(qwen: FamilyFixture) -> None:
         layer = new_layer(qwen)
     assert layer.quant_method.wrapper is None
     assert layer.w13_weight.shape[0] == qwen.num_experts
+
+
+def test_references_and_graphs_do_not_mix(qwen: FamilyFixture) -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    for graphs in ("full", "disabled"):
+        phases = {phase: {"backend": graphs} for phase in Phase.ALL}
+        with server_options(qwen, 2, cuda_graph_config=CudaGraphConfig.from_dict(phases)):
+            for backend, device in (("torch", cpu), ("cute", gpu), (None, gpu)):
+                check_graphs(backend, device)
+            if graphs == "disabled":
+                check_graphs("torch", gpu)
+                continue
+            with pytest.raises(UnsupportedLayerError, match="HYBRID_MOE_GPU=torch runs without"):
+                check_graphs("torch", gpu)
 
 
 def test_an_unknown_back_end_is_refused(

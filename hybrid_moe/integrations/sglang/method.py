@@ -122,7 +122,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def _take_both_halves(self, layer: Any, hot: GpuExperts) -> None:
         """Make the wrapper of this rank's experts, wherever they are. Its slots are allocated now:
         SGLang gives its cache what is free after loading."""
-        index = self.kt_config.layer_idx
+        index, device = self.kt_config.layer_idx, next(layer.parameters()).device
+        expert_layer.check_graphs(self.gpu_backend, device)
         own = RankExperts.of(hot, index, layer.moe_tp_rank, layer.moe_tp_size)
         if own.any:
             with named_options():
@@ -130,7 +131,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
                     own.hot,
                     any_cold=own.any_cold,
                     gpu_backend=self.gpu_backend,
-                    gpu_device=next(layer.parameters()).device,
+                    gpu_device=device,
                     elsewhere=own.elsewhere,
                 )
                 self.wrapper.reserve_slots()
@@ -143,8 +144,11 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         last = config.num_layers is not None and config.layer_idx == config.num_layers - 1
         if last or not any_cold:
             deferred = 0
+        threads, pools = config.cpuinfer_threads, config.threadpool_count
         if any_cold:
             _take_back_the_machine()
+        else:  # they only load the slots, perhaps in a process that has a part of the machine
+            threads, pools = None, 1
         wrapper = KTMoEWrapper(
             layer_idx=config.layer_idx,
             num_experts=spec.num_experts,
@@ -152,8 +156,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             hidden_size=spec.hidden_size,
             moe_intermediate_size=spec.intermediate_size,
             gpu_experts_mask=hot.mask,
-            cpuinfer_threads=config.cpuinfer_threads,
-            threadpool_count=config.threadpool_count,
+            cpuinfer_threads=threads,
+            threadpool_count=pools,
             weight_path=config.weight_path,
             chunked_prefill_size=config.chunked_prefill_size,
             max_deferred_experts_per_token=deferred,

@@ -12,7 +12,6 @@ from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.locks import ProcessLock
 from hybrid_moe.runtime.filling import Fill
-from hybrid_moe.wrapper import KTMoEWrapper
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class SplitExperts:
                 f'{spec.where} is on {split.device}, and gpu_backend="cute" computes on GPUs: give '
                 'gpu_backend="torch", or a device_map that puts the layer on one'
             )
+        from hybrid_moe.wrapper import KTMoEWrapper  # 0.1 s, of those alone who split
+
         self.backend, self.device = split.backend, split.device
         self._where, self._lock = spec.where, ProcessLock()
         self.wrapper = KTMoEWrapper(
