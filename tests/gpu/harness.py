@@ -52,7 +52,7 @@ class Report:
         return "\n".join(map(str, self.accesses))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def compiled(definition: KernelDefinition, arch: str) -> Artifacts:
     """`compile_here`, once in this process."""
     return compile_here(definition, arch)

@@ -115,6 +115,8 @@ def test_votes_and_reductions() -> None:
     for name, value in {"add.s32": 496, "max.u32": 31, "min.s32": 0, "or.b32": 31}.items():
         assert (lanes(f"redux.sync.{name} %r9, %r0, -1;") == value).all()
     assert (lanes("activemask.b32 %r9;") == 0xFFFFFFFF).all()
+    got = lanes("elect.sync %r1|%p1, -1; selp.b32 %r9, 9, %r1, %p1;", threads=64)
+    assert got.tolist() == ([9] + [0] * 31) * 2
 
 
 EXCHANGE = """

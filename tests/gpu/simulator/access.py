@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 
 def _space(instruction: Instruction) -> str:
-    """KeyError for a generic address."""
+    """Of an address; generic ones are not known, nor hints to the cache, which are operands."""
     known = {"global": "global", "param": "param", "shared": "shared", "shared::cta": "shared"}
-    return next(
-        known[part] for part in (*instruction.op, "generic") if part in known or part == "generic"
-    )
+    spaces = [known[part] for part in instruction.op if part in known]
+    if any("cache_hint" in part for part in instruction.op) or len(spaces) != 1:
+        raise KeyError(instruction.op)
+    return spaces[0]
 
 
 def pieces(
@@ -85,7 +86,7 @@ def _copy(instruction: Instruction) -> Meaning:
     if op[2] in ("wait_group", "wait_all"):
         keep = Decoder.constant(args[0]) if op[2] == "wait_group" else -1
         return Meaning(lambda w, m, *_: w.finish_copies(m, keep), ["u32"], True, False)
-    if op[1] != "async" or op[2] not in ("ca", "cg") or "L2::cache_hint" in op:
+    if op[1] != "async" or op[2] not in ("ca", "cg") or any("cache_hint" in part for part in op):
         raise KeyError(op)
     size = Decoder.constant(args[2])
 
@@ -128,7 +129,7 @@ def _atomic(instruction: Instruction) -> Meaning:
     """atom and red, one lane after another."""
     op, space, kind = instruction.op, _space(instruction), instruction.op[-1]
     name = next(part for part in (*op, "") if part in (*ATOMIC, "cas", ""))
-    if not name or kind in ("bf16", "f16", "bf16x2", "f16x2", "v2", "v4"):
+    if not name or "f16" in kind or {"v2", "v4", "v8"} & set(op):
         raise KeyError(op)
     dtype = TYPES[kind]
 

@@ -64,6 +64,7 @@ class Decoder:
         self.initial: list[Array] = []  # register -> value at the start: immediate, or poison
         self.specials: dict[str, int] = {}  # special register that is read -> register
         self._symbols = kernel.shared | kernel.params
+        self._immediates: dict[tuple[str, str], int] = {}
         self._registers: dict[str, int] = {}
         for name, kind in kernel.registers.items():
             dtype = TYPES["pred" if kind == "pred" else f"u{TYPES[kind].itemsize * 8}"]
@@ -147,7 +148,9 @@ class Decoder:
         if index is None and (arg[0] == "%" or arg == "WARP_SZ"):
             index = self.specials[arg] = self._new(np.zeros(1, np.uint32))
         if index is None:
-            return itemgetter(self._new(self._immediate(arg, dtype)))
+            if (arg, kind) not in self._immediates:
+                self._immediates[arg, kind] = self._new(self._immediate(arg, dtype))
+            return itemgetter(self._immediates[arg, kind])
         held = self.initial[index].dtype
         if held == dtype:
             return itemgetter(index)

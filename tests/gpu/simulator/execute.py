@@ -19,7 +19,7 @@ from tests.gpu.simulator.memory import GlobalMemory, Piece, Segment, SharedMemor
 from tests.gpu.simulator.numbers import Array
 from tests.gpu.simulator.parse import Instruction, Kernel
 
-LIMIT = 20_000_000
+LIMIT = 3_000_000
 """Instructions of a batch, after which it is taken to be in an endless loop."""
 
 
@@ -235,9 +235,9 @@ class Warps:
         for lanes, segment, offset, data, group in copies:
             lands = active[lanes] & (group < self._committed[lanes] - keep)
             segment.store(offset[lands], data[lands])
-            if not (stay := ~lands).any():
-                continue
-            self._copies.append((lanes[stay], segment, offset[stay], data[stay], group[stay]))
+            if (stay := ~lands).any():
+                left = (array[stay] for array in (offset, data, group))
+                self._copies.append((lanes[stay], segment, *left))
 
 
 def _special(batch: Batch, tid: Array, block: Array) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _statements(kernel: Kernel, ptx: str, at: int) -> None:
 
 def _declare(kernel: Kernel, scopes: list[dict[str, str]], text: str) -> None:
     _, kind, names = text.split(maxsplit=2)
-    for name in names.split(", ") if ", " in names else names.split(","):
+    for name in re.split(r"\s*,\s*", names):
         family = re.fullmatch(r"(.+)<(\d+)>", name)
         declared = [f"{family[1]}{i}" for i in range(int(family[2]))] if family else [name]
         for register in declared:
