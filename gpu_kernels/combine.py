@@ -5,26 +5,29 @@
 All in float32 and unfused, as on the CPU (docs/numerics.md): the sum starts at 0, a product is
 rounded before it is added, and the CPU's part comes last. The only other rounding is the output's.
 
-A block has one token and 512 of its columns. The lanes of its first warp hold the token's pairs and
-rank them by comparing all with all (k <= 16). Then every thread loads four columns of all hot rows
-at once, 16 bytes each, so that it waits for memory once and not k times, and adds them in order.
+A block has one token and some of its columns. The lanes of its first warp hold the token's pairs
+and rank them by comparing all with all (k <= 16). Then every thread loads four columns of all hot
+rows, 16 bytes each, none waiting for another, and adds them in order.
 """
 
 # No `from __future__ import annotations`: the DSL reads annotations as objects.
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hybrid_moe.formats.strips import GROUP
-from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition
+from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition, Launch
+from hybrid_moe.gpu_kernels.expert_tiles import check_tensor
+from hybrid_moe.gpu_kernels.lane_memory import at, vector
 from hybrid_moe.gpu_kernels.pack_tokens import check_routing
+from hybrid_moe.gpu_kernels.toolchain import has_pdl, launch
 
 Tensor = torch.Tensor
 
 
-THREADS = 128
 COLUMNS = 4
 """Of a thread: float32 rows are then read in 16-byte loads, 512 bytes a warp in one piece."""
 
@@ -37,12 +40,14 @@ class CombineConfig:
         k: experts of a token.
         wide_ids: ids are int64, else int32.
         cold: the CPU's part is added.
+        threads: of a block: a multiple of 32.
         pdl: launched before the kernel in front has ended (sm_90 and later).
     """
 
     k: int
     wide_ids: bool
     cold: bool
+    threads: int = 128
     pdl: bool = False
 
 
@@ -50,15 +55,7 @@ def _kernel(config: CombineConfig) -> Any:
     import cutlass
     import cutlass.cute as cute
     from cutlass import BFloat16, Float32, Int32, Int64
-    from cutlass.cute import arch
-
-    Pointer = cute.Pointer
-
-    def vector(pointer: Any, size: int) -> Any:
-        return cute.make_tensor(pointer, cute.make_layout(size))
-
-    def at(pointer: Any, index: Any) -> Any:
-        return cute.make_tensor(pointer + index, cute.make_layout(1))
+    from cutlass.cute import Pointer, arch
 
     def rounded_product(a: Any, b: Any) -> Any:
         # Written as `a * b` it would become a fused multiply-add.
@@ -71,11 +68,19 @@ def _kernel(config: CombineConfig) -> Any:
             self.config = config
 
         @cute.jit
-        def order(self, ids: Pointer, weights: Pointer, slot_of: Pointer, token: Int32,
-                  experts: Int32, order: cute.Tensor, factors: cute.Tensor):  # fmt: skip
-            """One warp: the token's hot pairs in the order of the sum, and their weights; order[k] is
-            how many. Behind them stands the first one again: its row is read in vain, but from the
-            cache, where a pair that is not hot has no row."""
+        def order(
+            self,
+            ids: Pointer,
+            weights: Pointer,
+            slot_of: Pointer,
+            token: Int32,
+            experts: Int32,
+            order: cute.Tensor,
+            factors: cute.Tensor,
+        ) -> None:
+            """One warp: the token's hot pairs in the order of the sum, and their weights; order[k]
+            is how many. Behind them stands the first one again: its row is read in vain, but from
+            the cache, and a pair that is not hot has no row."""
             lane = arch.thread_idx()[0]
             k = self.config.k
             key = Int32(2**31 - 1)
@@ -105,8 +110,17 @@ def _kernel(config: CombineConfig) -> Any:
                 order[k] = hot
 
         @cute.kernel
-        def kernel(self, y: Pointer, ids: Pointer, weights: Pointer, slot_of: Pointer, cold: Pointer,
-                   out: Pointer, H: Int32, experts: Int32):  # fmt: skip
+        def kernel(
+            self,
+            y: Pointer,
+            ids: Pointer,
+            weights: Pointer,
+            slot_of: Pointer,
+            cold: Pointer,
+            out: Pointer,
+            H: Int32,
+            experts: Int32,
+        ) -> None:
             thread = arch.thread_idx()[0]
             token, part, _ = arch.block_idx()
             k = self.config.k
@@ -119,7 +133,7 @@ def _kernel(config: CombineConfig) -> Any:
             if thread < 32:
                 self.order(ids, weights, slot_of, token, experts, order, factors)
             arch.sync_threads()
-            column = (part * THREADS + thread) * COLUMNS
+            column = (part * self.config.threads + thread) * COLUMNS
             if column < H:
                 total = cute.make_rmem_tensor(cute.make_layout(COLUMNS), Float32)
                 total.fill(0.0)
@@ -147,17 +161,28 @@ def _kernel(config: CombineConfig) -> Any:
                 cute.autovec_copy(rounded, vector(out + row * COLUMNS, COLUMNS))
 
         @cute.jit
-        def __call__(self, y: Pointer, ids: Pointer, weights: Pointer, slot_of: Pointer,
-                     cold: Pointer, out: Pointer, H: Int32, experts: Int32, stream):  # fmt: skip
+        def __call__(
+            self,
+            y: Pointer,
+            ids: Pointer,
+            weights: Pointer,
+            slot_of: Pointer,
+            cold: Pointer,
+            out: Pointer,
+            H: Int32,
+            experts: Int32,
+            stream: Any,
+        ) -> None:
             self.kernel(y, ids, weights, slot_of, cold, out, H, experts).launch(
-                grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)  # fmt: skip
+                grid=[1, 1, 1], block=[config.threads, 1, 1], stream=stream
+            )
 
     return Combine(config)
 
 
+@functools.lru_cache(maxsize=64)
 def combine_definition(config: CombineConfig) -> KernelDefinition:
-    """The kernel, grid (tokens, ceil(H / 512)). Without `config.cold` the argument `cold` is not
-    read."""
+    """The kernel, grid (tokens, ceil(H / (4 * threads))). Without `config.cold`, `cold` is null."""
     arguments = (
         Argument("y", "f32", 16),
         Argument("ids", "i64", 8) if config.wide_ids else Argument("ids", "i32", 4),
@@ -169,7 +194,7 @@ def combine_definition(config: CombineConfig) -> KernelDefinition:
         Argument("experts", "i32"),
     )
     shared_bytes = 16 * (-(-(config.k + 1) // 4)) + 4 * config.k
-    return KernelDefinition("combine", config, _kernel, arguments, THREADS, shared_bytes)
+    return KernelDefinition("combine", config, _kernel, arguments, config.threads, shared_bytes)
 
 
 def combine_ref(
@@ -199,24 +224,39 @@ def combine_ref(
 def _check(y: Tensor, ids: Tensor, weights: Tensor, slot_of: Tensor, cold: Tensor | None) -> None:
     tokens = ids.shape[0] if ids.dim() else 0
     check_routing(ids, slot_of, tokens, y.device)
-    pairs = ids.numel()
-    if y.dim() != 2 or y.shape[0] != pairs or y.shape[1] % GROUP or not y.shape[1]:
+    H = y.shape[1] if y.dim() == 2 else 0
+    if not H or H % GROUP:
         raise ValueError(
-            f"y has shape {tuple(y.shape)}, must be ({pairs}, H), a row for each of ids, H a "
+            f"y has shape {tuple(y.shape)}, must be ({ids.numel()}, H), a row for each of ids, H a "
             f"positive multiple of {GROUP}"
         )
-    shapes = {"y": (y, y.shape), "weights": (weights, ids.shape)}
+    check_tensor("y", y, torch.float32, (ids.numel(), H), y.device)
+    check_tensor("weights", weights, torch.float32, tuple(ids.shape), y.device)
     if cold is not None:
-        shapes["cold"] = (cold, torch.Size((tokens, y.shape[1])))
-    for name, (tensor, shape) in shapes.items():
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} is {tensor.dtype}, must be torch.float32")
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {tuple(shape)}")
-        if tensor.device != y.device:
-            raise ValueError(f"{name} is on {tensor.device}, must be on {y.device} like y")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}, must be contiguous")
+        check_tensor("cold", cold, torch.float32, (tokens, H), y.device)
+
+
+def combine_launch(
+    y: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    slot_of: Tensor,
+    cold: Tensor | None,
+    out: Tensor,
+    *,
+    threads: int = 128,
+    pdl: bool = False,
+) -> Launch:
+    """The launch that fills `out`, bf16 [T, H].
+
+    With 128 threads a block has 512 columns, so that one token of H = 4096 has 8 blocks, each
+    with k rows of 2 KB on their way: few bytes on few SMs, but each waits about once. More blocks
+    sort the token's pairs more often.
+    """
+    (tokens, k), H = ids.shape, y.shape[1]
+    config = CombineConfig(k, ids.dtype == torch.int64, cold is not None, threads, pdl)
+    values = (y, ids, weights, slot_of, cold, out, H, len(slot_of))
+    return Launch(combine_definition(config), values, (tokens, -(-H // (threads * COLUMNS))))
 
 
 def combine(
@@ -237,4 +277,10 @@ def combine(
     Raises:
         TypeError, ValueError: naming the argument, before anything is allocated.
     """
-    return combine_ref(y, ids, weights, slot_of, cold)
+    if y.device.type != "cuda":
+        return combine_ref(y, ids, weights, slot_of, cold)
+    _check(y, ids, weights, slot_of, cold)
+    out = y.new_empty((ids.shape[0], y.shape[1]), dtype=torch.bfloat16)
+    pdl = has_pdl(y.device)
+    launch(*combine_launch(y, ids, weights, slot_of, cold, out, pdl=pdl), pdl=pdl)
+    return out

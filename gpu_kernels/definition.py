@@ -14,7 +14,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """What kernels are compiled for: Ampere, Ada, Hopper, Blackwell."""
@@ -80,6 +80,20 @@ class KernelDefinition:
         return struct.pack("@" + "".join(kinds), *values)  # "@" aligns each to its size
 
 
+class Launch(NamedTuple):
+    """One launch of a kernel: what the toolchain queues, and the tests' simulator runs.
+
+    Attributes:
+        definition: of the kernel.
+        values: of its arguments, in order: tensors, numbers, None for a null pointer.
+        grid: blocks along up to three axes.
+    """
+
+    definition: KernelDefinition
+    values: tuple[Any, ...]
+    grid: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Artifacts:
     """What compilation gives.
@@ -114,8 +128,8 @@ def compile_here(definition: KernelDefinition, arch: str) -> Artifacts:
         pointee = getattr(cutlass, _POINTEES[argument.type])
         return make_ptr(pointee, 256, cute.AddressSpace.gmem, assumed_align=argument.align)
 
-    # What is kept goes through files: in a folder of this call's own, or two compilations of kernels
-    # that the DSL gives the same name would read each other's.
+    # What is kept goes through files: in a folder of this call's own, since two compilations would
+    # read each other's where the DSL gives their kernels the same name.
     with tempfile.TemporaryDirectory(prefix="hybrid_moe-") as folder:
         compiled = cute.compile(
             definition.build(definition.config),

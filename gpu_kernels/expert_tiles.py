@@ -44,6 +44,11 @@ class ExpertTiles:
         """Pairs of a tile."""
         return self.tile_rows.shape[1]
 
+    def pointers(self, activations: Tensor) -> tuple[Tensor, ...]:
+        """The kernels' first arguments, `strip_gemm.gemm_arguments`."""
+        experts = self.memory, self.table, self.wide
+        return *experts, activations, self.tile_slot, self.tile_rows, self.num_tiles
+
     def check(self, layout: SlotLayout, columns: int, strips: int, activations: Tensor) -> None:
         """Raise TypeError or ValueError, with the argument's name, for what no kernel can read:
         a wrong dtype, shape or device, or rows that are not contiguous."""

@@ -17,17 +17,24 @@ gather rows by pair // k.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.gpu_kernels.definition import Launch
+from hybrid_moe.gpu_kernels.expert_tiles import TILE_STEP, check_tensor
 from hybrid_moe.gpu_kernels.fragments import permute
+from hybrid_moe.gpu_kernels.pack_few import pack_few
+from hybrid_moe.gpu_kernels.pack_many import SCAN_EXPERTS, pack_count, pack_scan, pack_scatter
+from hybrid_moe.gpu_kernels.pack_parts import MOST_EXPERTS, THREADS, PackConfig, piece_order
+from hybrid_moe.gpu_kernels.toolchain import has_pdl, launch
 
 Tensor = torch.Tensor
 
 ID_DTYPES = (torch.int32, torch.int64)
+MOST_EXPERTS_PER_TOKEN = 16
 
 
 class PackedTokens(NamedTuple):
@@ -91,46 +98,99 @@ def pack_ref(
 
 
 def _check(x: Tensor, ids: Tensor, slot_of: Tensor, slots: int, tile: int) -> None:
-    if x.dim() != 2 or x.dtype != torch.bfloat16 or x.shape[1] % GROUP or not x.shape[1]:
+    if x.dim() != 2 or not x.shape[1] or x.shape[1] % GROUP:
         raise ValueError(
-            f"x is {x.dtype} {tuple(x.shape)}, must be torch.bfloat16 (tokens, H), H a positive "
-            f"multiple of {GROUP}"
+            f"x has shape {tuple(x.shape)}, must be (tokens, H), H a positive multiple of {GROUP}"
         )
+    check_tensor("x", x, torch.bfloat16, tuple(x.shape), x.device)
     check_routing(ids, slot_of, x.shape[0], x.device)
-    if not x.is_contiguous():
-        raise ValueError(f"x has strides {x.stride()}, must be contiguous")
     if slots < 1:
         raise ValueError(f"slots is {slots}, must be at least 1")
-    if tile < 8 or tile % 8:
-        raise ValueError(f"tile is {tile}, must be a positive multiple of 8")
+    if tile < TILE_STEP or tile % TILE_STEP:
+        raise ValueError(f"tile is {tile}, must be a positive multiple of {TILE_STEP}")
 
 
 def check_routing(ids: Tensor, slot_of: Tensor, tokens: int, device: torch.device) -> None:
-    """Raise unless `ids` and `slot_of` are what `pack` and `combine` take, beside `tokens` rows of
-    activations on `device`."""
+    """Raise unless `ids` and `slot_of` are what `pack` and `combine` take, for `tokens` tokens on
+    `device`."""
     if ids.dtype not in ID_DTYPES:
         raise TypeError(f"ids is {ids.dtype}, must be torch.int32 or torch.int64")
-    if ids.dim() != 2 or ids.shape[0] != tokens or not 1 <= ids.shape[1] <= MOST_EXPERTS_OF_TOKEN:
+    k = ids.shape[1] if ids.dim() == 2 else 0
+    if not 1 <= k <= MOST_EXPERTS_PER_TOKEN:
         raise ValueError(
-            f"ids has shape {tuple(ids.shape)}, must be ({tokens}, k) with k from 1 to "
-            f"{MOST_EXPERTS_OF_TOKEN}"
+            f"ids has shape {tuple(ids.shape)}, must be ({tokens}, k), k from 1 to "
+            f"{MOST_EXPERTS_PER_TOKEN}"
         )
-    if slot_of.dtype != torch.int32:
-        raise TypeError(f"slot_of is {slot_of.dtype}, must be torch.int32")
-    if slot_of.dim() != 1 or not 1 <= len(slot_of) <= MOST_EXPERTS:
+    check_tensor("ids", ids, ids.dtype, (tokens, k), device)
+    experts = slot_of.shape[0] if slot_of.dim() == 1 else 0
+    if not 1 <= experts <= MOST_EXPERTS:
         raise ValueError(
-            f"slot_of has shape {tuple(slot_of.shape)}, must be (E,) with E from 1 to "
-            f"{MOST_EXPERTS}"
+            f"slot_of has shape {tuple(slot_of.shape)}, must be (E,), E from 1 to {MOST_EXPERTS}"
         )
-    for name, tensor in (("ids", ids), ("slot_of", slot_of)):
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, must be on {device} like the rows")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}, must be contiguous")
+    check_tensor("slot_of", slot_of, torch.int32, (experts,), device)
 
 
-MOST_EXPERTS = 1024
-MOST_EXPERTS_OF_TOKEN = 16
+def takes_one_launch(pairs: int) -> bool:
+    """Whether `pack_few` is the faster one, and can.
+
+    A comparison of two pairs takes about 8 instructions in all, so 256 pairs, a batch of 32 with 8
+    experts each, take 8 warps x 256 x 8 / 4 schedulers = 4000 cycles, 2 us, and 64 pairs, 2 warps
+    on as many schedulers, 500. Three launches take 2 us each even in a graph, but a time that grows
+    with the pairs and not with their square.
+    """
+    return pairs <= THREADS
+
+
+def pack_launches(
+    x: Tensor,
+    ids: Tensor,
+    slot_of: Tensor,
+    packed: PackedTokens,
+    *,
+    fmt: WeightFormat,
+    few: bool,
+    pdl: bool = False,
+) -> list[Launch]:
+    """The launches that fill `packed`, whose tensors are of the right shapes and dtypes: one if
+    `few`, for at most 256 pairs, else three."""
+    pairs, experts, tile = ids.numel(), len(slot_of), packed.tile_rows.shape[1]
+    config = PackConfig(piece_order(fmt), tile, ids.dtype == torch.int64, pdl)
+    pieces = x.numel() // len(config.order)
+    permuting = -(-pieces // THREADS)  # blocks
+    if few:
+        values: tuple[Any, ...] = (x, ids, slot_of, *packed, pieces, pairs, experts)
+        return [Launch(pack_few(config), values, (1 + permuting,))]
+    chunks = -(-pairs // THREADS)
+    keys = ids.new_empty(pairs, dtype=torch.int32)
+    counts = ids.new_empty((chunks, experts), dtype=torch.int32)
+    totals = ids.new_empty(experts, dtype=torch.int32)
+    xp, tile_slot, tile_rows, num_tiles = packed
+    return [
+        Launch(
+            pack_count(config),
+            (x, ids, slot_of, xp, keys, counts, chunks, pieces, pairs, experts),
+            (chunks + permuting,),
+        ),
+        Launch(
+            pack_scan(config), (counts, totals, chunks, experts), (-(-experts // SCAN_EXPERTS),)
+        ),
+        Launch(
+            pack_scatter(config),
+            (slot_of, keys, counts, totals, tile_slot, tile_rows, num_tiles, pairs, experts),
+            (chunks,),
+        ),
+    ]
+
+
+def empty_packed(x: Tensor, pairs: int, slots: int, tile: int) -> PackedTokens:
+    """Room for what `pack` writes, beside `x`."""
+    capacity = max_tiles(pairs, slots, tile)
+    return PackedTokens(
+        torch.empty_like(x),
+        x.new_empty(capacity, dtype=torch.int32),
+        x.new_empty((capacity, tile), dtype=torch.int32),
+        x.new_empty(1, dtype=torch.int32),
+    )
 
 
 def pack(
@@ -152,4 +212,11 @@ def pack(
     Raises:
         TypeError, ValueError: naming the argument, before anything is allocated.
     """
-    return pack_ref(x, ids, slot_of, fmt=fmt, slots=slots, tile=tile)
+    if x.device.type != "cuda":
+        return pack_ref(x, ids, slot_of, fmt=fmt, slots=slots, tile=tile)
+    _check(x, ids, slot_of, slots, tile)
+    packed = empty_packed(x, ids.numel(), slots, tile)
+    few, pdl = takes_one_launch(ids.numel()), has_pdl(x.device)
+    for each in pack_launches(x, ids, slot_of, packed, fmt=fmt, few=few, pdl=pdl):
+        launch(*each, pdl=pdl)
+    return packed

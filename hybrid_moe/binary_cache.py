@@ -1,8 +1,9 @@
 """Content-addressed store of compiled objects on disk.
 
 A file is SHA-256(payload) followed by the payload: a relocatable object or the name of one (see
-`cpu_kernels/jit/compile.py`), or code for a GPU (`gpu_kernels/toolchain`). Nothing is unpickled. Writers rename a finished temporary file over the final name,
-so concurrent processes see whole files only; a file that fails its digest is rebuilt.
+`cpu_kernels/jit/compile.py`), or code for a GPU (`gpu_kernels/toolchain`). Nothing is unpickled.
+Writers rename a finished temporary file over the final name, so concurrent processes see whole
+files only; a file that fails its digest is rebuilt.
 
 What is read here is executed. So the directory must belong to this user or to root, and nobody else
 may write to it; the same holds for each file. Both are checked on what has been opened, never on a
@@ -122,6 +123,16 @@ def read(name: str) -> bytes | None:
         logger.warning("kernel cache entry %s is damaged and will be rebuilt", name)
         return None
     return payload
+
+
+def has_any(suffix: str) -> bool:
+    """Whether there are entries of a kind, "cubin"."""
+    with _opened(create=False) as directory:
+        if directory is None:
+            return False
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries]
+    return any(_OURS.fullmatch(name) and name.endswith(f".{suffix}") for name in names)
 
 
 def _read_file(name: str, directory: int) -> bytes:

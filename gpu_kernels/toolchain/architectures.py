@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from hybrid_moe.gpu_kernels.definition import ARCHITECTURES
 
-_CAPABILITIES = {
-    name: divmod(int(name.removeprefix("sm_")), 10) for name in ARCHITECTURES
-}
+_CAPABILITIES = {name: divmod(int(name.removeprefix("sm_")), 10) for name in ARCHITECTURES}
 """Name -> compute capability (major, minor)."""
 
 

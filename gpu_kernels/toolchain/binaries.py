@@ -64,11 +64,15 @@ def warm(definitions: Sequence[KernelDefinition], arch: str) -> list[KernelBinar
     Raises:
         CompileError: of all that could not be compiled; the others are in the cache then.
     """
-    wanted = list(dict.fromkeys(definitions))
-    missing = [each for each in wanted if not _fetch(each, arch)]
+    return warm_all([(definition, arch) for definition in definitions])
+
+
+def warm_all(wanted: Sequence[tuple[KernelDefinition, str]]) -> list[KernelBinary]:
+    """`warm` for kernels of several architectures."""
+    missing = [each for each in dict.fromkeys(wanted) if not _fetch(*each)]
     if missing:
-        _compile(missing, arch)
-    return [_known[definition, arch] for definition in definitions]
+        _compile(missing)
+    return [_known[each] for each in wanted]
 
 
 def _fetch(definition: KernelDefinition, arch: str) -> bool:
@@ -87,20 +91,20 @@ def _fetch(definition: KernelDefinition, arch: str) -> bool:
     return True
 
 
-def _compile(definitions: Sequence[KernelDefinition], arch: str) -> None:
+def _compile(missing: Sequence[tuple[KernelDefinition, str]]) -> None:
     if dsl_version() is None:
         raise CompileError(
             f"{DSL} is not installed, which compiles kernels for the GPU: "
             'pip install "hybrid-moe[gpu]"'
         )
-    waiting = list(reversed(definitions))
+    waiting = list(reversed(missing))
     failed: list[str] = []
 
     def work() -> None:
         with Compiler() as compiler:
             while waiting:
                 try:
-                    definition = waiting.pop()
+                    definition, arch = waiting.pop()
                 except IndexError:  # another thread was faster
                     return
                 try:
@@ -108,7 +112,7 @@ def _compile(definitions: Sequence[KernelDefinition], arch: str) -> None:
                 except CompileError as error:
                     failed.append(str(error))
 
-    compilers = min(len(definitions), len(os.sched_getaffinity(0)), _MOST_COMPILERS)
+    compilers = min(len(missing), len(os.sched_getaffinity(0)), _MOST_COMPILERS)
     with ThreadPoolExecutor(compilers, thread_name_prefix="hybrid-moe-compile") as executor:
         for future in [executor.submit(work) for _ in range(compilers)]:
             future.result()

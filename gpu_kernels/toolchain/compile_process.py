@@ -15,7 +15,6 @@ import sys
 import tempfile
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -47,7 +46,7 @@ class Compiler:
         self._patience_s = patience_s
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any] | None = None
-        self._output = tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> Compiler:
         return self
@@ -92,6 +91,8 @@ class Compiler:
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection[Any, Any]]:
         if not sys.executable:
             raise CompileError("kernels are compiled by a Python process; sys.executable is empty")
+        self._output.seek(0)
+        self._output.truncate()  # what an earlier process said
         ours, theirs = Pipe()
         with theirs:
             script = _MAIN.format(path=sys.path, module=__name__, descriptor=theirs.fileno())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 _KPARAM_INFO = 0x17
 _FRAME_SIZE = 0x11
 _REGCOUNT = 0x2F
+_NOBITS = 8
 _WITH_SIZE = 4
 """Format of an attribute that is followed by as many bytes as its last half-word says; of the
 others the half-word is the value."""
@@ -27,7 +28,7 @@ class Resources:
         registers: of a thread, 32 bits each.
         local_bytes: of a thread, in memory that is the GPU's slowest: spilled registers, and arrays
             that are indexed while it runs. Kernels here need none.
-        shared_bytes: of a block, without what a launch asks for.
+        shared_bytes: of a block, beside what a launch asks for; from sm_90 on the system's 1024.
         parameters: (offset, bytes) of each parameter, in order.
     """
 
@@ -73,7 +74,7 @@ def _parameters(attributes: list[tuple[int, bytes]]) -> tuple[tuple[int, int], .
 
 
 def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and content. What takes no room in the file (type NOBITS) is given as zeros."""
+    """Name and content; zeros for what takes no room in the file."""
     if elf[:5] != b"\x7fELF\x02":
         raise ValueError("no 64-bit ELF file")
     (first,) = struct.unpack_from("<Q", elf, 0x28)
@@ -81,7 +82,9 @@ def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
     rows = [struct.unpack_from("<IIQQQQ", elf, first + step * i) for i in range(count)]
     names = elf[rows[names_at][4] :]
     for name, kind, _, _, offset, size in rows:
-        content = bytes(size) if kind == 8 else elf[offset : offset + size]
+        content = bytes(size) if kind == _NOBITS else elf[offset : offset + size]
+        if len(content) != size:
+            raise ValueError("it is cut off")
         yield _text(names, name), content
 
 

@@ -17,6 +17,8 @@ from hybrid_moe.imported import IMPORTED_AT
 logger = logging.getLogger(__name__)
 
 DSL = "nvidia-cutlass-dsl"
+TESTED_DSL = "4.8.1 cu12"
+"""What the extra `gpu` pins. Without the DSL, kernels are found that it has compiled elsewhere."""
 _PACKAGE = "hybrid_moe"
 _CLOCK_S = 1.0  # a file's time may lag behind the clock, by the kernel's tick
 
@@ -51,7 +53,7 @@ def binary_key(definition: KernelDefinition, arch: str) -> str | None:
             return None
     choices = (definition.name, definition.build.__qualname__, repr(definition.config))
     arguments = repr((definition.arguments, definition.threads, definition.shared_bytes))
-    text = "\n".join([digest, *choices, arguments, arch, dsl_version() or "none"])
+    text = "\n".join([digest, *choices, arguments, arch, dsl_version() or TESTED_DSL])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

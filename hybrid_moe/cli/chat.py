@@ -39,6 +39,8 @@ def chat(
     dense: shared.DenseOption = o.DENSE,
     threads: shared.ThreadsOption = None,
     pools: shared.PoolsOption = None,
+    gpu_experts: o.GpuExpertsOption = None,
+    gpu_backend: o.GpuBackendOption = None,
     context: shared.ContextOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Length of an answer; default: what the context has.")
@@ -56,11 +58,12 @@ def chat(
     commands. Without a terminal every line of stdin is a message. Answers go to stdout, everything
     else to stderr.
     """
+    options = o.LoadOptions(method, dense, threads, pools, gpu_experts, gpu_backend)
     with Steps() as steps:
         opened = o.OpenedModel.open(model, steps)
         opened.need_fast_tokenizer()
         conversation = Conversation(opened.tokenizer, system, opened.context(context))
-        loaded = opened.load(method, dense, threads, pools, steps)
+        loaded = opened.load(options, steps)
         import torch
 
         torch.manual_seed(seed)
@@ -107,6 +110,7 @@ class _Turns:
         self, model: Any, conversation: Conversation, tokenizer: Any, steps: Steps,
         temperature: float | None, most: int | None,
     ) -> None:  # fmt: skip
+        from hybrid_moe.integrations.transformers.hit_rates import hit_rates
         from hybrid_moe.integrations.transformers.serving.answers import Answerer
         from hybrid_moe.integrations.transformers.serving.reply_format import response_template
 
@@ -115,6 +119,7 @@ class _Turns:
         self._temperature, self._most = temperature, most
         self._template = response_template(tokenizer, model.config.model_type)
         self._say, self._think = text_writer("green"), text_writer("dim")
+        self._hits = hit_rates(model)
 
     def take(self, message: str, cancelled: threading.Event) -> None:
         """Answer a message, or say why not."""
@@ -183,7 +188,17 @@ class _Turns:
             text += f"; cut off: {full}"
         elif answer.end == "cancelled":
             text += "; stopped"
-        return f"[{text}]"
+        return f"[{text}{self._new_hits()}]"
+
+    def _new_hits(self) -> str:
+        """How often experts were found on a GPU since the last answer; nothing where none is."""
+        from hybrid_moe.integrations.transformers.hit_rates import hit_rates
+
+        before, now = self._hits, hit_rates(self._answerer.model)
+        if before is None or now is None:
+            return ""
+        self._hits = now
+        return f"; {(now - before).summary()}"
 
 
 @contextlib.contextmanager

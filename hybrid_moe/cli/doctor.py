@@ -38,6 +38,7 @@ def doctor(
     facts("Instruction sets", {tier.name: _tier(tier.missing) for tier in report.isa.tiers})
     facts("Cores", core_facts(report))
     facts("Memory", memory_facts(report))
+    facts("GPU kernels", gpu_facts(report))
     facts("Versions", {name: v or "not installed" for name, v in report.versions.items()})
 
 
@@ -107,6 +108,13 @@ def memory_facts(report: MachineReport) -> dict[str, str]:
             for threads, speed in report.bandwidth.items()
         },
     }
+
+
+def gpu_facts(report: MachineReport) -> dict[str, str]:
+    """Whether they are used, and why or why not; and whether panels can be page-locked."""
+    gpu = report.gpu
+    locking = {} if gpu.page_locking is None else {"page-locked memory": gpu.page_locking}
+    return {"used" if gpu.usable else "not used": gpu.reason, **locking}
 
 
 def _amount(nbytes: int | None) -> str:

@@ -23,6 +23,8 @@ def generate(
     dense: shared.DenseOption = o.DENSE,
     threads: shared.ThreadsOption = None,
     pools: shared.PoolsOption = None,
+    gpu_experts: o.GpuExpertsOption = None,
+    gpu_backend: o.GpuBackendOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: o.SeedOption = 0,
@@ -31,19 +33,22 @@ def generate(
 
     The text goes to stdout; what is being done, and how fast it was, to stderr.
     """
+    options = o.LoadOptions(method, dense, threads, pools, gpu_experts, gpu_backend)
     with Steps() as steps:
         opened = o.OpenedModel.open(model, steps)
         ids = opened.tokens(prompt)
         bandwidth = None
-        if max_new_tokens > 1:  # before the memory is full
+        if max_new_tokens > 1 and gpu_experts is None:  # before the memory is full
             steps.begin("measuring the memory")
-            bandwidth = measure_bandwidth(opened.workers(threads, pools))
-        loaded = opened.load(method, dense, threads, pools, steps)
+            bandwidth = measure_bandwidth(options.workers())
+        loaded = opened.load(options, steps)
         import torch
 
         from hybrid_moe.cpu_kernels.pool.group import group_for
+        from hybrid_moe.integrations.transformers.hit_rates import hit_rates
         from hybrid_moe.integrations.transformers.serving.answers import Answerer
 
+        before = hit_rates(loaded)
         torch.manual_seed(seed)
         steps.begin("first token")
         writer = token_writer(opened.tokenizer, text_writer())
@@ -57,13 +62,15 @@ def generate(
                 steps.end()
             writer.put(torch.tensor([token]))
 
-        with clock.on(group_for(opened.workers(threads, pools))):
+        with clock.on(group_for(options.workers())):
             answer = Answerer(loaded).answer(
                 ids, o.sampling(loaded, max_new_tokens, temperature), on_token
             )
         writer.end()
         typer.echo("")
         steps.say(speeds(answer), "dim")
+        if before is not None and (after := hit_rates(loaded)) is not None:
+            steps.say((after - before).summary(), "dim")
         if bandwidth is not None and answer.decode_speed is not None:
             context = answer.prompt + len(answer.tokens) // 2
             try:

@@ -42,8 +42,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve_here(
-    model: str, method: str | None, dense: str, threads: int | None, pools: int | None,
-    context: int | None, grace: float, listener: socket.socket, steps: Steps,
+    model: str, options: o.LoadOptions, context: int | None, grace: float,
+    listener: socket.socket, steps: Steps,
 ) -> None:  # fmt: skip
     """Load a model and serve it until SIGINT or SIGTERM.
 
@@ -56,7 +56,7 @@ def serve_here(
     opened = o.OpenedModel.open(model, steps)
     longest = opened.context(context)
     opened.need_fast_tokenizer()
-    loaded = opened.load(method, dense, threads, pools, steps)
+    loaded = opened.load(options, steps)
     import transformers
 
     from hybrid_moe.integrations.transformers.serving.answer_queue import AnswerQueue

@@ -39,15 +39,18 @@ DenseOption = Annotated[
     ),
 ]
 GpuExpertsOption = Annotated[
-    int | None,
-    typer.Option(min=0, help="Experts of each layer on the GPU; default: as many as fit."),
+    str | None,
+    typer.Option(
+        help="With --gpu: experts of each layer on it; default: as many as fit. Without: as for "
+        "`generate`, 25%, 24GB or a placement profile."
+    ),
 ]
 GpuBackendOption = Annotated[
     str | None,
     typer.Option(
         metavar="cute|torch",
-        help="Let this package compute the experts on the GPU too: by its kernels (cute) or in "
-        "torch; default: SGLang does.",
+        help="What computes the experts on the GPU: this package's kernels (cute), or torch, which "
+        "needs no GPU. Default: with --gpu SGLang does, without it cute where it can be used.",
     ),
 ]
 ProfileOption = Annotated[
@@ -88,7 +91,7 @@ class MachineOptions:
     context: int | None
     base: str | None
     method: str | None
-    gpu_experts: int | None
+    gpu_experts: str | None
     profile: Path | None
     requests: int
     chunk: int
@@ -112,10 +115,16 @@ class MachineOptions:
 
         gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
         path, base = find_model(named), find_model(self.base) if self.base else None
-        if self.gpu_backend is not None and not gpus:
-            raise ValueError("--gpu-backend is for experts on a GPU: say which with --gpu")
-        backend = gpu_backend.backend_named(self.gpu_backend, "--gpu-backend ")
+        count = self._gpu_experts()
+        if self.gpu_backend is not None and not gpus and self.gpu_experts is None:
+            raise ValueError(
+                "--gpu-backend is for experts on a GPU: say which with --gpu-experts, or --gpu"
+            )
+        backend = gpu_backend.backend_named(self.gpu_backend, "--gpu-backend ") if gpus else None
         model = planning.read_model(path, base, self.method, self.dense, backend)
+        slots = None
+        if count is None and self.gpu_experts is not None:
+            slots = planning.slots_of(model, self.gpu_experts)
         threads = self.threads or PoolConfig.choose(pools=self.pools).threads
         request = planning.Request(
             gpus=gpus,
@@ -126,11 +135,28 @@ class MachineOptions:
             threads=threads,
             pools=self.pools or default_pools(threads),
             cpu=self._speeds(threads),
-            num_gpu_experts=self.gpu_experts,
+            num_gpu_experts=count,
+            slots=slots,
             profile=read_profile(self.profile) if self.profile else None,
             huge_pages=machine.huge_pages_here(),
         )
         return planning.make_plan(model, request)
+
+    def _gpu_experts(self) -> int | None:
+        """A number of experts of each layer, which is what SGLang takes.
+
+        Raises:
+            ValueError: something else, and there is a --gpu.
+        """
+        text = self.gpu_experts
+        if text is None or (not self.gpu and not text.isdecimal()):
+            return None
+        if not text.isdecimal():
+            raise ValueError(
+                f"--gpu-experts {text}: with --gpu, which is for SGLang, it is a number of experts "
+                "of each layer, such as 8"
+            )
+        return int(text)
 
     def _speeds(self, threads: int) -> CpuSpeeds:
         from hybrid_moe.formats.table import FORMATS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +20,44 @@ DENSE = "bf16"
 SeedOption = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling, where tokens are drawn.")
 ]
+GpuExpertsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE|MEMORY|PROFILE",
+        help="Experts for a GPU: 25%, as many as fit into 24GB, or a placement profile.",
+    ),
+]
+GpuBackendOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="cute|torch",
+        help="What computes them; torch needs no GPU. Default: cute where it can be used.",
+    ),
+]
 LONGEST_CONTEXT = 32768
 """Tokens, where nobody asks for another context: longer prompts take a CPU many minutes."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded: see `from_pretrained`."""
+
+    method: str | None
+    dense: str
+    threads: int | None
+    pools: int | None
+    gpu_experts: str | None = None
+    gpu_backend: str | None = None
+
+    def workers(self) -> PoolConfig:
+        """The threads that work.
+
+        Raises:
+            ValueError: this machine cannot have them.
+        """
+        from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+
+        return PoolConfig.choose(self.threads, self.pools)
 
 
 @dataclass(frozen=True)
@@ -101,13 +137,12 @@ class OpenedModel:
             )
         return tokens
 
-    def load(
-        self, method: str | None, dense: str, threads: int | None, pools: int | None, steps: Steps
-    ) -> Any:
+    def load(self, options: LoadOptions, steps: Steps) -> Any:
         """The model, ready to generate; says what runs.
 
         Raises:
-            ValueError, CheckpointError, NotImplementedError: see `from_pretrained`.
+            FileNotFoundError, TypeError, ValueError, CheckpointError, NotImplementedError: see
+                `from_pretrained`.
         """
         import torch
 
@@ -115,29 +150,18 @@ class OpenedModel:
 
         with blaming(f"{self.path} could not be loaded"):
             steps.begin("loading the model", spin=False)  # which shows bars of its own
-            model = from_pretrained(
-                self.path, method=method, threads=threads, pools=pools, dense=dense
-            )
-        workers = self.workers(threads, pools).threads
+            model = from_pretrained(self.path, **asdict(options))
+        threads, workers = options.threads, options.workers().threads
         # PyTorch counts processors, whatever a cgroup's quota says of their time
         torch.set_num_threads(threads or min(workers, torch.get_num_threads()))
         steps.begin("compiling kernels")
         with torch.inference_mode():
-            model(input_ids=torch.tensor([[0]]))
+            model(input_ids=torch.tensor([[0]], device=model.device))
         steps.end()
-        steps.say(f"{self._headline(model)}; ready in {steps.seconds:.1f} s", "bold")
+        steps.say(
+            f"{self._headline(model, options.workers())}; ready in {steps.seconds:.1f} s", "bold"
+        )
         return model
-
-    @staticmethod
-    def workers(threads: int | None, pools: int | None) -> PoolConfig:
-        """The threads that work.
-
-        Raises:
-            ValueError: this machine cannot have them.
-        """
-        from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-
-        return PoolConfig.choose(threads, pools)
 
     def context(self, asked: int | None) -> int:
         """Tokens that a prompt and its answer may have together.
@@ -154,20 +178,27 @@ class OpenedModel:
             raise ValueError(f"--context {asked}: the model was made for {longest} tokens")
         return asked
 
-    def _headline(self, model: Any) -> str:
+    def _headline(self, model: Any, pool: PoolConfig) -> str:
         """What runs, in one line: the model, its experts, their format, tier and threads."""
+        from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
         from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
+        from hybrid_moe.integrations.transformers.split_experts import SplitExperts
 
         experts = [module for module in model.modules() if isinstance(module, HybridExperts)]
-        first = next(module.layer for module in experts if module.layer is not None)
+        first = experts[0]
         per_token = self.summary.experts_per_token or "an unknown number"
-        threads, pools = first.pool.threads, first.pool.pools
-        return (
+        line = (
             f"{self.name}: {self.summary.model_type}, {len(experts)} layers of "
-            f"{first.num_experts} experts, {per_token} per token, {first.fmt.name}; "
-            f"tier {first.tier.name}; {threads} thread{'s' * (threads > 1)}"
-            + (f" in {pools} pools" if pools > 1 else "")
+            f"{first.spec.num_experts} experts, {per_token} per token, "
+            f"{first.fmt.name if first.fmt else 'not loaded'}; tier {choose_tier().name}; "
+            f"{pool.threads} thread{'s' * (pool.threads > 1)}"
+            + (f" in {pool.pools} pools" if pool.pools > 1 else "")
         )
+        split = [e.layer for e in experts if isinstance(e.layer, SplitExperts)]
+        if split:
+            hot = sum(layer.wrapper.num_gpu_experts for layer in split)
+            line += f"; {hot} experts on {split[0].device} by {split[0].backend}"
+        return line
 
 
 def sampling(model: Any, max_new_tokens: int, temperature: float | None) -> Any:

@@ -11,7 +11,7 @@ import typer
 
 from hybrid_moe.cli import machine_options as o
 from hybrid_moe.cli.local_server import listen, require_server, serve_here
-from hybrid_moe.cli.model_options import DENSE
+from hybrid_moe.cli.model_options import DENSE, LoadOptions
 from hybrid_moe.cli.models import ModelOption
 from hybrid_moe.cli.terminal import Steps
 
@@ -79,7 +79,8 @@ def serve(
             require_server()
             steps.begin("seeing whether the model fits")
             _check_fit(options, model)
-            serve_here(model, method, dense, threads, pools, context, grace, listener, steps)
+            load = LoadOptions(method, dense, threads, pools, gpu_experts, gpu_backend)
+            serve_here(model, load, context, grace, listener, steps)
         return
     if not dry_run:
         require_sglang()  # before headers are read and ceilings measured

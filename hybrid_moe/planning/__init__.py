@@ -16,10 +16,12 @@ serving      the SGLang command that carries the plan out
 """
 
 from hybrid_moe.planning.fitting import make_plan
-from hybrid_moe.planning.machine import CpuSpeeds, Gpu, parse_gpus, parse_size
+from hybrid_moe.planning.machine import CpuSpeeds, Gpu, parse_gpus
 from hybrid_moe.planning.model import HotExperts, Model, read_model
+from hybrid_moe.planning.parts import slots_of
 from hybrid_moe.planning.plan import DoesNotFitError, MemoryPart, Plan, Request
 from hybrid_moe.planning.terms import Prediction, Term
+from hybrid_moe.text import parse_size
 
 __all__ = [
     "CpuSpeeds",
@@ -36,4 +38,5 @@ __all__ = [
     "parse_gpus",
     "parse_size",
     "read_model",
+    "slots_of",
 ]

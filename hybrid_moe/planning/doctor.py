@@ -20,7 +20,9 @@ from hybrid_moe import sysfiles
 logger = logging.getLogger(__name__)
 Fact = TypeVar("Fact")
 
-PACKAGES = ("torch", "numpy", "llvmlite", "safetensors", "transformers", "sglang")
+PACKAGES = (
+    "torch", "numpy", "llvmlite", "safetensors", "transformers", "sglang", "nvidia-cutlass-dsl",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,16 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class GpuPath:
+    """Whether hot experts are computed by kernels on a GPU, and why or why not; and what became of
+    a trial to page-lock memory for the copies of experts that move (None without a GPU)."""
+
+    usable: bool
+    reason: str
+    page_locking: str | None
+
+
+@dataclass(frozen=True)
 class MachineReport:
     """All of it. `bandwidth`: threads -> GB/s read from memory, empty where not measured."""
 
@@ -90,6 +102,7 @@ class MachineReport:
     isa: Isa
     cores: Cores
     memory: Memory
+    gpu: GpuPath
     bandwidth: dict[int, float]
     versions: dict[str, str | None]
 
@@ -108,6 +121,7 @@ def machine_report(measure_bandwidth: bool = True) -> MachineReport:
         isa=read_isa(),
         cores=cores,
         memory=read_memory(),
+        gpu=read_gpu_path(),
         bandwidth=read_bandwidth(cores.threads) if measure_bandwidth else {},
         versions=read_versions(),
     )
@@ -191,6 +205,18 @@ def read_memory() -> Memory:
         limit=memory_limit(),
         huge_pages=huge_page_state(),
     )
+
+
+def read_gpu_path() -> GpuPath:
+    """The kernels' own answer. Imports torch where there is a GPU."""
+    from hybrid_moe.gpu_kernels.toolchain import availability
+
+    found = availability()
+    if not found.usable:
+        return GpuPath(False, found.reason, None)
+    from hybrid_moe.streams.page_lock import trial
+
+    return GpuPath(True, found.reason, trial())
 
 
 def huge_page_state() -> str | None:

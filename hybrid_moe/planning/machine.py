@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+from hybrid_moe.text import parse_size
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,6 @@ class CpuSpeeds:
     read: float
     macs: Mapping[str, float]
     source: str
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "24GB", "512 MiB", "1.5T". Units are powers of two, as memory is sold.
-
-    Raises:
-        ValueError: no such size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", text.upper())
-    nbytes = round(float(match[1]) * (1 << _UNITS[match[2]])) if match else 0
-    if nbytes < 1:
-        raise ValueError(f'size "{text}" must be a positive number with a unit, such as 24GB')
-    return nbytes
 
 
 def parse_gpus(texts: Iterable[str], bandwidth: float | None = None) -> tuple[Gpu, ...]:

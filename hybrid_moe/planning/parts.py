@@ -4,10 +4,12 @@ the GPU: as many as fit beside everything else, or those that were asked for."""
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from hybrid_moe.cpu_kernels.memory import HUGE_PAGE
 from hybrid_moe.formats.table import AS_STORED
 from hybrid_moe.loaders.drafts import DRAFT
+from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
 from hybrid_moe.placement.profile import PlacementProfile
 from hybrid_moe.placement.ranks import experts_of_rank
 from hybrid_moe.planning import cpu_only, scratch
@@ -43,8 +45,12 @@ def lay_out(model: Model, request: Request) -> Plan:
         prefill = predict_prefill(model, hot, cpu, gpus, tokens)
     else:
         cache = transformers_cache(config, request.context)
-        hot = first_ids(model, 0, "no GPU")
-        parts = _cpu_parts(model, request, cache)
+        hot = (
+            HotExperts(request.slots, "as given")
+            if request.slots
+            else first_ids(model, 0, "no GPU")
+        )
+        parts = [*_slot_parts(model, hot), *_cpu_parts(model, request, cache)]
         decode = cpu_only.predict_decode(model, cpu, cache)
         prefill = cpu_only.predict_prefill(model, cpu, min(request.chunk, request.context))
     parts = [*_expert_parts(model, request, hot), *parts]
@@ -128,16 +134,39 @@ def as_many_as_fit(model: Model, room: int, gpus: int) -> HotExperts:
     return hot
 
 
+def slots_of(model: Model, gpu_experts: Any) -> dict[int, int]:
+    """How many experts of each layer are in slots, as `from_pretrained` splits them.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: see `hot_masks`.
+    """
+    layers = [
+        LayerOfExperts(layer.layer, layer.num_experts, layer.packed + layer.bias)
+        for layer in model.layers
+    ]
+    masks = hot_masks(gpu_experts, layers, cpu_only.num_layers(model))
+    return {layer: int(mask.sum()) for layer, mask in masks.items()}
+
+
+def _slot_parts(model: Model, hot: HotExperts) -> list[MemoryPart]:
+    """Experts in slots without a GPU."""
+    slots = sum(hot.counts[layer.layer] * (layer.packed + layer.bias) for layer in model.layers)
+    return [MemoryPart("routed experts, slots", RAM, slots, f"{_counts(hot)}; computed by torch")]
+
+
 def _expert_parts(model: Model, request: Request, hot: HotExperts) -> list[MemoryPart]:
-    """The experts on the CPU: one arena for each layer and pool."""
+    """The experts on the CPU: one arena for each layer and pool. With slots it has a place to
+    spare, so that an expert can come back before another leaves."""
     strips: Counter[str] = Counter()
-    rounding = biases = 0
+    rounding = biases = spare = 0
     for layer in model.layers:
         cold = hot.cold(layer)
+        more = int(request.slots is not None and 0 < cold < layer.num_experts)
         strips[layer.method.name] += cold * layer.packed
         biases += cold * layer.bias
+        spare += more * (layer.packed + layer.bias)
         if request.huge_pages and cold:  # each pool's share is rounded; shares are nearly equal
-            share = cold * (layer.packed + layer.bias) / request.pools
+            share = (cold + more) * (layer.packed + layer.bias) / request.pools
             rounding += round(request.pools * (-share % HUGE_PAGE))
     return [
         *(
@@ -145,6 +174,7 @@ def _expert_parts(model: Model, request: Request, hot: HotExperts) -> list[Memor
             for name, nbytes in strips.items()
         ),
         MemoryPart(f"{CPU_EXPERTS}, biases", RAM, biases, "float32"),
+        MemoryPart(f"{CPU_EXPERTS}, spare places", RAM, spare, "one in each layer with slots"),
         MemoryPart(f"{CPU_EXPERTS}, page rounding", RAM, rounding, "huge pages of 2 MiB"),
     ]
 
@@ -238,4 +268,9 @@ def _notes(model: Model, request: Request) -> list[str]:
         notes.append("no GPU has run this yet: GPU figures are computed, not measured")
     else:
         notes.append("everything is for Transformers, as `hybrid-moe generate` runs it")
+        if request.slots:
+            notes.append(
+                "speeds are those of the CPU's kernels alone: without a GPU torch computes experts "
+                "in slots, slowly, to try how a model is split"
+            )
     return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ class Request:
         cpu: its ceilings.
         num_gpu_experts: experts of each layer on the GPU; None for as many as fit.
         profile: which ones; None for the first ids.
+        slots: experts of each layer that Transformers holds in slots and computes with torch, where
+            there is no GPU; None for none.
         huge_pages: arenas get huge pages.
     """
 
@@ -49,6 +52,7 @@ class Request:
     cpu: CpuSpeeds
     num_gpu_experts: int | None = None
     profile: PlacementProfile | None = None
+    slots: Mapping[int, int] | None = None
     huge_pages: bool = True
 
     def __post_init__(self) -> None:

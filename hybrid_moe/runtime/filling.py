@@ -61,12 +61,18 @@ def from_tensors(
         TypeError, ValueError: see `check_stacked`.
     """
     check_stacked(projections, shape, fmt, mapping)
+    biases = any(p.bias is not None for p in projections.values())
+    return from_experts(
+        lambda expert: expert_of(projections, int(mapping[expert]), shape, fmt), biases=biases
+    )
+
+
+def from_experts(read: Callable[[int], ExpertTensors], *, biases: bool) -> Fill:
+    """Experts that `read` gives, called on several threads; `biases`: they may have some."""
 
     def fill(layer: Receiver, wanted: npt.NDArray[np.bool_]) -> None:
-        def load(expert: int) -> None:
-            layer.load(expert, expert_of(projections, int(mapping[expert]), shape, fmt))
-
-        layer.allocate(wanted, biases=any(p.bias is not None for p in projections.values()))
-        for_each(np.flatnonzero(wanted).tolist(), load, layer.pool.threads)
+        layer.allocate(wanted, biases=biases)
+        experts = np.flatnonzero(wanted).tolist()
+        for_each(experts, lambda expert: layer.load(expert, read(expert)), layer.pool.threads)
 
     return fill

@@ -14,15 +14,18 @@ from dataclasses import dataclass
 
 import torch
 
+from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.shares import ShareLayout
 from hybrid_moe.formats.table import WeightFormat
-from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
+from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_format
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.gpu_arguments import HotOptions
 from hybrid_moe.runtime.gpu_faults import explained
 from hybrid_moe.streams.interface import Stream
+
+_CONTIGUOUS = torch.contiguous_format
 
 
 class HotHalf:
@@ -34,11 +37,15 @@ class HotHalf:
 
     Attributes:
         experts: the slots; None before `reserve`, and where there are none.
+
+    Raises:
+        NotImplementedError: the back end cannot read the format.
     """
 
     def __init__(
         self, options: HotOptions, shape: LayerShape, fmt: WeightFormat, activation: Activation
     ) -> None:
+        check_format(options.backend, fmt)
         self.options = options
         self._shape, self._fmt, self._activation = shape, fmt, activation
         self._biases: bool | None = None
@@ -83,14 +90,20 @@ class HotHalf:
                     slots,
                     device,
                     self.options.backend,
+                    self.options.fp8_prefill,
                 )
         self._biases = layout.biases
 
     def release(self) -> None:
-        """Free the slots. Graphs that were captured find no expert in them any more."""
+        """Free the slots, when the device is through with them. A graph that was captured finds
+        that no expert has one any more; what it reads to find that, some KB, stays for good, since
+        the end of a graph is not reported."""
         experts, self.experts, self._biases = self.experts, None, None
         if experts is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            with explained(self.layer_idx, self.device):
+                experts.slot_of.fill_(-1)
+                torch.cuda.synchronize(self.device)
+            keeping.for_good(experts.small_tensors)
 
     def check_device(self, hidden: torch.Tensor) -> None:
         """Raise `ValueError` for a batch that is not where the slots are."""
@@ -99,6 +112,11 @@ class HotHalf:
                 f"hidden_states is on {hidden.device}, but this layer's slots are on {self.device} "
                 "(gpu_device)"
             )
+
+    @property
+    def experts_per_token(self) -> int:
+        """k."""
+        return self._shape.num_experts_per_tok
 
     @property
     def layer_idx(self) -> int:
@@ -111,19 +129,23 @@ class HotHalf:
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
+        *,
+        unchanged: bool = False,
     ) -> HotJob:
         """Compute the hot experts' rows. The tensors may change afterwards.
 
         Args:
             stream: in whose order; None on CPU tensors: now.
             hidden: bf16 [T, H]. ids: [T, k]. weights: float [T, k].
+            unchanged: ids and weights stay as they are until the result is there, which saves two
+                copies.
         """
         experts = self.experts
         if experts is None:
             return HotJob(self, stream, hidden, None)
         with entered(stream), explained(self.layer_idx, self.device):
-            ids = ids.clone(memory_format=torch.contiguous_format)
-            weights = weights.to(torch.float32, copy=True).contiguous()
+            ids = ids.contiguous() if unchanged else ids.clone(memory_format=_CONTIGUOUS)
+            weights = weights.to(torch.float32, copy=not unchanged).contiguous()
             rows = experts.rows(hidden.contiguous(), ids)
         return HotJob(self, stream, hidden, HotRows(experts, rows, ids, weights, experts.slot_of))
 
@@ -170,6 +192,8 @@ class HotJob:
         """
         rows = self._rows
         with entered(stream):
+            if cold is not None:  # what a layer without a back end has deferred is rounded already
+                cold = cold.float()
             if rows is None:
                 if cold is not None:
                     return cold.to(torch.bfloat16)

@@ -14,6 +14,7 @@ and nowhere else: a mask that says otherwise is an error at the next submission.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -29,6 +30,9 @@ from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, has_wide_scales
 from hybrid_moe.runtime.gpu_faults import explained
 from hybrid_moe.runtime.hot_half import HotHalf, entered
 from hybrid_moe.streams.interface import Stream
+from hybrid_moe.streams.page_lock import LOCKS, page_lock
+
+logger = logging.getLogger(__name__)
 
 
 class ExpertPlacement:
@@ -63,6 +67,8 @@ class ExpertPlacement:
             self.live = self.live.pin_memory()
         self._staging: list[torch.Tensor] = []
         self._changes: list[PlacementChange] = []
+        self._staged = False
+        """Whether copies go through the driver's pinned buffers."""
         self.moved_bytes = 0
 
     # Loading ------------------------------------------------------------------------------------
@@ -131,6 +137,22 @@ class ExpertPlacement:
             slots.wide.copy_(torch.from_numpy(wide))
             if self._hot.device.type == "cuda":
                 torch.cuda.synchronize(self._hot.device)
+                slots.prepare(self._hot.experts_per_token)
+                locked = [page_lock(arena) for arena in self._layer.arenas]
+                self._staged = not all(locked)
+                logger.info("layer %d: %s", self._layer_idx, LOCKS)
+
+    def unpack(self, expert: int) -> ExpertTensors:
+        """A copy of an expert, hot or cold, bit for bit as it was loaded.
+
+        Raises:
+            IndexError: neither half holds it.
+        """
+        slots, slot = self._hot.experts, int(self._slot[expert])
+        if slots is None or slot < 0:
+            return self._layer.unpack(expert)
+        ranges = [part.numpy() for part in slots.ranges(slots.memory[slot].cpu())]
+        return self._layer.unpack_ranges(expert, ranges)
 
     # Moving -------------------------------------------------------------------------------------
 
@@ -244,6 +266,8 @@ class ExpertPlacement:
                 else:
                     here.copy_(there, non_blocking=True)
                 self.moved_bytes += range_.nbytes
+                if self._staged:
+                    LOCKS.staged += range_.nbytes
 
     def _live_byte(self, expert: int) -> int:
         return self.live.data_ptr() + expert

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,6 +13,7 @@ from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_FAULT, IDS_PAS
 from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.streams.progress import Progress
+from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.call import check_call, is_plain, plain
 from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
@@ -53,7 +56,8 @@ class LayerRunner:
         self._layer, self._shape, self._chain = layer, shape, chain
         self._deferred, self._strict = deferred, strict
         self._has_experts = bool(resident.any())
-        self._mask = HostMask(mask, resident)
+        # with both halves no expert is ever nowhere: it comes to the CPU before its mask is 0
+        self._mask = HostMask(mask, resident if halves is None else np.ones_like(resident))
         self._seen_mask: HostMask | Progress = self._mask  # by the latest run
         self._halves = halves
         self._out_type = torch.bfloat16 if halves is None else torch.float32
@@ -85,8 +89,11 @@ class LayerRunner:
         ids: torch.Tensor,
         weights: torch.Tensor,
         cuda_stream: int | None,
+        *,
+        unchanged: bool = False,
     ) -> None:
-        """See `KTMoEWrapper.submit_forward`."""
+        """See `KTMoEWrapper.submit_forward`. `unchanged`: nobody changes the tensors before `sync`
+        is called."""
         if self._submission is not None:
             raise self._submitted_twice()
         as_it_is = is_plain(hidden, ids, weights, self._shape)
@@ -103,14 +110,19 @@ class LayerRunner:
         fault: Exception | None = None
         try:
             stream = self._stream(hidden, cuda_stream)
-            if stream is not None:
-                job = self._start_on(stream, hidden, ids, weights)
-            else:
-                if not as_it_is:
-                    hidden, ids, weights = plain(hidden, ids, weights)
+            if stream is None and not as_it_is:
+                hidden, ids, weights = plain(hidden, ids, weights)
+
+            def start_hot() -> None:
+                nonlocal hot
+                if halves is not None:
+                    hot = halves[0].start(stream, hidden, ids, weights, unchanged=unchanged)
+
+            if stream is None:
                 job, fault = self._start_all(hidden, ids, weights)
-            if halves is not None:
-                hot = halves[0].start(stream, hidden, ids, weights)
+                start_hot()
+            else:
+                job = self._start_on(stream, hidden, ids, weights, start_hot)
             self._submission = Submission(hidden.shape, hidden.device, job, incoming, fault, hot)
         except BaseException:
             discard(job, self.layer_idx)
@@ -192,6 +204,10 @@ class LayerRunner:
         if self._chain is not None:
             self._chain.reset()
         self.drop()
+
+    def unpack(self, expert: int) -> ExpertTensors:
+        """See `KTMoEWrapper.unpack`."""
+        return (self._layer if self._halves is None else self._halves[1]).unpack(expert)
 
     def close(self) -> None:
         """End what is under way."""
@@ -292,10 +308,16 @@ class LayerRunner:
         return cuda_stream(hidden.device, handle or 0)
 
     def _start_on(
-        self, stream: Stream, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+        self,
+        stream: Stream,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        start_hot: Callable[[], None],
     ) -> StreamJob | StreamZeros:
-        """Queue the experts of a batch, the deferrable ones as a job of their own. Nobody waits
-        here: ids out of range are found by the workers and raised at a later call."""
+        """Queue the experts of a batch, the deferrable ones as a job of their own, and the hot half
+        while the inputs are on their way. Nobody waits here: ids out of range are found by the
+        workers and raised at a later call."""
         self._mask.look()
         if self._mask.nowhere >= 0:  # nobody here knows whether the ids name it
             raise self._faults.not_loaded(self._mask.nowhere)
@@ -309,9 +331,14 @@ class LayerRunner:
 
         def start(ids: torch.Tensor, later: bool) -> StreamJob | StreamZeros:
             if not self._has_experts:
-                self._hot_pairs += ids.numel()  # nobody here knows which are out of range
+                if not later:
+                    start_hot()
+                    self._hot_pairs += ids.numel()  # nobody here knows which are out of range
                 return StreamZeros(hidden, self._out_type)
-            job = self._stager.submit(stream, hidden, ids, weights, ignored_ids=ignored, join=later)
+            beside = None if later else start_hot
+            job = self._stager.submit(
+                stream, hidden, ids, weights, ignored_ids=ignored, join=later, beside=beside
+            )
             self._seen_mask = job.graph_job.progress
             return job
 

@@ -4,6 +4,9 @@ tensors, so all but the kernels is real."""
 from __future__ import annotations
 
 import functools
+import os
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,8 @@ import torch
 
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
-from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, has_wide_scales, token_tile
+from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES
+from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_format, has_wide_scales
 from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.cpu_kernels.cases import ACTIVATION_ERROR, Case
@@ -255,10 +259,44 @@ def test_arguments(arguments: dict[str, Any], error: type[Exception], message: s
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu() -> None:
-    with pytest.raises(RuntimeError, match=r'needs a CUDA device.*gpu_device="cpu"'):
+    with pytest.raises(RuntimeError, match=r"gpu_backend='cute': .*GPU.*gpu_device='cpu'"):
         wrapper(gpu_experts_mask=mask_of(1), gpu_backend="cute")
+    with pytest.raises(RuntimeError, match="gpu_backend='torch' needs a CUDA device"):
+        wrapper(gpu_experts_mask=mask_of(1), gpu_backend="torch", gpu_device="cuda")
     made = wrapper(gpu_experts_mask=mask_of(1), gpu_backend="torch")
     assert made._hot is not None and made._hot.device.type == "cpu"
+
+
+def test_from_a_checkpoint(tmp_path: Path) -> None:
+    """Both halves are filled from the file, in the order of the map."""
+    weights, mapping = Weights.random(seed=4), torch.arange(E).flip(0)
+    path = weights.save(tmp_path)
+    given = Batch.random(6)
+    w = wrapper(
+        gpu_experts_mask=mask_of(0, 6), gpu_backend="torch", gpu_device="cpu", weight_path=path
+    )
+    w.reserve_slots()
+    half = w._hot
+    assert half is not None and half.biases is False, "the checkpoint has none"
+    w.load_weights(mapping)
+    turned = Weights(weights.gate.flip(0), weights.up.flip(0), weights.down.flip(0))
+    assert torch.equal(w.forward(*given.args), hybrid(turned, 0, 6).forward(*given.args))
+
+
+def test_a_forked_child_moves_nothing() -> None:
+    """It has neither the parent's workers nor its panels."""
+    w = hybrid(SIGNATURES, 0, 1, gpu_slots=3)
+    w.forward(*signature_batch(1, 0).args)
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        refused = 0
+        for move, expert in ((w.promote, 5), (w.demote, 0)):
+            try:
+                move(expert)
+            except RuntimeError:
+                refused += 1
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
 
 
 def test_a_thousand_moves_take_no_memory() -> None:
@@ -335,6 +373,20 @@ def test_slots_that_are_reserved() -> None:
         WEIGHTS.load(made)
 
 
+def test_kernels_that_a_layer_may_launch() -> None:
+    """All of them are named, so that they can be compiled before a graph is captured; a format
+    without kernels is refused by name."""
+    half = hybrid(SIGNATURES, 0, 1)._hot
+    assert half is not None and half.experts is not None
+    found = half.experts.kernels(K, pdl=False)
+    assert len(found) == len(set(found))
+    counts = Counter(definition.name for definition in found)
+    assert counts["gate_up"] == counts["down"] == len(TOKEN_TILES) and counts["combine"] == 4
+    assert counts["pack_few"] == 2 * len(TOKEN_TILES) and counts["pack_scatter"] > 0
+    with pytest.raises(NotImplementedError, match="INT8 has no GPU kernels yet"):
+        check_format("cute", FORMATS["INT8"])
+
+
 def test_wide_scales() -> None:
     """Found per expert, and brought along when it moves."""
     case = Case.random(MXFP4, 64, 96, E=2)
@@ -351,7 +403,3 @@ def test_wide_scales() -> None:
     w.demote(0)
     w.promote(3)
     assert [int(slots.wide[slot]) for slot in slots.slot_of[[3, 5]]] == [1, 0]
-
-
-def test_tile() -> None:
-    assert [token_tile(pairs, 32) for pairs in (1, 230, 231, 461, 10_000)] == [8, 8, 16, 32, 64]

@@ -14,28 +14,41 @@ from hybrid_moe.formats.strips import packed_nbytes
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec, expert_tensors
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
+from hybrid_moe.integrations.transformers.split_experts import LayerSplit, SplitExperts
 from hybrid_moe.parallel import for_each
-from hybrid_moe.runtime import torch_op
+from hybrid_moe.runtime import filling, torch_op
 
 
 class HybridExperts(torch.nn.Module):
-    """Experts of one layer, packed for the CPU. It has no parameters.
+    """Experts of one layer, packed for the CPU, or some of them for a GPU. It has no parameters.
 
     Takes the same call as the module that it replaces, and runs whatever `experts_implementation`
-    says. Until `pack` has been given a filled layer, `forward` raises.
+    says. Until its experts are loaded, `forward` raises.
+
+    Attributes:
+        spec: sizes and arithmetic.
+        layer: the experts; None before they are loaded.
+        fmt: their format, likewise.
     """
 
     def __init__(self, spec: ExpertsSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.layer: ExpertLayer | None = None
+        self.layer: ExpertLayer | SplitExperts | None = None
         self.fmt: WeightFormat | None = None
         self._handle = torch_op.Handle(self, _run)
 
     def allocate(self, options: ExpertsOptions) -> ExpertLayer:
         """An `ExpertLayer` for this module's sizes with room for every expert, kept here."""
-        self.layer, self.fmt = new_layer(self.spec, options), options.fmt
-        return self.layer
+        layer = new_layer(self.spec, options)
+        self.layer, self.fmt = layer, options.fmt
+        return layer
+
+    def allocate_split(self, options: ExpertsOptions, split: LayerSplit) -> SplitExperts:
+        """Experts of this module's sizes, in two halves that are still empty, kept here."""
+        layer = SplitExperts(self.spec, options, split)
+        self.layer, self.fmt = layer, options.fmt
+        return layer
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -56,7 +69,10 @@ class HybridExperts(torch.nn.Module):
 
     def extra_repr(self) -> str:
         s, fmt = self.spec, self.fmt.name if self.fmt else "not loaded"
-        return f"{s.num_experts} experts, hidden={s.hidden}, intermediate={s.intermediate}, {fmt}"
+        text = f"{s.num_experts} experts, hidden={s.hidden}, intermediate={s.intermediate}, {fmt}"
+        if isinstance(self.layer, SplitExperts):
+            text += f", {self.layer.wrapper.num_gpu_experts} of them on {self.layer.device}"
+        return text
 
 
 def _run(
@@ -100,8 +116,25 @@ def fill(layer: ExpertLayer, module: torch.nn.Module, spec: ExpertsSpec, fmt: We
     for_each(range(spec.num_experts), load, min(8, usable_cores()))
 
 
+def pack_module(
+    module: torch.nn.Module, spec: ExpertsSpec, options: ExpertsOptions, split: LayerSplit | None
+) -> HybridExperts:
+    """The experts of `module`, packed; as `split` tells, if it does."""
+    experts = HybridExperts(spec)
+    if split is None:
+        fill(experts.allocate(options), module, spec, options.fmt)
+    else:
+        experts.allocate_split(options, split).load(
+            filling.from_experts(
+                lambda expert: expert_tensors(module, spec, expert, options.fmt),
+                biases=spec.biased,
+            )
+        )
+    return experts
+
+
 def run_layer(
-    layer: ExpertLayer,
+    layer: ExpertLayer | SplitExperts,
     spec: ExpertsSpec,
     hidden: torch.Tensor,
     ids: torch.Tensor,
@@ -109,8 +142,9 @@ def run_layer(
 ) -> torch.Tensor:
     """The routed experts' sum for hidden [..., H], ids and weights [S, k], in hidden's dtype.
 
-    Activations are BF16: other dtypes are rounded to it. Tensors of other devices are copied to
-    the CPU and back. Ids outside 0..E-1 contribute zero: expert parallel runs send them.
+    Activations are BF16: other dtypes are rounded to it. Tensors of another device than the
+    layer's are copied there and back. Ids outside 0..E-1 contribute zero: expert parallel runs
+    send them.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -132,9 +166,14 @@ def run_layer(
 
 
 def _compute(
-    hidden: torch.Tensor, layer: ExpertLayer, ids: torch.Tensor, weights: torch.Tensor
+    hidden: torch.Tensor,
+    layer: ExpertLayer | SplitExperts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
 ) -> torch.Tensor:
     """What is plain already (CPU, BF16, contiguous) is read where it is."""
+    if isinstance(layer, SplitExperts):
+        return layer.compute(hidden, ids, weights)
     x = _plain(hidden, torch.bfloat16)
     ids, weights = _plain(ids, torch.int64), _plain(weights, torch.float32)
     out = torch.empty_like(x)
@@ -161,7 +200,7 @@ class _InferenceOnly(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
-        layer: ExpertLayer,
+        layer: ExpertLayer | SplitExperts,
         ids: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:

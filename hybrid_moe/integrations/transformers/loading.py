@@ -29,7 +29,9 @@ from hybrid_moe.integrations.transformers.experts_module import (
 from hybrid_moe.integrations.transformers.guard import LOADS_EXPERTS
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
+from hybrid_moe.integrations.transformers.split_experts import LayerSplit
 from hybrid_moe.loaders import Checkpoint, LayerSource, load_layer
+from hybrid_moe.runtime import filling
 
 logger = logging.getLogger(__name__)
 
@@ -103,15 +105,27 @@ def experts_source(
     return source
 
 
-def load_experts(source: LayerSource, module: HybridExperts, options: ExpertsOptions) -> None:
+def load_experts(
+    source: LayerSource,
+    module: HybridExperts,
+    options: ExpertsOptions,
+    split: LayerSplit | None = None,
+) -> None:
     """Fill an empty experts module from the checkpoint.
+
+    Args:
+        split: which of them go to a GPU's slots; None for none.
 
     Raises:
         CheckpointError: an expert is damaged.
-        ValueError: the stored weights do not become `options.method`.
+        ValueError: the stored weights do not become `options.method`; see `SplitExperts`.
     """
     source.check_format(options.fmt)
     E = module.spec.num_experts
+    if split is not None:
+        fill = filling.from_checkpoint(source, options.fmt, torch.arange(E))
+        module.allocate_split(options, split).load(fill)
+        return
     load_layer(
         source,
         mapping=np.arange(E, dtype=np.int64),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from hybrid_moe.formats.table import FORMATS, WeightFormat, format_named
+from hybrid_moe.logs import warn_once
 
 if TYPE_CHECKING:
     from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -16,6 +17,39 @@ ATTRIBUTE = "hybrid_moe_options"
 
 DENSE_TORCH = "torch"
 """The choice of `dense` that leaves the linear layers beside the experts to torch."""
+
+
+BACKENDS = ("cute", "torch")
+"""What computes hot experts: CuTe kernels, or their references in torch on any device."""
+
+
+def choose_backend(gpu_backend: str | None, on_gpu: bool | None) -> str:
+    """What computes hot experts, of `BACKENDS`.
+
+    Args:
+        gpu_backend: what the user wants; None for CuTe where it can be used, else torch, which is
+            logged once with the reason.
+        on_gpu: whether the model is on a GPU; None where it can go there.
+
+    Raises:
+        ValueError: an unknown back end, or CuTe where it cannot be used; the message says why.
+    """
+    if gpu_backend is not None and gpu_backend not in BACKENDS:
+        raise ValueError(f"gpu_backend is {gpu_backend!r}: choices are {', '.join(BACKENDS)}")
+    if gpu_backend == "torch":
+        return gpu_backend
+    obstacle = "the model is on the CPU"
+    if on_gpu is not False:
+        from hybrid_moe.gpu_kernels.toolchain import availability
+
+        found = availability()
+        if found.usable:
+            return "cute"
+        obstacle = found.reason
+    if gpu_backend is not None:
+        raise ValueError(f'gpu_backend="cute" cannot be used here: {obstacle}')
+    warn_once(f"hot experts are computed by torch, which is slow: {obstacle}")
+    return "torch"
 
 
 def dense_format(dense: str) -> WeightFormat | None:

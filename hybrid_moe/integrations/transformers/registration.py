@@ -81,6 +81,10 @@ def offload(
     pools: int | None = None,
     *,
     dense: str = "bf16",
+    gpu_experts: Any = None,
+    gpu_backend: str | None = None,
+    gpu_activation: str | None = None,
+    router: str | None = None,
     progress: bool = True,
 ) -> Model:
     """Move the routed experts and the linear layers of a loaded model into packed strips.
@@ -97,34 +101,50 @@ def offload(
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"), or "torch" to leave them
-            as they are.
+            as they are, which they also are on a GPU that gets experts.
+        gpu_experts: experts that are packed into slots of the device where their layer is, and
+            computed there, while the CPU computes the others: a share of all experts (0.25 or
+            "25%"), GPU memory ("24GB": as many as it holds), bool masks [layers, experts] as of
+            `generate_gpu_experts_masks`, a mapping of layers to expert ids, or the path of a
+            placement profile. None for none.
+        gpu_backend: what computes them: "cute", or "torch", which needs no GPU. None for "cute"
+            where it can be used, else "torch" (logged once, with the reason).
+        gpu_activation: "fp8" for a W8A8 prefill of these experts, see `KTMoEWrapper`; else None.
+        router: "cute" lets routers choose experts by one kernel of ours on a GPU, and by its
+            reference on a CPU; the same experts but where values tie, see `gpu_kernels.gating`.
+            None for the model's own.
         progress: show a progress bar on stderr.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: unknown method, impossible threads, no experts or such as Transformers does not
-            dispatch, experts on meta.
+        ValueError, TypeError: unknown method, impossible threads, no experts or such as
+            Transformers does not dispatch, experts on meta; GPU experts that the model does not
+            have, a back end that cannot be used here; another `router`.
+        FileNotFoundError: there is no such profile.
         NotImplementedError: an experts module computes something that this package does not;
-            adapters (LoRA) on the experts, which would be lost: merge them first. Nothing has been
-            moved then.
+            adapters (LoRA) on the experts, which would be lost: merge them first; `router="cute"`
+            and a router that is not known. Nothing has been moved then.
     """
     from hybrid_moe.integrations.transformers.experts_module import (
         experts_spec,
         find_experts,
         refuse_adapters,
     )
-    from hybrid_moe.integrations.transformers.hybrid_experts import (
-        HybridExperts,
-        experts_nbytes,
-        fill,
-    )
+    from hybrid_moe.integrations.transformers.hybrid_experts import experts_nbytes, pack_module
     from hybrid_moe.integrations.transformers.loading import replace_module
+    from hybrid_moe.integrations.transformers.model_split import split_of_model
     from hybrid_moe.integrations.transformers.packing_bar import PackingBar
+    from hybrid_moe.integrations.transformers.step.router_gating import (
+        check_router,
+        gate_routers,
+        plan_routers,
+    )
 
     dense_fmt = dense_format(dense)
     options = _checked(method, threads, pools)
+    check_router(router)
     found = find_experts(model)
     refuse_adapters(model, found)
     specs = {name: experts_spec(module, name) for name, module in found.items()}
@@ -133,11 +153,16 @@ def offload(
             raise ValueError(
                 f"{specs[name].where} is on the meta device: it has no weights to move"
             )
+    routers = plan_routers(model, found) if router else {}
+    splits = split_of_model(
+        model, found, specs, options.fmt, gpu_experts, gpu_backend, gpu_activation
+    )
+    if any(split.device.type != "cpu" for split in splits.values()):
+        dense_fmt = None  # linear layers stay on the GPU, which has room for experts even
     with PackingBar("Packing weights", progress) as bar:
         bar.expect(sum(experts_nbytes(spec, options.fmt) for spec in specs.values()))
         for name, spec in specs.items():
-            experts = HybridExperts(spec)
-            fill(experts.allocate(options), found.pop(name), spec, options.fmt)
+            experts = pack_module(found.pop(name), spec, options, splits.get(name))
             replace_module(model, name, experts)
             bar.add(experts_nbytes(spec, options.fmt))
         if dense_fmt is not None:
@@ -147,6 +172,7 @@ def offload(
             )
 
             offload_dense(model, specs, DenseOptions(dense_fmt, options.pool_config()), bar)
+    gate_routers(routers)
     register()
     select = getattr(model, "set_experts_implementation", None)
     if select is not None:
@@ -163,6 +189,10 @@ def from_pretrained(
     pools: int | None = None,
     *,
     dense: str = "bf16",
+    gpu_experts: Any = None,
+    gpu_backend: str | None = None,
+    gpu_activation: str | None = None,
+    router: str | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Any:
@@ -182,17 +212,22 @@ def from_pretrained(
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"; F16 and F32 are rounded and
             FP8 is dequantised on the way), or "torch" to leave them to Transformers, as where they
             are on another device than the CPU or are quantised by it.
+        gpu_experts, gpu_backend, gpu_activation: experts that are packed for a GPU, see
+            `offload`. With "cute" the whole model is loaded onto the GPU, unless `device_map` says
+            otherwise.
+        router: see `offload`.
         progress: show a progress bar on stderr.
         **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...; `variant`
             and `subfolder` choose the files of experts too).
 
     Raises:
-        FileNotFoundError: no such directory.
+        FileNotFoundError: no such directory, or no such profile.
         CheckpointError: the checkpoint is damaged or does not fit the model; names the tensor. Or
             a token takes more experts than there are.
-        ValueError: unknown method, a layer whose stored weights do not become it, impossible
-            threads, no experts.
-        NotImplementedError: an experts module computes something that this package does not.
+        ValueError, TypeError: unknown method, a layer whose stored weights do not become it,
+            impossible threads, no experts; GPU experts, a back end or a router as for `offload`.
+        NotImplementedError: an experts module computes something that this package does not, or
+            with `router="cute"` a router does.
     """
     from hybrid_moe.integrations.transformers.checkpoint_files import (
         open_checkpoint,
@@ -205,10 +240,20 @@ def from_pretrained(
         load_experts,
         load_skeleton,
     )
+    from hybrid_moe.integrations.transformers.model_split import (
+        split_of_checkpoint,
+        surrounding_device,
+    )
     from hybrid_moe.integrations.transformers.packing_bar import PackingBar
+    from hybrid_moe.integrations.transformers.step.router_gating import (
+        check_router,
+        gate_routers,
+        plan_routers,
+    )
     from hybrid_moe.loaders.model_config import ModelConfig
 
     dense_fmt = dense_format(dense)
+    check_router(router)
     path = check_directory(take_subfolder(directory, kwargs))
     if "experts_implementation" in kwargs:
         raise ValueError(
@@ -226,6 +271,9 @@ def from_pretrained(
     for source in stored.values():  # all of them before anything is loaded
         source.check_format(chosen or source.format)
     options = _checked((chosen or BF16).name, threads, pools)
+    split = split_of_checkpoint(
+        stored, given or checkpoint.model, chosen, gpu_experts, gpu_backend, kwargs, gpu_activation
+    )
     register()
     try:
         layers = None
@@ -235,15 +283,18 @@ def from_pretrained(
             )
         model = load_skeleton(checkpoint, kwargs, layers)
         experts = {n: m for n, m in model.named_modules() if isinstance(m, HybridExperts)}
+        gate_routers(plan_routers(model, experts) if router else {})
         sources = [experts_source(stored, checkpoint, n, m.spec) for n, m in experts.items()]
         with PackingBar("Loading weights", progress) as bar:
             for source, module in zip(sources, experts.values(), strict=True):
                 bar.expect(experts_nbytes(module.spec, chosen or source.format))
             if layers is not None:
                 layers.load(model, {n: m.spec for n, m in experts.items()}, bar)
-            for source, module in zip(sources, experts.values(), strict=True):
-                fmt = chosen or source.format
-                load_experts(source, module, replace(options, method=fmt.name))
+            for source, (name, module) in zip(sources, experts.items(), strict=True):
+                fmt, of_layer = chosen or source.format, None
+                if split is not None:
+                    of_layer = split.of_layer(source.layer, surrounding_device(model, name))
+                load_experts(source, module, replace(options, method=fmt.name), of_layer)
                 bar.add(experts_nbytes(module.spec, fmt))
         _save_from_strips(model)
         chosen_by_user = kwargs.get("attn_implementation") is not None

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hybrid_moe import binary_cache as cache
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.dsl.emit import I32, Emit, Val, build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
-from hybrid_moe import binary_cache as cache
 from hybrid_moe.cpu_kernels.jit import compile, sources
 from hybrid_moe.cpu_kernels.jit.compile import Target, compile_functions, emit_object
 from hybrid_moe.cpu_kernels.kernels import library

@@ -22,6 +22,7 @@ def test_report_of_this_machine() -> None:
     assert 1 <= report.cores.available <= len(report.cores.cpuset)
     assert 0 < report.memory.available <= report.memory.total
     assert report.versions["python"] and report.versions["LLVM"] and report.versions["numpy"]
+    assert report.gpu.reason
     assert json.loads(json.dumps(report.to_dict()))["processor"] == report.processor
 
 

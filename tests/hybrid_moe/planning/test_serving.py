@@ -185,6 +185,8 @@ def test_serve_prints_the_command(fake: Fake) -> None:
         (("--base", "x"), "--base is for SGLang"),
         (("--ram", "4GB"), "memory is too small by"),
         (("--gpu-experts", "2"), "experts on the GPU need a GPU"),
+        (("--gpu-experts", "101%"), "gpu_experts is '101%'"),
+        (("--gpu-experts", "25%", "--gpu", "24GB", *MACHINE), "it is a number of experts of each"),
         (("--gpu-backend", "cute"), "--gpu-backend is for experts on a GPU"),
         (("--gpu", "16GB", "--gpu-backend", "cuda"), "--gpu-backend cuda: choose cute ("),
     ],

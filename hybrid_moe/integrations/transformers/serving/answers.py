@@ -108,7 +108,7 @@ class Answerer:
         config = copy.copy(config)
         config.return_dict_in_generate = True  # with the cache
         config.cache_implementation = None
-        ids = torch.tensor([list(prompt)])
+        ids = torch.tensor([list(prompt)], device=self.model.device)
         kept = {} if cache is None else {"past_key_values": cache}
         del cache
         with torch.inference_mode(), _interruptible(self.model, cancelled):
@@ -173,7 +173,8 @@ class _Watch:
             _record(self._cache)
         if self._on_token is not None and self._on_token(int(input_ids[0, -1])):
             self.stopped = True
-        return torch.tensor([self.stopped or self._cancelled.is_set()])
+        ended = self.stopped or self._cancelled.is_set()
+        return torch.tensor([ended], device=input_ids.device)
 
 
 def _is_end(token: int, config: Any) -> bool:

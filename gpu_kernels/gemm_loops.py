@@ -1,0 +1,339 @@
+"""The two ways of a warp through K, with the same products and the same order of additions.
+
+`SplitK` is for few tokens, `Staged` for many; `strip_gemm` says how the warps of a block share the
+work. Both are given the addresses of the lane's first codes and scales, and both keep the sum of a
+range apart from what was summed before, so that a token has the same bits in both.
+"""
+
+from typing import Any
+
+from hybrid_moe.formats.strips import GROUP, strip_layout
+from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.gpu_kernels.gemm_config import ROW_TILES, STAGE_GROUPS, GemmConfig
+from hybrid_moe.gpu_kernels.lane_memory import at_address, divide, load_words, registers
+from hybrid_moe.gpu_kernels.weight_codes import WEIGHT_CODES
+
+CHUNKS = 8
+"""16-byte pieces of a token in a stage."""
+GROUP_BYTES = 2 * GROUP
+"""Of a token's activations."""
+
+
+class GroupProducts:
+    """What both ways do with a group: load weights, multiply.
+
+    Attributes:
+        layout: of the strips.
+        codes: the format's object.
+    """
+
+    def __init__(self, config: GemmConfig) -> None:
+        self.config = config
+        self.layout = strip_layout(FORMATS[config.format], GROUP)
+        self.codes = WEIGHT_CODES[config.format](self.layout)
+
+    def bound(self, r: Any, groups: Any) -> Any:
+        """First group of range r, as `range_bounds` has it."""
+        stages = divide(groups + 1, STAGE_GROUPS)
+        first = STAGE_GROUPS * divide(r * stages, self.config.ranges)
+        return first + ((groups - first) >> 31)  # the last one is one too many if groups are odd
+
+    def load_weights(self, words: Any, codes_at: Any, scales_at: Any, group: Any) -> None:
+        """words, uint32 [registers, half] = the lane's share of a group."""
+        from cutlass import Int64
+
+        offset = Int64(group) * Int64(self.layout.group_bytes)
+        for half in range(self.config.halves):
+            self.codes.load(words[None, half], codes_at + offset, scales_at + offset, half)
+
+    def multiply(self, words: Any, column: Any, sums: Any, folded: bool) -> None:
+        """sums += a group's products.
+
+        Args:
+            words: uint32 [registers, half].
+            column: n -> the lane's B fragments of both k-steps, uint32 [4], of column n.
+            sums: float32 [4, row tile, column, half].
+            folded: scales are in the A fragments.
+        """
+        from cutlass import Float32, Uint32
+
+        a = registers((4, 2, ROW_TILES), Uint32)
+        for half in range(self.config.halves):
+            share = [words[i, half] for i in range(self.codes.registers)]
+            for tile in range(ROW_TILES):
+                for k in range(2):
+                    fragment = self.codes.fragment(share, tile, k, folded)
+                    for i in range(4):
+                        a[i, k, tile] = fragment[i]
+            for n in range(self.config.columns):
+                b = column(n)
+                if folded:
+                    for k in range(2):
+                        for tile in range(ROW_TILES):
+                            _mma(sums[None, tile, n, half], a[None, k, tile], b, k)
+                    continue
+                for tile in range(ROW_TILES):
+                    products = registers((4,), Float32)
+                    products.fill(0.0)
+                    for k in range(2):
+                        _mma(products, a[None, k, tile], b, k)
+                    total = self.codes.end_group(
+                        share,
+                        tile,
+                        [products[i] for i in range(4)],
+                        [sums[i, tile, n, half] for i in range(4)],
+                    )
+                    for i in range(4):
+                        sums[i, tile, n, half] = total[i]
+
+
+def _mma(c: Any, a: Any, b: Any, k: int) -> None:
+    """c, float32 [4], += a, uint32 [4], times the fragment of k-step k in b, uint32 [4]."""
+    import cutlass.cute as cute
+    from cutlass import BFloat16, Float32
+    from cutlass.cute.nvgpu import warp
+
+    atom = cute.make_mma_atom(warp.MmaF16BF16Op(BFloat16, Float32, (16, 8, 16)))
+    d = cute.make_tensor(c.iterator, cute.make_layout((4, 1, 1)))
+    left = cute.recast_ptr(a.iterator, dtype=BFloat16)
+    right = cute.recast_ptr(b.iterator + 2 * k, dtype=BFloat16)
+    cute.gemm(
+        atom,
+        d,
+        cute.make_tensor(left, cute.make_layout((8, 1))),
+        cute.make_tensor(right, cute.make_layout((4, 1))),
+        d,
+    )
+
+
+def split_k(config: GemmConfig) -> Any:
+    """A warp with some of the K ranges, and its own loads of activations.
+
+    Registers hold `depth` groups of weights and activations. The place of a group is filled again
+    as soon as it has been multiplied, so that many loads are always on their way.
+    """
+    import cutlass
+    import cutlass.cute as cute
+    from cutlass import Float32, Int32, Int64, Uint32
+
+    products = GroupProducts(config)
+    depth, columns, halves = config.depth, config.columns, config.halves
+    alone = config.ranges <= config.k_warps  # no warp has more than one range
+
+    class SplitK:
+        codes = products.codes
+        layout = products.layout
+        bound = products.bound
+
+        def registers(self) -> tuple[Any, Any]:
+            """Places of weights and of activations."""
+            return (
+                registers((products.codes.registers, halves, depth), Uint32),
+                registers((4, columns, depth), Uint32),
+            )
+
+        def load_tokens(self, b: Any, tokens: Any, group: Any) -> None:
+            for n in range(columns):
+                load_words(b[None, n], tokens[n] + Int64(group) * Int64(GROUP_BYTES))
+
+        @cute.jit
+        def start_weights(
+            self, words: cute.Tensor, codes_at: Int64, scales_at: Int64, begin: Int32, end: Int32
+        ) -> None:
+            for d in cutlass.range_constexpr(depth):
+                if begin + d < end:
+                    products.load_weights(words[None, None, d], codes_at, scales_at, begin + d)
+
+        @cute.jit
+        def start_tokens(
+            self, b: cute.Tensor, tokens: cute.Tensor, begin: Int32, end: Int32
+        ) -> None:
+            for d in cutlass.range_constexpr(depth):
+                if begin + d < end:
+                    self.load_tokens(b[None, None, d], tokens, begin + d)
+
+        @cute.jit
+        def run(
+            self,
+            folded: cutlass.Constexpr,
+            words: cute.Tensor,
+            b: cute.Tensor,
+            codes_at: Int64,
+            scales_at: Int64,
+            tokens: cute.Tensor,
+            partial: cute.Tensor,
+            first: Int32,
+            begin: Int32,
+            end: Int32,
+            groups: Int32,
+        ) -> None:
+            """Sum up the groups begin .. end - 1, ranges from `first` on.
+
+            Args:
+                words, b: hold the first groups already.
+                tokens: the lane's addresses of activations, one for each column.
+                partial: float32 [4, fragment, range], for the ranges' sums.
+            """
+            sums = registers((4, ROW_TILES, columns, halves), Float32)
+            sums.fill(0.0)
+            r = first
+            boundary = products.bound(first + 1, groups)
+            for g in cutlass.range(begin, end, depth, unroll=1):
+                for d in cutlass.range_constexpr(depth):
+                    if g + d < end:
+                        place = words[None, None, d]
+                        products.multiply(place, lambda n, d=d: b[None, n, d], sums, folded)
+                        if g + (d + depth) < end:
+                            products.load_weights(place, codes_at, scales_at, g + (d + depth))
+                            self.load_tokens(b[None, None, d], tokens, g + (d + depth))
+                        if cutlass.const_expr(not alone):  # noqa: SIM102 (one of two stages)
+                            if g + (d + 1) == boundary:
+                                self.keep(sums, partial, r)
+                                r += 1
+                                boundary = products.bound(r + 1, groups)
+            if cutlass.const_expr(alone):
+                self.keep(sums, partial, r)
+
+        def keep(self, sums: Any, partial: Any, r: Any) -> None:
+            """A range is complete: its sums go to shared memory, and the next one starts at 0."""
+            for half in range(halves):
+                for tile in range(ROW_TILES):
+                    for n in range(columns):
+                        fragment = (half * ROW_TILES + tile) * columns + n
+                        cute.autovec_copy(sums[None, tile, n, half], partial[None, fragment, r])
+            sums.fill(0.0)
+
+    return SplitK()
+
+
+def staged(config: GemmConfig) -> Any:
+    """A warp with one half of a strip and all of K; all warps of a block copy the activations of a
+    stage into shared memory, some stages ahead, and read them from there.
+
+    x is bf16 [8, chunk, token, stage]. Chunks of odd tokens change places by 4: eight lanes that
+    read 16 bytes at a time, four chunks of two tokens, then meet every bank once, and so do eight
+    lanes that write the chunks of one token.
+    """
+    import cutlass
+    import cutlass.cute as cute
+    from cutlass import BFloat16, Float32, Int32, Int64, Uint32
+    from cutlass.cute.nvgpu import cpasync
+
+    products = GroupProducts(config)
+    columns = config.columns
+    rows_apart = config.threads // CHUNKS
+    """Tokens between those that a thread copies."""
+
+    class Staged:
+        codes = products.codes
+        layout = products.layout
+
+        copied = config.tile // rows_apart
+        """Tokens of which a thread copies a chunk."""
+
+        def registers(self) -> Any:
+            """Places of a stage's weights."""
+            return registers((products.codes.registers, 1, STAGE_GROUPS), Uint32)
+
+        def chunk(self, i: int) -> tuple[Any, Any]:
+            """The i-th (token of a tile, chunk) that this thread copies."""
+            tid = cute.arch.thread_idx()[0]
+            return (tid >> 3) + i * rows_apart, tid & (CHUNKS - 1)
+
+        @cute.jit
+        def copy(
+            self, sources: cute.Tensor, x: cute.Tensor, stage: Int32, place: Int32, groups: Int32
+        ) -> None:
+            atom = cute.make_copy_atom(
+                cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL),
+                BFloat16,
+                num_bits_per_copy=128,
+            )
+            if stage * STAGE_GROUPS + (self.chunk(0)[1] >> 2) < groups:
+                offset = Int64(stage) * Int64(STAGE_GROUPS * GROUP_BYTES)
+                for i in cutlass.range_constexpr(self.copied):
+                    token, chunk = self.chunk(i)
+                    to = x[None, chunk ^ ((token & 1) * 4), token, place]
+                    cute.copy(atom, at_address(BFloat16, sources[i] + offset, 8, 16), to)
+
+        @cute.jit
+        def start(
+            self,
+            words: cute.Tensor,
+            codes_at: Int64,
+            scales_at: Int64,
+            sources: cute.Tensor,
+            x: cute.Tensor,
+            groups: Int32,
+        ) -> None:
+            """Start loading the first weights and stages.
+
+            `sources` are the addresses from which this thread copies activations."""
+            for d in cutlass.range_constexpr(STAGE_GROUPS):
+                if d < groups:
+                    products.load_weights(words[None, None, d], codes_at, scales_at, Int32(d))
+            for s in cutlass.range_constexpr(config.stages - 1):
+                if s * STAGE_GROUPS < groups:
+                    self.copy(sources, x, Int32(s), Int32(s), groups)
+                cute.arch.cp_async_commit_group()
+
+        @cute.jit
+        def run(
+            self,
+            folded: cutlass.Constexpr,
+            words: cute.Tensor,
+            codes_at: Int64,
+            scales_at: Int64,
+            sources: cute.Tensor,
+            x: cute.Tensor,
+            totals: cute.Tensor,
+            groups: Int32,
+        ) -> None:
+            """totals, float32 [4, row tile, column] = the sums over all K, range by range."""
+            lane = cute.arch.thread_idx()[0] & 31
+            t, q = lane >> 2, lane & 3
+            sums = registers((4, ROW_TILES, columns, 1), Float32)
+            b = registers((4,), Uint32)
+            sums.fill(0.0)
+            totals.fill(0.0)
+            r = Int32(1)
+            boundary = products.bound(r, groups)
+            for first in cutlass.range(0, groups, STAGE_GROUPS, unroll=1):
+                cute.arch.cp_async_wait_group(config.stages - 2)
+                cute.arch.sync_threads()
+                stage = divide(first, STAGE_GROUPS)
+                later = stage + (config.stages - 1)
+                if later * STAGE_GROUPS < groups:
+                    self.copy(sources, x, later, later & (config.stages - 1), groups)
+                cute.arch.cp_async_commit_group()
+                place = stage & (config.stages - 1)
+                for d in cutlass.range_constexpr(STAGE_GROUPS):
+                    if first + d < groups:
+
+                        def column(n: int, d: int = d, place: Any = place) -> Any:
+                            chunk = (4 * d + q) ^ ((t & 1) * 4)
+                            whole = cute.recast_ptr(b.iterator, dtype=BFloat16)
+                            cute.autovec_copy(
+                                x[None, chunk, 8 * n + t, place],
+                                cute.make_tensor(whole, cute.make_layout(8)),
+                            )
+                            return b
+
+                        place_of_weights = words[None, None, d]
+                        products.multiply(place_of_weights, column, sums, folded)
+                        if first + (d + STAGE_GROUPS) < groups:
+                            products.load_weights(
+                                place_of_weights, codes_at, scales_at, first + (d + STAGE_GROUPS)
+                            )
+                if (first + STAGE_GROUPS == boundary) | (first + STAGE_GROUPS > groups):
+                    self.keep(sums, totals)
+                    r += 1
+                    boundary = products.bound(r, groups)
+
+        def keep(self, sums: Any, totals: Any) -> None:
+            """A range is complete: add its sums to the totals, and start the next one at 0."""
+            for i in range(4 * ROW_TILES * columns):
+                totals[i] = totals[i] + sums[i]
+            sums.fill(0.0)
+
+    return Staged()
