@@ -252,7 +252,7 @@ def gemm_candidates(kernel: str, problem: Problem, card: Card) -> Iterator[Candi
                 **packed._asdict(),
                 "activations": packed.xp if first else h,
             }
-            grid = (-(-table.shape[0] // config.strips), packed.tile_slot.shape[0])
+            grid = config.grid(table.shape[0], packed.tile_slot.shape[0])
             return [Launch(definition, tuple(values[a.name] for a in definition.arguments), grid)]
 
         yield Candidate(repr(config), launches)

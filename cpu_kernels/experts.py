@@ -244,6 +244,7 @@ class PackedExperts:
 
     def ranges_of(self, expert: int) -> Ranges:
         """Of each pool, the bytes of an expert that has a place: uint8 [nbytes], in the arenas."""
+        self._check_process()
         if not self.has_place(expert):
             raise IndexError(f"expert {expert} has no memory in this layer")
         return self._ranges(int(self._place[expert]), self._arenas)
@@ -261,6 +262,7 @@ class PackedExperts:
             RuntimeError: no place is free.
         """
         self._check_open()
+        self._check_process()
         if not self._free_places:
             raise RuntimeError("no place of this layer is free")
         self._place[expert] = self._free_places.pop()
@@ -279,6 +281,7 @@ class PackedExperts:
             before anything is copied into it.
         """
         self._check_open()
+        self._check_process()
         self._free_places.append(int(self._place[expert]))
         self._place[expert] = -1
         # the entries stay: a job that should not read them finds other weights, but finds memory

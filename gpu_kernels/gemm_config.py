@@ -145,7 +145,7 @@ def gemm_config(format: str, K: int, tile: int, *, biases: bool, pdl: bool = Fal
     bandwidth times latency: 5 KB (RTX 4090) to 18 KB (H100, 3.35 TB/s * 0.7 us / 132). A warp has
     `depth` groups on their way, a group being 1088 bytes (MXFP4) or 4096 (BF16). One token of
     Qwen3-30B has 8 experts * 24 gate/up strips * 4 ranges: 5.8 warps an SM of an H100, which with 4
-    groups each are 25 KB; its down projection, 32 strips * 2 ranges, 3.9 warps, so 8 groups: 33 KB.
+    groups each are 25 KB; its down projection, 32 strips * 2 ranges, 3.9 warps, so 6 groups: 25 KB.
     A warp has one range if a block of up to 8 warps can hold them all, else as few as can be equal.
 
     Prefill (32 and 64) computes. A block of 8 warps has 4 strips, 256 rows: for each group it reads
@@ -159,5 +159,5 @@ def gemm_config(format: str, K: int, tile: int, *, biases: bool, pdl: bool = Fal
         return GemmConfig(format, tile, ranges, 4, 0, 4, STAGE_GROUPS, biases, pdl)
     k_warps = -(-ranges // -(-ranges // 8))
     strips = max(1, 4 // k_warps)
-    depth = 2 if format == "BF16" else 4 if ranges > 2 else 8
+    depth = 2 if format == "BF16" else 4 if ranges > 2 else 6
     return GemmConfig(format, tile, ranges, strips, k_warps, 0, depth, biases, pdl)

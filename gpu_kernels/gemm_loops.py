@@ -326,10 +326,14 @@ def staged(config: GemmConfig) -> Any:
                                 place_of_weights, codes_at, scales_at, first + (d + STAGE_GROUPS)
                             )
                 if (first + STAGE_GROUPS == boundary) | (first + STAGE_GROUPS > groups):
-                    for i in cutlass.range_constexpr(4 * ROW_TILES * columns):
-                        totals[i] = totals[i] + sums[i]
-                    sums.fill(0.0)
+                    self.keep(sums, totals)
                     r += 1
                     boundary = products.bound(r, groups)
+
+        def keep(self, sums: Any, totals: Any) -> None:
+            """A range is complete: add its sums to the totals, and start the next one at 0."""
+            for i in range(4 * ROW_TILES * columns):
+                totals[i] = totals[i] + sums[i]
+            sums.fill(0.0)
 
     return Staged()

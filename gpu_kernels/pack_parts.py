@@ -105,7 +105,11 @@ def pack_steps(config: PackConfig) -> PackSteps:
     @cute.jit
     def permute(x: Pointer, xp: Pointer, piece: Int32, pieces: Int32) -> None:
         """One piece of a group of activations. A warp's loads and stores of 16 bytes are whole
-        sectors for pieces of 8; of 32, two of them together are, which caches see to."""
+        sectors for pieces of 8; of 32, two of them together are, which caches see to.
+
+        A format with zeros or minima would also need the sum of each group of activations
+        (docs/gpu.md): this is the place that has them in registers.
+        """
         there = cute.make_rmem_tensor(cute.make_layout(size), BFloat16)
         here = cute.make_rmem_tensor(cute.make_layout(size), BFloat16)
         if piece < pieces:

@@ -83,6 +83,9 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         gpu_device: where the slots are; None for the current CUDA device, or the CPU where there is
             none ("torch").
         elsewhere: bool [E]: experts that neither half computes or holds, since another rank does.
+        gpu_activation: "fp8" rounds the inputs of the hot experts' projections to E4M3 in batches
+            of 256 tokens and more, as W8A8 does (what that costs: `SlotExperts.fp8_prefill`). It
+            is no faster: these GEMMs multiply in bf16. None for bf16 always.
         deferral_chain: the model that the layer belongs to: one object for all of its layers and
             no others. None: the order of construction decides, see `runtime.construction_order`;
             where that says nothing, the layer defers nothing.
@@ -136,6 +139,7 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         gpu_slots: int | None = None,
         gpu_device: torch.device | str | int | None = None,
         elsewhere: torch.Tensor | None = None,
+        gpu_activation: str | None = None,
     ) -> None:
         arguments.refuse_unsupported(locals())
         chosen = chosen_format(method)
@@ -162,7 +166,13 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             if torch.cuda.is_available():
                 self._mask = self._mask.pin_memory()
         options = gpu_arguments.hot_options(
-            gpu_backend, gpu_slots, gpu_device, elsewhere, self._mask, self.shape
+            gpu_backend,
+            gpu_slots,
+            gpu_device,
+            elsewhere,
+            gpu_activation,
+            self._mask,
+            self.shape,
         )
         self._hot = (
             None if options is None else HotHalf(options, self.shape, self.format, self.activation)

@@ -111,8 +111,10 @@ def memory_facts(report: MachineReport) -> dict[str, str]:
 
 
 def gpu_facts(report: MachineReport) -> dict[str, str]:
-    """Whether they are used, and why or why not."""
-    return {"used" if report.gpu.usable else "not used": report.gpu.reason}
+    """Whether they are used, and why or why not; and whether panels can be page-locked."""
+    gpu = report.gpu
+    locking = {} if gpu.page_locking is None else {"page-locked memory": gpu.page_locking}
+    return {"used" if gpu.usable else "not used": gpu.reason, **locking}
 
 
 def _amount(nbytes: int | None) -> str:

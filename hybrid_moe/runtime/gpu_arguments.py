@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from hybrid_moe.gpu_kernels.pack_tokens import MOST_EXPERTS, MOST_EXPERTS_PER_TOKEN
+from hybrid_moe.gpu_kernels.pack_parts import MOST_EXPERTS
+from hybrid_moe.gpu_kernels.pack_tokens import MOST_EXPERTS_PER_TOKEN
 from hybrid_moe.gpu_kernels.toolchain import availability
 from hybrid_moe.runtime.arguments import LayerShape, check_mask, integer
 
 BACKENDS = ("cute", "torch")
+ACTIVATIONS = (None, "fp8")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +25,14 @@ class HotOptions:
         slots: experts for which the device has room.
         device: where.
         elsewhere: bool [E] on the CPU: experts that neither half computes.
+        fp8_prefill: see `SlotExperts`.
     """
 
     backend: str
     slots: int
     device: torch.device
     elsewhere: torch.Tensor
+    fp8_prefill: bool
 
 
 def hot_options(
@@ -36,10 +40,12 @@ def hot_options(
     slots: Any,
     device: Any,
     elsewhere: Any,
+    activation: Any,
     mask: torch.Tensor,
     shape: LayerShape,
 ) -> HotOptions | None:
-    """What `gpu_backend`, `gpu_slots`, `gpu_device` and `elsewhere` say; None without a back end.
+    """What `gpu_backend`, `gpu_slots`, `gpu_device`, `elsewhere` and `gpu_activation` say; None
+    without a back end.
 
     Args:
         mask: bool [E], the experts that are hot to begin with.
@@ -49,7 +55,12 @@ def hot_options(
         RuntimeError: there is no such device.
     """
     if backend is None:
-        given = {"gpu_slots": slots, "gpu_device": device, "elsewhere": elsewhere}
+        given = {
+            "gpu_slots": slots,
+            "gpu_device": device,
+            "elsewhere": elsewhere,
+            "gpu_activation": activation,
+        }
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} needs a gpu_backend: {' or '.join(map(repr, BACKENDS))}")
@@ -58,6 +69,8 @@ def hot_options(
         raise ValueError(
             f"gpu_backend is {backend!r}, must be {', '.join(map(repr, BACKENDS))} or None"
         )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"gpu_activation is {activation!r}, must be None or 'fp8'")
     _check_sizes(shape)
     hot = int(mask.sum())
     count = hot if slots is None else integer("gpu_slots", slots)
@@ -67,7 +80,11 @@ def hot_options(
             f"the GPU, to num_experts {shape.num_experts}"
         )
     return HotOptions(
-        backend, count, _device(backend, device), _elsewhere(elsewhere, mask, shape.num_experts)
+        backend,
+        count,
+        _device(backend, device),
+        _elsewhere(elsewhere, mask, shape.num_experts),
+        fp8_prefill=activation is not None,
     )
 
 

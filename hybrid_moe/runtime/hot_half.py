@@ -90,6 +90,7 @@ class HotHalf:
                     slots,
                     device,
                     self.options.backend,
+                    self.options.fp8_prefill,
                 )
         self._biases = layout.biases
 
@@ -191,6 +192,8 @@ class HotJob:
         """
         rows = self._rows
         with entered(stream):
+            if cold is not None:  # what a layer without a back end has deferred is rounded already
+                cold = cold.float()
             if rows is None:
                 if cold is not None:
                     return cold.to(torch.bfloat16)

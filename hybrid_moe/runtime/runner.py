@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -108,14 +110,19 @@ class LayerRunner:
         fault: Exception | None = None
         try:
             stream = self._stream(hidden, cuda_stream)
-            if stream is not None:
-                job = self._start_on(stream, hidden, ids, weights)
-            else:
-                if not as_it_is:
-                    hidden, ids, weights = plain(hidden, ids, weights)
+            if stream is None and not as_it_is:
+                hidden, ids, weights = plain(hidden, ids, weights)
+
+            def start_hot() -> None:
+                nonlocal hot
+                if halves is not None:
+                    hot = halves[0].start(stream, hidden, ids, weights, unchanged=unchanged)
+
+            if stream is None:
                 job, fault = self._start_all(hidden, ids, weights)
-            if halves is not None:
-                hot = halves[0].start(stream, hidden, ids, weights, unchanged=unchanged)
+                start_hot()
+            else:
+                job = self._start_on(stream, hidden, ids, weights, start_hot)
             self._submission = Submission(hidden.shape, hidden.device, job, incoming, fault, hot)
         except BaseException:
             discard(job, self.layer_idx)
@@ -301,10 +308,16 @@ class LayerRunner:
         return cuda_stream(hidden.device, handle or 0)
 
     def _start_on(
-        self, stream: Stream, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+        self,
+        stream: Stream,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        start_hot: Callable[[], None],
     ) -> StreamJob | StreamZeros:
-        """Queue the experts of a batch, the deferrable ones as a job of their own. Nobody waits
-        here: ids out of range are found by the workers and raised at a later call."""
+        """Queue the experts of a batch, the deferrable ones as a job of their own, and the hot half
+        while the inputs are on their way. Nobody waits here: ids out of range are found by the
+        workers and raised at a later call."""
         self._mask.look()
         if self._mask.nowhere >= 0:  # nobody here knows whether the ids name it
             raise self._faults.not_loaded(self._mask.nowhere)
@@ -317,10 +330,15 @@ class LayerRunner:
         ignored = IDS_PASS if self._deferred else IDS_FAULT if self._strict else IDS_COUNT
 
         def start(ids: torch.Tensor, later: bool) -> StreamJob | StreamZeros:
+            beside = (lambda: None) if later else start_hot
             if not self._has_experts:
-                self._hot_pairs += ids.numel()  # nobody here knows which are out of range
+                beside()
+                if not later:
+                    self._hot_pairs += ids.numel()  # nobody here knows which are out of range
                 return StreamZeros(hidden, self._out_type)
-            job = self._stager.submit(stream, hidden, ids, weights, ignored_ids=ignored, join=later)
+            job = self._stager.submit(
+                stream, hidden, ids, weights, ignored_ids=ignored, join=later, beside=beside
+            )
             self._seen_mask = job.graph_job.progress
             return job
 

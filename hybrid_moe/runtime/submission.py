@@ -88,8 +88,10 @@ class Submission:
         incoming, self.incoming = self.incoming, None
         if incoming is not None:
             earlier = cold_part(incoming, stream)
-            both = cold is not None and earlier is not None
-            cold = _add(cold, earlier, stream) if both else cold if earlier is None else earlier
+            if cold is None:
+                cold = earlier
+            elif earlier is not None:
+                cold = _add(cold, earlier, stream)
         return self.hot.result(cold, stream)
 
     def _raise_fault(self) -> None:

@@ -78,6 +78,23 @@ def _unregister(address: int) -> None:
         library.cudaGetLastError()
 
 
+def trial(
+    nbytes: int = 256 << 20,
+    register: Callable[[int, int], str | None] = _register,
+    unregister: Callable[[int], None] = _unregister,
+) -> str:
+    """Whether memory can be page-locked here and how fast, in a sentence without its full stop."""
+    arena = Arena(nbytes)
+    arena.bytes[:] = 0  # resident, as packed experts are
+    begin = time.perf_counter()
+    refusal = register(arena.address, nbytes)
+    seconds = time.perf_counter() - begin
+    if refusal is not None:
+        return f"refused: {refusal}; experts that move go through the driver's pinned buffers"
+    unregister(arena.address)
+    return f"{nbytes >> 20} MiB in {seconds:.2f} s, {seconds * 2**30 / nbytes:.2f} s per GiB"
+
+
 def page_lock(
     arena: Arena,
     register: Callable[[int, int], str | None] = _register,

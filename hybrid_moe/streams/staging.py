@@ -9,7 +9,8 @@ replayed:
     workers:                                       └── the CPU's experts ──► done
 
 The inputs may change as soon as the caller's stream has passed `copied`; it does not wait for the
-post, which can take a callback thread's wake-up. Post and wait go through the buffers' mailbox: the
+post, which can take a callback thread's wake-up. A layer's own hot half comes before `copied`: both
+only read the inputs. Post and wait go through the buffers' mailbox: the
 stream writes the address of the graph job, waits for the flag and clears it for the next run, so
 that a replay of the same constants works (`hybrid_moe.cpu_kernels.drivers.mailbox` says why). Where
 a GPU has no memory flags, both are host functions, compiled ones: Python would need the GIL inside
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -80,6 +81,7 @@ class Stager:
         *,
         ignored_ids: int = IDS_COUNT,
         join: bool = False,
+        beside: Callable[[], object] = lambda: None,
     ) -> StreamJob:
         """Queue the copies of hidden [B, H], ids and weights [B, k], and the job's start.
 
@@ -87,6 +89,7 @@ class Stager:
             ignored_ids: what ids out of range mean, `records.IDS_*`.
             join: let the stream wait for the post, for a result that is collected elsewhere: a
                 captured graph must end with all its streams joined.
+            beside: queues what the stream does with the inputs while they are copied.
         """
         (tokens, H), k = hidden.shape, ids.shape[1]
         capacity = 1 << max(tokens - 1, 0).bit_length()
@@ -106,14 +109,22 @@ class Stager:
             side.to_host(buffers.x[:tokens], hidden)
             side.to_host(buffers.ids[:tokens], ids)
             side.to_host(buffers.weights[:tokens], weights)
-        stream.wait(side.record())
+        copied = side.record()
         mailbox = buffers.mailbox
-        with _visit(graph_job, buffers.captured):
-            if mailbox is not None:
-                side.write_value(mailbox.posted.address, graph_job.user_data)
-            else:
-                side.host_function(graph_job.post_fn, graph_job.user_data)
-        job.posted = side.record()
+        try:
+            with _visit(graph_job, buffers.captured):
+                if mailbox is not None:
+                    side.write_value(mailbox.posted.address, graph_job.user_data)
+                else:
+                    side.host_function(graph_job.post_fn, graph_job.user_data)
+            job.posted = side.record()
+            try:
+                beside()
+            except BaseException:
+                job.discard()
+                raise
+        finally:
+            stream.wait(copied)
         if join:
             stream.wait(job.posted)
         if not buffers.captured:

@@ -4,7 +4,9 @@ tensors, so all but the kernels is real."""
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -263,6 +265,38 @@ def test_without_a_gpu() -> None:
         wrapper(gpu_experts_mask=mask_of(1), gpu_backend="torch", gpu_device="cuda")
     made = wrapper(gpu_experts_mask=mask_of(1), gpu_backend="torch")
     assert made._hot is not None and made._hot.device.type == "cpu"
+
+
+def test_from_a_checkpoint(tmp_path: Path) -> None:
+    """Both halves are filled from the file, in the order of the map."""
+    weights, mapping = Weights.random(seed=4), torch.arange(E).flip(0)
+    path = weights.save(tmp_path)
+    given = Batch.random(6)
+    w = wrapper(
+        gpu_experts_mask=mask_of(0, 6), gpu_backend="torch", gpu_device="cpu", weight_path=path
+    )
+    w.reserve_slots()
+    half = w._hot
+    assert half is not None and half.biases is False, "the checkpoint has none"
+    w.load_weights(mapping)
+    turned = Weights(weights.gate.flip(0), weights.up.flip(0), weights.down.flip(0))
+    assert torch.equal(w.forward(*given.args), hybrid(turned, 0, 6).forward(*given.args))
+
+
+def test_a_forked_child_moves_nothing() -> None:
+    """It has neither the parent's workers nor its panels."""
+    w = hybrid(SIGNATURES, 0, 1, gpu_slots=3)
+    w.forward(*signature_batch(1, 0).args)
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        refused = 0
+        for move, expert in ((w.promote, 5), (w.demote, 0)):
+            try:
+                move(expert)
+            except RuntimeError:
+                refused += 1
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
 
 
 def test_a_thousand_moves_take_no_memory() -> None:

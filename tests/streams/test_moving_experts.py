@@ -78,7 +78,7 @@ class Hybrid:
             shape = LayerShape(member.layer_idx, E, K, H, I)
             layer = ExpertLayer(MXFP4, E, H, I, pool=self.group.config)
             layer._group = self.group
-            options = HotOptions("torch", SLOTS, DEVICE, torch.zeros(E, dtype=torch.bool))
+            options = HotOptions("torch", SLOTS, DEVICE, torch.zeros(E, dtype=torch.bool), False)
             half = HotHalf(options, shape, MXFP4, Activation())
             mask = torch.arange(E) < HOT
             placement = ExpertPlacement(layer, half, mask, member.layer_idx)
@@ -240,3 +240,22 @@ def test_a_submission_that_is_dropped_after_a_move(flags: bool) -> None:
     assert eager == 1
     model.step(2, 9)
     model.verify()
+
+
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
+def test_a_hot_half_that_cannot_be_queued(flags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's job is dropped with it, and the next step is right."""
+    model = Hybrid(4, flags=flags, deferred=0)
+    model.step(2, 0)
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object) -> None:
+            raise torch.OutOfMemoryError("8 GiB")
+
+        patch.setattr(QueuedSlots, "rows", fail)
+        with pytest.raises(RuntimeError, match="no memory left"):
+            model.runners[0].submit(*signature_batch(2, 1).args, 0)
+    model.pause()
+    model.step(2, 2)
+    model.verify()
+    assert model.runners[0]._stager._pool.count()[0] <= 2

@@ -24,6 +24,7 @@ class LayerSplit:
         mask: bool [E], True for hot experts.
         backend: what computes these, "cute" or "torch".
         device: where their slots are.
+        activation: "fp8" for W8A8 prefill, see `KTMoEWrapper`; else None.
     """
 
     layer: int
@@ -31,6 +32,7 @@ class LayerSplit:
     mask: torch.Tensor
     backend: str
     device: torch.device
+    activation: str | None = None
 
 
 class SplitExperts:
@@ -72,6 +74,7 @@ class SplitExperts:
             swiglu_alpha=spec.activation.alpha,
             gpu_backend=split.backend,
             gpu_device=split.device,
+            gpu_activation=split.activation,
         )
 
     def load(self, fill: Fill) -> None:

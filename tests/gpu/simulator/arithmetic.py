@@ -268,6 +268,14 @@ def _float(op: tuple[str, ...]) -> Meaning:
     return Meaning(function, [kind])
 
 
+def _mixed(op: tuple[str, ...]) -> Meaning:
+    """add, sub, fma of bf16, exactly widened, and a last operand in float32 (sm_100)."""
+    function, halves = {"add": (np.add, 1), "sub": (np.subtract, 1), "fma": (fma32, 2)}[op[0]]
+    if op[1:-2] not in ((), ("rn",)):
+        raise KeyError(op)
+    return Meaning(lambda *x: function(*map(from_bf16, x[:-1]), x[-1]), ["u16"] * halves + ["f32"])
+
+
 # ---- comparisons, moves, conversions
 
 COMPARE: dict[str, Function] = {
@@ -292,12 +300,13 @@ COMPARE: dict[str, Function] = {
 def _setp(instruction: Instruction) -> Meaning:
     op, kind = instruction.op, instruction.op[-1]
     compare, modifiers = COMPARE[op[1]], op[2:-1]
-    if set(modifiers) - {"and", "or", "xor", "ftz"} or kind in ("f16", "bf16"):
+    if set(modifiers) - {"and", "or", "xor", "ftz"} or kind == "f16":
         raise KeyError(op)
+    widen = from_bf16 if kind == "bf16" else flush if "ftz" in modifiers else (lambda x: x)
     combine = next((INTEGER[part] for part in modifiers if part != "ftz"), None)
 
     def function(a: Array, b: Array, *c: Array) -> Any:
-        true = compare(flush(a), flush(b)) if "ftz" in modifiers else compare(a, b)
+        true = compare(widen(a), widen(b))
         if "|" not in instruction.args[0]:
             return combine(true, *c) if combine else true
         both = (true, np.logical_not(true))
@@ -394,6 +403,8 @@ def meaning(instruction: Instruction) -> Meaning | None:
         return Meaning(_funnel(op), ["u32"])
     if name == "createpolicy":
         return Meaning(lambda *x: np.zeros(1, np.uint64), ["f32"])  # a hint to the cache
+    if op[-2:] == ("f32", "bf16"):
+        return _mixed(op)
     if name in FLOAT.keys() | {"fma", "mad"} and (kind[0] == "f" or "bf16" in kind):
         return _float(op)
     return _integer(op) if name in INTEGER else None

@@ -26,6 +26,8 @@ class Access:
 
     instruction: Instruction
     array: str
+    size: int
+    """Bytes of a lane."""
     requests: int = 0
     units: int = 0
     """Sectors in global memory, wavefronts in shared memory."""
@@ -36,11 +38,15 @@ class Access:
     ideal_lines: int = 0
 
     @property
+    def space(self) -> str:
+        return "global" if self.array else "shared"
+
+    @property
     def efficiency(self) -> float:
         return self.ideal / self.units
 
     def __str__(self) -> str:
-        name = "sectors" if self.array else "wavefronts"
+        name = "sectors" if self.space == "global" else "wavefronts"
         return (
             f"{self.array or 'shared':12} {self.requests:8} requests, {self.units} {name}, "
             f"{self.ideal} ideal ({self.efficiency:.0%}): {self.instruction}"
@@ -95,9 +101,9 @@ class Lint:
                 self._costs[key] = np.array(cost(lanes, size) if lanes else [0] * 5)
             total += times * self._costs[key]
         access = self.accesses.setdefault(
-            (instruction.line, segment.name), Access(instruction, segment.name)
+            (instruction.line, segment.name), Access(instruction, segment.name, size)
         )
-        for name, more in zip(list(vars(access))[2:], total.tolist(), strict=True):
+        for name, more in zip(list(vars(access))[3:], total.tolist(), strict=True):
             setattr(access, name, getattr(access, name) + more)
         if not shared and instruction.op[0] != "st":
             read = self._read.setdefault(

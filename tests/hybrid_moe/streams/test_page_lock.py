@@ -10,7 +10,7 @@ import pytest
 
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.streams import page_lock as module
-from hybrid_moe.streams.page_lock import PageLocks, page_lock
+from hybrid_moe.streams.page_lock import PageLocks, page_lock, trial
 
 
 @pytest.fixture
@@ -54,3 +54,12 @@ def test_refusal(locks: PageLocks, caplog: pytest.LogCaptureFixture) -> None:
     done = dataclasses.replace(locks, locked=3 * 8192, seconds=0.5)
     assert "page-locked (75%) in 0.5 s" in str(done)
     assert page_lock(Arena(0), refuse)
+
+
+def test_trial(locks: PageLocks) -> None:
+    """What `doctor` says; nothing stays locked, and nothing is counted."""
+    unlocked: list[int] = []
+    assert "1 MiB in" in trial(1 << 20, lambda *_: None, unlocked.append)
+    assert len(unlocked) == 1
+    assert "refused: out of memory" in trial(4096, lambda *_: "out of memory", unlocked.append)
+    assert len(unlocked) == 1 and locks == PageLocks()

@@ -1,0 +1,157 @@
+"""`gate_up` and `down` in the simulator: values, bits, what they leave alone, what they read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from hybrid_moe.formats.activation import Activation
+from hybrid_moe.formats.table import BF16, MXFP4, WeightFormat
+from hybrid_moe.gpu_kernels import down, gate_up
+from hybrid_moe.gpu_kernels.gemm_config import gemm_config
+from tests.cpu_kernels.cases import to_bf16
+from tests.gpu.gemm_cases import (
+    BF16_NAN,
+    check_both,
+    expected_y,
+    random_case,
+    run_down,
+    run_gate_up,
+)
+from tests.gpu.harness import distinct_architectures
+from tests.gpu.slots import pack_slot
+
+FORMATS = (MXFP4, BF16)
+H, I = 544, 608
+"""Two K ranges each, of odd numbers of groups; half a strip at the end of down; blocks of two and
+four strips that are not full."""
+
+
+@pytest.mark.parametrize("tile", [8, 16, 32, 64])
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+def test_a_tokens_bits_depend_on_its_shape_alone(fmt: WeightFormat, tile: int) -> None:
+    """Neither on the tile, which chooses the way through K, nor on what else is in the batch."""
+    case = random_case(fmt, H, I, outliers=tile == 32)
+    h, y = check_both(case, tile)
+    if tile != 8:
+        other_h, _ = run_gate_up(case, 8)
+        other_y, _ = run_down(case, h, 8)
+        assert np.array_equal(h, other_h)
+        assert np.array_equal(y.view(np.uint32), other_y.view(np.uint32))
+        return
+    alone = dataclasses.replace(case, slot_of_pair=np.full_like(case.slot_of_pair, -1))
+    pair = case.hot[-1]
+    alone.slot_of_pair[pair] = case.slot_of_pair[pair]
+    assert np.array_equal(run_gate_up(alone, 8)[0][pair], h[pair])
+    assert np.array_equal(run_down(alone, h, 8)[0][pair], y[pair])
+
+
+@pytest.mark.parametrize("tile", [8, 64])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "parts", "tokens"),
+    [(32, 32, (1,), 9), (96, 160, (1, 1), 1), (160, 96, (1, 1, 1), 13), (480, 448, (2, 1), 3)],
+)
+def test_ragged_shapes(
+    hidden: int, intermediate: int, parts: tuple[int, ...], tokens: int, tile: int
+) -> None:
+    """Fewer groups than are loaded ahead, half a strip, pools without strips; no biases, silu."""
+    case = random_case(
+        MXFP4,
+        hidden,
+        intermediate,
+        parts=parts,
+        tokens=tokens,
+        k=3,
+        bias=False,
+        activation=Activation(),
+    )
+    check_both(case, tile)
+
+
+def test_one_expert_has_all_tokens_or_none() -> None:
+    case = random_case(MXFP4, 96, 64, bias=False, activation=Activation(), tokens=12)
+    full = dataclasses.replace(case, slot_of_pair=np.full(24, 2))
+    full.x[:] = random_case(MXFP4, 96, 64, tokens=12).x[0]
+    check_both(full, 8)
+    nobody = dataclasses.replace(case, slot_of_pair=np.full(24, -1))
+    h, report = run_gate_up(nobody, 8)
+    assert (h == BF16_NAN).all() and report.reads["memory"].bytes == 0
+    y, report = run_down(nobody, h, 8)
+    assert np.isnan(y).all() and report.reads["memory"].bytes == 0
+
+
+@pytest.mark.parametrize("tile", [8, 64])
+@pytest.mark.parametrize("wide", [False, True])
+def test_scales_are_exact(wide: bool, tile: int) -> None:
+    """Each row has codes in one group alone, and inputs that bring the products back near 1: all
+    sums are exact. Scales above 128 need the float32 way, which takes the others as well."""
+    scales = np.array([0, 1, 2, 63, 126, 127, 128, 129, 190, 253, 254][: 11 if wide else 7])
+    case = random_case(MXFP4, 96, I, slots=1, tokens=6, k=1, bias=True, wide=wide)
+    rng = np.random.default_rng(0)
+    groups = I // 32
+    scale_of = rng.choice(scales, groups)
+    scale_of[: len(scales)] = scales
+    matrix = case.slots.experts[0].down
+    codes = np.zeros((96, groups, 16), np.uint8)
+    own = np.arange(96) % groups
+    codes[np.arange(96), own] = rng.integers(0, 256, (96, 16))
+    matrix.codes[:] = codes.reshape(96, -1)
+    matrix.scales[:] = scale_of  # type: ignore[index]
+    matrix.bias[:] = 0  # type: ignore[index]
+    pack_slot(case.slots.layout, case.slots.memory[0], case.slots.experts[0])
+    case = dataclasses.replace(case, slot_of_pair=np.zeros(6, np.int64))
+    whole = rng.integers(-100, 101, (6, groups, 32))
+    h = to_bf16(np.ldexp(whole, (127 - scale_of)[None, :, None] // 2).reshape(6, I))
+    y, _ = run_down(case, h, tile)
+    assert np.array_equal(y, expected_y(case, h).value), "a sum is not exact"
+
+
+@pytest.mark.parametrize("tile", [8, 64])
+def test_what_is_read(tile: int) -> None:
+    """Weights: whole sectors, each once a tile, and nothing else; no bank conflict anywhere."""
+    case = random_case(MXFP4, 480, 448, bias=False, activation=Activation(), tokens=1, k=3)
+    case = dataclasses.replace(case, slot_of_pair=np.array([0, 2, -1]))
+    h, gate_up_report = run_gate_up(case, tile)
+    _, down_report = run_down(case, h, tile)
+    read = 0
+    for report in (gate_up_report, down_report):
+        assert report.bank_conflicts() == []
+        loads = report.of("memory")
+        assert {load.size for load in loads} == {4, 16}
+        for load in loads:
+            assert load.units == load.ideal, f"sectors are read in part: {load}"
+        read += report.reads["memory"].bytes
+    if tile == 8:
+        assert read <= 1.02 * 2 * case.slots.layout.nbytes
+
+
+def test_every_architecture_and_schedule() -> None:
+    """One kernel of each way through K, with the bits of sm_80 in lockstep."""
+    case = random_case(MXFP4, H, 96, tokens=5)
+    kernel = gate_up.choose(case.slots.layout, case.activation, 8)
+    usual, _ = run_gate_up(case, 8)
+    for arch in distinct_architectures(kernel):
+        for seed in (1, 2, 3):
+            h, _ = run_gate_up(case, 8, arch, seed)
+            assert np.array_equal(h, usual), (arch, seed)
+    case = random_case(MXFP4, 160, I, tokens=5)
+    h = to_bf16(np.random.default_rng(1).standard_normal((10, I)))
+    kernel = down.choose(case.slots.layout, 64)
+    y, _ = run_down(case, h, 64)
+    expected_y(case, h).check(y[case.hot].astype(np.float64))
+    for arch in distinct_architectures(kernel):
+        for seed in (1, 2, 3):
+            found, _ = run_down(case, h, 64, arch, seed)
+            assert np.array_equal(found.view(np.uint32), y.view(np.uint32)), (arch, seed)
+
+
+def test_more_ranges_than_warps() -> None:
+    """Long inputs: a warp has several ranges in a row."""
+    case = random_case(MXFP4, 96, I, tokens=4)
+    h = to_bf16(np.random.default_rng(1).standard_normal((8, I)))
+    few = dataclasses.replace(gemm_config("MXFP4", I, 8, biases=True), k_warps=1, strips=1)
+    usual, _ = run_down(case, h, 8)
+    found, _ = run_down(case, h, 8, kernel=down.definition(few))
+    assert np.array_equal(found.view(np.uint32), usual.view(np.uint32))
