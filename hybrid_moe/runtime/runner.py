@@ -330,12 +330,12 @@ class LayerRunner:
         ignored = IDS_PASS if self._deferred else IDS_FAULT if self._strict else IDS_COUNT
 
         def start(ids: torch.Tensor, later: bool) -> StreamJob | StreamZeros:
-            beside = (lambda: None) if later else start_hot
             if not self._has_experts:
-                beside()
                 if not later:
+                    start_hot()
                     self._hot_pairs += ids.numel()  # nobody here knows which are out of range
                 return StreamZeros(hidden, self._out_type)
+            beside = None if later else start_hot
             job = self._stager.submit(
                 stream, hidden, ids, weights, ignored_ids=ignored, join=later, beside=beside
             )
