@@ -102,4 +102,3 @@ GEMMS: dict[tuple[str, int], tuple[Expected, Expected]] = {
     for fmt in ("MXFP4", "BF16")
     for tile in (8, 16, 32, 64)
 }
-
