@@ -70,7 +70,7 @@ class LayerFacts:
     @gpu_experts_mask.setter
     def gpu_experts_mask(self, mask: torch.Tensor) -> None:
         arguments.check_mask(mask, self.num_experts)
-        if self._hot is not None:
+        if self._hot is not None and self.loaded:
             raise ValueError(
                 "gpu_experts_mask cannot be assigned with a gpu_backend: promote(expert) and "
                 "demote(expert) move the weights and change it"

@@ -387,6 +387,28 @@ def test_kernels_that_a_layer_may_launch() -> None:
         check_format("cute", FORMATS["INT8"])
 
 
+def test_a_mask_that_changes_before_the_weights_come() -> None:
+    """What it says then counts, as without a back end; what cannot be is refused."""
+    made = wrapper(
+        gpu_experts_mask=mask_of(1, 2),
+        gpu_backend="torch",
+        gpu_device="cpu",
+        elsewhere=mask_of(7),
+    )
+    made.gpu_experts_mask = mask_of(3, 4, 5)
+    with pytest.raises(ValueError, match="puts 3 experts on the GPU, which has 2 slots"):
+        SIGNATURES.load(made)
+    made.gpu_experts_mask = mask_of(7)
+    with pytest.raises(ValueError, match="True for expert 7, which is elsewhere"):
+        SIGNATURES.load(made)
+    made.gpu_experts_mask = mask_of(5)
+    given = signature_batch(4, 0)
+    out = SIGNATURES.load(made).forward(*given.args)
+    assert torch.equal(out, signatures(given, ~mask_of(7)))
+    made.promote(0)
+    assert torch.equal(made.forward(*given.args), out)
+
+
 def test_wide_scales() -> None:
     """Found per expert, and brought along when it moves."""
     case = Case.random(MXFP4, 64, 96, E=2)
