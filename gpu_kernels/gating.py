@@ -3,8 +3,8 @@
 The order of experts is the same everywhere: the larger value comes first, of equal values the lower
 id, and NaN is larger than all. So a token's experts depend neither on its batch nor on the launch.
 
-torch.topk promises no order among equal values. On a GPU it takes the lower ids; on a CPU whatever
-std::nth_element or std::partial_sort leaves in front. Where the k-th value is tied, a model's own
+torch.topk promises no order among equal values: on a CPU it takes whatever std::nth_element or
+std::partial_sort leaves in front. Where the k-th value is tied, a model's own
 router on the CPU may therefore choose another of the tied experts, with the same weights.
 """
 
