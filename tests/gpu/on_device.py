@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from hybrid_moe.gpu_kernels.definition import KernelDefinition
+from hybrid_moe.gpu_kernels.definition import KernelDefinition, compile_here
 
+DEVICE = "cuda"
 ON_DEVICE = os.environ.get("HYBRID_MOE_TEST_GPU") == "cuda"
 
 
@@ -41,24 +42,34 @@ def run(
     """Launch the kernel; arrays and tensors among `values` are then as it left them."""
     import torch
 
-    from hybrid_moe.gpu_kernels.toolchain import launch
+    from hybrid_moe.gpu_kernels.toolchain import launching
 
+    _compile(definition)
     given: list[Any] = []
     back: list[tuple[Any, Any]] = []
     for argument in definition.arguments:
         value = values[argument.name]
         if argument.align and value is not None:
             host = _bytes(value)
-            copy = torch.empty(max(host.numel(), 1), dtype=torch.uint8, device="cuda")
+            copy = torch.empty(max(host.numel(), 1), dtype=torch.uint8, device=DEVICE)
             copy[: host.numel()].copy_(host)
             back.append((host, copy))
             value = copy
         given.append(value)
-    launch(definition, given, tuple(grid))
+    launching.launch(definition, given, tuple(grid))
     torch.cuda.synchronize()
     for host, copy in back:
         host.copy_(copy[: host.numel()])
     return DeviceReport()
+
+
+def _compile(definition: KernelDefinition) -> None:
+    """In this process, unless it is in the cache: tests have many small kernels, and starting a
+    compiler for each takes longer than compiling it."""
+    from hybrid_moe.gpu_kernels.toolchain import binaries
+
+    if not binaries.fetched(definition, architecture()):
+        binaries.keep(definition, architecture(), compile_here(definition, architecture()))
 
 
 def _bytes(value: Any) -> Any:
