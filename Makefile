@@ -18,7 +18,7 @@ PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
 
 .PHONY: demo test test-full fuzz test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install
 .PHONY: install-dev wheel bench bench-ceilings bench-dense bench-end-to-end bench-load bench-peers
-.PHONY: bench-peers-install bench-pool bench-quick bench-results clean
+.PHONY: bench-peers-install bench-pool bench-quick bench-results clean gpu-check
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -170,6 +170,15 @@ bench-peers-install: install
 		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DLLAMA_CURL=OFF \
 		$(foreach part,COMMON TESTS TOOLS EXAMPLES SERVER,-DLLAMA_BUILD_$(part)=OFF)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(GGML)/build --target llama
+
+# What only a GPU can tell, within eight minutes; without one, a rehearsal. Needs no network and no pip:
+# any Python with torch, and what it lacks in a folder of unpacked wheels (bench/gpu_check/packages.py).
+RESULTS ?= docs/results/gpu
+GPU_CHECK_PYTHON ?= $(BIN)/python
+gpu-check:
+	rm -rf build/tree && $(MAKE) --no-print-directory $(TREE)
+	GPU_CHECK_PACKAGES=$(GPU_CHECK_PACKAGES) PYTHONPATH=$(CURDIR)/build/tree:$(CURDIR) \
+		$(GPU_CHECK_PYTHON) -m bench.gpu_check --results $(RESULTS)
 
 # the series of layers on an idle machine; its receipts become docs/results
 bench-results: install

@@ -25,6 +25,8 @@ import comparison
 import front_page
 import tables
 from comparison import OUR_ERROR, by_point
+from gpu_check import report as gpu_tables
+from gpu_check.running import Outcome
 from tables import Column, markdown, number, text
 
 from hybrid_moe.planning.receipt import write_receipt
@@ -173,10 +175,31 @@ def steps(bench: Bench) -> Iterator[str]:
         yield markdown(tables.STEPS, points)
 
 
+def gpu_check(bench: Bench) -> Iterator[str]:
+    """The GPU's part, as `make gpu-check` measures it."""
+    yield f"### On a GPU: {bench['gpu'] or 'none was at hand'}\n\n`make gpu-check`\n"
+    outcomes = [Outcome(**step) for step in bench["steps"]]
+    yield gpu_tables.table(
+        ("what", "bar", "measured"), gpu_tables.summary(outcomes, bench["points"])
+    )
+    yield from gpu_tables.sections(bench["points"], "####")
+
+
 SECTIONS: Mapping[str, Callable[[Bench], Iterator[str]]] = MappingProxyType(
     {
         s.__name__: s
-        for s in (end_to_end, ceilings, moe_layer, dense, peers, pool, load, steps, quick)
+        for s in (
+            end_to_end,
+            ceilings,
+            moe_layer,
+            dense,
+            gpu_check,
+            peers,
+            pool,
+            load,
+            steps,
+            quick,
+        )
     }
 )
 """Benchmark, as its receipt names it -> its section, in the order of the page."""

@@ -7,6 +7,7 @@ back (`vacate`, `occupy`): whoever moves one copies its ranges, and nothing is p
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -228,6 +229,11 @@ class PackedExperts:
     # Moving -------------------------------------------------------------------------------------
 
     @property
+    def arenas(self) -> Sequence[Arena]:
+        """The pools' memory."""
+        return tuple(self._arenas)
+
+    @property
     def free_places(self) -> int:
         """Places in which no expert is, or is to come."""
         return len(self._free_places)
@@ -238,6 +244,7 @@ class PackedExperts:
 
     def ranges_of(self, expert: int) -> Ranges:
         """Of each pool, the bytes of an expert that has a place: uint8 [nbytes], in the arenas."""
+        self._check_process()
         if not self.has_place(expert):
             raise IndexError(f"expert {expert} has no memory in this layer")
         return self._ranges(int(self._place[expert]), self._arenas)
@@ -255,6 +262,7 @@ class PackedExperts:
             RuntimeError: no place is free.
         """
         self._check_open()
+        self._check_process()
         if not self._free_places:
             raise RuntimeError("no place of this layer is free")
         self._place[expert] = self._free_places.pop()
@@ -273,9 +281,11 @@ class PackedExperts:
             before anything is copied into it.
         """
         self._check_open()
+        self._check_process()
         self._free_places.append(int(self._place[expert]))
         self._place[expert] = -1
-        entries = np.zeros(self.pool.pools, Expert.dtype)
+        # the entries stay: a job that should not read them finds other weights, but finds memory
+        entries = self._table[expert].copy()
         return PlacementChange(self._table, expert, entries, live, state, self._owned)
 
     @property
@@ -332,7 +342,7 @@ class PackedExperts:
     def loaded(self) -> npt.NDArray[np.bool_]:
         """Which experts are packed (bool [E], a copy)."""
         published: npt.NDArray[np.bool_] = self._table["gate_up"][:, 0] != 0
-        return published
+        return published & (self._place >= 0)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

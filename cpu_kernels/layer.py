@@ -123,8 +123,8 @@ class ExpertLayer(PackedExperts):
         skip = None if skip is None else np.ascontiguousarray(skip)
         out: Array = np.empty(x.shape, np.uint16 if rounded else np.float32)
         at = [array.ctypes.data for array in (x, ids, weights)]
-        at += [0 if skip is None else skip.ctypes.data, out.ctypes.data]
-        job = self.start(Batch(*ids.shape, *at, out.itemsize), out)
+        at += [0 if skip is None else skip.ctypes.data, out.ctypes.data, out.itemsize]
+        job = self.start(Batch(*ids.shape, *at), out)
         if job.missing >= 0:
             raise RuntimeError(
                 f"a token is routed to expert {job.missing}, which is not loaded here "

@@ -15,7 +15,7 @@ import mmap
 import os
 import platform
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +90,11 @@ class Arena:
         self.nbytes = nbytes
         if numa_nodes:
             _place(self.address, max(nbytes, 1), numa_nodes)
+
+    def before_unmapping(self, call: Callable[[], object]) -> None:
+        """Call this when the last view is gone, while the memory is still mapped; not at exit."""
+        # every view's base is the first array over the mapping, and it lets go of that afterwards
+        weakref.finalize(self.bytes.base, call).atexit = False
 
 
 def _free_on(node: int) -> int | None:

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 
 from hybrid_moe.cpu_kernels import drivers
-from hybrid_moe.cpu_kernels.drivers.records import COMPUTED_HERE, ELSEWHERE, ON_GPU, Expert, Move
+from hybrid_moe.cpu_kernels.drivers.records import COMPUTED_HERE, ELSEWHERE, ON_GPU, Move
 from hybrid_moe.cpu_kernels.jit.record import u8
 from hybrid_moe.formats.table import Array
 
@@ -46,8 +46,9 @@ class PlacementChange:
         self.function = drivers.addresses()["apply_move"]
         self._kept = (table, entries, owned)
         self._move = move = Move.new()
-        move.shares = Expert.at(table[expert].ctypes.data)
-        move.entries = Expert.at(entries.ctypes.data)
+        words = move.words
+        words[Move.word("shares")] = table[expert].ctypes.data
+        words[Move.word("entries")] = entries.ctypes.data
         move.pools = len(entries)
         move.mask = u8.at(live)
         move.state = state

@@ -5,9 +5,9 @@
 All in float32 and unfused, as on the CPU (docs/numerics.md): the sum starts at 0, a product is
 rounded before it is added, and the CPU's part comes last. The only other rounding is the output's.
 
-A block has one token and 512 of its columns. The lanes of its first warp hold the token's pairs and
-rank them by comparing all with all (k <= 16). Then every thread loads four columns of all hot rows,
-16 bytes each, none waiting for another, and adds them in order.
+A block has one token and some of its columns. The lanes of its first warp hold the token's pairs
+and rank them by comparing all with all (k <= 16). Then every thread loads four columns of all hot
+rows, 16 bytes each, none waiting for another, and adds them in order.
 """
 
 # No `from __future__ import annotations`: the DSL reads annotations as objects.
@@ -21,14 +21,13 @@ import torch
 from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition, Launch
 from hybrid_moe.gpu_kernels.expert_tiles import check_tensor
+from hybrid_moe.gpu_kernels.lane_memory import at, vector
 from hybrid_moe.gpu_kernels.pack_tokens import check_routing
-from hybrid_moe.gpu_kernels.pointers import at, vector
 from hybrid_moe.gpu_kernels.toolchain import has_pdl, launch
 
 Tensor = torch.Tensor
 
 
-THREADS = 128
 COLUMNS = 4
 """Of a thread: float32 rows are then read in 16-byte loads, 512 bytes a warp in one piece."""
 
@@ -41,12 +40,14 @@ class CombineConfig:
         k: experts of a token.
         wide_ids: ids are int64, else int32.
         cold: the CPU's part is added.
+        threads: of a block: a multiple of 32.
         pdl: launched before the kernel in front has ended (sm_90 and later).
     """
 
     k: int
     wide_ids: bool
     cold: bool
+    threads: int = 128
     pdl: bool = False
 
 
@@ -132,7 +133,7 @@ def _kernel(config: CombineConfig) -> Any:
             if thread < 32:
                 self.order(ids, weights, slot_of, token, experts, order, factors)
             arch.sync_threads()
-            column = (part * THREADS + thread) * COLUMNS
+            column = (part * self.config.threads + thread) * COLUMNS
             if column < H:
                 total = cute.make_rmem_tensor(cute.make_layout(COLUMNS), Float32)
                 total.fill(0.0)
@@ -173,7 +174,7 @@ def _kernel(config: CombineConfig) -> Any:
             stream: Any,
         ) -> None:
             self.kernel(y, ids, weights, slot_of, cold, out, H, experts).launch(
-                grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream
+                grid=[1, 1, 1], block=[config.threads, 1, 1], stream=stream
             )
 
     return Combine(config)
@@ -181,7 +182,7 @@ def _kernel(config: CombineConfig) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def combine_definition(config: CombineConfig) -> KernelDefinition:
-    """The kernel, grid (tokens, ceil(H / 512)). `cold` is read where `config.cold` says so."""
+    """The kernel, grid (tokens, ceil(H / (4 * threads))). Without `config.cold`, `cold` is null."""
     arguments = (
         Argument("y", "f32", 16),
         Argument("ids", "i64", 8) if config.wide_ids else Argument("ids", "i32", 4),
@@ -193,7 +194,7 @@ def combine_definition(config: CombineConfig) -> KernelDefinition:
         Argument("experts", "i32"),
     )
     shared_bytes = 16 * (-(-(config.k + 1) // 4)) + 4 * config.k
-    return KernelDefinition("combine", config, _kernel, arguments, THREADS, shared_bytes)
+    return KernelDefinition("combine", config, _kernel, arguments, config.threads, shared_bytes)
 
 
 def combine_ref(
@@ -242,13 +243,20 @@ def combine_launch(
     slot_of: Tensor,
     cold: Tensor | None,
     out: Tensor,
+    *,
+    threads: int = 128,
     pdl: bool = False,
 ) -> Launch:
-    """The launch that fills `out`, bf16 [T, H]."""
+    """The launch that fills `out`, bf16 [T, H].
+
+    With 128 threads a block has 512 columns, so that one token of H = 4096 has 8 blocks, each
+    with k rows of 2 KB on their way: few bytes on few SMs, but each waits about once. More blocks
+    sort the token's pairs more often.
+    """
     (tokens, k), H = ids.shape, y.shape[1]
-    config = CombineConfig(k, ids.dtype == torch.int64, cold is not None, pdl)
+    config = CombineConfig(k, ids.dtype == torch.int64, cold is not None, threads, pdl)
     values = (y, ids, weights, slot_of, cold, out, H, len(slot_of))
-    return Launch(combine_definition(config), values, (tokens, -(-H // (THREADS * COLUMNS))))
+    return Launch(combine_definition(config), values, (tokens, -(-H // (threads * COLUMNS))))
 
 
 def combine(
@@ -274,5 +282,5 @@ def combine(
     _check(y, ids, weights, slot_of, cold)
     out = y.new_empty((ids.shape[0], y.shape[1]), dtype=torch.bfloat16)
     pdl = has_pdl(y.device)
-    launch(*combine_launch(y, ids, weights, slot_of, cold, out, pdl), pdl=pdl)
+    launch(*combine_launch(y, ids, weights, slot_of, cold, out, pdl=pdl), pdl=pdl)
     return out

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition
+from hybrid_moe.gpu_kernels.toolchain import launch
 
 Tensor = torch.Tensor
 
@@ -182,8 +183,6 @@ def gating_soft(logits: Tensor) -> SoftRouting:
     _check(logits)
     if not logits.is_cuda:
         return gating_soft_ref(logits)
-    from hybrid_moe.gpu_kernels.toolchain import launch
-
     B, T, slots = logits.shape
     kind = "bf16" if logits.dtype == torch.bfloat16 else "f32"
     found = []

@@ -17,6 +17,7 @@ import torch
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition
 from hybrid_moe.gpu_kernels.gating import Gating
 from hybrid_moe.gpu_kernels.gating_topk import gating_topk
+from hybrid_moe.gpu_kernels.toolchain import launch
 
 Tensor = torch.Tensor
 
@@ -171,8 +172,6 @@ def gating_switch(logits: Tensor, capacity: int, dtype: torch.dtype | None = Non
     B, S, E = _check(logits, capacity)
     if not logits.is_cuda:
         return gating_switch_ref(logits, capacity, dtype)
-    from hybrid_moe.gpu_kernels.toolchain import launch
-
     choice, weights = gating_topk(logits.flatten(0, 1), TOP_1, dtype=dtype)
     routed = torch.empty(B, E, dtype=torch.int32, device=logits.device)
     launch(definition(SwitchConfig(E)), (choice, routed, S, min(capacity, S)), B)

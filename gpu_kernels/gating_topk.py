@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition
 from hybrid_moe.gpu_kernels.gating import MOST_EXPERTS, SCORINGS, Gating, Scoring
+from hybrid_moe.gpu_kernels.toolchain import launch
 
 Tensor = torch.Tensor
 
@@ -130,6 +131,18 @@ def _kernel(config: GatingConfig) -> Any:
         return value
 
     @cute.jit
+    def load(line: cute.Pointer, values: cute.Tensor, lane: Int32) -> None:
+        """The lane's part of a line [E]; -inf, which adds nothing to a softmax, behind its end."""
+        source = cute.make_tensor(line, cute.make_layout(E))
+        for i in range_constexpr(held):
+            if const_expr(32 * (i + 1) <= E):
+                values[i] = source[lane + 32 * i].to(Float32)
+            else:
+                values[i] = Float32(-float("inf"))
+                if lane + 32 * i < E:
+                    values[i] = source[lane + 32 * i].to(Float32)
+
+    @cute.jit
     def score_of(logit: Float32) -> Float32:
         """Of the functions that look at one logit alone."""
         score = logit
@@ -190,39 +203,36 @@ def _kernel(config: GatingConfig) -> Any:
             lane = thread % 32
             token = cute.arch.block_idx()[0] * config.warps + thread // 32
             if token < tokens:
-                row = cute.make_tensor(logits + Int64(token) * E, cute.make_layout(E))
-                biases = cute.make_tensor(bias, cute.make_layout(E))
                 keys = cute.make_rmem_tensor(cute.make_layout(held), Uint32)
                 scores = cute.make_rmem_tensor(cute.make_layout(held), Float32)
+                biases = cute.make_rmem_tensor(cute.make_layout(held), Float32)
+                load(logits + Int64(token) * E, scores, lane)  # all loads before the first use
+                if const_expr(config.biased):
+                    load(bias, biases, lane)
                 largest = Uint32(0)
                 for i in range_constexpr(held):
-                    expert = lane + 32 * i
-                    keys[i] = Uint32(0)
-                    scores[i] = Float32(0.0)
-                    if expert < E:
-                        logit = row[expert].to(Float32)
-                        score = score_of(logit)
-                        scores[i] = score
-                        choice = score
-                        if const_expr(config.biased):
-                            choice = rounded(score + biases[expert], config.bias_rounds)
-                        key = ordered(choice)
-                        keys[i] = key
-                        if key > largest:
-                            largest = key
+                    scores[i] = score_of(scores[i])
+                    choice = scores[i]
+                    if const_expr(config.biased):
+                        choice = rounded(choice + biases[i], config.bias_rounds)
+                    keys[i] = ordered(choice)
+                    if const_expr(32 * (i + 1) > E):  # noqa: SIM102
+                        if lane + 32 * i >= E:
+                            keys[i] = Uint32(0)
+                    if keys[i] > largest:
+                        largest = keys[i]
                 total = Float32(1.0)
                 if const_expr(scoring.function == "softmax"):
                     most = value_of(cute.arch.warp_redux_sync(largest, "max"))
                     total = Float32(0.0)
                     for i in range_constexpr(held):
-                        if lane + 32 * i < E:
-                            scores[i] = cute.math.exp(scores[i] - most)
-                            total = total + scores[i]
+                        scores[i] = cute.math.exp(scores[i] - most)
+                        total = total + scores[i]
                     total = warp_sum(total)
                     if const_expr(scoring.by_score):
                         for i in range_constexpr(held):
-                            if lane + 32 * i < E:
-                                scores[i] = rounded(scores[i] / total, steps)
+                            scores[i] = rounded(scores[i] / total, steps)
+                            if keys[i] != Uint32(0):
                                 keys[i] = ordered(scores[i])
                 if const_expr(groups > 1):
                     bits = kept(keys, lane)
@@ -344,8 +354,7 @@ def gating_topk(
     Args:
         logits: float32 or bf16 [T, E], contiguous.
         gating: what becomes of them.
-        bias: float32 or bf16 [E], added to the scores for the choice alone; only with scorings that
-            choose by score.
+        bias: float32 or bf16 [E], added to the scores for the choice alone; not to a softmax.
         dtype: the model's, float32 or bf16, to which values are rounded as `SCORINGS` says; None
             for that of the logits.
 
@@ -359,8 +368,6 @@ def gating_topk(
     _check(logits, gating, bias, dtype)
     if not logits.is_cuda:
         return gating_topk_ref(logits, gating, bias, dtype)
-    from hybrid_moe.gpu_kernels.toolchain import launch
-
     tokens, experts = logits.shape
     config = choose_config(
         gating, experts, logits.dtype, tokens, None if bias is None else bias.dtype, dtype
@@ -385,8 +392,8 @@ def _check(logits: Tensor, gating: Gating, bias: Tensor | None, dtype: torch.dty
     gating.check(logits.shape[1])
     if bias is None:
         return
-    if not SCORINGS[gating.scoring].by_score:
-        raise ValueError(f"bias: {gating.scoring} chooses experts by their logits alone")
+    if SCORINGS[gating.scoring].function.startswith("softmax"):
+        raise ValueError(f"bias: routers of the kind {gating.scoring} have none")
     if bias.dtype not in floats:
         raise TypeError(f"bias is {bias.dtype}, must be float32 or bfloat16")
     if bias.shape != logits.shape[1:] or bias.device != logits.device:

@@ -70,3 +70,16 @@ def divide(a: Any, b: Any) -> Any:
     from cutlass import Int32, Uint32
 
     return Int32(Uint32(a) // Uint32(b))
+
+
+def vector(pointer: Any, count: int) -> Any:
+    """`count` elements from `pointer` on, as a tensor."""
+    import cutlass.cute as cute
+
+    return cute.make_tensor(pointer, cute.make_layout(count))
+
+
+def at(pointer: Any, index: Any) -> Any:
+    """The element `index` places behind `pointer`, as a tensor of one: to be written, or read as
+    its [0]."""
+    return vector(pointer + index, 1)

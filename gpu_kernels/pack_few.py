@@ -16,6 +16,7 @@ import functools
 from typing import Any
 
 from hybrid_moe.gpu_kernels.definition import KernelDefinition
+from hybrid_moe.gpu_kernels.lane_memory import at, vector
 from hybrid_moe.gpu_kernels.pack_parts import (
     NO_EXPERT,
     STEP,
@@ -27,7 +28,6 @@ from hybrid_moe.gpu_kernels.pack_parts import (
     shared_words,
     words,
 )
-from hybrid_moe.gpu_kernels.pointers import at, vector
 
 _WARPS = THREADS // 32
 

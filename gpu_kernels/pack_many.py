@@ -17,6 +17,7 @@ import functools
 from typing import Any
 
 from hybrid_moe.gpu_kernels.definition import KernelDefinition
+from hybrid_moe.gpu_kernels.lane_memory import at, vector
 from hybrid_moe.gpu_kernels.pack_parts import (
     MOST_EXPERTS,
     NO_EXPERT,
@@ -28,7 +29,6 @@ from hybrid_moe.gpu_kernels.pack_parts import (
     shared_words,
     words,
 )
-from hybrid_moe.gpu_kernels.pointers import at, vector
 
 SCAN_EXPERTS = 32
 """Of a block of `pack_scan`: counts of one chunk are then 128 bytes in one piece."""

@@ -9,7 +9,7 @@ from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.gpu_kernels.definition import Argument
 from hybrid_moe.gpu_kernels.fragments import k_order
-from hybrid_moe.gpu_kernels.pointers import at, vector
+from hybrid_moe.gpu_kernels.lane_memory import at, vector
 
 THREADS = 256
 """Of every block: the pairs of a chunk, and the most that `pack_few` takes."""
@@ -105,7 +105,11 @@ def pack_steps(config: PackConfig) -> PackSteps:
     @cute.jit
     def permute(x: Pointer, xp: Pointer, piece: Int32, pieces: Int32) -> None:
         """One piece of a group of activations. A warp's loads and stores of 16 bytes are whole
-        sectors for pieces of 8; of 32, two of them together are, which caches see to."""
+        sectors for pieces of 8; of 32, two of them together are, which caches see to.
+
+        A format with zeros or minima would also need the sum of each group of activations
+        (docs/gpu.md): this is the place that has them in registers.
+        """
         there = cute.make_rmem_tensor(cute.make_layout(size), BFloat16)
         here = cute.make_rmem_tensor(cute.make_layout(size), BFloat16)
         if piece < pieces:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition
+from hybrid_moe.gpu_kernels.toolchain import launch
 
 Tensor = torch.Tensor
 
@@ -137,8 +138,6 @@ def weight_dequant(x: Tensor, s: Tensor, dtype: torch.dtype = torch.bfloat16) ->
     _check(x, s, dtype)
     if not x.is_cuda:
         return weight_dequant_ref(x, s, dtype)
-    from hybrid_moe.gpu_kernels.toolchain import launch
-
     M, N = x.shape
     config = choose_config(N, dtype)
     y = torch.empty(M, N, dtype=dtype, device=x.device)

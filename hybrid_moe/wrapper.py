@@ -12,17 +12,29 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import chosen_format
+from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
-from hybrid_moe.runtime import arguments, checkpoint_cache, construction_order, filling, torch_op
+from hybrid_moe.runtime import (
+    arguments,
+    checkpoint_cache,
+    construction_order,
+    filling,
+    gpu_arguments,
+    torch_op,
+)
 from hybrid_moe.runtime.deferral import DeferralChain, declared_chain, split_deferred
 from hybrid_moe.runtime.export import ExpertWriter
 from hybrid_moe.runtime.filling import Fill
+from hybrid_moe.runtime.hot_half import HotHalf
 from hybrid_moe.runtime.layer_facts import LayerFacts
+from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.runtime.process_wide import ProcessWide
 from hybrid_moe.runtime.runner import LayerRunner
 from hybrid_moe.runtime.weights import Stacked
@@ -61,6 +73,19 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         gate_up_layout: "halves" or "interleaved": where gate and up lie in a checkpoint's fused
             tensors. Needed only for experts with biases whose `config.json` is missing or names a
             model that Transformers does not know.
+        gpu_backend: who computes the experts that the mask puts on the GPU. None: the caller, and
+            this layer gives the sum of the others. "cute" (our kernels, on a CUDA device) or
+            "torch" (their references, on any device): this layer, which then holds these experts
+            in slots of the device's memory and gives the whole sum. The mask is then a report:
+            `promote` and `demote` change it, and one that was changed otherwise is an error at
+            the next submission. Batches must be on the device of the slots.
+        gpu_slots: experts for which the device gets room; None for those of the mask.
+        gpu_device: where the slots are; None for the current CUDA device, or the CPU where there is
+            none ("torch").
+        elsewhere: bool [E]: experts that neither half computes or holds, since another rank does.
+        gpu_activation: "fp8" rounds the inputs of the hot experts' projections to E4M3 in batches
+            of 256 tokens and more, as W8A8 does (what that costs: `SlotExperts.fp8_prefill`). It
+            is no faster: these GEMMs multiply in bf16. None for bf16 always.
         deferral_chain: the model that the layer belongs to: one object for all of its layers and
             no others. None: the order of construction decides, see `runtime.construction_order`;
             where that says nothing, the layer defers nothing.
@@ -110,6 +135,11 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         isa: str | None = None,
         gate_up_layout: str | None = None,
         deferral_chain: DeferralChain | None = None,
+        gpu_backend: str | None = None,
+        gpu_slots: int | None = None,
+        gpu_device: torch.device | str | int | None = None,
+        elsewhere: torch.Tensor | None = None,
+        gpu_activation: str | None = None,
     ) -> None:
         arguments.refuse_unsupported(locals())
         chosen = chosen_format(method)
@@ -135,6 +165,18 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             self._mask = arguments.expert_mask(gpu_experts_mask, num_gpu_experts, self.num_experts)
             if torch.cuda.is_available():
                 self._mask = self._mask.pin_memory()
+        options = gpu_arguments.hot_options(
+            gpu_backend,
+            gpu_slots,
+            gpu_device,
+            elsewhere,
+            gpu_activation,
+            self._mask,
+            self.shape,
+        )
+        self._hot = (
+            None if options is None else HotHalf(options, self.shape, self.format, self.activation)
+        )
         self.pool = arguments.pool_config(cpuinfer_threads, threadpool_count, numa_nodes)
         self.strict = strict
         self._isa = arguments.tier_name(isa)
@@ -212,6 +254,27 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         }
         self._load(filling.from_tensors(stacked, self.shape, self.format, mapping))
 
+    def load_weights_by(self, fill: Fill) -> None:
+        """Load the experts that this layer computes by a function of `runtime.filling`.
+
+        Raises:
+            RuntimeError: weights are loaded already, or the wrapper is closed.
+        """
+        self._check_not_loaded()
+        self._load(fill)
+
+    def unpack(self, expert: int) -> ExpertTensors:
+        """A copy of an expert that this layer holds, bit for bit as it was loaded. No submission
+        may be under way.
+
+        Raises:
+            RuntimeError: nothing is loaded. IndexError: this expert is not.
+        """
+        index = arguments.integer("expert", expert)
+        if not 0 <= index < self.num_experts:
+            raise IndexError(f"expert is {index}, must be in 0..{self.num_experts - 1}")
+        return self._loaded_runner().unpack(index)
+
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError(
@@ -238,25 +301,44 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         )
 
     def _load(self, fill: Fill) -> None:
-        """Load the experts whose mask is False; nothing stays behind if that fails."""
-        wanted = ~self._mask.numpy()
+        """Load the experts that this layer computes; nothing stays behind if that fails."""
         try:
-            if wanted.any():
-                fill(self._layer, wanted)
+            mask, resident, halves = self._fill(fill)
             self._writer = ExpertWriter(self._layer, self.shape)
             self._runner = LayerRunner(
                 self._layer,
                 self.shape,
-                self._mask,
-                wanted,
+                mask,
+                resident,
                 self._chain,
                 deferred=self.max_deferred_experts_per_token,
                 strict=self.strict,
+                halves=halves,
             )
         except BaseException:
             self._layer.close()
             self._layer = self._new_layer()
+            if self._hot is not None:
+                self._hot.release()
             raise
+
+    def _fill(
+        self, fill: Fill
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_], tuple[HotHalf, ExpertPlacement] | None]:
+        """Load the weights: (what tells the CPU's jobs which experts to skip, those that are
+        loaded on the CPU, and the other half)."""
+        hot = self._hot
+        if hot is None:
+            wanted = ~self._mask.numpy()
+            if wanted.any():
+                fill(self._layer, wanted)
+            return self._mask, wanted, None
+        placement = ExpertPlacement(self._layer, hot, self._mask, self.layer_idx)
+        wanted = ~hot.options.elsewhere.numpy()
+        if wanted.any():
+            fill(placement, wanted)
+        placement.ready()
+        return placement.live, placement.cold, (hot, placement)
 
     # Running ------------------------------------------------------------------------------------
 
@@ -290,7 +372,8 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
     def sync_forward(
         self, hidden_states: torch.Tensor, cuda_stream: int | None = None
     ) -> torch.Tensor:
-        """The sum over the CPU's experts of weight times expert, for the batch submitted last.
+        """The sum over the CPU's experts of weight times expert, for the batch submitted last; with
+        a `gpu_backend` over all experts.
 
         Args:
             hidden_states: [B, H], of which only shape and device count.
@@ -334,7 +417,9 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         cuda_stream: int | None,
     ) -> torch.Tensor:
         try:
-            self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
+            runner = self._runner or self._loaded_runner()
+            submit = torch_op.untraced(runner.submit)
+            submit(hidden_states, topk_ids, topk_weights, cuda_stream, unchanged=True)
             return self.sync_forward(hidden_states, cuda_stream)
         except BaseException:
             self.drop()
@@ -361,6 +446,62 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
                 f"layer {self.layer_idx} has no weights: call load_weights before forward"
             )
         return self._runner
+
+    # Experts that move ----------------------------------------------------------------------------
+
+    def reserve_slots(self, biases: bool | None = None) -> None:
+        """Allocate the device's memory for the slots now, so that whoever shares out the rest sees
+        what is left; loading does it otherwise. Does nothing without a `gpu_backend`.
+
+        Args:
+            biases: with room for biases. None: if the checkpoint has any; with `weight_path` None,
+                yes.
+
+        Raises:
+            RuntimeError: the device has no room; the wrapper is closed.
+        """
+        self._check_open()
+        if self._hot is None:
+            return
+        if biases is None and self.weight_path is not None:
+            biases = checkpoint_cache.checked_layer(
+                self.weight_path, self.shape, self.format, self._layout
+            ).has_bias
+        self._hot.reserve(self._layer.shares(biases=biases is not False))
+
+    def promote(self, expert: int, cuda_stream: int | None = None) -> None:
+        """Move an expert from the CPU to a free slot of the GPU, with its bit in the mask.
+
+        What was submitted before works on the placement as it was, what is submitted afterwards,
+        and every replay of a graph, on the new one. The bytes are copied once and nothing else is
+        done to them.
+
+        Args:
+            expert: id, of an expert on the CPU.
+            cuda_stream: the stream of this layer's calls, as for `submit_forward`.
+
+        Raises:
+            IndexError, ValueError: there is no such expert, or not on the CPU.
+            RuntimeError: no slot is free; a graph is being captured; no `gpu_backend`; not loaded.
+        """
+        self._move(expert, True, cuda_stream)
+
+    def demote(self, expert: int, cuda_stream: int | None = None) -> None:
+        """Move an expert from the GPU to the CPU, which has room for one more than were loaded
+        there. See `promote`.
+
+        Raises:
+            IndexError, ValueError: there is no such expert, or not on the GPU.
+            RuntimeError: the CPU has no place left; and as for `promote`.
+        """
+        self._move(expert, False, cuda_stream)
+
+    def _move(self, expert: int, hot: bool, cuda_stream: int | None) -> None:
+        runner = self._runner or self._loaded_runner()
+        index = arguments.integer("expert", expert)
+        if not 0 <= index < self.num_experts:
+            raise IndexError(f"expert is {index}, must be in 0..{self.num_experts - 1}")
+        torch_op.untraced(runner.move)(index, hot, cuda_stream)
 
     def select_deferred_experts(
         self, expert_ids: torch.Tensor, expert_scores: torch.Tensor, protected_k: int
@@ -426,6 +567,8 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         if runner is not None:
             runner.close()
             self._writer.close()
+        if self._hot is not None:
+            self._hot.release()
         if self._chain is not None:
             self._chain.leave(self)
         self._layer.close()

@@ -18,7 +18,13 @@ DOCUMENTS = sorted(
 )  # fmt: skip
 ABOUT_CODE = [
     ROOT / name
-    for name in ("CONTRIBUTING.md", "docs/architecture.md", "docs/kernels.md", "docs/numerics.md")
+    for name in (
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "docs/gpu.md",
+        "docs/kernels.md",
+        "docs/numerics.md",
+    )
 ]
 SOURCES = ("hybrid_moe", "cpu_kernels", "gpu_kernels", "loaders", "tests", "bench", "compat")
 

@@ -10,18 +10,26 @@ from __future__ import annotations
 import gc
 import os
 from collections import deque
+from typing import Protocol
 
-from hybrid_moe.cpu_kernels.streams.progress import Progress
+
+class Passing(Protocol):
+    """Something that streams or workers are at: a graph job's progress, a change of a table."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether that is over."""
+
 
 _LOOKS = 8
 """Entries that a submission looks at; each adds one at most."""
 
-_busy: deque[tuple[Progress, object]] = deque()
+_busy: deque[tuple[Passing, object]] = deque()
 _replayable: list[object] = []
 _inherited: list[object] = []
 
 
-def until_idle(progress: Progress, memory: object) -> None:
+def until_idle(progress: Passing, memory: object) -> None:
     """Keep `memory` until `progress` is idle. May be called from finalizers."""
     if not progress.idle:
         _busy.append((progress, memory))

@@ -18,6 +18,7 @@ _LAZY = {
     "launch": "launching",
     "prepare": "launching",
     "warm": "binaries",
+    "warm_all": "binaries",
 }
 
 __all__ = [
@@ -30,10 +31,11 @@ __all__ = [
     "launch",
     "prepare",
     "warm",
+    "warm_all",
 ]
 
 if TYPE_CHECKING:
-    from hybrid_moe.gpu_kernels.toolchain.binaries import KernelBinary, compiled, warm
+    from hybrid_moe.gpu_kernels.toolchain.binaries import KernelBinary, compiled, warm, warm_all
     from hybrid_moe.gpu_kernels.toolchain.compile_process import CompileError
     from hybrid_moe.gpu_kernels.toolchain.launching import has_pdl, launch, prepare
     from hybrid_moe.gpu_kernels.toolchain.usable import Availability, availability

@@ -64,15 +64,19 @@ def warm(definitions: Sequence[KernelDefinition], arch: str) -> list[KernelBinar
     Raises:
         CompileError: of all that could not be compiled; the others are in the cache then.
     """
-    wanted = list(dict.fromkeys(definitions))
-    missing = [each for each in wanted if not _fetch(each, arch)]
+    return warm_all([(definition, arch) for definition in definitions])
+
+
+def warm_all(wanted: Sequence[tuple[KernelDefinition, str]]) -> list[KernelBinary]:
+    """`warm` for kernels of several architectures."""
+    missing = [each for each in dict.fromkeys(wanted) if not fetched(*each)]
     if missing:
-        _compile(missing, arch)
-    return [_known[definition, arch] for definition in definitions]
+        _compile(missing)
+    return [_known[each] for each in wanted]
 
 
-def _fetch(definition: KernelDefinition, arch: str) -> bool:
-    """Look in memory, then on disk; True if the binary is in memory now."""
+def fetched(definition: KernelDefinition, arch: str) -> bool:
+    """Look in memory, then on disk: whether the binary is in memory now."""
     if (definition, arch) in _known:
         return True
     key = binary_key(definition, arch)
@@ -87,28 +91,28 @@ def _fetch(definition: KernelDefinition, arch: str) -> bool:
     return True
 
 
-def _compile(definitions: Sequence[KernelDefinition], arch: str) -> None:
+def _compile(missing: Sequence[tuple[KernelDefinition, str]]) -> None:
     if dsl_version() is None:
         raise CompileError(
             f"{DSL} is not installed, which compiles kernels for the GPU: "
             'pip install "hybrid-moe[gpu]"'
         )
-    waiting = list(reversed(definitions))
+    waiting = list(reversed(missing))
     failed: list[str] = []
 
     def work() -> None:
         with Compiler() as compiler:
             while waiting:
                 try:
-                    definition = waiting.pop()
+                    definition, arch = waiting.pop()
                 except IndexError:  # another thread was faster
                     return
                 try:
-                    _keep(definition, arch, compiler.compile(definition, arch))
+                    keep(definition, arch, compiler.compile(definition, arch))
                 except CompileError as error:
                     failed.append(str(error))
 
-    compilers = min(len(definitions), len(os.sched_getaffinity(0)), _MOST_COMPILERS)
+    compilers = min(len(missing), len(os.sched_getaffinity(0)), _MOST_COMPILERS)
     with ThreadPoolExecutor(compilers, thread_name_prefix="hybrid-moe-compile") as executor:
         for future in [executor.submit(work) for _ in range(compilers)]:
             future.result()
@@ -116,7 +120,8 @@ def _compile(definitions: Sequence[KernelDefinition], arch: str) -> None:
         raise CompileError("\n".join(failed))
 
 
-def _keep(definition: KernelDefinition, arch: str, artifacts: Artifacts) -> None:
+def keep(definition: KernelDefinition, arch: str, artifacts: Artifacts) -> None:
+    """Put what a compiler gave into memory and cache."""
     _known[definition, arch] = _binary(definition, arch, artifacts)
     key = binary_key(definition, arch)
     if key is not None:

@@ -2,7 +2,7 @@
 
 A cubin is an ELF file. Its section `.nv.info` holds attributes of each function, and
 `.nv.info.NAME` those of one kernel (`EIATTR_...`, as `cuobjdump -elf` prints them). NVIDIA does not
-describe the format; tests compare what is read here with what ptxas reports.
+describe the format; what is read here is what ptxas reports (`remarks{ptx}` of the DSL).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Resources:
         registers: of a thread, 32 bits each.
         local_bytes: of a thread, in memory that is the GPU's slowest: spilled registers, and arrays
             that are indexed while it runs. Kernels here need none.
-        shared_bytes: of a block, without what a launch asks for.
+        shared_bytes: of a block, beside what a launch asks for; from sm_90 on the system's 1024.
         parameters: (offset, bytes) of each parameter, in order.
     """
 

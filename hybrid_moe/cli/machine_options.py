@@ -45,6 +45,14 @@ GpuExpertsOption = Annotated[
         "`generate`, 25%, 24GB or a placement profile."
     ),
 ]
+GpuBackendOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="cute|torch",
+        help="What computes the experts on the GPU: this package's kernels (cute), or torch, which "
+        "needs no GPU. Default: with --gpu SGLang does, without it cute where it can be used.",
+    ),
+]
 ProfileOption = Annotated[
     Path | None, typer.Option(help="Placement profile: which experts are on the GPU.")
 ]
@@ -94,19 +102,27 @@ class MachineOptions:
     gmacs: float | None
     gpu_bandwidth: float | None
     dense: str = "bf16"
+    gpu_backend: str | None = None
 
     def plan(self, named: str | Path) -> Plan:
         """Plan a model, see `find_model`; measures the ceilings if none were given."""
         from hybrid_moe import planning
         from hybrid_moe.cpu_kernels.pool.config import PoolConfig, default_pools
+        from hybrid_moe.integrations.sglang import gpu_backend
         from hybrid_moe.loaders.find_model import find_model
         from hybrid_moe.placement.profile import read_profile
         from hybrid_moe.planning import machine
 
         gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
         path, base = find_model(named), find_model(self.base) if self.base else None
-        model = planning.read_model(path, base, self.method, self.dense)
-        count, slots = self._gpu_experts(), None
+        count = self._gpu_experts()
+        if self.gpu_backend is not None and not gpus and self.gpu_experts is None:
+            raise ValueError(
+                "--gpu-backend is for experts on a GPU: say which with --gpu-experts, or --gpu"
+            )
+        backend = gpu_backend.backend_named(self.gpu_backend, "--gpu-backend ") if gpus else None
+        model = planning.read_model(path, base, self.method, self.dense, backend)
+        slots = None
         if count is None and self.gpu_experts is not None:
             slots = planning.slots_of(model, self.gpu_experts)
         threads = self.threads or PoolConfig.choose(pools=self.pools).threads

@@ -158,7 +158,9 @@ class OpenedModel:
         with torch.inference_mode():
             model(input_ids=torch.tensor([[0]], device=model.device))
         steps.end()
-        steps.say(f"{self._headline(model)}; ready in {steps.seconds:.1f} s", "bold")
+        steps.say(
+            f"{self._headline(model, options.workers())}; ready in {steps.seconds:.1f} s", "bold"
+        )
         return model
 
     def context(self, asked: int | None) -> int:
@@ -176,23 +178,23 @@ class OpenedModel:
             raise ValueError(f"--context {asked}: the model was made for {longest} tokens")
         return asked
 
-    def _headline(self, model: Any) -> str:
+    def _headline(self, model: Any, pool: PoolConfig) -> str:
         """What runs, in one line: the model, its experts, their format, tier and threads."""
+        from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
         from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
         from hybrid_moe.integrations.transformers.split_experts import SplitExperts
 
         experts = [module for module in model.modules() if isinstance(module, HybridExperts)]
-        layers = [module.layer for module in experts if module.layer is not None]
-        split = [layer for layer in layers if isinstance(layer, SplitExperts)]
-        first = split[0].layer if isinstance(layers[0], SplitExperts) else layers[0]
+        first = experts[0]
         per_token = self.summary.experts_per_token or "an unknown number"
-        threads, pools = first.pool.threads, first.pool.pools
         line = (
             f"{self.name}: {self.summary.model_type}, {len(experts)} layers of "
-            f"{first.num_experts} experts, {per_token} per token, {first.fmt.name}; "
-            f"tier {first.tier.name}; {threads} thread{'s' * (threads > 1)}"
-            + (f" in {pools} pools" if pools > 1 else "")
+            f"{first.spec.num_experts} experts, {per_token} per token, "
+            f"{first.fmt.name if first.fmt else 'not loaded'}; tier {choose_tier().name}; "
+            f"{pool.threads} thread{'s' * (pool.threads > 1)}"
+            + (f" in {pool.pools} pools" if pool.pools > 1 else "")
         )
+        split = [e.layer for e in experts if isinstance(e.layer, SplitExperts)]
         if split:
             hot = sum(layer.wrapper.num_gpu_experts for layer in split)
             line += f"; {hot} experts on {split[0].device} by {split[0].backend}"

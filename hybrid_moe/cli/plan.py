@@ -29,6 +29,7 @@ def plan(
     method: o.MethodOption = None,
     dense: o.DenseOption = "bf16",
     gpu_experts: o.GpuExpertsOption = None,
+    gpu_backend: o.GpuBackendOption = None,
     profile: o.ProfileOption = None,
     requests: o.RequestsOption = 4,
     chunk: o.ChunkOption = 2048,
@@ -46,7 +47,7 @@ def plan(
     """
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
-        ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense,
+        ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense, gpu_backend,
     )  # fmt: skip
     made = options.plan(model)
     if json is not None:

@@ -11,7 +11,7 @@ import typer
 
 from hybrid_moe.cli import machine_options as o
 from hybrid_moe.cli.local_server import listen, require_server, serve_here
-from hybrid_moe.cli.model_options import DENSE, GpuBackendOption, LoadOptions
+from hybrid_moe.cli.model_options import DENSE, LoadOptions
 from hybrid_moe.cli.models import ModelOption
 from hybrid_moe.cli.terminal import Steps
 
@@ -32,7 +32,7 @@ def serve(
     method: o.MethodOption = None,
     dense: o.DenseOption = DENSE,
     gpu_experts: o.GpuExpertsOption = None,
-    gpu_backend: GpuBackendOption = None,
+    gpu_backend: o.GpuBackendOption = None,
     profile: o.ProfileOption = None,
     requests: o.RequestsOption = 4,
     chunk: o.ChunkOption = 2048,
@@ -62,7 +62,7 @@ def serve(
 
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
-        ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense,
+        ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense, gpu_backend,
     )  # fmt: skip
     if not gpu:
         if rest.args:
@@ -82,8 +82,6 @@ def serve(
             load = LoadOptions(method, dense, threads, pools, gpu_experts, gpu_backend)
             serve_here(model, load, context, grace, listener, steps)
         return
-    if gpu_backend is not None:
-        raise ValueError("--gpu-backend is for Transformers: with --gpu, SGLang runs")
     if not dry_run:
         require_sglang()  # before headers are read and ceilings measured
     python = "python" if dry_run else sys.executable

@@ -84,10 +84,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class GpuPath:
-    """Whether hot experts are computed by kernels on a GPU, and why or why not."""
+    """Whether hot experts are computed by kernels on a GPU, and why or why not; and what became of
+    a trial to page-lock memory for the copies of experts that move (None without a GPU)."""
 
     usable: bool
     reason: str
+    page_locking: str | None
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,11 @@ def read_gpu_path() -> GpuPath:
     from hybrid_moe.gpu_kernels.toolchain import availability
 
     found = availability()
-    return GpuPath(found.usable, found.reason)
+    if not found.usable:
+        return GpuPath(False, found.reason, None)
+    from hybrid_moe.streams.page_lock import trial
+
+    return GpuPath(True, found.reason, trial())
 
 
 def huge_page_state() -> str | None:

@@ -46,7 +46,7 @@ class LayerExperts:
         method: format of the CPU's experts.
         packed: bytes of one expert in strips.
         bias: bytes of one expert's biases, held as float32, over all pools.
-        on_gpu: bytes of one expert on a GPU, as the serving engine stores it.
+        on_gpu: bytes of one expert on a GPU: as the serving engine stores it, or in a slot.
         weights: of one expert; as many multiply-accumulates for a token.
     """
 
@@ -97,7 +97,10 @@ class Model:
         base: checkpoint of everything else; `path` where no other was given.
         family: `model_type` of `config.json`.
         config: the language model's part of `config.json`, as Transformers reads it.
-        gpu_format: format of experts on a GPU; "STORED" where layers differ.
+        gpu_backend: who computes experts on a GPU: None for the serving engine, else what
+            `HYBRID_MOE_GPU` is to be.
+        engine_format: format of the experts that the engine finds in `base`; "STORED" where layers
+            differ.
         hidden, intermediate: H and I.
         layers: experts of each layer that has some.
         parts: part -> bytes, without routed experts.
@@ -110,16 +113,17 @@ class Model:
         torch_read: of these, what every token reads.
         torch_weights: of these, as `weights_per_token`.
         has_bias: experts have biases.
-        hot_possible: a serving engine can read experts for the GPU from `base`. Not from what
-            `hybrid-moe convert` wrote: no engine knows that format; and not where layers differ
-            in format: an engine has one kernel for all.
+        hot_possible: experts can be on the GPU. A serving engine reads them from `base`: not from
+            what `hybrid-moe convert` wrote, for no engine knows that format; and not where layers
+            differ in format: an engine has one kernel for all. Slots hold what the CPU holds.
     """
 
     path: Path
     base: Path
     family: str
     config: Mapping[str, Any]
-    gpu_format: str
+    gpu_backend: str | None
+    engine_format: str
     hidden: int
     intermediate: int
     layers: tuple[LayerExperts, ...]
@@ -154,6 +158,11 @@ class Model:
         return _name(self.formats)
 
     @property
+    def gpu_format(self) -> str:
+        """Name of the format of experts on a GPU; "STORED" where layers differ."""
+        return self.engine_format if self.gpu_backend is None else self.method
+
+    @property
     def max_context(self) -> int | None:
         """Tokens that the model was made for."""
         value = self.config.get("max_position_embeddings")
@@ -161,16 +170,21 @@ class Model:
 
 
 def read_model(
-    path: Path, base: Path | None = None, method: str | None = None, dense: str = DEFAULT
+    path: Path,
+    base: Path | None = None,
+    method: str | None = None,
+    dense: str = DEFAULT,
+    gpu_backend: str | None = None,
 ) -> Model:
     """Describe the model at `path`.
 
     Args:
-        path: checkpoint of the experts for the CPU.
+        path: checkpoint of the experts for the CPU (with a `gpu_backend`, for the GPU as well).
         base: checkpoint of everything else and of the experts for the GPU; None is `path` itself,
             unless that was converted.
         method: format for the CPU; None (or "STORED") is what `path` stores, layer by layer.
         dense: format of linear layers where there is no GPU; "torch" leaves them to torch.
+        gpu_backend: who computes experts on a GPU, see `Model`.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -193,7 +207,7 @@ def read_model(
         source.check_layout()
     stored = sources if base is None else [rest.layer(source.layer) for source in sources]
     readable = CONFIG_KEY not in rest.config
-    gpu_format = _name(tuple(source.format for source in stored)) if readable else BF16.name
+    engine_format = _name(tuple(source.format for source in stored)) if readable else BF16.name
     tensors = {k: t for k, t in rest.index.tensors.items() if k not in rest.expert_keys}
     part = {key: part_of(rest, key) for key in tensors}
     parts: Counter[str] = Counter()
@@ -208,11 +222,13 @@ def read_model(
         base=base or path,
         family=str(checkpoint.config.get("model_type", "unknown")),
         config=checkpoint.model.full,
-        gpu_format=gpu_format,
+        gpu_backend=gpu_backend,
+        engine_format=engine_format,
         hidden=first.hidden,
         intermediate=first.intermediate,
         layers=tuple(
-            _layer(*pair, chosen, checkpoint) for pair in zip(sources, stored, strict=True)
+            _layer(*pair, chosen, checkpoint, slots=gpu_backend is not None)
+            for pair in zip(sources, stored, strict=True)
         ),
         parts=dict(parts.most_common()),
         read_per_token=sum(t.nbytes for t in read),
@@ -222,12 +238,17 @@ def read_model(
         torch_read=sum(map(_in_16_bits, left)),
         torch_weights=_weights(left, part),
         has_bias=first.has_bias,
-        hot_possible=readable and gpu_format != AS_STORED,
+        hot_possible=gpu_backend is not None or (readable and engine_format != AS_STORED),
     )
 
 
 def _layer(
-    source: LayerSource, base: LayerSource, chosen: WeightFormat | None, checkpoint: Checkpoint
+    source: LayerSource,
+    base: LayerSource,
+    chosen: WeightFormat | None,
+    checkpoint: Checkpoint,
+    *,
+    slots: bool,
 ) -> LayerExperts:
     H, I = source.hidden, source.intermediate
     base.check_sizes(source.num_experts, H, I)
@@ -237,14 +258,16 @@ def _layer(
             f"config.json of {checkpoint.index.path} lacks num_experts_per_tok of layer "
             f"{source.layer}"
         )
+    packed = packed_nbytes(chosen or source.format, H, I)
+    bias = bias_nbytes(H, I) if source.has_bias else 0
     return LayerExperts(
         layer=source.layer,
         num_experts=source.num_experts,
         top_k=top_k,
         method=chosen or source.format,
-        packed=packed_nbytes(chosen or source.format, H, I),
-        bias=bias_nbytes(H, I) if source.has_bias else 0,
-        on_gpu=base.expert_nbytes,
+        packed=packed,
+        bias=bias,
+        on_gpu=packed + bias if slots else base.expert_nbytes,
         weights=3 * H * I,
     )
 

@@ -11,6 +11,7 @@ from hybrid_moe.formats.table import AS_STORED
 from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
 from hybrid_moe.placement.profile import PlacementProfile
+from hybrid_moe.placement.ranks import experts_of_rank
 from hybrid_moe.planning import cpu_only, scratch
 from hybrid_moe.planning.kv_cache import KvCache, kind_of, sglang_cache, transformers_cache
 from hybrid_moe.planning.linear_layers import EMBEDDINGS, DenseLayers
@@ -36,7 +37,7 @@ def lay_out(model: Model, request: Request) -> Plan:
         cache = sglang_cache(config, request.context, request.chunk, request.requests)
         fixed = _gpu_parts(model, request, cache)
         hot = _choose_hot(model, request, sum(p.nbytes for p in fixed if p.place == GPU))
-        share = -(-hot_bytes(model, hot) // len(request.gpus))
+        share = hot_share(model, hot, len(gpus))
         name = f"routed experts, {model.gpu_format}"
         parts = [MemoryPart(name, GPU, share, _counts(hot)), *fixed]
         tokens = min(request.chunk, request.context)
@@ -76,12 +77,27 @@ def _choose_hot(model: Model, request: Request, fixed: int) -> HotExperts:
         differ = "none: the layers' experts differ in format"
         unread = "none: no checkpoint that SGLang can read them from"
         return first_ids(model, 0, differ if model.gpu_format == AS_STORED else unread)
-    return as_many_as_fit(model, (request.room - fixed) * len(request.gpus))
+    return as_many_as_fit(model, request.room - fixed, len(request.gpus))
 
 
 def hot_bytes(model: Model, hot: HotExperts) -> int:
     """Bytes of the experts on the GPU, over all GPUs."""
     return sum(hot.counts[layer.layer] * layer.on_gpu for layer in model.layers)
+
+
+def hot_share(model: Model, hot: HotExperts, gpus: int) -> int:
+    """Bytes of them on the fullest GPU. The serving engine cuts each expert into parts for the
+    GPUs; slots hold whole ones."""
+    if model.gpu_backend is None:
+        return -(-hot_bytes(model, hot) // gpus)
+    return max(
+        sum(
+            layer.on_gpu
+            * len(experts_of_rank(range(hot.counts[layer.layer]), layer.layer, rank, gpus))
+            for layer in model.layers
+        )
+        for rank in range(gpus)
+    )
 
 
 def first_ids(model: Model, count: int, rule: str) -> HotExperts:
@@ -108,11 +124,14 @@ def of_profile(model: Model, profile: PlacementProfile) -> HotExperts:
     return HotExperts(counts, f"{profile.path.name}", profile)
 
 
-def as_many_as_fit(model: Model, room: int) -> HotExperts:
-    """The same number of experts in every layer, as many as `room` bytes hold (of all GPUs)."""
+def as_many_as_fit(model: Model, room: int, gpus: int) -> HotExperts:
+    """The same number of experts in every layer, as many as `room` bytes of each GPU hold."""
     each = sum(layer.on_gpu for layer in model.layers)
-    count = max(0, min(model.num_experts, room // each))
-    return first_ids(model, count, "as many as fit, the first ids of every layer")
+    rule = "as many as fit, the first ids of every layer"
+    hot = first_ids(model, max(0, min(model.num_experts, room * gpus // each)), rule)
+    while hot.most and hot_share(model, hot, gpus) > room:
+        hot = first_ids(model, hot.most - 1, rule)
+    return hot
 
 
 def slots_of(model: Model, gpu_experts: Any) -> dict[int, int]:
@@ -130,29 +149,24 @@ def slots_of(model: Model, gpu_experts: Any) -> dict[int, int]:
 
 
 def _slot_parts(model: Model, hot: HotExperts) -> list[MemoryPart]:
-    """Experts in slots without a GPU. A layer that has some has a spare place among its strips, so
-    that an expert can come back before another leaves."""
-    slots = spare = 0
-    for layer in model.layers:
-        if count := hot.counts[layer.layer]:
-            slots += count * (layer.packed + layer.bias)
-            spare += layer.packed + layer.bias
-    return [
-        MemoryPart("routed experts, slots", RAM, slots, f"{_counts(hot)}; computed by torch"),
-        MemoryPart("routed experts, spare places", RAM, spare, "one for each layer with slots"),
-    ]
+    """Experts in slots without a GPU."""
+    slots = sum(hot.counts[layer.layer] * (layer.packed + layer.bias) for layer in model.layers)
+    return [MemoryPart("routed experts, slots", RAM, slots, f"{_counts(hot)}; computed by torch")]
 
 
 def _expert_parts(model: Model, request: Request, hot: HotExperts) -> list[MemoryPart]:
-    """The experts on the CPU: one arena for each layer and pool."""
+    """The experts on the CPU: one arena for each layer and pool. With slots it has a place to
+    spare, so that an expert can come back before another leaves."""
     strips: Counter[str] = Counter()
-    rounding = biases = 0
+    rounding = biases = spare = 0
     for layer in model.layers:
         cold = hot.cold(layer)
+        more = int(request.slots is not None and 0 < cold < layer.num_experts)
         strips[layer.method.name] += cold * layer.packed
         biases += cold * layer.bias
+        spare += more * (layer.packed + layer.bias)
         if request.huge_pages and cold:  # each pool's share is rounded; shares are nearly equal
-            share = cold * (layer.packed + layer.bias) / request.pools
+            share = (cold + more) * (layer.packed + layer.bias) / request.pools
             rounding += round(request.pools * (-share % HUGE_PAGE))
     return [
         *(
@@ -160,6 +174,7 @@ def _expert_parts(model: Model, request: Request, hot: HotExperts) -> list[Memor
             for name, nbytes in strips.items()
         ),
         MemoryPart(f"{CPU_EXPERTS}, biases", RAM, biases, "float32"),
+        MemoryPart(f"{CPU_EXPERTS}, spare places", RAM, spare, "one in each layer with slots"),
         MemoryPart(f"{CPU_EXPERTS}, page rounding", RAM, rounding, "huge pages of 2 MiB"),
     ]
 
@@ -241,7 +256,8 @@ def _notes(model: Model, request: Request) -> list[str]:
     if request.gpus and not model.hot_possible:
         notes.append(
             f"{model.base} was written by `hybrid-moe convert`, whose experts SGLang cannot put on "
-            "a GPU: give the original checkpoint as --base to use GPU experts"
+            "a GPU: give the original checkpoint as --base to use GPU experts, or let this package "
+            "have them (--gpu-backend cute)"
         )
     if request.gpus and len({gpu.nbytes for gpu in request.gpus}) > 1:
         notes.append("tensor parallelism gives every GPU the same: the smallest one counts")

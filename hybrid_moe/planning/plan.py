@@ -151,6 +151,7 @@ class Plan:
                 "family": model.family,
                 "method": model.method,
                 "gpu_format": model.gpu_format,
+                "gpu_backend": model.gpu_backend,
             },
             "gpus": [asdict(gpu) for gpu in request.gpus],
             "cpu": {**asdict(request.cpu), "threads": request.threads, "pools": request.pools},

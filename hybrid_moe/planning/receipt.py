@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("hybrid-moe", "llvmlite", "numpy")
+from hybrid_moe import __version__
+
+PACKAGES = ("llvmlite", "numpy")
 
 
 def processor() -> str:
@@ -27,7 +29,10 @@ def receipt(bench: str, **facts: Any) -> dict[str, Any]:
         "bench": bench,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "processor": processor(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {
+            "hybrid-moe": __version__,  # which a source tree has too
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
         **facts,
     }
 

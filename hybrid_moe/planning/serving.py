@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.integrations.sglang import gpu_backend
 from hybrid_moe.planning.kv_cache import PAGE
 from hybrid_moe.planning.plan import GPU, Plan
 
@@ -82,6 +83,8 @@ def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()
     words += _gpu_flags(plan)
     profile = plan.hot.profile
     environment = {} if profile is None else {PLACEMENT_VARIABLE: str(profile.path)}
+    if model.gpu_backend is not None:
+        environment[gpu_backend.VARIABLE] = model.gpu_backend
     environment[_NUMA_BINDING] = "0"
     return ServerCommand((python, "-m", "sglang.launch_server", *words, *extra), environment)
 
@@ -104,8 +107,11 @@ def _gpu_flags(plan: Plan) -> list[str]:
     if len(plan.request.gpus) > 1:
         words += ["--tp-size", str(len(plan.request.gpus))]
     # Marlin and Triton skip ids of -1 (experts that are elsewhere) and tell which expert is whose
-    runner = "marlin" if plan.model.gpu_format == MXFP4.name else "triton"
+    runner = "marlin" if plan.model.engine_format == MXFP4.name else "triton"
     words += ["--moe-runner-backend", runner]
+    if plan.model.gpu_backend == "torch":  # which no graph can hold
+        words += ["--cuda-graph-backend-decode", "disabled"]
+        words += ["--cuda-graph-backend-prefill", "disabled"]
     if plan.cache.window_ratio is not None:
         words += ["--swa-full-tokens-ratio", f"{plan.cache.window_ratio:.3f}"]
     return words

@@ -182,21 +182,21 @@ def expert_mask(mask: Any, num_gpu_experts: Any, num_experts: int) -> torch.Tens
     return given.detach().to("cpu", copy=True).contiguous()
 
 
-def check_mask(mask: Any, num_experts: int) -> None:
-    """Raise unless `mask` is a bool tensor [E]."""
+def check_mask(mask: Any, num_experts: int, name: str = "gpu_experts_mask") -> None:
+    """Raise unless `mask`, the argument `name`, is a bool tensor [E]."""
     if not isinstance(mask, torch.Tensor):
+        number = "; a number of experts is given as num_gpu_experts="
         raise TypeError(
-            f"gpu_experts_mask must be a bool tensor [{num_experts}] or None, not "
-            f"{type(mask).__name__}; a number of experts is given as num_gpu_experts="
+            f"{name} must be a bool tensor [{num_experts}] or None, not "
+            f"{type(mask).__name__}{number if name == 'gpu_experts_mask' else ''}"
         )
     if mask.layout is not torch.strided or mask.is_meta:
-        raise ValueError("gpu_experts_mask must be an ordinary tensor, not a sparse or a meta one")
+        raise ValueError(f"{name} must be an ordinary tensor, not a sparse or a meta one")
     if mask.dtype != torch.bool:
-        raise TypeError(f"gpu_experts_mask must be torch.bool, not {mask.dtype}")
+        raise TypeError(f"{name} must be torch.bool, not {mask.dtype}")
     if tuple(mask.shape) != (num_experts,):
         raise ValueError(
-            f"gpu_experts_mask has shape {tuple(mask.shape)}, must be ({num_experts},): "
-            "one flag per expert"
+            f"{name} has shape {tuple(mask.shape)}, must be ({num_experts},): one flag per expert"
         )
 
 

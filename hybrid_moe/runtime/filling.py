@@ -7,12 +7,13 @@ the packed layer, with room for biases if there are any, and loads several at a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.loaders.layer_source import LayerSource
@@ -21,14 +22,29 @@ from hybrid_moe.parallel import for_each
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.weights import Stacked, check_stacked, expert_of
 
-Fill = Callable[[ExpertLayer, npt.NDArray[np.bool_]], None]
+
+class Receiver(Protocol):
+    """Whoever takes the experts: a layer on the CPU, or both halves of one."""
+
+    @property
+    def pool(self) -> PoolConfig:
+        """Its threads load."""
+
+    def allocate(self, wanted: npt.NDArray[np.bool_], /, *, biases: bool) -> None:
+        """Take memory for the experts of a bool [E]."""
+
+    def load(self, expert: int, tensors: ExpertTensors) -> None:
+        """Take one expert. Thread-safe for different experts."""
+
+
+Fill = Callable[[Receiver, npt.NDArray[np.bool_]], None]
 """Allocates the experts of a bool [E] in a layer that has no memory yet, and loads them."""
 
 
 def from_checkpoint(source: LayerSource, fmt: WeightFormat, mapping: torch.Tensor) -> Fill:
     """Experts read from a checkpoint; `mapping` is int64 [E], id -> the checkpoint's expert."""
 
-    def fill(layer: ExpertLayer, wanted: npt.NDArray[np.bool_]) -> None:
+    def fill(layer: Receiver, wanted: npt.NDArray[np.bool_]) -> None:
         layer.allocate(wanted, biases=source.has_bias)
         threads = layer.pool.threads
         load_layer(source, mapping.numpy(), wanted, layer.load, fmt=fmt, threads=threads)
@@ -54,7 +70,7 @@ def from_tensors(
 def from_experts(read: Callable[[int], ExpertTensors], *, biases: bool) -> Fill:
     """Experts that `read` gives, called on several threads; `biases`: they may have some."""
 
-    def fill(layer: ExpertLayer, wanted: npt.NDArray[np.bool_]) -> None:
+    def fill(layer: Receiver, wanted: npt.NDArray[np.bool_]) -> None:
         layer.allocate(wanted, biases=biases)
         experts = np.flatnonzero(wanted).tolist()
         for_each(experts, lambda expert: layer.load(expert, read(expert)), layer.pool.threads)

@@ -8,6 +8,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.runtime import arguments
 from hybrid_moe.runtime.arguments import LayerShape
+from hybrid_moe.runtime.hot_half import HotHalf
 from hybrid_moe.runtime.runner import LayerRunner
 
 
@@ -23,6 +24,7 @@ class LayerFacts:
     format: WeightFormat
     _mask: torch.Tensor
     _layer: ExpertLayer
+    _hot: HotHalf | None
     _runner: LayerRunner | None  # None before loading and after closing
 
     @property
@@ -57,8 +59,9 @@ class LayerFacts:
 
     @property
     def gpu_experts_mask(self) -> torch.Tensor:
-        """bool [E] on the CPU: experts that the GPU computes. Change it in place; assignment copies
-        into it. Every submission works on the mask as it was when it was submitted; on CUDA
+        """bool [E] on the CPU: experts that the GPU computes. With a `gpu_backend`, `promote` and
+        `demote` change it, and nobody else. Without: change it in place; assignment copies into it.
+        Every submission works on the mask as it was when it was submitted; on CUDA
         tensors: when its stream came to it, so that a non-blocking copy from the GPU on that stream
         changes the mask together with what the GPU itself goes by."""
         return self._mask
@@ -66,6 +69,11 @@ class LayerFacts:
     @gpu_experts_mask.setter
     def gpu_experts_mask(self, mask: torch.Tensor) -> None:
         arguments.check_mask(mask, self.num_experts)
+        if self._hot is not None:
+            raise ValueError(
+                "gpu_experts_mask cannot be assigned with a gpu_backend: promote(expert) and "
+                "demote(expert) move the weights and change it"
+            )
         self._mask.copy_(mask)
 
     @property
@@ -90,6 +98,19 @@ class LayerFacts:
         return 0 if self._runner is None else self._runner.ignored_ids
 
     @property
+    def pairs(self) -> tuple[int, int]:
+        """(Token, expert) pairs so far: of experts on the GPU by the mask, and of experts on the
+        CPU; ids out of range are in neither. On CUDA tensors they are counted when the CPU has
+        routed them. Where the CPU has no expert at all, its part is not run: then ids out of range
+        count, and replays of graphs do not."""
+        return (0, 0) if self._runner is None else self._runner.pairs
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of packed weights held."""
+        """Bytes of packed weights held on the CPU."""
         return self._layer.nbytes
+
+    @property
+    def gpu_nbytes(self) -> int:
+        """Bytes of the slots on the GPU; 0 without a `gpu_backend`."""
+        return 0 if self._hot is None else self._hot.nbytes

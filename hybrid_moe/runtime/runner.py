@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,10 +13,13 @@ from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_FAULT, IDS_PAS
 from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.streams.progress import Progress
+from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.call import check_call, is_plain, plain
 from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
 from hybrid_moe.runtime.host_mask import HostMask
+from hybrid_moe.runtime.hot_half import HotHalf, HotJob
+from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.runtime.submission import Started, Submission, discard
 from hybrid_moe.streams.faults import LayerFaults
 from hybrid_moe.streams.interface import Stream
@@ -27,11 +32,13 @@ class LayerRunner:
     Args:
         layer: the packed experts.
         shape: its sizes.
-        mask: bool [E] CPU tensor, live: True for experts to skip.
+        mask: bool or uint8 [E] CPU tensor, live: not 0 for experts to skip.
         resident: bool [E]: experts that are loaded.
         chain: the model's layers; None where none of them defers.
         deferred: experts per token that may arrive one layer later; with a chain only.
         strict: ids out of range are an error.
+        halves: the hot half, and what says which experts are its own; None where the caller
+            computes the experts that the mask skips. With it, jobs leave their sums unrounded.
     """
 
     def __init__(
@@ -44,13 +51,18 @@ class LayerRunner:
         *,
         deferred: int,
         strict: bool,
+        halves: tuple[HotHalf, ExpertPlacement] | None = None,
     ) -> None:
         self._layer, self._shape, self._chain = layer, shape, chain
         self._deferred, self._strict = deferred, strict
         self._has_experts = bool(resident.any())
-        self._mask = HostMask(mask, resident)
+        # with both halves no expert is ever nowhere: it comes to the CPU before its mask is 0
+        self._mask = HostMask(mask, resident if halves is None else np.ones_like(resident))
         self._seen_mask: HostMask | Progress = self._mask  # by the latest run
-        self._stager = Stager(layer, mask)
+        self._halves = halves
+        self._out_type = torch.bfloat16 if halves is None else torch.float32
+        self._stager = Stager(layer, mask, out_type=self._out_type)
+        self._hot_pairs = 0  # of runs in which the CPU had no part
         self._faults = LayerFaults(layer, shape.layer_idx, strict=strict)
         self._submission: Submission | None = None
         self._logged_last = False
@@ -77,26 +89,41 @@ class LayerRunner:
         ids: torch.Tensor,
         weights: torch.Tensor,
         cuda_stream: int | None,
+        *,
+        unchanged: bool = False,
     ) -> None:
-        """See `KTMoEWrapper.submit_forward`."""
+        """See `KTMoEWrapper.submit_forward`. `unchanged`: nobody changes the tensors before `sync`
+        is called."""
         if self._submission is not None:
             raise self._submitted_twice()
         as_it_is = is_plain(hidden, ids, weights, self._shape)
         if not as_it_is:
             check_call(hidden, ids, weights, self._shape)
+        halves = self._halves
+        if halves is not None:
+            halves[0].check_device(hidden)
+            halves[1].check_mask()
         chain = self._chain
         incoming = None if chain is None else chain.take(self.layer_idx, hidden.shape[0])
         job: Started | None = None
+        hot: HotJob | None = None
         fault: Exception | None = None
         try:
             stream = self._stream(hidden, cuda_stream)
-            if stream is not None:
-                job = self._start_on(stream, hidden, ids, weights)
-            else:
-                if not as_it_is:
-                    hidden, ids, weights = plain(hidden, ids, weights)
+            if stream is None and not as_it_is:
+                hidden, ids, weights = plain(hidden, ids, weights)
+
+            def start_hot() -> None:
+                nonlocal hot
+                if halves is not None:
+                    hot = halves[0].start(stream, hidden, ids, weights, unchanged=unchanged)
+
+            if stream is None:
                 job, fault = self._start_all(hidden, ids, weights)
-            self._submission = Submission(hidden.shape, hidden.device, job, incoming, fault)
+                start_hot()
+            else:
+                job = self._start_on(stream, hidden, ids, weights, start_hot)
+            self._submission = Submission(hidden.shape, hidden.device, job, incoming, fault, hot)
         except BaseException:
             discard(job, self.layer_idx)
             self._give_up(incoming)
@@ -144,17 +171,51 @@ class LayerRunner:
             discard(submission.job, self.layer_idx)
             self._give_up(submission.incoming)
 
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """(Token, expert) pairs so far: on the GPU, and on the CPU."""
+        hot, cold = self._layer.pairs
+        return hot + self._hot_pairs, cold
+
+    def move(self, expert: int, hot: bool, cuda_stream: int | None) -> None:
+        """Promote an expert to the hot half or demote it, in the order of calls."""
+        if self._halves is None:
+            raise RuntimeError(
+                f"layer {self.layer_idx} has no gpu_backend: experts cannot be moved"
+            )
+        half, placement = self._halves
+        experts = half.experts
+        stream = None if experts is None else self._stream(experts.memory, cuda_stream)
+        move = placement.promote if hot else placement.demote
+        move(expert, stream, self._settle)
+
+    def _settle(self, stream: Stream | None) -> None:
+        """Let what follows wait for the layer's jobs under way, which may read any expert here. The
+        hot half of a submission has read what it needs, but for which experts were its own."""
+        if stream is None:
+            self._layer.wait_all()
+        else:
+            self._stager.settle(stream)
+        if self._submission is not None and self._submission.hot is not None:
+            self._submission.hot.keep_placement(stream)
+
     def reset(self) -> None:
         """`drop` in all layers of the model, with what is deferred between them."""
         if self._chain is not None:
             self._chain.reset()
         self.drop()
 
+    def unpack(self, expert: int) -> ExpertTensors:
+        """See `KTMoEWrapper.unpack`."""
+        return (self._layer if self._halves is None else self._halves[1]).unpack(expert)
+
     def close(self) -> None:
         """End what is under way."""
         self.drop()
         self._seen_mask = self._mask
         self._stager.close()
+        if self._halves is not None:
+            self._halves[1].close()
 
     def take_error(self) -> Exception | None:
         """What workers have met in runs that have ended since the last call; never waits."""
@@ -214,12 +275,14 @@ class LayerRunner:
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> Job[torch.Tensor]:
         """Start the experts of plain tensors."""
-        tokens = ids.size(0)
+        tokens, out_type = ids.size(0), self._out_type
         if not self._has_experts:
-            ignored = _out_of_range(ids, self._shape.num_experts)
-            missing = self._mask.missing(ids[(ids >= 0) & (ids < self._shape.num_experts)])
-            return Job(None, torch.zeros_like(hidden), tokens, ignored, missing)
-        out = torch.empty_like(hidden)
+            known = ids[(ids >= 0) & (ids < self._shape.num_experts)]
+            self._hot_pairs += self._mask.hot(known)
+            zeros = torch.zeros_like(hidden, dtype=out_type)
+            missing = self._mask.missing(known)
+            return Job(None, zeros, tokens, ids.numel() - known.numel(), missing)
+        out = torch.empty_like(hidden, dtype=out_type)
         return self._layer.start(
             Batch(
                 tokens,
@@ -229,6 +292,7 @@ class LayerRunner:
                 weights.data_ptr(),
                 self._mask.address,
                 out.data_ptr(),
+                out.element_size(),
             ),
             out,
         )
@@ -244,10 +308,16 @@ class LayerRunner:
         return cuda_stream(hidden.device, handle or 0)
 
     def _start_on(
-        self, stream: Stream, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+        self,
+        stream: Stream,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        start_hot: Callable[[], None],
     ) -> StreamJob | StreamZeros:
-        """Queue the experts of a batch, the deferrable ones as a job of their own. Nobody waits
-        here: ids out of range are found by the workers and raised at a later call."""
+        """Queue the experts of a batch, the deferrable ones as a job of their own, and the hot half
+        while the inputs are on their way. Nobody waits here: ids out of range are found by the
+        workers and raised at a later call."""
         self._mask.look()
         if self._mask.nowhere >= 0:  # nobody here knows whether the ids name it
             raise self._faults.not_loaded(self._mask.nowhere)
@@ -260,9 +330,15 @@ class LayerRunner:
         ignored = IDS_PASS if self._deferred else IDS_FAULT if self._strict else IDS_COUNT
 
         def start(ids: torch.Tensor, later: bool) -> StreamJob | StreamZeros:
+            beside = (lambda: None) if later else start_hot
             if not self._has_experts:
-                return StreamZeros(hidden)
-            job = self._stager.submit(stream, hidden, ids, weights, ignored_ids=ignored, join=later)
+                beside()
+                if not later:
+                    self._hot_pairs += ids.numel()  # nobody here knows which are out of range
+                return StreamZeros(hidden, self._out_type)
+            job = self._stager.submit(
+                stream, hidden, ids, weights, ignored_ids=ignored, join=later, beside=beside
+            )
             self._seen_mask = job.graph_job.progress
             return job
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hybrid_moe.cpu_kernels.job import Job
+from hybrid_moe.runtime.hot_half import HotJob
 from hybrid_moe.streams.interface import Stream
 from hybrid_moe.streams.staging import StreamJob, StreamZeros
 
@@ -29,6 +30,19 @@ def result_of(job: Started, stream: Stream | None) -> torch.Tensor:
     return job.result(stream)
 
 
+def cold_part(job: Started, stream: Stream | None) -> torch.Tensor | None:
+    """The output of a job that leaves float32 sums; None where nothing ran."""
+    return None if isinstance(job, StreamZeros) else result_of(job, stream)
+
+
+def _add(output: torch.Tensor, other: torch.Tensor, stream: Stream | None) -> torch.Tensor:
+    """`output`, to which `other` has been added."""
+    if stream is None:
+        return output.add_(other)
+    stream.add(output, other)
+    return output
+
+
 def discard(job: Started | None, layer_idx: int) -> None:
     """Drop a job that nobody will ask for; what went wrong in it is logged and raised nowhere."""
     try:
@@ -47,30 +61,40 @@ class Submission:
     Attributes:
         shape: of the batch, (B, H).
         device: of the batch.
-        job: this layer's experts.
+        job: this layer's experts on the CPU.
+        hot: those on the GPU, where the layer has both halves.
         incoming: what the layer before has deferred.
         fault: what sync will raise.
     """
 
-    __slots__ = ("device", "fault", "incoming", "job", "shape")
+    __slots__ = ("device", "fault", "hot", "incoming", "job", "shape")
 
     shape: torch.Size
     device: torch.device
     job: Started
     incoming: Started | None
     fault: Exception | None
+    hot: HotJob | None
 
     def result(self, stream: Stream | None) -> torch.Tensor:
         """The output, with what came in from the layer before; or the fault is raised."""
-        output = result_of(self.job, stream)
+        if self.hot is None:
+            output = result_of(self.job, stream)
+            self._raise_fault()
+            incoming, self.incoming = self.incoming, None
+            return output if incoming is None else _add(output, result_of(incoming, stream), stream)
+        cold = cold_part(self.job, stream)
+        self._raise_fault()
+        incoming, self.incoming = self.incoming, None
+        if incoming is not None:
+            earlier = cold_part(incoming, stream)
+            if cold is None:
+                cold = earlier
+            elif earlier is not None:
+                cold = _add(cold, earlier, stream)
+        return self.hot.result(cold, stream)
+
+    def _raise_fault(self) -> None:
         if (fault := self.fault) is not None:
             # a new one: its traceback would lead back to one that is kept here, and keep us
             raise type(fault)(*fault.args)
-        incoming, self.incoming = self.incoming, None
-        if incoming is None:
-            return output
-        earlier = result_of(incoming, stream)
-        if stream is None:
-            return output.add_(earlier)
-        stream.add(output, earlier)
-        return output

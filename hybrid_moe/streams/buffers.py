@@ -43,6 +43,7 @@ class BufferKey:
     top_k: int
     dtype: torch.dtype
     device: torch.device
+    out_dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(eq=False)
@@ -78,7 +79,7 @@ class Buffers:
             x=stream.pinned(rows, key.dtype),
             ids=stream.pinned(routing, torch.int64),
             weights=stream.pinned(routing, torch.float32),
-            out=stream.pinned(rows, key.dtype),
+            out=stream.pinned(rows, key.out_dtype),
             mailbox=mailbox,
         )
 
@@ -135,7 +136,7 @@ class BufferPool:
         self._mailboxes = mailboxes or Mailboxes()
         self._free: dict[tuple[BufferKey, int], list[Buffers]] = defaultdict(list)
         self._captured: dict[tuple[BufferKey, int], list[Buffers]] = defaultdict(list)
-        self._lost: deque[tuple[Buffers, Progress, int]] = deque()
+        self._lost: deque[tuple[Buffers, Progress, int, bool]] = deque()
         self._in_graphs: list[Buffers] = []
         self._stagers: weakref.WeakSet[Stager] = weakref.WeakSet()
         self._lock = ProcessLock()
@@ -169,24 +170,26 @@ class BufferPool:
             kept = self._captured if buffers.captured else self._free
             kept[buffers.key, stream.handle].append(buffers)
 
-    def lost(self, buffers: Buffers, progress: Progress, stream: Stream) -> None:
-        """Take back buffers of a job whose wait was never queued. They are used again when
-        `progress` is idle; those that a graph has captured are not, since a replay posts into them
-        and does not wait. May be called from finalizers.
+    def lost(
+        self, buffers: Buffers, progress: Progress, stream: Stream, *, awaited: bool = False
+    ) -> None:
+        """Take back buffers of a job whose wait was never queued; or, `awaited`, was queued on
+        `stream`. They are used again when `progress` is idle; those that a graph has captured are
+        not, since a replay posts into them and does not wait. May be called from finalizers.
         """
         if buffers.captured:
             self._in_graphs.append(buffers)
         else:
-            self._lost.append((buffers, progress, stream.handle))
+            self._lost.append((buffers, progress, stream.handle, awaited))
 
     def _find_lost(self) -> None:
         """Free those of the lost buffers that are idle. The caller holds the lock."""
         for _ in range(len(self._lost)):
-            buffers, progress, handle = self._lost.popleft()
+            buffers, progress, handle, awaited = self._lost.popleft()
             if not progress.idle:
-                self._lost.append((buffers, progress, handle))
+                self._lost.append((buffers, progress, handle, awaited))
                 continue
-            if buffers.mailbox is not None:
+            if buffers.mailbox is not None and not awaited:
                 buffers.mailbox.done.value = 0  # no stream has been asked to wait for it
             self._free[buffers.key, handle].append(buffers)
 

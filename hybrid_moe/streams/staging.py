@@ -9,7 +9,8 @@ replayed:
     workers:                                       └── the CPU's experts ──► done
 
 The inputs may change as soon as the caller's stream has passed `copied`; it does not wait for the
-post, which can take a callback thread's wake-up. Post and wait go through the buffers' mailbox: the
+post, which can take a callback thread's wake-up. A layer's own hot half comes before `copied`: both
+only read the inputs. Post and wait go through the buffers' mailbox: the
 stream writes the address of the graph job, waits for the flag and clears it for the next run, so
 that a replay of the same constants works (`hybrid_moe.cpu_kernels.drivers.mailbox` says why). Where
 a GPU has no memory flags, both are host functions, compiled ones: Python would need the GIL inside
@@ -22,7 +23,9 @@ stays until the stream and the workers are through with it. Its buffers come bac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,12 +52,22 @@ class Stager:
 
     Args:
         layer: whose experts run.
-        skip: bool [E] CPU tensor, the live mask; it must stay where it is.
+        skip: bool or uint8 [E] CPU tensor, the live mask; it must stay where it is.
         pool: of buffers.
+        out_type: of results: bfloat16, or float32 for sums that are not rounded.
     """
 
-    def __init__(self, layer: ExpertLayer, skip: torch.Tensor, pool: BufferPool = BUFFERS) -> None:
+    def __init__(
+        self,
+        layer: ExpertLayer,
+        skip: torch.Tensor,
+        pool: BufferPool = BUFFERS,
+        out_type: torch.dtype = torch.bfloat16,
+    ) -> None:
         self._layer, self._skip, self._pool = layer, skip, pool
+        self._out_type = out_type
+        self._recent: deque[weakref.ref[StreamJob]] = deque(maxlen=2)
+        """Of eager jobs: more than what runs now and what runs later is never under way."""
         self._jobs: dict[_Key, GraphJob] = {}  # least recently used first
         self._captured: dict[_Key, GraphJob] = {}
         pool.attach(self)
@@ -68,6 +81,7 @@ class Stager:
         *,
         ignored_ids: int = IDS_COUNT,
         join: bool = False,
+        beside: Callable[[], object] = lambda: None,
     ) -> StreamJob:
         """Queue the copies of hidden [B, H], ids and weights [B, k], and the job's start.
 
@@ -75,9 +89,11 @@ class Stager:
             ignored_ids: what ids out of range mean, `records.IDS_*`.
             join: let the stream wait for the post, for a result that is collected elsewhere: a
                 captured graph must end with all its streams joined.
+            beside: queues what the stream does with the inputs while they are copied.
         """
         (tokens, H), k = hidden.shape, ids.shape[1]
-        key = BufferKey(1 << max(tokens - 1, 0).bit_length(), H, k, hidden.dtype, stream.device)
+        capacity = 1 << max(tokens - 1, 0).bit_length()
+        key = BufferKey(capacity, H, k, hidden.dtype, stream.device, self._out_type)
         keeping.release()
         buffers = self._pool.take(key, stream)
         try:
@@ -93,17 +109,34 @@ class Stager:
             side.to_host(buffers.x[:tokens], hidden)
             side.to_host(buffers.ids[:tokens], ids)
             side.to_host(buffers.weights[:tokens], weights)
-        stream.wait(side.record())
+        copied = side.record()
         mailbox = buffers.mailbox
-        with _visit(graph_job, buffers.captured):
-            if mailbox is not None:
-                side.write_value(mailbox.posted.address, graph_job.user_data)
-            else:
-                side.host_function(graph_job.post_fn, graph_job.user_data)
-        job.posted = side.record()
+        try:
+            with _visit(graph_job, buffers.captured):
+                if mailbox is not None:
+                    side.write_value(mailbox.posted.address, graph_job.user_data)
+                else:
+                    side.host_function(graph_job.post_fn, graph_job.user_data)
+            job.posted = side.record()
+            try:
+                beside()
+            except BaseException:
+                job.discard()
+                raise
+        finally:
+            stream.wait(copied)
         if join:
             stream.wait(job.posted)
+        if not buffers.captured:
+            self._recent.append(weakref.ref(job))
         return job
+
+    def settle(self, stream: Stream) -> None:
+        """Let what follows on `stream` wait for the ends of all eager jobs so far. Their results
+        are collected as ever."""
+        for job in [job() for job in self._recent]:
+            if job is not None:
+                job.settle(stream)
 
     def _job(self, buffers: Buffers, tokens: int, ignored_ids: int) -> GraphJob:
         """The job over these buffers: immutable, since the stream may still have to post it."""
@@ -120,10 +153,12 @@ class Stager:
                 weights=buffers.weights.data_ptr(),
                 skip=self._skip.data_ptr(),
                 out=buffers.out.data_ptr(),
+                out_size=buffers.out.element_size(),
             )
+            shape = self._layer.job_shape(tokens, top_k, batch.out_size)
             job = self._layer.graph_job(
                 batch,
-                buffers.memory_of(self._layer.job_shape(tokens, top_k), self._layer.pool),
+                buffers.memory_of(shape, self._layer.pool),
                 ignored_ids=ignored_ids,
                 buffers=(buffers, self._skip),
             )
@@ -154,7 +189,7 @@ def _visit(job: GraphJob, captured: bool) -> Iterator[None]:
         raise
 
 
-@dataclass
+@dataclass(eq=False)
 class StreamJob:
     """A job on its way through a stream.
 
@@ -162,7 +197,9 @@ class StreamJob:
         graph_job: what is posted. tokens: T.
         posted: where the side stream has posted it.
         joined: `stream` has waited for that.
-        settled: the wait is queued, and the buffers are the pool's again.
+        settled: the wait is queued, and the buffers are the pool's again, or will be (`over`).
+        over: of a wait that was queued before the result was asked for: where it has passed, and
+            on which stream.
     """
 
     graph_job: GraphJob
@@ -173,6 +210,7 @@ class StreamJob:
     posted: Event
     joined: bool
     settled: bool = False
+    over: tuple[Event, Stream] | None = None
 
     def result(self, stream: Stream) -> torch.Tensor:
         """Queue the wait and the copy to the device; a new device tensor [B, H]."""
@@ -181,7 +219,11 @@ class StreamJob:
                 "submit_forward and sync_forward of one call must either both be captured by a "
                 "CUDA graph or neither"
             )
-        self._wait(stream)
+        over, self.over = self.over, None
+        if over is None:
+            self._wait(stream)
+        else:
+            stream.wait(over[0])
         try:
             with stream:
                 return stream.to_device(self.buffers.out[: self.tokens])
@@ -191,6 +233,9 @@ class StreamJob:
     def discard(self) -> None:
         """Queue the wait, so that the buffers can be used again. Where it cannot be queued, since
         the run is in a graph that has ended, or the wait would be, the pool waits for the run."""
+        over, self.over = self.over, None
+        if over is not None:
+            self.pool.give_back(self.buffers, over[1])
         if self.settled:
             return
         if self.stream.capturing() == self.buffers.captured:
@@ -199,14 +244,23 @@ class StreamJob:
         else:
             self._lose()
 
+    def settle(self, stream: Stream) -> None:
+        """Queue the wait now, unless that is done; `result` then waits for where it was queued."""
+        if not self.settled:
+            self._wait(stream)
+            self.over = stream.record(), stream
+
     def __del__(self) -> None:
         # dropped by an exception, or with its layer; nothing can be queued from a finalizer
         self._lose()
 
     def _lose(self) -> None:
-        if not self.settled:
+        progress, (over, self.over) = self.graph_job.progress, (self.over, None)
+        if over is not None:
+            self.pool.lost(self.buffers, progress, over[1], awaited=True)
+        elif not self.settled:
             self.settled = True
-            self.pool.lost(self.buffers, self.graph_job.progress, self.stream)
+            self.pool.lost(self.buffers, progress, self.stream)
 
     def _wait(self, stream: Stream) -> None:
         """Let `stream` wait for the job's end."""
@@ -228,6 +282,7 @@ class StreamZeros:
     """In place of a job, for a layer of which all experts are on the GPU."""
 
     like: torch.Tensor
+    out_type: torch.dtype = torch.bfloat16
 
     @property
     def tokens(self) -> int:
@@ -236,7 +291,7 @@ class StreamZeros:
     def result(self, stream: Stream) -> torch.Tensor:
         """Zeros like the batch, a new tensor."""
         with stream:
-            return torch.zeros_like(self.like)
+            return torch.zeros_like(self.like, dtype=self.out_type)
 
     def discard(self) -> None:
         """Nothing runs."""

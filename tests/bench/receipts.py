@@ -86,6 +86,7 @@ def every_bench() -> list[dict[str, Any]]:
         machine("end_to_end", points=[model_point(), model_point(engine="llama.cpp")]),
         machine("dense", points=[linear], empty={"median_us": 9.0, "threads": 2}),
         machine("moe_layer", points=[layer_point(), layer_point(tokens=64)], skipped={}),
+        machine("gpu_check", gpu=None, steps=[], points=[]),
         machine("peers", points=peers, errors=errors),
         machine("pool", points=[pool_point(), pool_point(caller="caller works", signal_us=None)]),
         machine("load", points=[load], threads=2),

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 import hybrid_moe
 from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.integrations.transformers.hit_rates import hit_rates
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from tests.reference import assert_within, evaluate
 
@@ -29,9 +30,27 @@ TEXT = (
 )
 
 
+TIE = 0.5
+"""Logits this near each other may change places: four roundings of a BF16 logit near 16. Hot
+experts take activations in BF16, the CPU's kernels in 15-bit fixed point."""
+
+
+def load(gpu_experts: float | None = None) -> Any:
+    backend = None if gpu_experts is None else "torch"
+    return hybrid_moe.from_pretrained(
+        MODEL, method="MXFP4", progress=False, gpu_experts=gpu_experts, gpu_backend=backend
+    ).eval()
+
+
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return hybrid_moe.from_pretrained(MODEL, method="MXFP4", progress=False).eval()
+def cold() -> Any:
+    """All experts on the CPU."""
+    return load()
+
+
+@pytest.fixture(scope="module", params=[None, 0.5], ids=["cpu", "split"])
+def model(request: pytest.FixtureRequest, cold: Any) -> Any:
+    return cold if request.param is None else load(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -86,27 +105,48 @@ def test_every_layer_keeps_the_numerics_contract(model: Any, ids: torch.Tensor) 
     assert len(used) == 4 * 16, "some experts saw no token: the text is too short for this test"
 
 
-def test_it_reads_english(model: Any, ids: torch.Tensor) -> None:
+def test_it_reads_english(cold: Any, ids: torch.Tensor) -> None:
     """Far better than chance (3,072 tokens), worse on the same words in random order."""
 
     def nats(tokens: torch.Tensor) -> float:
         with torch.inference_mode():
-            logits = model(input_ids=tokens).logits[0, :-1].float()
+            logits = cold(input_ids=tokens).logits[0, :-1].float()
         return float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]))
 
     shuffled = ids[:, torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(0))]
     assert nats(ids) < 5.0 < nats(shuffled)
 
 
-def test_cached_decoding_equals_one_pass(model: Any, ids: torch.Tensor) -> None:
+def test_cached_decoding_equals_one_pass(cold: Any, ids: torch.Tensor) -> None:
     """Greedy tokens: a token at a time, and each from the whole text before it."""
-    generated = model.generate(ids[:, :32], max_new_tokens=12, do_sample=False)
+    generated = cold.generate(ids[:, :32], max_new_tokens=12, do_sample=False)
     for length in range(32, generated.shape[1]):
         with torch.inference_mode():
-            logits = model(input_ids=generated[:, :length]).logits[0, -1].float()
+            logits = cold(input_ids=generated[:, :length]).logits[0, -1].float()
         chosen = logits[generated[0, length]]
         # attention in BF16 differs between the two by a rounding or two of a logit near 16
         assert chosen >= logits.max() - 0.25
+
+
+@pytest.mark.parametrize("gpu_experts", [0.25, 0.5, 1.0])
+def test_experts_in_slots_say_what_the_cpu_s_say(
+    gpu_experts: float, cold: Any, ids: torch.Tensor
+) -> None:
+    split = load(gpu_experts)
+    with torch.inference_mode():
+        expected, found = (m(input_ids=ids).logits[0].float() for m in (cold, split))
+    # each of four layers may be off by 0.003 here and there, see docs/numerics.md
+    assert (found - expected).norm() <= 4 * 2 * 0.003 * expected.norm()
+    generated = split.generate(ids[:, :32], max_new_tokens=16, do_sample=False)
+    with torch.inference_mode():
+        logits = cold(input_ids=generated).logits[0, 31:-1].float()
+    chosen = logits.gather(1, generated[0, 32:, None])[:, 0]
+    assert (chosen >= logits.max(1).values - TIE).all()
+    rates = hit_rates(split)
+    assert rates is not None and len(rates.layers) == 4
+    hot = sum(count for count, _ in rates.layers.values())
+    assert 0 < hot <= sum(pairs for _, pairs in rates.layers.values())
+    assert (gpu_experts == 1.0) == all(count == pairs for count, pairs in rates.layers.values())
 
 
 def test_fake_quantisation_of_the_training_is_the_format() -> None:

@@ -25,6 +25,7 @@ from hybrid_moe.gpu_kernels.definition import (
     KernelDefinition,
     compile_here,
 )
+from tests.gpu import on_device
 from tests.gpu.simulator import Access, GlobalMemory, Lint, Traffic, launch
 
 ITEM_SIZES = {"u8": 1, "bf16": 2, "i32": 4, "u32": 4, "f32": 4, "i64": 8}
@@ -37,7 +38,7 @@ class Report:
     accesses: tuple[Access, ...] = ()
     """Of each memory instruction that ran, in the order of the text."""
     reads: Mapping[str, Traffic] = field(default_factory=dict)
-    """Argument -> what was read from its array."""
+    """Pointer -> what was read from its array."""
 
     def bank_conflicts(self) -> list[Access]:
         """Instructions that needed more wavefronts in shared memory than their words fill."""
@@ -51,7 +52,7 @@ class Report:
         return "\n".join(map(str, self.accesses))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def compiled(definition: KernelDefinition, arch: str) -> Artifacts:
     """`compile_here`, once in this process."""
     return compile_here(definition, arch)
@@ -60,7 +61,10 @@ def compiled(definition: KernelDefinition, arch: str) -> Artifacts:
 def distinct_architectures(
     definition: KernelDefinition, architectures: Sequence[str] = ARCHITECTURES
 ) -> tuple[str, ...]:
-    """The first architecture of each PTX that differs in more than names of its target."""
+    """The first architecture of each PTX that differs in more than names of its target; on a GPU,
+    its own."""
+    if on_device.ON_DEVICE:
+        return (on_device.architecture(),)
     texts: dict[str, str] = {}
     for arch in architectures:
         text = re.sub(r"//.*|\.(?:version|target) .*", "", compiled(definition, arch).ptx)
@@ -91,6 +95,8 @@ def simulate(
         values = dict(zip(names, values, strict=True))
     if values.keys() != set(names):
         raise ValueError(f"values of {sorted(values)}; the kernel takes {names}")
+    if on_device.ON_DEVICE:
+        return on_device.run(definition, grid, values)  # type: ignore[return-value]
     memory = GlobalMemory()
     packed = []
     for argument in definition.arguments:
@@ -115,7 +121,10 @@ def simulate(
     if counter is None:
         return Report()
     accesses = sorted(counter.accesses.values(), key=lambda access: access.instruction.line)
-    return Report(tuple(accesses), counter.reads(memory))
+    unread = {
+        argument.name: Traffic(0, 0, 0) for argument in definition.arguments if argument.align
+    }
+    return Report(tuple(accesses), unread | counter.reads())
 
 
 def _array(argument: Argument, value: Any) -> np.ndarray[Any, Any]:

@@ -47,7 +47,9 @@ def run_text(ptx: str, case: Case, seed: int | None) -> None:
     arrays = {"a": case.a, "rows": case.rows, "b": case.b, "c": case.c}
     pointers = [memory.add(name, array) for name, array in arrays.items()]
     product = definition(ProductConfig())
-    launch(ptx, (N // 16, 1, 1), product.pack([*pointers, K, N]), memory, product.shared_bytes, seed)
+    launch(
+        ptx, (N // 16, 1, 1), product.pack([*pointers, K, N]), memory, product.shared_bytes, seed
+    )
 
 
 def without(text: str, instruction: str) -> str:

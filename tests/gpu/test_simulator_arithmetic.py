@@ -329,6 +329,21 @@ def test_subnormals_survive_without_ftz() -> None:
     assert wide.view(np.float32).tolist() == [2.0**-127] * 3
 
 
+def test_mixed_precision() -> None:
+    """float32 = bf16 (* bf16) + float32, which compilers emit for sm_100; comparisons of bf16."""
+    rng = np.random.default_rng(5)
+    a, b = (rng.standard_normal(64).astype(BF16) for _ in range(2))
+    c = rng.standard_normal(64).astype(np.float32)
+    x, y = ("b16", a.view(np.uint16)), ("b16", b.view(np.uint16))
+    got = compute("fma.rn.f32.bf16 {d}, {0}, {1}, {2};", "f32", x, y, ("f32", c)).view(np.float32)
+    exact = a.astype(np.float64) * b.astype(np.float64) + c
+    assert got.tolist() == exact.astype(np.float32).tolist()
+    got = compute("add.f32.bf16 {d}, {0}, {1};", "f32", x, ("f32", c)).view(np.float32)
+    assert got.tolist() == (a.astype(np.float32) + c).tolist()
+    less = compute("setp.lt.bf16 {d}, {0}, {1};", "pred", x, y)
+    assert less.tolist() == (a.astype(np.float32) < b.astype(np.float32)).tolist()
+
+
 def test_nan_and_comparisons() -> None:
     a = np.array([1, 2, np.nan, np.nan, np.inf, -0.0], np.float32)
     b = np.array([2, 2, 1, np.nan, np.inf, 0.0], np.float32)
@@ -395,11 +410,24 @@ def test_conversions_round_and_saturate() -> None:
     )
 
 
-def test_an_unknown_instruction_is_named() -> None:
-    with pytest.raises(NotImplementedError, match=r"line \d+: wgmma\.fence"):
-        run("wgmma.fence.sync.aligned;", np.zeros(1, np.uint32))
-    with pytest.raises(NotImplementedError, match="add.sat.s32"):
-        run("add.sat.s32 %r1, %r2, %r3;", np.zeros(1, np.uint32))
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "wgmma.fence.sync.aligned;",
+        "add.sat.s32 %r1, %r2, %r3;",
+        "ld.b32 %r1, [%rd0];",  # a generic address
+        "ld.global.L2::cache_hint.b32 %r1, [%rd0], %rd1;",
+        "red.global.add.v2.f32 [%rd0], {%r1, %r2};",
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+        "{%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r3}, {%r1, %r2, %r3, %r4};",
+        "cvt.rz.f32.f64 %r1, %rd1;",
+        "bar.red.popc.u32 %r1, 0, %p1;",
+        "mov.u32 %r1, %smid;",
+    ],
+)
+def test_an_unknown_instruction_is_named(instruction: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"line \d+: {instruction[:3]}|%smid"):
+        run(instruction, np.zeros(1, np.uint32))
 
 
 def test_scopes_have_registers_of_their_own() -> None:

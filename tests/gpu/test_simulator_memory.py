@@ -44,8 +44,7 @@ def test_vector_copies(kind: str, words: int) -> None:
 def test_signed_bytes_are_extended() -> None:
     source, target = np.array([-3, 100], np.int8), np.zeros(2, np.int32)
     run(
-        "ld.global.s8 %r1, [%rd0]; ld.global.u8 %r2, [%rd0];"
-        "st.global.v2.b32 [%rd1], {%r1, %r2};",
+        "ld.global.s8 %r1, [%rd0]; ld.global.u8 %r2, [%rd0];st.global.v2.b32 [%rd1], {%r1, %r2};",
         source,
         target,
     )
@@ -180,7 +179,11 @@ def test_sectors_are_counted() -> None:
     """A request of 32 lanes: 16 bytes each beside one another, then every fourth word, then the
     same word for all."""
     source = np.zeros(1024, np.uint32)
-    for stride, size, sectors, ideal, lines in ((16, 16, 16, 16, 4), (16, 4, 16, 4, 4), (0, 4, 1, 1, 1)):
+    for stride, size, sectors, ideal, lines in (
+        (16, 16, 16, 16, 4),
+        (16, 4, 16, 4, 4),
+        (0, 4, 1, 1, 1),
+    ):
         load = "ld.global.b32 %r9, [%rd5];"
         if size == 16:
             load = "ld.global.v4.b32 {%r6, %r7, %r8, %r9}, [%rd5];"

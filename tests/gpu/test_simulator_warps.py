@@ -63,7 +63,7 @@ def test_lanes_that_have_ended_leave_the_others_alone() -> None:
 
 
 def test_shuffles_need_their_lanes() -> None:
-    with pytest.raises(RuntimeError, match="diverged.*shfl"):
+    with pytest.raises(RuntimeError, match=r"diverged.*shfl"):
         lanes("setp.lt.u32 %p1, %r0, 5; @%p1 shfl.sync.idx.b32 %r9, %r0, 0, 31, -1;")
     got = lanes(
         "mov.u32 %r9, 9; setp.lt.u32 %p1, %r0, 4; @%p1 shfl.sync.idx.b32 %r9, %r0, 3, 31, 15;"
@@ -115,6 +115,8 @@ def test_votes_and_reductions() -> None:
     for name, value in {"add.s32": 496, "max.u32": 31, "min.s32": 0, "or.b32": 31}.items():
         assert (lanes(f"redux.sync.{name} %r9, %r0, -1;") == value).all()
     assert (lanes("activemask.b32 %r9;") == 0xFFFFFFFF).all()
+    got = lanes("elect.sync %r1|%p1, -1; selp.b32 %r9, 9, %r1, %p1;", threads=64)
+    assert got.tolist() == ([9] + [0] * 31) * 2
 
 
 EXCHANGE = """
@@ -154,7 +156,7 @@ def test_a_missing_barrier_is_seen_under_a_seed() -> None:
 
 def test_a_barrier_that_some_never_reach_is_a_deadlock() -> None:
     for seed in (None, 1):
-        with pytest.raises(RuntimeError, match="deadlock.*bar.sync"):
+        with pytest.raises(RuntimeError, match=r"deadlock.*bar.sync"):
             lanes("setp.lt.u32 %p1, %r0, 32; @%p1 bar.sync 0;", threads=64, seed=seed)
 
 
@@ -223,7 +225,7 @@ def test_mma() -> None:
 
 
 def test_mma_needs_the_whole_warp() -> None:
-    with pytest.raises(RuntimeError, match="part of a warp"):
+    with pytest.raises(RuntimeError, match="the warp has diverged"):
         lanes(
             "setp.lt.u32 %p1, %r0, 5; @%p1 mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
             "{%r1, %r2, %r3, %r4}, {%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r1, %r2, %r3, %r4};"

@@ -120,6 +120,18 @@ def test_each_line_of_a_pipe_is_a_message(tiny: Path) -> None:
     assert "no chat template" not in result.stderr
 
 
+def test_answers_say_how_many_experts_were_in_slots(tiny: Path) -> None:
+    """Of each answer alone."""
+    result = run("chat", "--model", tiny, "--threads", 1, "--max-new-tokens", 3, "--gpu-experts",
+                 "50%", "--gpu-backend", "torch", input="Emma\nwas")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    pairs = re.findall(r"of (\d+) expert calls on the GPU; by layer .* at most\]", result.stderr)
+    prompts = re.findall(r"prefill (\d+) tokens", result.stderr)
+    assert len(pairs) == 2
+    # four layers, four experts a token; the last token of an answer is not read
+    assert [int(n) for n in pairs] == [4 * 4 * (int(prompt) + 2) for prompt in prompts]
+
+
 def test_what_happens_at_the_end_of_the_context(plain: Path) -> None:
     lines = ["Hello", "there" * 6, "x" * 60]
     result = run("chat", "--model", plain, "--threads", 1, "--context", 40, "--temperature", 0,

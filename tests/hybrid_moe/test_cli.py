@@ -82,6 +82,44 @@ def test_generate_says_what_it_does(checkpoint: Path) -> None:
     assert re.sub(r"\x1b\[\d*m", "", coloured.stdout) == plain.stdout
 
 
+SPLIT = ("--gpu-experts", "50%", "--gpu-backend", "torch")
+
+
+def test_generate_with_experts_in_slots(checkpoint: Path) -> None:
+    """The same text, and how often experts were found on the GPU in place of a roofline that would
+    count them to the CPU."""
+    words = ("generate", "--model", checkpoint, "--prompt", PROMPT, "--threads", 1,
+             "--max-new-tokens", 12)  # fmt: skip
+    plain, split = run(*words), run(*words, *SPLIT)
+    assert split.exit_code == 0, split.output
+    assert split.stdout == plain.stdout
+    pairs = 2 * 3 * (len(PROMPT) + 11)  # layers, experts a token; the last token is not read
+    hits = rf"(\d+\.\d) % of {pairs} expert calls on the GPU; by layer .* at least, .* at most"
+    found = re.search(hits, split.stderr)
+    assert found is not None and 0 < float(found[1]) < 100
+    assert "8 experts on cpu by torch" in split.stderr
+    assert "roofline" not in split.stderr
+    assert "on the GPU" not in plain.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpu-experts", "150%"), "gpu_experts is '150%', a share must be between 0 and 1"),
+        (("--gpu-experts", "8"), "gpu_experts is '8', and a number of experts"),
+        (("--gpu-experts", "hot.json"), "gpu_experts is 'hot.json', which is no file"),
+        (("--gpu-backend", "torch"), "gpu_backend is 'torch', but gpu_experts says of no expert"),
+        ((*SPLIT[:3], "cuda"), "gpu_backend is 'cuda': choices are cute, torch"),
+    ],
+)
+def test_generate_refuses_gpu_experts(
+    checkpoint: Path, words: tuple[str, ...], message: str
+) -> None:
+    result = run("generate", "--model", checkpoint, "--prompt", PROMPT, "--threads", 1, *words)
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
 def test_generate_keeps_pytorch_within_the_quota(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from sglang.srt import runtime_context
 from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
 from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
 
 from tests.families import FamilyFixture
 from tests.reference import Evaluation, evaluate
 
 LAYER = 1
+PARTS = 3.0
+"""Two BF16 roundings more than one CPU layer: the GPU's share, and the sum of both."""
 
 
 def tensor_parallel(rank: int, of: int) -> dict[str, Any]:
@@ -45,9 +49,7 @@ def server_options(
                 kt_weight_path=str(fixture.directory),
                 kt_method=method,
                 kt_num_gpu_experts=gpu_experts,
-                kt_cpuinfer=1,
-                kt_threadpool_count=1,
-                **options,
+                **{"kt_cpuinfer": 1, "kt_threadpool_count": 1, **options},
             )
         )
         parallel = runtime_context.get_parallel()
@@ -66,6 +68,32 @@ def new_layer(fixture: FamilyFixture, **options: Any) -> Any:
         params_dtype=torch.bfloat16,
         **options,
     )
+
+
+def gpt_oss_layer(fixture: FamilyFixture) -> Any:
+    """As SGLang's gpt-oss builds it, loaded from stacked tensors."""
+    layer = new_layer(
+        fixture,
+        quant_config=Mxfp4Config(is_checkpoint_mxfp4_serialized=True),
+        gemm1_alpha=1.702,
+        gemm1_clamp_limit=7.0,
+        with_bias=True,
+    )
+    stored = load_file(fixture.directory / "model.safetensors")
+    stem = f"model.layers.{LAYER}.mlp.experts."
+    for name, source in (
+        ("w13_weight", "gate_up_proj_blocks"),
+        ("w13_weight_scale", "gate_up_proj_scales"),
+        ("w13_weight_bias", "gate_up_proj_bias"),
+        ("w2_weight", "down_proj_blocks"),
+        ("w2_weight_scale", "down_proj_scales"),
+        ("w2_weight_bias", "down_proj_bias"),
+    ):
+        param, tensor = getattr(layer, name), stored[stem + source]
+        if source.endswith("_blocks"):
+            tensor = tensor.flatten(2)
+        param.weight_loader(param, tensor, weight_name=name, shard_id=None, expert_id=None)
+    return layer
 
 
 def load(layer: Any, fixture: FamilyFixture) -> None:
@@ -120,3 +148,14 @@ class Batch:
             self.x.double().numpy(), self.ids.numpy(), self.weights.numpy(), v.gate, v.up, v.down,
             gate_bias=v.gate_bias, up_bias=v.up_bias, down_bias=v.down_bias, **options,
         )  # fmt: skip
+
+
+def assert_close(
+    output: torch.Tensor, batch: Batch, fixture: FamilyFixture, **options: Any
+) -> None:
+    """Within what BF16 experts of SGLang, computed and rounded apart from ours, may differ by."""
+    expected = batch.expected(fixture, **options)
+    scale = np.abs(expected.value).max(axis=1, keepdims=True)
+    error = np.abs(output.double().numpy() - expected.value)
+    assert (error <= expected.bound + PARTS * 2**-8 * scale).all(), error.max()
+    assert not output[-1].any()  # padding

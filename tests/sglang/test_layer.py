@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,6 @@ pytest.importorskip("sglang", reason="SGLang is not installed (make test-sglang 
 from sglang.srt import runtime_context
 from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
-from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.plugins import load_plugins
 
@@ -27,7 +25,9 @@ from tests.families import FamilyFixture, write_family
 from tests.sglang.layers import (
     LAYER,
     Batch,
+    assert_close,
     finish,
+    gpt_oss_layer,
     load,
     new_layer,
     server_options,
@@ -35,8 +35,6 @@ from tests.sglang.layers import (
 )
 
 HOT = [(), (0,), (1, 3), (0, 1, 2, 3)]
-PARTS = 3.0
-"""Two BF16 roundings more than one CPU layer: the GPU's share, and the sum of both."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,17 +69,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def options(qwen: FamilyFixture) -> Iterator[None]:
     with server_options(qwen, gpu_experts=2):
         yield
-
-
-def assert_close(
-    output: torch.Tensor, batch: Batch, fixture: FamilyFixture, **options: Any
-) -> None:
-    """Within what BF16 experts of SGLang, computed and rounded apart from ours, may differ by."""
-    expected = batch.expected(fixture, **options)
-    scale = np.abs(expected.value).max(axis=1, keepdims=True)
-    error = np.abs(output.double().numpy() - expected.value)
-    assert (error <= expected.bound + PARTS * 2**-8 * scale).all(), error.max()
-    assert not output[-1].any()  # padding
 
 
 def test_the_plugin_takes_over_with_the_first_layer(qwen: FamilyFixture, options: None) -> None:
@@ -269,34 +256,6 @@ def test_swiglu_limit_reaches_the_cpu(qwen: FamilyFixture, limit: float) -> None
         load(layer, qwen)
         batch = Batch.random(qwen, 9)
         assert_close(batch.through(layer), batch, qwen, limit=limit)
-
-
-def gpt_oss_layer(fixture: FamilyFixture) -> Any:
-    """As SGLang's gpt-oss builds it, loaded from stacked tensors."""
-    from safetensors.torch import load_file
-
-    layer = new_layer(
-        fixture,
-        quant_config=Mxfp4Config(is_checkpoint_mxfp4_serialized=True),
-        gemm1_alpha=1.702,
-        gemm1_clamp_limit=7.0,
-        with_bias=True,
-    )
-    stored = load_file(fixture.directory / "model.safetensors")
-    stem = f"model.layers.{LAYER}.mlp.experts."
-    for name, source in (
-        ("w13_weight", "gate_up_proj_blocks"),
-        ("w13_weight_scale", "gate_up_proj_scales"),
-        ("w13_weight_bias", "gate_up_proj_bias"),
-        ("w2_weight", "down_proj_blocks"),
-        ("w2_weight_scale", "down_proj_scales"),
-        ("w2_weight_bias", "down_proj_bias"),
-    ):
-        param, tensor = getattr(layer, name), stored[stem + source]
-        if source.endswith("_blocks"):
-            tensor = tensor.flatten(2)
-        param.weight_loader(param, tensor, weight_name=name, shard_id=None, expert_id=None)
-    return layer
 
 
 @pytest.mark.parametrize("hot", HOT, ids=str)

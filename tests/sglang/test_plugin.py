@@ -147,6 +147,20 @@ def test_doctor_reports_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "0.5.23" in doctor().stdout
 
 
+def test_doctor_says_who_computes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "is_installed", lambda: True)
+    monkeypatch.setattr(contract.examine, "__defaults__", ((),))
+    for value, said in (
+        ("", "SGLang (HYBRID_MOE_GPU is not set)"),
+        ("cute", "=cute: this package"),
+    ):
+        monkeypatch.setenv("HYBRID_MOE_GPU", value)
+        assert said in " ".join(doctor().stdout.split())
+    monkeypatch.setenv("HYBRID_MOE_GPU", "cuda")
+    result = doctor()
+    assert result.exit_code == 2 and "HYBRID_MOE_GPU=cuda: choose" in result.output
+
+
 def test_doctor_without_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contract, "is_installed", lambda: False)
     result = doctor()

@@ -7,14 +7,18 @@ HYBRID_MOE_HANDOVER=host python -m pytest tests/streams/test_cuda.py
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
 import torch
 
 from hybrid_moe import check_errors
+from hybrid_moe.gpu_kernels.toolchain import availability
 from hybrid_moe.streams.flags import HANDOVER, try_flags
 from hybrid_moe.wrapper import KTMoEWrapper
-from tests.hybrid_moe.cases import Batch, Weights, wrapper
+from tests.hybrid_moe.cases import Batch, E, Weights, wrapper
+from tests.hybrid_moe.signatures import signature_batch, signature_weights, signatures
+from tests.reference import assert_within
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -102,4 +106,77 @@ def test_graphs_of_many_sizes_never_announced() -> None:
         for graph, batch, output in reversed(graphs):
             graph.replay()
             assert torch.equal(output, forward(w, batch))
+    check_errors()
+
+
+def both_halves(backend: str, weights: Weights, **arguments: object) -> KTMoEWrapper:
+    if backend == "cute" and not (here := availability()).usable:
+        pytest.skip(here.reason)
+    return weights.load(
+        wrapper(
+            gpu_experts_mask=torch.arange(E) < 3,
+            gpu_backend=backend,
+            gpu_slots=4,
+            numa_nodes=[0],
+            **arguments,
+        )
+    )
+
+
+def move(w: KTMoEWrapper, rng: random.Random) -> int:
+    """Move a random expert, if there is room; how many have moved."""
+    expert = rng.randrange(E)
+    hot = bool(w.gpu_experts_mask[expert])
+    try:
+        (w.demote if hot else w.promote)(expert, torch.cuda.current_stream().cuda_stream)
+    except RuntimeError as error:
+        assert "slots are taken" in str(error) or "no place on the CPU" in str(error)
+        return 0
+    return 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "cute"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_both_halves(tokens: int, backend: str) -> None:
+    """Eager steps, with moves between submit and sync too."""
+    w = both_halves(backend, signature_weights())
+    rng, stream = random.Random(tokens), torch.cuda.current_stream().cuda_stream
+    for seed in range(30):
+        given = signature_batch(tokens, seed)
+        batch = on_gpu(given)
+        w.submit_forward(*batch.args, stream)
+        batch.ids.fill_(-1)
+        move(w, rng)
+        out = w.sync_forward(batch.hidden, stream)
+        move(w, rng)
+        assert torch.equal(out.cpu(), signatures(given))
+    w = both_halves(backend, WEIGHTS[0])
+    given = Batch.random(tokens)
+    assert_within(forward(w, on_gpu(given)).double().cpu().numpy(), WEIGHTS[0].expected(given))
+    check_errors()
+
+
+def test_both_halves_under_replay() -> None:
+    """A thousand moves between replays with other ids."""
+    w = both_halves("cute", signature_weights())
+    rng, static = random.Random(0), on_gpu(signature_batch(5, 0))
+
+    def step() -> torch.Tensor:
+        stream = torch.cuda.current_stream().cuda_stream
+        w.submit_forward(*static.args, stream)
+        return w.sync_forward(static.hidden, stream)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    moves = 0
+    while moves < 1000:
+        for _ in range(4):
+            moves += move(w, rng)
+        given = signature_batch(5, moves)
+        for target, value in zip(static.args, given.args, strict=True):
+            target.copy_(value)
+        graph.replay()
+        assert torch.equal(output.cpu(), signatures(given))
     check_errors()

@@ -218,6 +218,11 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     Requirement("sglang.srt.layers.moe.topk:TopKOutputChecker.format_is_standard", "routing done"),
     Requirement("sglang.srt.layers.moe:get_moe_a2a_backend", "expert parallelism"),
     Requirement("sglang.srt.runtime_context:get_exec", "the server's options"),
+    Requirement(
+        "sglang.srt.model_executor.cuda_graph_config:cuda_graph_fully_disabled",
+        "whether graphs are captured",
+        called_with(),
+    ),
     Requirement("sglang.srt.runtime_context:get_parallel", "the server's ranks"),
     Requirement(
         "sglang.srt.eplb.expert_location:ExpertLocationMetadata.logical_to_all_physical",

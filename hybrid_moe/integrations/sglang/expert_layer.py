@@ -8,7 +8,12 @@ configuration. What this package does not compute is refused here, before any we
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from hybrid_moe.integrations.sglang.gpu_backend import VARIABLE
+
+if TYPE_CHECKING:
+    import torch
 
 
 class UnsupportedLayerError(NotImplementedError):
@@ -126,3 +131,15 @@ def check_server(layer: Any) -> None:
     found = [problem for problem, present in problems.items() if present]
     if found:
         raise UnsupportedLayerError(f"--kt-*: layer {layer.layer_id} has " + "; ".join(found))
+
+
+def check_graphs(backend: str | None, device: torch.device) -> None:
+    """Raise `UnsupportedLayerError` where graphs would capture the torch back end on a GPU: it asks
+    the GPU which experts have tokens, which no graph can hold."""
+    from sglang.srt.model_executor.cuda_graph_config import cuda_graph_fully_disabled
+
+    if backend == "torch" and device.type == "cuda" and not cuda_graph_fully_disabled():
+        raise UnsupportedLayerError(
+            f"{VARIABLE}=torch runs without graphs: add --cuda-graph-backend-decode disabled "
+            f"--cuda-graph-backend-prefill disabled, or use {VARIABLE}=cute"
+        )

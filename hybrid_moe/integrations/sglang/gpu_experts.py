@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 
 from hybrid_moe.placement.profile import read_profile
+from hybrid_moe.placement.ranks import experts_of_rank
 
 PROFILE = "HYBRID_MOE_PLACEMENT"
 """Environment variable: a placement profile, see `hybrid_moe.placement.profile`."""
@@ -67,6 +68,38 @@ class GpuExperts:
         """
         known = topk_ids.to(torch.int64).clamp(-1, self.num_experts)  # -1 is the last entry too
         return table[known].to(topk_ids.dtype)
+
+
+@dataclass(frozen=True)
+class RankExperts:
+    """What one tensor parallel rank computes of a layer where the experts on GPUs are this
+    package's: whole experts, and on rank 0 all those on the CPU. The outputs of the ranks are
+    parts of a sum.
+
+    Attributes:
+        hot: experts in slots of this rank's GPU.
+        elsewhere: bool [E] on the CPU, True for experts of other ranks.
+    """
+
+    hot: GpuExperts
+    elsewhere: torch.Tensor
+
+    @classmethod
+    def of(cls, hot: GpuExperts, layer_idx: int, rank: int, ranks: int) -> RankExperts:
+        """The share of `rank` in the layer's hot experts."""
+        own = GpuExperts(hot.num_experts, experts_of_rank(hot.hot, layer_idx, rank, ranks))
+        others = ~own.mask if rank else hot.mask & ~own.mask
+        return cls(own, others)
+
+    @property
+    def any_cold(self) -> bool:
+        """The rank has a CPU side."""
+        return not bool((self.hot.mask | self.elsewhere).all())
+
+    @property
+    def any(self) -> bool:
+        """There is something to compute."""
+        return not bool(self.elsewhere.all())
 
 
 def choose(

@@ -3,6 +3,11 @@
     ids ──► submit to KTMoEWrapper (cold experts) ─────────────────────────┐
       └──► slots ──► the wrapped method of SGLang (hot experts) ──► output + sync ──► * factor
 
+With `HYBRID_MOE_GPU` the wrapper has the hot experts too, on each rank its share, and SGLang none:
+its parameters exist, for its models look for their names, with room for no expert.
+
+    ids ──► submit to KTMoEWrapper (cold and hot experts) ──► sync ──► * factor
+
 SGLang's class of this name runs kt-kernel. This one takes its place (see `plugin`) and differs:
 
 * any set of experts can be hot, and the GPU allocates slots for these only, for every method;
@@ -27,12 +32,12 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput, TopKOutputChecker
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import is_cuda
 
-from hybrid_moe.integrations.sglang import expert_layer, gpu_experts, numa_binding
+from hybrid_moe.integrations.sglang import expert_layer, gpu_backend, gpu_experts, numa_binding
 from hybrid_moe.integrations.sglang.expert_layer import ExpertLayerSpec, UnsupportedLayerError
-from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts
+from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts, RankExperts
 from hybrid_moe.integrations.sglang.model_chain import TARGET_MODEL
 from hybrid_moe.integrations.sglang.slot_loading import physical_to_logical, slot_loader
-from hybrid_moe.integrations.sglang.step_faults import STEP_FAULTS
+from hybrid_moe.integrations.sglang.step_faults import STEP_FAULTS, named_options
 from hybrid_moe.runtime.checkpoint_cache import checked_layer
 from hybrid_moe.wrapper import KTMoEWrapper
 
@@ -52,13 +57,18 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         kt_config: SGLang's `KTConfig` of the layer.
 
     Attributes:
-        experts: hot and cold experts; known from `create_weights` on.
-        wrapper: the cold experts; None on ranks without the CPU side and where all are hot.
+        gpu_backend: see `gpu_backend.chosen`; None where SGLang computes the hot experts.
+        experts: the experts in SGLang's slots, and all others; known from `create_weights` on.
+        wrapper: the others; None on ranks that have none of them.
+
+    Raises:
+        ValueError: the environment variable's value.
     """
 
     def __init__(self, gpu_method: Any, kt_config: Any) -> None:
         self.gpu_method = gpu_method
         self.kt_config = kt_config
+        self.gpu_backend = gpu_backend.chosen()
         self.wrapper: KTMoEWrapper | None = None
         self.experts: GpuExperts
         self._spec: ExpertLayerSpec
@@ -76,20 +86,21 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Allocate slots for the hot experts, and make the wrapper of the cold ones."""
+        """Allocate slots for the hot experts, and make the wrapper."""
         config = self.kt_config
         if layer.is_draft:
             logger.info("layer %d of a draft model: all experts on the GPU", config.layer_idx)
-            self.experts = GpuExperts(num_experts, tuple(range(num_experts)))
+            hot = self.experts = GpuExperts(num_experts, tuple(range(num_experts)))
         else:
             expert_layer.check_server(layer)
-            self.experts = gpu_experts.choose(config.layer_idx, num_experts, config.num_gpu_experts)
+            hot = gpu_experts.choose(config.layer_idx, num_experts, config.num_gpu_experts)
+            self.experts = hot if self.gpu_backend is None else GpuExperts(num_experts, ())
         if not self.experts.all_hot:
             self._spec = expert_layer.layer_spec(
                 layer, num_experts, extra_weight_attrs.get("moe_intermediate_size")
             )
-            if layer.moe_tp_rank == 0:
-                self.wrapper = self._make_wrapper()
+            if self.gpu_backend is None and layer.moe_tp_rank == 0:
+                self.wrapper = self._make_wrapper(hot)
             layer._derived_weight_cache_error = RELOADING
         # Several methods size their parameters by the layer's count, not by the argument.
         layer.num_local_experts = self.experts.count
@@ -105,22 +116,48 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             params_dtype=params_dtype,
             **extra_weight_attrs,
         )
+        if self.gpu_backend is not None and not self.experts.all_hot:
+            self._take_both_halves(layer, hot)
 
-    def _make_wrapper(self) -> KTMoEWrapper:
+    def _take_both_halves(self, layer: Any, hot: GpuExperts) -> None:
+        """Make the wrapper of this rank's experts, wherever they are. Its slots are allocated now:
+        SGLang gives its cache what is free after loading."""
+        index, device = self.kt_config.layer_idx, next(layer.parameters()).device
+        expert_layer.check_graphs(self.gpu_backend, device)
+        own = RankExperts.of(hot, index, layer.moe_tp_rank, layer.moe_tp_size)
+        if own.any:
+            with named_options():
+                self.wrapper = self._make_wrapper(
+                    own.hot,
+                    any_cold=own.any_cold,
+                    gpu_backend=self.gpu_backend,
+                    gpu_device=device,
+                    elsewhere=own.elsewhere,
+                )
+                self.wrapper.reserve_slots()
+
+    def _make_wrapper(
+        self, hot: GpuExperts, any_cold: bool = True, **both_halves: Any
+    ) -> KTMoEWrapper:
         config, spec = self.kt_config, self._spec
         deferred = config.max_deferred_experts_per_token or 0
-        if config.num_layers is not None and config.layer_idx == config.num_layers - 1:
+        last = config.num_layers is not None and config.layer_idx == config.num_layers - 1
+        if last or not any_cold:
             deferred = 0
-        _take_back_the_machine()
+        threads, pools = config.cpuinfer_threads, config.threadpool_count
+        if any_cold:
+            _take_back_the_machine()
+        else:  # they only load the slots, perhaps in a process that has a part of the machine
+            threads, pools = None, 1
         wrapper = KTMoEWrapper(
             layer_idx=config.layer_idx,
             num_experts=spec.num_experts,
             num_experts_per_tok=spec.top_k,
             hidden_size=spec.hidden_size,
             moe_intermediate_size=spec.intermediate_size,
-            gpu_experts_mask=self.experts.mask,
-            cpuinfer_threads=config.cpuinfer_threads,
-            threadpool_count=config.threadpool_count,
+            gpu_experts_mask=hot.mask,
+            cpuinfer_threads=threads,
+            threadpool_count=pools,
             weight_path=config.weight_path,
             chunked_prefill_size=config.chunked_prefill_size,
             max_deferred_experts_per_token=deferred,
@@ -128,6 +165,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             swiglu_limit=spec.swiglu_limit,
             swiglu_alpha=spec.swiglu_alpha,
             deferral_chain=TARGET_MODEL.chain_of(config.layer_idx),
+            **both_halves,
         )
         if wrapper.weight_path is not None:  # of every layer, before the first one is loaded
             checked_layer(wrapper.weight_path, wrapper.shape, wrapper.format)
@@ -152,7 +190,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             self._factor = float(factor or 1.0)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Let the wrapped method finish its weights, and load the CPU's."""
+        """Let the wrapped method finish its weights, and load the wrapper's."""
         if self.experts.count:
             self.gpu_method.process_weights_after_loading(layer)
         device = next(layer.parameters()).device
@@ -160,7 +198,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if self.wrapper is not None:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # frees what loading holds, before memory is taken
-            self.wrapper.load_weights(physical_to_logical(layer, self.experts.num_experts))
+            with named_options():
+                self.wrapper.load_weights(physical_to_logical(layer, self.experts.num_experts))
 
     def restore_weights_before_loading(self, layer: Any) -> None:
         """As the wrapped method does; never reached with experts on the CPU (`RELOADING`)."""
@@ -177,7 +216,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
     # Running ------------------------------------------------------------------------------------
 
     def apply(self, layer: Any, dispatch_output: Any) -> Any:
-        """The layer on a batch: hot and cold experts at the same time, and their sum."""
+        """The layer on a batch: the experts in SGLang's slots and the wrapper's at the same time,
+        and their sum."""
         dispatch_output = with_standard_routing(dispatch_output)
         x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
         running = self.submit(x, topk)
@@ -193,8 +233,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return StandardCombineInput(hidden_states=output)
 
     def submit(self, x: torch.Tensor, topk: Any) -> bool:
-        """Start the cold experts; False if a fault has been met instead, perhaps of a step before,
-        which is kept. Inputs may be overwritten when this returns."""
+        """Start the wrapper's experts; False if a fault has been met instead, perhaps of a step
+        before, which is kept. Inputs may be overwritten when this returns."""
         if self.wrapper is None:
             return False
         if x.shape[-1] != self._spec.hidden_size:
@@ -207,7 +247,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return True
 
     def _hot_output(self, layer: Any, dispatch_output: Any) -> torch.Tensor | None:
-        """The hot experts' share of the output; None if there are none."""
+        """The share of the experts in SGLang's slots; None if there are none."""
         if not self.experts.count:
             return None
         topk = dispatch_output.topk_output
@@ -221,8 +261,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return output
 
     def _with_cold(self, hot: torch.Tensor | None, x: torch.Tensor, running: bool) -> torch.Tensor:
-        """The hot experts' share and, where they are running, the cold ones'. Where these met a
-        fault, the step's requests fail, and its values count for nothing."""
+        """The share of SGLang's experts and, where they are running, the wrapper's. Where these met
+        a fault, the step's requests fail, and its values count for nothing."""
         if self.wrapper is None or not running:
             return torch.zeros_like(x) if hot is None else hot
         hidden = self._spec.hidden_size

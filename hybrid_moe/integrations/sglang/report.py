@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hybrid_moe.integrations.sglang import contract
+from hybrid_moe.integrations.sglang import contract, gpu_backend
 from hybrid_moe.integrations.sglang.plugin import decide, installed_kt_kernel
 
 
@@ -19,6 +19,7 @@ class SglangReport:
         tested: versions that the plugin was tested with.
         warning: what the plugin would warn of about the version, None for nothing.
         take_over: whether the `--kt-*` options are ours; `reason` says why.
+        gpu_backend: who computes the experts on the GPU then; None for SGLang.
         problems: what we rely on in SGLang -> what is wrong with it, None where it holds.
     """
 
@@ -27,6 +28,7 @@ class SglangReport:
     warning: str | None
     take_over: bool
     reason: str
+    gpu_backend: str | None
     problems: dict[str, str | None]
 
     @property
@@ -44,7 +46,7 @@ def plugin_report() -> SglangReport:
 
     Raises:
         ModuleNotFoundError: SGLang is not installed.
-        ValueError: the environment variable's value.
+        ValueError: an environment variable's value.
     """
     if not contract.is_installed():
         raise ModuleNotFoundError("SGLang is not installed in this environment", name="sglang")
@@ -56,5 +58,6 @@ def plugin_report() -> SglangReport:
         warning=contract.untested(version),
         take_over=decision.take_over,
         reason=decision.reason,
+        gpu_backend=gpu_backend.chosen(),
         problems={f.requirement.target: f.problem for f in contract.examine()},
     )

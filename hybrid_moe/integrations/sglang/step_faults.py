@@ -1,4 +1,4 @@
-"""A worker's fault fails the requests of its step, with its message; the server goes on.
+"""A worker's fault, or a GPU out of memory, fails the requests of its step; the server goes on.
 
 An exception inside a forward pass ends SGLang's scheduler, and a graph replay raises none: its
 output is NaN. So a fault is kept until the step's results are about to be processed, and then the
@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
+from hybrid_moe.integrations.sglang import gpu_backend
+from hybrid_moe.runtime.gpu_faults import GpuLostError, GpuMemoryError, lost_gpu
 from hybrid_moe.streams.faults import check_errors
 
 logger = logging.getLogger(__name__)
@@ -37,10 +40,11 @@ class StepFaults:
         self._failing_until = -1
 
     def keep(self, error: Exception) -> None:
-        """Keep what a forward pass met; raises it where nothing could be done about it."""
-        if not self.alone:
-            raise error
-        self._kept = self._kept or error
+        """Keep what a forward pass met; raises it where nothing could be done about it, as for a
+        GPU that is lost."""
+        if not self.alone or isinstance(error, GpuLostError):
+            raise with_options(error) from error
+        self._kept = self._kept or with_options(error)
 
     def before_step(self, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         """Before `Scheduler.run_batch`."""
@@ -56,7 +60,8 @@ class StepFaults:
         """
         copied = getattr(result, "copy_done", None)
         if copied is not None:
-            copied.synchronize()
+            with named_options():
+                _wait_for(copied)
         error = self._take()
         if error is not None:
             self._told, self._failing_until = error, scheduler.forward_ct
@@ -75,6 +80,42 @@ class StepFaults:
                 raise
             return kept or error
         return kept
+
+
+@contextmanager
+def named_options() -> Iterator[None]:
+    """Let a fault on the GPU say which options of SGLang cure it."""
+    try:
+        yield
+    except (GpuMemoryError, GpuLostError) as error:
+        raise with_options(error) from error
+
+
+def with_options(error: Exception) -> Exception:
+    """A fault on the GPU with the options of SGLang that cure it; other errors as they are."""
+    if isinstance(error, GpuMemoryError):
+        return GpuMemoryError(
+            f"{error}. --kt-num-gpu-experts or the placement profile says how many experts are "
+            "there; a lower --mem-fraction-static or --chunked-prefill-size leaves more room"
+        )
+    if isinstance(error, GpuLostError):
+        return GpuLostError(
+            f"{error}. Before CUDA_LAUNCH_BLOCKING=1 can show it, switch graphs off "
+            "(--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled); "
+            f"{gpu_backend.VARIABLE} is what this package calls gpu_backend"
+        )
+    return error
+
+
+def _wait_for(copied: Any) -> None:
+    """Wait until a step's results have arrived. A fault of a replayed graph is met here."""
+    try:
+        copied.synchronize()
+    except RuntimeError as error:
+        lost = None if gpu_backend.chosen() is None else lost_gpu("the GPU", error)
+        if lost is None:
+            raise
+        raise lost from error
 
 
 def end(request: Any, message: str) -> None:

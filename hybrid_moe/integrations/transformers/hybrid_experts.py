@@ -69,7 +69,10 @@ class HybridExperts(torch.nn.Module):
 
     def extra_repr(self) -> str:
         s, fmt = self.spec, self.fmt.name if self.fmt else "not loaded"
-        return f"{s.num_experts} experts, hidden={s.hidden}, intermediate={s.intermediate}, {fmt}"
+        text = f"{s.num_experts} experts, hidden={s.hidden}, intermediate={s.intermediate}, {fmt}"
+        if isinstance(self.layer, SplitExperts):
+            text += f", {self.layer.wrapper.num_gpu_experts} of them on {self.layer.device}"
+        return text
 
 
 def _run(

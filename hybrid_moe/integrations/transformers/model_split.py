@@ -18,6 +18,7 @@ from hybrid_moe.integrations.transformers.split_experts import LayerSplit
 from hybrid_moe.loaders import LayerSource
 from hybrid_moe.loaders.model_config import TOP_K, ModelConfig
 from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
+from hybrid_moe.runtime.gpu_arguments import ACTIVATIONS
 
 
 class ModelSplit:
@@ -28,17 +29,22 @@ class ModelSplit:
     """
 
     def __init__(
-        self, backend: str, masks: Mapping[int, torch.Tensor], config: ModelConfig
+        self,
+        backend: str,
+        masks: Mapping[int, torch.Tensor],
+        config: ModelConfig,
+        activation: str | None = None,
     ) -> None:
         """Args:
         backend: see above.
         masks: layer -> bool [E], True for hot experts.
         config: the model's.
+        activation: see `LayerSplit`.
 
         Raises:
             ValueError: the configuration does not say how many experts a token takes.
         """
-        self.backend, self._masks = backend, masks
+        self.backend, self._activation, self._masks = backend, activation, masks
         self._top_k: dict[int, int] = {}
         for layer in masks:
             top_k = config.of_layer(TOP_K, layer)
@@ -51,7 +57,9 @@ class ModelSplit:
 
     def of_layer(self, layer: int, device: torch.device) -> LayerSplit:
         """Of the layer with this index, on a device."""
-        return LayerSplit(layer, self._top_k[layer], self._masks[layer], self.backend, device)
+        return LayerSplit(
+            layer, self._top_k[layer], self._masks[layer], self.backend, device, self._activation
+        )
 
 
 def split_of_model(
@@ -61,6 +69,7 @@ def split_of_model(
     fmt: WeightFormat,
     gpu_experts: Any,
     gpu_backend: str | None,
+    gpu_activation: str | None = None,
 ) -> dict[str, LayerSplit]:
     """How the layers of a loaded model are split, by the names of their experts modules; their
     slots are where they are now. Empty where `gpu_experts` is None.
@@ -69,13 +78,13 @@ def split_of_model(
         model: of Transformers.
         found, specs: its experts modules and their sizes, by name.
         fmt: that they will be packed in.
-        gpu_experts, gpu_backend: see `offload`.
+        gpu_experts, gpu_backend, gpu_activation: see `offload`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: see `offload`.
         NotImplementedError: nothing says which layers these are.
     """
-    if not _is_wanted(gpu_experts, gpu_backend):
+    if not _is_wanted(gpu_experts, gpu_backend, gpu_activation):
         return {}
     names = {layer_index(name): name for name in specs}
     if len(names) < len(specs):
@@ -88,10 +97,11 @@ def split_of_model(
         for layer, name in sorted(names.items())
     ]
     devices = {name: next(module.parameters()).device for name, module in found.items()}
-    config = ModelConfig(model.config.to_dict(), "the configuration")
+    own = getattr(model, "config", None)
+    config = ModelConfig({} if own is None else own.to_dict(), "the configuration")
     masks = hot_masks(gpu_experts, layers, config.num_layers)
     on_gpu = all(device.type == "cuda" for device in devices.values())
-    split = ModelSplit(choose_backend(gpu_backend, on_gpu), masks, config)
+    split = ModelSplit(choose_backend(gpu_backend, on_gpu), masks, config, gpu_activation)
     return {name: split.of_layer(layer, devices[name]) for layer, name in names.items()}
 
 
@@ -102,6 +112,7 @@ def split_of_checkpoint(
     gpu_experts: Any,
     gpu_backend: str | None,
     kwargs: dict[str, Any],
+    gpu_activation: str | None = None,
 ) -> ModelSplit | None:
     """How the layers of a checkpoint are split; None where `gpu_experts` is.
 
@@ -109,14 +120,14 @@ def split_of_checkpoint(
         sources: its layers by index.
         config: the model's, which may have fewer layers.
         fmt: that they will be packed in; None for the one that each is stored in.
-        gpu_experts, gpu_backend: see `from_pretrained`.
+        gpu_experts, gpu_backend, gpu_activation: see `from_pretrained`.
         kwargs: for Transformers' `from_pretrained`. CuTe kernels bring the model to the GPU, where
             no `device_map` says otherwise.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: see `from_pretrained`.
     """
-    if not _is_wanted(gpu_experts, gpu_backend):
+    if not _is_wanted(gpu_experts, gpu_backend, gpu_activation):
         return None
     end = config.num_layers
     layers = [
@@ -125,15 +136,19 @@ def split_of_checkpoint(
         if end is None or layer < end
     ]
     masks = hot_masks(gpu_experts, layers, end)
-    split = ModelSplit(choose_backend(gpu_backend, _on_gpu(kwargs)), masks, config)
+    backend = choose_backend(gpu_backend, _on_gpu(kwargs))
+    split = ModelSplit(backend, masks, config, gpu_activation)
     if split.backend == "cute":
         kwargs.setdefault("device_map", "cuda")
     return split
 
 
-def _is_wanted(gpu_experts: Any, gpu_backend: str | None) -> bool:
-    if gpu_experts is None and gpu_backend is not None:
-        raise ValueError(f"gpu_backend is {gpu_backend!r}, but gpu_experts says of no expert")
+def _is_wanted(gpu_experts: Any, gpu_backend: str | None, gpu_activation: str | None) -> bool:
+    if gpu_activation not in ACTIVATIONS:
+        raise ValueError(f"gpu_activation is {gpu_activation!r}, must be None or 'fp8'")
+    for name, given in (("gpu_backend", gpu_backend), ("gpu_activation", gpu_activation)):
+        if gpu_experts is None and given is not None:
+            raise ValueError(f"{name} is {given!r}, but gpu_experts says of no expert")
     return gpu_experts is not None
 
 

@@ -83,6 +83,8 @@ def offload(
     dense: str = "bf16",
     gpu_experts: Any = None,
     gpu_backend: str | None = None,
+    gpu_activation: str | None = None,
+    router: str | None = None,
     progress: bool = True,
 ) -> Model:
     """Move the routed experts and the linear layers of a loaded model into packed strips.
@@ -107,6 +109,10 @@ def offload(
             placement profile. None for none.
         gpu_backend: what computes them: "cute", or "torch", which needs no GPU. None for "cute"
             where it can be used, else "torch" (logged once, with the reason).
+        gpu_activation: "fp8" for a W8A8 prefill of these experts, see `KTMoEWrapper`; else None.
+        router: "cute" lets routers choose experts by one kernel of ours on a GPU, and by its
+            reference on a CPU; the same experts but where values tie, see `gpu_kernels.gating`.
+            None for the model's own.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -115,11 +121,11 @@ def offload(
     Raises:
         ValueError, TypeError: unknown method, impossible threads, no experts or such as
             Transformers does not dispatch, experts on meta; GPU experts that the model does not
-            have, a back end that cannot be used here.
+            have, a back end that cannot be used here; another `router`.
         FileNotFoundError: there is no such profile.
         NotImplementedError: an experts module computes something that this package does not;
-            adapters (LoRA) on the experts, which would be lost: merge them first. Nothing has been
-            moved then.
+            adapters (LoRA) on the experts, which would be lost: merge them first; `router="cute"`
+            and a router that is not known. Nothing has been moved then.
     """
     from hybrid_moe.integrations.transformers.experts_module import (
         experts_spec,
@@ -130,9 +136,15 @@ def offload(
     from hybrid_moe.integrations.transformers.loading import replace_module
     from hybrid_moe.integrations.transformers.model_split import split_of_model
     from hybrid_moe.integrations.transformers.packing_bar import PackingBar
+    from hybrid_moe.integrations.transformers.step.router_gating import (
+        check_router,
+        gate_routers,
+        plan_routers,
+    )
 
     dense_fmt = dense_format(dense)
     options = _checked(method, threads, pools)
+    check_router(router)
     found = find_experts(model)
     refuse_adapters(model, found)
     specs = {name: experts_spec(module, name) for name, module in found.items()}
@@ -141,7 +153,10 @@ def offload(
             raise ValueError(
                 f"{specs[name].where} is on the meta device: it has no weights to move"
             )
-    splits = split_of_model(model, found, specs, options.fmt, gpu_experts, gpu_backend)
+    routers = plan_routers(model, found) if router else {}
+    splits = split_of_model(
+        model, found, specs, options.fmt, gpu_experts, gpu_backend, gpu_activation
+    )
     if any(split.device.type != "cpu" for split in splits.values()):
         dense_fmt = None  # linear layers stay on the GPU, which has room for experts even
     with PackingBar("Packing weights", progress) as bar:
@@ -157,6 +172,7 @@ def offload(
             )
 
             offload_dense(model, specs, DenseOptions(dense_fmt, options.pool_config()), bar)
+    gate_routers(routers)
     register()
     select = getattr(model, "set_experts_implementation", None)
     if select is not None:
@@ -175,6 +191,8 @@ def from_pretrained(
     dense: str = "bf16",
     gpu_experts: Any = None,
     gpu_backend: str | None = None,
+    gpu_activation: str | None = None,
+    router: str | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Any:
@@ -194,8 +212,10 @@ def from_pretrained(
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"; F16 and F32 are rounded and
             FP8 is dequantised on the way), or "torch" to leave them to Transformers, as where they
             are on another device than the CPU or are quantised by it.
-        gpu_experts, gpu_backend: experts that are packed for a GPU, see `offload`. With "cute" the
-            whole model is loaded onto the GPU, unless `device_map` says otherwise.
+        gpu_experts, gpu_backend, gpu_activation: experts that are packed for a GPU, see
+            `offload`. With "cute" the whole model is loaded onto the GPU, unless `device_map` says
+            otherwise.
+        router: see `offload`.
         progress: show a progress bar on stderr.
         **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...; `variant`
             and `subfolder` choose the files of experts too).
@@ -205,8 +225,9 @@ def from_pretrained(
         CheckpointError: the checkpoint is damaged or does not fit the model; names the tensor. Or
             a token takes more experts than there are.
         ValueError, TypeError: unknown method, a layer whose stored weights do not become it,
-            impossible threads, no experts; GPU experts or a back end as for `offload`.
-        NotImplementedError: an experts module computes something that this package does not.
+            impossible threads, no experts; GPU experts, a back end or a router as for `offload`.
+        NotImplementedError: an experts module computes something that this package does not, or
+            with `router="cute"` a router does.
     """
     from hybrid_moe.integrations.transformers.checkpoint_files import (
         open_checkpoint,
@@ -224,9 +245,15 @@ def from_pretrained(
         surrounding_device,
     )
     from hybrid_moe.integrations.transformers.packing_bar import PackingBar
+    from hybrid_moe.integrations.transformers.step.router_gating import (
+        check_router,
+        gate_routers,
+        plan_routers,
+    )
     from hybrid_moe.loaders.model_config import ModelConfig
 
     dense_fmt = dense_format(dense)
+    check_router(router)
     path = check_directory(take_subfolder(directory, kwargs))
     if "experts_implementation" in kwargs:
         raise ValueError(
@@ -245,7 +272,7 @@ def from_pretrained(
         source.check_format(chosen or source.format)
     options = _checked((chosen or BF16).name, threads, pools)
     split = split_of_checkpoint(
-        stored, given or checkpoint.model, chosen, gpu_experts, gpu_backend, kwargs
+        stored, given or checkpoint.model, chosen, gpu_experts, gpu_backend, kwargs, gpu_activation
     )
     register()
     try:
@@ -256,6 +283,7 @@ def from_pretrained(
             )
         model = load_skeleton(checkpoint, kwargs, layers)
         experts = {n: m for n, m in model.named_modules() if isinstance(m, HybridExperts)}
+        gate_routers(plan_routers(model, experts) if router else {})
         sources = [experts_source(stored, checkpoint, n, m.spec) for n, m in experts.items()]
         with PackingBar("Loading weights", progress) as bar:
             for source, module in zip(sources, experts.values(), strict=True):

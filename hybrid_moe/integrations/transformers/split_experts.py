@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
-from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.locks import ProcessLock
 from hybrid_moe.runtime.filling import Fill
-from hybrid_moe.wrapper import KTMoEWrapper
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class LayerSplit:
         mask: bool [E], True for hot experts.
         backend: what computes these, "cute" or "torch".
         device: where their slots are.
+        activation: "fp8" for W8A8 prefill, see `KTMoEWrapper`; else None.
     """
 
     layer: int
@@ -32,6 +32,7 @@ class LayerSplit:
     mask: torch.Tensor
     backend: str
     device: torch.device
+    activation: str | None = None
 
 
 class SplitExperts:
@@ -40,6 +41,8 @@ class SplitExperts:
 
     Attributes:
         wrapper: holds both halves.
+        backend: what computes the hot ones.
+        device: where these are.
     """
 
     def __init__(self, spec: ExpertsSpec, options: ExpertsOptions, split: LayerSplit) -> None:
@@ -53,7 +56,10 @@ class SplitExperts:
                 f'{spec.where} is on {split.device}, and gpu_backend="cute" computes on GPUs: give '
                 'gpu_backend="torch", or a device_map that puts the layer on one'
             )
-        self._device, self._where, self._lock = split.device, spec.where, ProcessLock()
+        from hybrid_moe.wrapper import KTMoEWrapper  # 0.1 s, of those alone who split
+
+        self.backend, self.device = split.backend, split.device
+        self._where, self._lock = spec.where, ProcessLock()
         self.wrapper = KTMoEWrapper(
             layer_idx=split.layer,
             num_experts=spec.num_experts,
@@ -68,16 +74,12 @@ class SplitExperts:
             swiglu_alpha=spec.activation.alpha,
             gpu_backend=split.backend,
             gpu_device=split.device,
+            gpu_activation=split.activation,
         )
-
-    @property
-    def layer(self) -> ExpertLayer:
-        """The cold half."""
-        return self.wrapper.cold_layer
 
     def load(self, fill: Fill) -> None:
         """Load all experts, each into the half that it belongs to."""
-        self.wrapper.load_from(fill)
+        self.wrapper.load_weights_by(fill)
 
     def unpack(self, expert: int) -> ExpertTensors:
         """A copy of an expert, hot or cold, bit for bit as it was loaded."""
@@ -93,17 +95,20 @@ class SplitExperts:
         copied there and back.
 
         Raises:
-            ValueError: k is not what the configuration says.
+            ValueError: k is more than the configuration says.
         """
         wrapper = self.wrapper
-        if ids.shape[1] != wrapper.num_experts_per_tok:
+        missing = wrapper.num_experts_per_tok - ids.shape[1]
+        if missing < 0:
             raise ValueError(
-                f"{self._where}: {ids.shape[1]} experts per token, but the model was loaded for "
-                f"{wrapper.num_experts_per_tok} by its configuration"
+                f"{self._where}: {ids.shape[1]} experts per token, but the model's configuration "
+                f"says {wrapper.num_experts_per_tok}"
             )
-        x = hidden.detach().to(self._device, torch.bfloat16).reshape(-1, hidden.shape[-1])
-        ids = ids.detach().to(self._device, torch.int64)
-        weights = weights.detach().to(self._device, torch.float32)
+        x = hidden.detach().to(self.device, torch.bfloat16).reshape(-1, hidden.shape[-1])
+        ids = ids.detach().to(self.device, torch.int64)
+        weights = weights.detach().to(self.device, torch.float32)
+        if missing:  # -1 is no expert
+            ids, weights = pad(ids, (0, missing), value=-1), pad(weights, (0, missing))
         stream = None
         if x.is_cuda:
             stream = torch.cuda.current_stream(x.device).cuda_stream

@@ -7,14 +7,14 @@ nobody wrote hold NaN, an asynchronous copy lands no earlier than its wait, and 
 run in random order, so that a missing barrier becomes a wrong answer. It counts what memory
 requests cost: 32-byte sectors in global memory, bank conflicts in shared memory.
 
-    parse.py       PTX text -> instructions
-    decode.py      instruction -> a Python function over all lanes, operands resolved to registers
-    arithmetic.py  what arithmetic means;  numbers.py  rounding to bf16, fp8, and fused multiply-add
-    collective.py  what a warp does together: shuffles, votes, ldmatrix, mma
-    access.py      loads, stores, atomics, cp.async;  memory.py  the bytes, with their bounds
-    lint.py        sectors and wavefronts of every request
-    execute.py     lanes, divergence and reconvergence, barriers, schedules
-    launch.py      a grid, in batches of blocks
+    parse         PTX text -> instructions
+    decode        instruction -> a Python function over all lanes, operands resolved to registers
+    arithmetic    what arithmetic means; numbers: rounding to bf16, fp8, and of fused multiply-add
+    collective    what a warp does together: shuffles, votes, ldmatrix, mma
+    access        loads, stores, atomics, cp.async; memory: the bytes, with their bounds
+    lint          sectors and wavefronts of every request
+    execute       lanes, divergence and reconvergence, barriers, schedules
+    launch        a grid, in batches of blocks
 
 Limits: no wgmma, TMA, mbarrier or clusters; an unknown instruction raises NotImplementedError.
 `approx` instructions are computed as exactly as float32 allows. Lanes of one warp run in lockstep

@@ -1,13 +1,15 @@
-"""What arithmetic instructions mean, lane by lane: a table of functions over NumPy arrays."""
+"""What instructions of a lane mean: tables of functions over NumPy arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import permutations, product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from tests.gpu.simulator.decode import Meaning, split
 from tests.gpu.simulator.numbers import (
     TYPES,
     UNSIGNED,
@@ -15,47 +17,16 @@ from tests.gpu.simulator.numbers import (
     flush,
     fma32,
     fma64,
-    fma_bf16,
+    fma_of_bf16,
     from_bf16,
     from_e4m3,
     to_bf16,
     to_e4m3,
 )
+from tests.gpu.simulator.parse import Instruction
 
-if TYPE_CHECKING:
-    from tests.gpu.simulator.decode import Decoder, Step
-
-Op = tuple[str, ...]
-Args = tuple[str, ...]
-Function = Callable[..., Array]
-ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-
-
-DIRECTED: dict[str, Function] = {
-    # whether a float32 is on the wrong side of the exact value; which way is right
-    "rm": lambda rounded, exact: np.where(rounded > exact, -np.inf, np.nan),
-    "rp": lambda rounded, exact: np.where(rounded < exact, np.inf, np.nan),
-    "rz": lambda rounded, exact: np.where(np.abs(rounded) > np.abs(exact), 0.0, np.nan),
-}
-
-
-def _directed(name: str, wrong: Function) -> Function:
-    """Rounds down, up or to zero."""
-
-    def function(*x: Array) -> Array:
-        one = np.ones(1, np.float32)
-        if name == "fma":
-            exact = fma64(*x)
-        elif name == "mul":
-            exact = fma64(x[0], x[1], np.zeros(1, np.float32))
-        else:
-            exact = fma64(x[0], one, {"add": x[1], "sub": -x[1]}[name])
-        rounded = exact.astype(np.float32)
-        towards = wrong(rounded, exact).astype(np.float32)
-        return np.where(np.isnan(towards), rounded, np.nextafter(rounded, towards))
-
-    return function
-
+Function = Callable[..., Any]
+ONE, ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
 
 # ---- integers
 
@@ -68,73 +39,59 @@ def _divide(a: Array, b: Array) -> Array:
     return np.asarray(quotient.astype(a.dtype))
 
 
-def _remainder(a: Array, b: Array) -> Array:
-    return np.asarray(a - _divide(a, b) * b)
+def _wide(a: Array, b: Array) -> Any:
+    double = np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}")
+    return a.astype(double) * b.astype(double)
 
 
 def _high(a: Array, b: Array) -> Array:
     """The high half of a product."""
     if a.dtype.itemsize < 8:
-        wide = np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}")
-        return np.asarray(a.astype(wide) * b.astype(wide) >> wide.type(8 * a.dtype.itemsize))
-    exact = [int(x) * int(y) >> 64 for x, y in np.broadcast(a, b)]
-    return np.array([x & 0xFFFFFFFFFFFFFFFF for x in exact], np.uint64).view(a.dtype)
+        whole = _wide(a, b)
+        return np.asarray(whole >> whole.dtype.type(4 * whole.dtype.itemsize)).astype(a.dtype)
+    words = [(int(x) * int(y) >> 64) & (2**64 - 1) for x, y in np.broadcast(a, b)]
+    return np.array(words, np.uint64).view(a.dtype)
 
 
 def _bits(x: Array) -> Array:
     """[lanes, bits], the lowest bit first."""
-    x = np.ascontiguousarray(x)
-    return np.unpackbits(x.view(np.uint8).reshape(x.size, -1), axis=1, bitorder="little")
+    octets = np.ascontiguousarray(x).view(np.uint8).reshape(x.size, -1)
+    return np.unpackbits(octets, axis=1, bitorder="little")
 
 
 def _highest(x: Array) -> Array:
-    """The index of the highest set bit, -1 (all ones) if there is none. bfind."""
-    if x.dtype.kind == "i":
-        x = np.where(x < 0, ~x, x)
-    bits = _bits(x)[:, ::-1]
-    found = bits.shape[1] - 1 - bits.argmax(1)
-    return np.where(bits.any(1), found, -1).astype(np.int32)
-
-
-def _reverse(x: Array) -> Array:
-    reversed_bits = np.packbits(_bits(x)[:, ::-1], axis=1, bitorder="little")
-    return np.ascontiguousarray(reversed_bits).view(x.dtype)[:, 0]
+    """bfind: the index of the highest bit that is not the sign, -1 if there is none."""
+    bits = _bits(np.where(x < 0, ~x, x))[:, ::-1]
+    return np.where(bits.any(1), bits.shape[1] - 1 - bits.argmax(1), -1).astype(np.int32)
 
 
 def _extract(a: Array, position: Array, length: Array) -> Array:
     """bfe: a field, its sign extended if the type has one."""
     wide = np.dtype(f"{a.dtype.kind}8")
-    unused = np.int64(64) - np.minimum(length & 0xFF, 8 * a.dtype.itemsize).astype(np.int64)
-    field = a.astype(wide) >> np.minimum(position & 0xFF, 63).astype(wide)
+    unused = 64 - np.minimum(length & 0xFF, 8 * a.dtype.itemsize).astype(np.int64)
     shift = np.minimum(unused, 63).astype(wide)
-    return np.where(unused == 64, 0, (field << shift) >> shift).astype(a.dtype)
+    field = (a.astype(wide) >> np.minimum(position & 0xFF, 63).astype(wide)) << shift >> shift
+    return np.where(unused == 64, 0, field).astype(a.dtype)
 
 
 def _insert(a: Array, b: Array, position: Array, length: Array) -> Array:
     """bfi: the low bits of `a` over a field of `b`."""
-    one = np.uint64(1)
-    place = (position & np.uint32(0xFF)).astype(np.uint64)
-    ones = (one << np.minimum(length & np.uint32(0xFF), 63).astype(np.uint64)) - one
-    field = np.where(place < 64, ones << place, np.uint64(0))
+    one, place = np.uint64(1), np.minimum(position & 0xFF, 63).astype(np.uint64)
+    field = ((one << np.minimum(length & 0xFF, 63).astype(np.uint64)) - one) << place
     return (b & ~field | (a.astype(np.uint64) << place) & field).astype(a.dtype)
 
 
 def _permute(a: Array, b: Array, selector: Array) -> Array:
     """prmt: each byte of the result is a byte of {b, a}, or its sign eight times."""
-    a, b = np.broadcast_arrays(a, b)
+    a, b, selector = np.broadcast_arrays(a, b, selector)
     source = np.stack([a, b], -1).view(np.uint8)
-    result = np.zeros((max(len(source), selector.size), 4), np.uint8)
-    for i in range(4):
-        nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
-        if nibble.size == 1:
-            column = source[:, nibble[0] & 7]
-        else:
-            index = (nibble & 7)[:, None].astype(np.int64)
-            column = np.take_along_axis(np.broadcast_to(source, (nibble.size, 8)), index, 1)[:, 0]
-        result[:, i] = np.where(nibble & 8, np.where(column & 128, 255, 0), column)
-    return result.view(np.uint32)[:, 0]
+    nibbles = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & np.uint32(15)
+    octets = np.take_along_axis(source, (nibbles & 7).astype(np.int64), 1)
+    octets = np.where(nibbles & 8, np.where(octets & 128, 255, 0), octets).astype(np.uint8)
+    return octets.view(np.uint32)[:, 0]
 
 
+@lru_cache
 def _lop3(table: int) -> Function:
     """Two operations that give the truth table, else its minterms."""
     operations = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
@@ -143,33 +100,31 @@ def _lop3(table: int) -> Function:
         if second(first(columns[i], columns[j]), columns[k]) == table:
             return lambda *x: second(first(x[i], x[j]), x[k])
 
-    def minterms(*x: Array) -> Array:
+    def minterms(*x: Array) -> Any:
         result: Any = np.zeros(1, np.uint32)
         for n in range(8):
             if table >> n & 1:
-                terms = [v if n & bit else ~v for v, bit in zip(x, (4, 2, 1), strict=True)]
-                result = result | (terms[0] & terms[1] & terms[2])
-        return np.asarray(result)
+                a, b, c = (v if n & bit else ~v for v, bit in zip(x, (4, 2, 1), strict=True))
+                result = result | (a & b & c)
+        return result
 
     return minterms
 
 
-def _funnel(op: Op) -> Function:
-    def shift(low: Array, high: Array, count: Array) -> Array:
-        limit = count & np.uint32(31) if "wrap" in op else np.minimum(count, np.uint32(32))
+def _funnel(op: tuple[str, ...]) -> Function:
+    def shift(low: Array, high: Array, count: Array) -> Any:
+        count = count & np.uint32(31) if "wrap" in op else np.minimum(count, np.uint32(32))
         both = high.astype(np.uint64) << np.uint64(32) | low
         if "l" in op:
-            return np.asarray((both << limit.astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
-        return np.asarray(both >> limit.astype(np.uint64)).astype(np.uint32)
+            return ((both << count.astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
+        return (both >> count.astype(np.uint64)).astype(np.uint32)
 
     return shift
 
 
 def _shift(function: Any) -> Function:
     # NumPy, too, gives 0 (or the sign) for counts at and above the width
-    return lambda a, n: np.asarray(
-        function(a, np.minimum(n, 8 * a.dtype.itemsize).astype(a.dtype)).astype(a.dtype)
-    )
+    return lambda a, n: function(a, np.minimum(n, 8 * a.dtype.itemsize).astype(a.dtype))
 
 
 INTEGER: dict[str, Function] = {
@@ -186,14 +141,42 @@ INTEGER: dict[str, Function] = {
     "xor": np.bitwise_xor,
     "not": np.invert,
     "div": _divide,
-    "rem": _remainder,
+    "rem": lambda a, b: a - _divide(a, b) * b,
     "shl": _shift(np.left_shift),
     "shr": _shift(np.right_shift),
     "popc": lambda x: _bits(x).sum(1, dtype=np.uint32),
     "clz": lambda x: 8 * x.dtype.itemsize - 1 - _highest(x.view(UNSIGNED[x.itemsize])),
     "bfind": _highest,
-    "brev": _reverse,
+    "brev": lambda x: np.packbits(_bits(x)[:, ::-1], 1, "little").view(x.dtype)[:, 0],
+    "bfe": _extract,
+    "bfi": _insert,
+    "prmt": _permute,
+    "lop3": lambda a, b, c, table: _lop3(int(table[0]))(a, b, c),
 }
+KINDS = {"shl": 1, "shr": 1, "bfe": 1, "bfi": 2, "prmt": 3, "lop3": 3}
+"""How many sources have the instruction's type; those behind are u32."""
+PARTS: dict[str, Function] = {
+    "mul.wide": _wide,
+    "mul.hi": _high,
+    "mad.wide": lambda a, b, c: _wide(a, b) + c,
+    "mad.hi": lambda a, b, c: _high(a, b) + c,
+}
+
+
+def _integer(op: tuple[str, ...]) -> Meaning:
+    name, kind, modifiers = op[0], op[-1], op[1:-1]
+    function, kinds = INTEGER[name], [kind] * KINDS.get(name, 9) + ["u32"]
+    if name in ("mul", "mad") and modifiers in (("wide",), ("hi",)):
+        function = PARTS[f"{name}.{modifiers[0]}"]
+        if modifiers == ("wide",):
+            kinds = [kind, kind, f"{kind[0]}{2 * int(kind[1:])}"]
+    elif modifiers not in ((), ("lo",)):
+        raise KeyError(modifiers)
+    return Meaning(function, kinds)
+
+
+# ---- floats
+
 FLOAT: dict[str, Function] = {
     "add": np.add,
     "sub": np.subtract,
@@ -213,136 +196,97 @@ FLOAT: dict[str, Function] = {
     "tanh": np.tanh,
     "copysign": lambda sign, x: np.copysign(x, sign),
 }
-EXACT_IN_FLOAT32 = {"min", "max", "neg", "abs"}
+DIRECTED: dict[str, Function] = {
+    # where to go from a rounded value that is on the wrong side of the exact one; NaN is nowhere
+    "rm": lambda rounded, exact: np.where(rounded > exact, -np.inf, np.nan),
+    "rp": lambda rounded, exact: np.where(rounded < exact, np.inf, np.nan),
+    "rz": lambda rounded, exact: np.where(np.abs(rounded) > np.abs(exact), 0.0, np.nan),
+}
+HALVES: dict[str, tuple[Function, Function]] = {
+    "bf16": (from_bf16, to_bf16),
+    "f16": (
+        lambda bits: bits.view(np.float16).astype(np.float64),
+        lambda x: x.astype(np.float16).view(np.uint16),
+    ),
+    "e4m3": (from_e4m3, to_e4m3),
+}
+"""Bits -> values, values -> bits."""
 
 
-def _arithmetic(d: Decoder, op: Op, args: Args) -> Step:
-    kind = op[-1]
-    name = op[0]
-    if "x2" in kind or kind in ("bf16", "f16"):
-        return _half(d, op, args)
-    if kind[0] == "f" or kind == "f64":
-        return _float(d, op, args)
-    types = [kind] * (len(args) - 1)
-    if name in ("shl", "shr"):
-        types[1] = "u32"
-    elif "wide" in op:
-        return _wide(d, op, args)
-    function = INTEGER[name]
-    if "hi" in op:
-        function = _high if name == "mul" else lambda a, b, c: _high(a, b) + c
-    if name == "bfind" and "shiftamt" in op or "sat" in op or "cc" in op:
-        raise d.unknown()
-    return d.alu(function, args[0], *map(d.source, args[1:], types))
+def _directed(way: str) -> Function:
+    """float32 a*b + c, rounded down, up or to zero."""
+
+    def fma(a: Array, b: Array, c: Array) -> Array:
+        exact = fma64(a, b, c)
+        rounded = exact.astype(np.float32)
+        towards = DIRECTED[way](rounded, exact).astype(np.float32)
+        return np.where(np.isnan(towards), rounded, np.nextafter(rounded, towards))
+
+    return fma
 
 
-def _wide(d: Decoder, op: Op, args: Args) -> Step:
-    kind = op[-1]
-    wide = TYPES[kind[0] + str(2 * int(kind[1:]))]
-    sources = [d.source(arg, kind) for arg in args[1:3]]
-    if op[0] == "mul":
-        return d.alu(lambda a, b: a.astype(wide) * b.astype(wide), args[0], *sources)
-    sources.append(d.source(args[3], kind[0] + str(2 * int(kind[1:]))))
-    return d.alu(lambda a, b, c: a.astype(wide) * b.astype(wide) + c, args[0], *sources)
+def _by_parts(width: Any, of: str, to: str, function: Function) -> Function:
+    """Applies `function` to the values of packed elements: [lanes, elements]."""
+
+    def apply(*x: Array) -> Array:
+        size = TYPES[of].itemsize if of in TYPES else 1
+        parts = [np.ascontiguousarray(v).view(UNSIGNED[size]).reshape(v.size, -1) for v in x]
+        values = function(*[HALVES[of][0](part) for part in parts])
+        return np.ascontiguousarray(HALVES[to][1](values)).view(width)[:, 0]
+
+    return apply
 
 
-def _float(d: Decoder, op: Op, args: Args) -> Step:
-    kind = op[-1]
-    name = "fma" if op[0] == "mad" else op[0]
-    directed = next((part for part in op if part in DIRECTED), "")
-    if {"xorsign", "relu"} & set(op) or (directed and kind != "f32"):
-        raise d.unknown()
-    if directed:
-        exact = _directed(name, DIRECTED[directed])
-    elif name == "fma":
-        exact = fma32 if kind == "f32" else (lambda a, b, c: a * b + c)
-    elif "NaN" in op:
-        exact = {"min": np.minimum, "max": np.maximum}[name]
+def _float(op: tuple[str, ...]) -> Meaning:
+    name, kind, modifiers = op[0], op[-1], set(op[1:-1])
+    element = kind.removesuffix("x2")
+    if modifiers - {"rn", "rm", "rp", "rz", "ftz", "sat", "approx", "full", "NaN"}:
+        raise KeyError(modifiers)
+    fma = {"f32": fma32, "f16": fma64, "bf16": fma_of_bf16, "f64": lambda a, b, c: a * b + c}
+    way = next((way for way in DIRECTED if way in modifiers), "")
+    once = _directed(way) if way else fma[element]
+    function: Function
+    if name in ("fma", "mad"):
+        function = once
+    elif name in ("add", "sub", "mul") and (way or element in HALVES):
+        function = {
+            "add": lambda a, b: once(a, ONE, b),
+            "sub": lambda a, b: once(a, ONE, -b),
+            "mul": lambda a, b: once(a, b, np.copysign(ZERO, a) * np.copysign(ONE, b)),
+        }[name]
     else:
-        exact = FLOAT[name]
-    function: Function = exact
-    if "ftz" in op:
+        function = {"min": np.minimum, "max": np.maximum}[name] if "NaN" in op else FLOAT[name]
+    if "ftz" in modifiers and element == "f32":
+        exact = function
         function = lambda *x: flush(exact(*map(flush, x)))  # noqa: E731
-    if "sat" in op:
+    if "sat" in modifiers:
         unclamped = function
         function = lambda *x: np.fmin(np.fmax(unclamped(*x), 0), 1)  # noqa: E731
-    return d.alu(function, args[0], *[d.source(arg, kind) for arg in args[1:]])
+    if element in HALVES:
+        bits = TYPES["u16" if kind == element else "u32"]
+        return Meaning(_by_parts(bits, element, element, function), [f"u{8 * bits.itemsize}"])
+    return Meaning(function, [kind])
 
 
-def _half(d: Decoder, op: Op, args: Args) -> Step:
-    """bf16 and f16, single or in pairs: [lanes, 1 or 2] float32 or float64, rounded once."""
-    kind, name = op[-1], op[0]
-    if {"sat", "relu", "xorsign"} & set(op):
-        raise d.unknown()
-    width = "u16" if kind in ("bf16", "f16") else "u32"
-
-    def widen(x: Array) -> Array:
-        halves = np.ascontiguousarray(x).view(np.uint16).reshape(x.size, -1)
-        return from_bf16(halves) if "bf16" in kind else halves.view(np.float16).astype(np.float64)
-
-    def narrow(x: Array) -> Array:
-        bits = to_bf16(x) if "bf16" in kind else x.astype(np.float16).view(np.uint16)
-        return np.ascontiguousarray(bits).view(TYPES[width])[:, 0]
-
-    if name == "fma":
-        function = fma_bf16 if "bf16" in kind else fma64
-    elif "bf16" in kind and name in ("add", "sub", "mul"):
-        one = np.ones(1, np.float32)
-        function = {
-            "add": lambda a, b: fma_bf16(a, one, b),
-            "sub": lambda a, b: fma_bf16(a, one, -b),
-            "mul": lambda a, b: fma_bf16(a, b, np.copysign(np.float32(0), a * b)),
-        }[name]
-    elif "bf16" in kind and name not in EXACT_IN_FLOAT32:  # ex2, tanh: approximate by definition
-        function = lambda *x: to_bf16(np.asarray(FLOAT[name](*x)))  # noqa: E731
-    elif "NaN" in op:
-        function = {"min": np.minimum, "max": np.maximum}[name]
-    else:
-        function = FLOAT[name]
-    bits = "bf16" in kind and name not in EXACT_IN_FLOAT32
-
-    def halves(*x: Array) -> Array:
-        result = function(*map(widen, x))
-        if bits:  # already rounded
-            return np.ascontiguousarray(result).view(TYPES[width])[:, 0]
-        return narrow(np.asarray(result, np.float32) if "bf16" in kind else result)
-
-    return d.alu(halves, args[0], *[d.source(arg, width) for arg in args[1:]])
+def _mixed(op: tuple[str, ...]) -> Meaning:
+    """add, sub, fma of bf16, exactly widened, and a last operand in float32 (sm_100)."""
+    function, halves = {"add": (np.add, 1), "sub": (np.subtract, 1), "fma": (fma32, 2)}[op[0]]
+    if op[1:-2] not in ((), ("rn",)):
+        raise KeyError(op)
+    return Meaning(lambda *x: function(*map(from_bf16, x[:-1]), x[-1]), ["u16"] * halves + ["f32"])
 
 
-# ---- moves, choices, conversions
-
-
-def _move(d: Decoder, op: Op, args: Args) -> Step:
-    kind = op[-1]
-    if not args[0].startswith("{"):
-        return d.alu(lambda x: x, args[0], d.source(args[1], kind))
-    names = d.vector(args[0])
-    part = UNSIGNED[TYPES[kind].itemsize // len(names)]
-    source = d.source(args[1], f"u{8 * TYPES[kind].itemsize}")
-    puts = [d.sink(name) for name in names]
-
-    def unpack(warps: Any, mask: Any) -> None:
-        value = np.ascontiguousarray(source(warps.R))
-        for i, put in enumerate(puts):
-            put(warps, (value >> value.dtype.type(8 * part.itemsize * i)).astype(part), mask)
-
-    return unpack
-
-
-def _cvta(d: Decoder, op: Op, args: Args) -> Step:
-    return d.alu(lambda x: x, args[0], d.source(args[1], op[-1]))  # generic addresses are the same
-
+# ---- comparisons, moves, conversions
 
 COMPARE: dict[str, Function] = {
     "eq": np.equal,
-    "ne": np.not_equal,
-    **{name: np.less for name in ("lt", "lo")},
-    **{name: np.less_equal for name in ("le", "ls")},
-    **{name: np.greater for name in ("gt", "hi")},
-    **{name: np.greater_equal for name in ("ge", "hs")},
-    "equ": lambda a, b: (a == b) | np.isnan(a) | np.isnan(b),
-    "neu": np.not_equal,  # of floats: true if one is NaN
+    "ne": lambda a, b: (a < b) | (a > b),
+    **dict.fromkeys(("lt", "lo"), np.less),
+    **dict.fromkeys(("le", "ls"), np.less_equal),
+    **dict.fromkeys(("gt", "hi"), np.greater),
+    **dict.fromkeys(("ge", "hs"), np.greater_equal),
+    "equ": lambda a, b: ~((a < b) | (a > b)),
+    "neu": np.not_equal,
     "ltu": lambda a, b: ~(a >= b),
     "leu": lambda a, b: ~(a > b),
     "gtu": lambda a, b: ~(a <= b),
@@ -350,176 +294,117 @@ COMPARE: dict[str, Function] = {
     "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
     "nan": lambda a, b: np.isnan(a) | np.isnan(b),
 }
+"""Of floats: false where one is NaN, but for those of the second half."""
 
 
-def _setp(d: Decoder, op: Op, args: Args) -> Step:
-    kind = op[-1]
-    compare = COMPARE[op[1]]
-    if op[1] == "ne" and kind[0] == "f":
-        compare = lambda a, b: (a != b) & ~np.isnan(a) & ~np.isnan(b)  # noqa: E731
-    if kind in ("f16", "bf16"):
-        raise d.unknown()
-    if "ftz" in op:
-        unflushed = compare
-        compare = lambda a, b: unflushed(flush(a), flush(b))  # noqa: E731
-    sources = [d.source(arg, kind) for arg in args[1:3]]
-    dest, _, complement = args[0].partition("|")
-    combine = next((INTEGER[part] for part in op[2:-1] if part in ("and", "or", "xor")), None)
-    if combine is not None:
-        sources.append(d.source(args[3], "pred"))
-        plain = compare
-        compare = lambda a, b, c: combine(plain(a, b), c)  # noqa: E731
-    step = d.alu(compare, dest, *sources)
-    if not complement:
-        return step
-    if combine is not None:
-        raise d.unknown()
-    other = d.alu(lambda *x: np.logical_not(compare(*x)), complement.strip(), *sources)
+def _setp(instruction: Instruction) -> Meaning:
+    op, kind = instruction.op, instruction.op[-1]
+    compare, modifiers = COMPARE[op[1]], op[2:-1]
+    if set(modifiers) - {"and", "or", "xor", "ftz"} or kind == "f16":
+        raise KeyError(op)
+    widen = from_bf16 if kind == "bf16" else flush if "ftz" in modifiers else (lambda x: x)
+    combine = next((INTEGER[part] for part in modifiers if part != "ftz"), None)
 
-    def both(warps: Any, mask: Any) -> None:
-        other(warps, mask)
-        step(warps, mask)
+    def function(a: Array, b: Array, *c: Array) -> Any:
+        true = compare(widen(a), widen(b))
+        if "|" not in instruction.args[0]:
+            return combine(true, *c) if combine else true
+        both = (true, np.logical_not(true))
+        return [combine(value, *c) for value in both] if combine else both
 
-    return both
+    return Meaning(function, [kind, kind, "pred"])
 
 
-def _selp(d: Decoder, op: Op, args: Args) -> Step:
-    a, b = (d.source(arg, op[-1]) for arg in args[1:3])
-    choose = d.source(args[3], "pred")
-    return d.alu(lambda a, b, p: np.where(p, a, b), args[0], a, b, choose)
+def _mov(instruction: Instruction) -> Meaning:
+    kind = instruction.op[-1]
+    dest, source = (len(split(arg)) for arg in instruction.args)
+    if dest == source == 1:
+        return Meaning(lambda x: x, [kind])
+    size = TYPES[kind].itemsize
+    part, whole = UNSIGNED[size // max(dest, source)], UNSIGNED[size]
+    shifts = [whole.type(8 * part.itemsize * i) for i in range(max(dest, source))]
+
+    def pack(*parts: Array) -> Any:
+        words = [x.astype(whole) << n for x, n in zip(parts, shifts, strict=True)]
+        return np.bitwise_or.reduce(np.broadcast_arrays(*words))
+
+    if source > 1:
+        return Meaning(pack, [f"u{8 * part.itemsize}"])
+    return Meaning(lambda x: [(x >> n).astype(part) for n in shifts], [f"u{8 * size}"])
 
 
-def _to_float32(kind: str) -> Function:
-    if kind == "bf16":
-        return from_bf16
-    return lambda x: x.astype(np.float32)
+ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
-def _from_float(kind: str) -> Function:
-    if kind == "bf16":
-        return lambda x: to_bf16(x.astype(np.float32))
-    return lambda x: x.astype(TYPES[kind])
-
-
-def _to_integer(kind: str, rounding: Any) -> Function:
+def _to_integer(x: Array, dtype: Any, rounding: Any) -> Array:
     """Saturates; NaN becomes 0."""
-    dtype = TYPES[kind]
-    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
-
-    def convert(x: Array) -> Array:
-        whole = rounding(np.nan_to_num(x.astype(np.float64), nan=0.0, posinf=2e19, neginf=-2e19))
-        exact = np.clip(whole, float(low), np.nextafter(float(high) + 1, 0)).astype(dtype)
-        return np.where(whole >= float(high), dtype.type(high), exact)
-
-    return convert
+    info = np.iinfo(dtype)
+    whole = rounding(np.nan_to_num(x.astype(np.float64), nan=0.0, posinf=2e19, neginf=-2e19))
+    inside = np.clip(whole, float(info.min), np.nextafter(float(info.max) + 1, 0)).astype(dtype)
+    return np.where(whole >= float(info.max), dtype.type(info.max), inside)
 
 
-def _cvt(d: Decoder, op: Op, args: Args) -> Step:
+def _cvt(op: tuple[str, ...]) -> Meaning:
     modifiers, to, of = set(op[1:-2]), op[-2], op[-1]
     rounding = next((ROUNDINGS[m] for m in modifiers if m in ROUNDINGS), None)
-    known = {"rn", "sat", "ftz", "satfinite", *ROUNDINGS}
-    if modifiers - known:
-        raise d.unknown()
-    if to.endswith("x2") or of.endswith("x2"):
-        return _cvt_pair(d, op, args)
-    source = d.source(args[1], of)
-    if to[0] in "su" and of[0] in "su":
-        if "sat" in modifiers:
-            low, high = np.iinfo(TYPES[to]).min, np.iinfo(TYPES[to]).max
-            return d.alu(
-                lambda x: np.clip(x.astype(object), low, high).astype(TYPES[to]), args[0], source
+    if modifiers - {"rn", "sat", "ftz", "satfinite", *ROUNDINGS}:
+        raise KeyError(op)
+    if to.endswith("x2"):
+        element, width = to.removesuffix("x2"), TYPES[to]
+        if of.endswith("x2"):
+            return Meaning(
+                _by_parts(width, of[:-2], element, lambda x: x), [f"u{8 * TYPES[of].itemsize}"]
             )
-        # first to the width of `to` with the sign of `of`
-        middle = np.dtype(f"{TYPES[of].kind}{TYPES[to].itemsize}")
-        return d.alu(lambda x: x.astype(middle).view(TYPES[to]), args[0], source)
-    if of[0] in "su":
-        if to == "bf16":
-            return d.alu(lambda x: to_bf16(x.astype(np.float32)), args[0], source)
-        return d.alu(lambda x: x.astype(TYPES[to]), args[0], source)
-    widen = from_bf16 if of == "bf16" else (lambda x: x)
-    flushed = flush if "ftz" in modifiers and of == "f32" else (lambda x: x)
-    if to[0] in "su":
-        convert = _to_integer(to, rounding or np.trunc)
-    else:
-        narrow = _from_float(to)
-        rounded = rounding or (lambda x: x)
-        clamp = (lambda x: np.fmin(np.fmax(x, 0), 1)) if "sat" in modifiers else (lambda x: x)
-        convert = lambda x: narrow(clamp(rounded(x)))  # noqa: E731
-    return d.alu(lambda x: convert(flushed(widen(x))), args[0], source)
+        if of != "f32":
+            raise KeyError(op)
+
+        def pair(high: Array, low: Array) -> Array:
+            both = np.stack(np.broadcast_arrays(low, high), -1)
+            return np.ascontiguousarray(HALVES[element][1](both)).view(width)[:, 0]
+
+        return Meaning(pair, ["f32"])
+    dtype, integer = TYPES[to], to[0] in "su"
+    if of[0] in "su" and integer:
+        if "sat" in modifiers:
+            info = np.iinfo(dtype)
+            return Meaning(
+                lambda x: np.clip(x.astype(object), info.min, info.max).astype(dtype), [of]
+            )
+        middle = np.dtype(f"{TYPES[of].kind}{dtype.itemsize}")  # the sign of `of` extends
+        return Meaning(lambda x: x.astype(middle).view(dtype), [of])
+    if of[0] in "su" and to == "bf16":
+        raise KeyError(op)
+
+    def convert(x: Array) -> Any:
+        x = from_bf16(x) if of == "bf16" else flush(x) if "ftz" in modifiers else x
+        if integer:
+            return _to_integer(x, dtype, rounding or np.trunc)
+        x = rounding(x) if rounding else x
+        x = np.fmin(np.fmax(x, 0), 1) if "sat" in modifiers else x
+        return to_bf16(x.astype(np.float32)) if to == "bf16" else x.astype(dtype)
+
+    return Meaning(convert, [of])
 
 
-def _cvt_pair(d: Decoder, op: Op, args: Args) -> Step:
-    """Two values in one register: from two float32 (the first operand is the high half), or from
-    a pair of another type."""
-    narrow: dict[str, Function] = {
-        "bf16x2": to_bf16,
-        "f16x2": lambda x: x.astype(np.float16).view(np.uint16),
-        "e4m3x2": to_e4m3,
-    }
-    widen: dict[str, Function] = {
-        "e4m3x2": lambda x: from_e4m3(np.ascontiguousarray(x).view(np.uint8)),
-        "bf16x2": lambda x: from_bf16(np.ascontiguousarray(x).view(np.uint16)),
-        "f16x2": lambda x: np.ascontiguousarray(x).view(np.float16).astype(np.float32),
-    }
-    to, of = op[-2], op[-1]
-    if to not in narrow or (of != "f32" and of not in widen) or ("rn" not in op):
-        raise d.unknown()
-    bits = {"bf16x2": np.uint32, "f16x2": np.uint32, "e4m3x2": np.uint16}[to]
-    if of != "f32":
-        width = "u16" if of == "e4m3x2" else "u32"
-        return d.alu(
-            lambda x: narrow[to](widen[of](x)).view(bits), args[0], d.source(args[1], width)
-        )
-
-    def pair(high: Array, low: Array) -> Array:
-        both = np.stack(np.broadcast_arrays(low, high), -1)
-        return np.ascontiguousarray(narrow[to](both)).view(bits)[:, 0]
-
-    return d.alu(pair, args[0], *[d.source(arg, "f32") for arg in args[1:3]])
-
-
-def _field(function: Function) -> Callable[[Decoder, Op, Args], Step]:
-    """bfe, bfi: positions and lengths are u32 whatever the type."""
-
-    def decode(d: Decoder, op: Op, args: Args) -> Step:
-        types = [op[-1]] * (len(args) - 3) + ["u32", "u32"]
-        return d.alu(function, args[0], *map(d.source, args[1:], types))
-
-    return decode
-
-
-def _logic3(d: Decoder, op: Op, args: Args) -> Step:
-    table = d.constant(args[4])
-    if table is None or op[1:] != ("b32",):
-        raise d.unknown()
-    return d.alu(_lop3(table), args[0], *[d.source(arg, "b32") for arg in args[1:4]])
-
-
-def _prmt(d: Decoder, op: Op, args: Args) -> Step:
-    if op[1:] != ("b32",):
-        raise d.unknown()
-    return d.alu(_permute, args[0], *[d.source(arg, "b32") for arg in args[1:]])
-
-
-def _shf(d: Decoder, op: Op, args: Args) -> Step:
-    return d.alu(_funnel(op), args[0], *[d.source(arg, "u32") for arg in args[1:]])
-
-
-def _policy(d: Decoder, op: Op, args: Args) -> Step:
-    return d.alu(lambda: np.zeros(1, np.uint64), args[0])  # createpolicy: a hint to the cache
-
-
-DECODERS: dict[str, Callable[[Decoder, Op, Args], Step]] = {
-    **dict.fromkeys([*INTEGER, *FLOAT, "fma"], _arithmetic),
-    "mov": _move,
-    "cvta": _cvta,
-    "setp": _setp,
-    "selp": _selp,
-    "cvt": _cvt,
-    "bfe": _field(_extract),
-    "bfi": _field(_insert),
-    "lop3": _logic3,
-    "prmt": _prmt,
-    "shf": _shf,
-    "createpolicy": _policy,
-}
+def meaning(instruction: Instruction) -> Meaning | None:
+    """Of an instruction that works lane by lane."""
+    op, name, kind = instruction.op, instruction.op[0], instruction.op[-1]
+    if name == "mov":
+        return _mov(instruction)
+    if name == "cvta":
+        return Meaning(lambda x: x, [kind])  # generic addresses are the same
+    if name == "setp":
+        return _setp(instruction)
+    if name == "selp":
+        return Meaning(lambda a, b, p: np.where(p, a, b), [kind, kind, "pred"])
+    if name == "cvt":
+        return _cvt(op)
+    if name == "shf":
+        return Meaning(_funnel(op), ["u32"])
+    if name == "createpolicy":
+        return Meaning(lambda *x: np.zeros(1, np.uint64), ["f32"])  # a hint to the cache
+    if op[-2:] == ("f32", "bf16"):
+        return _mixed(op)
+    if name in FLOAT.keys() | {"fma", "mad"} and (kind[0] == "f" or "bf16" in kind):
+        return _float(op)
+    return _integer(op) if name in INTEGER else None

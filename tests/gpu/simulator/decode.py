@@ -9,13 +9,13 @@ place: an instruction binds a new one, so that a `mov` costs nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.gpu.simulator import access, arithmetic, collective
 from tests.gpu.simulator.numbers import POISON, TYPES, UNSIGNED, Array
 from tests.gpu.simulator.parse import Instruction, Kernel
 
@@ -28,55 +28,97 @@ Step = Callable[["Warps", Mask], None]
 Source = Callable[[list[Array]], Array]
 
 CONTROL = {"bra", "ret", "exit", "bar", "barrier"}
-IGNORED = {"membar", "fence", "prefetch", "griddepcontrol", "nanosleep", "discard", "applypriority"}
-_INTEGER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?")
+IGNORED = {"membar", "fence", "prefetch", "griddepcontrol", "nanosleep", "discard"}
 _FLOAT = re.compile(r"0[fFdD]([0-9a-fA-F]{8,16})")
 _ADDRESS = re.compile(r"\[\s*([%\w$.@]+)\s*(?:\+?\s*(-?\w+))?\s*\]")
 
 
-def _special(name: str) -> bool:
-    return name.startswith("%") or name == "WARP_SZ"
+@dataclass(frozen=True)
+class Meaning:
+    """What an instruction does with the values of its operands.
+
+    Attributes:
+        function: of a lane's operation, arrays -> array. `together` has the warps and the mask in
+            front, and gives as many arrays as there are destinations.
+        kinds: type of each source; the last one stands for all further ones.
+        dests: whether the first operand is written.
+    """
+
+    function: Callable[..., Any]
+    kinds: Sequence[str]
+    together: bool = False
+    dests: bool = True
+
+
+def split(arg: str) -> list[str]:
+    """The registers of a vector."""
+    return [name.strip() for name in arg[1:-1].split(",")] if arg[0] == "{" else [arg]
 
 
 class Decoder:
     """Assigns the registers of one kernel and decodes its code."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.initial: list[Array] = []
-        """Register -> its value before the kernel starts: immediates, else poison."""
-        self.specials: dict[str, int] = {}
-        """Special register that the kernel reads -> register."""
-        self.instruction: Instruction
+    def __init__(
+        self, kernel: Kernel, meanings: Sequence[Callable[[Instruction], Meaning | None]]
+    ) -> None:
+        self.initial: list[Array] = []  # register -> value at the start: immediate, or poison
+        self.specials: dict[str, int] = {}  # special register that is read -> register
+        self._symbols = kernel.shared | kernel.params
+        self._immediates: dict[tuple[str, str], int] = {}
         self._registers: dict[str, int] = {}
         for name, kind in kernel.registers.items():
-            dtype = UNSIGNED[TYPES[kind].itemsize] if kind != "pred" else TYPES[kind]
+            dtype = TYPES["pred" if kind == "pred" else f"u{TYPES[kind].itemsize * 8}"]
             self._registers[name] = self._new(np.array([POISON], np.uint64).astype(dtype))
-        self.steps: list[Step | None] = []
-        for self.instruction in kernel.code:
-            self.steps.append(self._decode(self.instruction))
+        self._meanings = meanings
+        self.steps = [self._decode(instruction) for instruction in kernel.code]
 
     def _new(self, value: Array) -> int:
         self.initial.append(value)
         return len(self.initial) - 1
 
     def _decode(self, instruction: Instruction) -> Step | None:
-        op = instruction.op
-        if op[0] in CONTROL and op[:2] != ("bar", "warp"):
-            return None
+        """None for what changes the program counter."""
+        op, args = instruction.op, instruction.args
         if op[0] in IGNORED or op[:2] == ("bar", "warp"):
             return lambda warps, mask: None
-        for room in (arithmetic, access, collective):
-            if op[0] in room.DECODERS:
-                step: Step = room.DECODERS[op[0]](self, op, instruction.args)
-                return self._guarded(step) if instruction.guard else step
+        if op[0] in CONTROL:
+            return None
+        try:
+            for meanings in self._meanings:
+                if meaning := meanings(instruction):
+                    names = split(args[0]) if meaning.dests else []
+                    names = names[0].split("|") if len(names) == 1 else names
+                    sources = [name for arg in args[meaning.dests :] for name in split(arg)]
+                    step = self._step(meaning, names, sources)
+                    return self._guarded(instruction, step) if instruction.guard else step
+        except (KeyError, IndexError) as error:
+            raise NotImplementedError(str(instruction)) from error
         raise NotImplementedError(str(instruction))
 
-    def unknown(self) -> NotImplementedError:
-        return NotImplementedError(str(self.instruction))
+    def _step(self, meaning: Meaning, dests: list[str], args: list[str]) -> Step:
+        function, last = meaning.function, len(meaning.kinds) - 1
+        sources = [self.source(arg, meaning.kinds[min(i, last)]) for i, arg in enumerate(args)]
+        puts = [self._sink(name) for name in dests]
+        if meaning.together or len(puts) != 1:
 
-    def _guarded(self, step: Step) -> Step:
-        taken = self.predicate(self.instruction)
+            def step(warps: Warps, mask: Mask) -> None:
+                values = [source(warps.R) for source in sources]
+                results = function(warps, mask, *values) if meaning.together else function(*values)
+                for put, result in zip(puts, results if puts else (), strict=False):
+                    put(warps, result, mask)
+
+            return step
+        (put,) = puts
+        if len(sources) == 1:
+            (a,) = sources
+            return lambda warps, mask: put(warps, function(a(warps.R)), mask)
+        if len(sources) == 2:
+            a, b = sources
+            return lambda warps, mask: put(warps, function(a(warps.R), b(warps.R)), mask)
+        return lambda warps, mask: put(warps, function(*[s(warps.R) for s in sources]), mask)
+
+    def _guarded(self, instruction: Instruction, step: Step) -> Step:
+        taken = self.source(instruction.guard, "pred")
 
         def guarded(warps: Warps, mask: Mask) -> None:
             lanes = taken(warps.R)
@@ -86,29 +128,29 @@ class Decoder:
                 return
             if mask is not None:
                 lanes = lanes & mask
-            if lanes.all():
-                step(warps, None)
-            elif lanes.any():
-                step(warps, lanes)
+            if lanes.any():
+                step(warps, None if lanes.all() else lanes)
 
         return guarded
-
-    def predicate(self, instruction: Instruction) -> Source:
-        return self.source(("!" if instruction.negated else "") + instruction.guard, "pred")
 
     # ---- operands
 
     def source(self, arg: str, kind: str) -> Source:
-        """What reads an operand as an array of the type `kind`."""
+        """What reads an operand as an array of the type `kind`, an address as int64."""
         dtype = TYPES[kind]
-        if arg.startswith("!"):
+        if arg[0] == "!":
             inner = self.source(arg[1:], kind)
             return lambda R: np.logical_not(inner(R))
-        if arg.startswith("{"):
-            return self._packed(arg, dtype)
-        if arg not in self._registers and not (arg in self.specials or _special(arg)):
-            return itemgetter(self._immediate(arg, dtype))
-        index = self.register(arg)
+        if address := _ADDRESS.fullmatch(arg):
+            base, offset = self.source(address[1], kind), int(address[2] or "0", 0)
+            return lambda R: base(R).astype(np.int64) + offset
+        index = self._registers.get(arg, self.specials.get(arg))
+        if index is None and (arg[0] == "%" or arg == "WARP_SZ"):
+            index = self.specials[arg] = self._new(np.zeros(1, np.uint32))
+        if index is None:
+            if (arg, kind) not in self._immediates:
+                self._immediates[arg, kind] = self._new(self._immediate(arg, dtype))
+            return itemgetter(self._immediates[arg, kind])
         held = self.initial[index].dtype
         if held == dtype:
             return itemgetter(index)
@@ -116,53 +158,29 @@ class Decoder:
             return lambda R: R[index].view(dtype)
         return lambda R: R[index].astype(dtype)
 
-    def register(self, name: str) -> int:
-        if name in self._registers:
-            return self._registers[name]
-        if not _special(name):
-            raise self.unknown()
-        if name not in self.specials:
-            self.specials[name] = self._new(np.zeros(1, np.uint32))
-        return self.specials[name]
-
-    def constant(self, arg: str) -> int | None:
-        """The value of an immediate, None for a register."""
-        return int(arg.rstrip("U"), 0) if _INTEGER.fullmatch(arg) else None
-
-    def _immediate(self, arg: str, dtype: Any) -> int:
-        bits = UNSIGNED[dtype.itemsize]
-        if arg in self.kernel.shared:
-            number = self.kernel.shared[arg]
+    def _immediate(self, arg: str, dtype: Any) -> Array:
+        if arg in self._symbols:
+            number = self._symbols[arg]
         elif real := _FLOAT.fullmatch(arg):
             number = int(real[1], 16)
-        elif _INTEGER.fullmatch(arg):
-            number = int(arg.rstrip("U"), 0)
         else:
-            raise self.unknown()
+            number = self.constant(arg)
+        bits = UNSIGNED[dtype.itemsize]
         value = np.array([number & ((1 << 8 * bits.itemsize) - 1)], np.uint64).astype(bits)
-        return self._new(value.astype(bool) if dtype.kind == "b" else value.view(dtype))
+        return value.astype(bool) if dtype.kind == "b" else value.view(dtype)
 
-    def _packed(self, arg: str, dtype: Any) -> Source:
-        names = self.vector(arg)
-        width = 8 * dtype.itemsize // len(names)
-        parts = [self.source(name, f"u{width}") for name in names]
+    @staticmethod
+    def constant(arg: str) -> int:
+        """The value of an immediate."""
+        if not re.fullmatch(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?", arg):
+            raise KeyError(arg)
+        return int(arg.rstrip("U"), 0)
 
-        def pack(R: list[Array]) -> Array:
-            value = parts[0](R).astype(dtype)
-            for i, part in enumerate(parts[1:], 1):
-                value = value | part(R).astype(dtype) << dtype.type(i * width)
-            return value
-
-        return pack
-
-    def vector(self, arg: str) -> list[str]:
-        return [a.strip() for a in arg[1:-1].split(",")] if arg.startswith("{") else [arg]
-
-    def sink(self, arg: str) -> Callable[[Warps, Array, Mask], None]:
+    def _sink(self, name: str) -> Callable[[Warps, Array, Mask], None]:
         """What binds a register to a new value, in the lanes of a mask."""
-        if arg == "_":
+        if name == "_":
             return lambda warps, value, mask: None
-        index = self.register(arg)
+        index = self._registers[name]
         dtype = self.initial[index].dtype
 
         def put(warps: Warps, value: Array, mask: Mask) -> None:
@@ -173,21 +191,3 @@ class Decoder:
             R[index] = value if mask is None else np.where(mask, value, R[index])
 
         return put
-
-    def address(self, arg: str) -> tuple[str, int]:
-        """`[base+offset]` -> base, offset."""
-        match = _ADDRESS.fullmatch(arg)
-        if match is None:
-            raise self.unknown()
-        return match[1], int(match[2] or "0", 0)
-
-    def alu(self, function: Callable[..., Array], dest: str, *sources: Source) -> Step:
-        """A step that computes lane by lane."""
-        put = self.sink(dest)
-        if len(sources) == 1:
-            (a,) = sources
-            return lambda w, m: put(w, function(a(w.R)), m)
-        if len(sources) == 2:
-            a, b = sources
-            return lambda w, m: put(w, function(a(w.R), b(w.R)), m)
-        return lambda w, m: put(w, function(*[source(w.R) for source in sources]), m)

@@ -16,7 +16,7 @@ LANES = 4096
 
 
 @lru_cache(maxsize=64)
-def program(ptx: str) -> Program:
+def _program(ptx: str) -> Program:
     return Program(parse(ptx))
 
 
@@ -35,18 +35,15 @@ def launch(
     seed: blocks, and bursts of their warps, in random order; None runs all in lockstep.
     lint: counts memory requests, if given.
     """
-    decoded = program(ptx)
-    if decoded.kernel.threads % 32:
-        raise NotImplementedError(f"blocks of {decoded.kernel.threads} threads: not whole warps")
-    expected = max((at + size for at, size in decoded.kernel.params.values()), default=0)
-    if len(params) != expected:
-        raise ValueError(f"{len(params)} bytes of parameters; the kernel takes {expected}")
+    program = _program(ptx)
+    if len(params) != program.kernel.params_bytes:
+        raise ValueError(f"{len(params)} bytes of parameters, not {program.kernel.params_bytes}")
     rng = None if seed is None else np.random.default_rng(seed)
     blocks = np.arange(grid[0] * grid[1] * grid[2])
     if rng is not None:
         rng.shuffle(blocks)
-    step = max(1, LANES // decoded.kernel.threads)
+    step = max(1, LANES // program.kernel.threads)
     with np.errstate(all="ignore"):
         for first in range(0, len(blocks), step):
             some = blocks[first : first + step]
-            Batch(decoded, some, grid, params, memory, shared_bytes, lint, rng).run()
+            Batch(program, some, grid, params, memory, shared_bytes, lint, rng).run()

@@ -13,22 +13,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.gpu.simulator.memory import SECTOR, GlobalMemory
+from tests.gpu.simulator.memory import Segment
 from tests.gpu.simulator.numbers import Array
 from tests.gpu.simulator.parse import Instruction
 
-WARP = 32
+SECTOR, LINE = 32, 128
 
 
 @dataclass
 class Access:
-    """All requests of one instruction."""
+    """All requests of one instruction to one array, "" being shared memory."""
 
     instruction: Instruction
-    space: str
-    """"global" or "shared"."""
     array: str
-    """Argument whose array it touches, "" in shared memory."""
     size: int
     """Bytes of a lane."""
     requests: int = 0
@@ -39,8 +36,10 @@ class Access:
     lines: int = 0
     """Lines of 128 bytes, in global memory."""
     ideal_lines: int = 0
-    wanted: int = 0
-    """Distinct bytes, summed over requests."""
+
+    @property
+    def space(self) -> str:
+        return "global" if self.array else "shared"
 
     @property
     def efficiency(self) -> float:
@@ -60,7 +59,7 @@ class Traffic:
 
     requests: int
     sectors: int
-    """32-byte sectors, as often as they were asked for."""
+    """Of 32 bytes, as often as they were asked for."""
     distinct_sectors: int
     """Each counted once: what a cache that never forgets would fetch."""
 
@@ -77,76 +76,64 @@ class Lint:
     """Counts requests while a kernel runs."""
 
     def __init__(self) -> None:
-        self.accesses: dict[tuple[int, str, str], Access] = {}
-        self._costs: dict[tuple[str, int, bytes], Array] = {}
+        self.accesses: dict[tuple[int, str], Access] = {}
+        """Of each line of the text and array."""
+        self._read: dict[str, Array] = {}  # array -> sectors that were read, bool
+        self._costs: dict[tuple[bool, int, bytes], Array] = {}
 
     def count(
-        self,
-        instruction: Instruction,
-        space: str,
-        array: str,
-        size: int,
-        address: Array,
-        mask: Array,
+        self, instruction: Instruction, segment: Segment, size: int, address: Array, mask: Array
     ) -> None:
-        """Adds the requests of all warps. address: int64 [lanes]; mask: the lanes that take part."""
-        rows = address.reshape(-1, WARP)
-        active = mask.reshape(-1, WARP)
-        base = np.where(active, rows, np.iinfo(np.int64).max).min(1) & ~127
+        """Adds the requests of all warps: `size` bytes at address, int64 [lanes], where mask is."""
+        rows, active = address.reshape(-1, 32), mask.reshape(-1, 32)
+        base = np.where(active, rows, np.iinfo(np.int64).max).min(1) & -LINE
         relative = np.where(active, rows - base[:, None], -1)
         if (relative == relative[0]).all():
             patterns = Counter({relative[0].tobytes(): len(relative)})
         else:
             patterns = Counter(row.tobytes() for row in relative)
-        total = np.zeros(6, np.int64)
+        total, shared = np.zeros(5, np.int64), not segment.name
         for pattern, times in patterns.items():
-            key = (space, size, pattern)
+            key = (shared, size, pattern)
             if key not in self._costs:
                 lanes = [(i, a) for i, a in enumerate(np.frombuffer(pattern, np.int64)) if a >= 0]
-                cost = _global_cost if space == "global" else _shared_cost
-                self._costs[key] = np.array(cost(lanes, size) if lanes else [0] * 6)
+                cost = _shared_cost if shared else _global_cost
+                self._costs[key] = np.array(cost(lanes, size) if lanes else [0] * 5)
             total += times * self._costs[key]
         access = self.accesses.setdefault(
-            (instruction.line, space, array), Access(instruction, space, array, size)
+            (instruction.line, segment.name), Access(instruction, segment.name, size)
         )
-        access.requests += int(total[0])
-        access.units += int(total[1])
-        access.ideal += int(total[2])
-        access.lines += int(total[3])
-        access.ideal_lines += int(total[4])
-        access.wanted += int(total[5])
+        for name, more in zip(list(vars(access))[3:], total.tolist(), strict=True):
+            setattr(access, name, getattr(access, name) + more)
+        if not shared and instruction.op[0] != "st":
+            read = self._read.setdefault(
+                segment.name, np.zeros(-(-segment.data.size // SECTOR), bool)
+            )
+            for byte in range(0, size, SECTOR):
+                read[(address[mask] - segment.address + byte) // SECTOR] = True
 
-    def reads(self, memory: GlobalMemory) -> dict[str, Traffic]:
-        """Argument -> what was read from its array."""
-        traffic = {}
-        for segment in memory.segments:
-            requests = sectors = 0
-            for (_, _, name), access in self.accesses.items():
-                if name == segment.name and access.instruction.op[0] in ("ld", "cp"):
-                    requests += access.requests
-                    sectors += access.units
-            traffic[segment.name] = Traffic(requests, sectors, int(segment.read.sum()))
+    def reads(self) -> dict[str, Traffic]:
+        """Array -> what was read from it."""
+        traffic = {name: Traffic(0, 0, int(read.sum())) for name, read in self._read.items()}
+        for (_, name), access in self.accesses.items():
+            if name in traffic and access.instruction.op[0] != "st":
+                traffic[name].requests += access.requests
+                traffic[name].sectors += access.units
         return traffic
 
 
 def _global_cost(lanes: list[tuple[int, int]], size: int) -> list[int]:
     wanted = {a + i for _, a in lanes for i in range(size)}
-    sectors, lines = {b // SECTOR for b in wanted}, {b // 128 for b in wanted}
-    ideal, ideal_lines = -(-len(wanted) // SECTOR), -(-len(wanted) // 128)
-    return [1, len(sectors), ideal, len(lines), ideal_lines, len(wanted)]
+    sectors, lines = {b // SECTOR for b in wanted}, {b // LINE for b in wanted}
+    return [1, len(sectors), -(-len(wanted) // SECTOR), len(lines), -(-len(wanted) // LINE)]
 
 
 def _shared_cost(lanes: list[tuple[int, int]], size: int) -> list[int]:
-    together = {16: 8, 8: 16}.get(size, WARP)
+    together = {16: 8, 8: 16}.get(size, 32)
     wavefronts = ideal = 0
-    for first in range(0, WARP, together):
-        words = {
-            (a + i) // 4
-            for lane, a in lanes
-            if first <= lane < first + together
-            for i in range(0, size, 4)
-        }
-        if words:
-            wavefronts += max(Counter(word % 32 for word in words).values())
-            ideal += -(-len(words) // 32)
-    return [1, wavefronts, ideal, 0, 0, 0]
+    for first in range(0, 32, together):
+        some = [a for lane, a in lanes if first <= lane < first + together]
+        words = {(a + i) // 4 for a in some for i in range(0, size, 4)}
+        wavefronts += max(Counter(word % 32 for word in words).values(), default=0)
+        ideal += -(-len(words) // 32)
+    return [1, wavefronts, ideal, 0, 0]

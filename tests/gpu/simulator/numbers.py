@@ -10,20 +10,17 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+UNSIGNED = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
 TYPES: dict[str, Any] = {
     "pred": np.dtype(bool),
-    "f16": np.dtype(np.float16),
-    "f32": np.dtype(np.float32),
-    "f64": np.dtype(np.float64),
-    "bf16": np.dtype(np.uint16),  # bits: its arithmetic is below
-    "bf16x2": np.dtype(np.uint32),
-    "f16x2": np.dtype(np.uint32),
-    **{f"{k}{n}": np.dtype(f"uint{n}") for k in "bu" for n in (8, 16, 32, 64)},
-    **{f"s{n}": np.dtype(f"int{n}") for n in (8, 16, 32, 64)},
+    "bf16": UNSIGNED[2],  # bits: its arithmetic is below
+    **{f"{kind}x2": UNSIGNED[size] for kind, size in {"bf16": 4, "f16": 4, "e4m3": 2}.items()},
+    **{f"f{n}": np.dtype(f"f{n // 8}") for n in (16, 32, 64)},
+    **{f"{kind}{n}": np.dtype(f"u{n // 8}") for kind in "bu" for n in (8, 16, 32, 64)},
+    **{f"s{n}": np.dtype(f"i{n // 8}") for n in (8, 16, 32, 64)},
 }
 """PTX type -> dtype of the arrays that hold it, one element a lane."""
 
-UNSIGNED = {n: np.dtype(f"uint{8 * n}") for n in (1, 2, 4, 8)}
 POISON = 0x7FFF7FFF7FFF7FFF
 """What nobody wrote: NaN as f32 and as bf16 pairs, out of any bounds as an index."""
 
@@ -39,14 +36,14 @@ def to_bf16(x: Array) -> Array:
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded.astype(np.uint16))
 
 
+def from_e4m3(bits: Array) -> Array:
+    return np.asarray(bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+
+
 def to_e4m3(x: Array) -> Array:
     """float32 -> e4m3 bits, to nearest even; beyond ±448 saturates, NaN stays."""
     finite = np.clip(x, np.float32(-448), np.float32(448))
     return np.asarray(finite.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
-
-
-def from_e4m3(bits: Array) -> Array:
-    return np.asarray(bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 
 def flush(x: Array) -> Array:
@@ -56,20 +53,18 @@ def flush(x: Array) -> Array:
 
 
 def _odd(value: Array, rest: Array, bits: Any) -> Array:
-    """`value`, where `value + rest` was not exact, with an odd last bit: a second rounding, to fewer
-    bits, is then the rounding of the exact sum (round to odd)."""
-    word = value.view(bits)
-    even = (rest != 0) & (word & bits.type(1) == 0) & np.isfinite(value) & (value != 0)
+    """`value`, with an odd last bit where `value + rest` is the exact result and rest is not 0
+    (round to odd): rounding it again, to fewer bits, then is rounding the exact result."""
+    word, one = value.view(bits), bits.type(1)
+    even = (rest != 0) & (word & one == 0) & np.isfinite(value) & (value != 0)
     away = (rest > 0) == (value > 0)
-    one = bits.type(1)
     return np.where(even, np.where(away, word + one, word - one), word).view(value.dtype)
 
 
 def fma64(a: Array, b: Array, c: Array) -> Array:
     """a*b + c of floats of at most 24 bits, in float64 rounded to odd: the product is exact, the
     error of the sum is what Knuth's two-sum says."""
-    product = a.astype(np.float64) * b.astype(np.float64)
-    addend = c.astype(np.float64)
+    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = product + addend
     moved = total - product
     rest = (product - (total - moved)) + (addend - moved)
@@ -86,16 +81,14 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
     return np.asarray(total.astype(np.float32))
 
 
-def fma_bf16(a: Array, b: Array, c: Array) -> Array:
-    """bf16 values (as float32) -> bits of a*b + c with one rounding. A product of 8-bit
-    significands is exact in float32 unless it is tiny; the float32 sum rounds to bf16 as the exact
-    one does unless it is right between two bf16."""
-    product = a * b
-    total = product + c
+def fma_of_bf16(a: Array, b: Array, c: Array) -> Array:
+    """a*b + c of bf16 values, as float32 that `to_bf16` rounds like the exact result. A product of
+    8-bit significands is exact in float32 unless it is tiny; the float32 sum rounds to bf16 as the
+    exact one does unless it is right between two bf16."""
+    total = np.asarray(a * b + c)
     between = (total.view(np.uint32) & np.uint32(0xFFFF)) == np.uint32(0x8000)
-    tiny = (np.abs(total) < np.float32(2.0**-100)) & (total != c)
-    if between.any() or tiny.any():
+    if between.any() or ((np.abs(total) < np.float32(2.0**-100)) & (total != c)).any():
         exact = fma64(a, b, c)
         total = exact.astype(np.float32)
         total = _odd(total, exact - total, UNSIGNED[4])
-    return to_bf16(total)
+    return total

@@ -26,6 +26,7 @@ from hybrid_moe.planning import (
     parse_gpus,
     parse_size,
     read_model,
+    slots_of,
 )
 from hybrid_moe.planning.kv_cache import kind_of, sglang_cache
 from hybrid_moe.planning.machine import measure_cpu, read_receipt
@@ -216,6 +217,23 @@ def test_a_draft_layer_is_not_part_of_the_model(tmp_path: Path) -> None:
     tensors = Checkpoint.open(with_draft).index.tensors
     draft = sum(t.nbytes for key, t in tensors.items() if key.startswith("model.layers.2."))
     assert plans[0].nbytes("not loaded") == draft > 0
+
+
+def test_slots_without_a_gpu_are_memory_too(gpt_oss: Model) -> None:
+    """Every expert once, wherever it is, and a spare place in each layer that has both."""
+    plain = make_plan(gpt_oss, request())
+    expert = gpt_oss.layers[0].packed + gpt_oss.layers[0].bias
+    for share, spare in (("25%", 24), ("100%", 0), ("0.0", 0)):
+        slots = slots_of(gpt_oss, share)
+        plan = make_plan(gpt_oss, request(slots=slots, huge_pages=False))
+        named = {part.name: part.nbytes for part in plan.parts}
+        assert named.get("routed experts, slots", 0) == sum(slots.values()) * expert
+        assert named.get("routed experts, CPU, spare places", 0) == spare * expert
+        all_cold = make_plan(gpt_oss, request(huge_pages=False))
+        assert plan.nbytes(RAM) == all_cold.nbytes(RAM) + spare * expert
+        assert any("torch computes experts in slots" in note for note in plan.notes)
+    assert slots_of(gpt_oss, "25%") == dict.fromkeys(range(24), 8)
+    assert not any("slots" in note for note in plain.notes)
 
 
 # The KV cache -----------------------------------------------------------------------------------

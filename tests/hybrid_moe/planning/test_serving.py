@@ -183,12 +183,25 @@ def test_serve_prints_the_command(fake: Fake) -> None:
         (("--base", "x"), "--base is for SGLang"),
         (("--ram", "4GB"), "memory is too small by"),
         (("--gpu-experts", "2"), "experts on the GPU need a GPU"),
+        (("--gpu-experts", "101%"), "gpu_experts is '101%'"),
+        (("--gpu-experts", "25%", "--gpu", "24GB", *MACHINE), "it is a number of experts of each"),
+        (("--gpu-backend", "cute"), "--gpu-backend is for experts on a GPU"),
+        (("--gpu", "16GB", "--gpu-backend", "cuda"), "--gpu-backend cuda: choose cute ("),
     ],
 )
-def test_serve_without_a_gpu_refuses(fake: Fake, words: tuple[str, ...], message: str) -> None:
+def test_serve_refuses(fake: Fake, words: tuple[str, ...], message: str) -> None:
     result = run("serve", "--dry-run", "--model", fake("gpt-oss-20b"), *words)
     assert result.exit_code == 2 and result.stdout == ""
     assert message in result.stderr
+
+
+def test_serve_with_experts_of_our_own(fake: Fake) -> None:
+    result = run("serve", "--model", fake("Qwen3-30B-A3B-MXFP4"), "--gpu", "16GB", "--dry-run",
+                 "--gpu-backend", "cute", *MACHINE)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("HYBRID_MOE_GPU=cute SGLANG_AUTO_NUMA_BIND=0 python -m ")
+    assert "--moe-runner-backend triton" in result.stdout  # what SGLang finds there is not MXFP4
+    assert "--kt-num-gpu-experts 0" not in result.stdout
 
 
 def test_serve_without_a_gpu_measures_nothing(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ class FakeLayer:
     def num_experts(self) -> int:
         return self.experts
 
-    def job_shape(self, tokens: int, top_k: int) -> JobShape:
+    def job_shape(self, tokens: int, top_k: int, out_size: int = 2) -> JobShape:
         return JobShape(capacity_for(tokens), top_k, self.experts, self.hidden, 64, 64, 64, 1, 1)
 
     def graph_job(self, batch: Batch, memory: JobMemory, **_: Any) -> FakeGraphJob:

@@ -8,12 +8,14 @@ Arithmetic: only `honour_minus_one`, SGLang's native reference made to leave out
 
 The count: for every batch of every layer with `--kt-*`, the (token, expert) pairs that the router
 chose, split by the test's own list of hot experts, against the pairs that hybrid_moe's workers
-report in the job they finished. The totals lie in a file that the test maps (`COUNTERS`).
+report in the job they finished. The totals lie in files that the test maps (`COUNTERS`), one for
+each tensor parallel rank.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -25,7 +27,7 @@ import numpy.typing as npt
 import torch
 
 COUNTERS = "HYBRID_MOE_TEST_COUNTERS"
-"""Environment variable: a file of int64, one for each of `NAMES`."""
+"""Environment variable: how the paths of files begin (`Counters.of_rank`)."""
 
 HOT = "HYBRID_MOE_TEST_HOT"
 """Environment variable: the test's list of hot experts, {layer: [ids]} as JSON."""
@@ -38,7 +40,7 @@ NAMES = (
     "chosen",  # pairs that routers chose there
     "cold",  # those of them that are not on the test's list
     "worked",  # pairs that workers finished
-    "hot",  # pairs that SGLang's own experts got
+    "hot",  # pairs that SGLang's own experts got, or with HYBRID_MOE_GPU our slots
     "wrong",  # calls whose pairs per expert were not what the router chose
 )
 
@@ -46,7 +48,13 @@ KT_METHOD = "hybrid_moe.integrations.sglang.method.KTEPWrapperMethod"
 
 
 class Counters:
-    """Totals in a mapped file, readable while the server runs and after it was killed."""
+    """Totals in a mapped file of int64, one for each of `NAMES`: readable while the server runs and
+    after it was killed."""
+
+    @classmethod
+    def of_rank(cls, path: str | os.PathLike[str], rank: int) -> Counters:
+        """Those of one scheduler process."""
+        return cls(f"{os.fspath(path)}.{rank}")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         file = Path(path)
@@ -72,7 +80,7 @@ def register() -> None:
         HookRegistry.register(sync, fail_once(Path(os.environ[FAULT])), HookType.AROUND)
     if COUNTERS in os.environ:
         hot = {int(layer): ids for layer, ids in json.loads(os.environ[HOT]).items()}
-        counting = PairCount(Counters(os.environ[COUNTERS]), hot)
+        counting = PairCount(os.environ[COUNTERS], hot)
         HookRegistry.register(f"{KT_METHOD}.apply", counting.around_apply, HookType.AROUND)
         HookRegistry.register(native, counting.before_native, HookType.BEFORE)
         watch_workers(counting.finished)
@@ -117,9 +125,17 @@ def honour_minus_one(
 class PairCount:
     """Compares what routers chose with what workers did, call by call."""
 
-    def __init__(self, counters: Counters, hot: dict[int, list[int]]) -> None:
-        self.counters, self.hot = counters, hot
+    def __init__(self, path: str, hot: dict[int, list[int]]) -> None:
+        self.hot = hot
+        self._path = path
         self._worked: list[npt.NDArray[np.int64]] = []
+
+    @functools.cached_property
+    def counters(self) -> Counters:
+        """Of this process, whose rank is known when it computes."""
+        from sglang.srt.runtime_context import get_parallel
+
+        return Counters.of_rank(self._path, get_parallel().tp_rank)
 
     def around_apply(
         self, original: Callable[..., Any], method: Any, layer: Any, dispatch_output: Any
@@ -128,6 +144,9 @@ class PairCount:
         chosen = pairs_per_expert(dispatch_output.topk_output.topk_ids, layer.num_experts)
         cold = chosen.copy()
         cold[hot] = 0
+        if layer.moe_tp_rank:  # the first rank has all of them
+            cold[:] = 0
+        in_slots = pairs_in_slots(method)
         self._worked.clear()
         output = original(method, layer, dispatch_output)
         worked = sum(self._worked, np.zeros_like(chosen))
@@ -136,6 +155,7 @@ class PairCount:
         self.counters.add("chosen", int(chosen.sum()))
         self.counters.add("cold", int(cold.sum()))
         self.counters.add("worked", int(worked.sum()))
+        self.counters.add("hot", pairs_in_slots(method) - in_slots)
         self.counters.add("wrong", int(not np.array_equal(cold, worked)))
         return output
 
@@ -144,6 +164,14 @@ class PairCount:
 
     def finished(self, worked: npt.NDArray[np.int64]) -> None:
         self._worked.append(worked)
+
+
+def pairs_in_slots(method: Any) -> int:
+    """Pairs that a layer's wrapper has computed in slots so far."""
+    if method.wrapper is None or method.gpu_backend is None:
+        return 0
+    on_gpu: int = method.wrapper.pairs[0]
+    return on_gpu
 
 
 def pairs_per_expert(ids: torch.Tensor, num_experts: int) -> npt.NDArray[np.int64]:

@@ -30,20 +30,24 @@ CHUNK = 512
 MOST_EXPERTS = 1024
 
 
-def replace_router_logits(model: torch.nn.Module) -> int:
-    """Let routers of `model` compute their logits compiled; returns how many.
+def is_router(module: torch.nn.Module) -> bool:
+    """A router is a module with a weight [experts, inputs] that calls `F.linear` itself, and is no
+    linear layer."""
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None
+        and weight.ndim == 2
+        and not isinstance(module, torch.nn.Linear)
+        and looks_up(module, "F") is F
+        and "linear" in type(module).forward.__code__.co_names
+    )
 
-    A router is a module with a weight [experts, inputs] that calls `F.linear` itself, and is no
-    linear layer.
-    """
+
+def replace_router_logits(model: torch.nn.Module) -> int:
+    """Let routers of `model` compute their logits compiled; returns how many."""
     replaced = 0
     for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is None or weight.ndim != 2 or not _fits(*weight.shape):
-            continue
-        if isinstance(module, torch.nn.Linear):
-            continue
-        if looks_up(module, "F") is F and "linear" in type(module).forward.__code__.co_names:
+        if is_router(module) and _fits(*module._parameters["weight"].shape):  # type: ignore[union-attr]
             set_globals(module, {"F": _functional()})
             replaced += 1
     return replaced

@@ -12,8 +12,8 @@ kernels' functions directly: dispatching an operator costs some 5 us.
 | `act_quant`, `weight_dequant` | the modules of these names |
 """
 
-from hybrid_moe.gpu_kernels.expert_ops import combine, down, gate_up, pack
-from hybrid_moe.gpu_kernels.router_ops import (
+from hybrid_moe.gpu_kernels.ops.expert_ops import combine, down, gate_up, pack
+from hybrid_moe.gpu_kernels.ops.router_ops import (
     act_quant,
     gating_soft,
     gating_switch,

@@ -1,0 +1,98 @@
+"""Every kernel compiles for every architecture, within its registers and without spills.
+
+Compilers are processes of their own, as in use. What is counted here, tensor-core instructions and
+wide loads, is what a kernel's cost model stands on: a load that falls apart into narrow ones, or a
+loop that is unrolled once more, is seen here and not on a GPU months later.
+
+A test compiles many kernels, since starting a compiler takes longer than most of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from hybrid_moe.gpu_kernels.definition import ARCHITECTURES, KernelDefinition
+from hybrid_moe.gpu_kernels.toolchain import KernelBinary, binaries, warm_all
+from tests.gpu.kernel_list import Expected, grouped_gemms, small_kernels
+
+PATTERNS = {
+    "mma": r"\bmma\.sync\.aligned\.m16n8k16\S*\.f32\.bf16\.bf16\.f32",
+    "wide_loads": r"\bld\.global\S*\.v4\.[bfu]32",
+    "copies": r"\bcp\.async\.c[ag]\.shared\S*",
+}
+GENERATIONS = ("sm_80", "sm_90", "sm_120")
+SOME_GEMMS = ("gate_up, MXFP4, 8", "down, MXFP4, 64", "gate_up, BF16, 32")
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is checked is what the compiler makes now."""
+    monkeypatch.setenv("HYBRID_MOE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(binaries, "_known", {})
+
+
+Rows = Mapping[str, tuple[KernelDefinition, Expected]]
+
+
+def _problems(rows: Rows, architectures: Iterable[str]) -> list[str]:
+    """Of all kernels for all architectures, compiled together."""
+    asked = [(name, arch) for arch in architectures for name in rows]
+    found = warm_all([(rows[name][0], arch) for name, arch in asked])
+    return [
+        f"{name} for {arch}: {problem}"
+        for (name, arch), binary in zip(asked, found, strict=True)
+        for problem in _of_one(binary, rows[name][1])
+    ]
+
+
+def _of_one(binary: KernelBinary, expected: Expected) -> Iterator[str]:
+    taken = binary.resources
+    if taken.local_bytes:
+        yield f"{taken.local_bytes} bytes of local memory: it spills"
+    if taken.registers > expected.registers:
+        yield f"{taken.registers} registers, at most {expected.registers}"
+    found = {what: len(re.findall(pattern, binary.ptx)) for what, pattern in PATTERNS.items()}
+    if found["mma"] != expected.mma:
+        yield f"{found['mma']} mma, not {expected.mma}"
+    if found["wide_loads"] < expected.wide_loads:
+        yield f"{found['wide_loads']} wide loads, at least {expected.wide_loads}"
+    if found["copies"] < expected.copies or (found["copies"] and not expected.copies):
+        yield f"{found['copies']} copies to shared memory, at least {expected.copies}"
+
+
+def test_small_kernels() -> None:
+    """On each generation; `test_everything` has all architectures."""
+    assert _problems(small_kernels(), GENERATIONS) == []
+
+
+def test_kernels_of_a_chain_that_overlaps() -> None:
+    """Programmatic dependent launch adds two instructions and nothing else, from sm_90 on."""
+    rows = small_kernels(pdl=True)
+    chain = {name: rows[name] for name in ("pack_few, MXFP4", "combine")}
+    chain["gate_up"] = grouped_gemms(pdl=True)["gate_up, MXFP4, 8"]
+    assert _problems(chain, ("sm_90", "sm_120")) == []
+    for definition, _ in chain.values():
+        text = binaries.compiled(definition, "sm_90").ptx
+        assert text.count("griddepcontrol.wait") == text.count("griddepcontrol.launch_dep") == 1
+
+
+def test_some_grouped_gemms() -> None:
+    rows = grouped_gemms()
+    assert _problems({name: rows[name] for name in SOME_GEMMS}, GENERATIONS) == []
+
+
+@pytest.mark.full
+def test_everything() -> None:
+    assert _problems({**small_kernels(), **grouped_gemms()}, ARCHITECTURES) == []
+
+
+def test_problems_are_seen() -> None:
+    """A kernel with one register less, or another count, is reported."""
+    definition, expected = small_kernels()["act_quant"]
+    tight = Expected(expected.registers - 30, mma=1, wide_loads=9, copies=2)
+    found = _problems({"act_quant": (definition, tight)}, ["sm_80"])
+    assert len(found) == 4 and "registers, at most" in found[0]

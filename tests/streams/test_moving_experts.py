@@ -1,0 +1,261 @@
+"""Experts move between the CPU and an emulated GPU in the order of its streams.
+
+The wrapper's runner, placement, staging and hand-over are real, and so are the CPU's jobs. Each of
+the GPU's kernels is its reference in torch, queued on the stream as one piece of work. Experts are
+their signatures: a job that sees a place or a slot which has been overwritten, or that goes by
+another placement than its other half, gives another sum.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.formats.activation import Activation
+from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
+from hybrid_moe.runtime import filling, hot_half
+from hybrid_moe.runtime.arguments import LayerShape
+from hybrid_moe.runtime.deferral import DeferralChain
+from hybrid_moe.runtime.gpu_arguments import HotOptions
+from hybrid_moe.runtime.hot_half import HotHalf
+from hybrid_moe.runtime.placement_moves import ExpertPlacement
+from hybrid_moe.runtime.runner import LayerRunner
+from hybrid_moe.runtime.weights import Stacked
+from hybrid_moe.streams.buffers import BufferPool, Mailboxes
+from hybrid_moe.streams.staging import Stager
+from tests.hybrid_moe.cases import Batch, E, H, I, K
+from tests.hybrid_moe.members import Layer
+from tests.hybrid_moe.signatures import signature_batch, signature_weights, signatures
+from tests.streams.emulation import DEVICE, Device, EmulatedStream, Graph
+from tests.streams.model import ManualGroup, ManualWatcher
+
+WEIGHTS = signature_weights()
+HOT, SLOTS = 3, 4
+
+
+class QueuedSlots(SlotExperts):
+    """Slots of the emulated GPU: what they compute, they compute when the stream comes to it."""
+
+    gpu: Device
+
+    def rows(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return self._queued((ids.numel(), H), torch.float32, super().rows, x, ids)
+
+    def combine(self, y: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return self._queued((len(y) // K, H), torch.bfloat16, super().combine, y, *rest)
+
+    def _queued(self, shape: tuple[int, int], dtype: torch.dtype, work: Any, *of: Any) -> Any:
+        with _disable_current_modes():
+            out = torch.full(shape, float("nan"), dtype=dtype)
+        self.gpu.entered[-1].queue(work.__name__, lambda: out.copy_(work(*of)))
+        return out
+
+
+class Hybrid:
+    """Two layers with both halves on emulated streams."""
+
+    def __init__(self, seed: int, *, flags: bool, deferred: int) -> None:
+        self.rng, self.group, self.watcher = random.Random(seed), ManualGroup(), ManualWatcher()
+        self.gpu = Device(self.rng, would_block=self.group.would_block, has_flags=flags)
+        self.gpu.agents = [(1.0, self.group.work), (1.0, self.watcher.look)]
+        self.streams = [self.gpu.stream(0), self.gpu.stream(1)]
+        self.on = self.streams[0]
+        QueuedSlots.gpu = self.gpu
+        pool = BufferPool(Mailboxes(lambda: self.watcher))
+        chain, self.members = DeferralChain(), [Layer(i, hidden_size=H) for i in range(2)]
+        self.placements: list[ExpertPlacement] = []
+        self.runners: list[LayerRunner] = []
+        for member in self.members:
+            chain.join(member)
+            shape = LayerShape(member.layer_idx, E, K, H, I)
+            layer = ExpertLayer(MXFP4, E, H, I, pool=self.group.config)
+            layer._group = self.group
+            options = HotOptions("torch", SLOTS, DEVICE, torch.zeros(E, dtype=torch.bool), False)
+            half = HotHalf(options, shape, MXFP4, Activation())
+            mask = torch.arange(E) < HOT
+            placement = ExpertPlacement(layer, half, mask, member.layer_idx)
+            stacked = {name: Stacked(getattr(WEIGHTS, name)) for name in ("gate", "up", "down")}
+            filling.from_tensors(stacked, shape, MXFP4, torch.arange(E))(
+                placement, np.ones(E, bool)
+            )
+            placement.ready()
+            runner: Any = LayerRunner(
+                layer,
+                shape,
+                placement.live,
+                placement.cold,
+                chain,
+                deferred=deferred,
+                strict=False,
+                halves=(half, placement),
+            )
+            runner._stager = Stager(layer, placement.live, pool, torch.float32)
+            runner._stream = lambda tensor, handle: self.on
+            self.placements.append(placement)
+            self.runners.append(runner)
+        self.checks: list[tuple[list[torch.Tensor], list[Batch]]] = []
+        self.moves = 0
+
+    def move(self) -> None:
+        """Queue a move of some expert of some layer, unless there is no room."""
+        at, expert = self.rng.randrange(2), self.rng.randrange(E)
+        hot = bool(self.placements[at]._mask[expert])
+        self.on = self.streams[0]
+        try:
+            self.runners[at].move(expert, not hot, 0)
+            self.moves += 1
+        except RuntimeError as error:
+            assert "slots are taken" in str(error) or "no place on the CPU" in str(error)
+
+    def pause(self) -> None:
+        self.gpu.run_some(self.rng.choice((0, 0, 3, 20)))
+
+    def forward(self, given: list[Batch], collector: int, moves: int) -> list[torch.Tensor]:
+        """Both layers; experts move before and behind each submission."""
+        outputs = []
+        main, other = self.streams[0], self.streams[collector]
+        for runner, batch in zip(self.runners, given, strict=True):
+            self.on = main
+            runner.submit(*batch.args, 0)
+            with main:  # the inputs' memory is used for something else
+                batch.hidden.fill_(float("nan"))
+                batch.ids.fill_(E + 9)
+                batch.weights.fill_(float("nan"))
+            for _ in range(self.rng.randrange(moves + 1)):
+                self.move()
+                self.pause()
+            self.on = other
+            outputs.append(runner.sync(batch.hidden, 0))
+            if other is not main:
+                main.wait(other.record())
+            for _ in range(self.rng.randrange(moves + 1)):
+                self.move()
+        return outputs
+
+    def step(self, tokens: int, seed: int) -> None:
+        """An eager step."""
+        values = [signature_batch(tokens, 2 * seed + i) for i in range(2)]
+        given = [Batch(*(t.clone() for t in batch.args)) for batch in values]
+        outputs = self.forward(given, self.rng.randrange(2), moves=2)
+        self.checks.append((outputs, values))
+
+    def capture(self, tokens: int) -> tuple[Graph, list[Batch], list[torch.Tensor]]:
+        self.gpu.run()
+        static = [signature_batch(tokens, i) for i in range(2)]
+        with self.gpu.capture(self.streams[0]) as graph:
+            outputs = self.forward(static, 0, moves=0)
+        return graph, static, outputs
+
+    def replay(self, captured: tuple[Graph, list[Batch], list[torch.Tensor]], seed: int) -> None:
+        graph, static, outputs = captured
+        main: EmulatedStream = self.streams[0]
+        values = [signature_batch(len(static[0].ids), 2 * seed + i) for i in range(2)]
+        with main:
+            for target, source in zip(static, values, strict=True):
+                for to, what in zip(target.args, source.args, strict=True):
+                    to.copy_(what)
+        graph.launch(main)
+        with main:
+            self.checks.append(([output.clone() for output in outputs], values))
+
+    def verify(self) -> None:
+        self.gpu.run()
+        for outputs, values in self.checks:
+            for placement in self.placements:
+                placement.check_mask()
+            total = signatures(values[0]) + signatures(values[1])
+            assert torch.equal(outputs[0] + outputs[1], total)
+        for runner in self.runners:
+            assert runner.take_error() is None
+
+
+@pytest.fixture(autouse=True)
+def queued(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(hot_half, "SlotExperts", QueuedSlots)
+    yield
+    del QueuedSlots.gpu
+
+
+SEEDS = [*range(6), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(6, 60))]
+
+
+@pytest.mark.parametrize("deferred", [0, 1])
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_order(seed: int, flags: bool, deferred: int) -> None:
+    """Eager steps, and replays of two graphs, with moves between them and inside."""
+    model = Hybrid(seed, flags=flags, deferred=deferred)
+    rng = model.rng
+    model.step(2, 0)
+    graphs = [model.capture(tokens) for tokens in (1, 3)]
+    for seed in range(1, 8):
+        if rng.random() < 0.5:
+            model.step(rng.choice((1, 2, 5)), seed)
+        else:
+            model.replay(rng.choice(graphs), seed)
+        for _ in range(rng.randrange(3)):
+            model.move()
+        model.pause()
+    model.verify()
+    assert model.moves > 5
+    tables = [np.sort(p._slot[p._slot >= 0]).tolist() for p in model.placements]
+    for placement, slots in zip(model.placements, tables, strict=True):
+        on_device = placement._hot.experts
+        assert on_device is not None and len(slots) == int(placement._mask.sum())
+        assert on_device.slot_of.tolist() == placement._slot.tolist()
+        assert (placement.live == 1).tolist() == placement._mask.tolist()
+
+
+def test_no_move_under_capture() -> None:
+    model = Hybrid(0, flags=True, deferred=0)
+    model.step(1, 0)
+    model.gpu.run()
+    refused = pytest.raises(RuntimeError, match="cannot be moved while a CUDA graph is captured")
+    with model.gpu.capture(model.streams[0]), refused:
+        model.runners[0].move(0, False, 0)
+    model.step(1, 1)
+    model.verify()
+
+
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
+def test_a_submission_that_is_dropped_after_a_move(flags: bool) -> None:
+    """Its buffers come back, and what follows is right."""
+    model = Hybrid(3, flags=flags, deferred=0)
+    runner = model.runners[0]
+    for seed in range(4):
+        runner.submit(*signature_batch(2, seed).args, 0)
+        runner.move(E - 1, seed % 2 == 0, 0)
+        runner.drop()
+        model.pause()
+    model.gpu.run()
+    eager, _ = runner._stager._pool.count()
+    assert eager == 1
+    model.step(2, 9)
+    model.verify()
+
+
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
+def test_a_hot_half_that_cannot_be_queued(flags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's job is dropped with it, and the next step is right."""
+    model = Hybrid(4, flags=flags, deferred=0)
+    model.step(2, 0)
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object) -> None:
+            raise torch.OutOfMemoryError("8 GiB")
+
+        patch.setattr(QueuedSlots, "rows", fail)
+        with pytest.raises(RuntimeError, match="no memory left"):
+            model.runners[0].submit(*signature_batch(2, 1).args, 0)
+    model.pause()
+    model.step(2, 2)
+    model.verify()
+    assert model.runners[0]._stager._pool.count()[0] <= 2
