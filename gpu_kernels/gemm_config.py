@@ -15,6 +15,8 @@ STAGE_GROUPS = 2
 """Groups of activations of a stage: 128 bytes a token, all banks of shared memory once."""
 ROW_TILES = 2
 """Tiles of 16 rows in half a strip."""
+MOST_SHARED_BYTES = 99 << 10
+"""Of a block on sm_86, sm_89 and sm_120, the least of all architectures."""
 
 
 def k_ranges(K: int) -> int:
@@ -46,6 +48,8 @@ class GemmConfig:
         stages: of activations in shared memory; 0 where every warp reads its own.
         depth: groups of weights on their way to a warp's registers.
         ahead: groups, from the one that is multiplied on, that are on their way to L2; with stages.
+        resident: blocks that an SM must have registers for, so that the compiler does not use more
+            than that leaves.
         biases: of the experts.
         pdl: wait for the kernel before, and let the next one start, by programmatic dependent
             launch (sm_90 and later).
@@ -59,6 +63,7 @@ class GemmConfig:
     stages: int
     depth: int
     ahead: int
+    resident: int
     biases: bool
     pdl: bool = False
 
@@ -71,6 +76,11 @@ class GemmConfig:
             raise ValueError(f"tile is {self.tile}, must be in {TOKEN_TILES}")
         if self.staged != (self.k_warps == 0) or self.stages not in (0, 2, 4, 8):
             raise ValueError(f"stages is {self.stages} with {self.k_warps} warps along K")
+        if self.shared_bytes > MOST_SHARED_BYTES:
+            raise ValueError(
+                f"K = {RANGE_INPUTS * self.ranges} with tiles of {self.tile} needs "
+                f"{self.shared_bytes} bytes of shared memory, a block has {MOST_SHARED_BYTES}"
+            )
         if self.staged and (self.depth != STAGE_GROUPS or self.tile * 8 % self.threads):
             raise ValueError(f"a block of {self.threads} threads cannot copy {self.tile} tokens")
 
@@ -102,13 +112,6 @@ class GemmConfig:
     @property
     def threads(self) -> int:
         return 32 * self.warps
-
-    @property
-    def resident_blocks(self) -> int:
-        """Blocks that an SM must have registers for. The compiler, left alone, gives a lane what
-        hides latency within a warp; here loads are ahead already, and more warps hide more. 65536
-        registers make 18 warps of 112 (tile 8), 12 of 168 (16), 8 of 255 (32, 64)."""
-        return max(1, {8: 18, 16: 12, 32: 8, 64: 8}[self.tile] // self.warps)
 
     def grid(self, strips: int, tiles: int) -> tuple[int, int]:
         """Blocks for a matrix of `strips` strips and at most `tiles` tiles. Strips come first: the
@@ -156,6 +159,7 @@ def gemm_config(format: str, K: int, tile: int, *, biases: bool, pdl: bool = Fal
     Qwen3-30B has 8 experts * 24 gate/up strips * 4 ranges: 5.8 warps an SM of an H100, which with 4
     groups each are 25 KB; its down projection, 32 strips * 2 ranges, 3.9 warps, so 6 groups: 25 KB.
     A warp has one range if a block of up to 8 warps can hold them all, else as few as can be equal.
+    A quarter of an SM has 16384 registers, for 3 warps of 168 each (tile 8) or 2 of 255 (16).
 
     Prefill (32 and 64) computes. A block of 8 warps has 4 strips, 256 rows: for each group it reads
     4 * 1088 bytes of weights and 64 * tile of activations from L2, for 256 * 32 * tile products. Of
@@ -165,10 +169,13 @@ def gemm_config(format: str, K: int, tile: int, *, biases: bool, pdl: bool = Fal
     L2's latency. L2 is asked for a group some time before: 8 warps * 6 groups * 544 bytes.
     """
     ranges = k_ranges(K)
-    if tile >= 32:
-        ahead = 4 if format == "BF16" else 8
-        return GemmConfig(format, tile, ranges, 4, 0, 4, STAGE_GROUPS, ahead, biases, pdl)
+    bf16 = format == "BF16"
+    if tile >= 32 or (tile == 16 and ranges > 24):  # whose sums would not fit shared memory
+        ahead = 4 if bf16 else 8
+        strips = min(4, tile // 8)  # as many threads as copy a stage
+        return GemmConfig(format, tile, ranges, strips, 0, 4, STAGE_GROUPS, ahead, 1, biases, pdl)
     k_warps = -(-ranges // -(-ranges // 8))
     strips = max(1, 4 // k_warps)
-    depth = 2 if format == "BF16" else 4 if ranges > 2 else 6
-    return GemmConfig(format, tile, ranges, strips, k_warps, 0, depth, 0, biases, pdl)
+    depth = 2 if bf16 else 4 if ranges > 2 else 6
+    resident = max(1, (8 if tile == 16 else 12) // (strips * k_warps))
+    return GemmConfig(format, tile, ranges, strips, k_warps, 0, depth, 0, resident, biases, pdl)

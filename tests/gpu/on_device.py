@@ -44,7 +44,7 @@ def run(
 
     from hybrid_moe.gpu_kernels.toolchain import binaries, launching
 
-    binaries.compiled_here(definition, architecture())
+    binaries.compiled_here(definition, architecture())  # what the launch then finds in memory
     given: list[Any] = []
     back: list[tuple[Any, Any]] = []
     for argument in definition.arguments:
