@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from hybrid_moe import binary_cache
-from hybrid_moe.gpu_kernels.definition import Artifacts, KernelDefinition
+from hybrid_moe.gpu_kernels.definition import Artifacts, KernelDefinition, compile_here
 from hybrid_moe.gpu_kernels.toolchain.compile_process import CompileError, Compiler
 from hybrid_moe.gpu_kernels.toolchain.cubin import Resources, read_resources
 from hybrid_moe.gpu_kernels.toolchain.kernel_sources import DSL, binary_key, dsl_version
@@ -58,6 +58,14 @@ def compiled(definition: KernelDefinition, arch: str) -> KernelBinary:
     return known if known is not None else warm([definition], arch)[0]
 
 
+def compiled_here(definition: KernelDefinition, arch: str) -> KernelBinary:
+    """`compiled`, but what is in neither memory nor cache is compiled in this process: for tests,
+    whose many small kernels take less time than starting compilers."""
+    if not _fetch(definition, arch):
+        _keep(definition, arch, compile_here(definition, arch))
+    return _known[definition, arch]
+
+
 def warm(definitions: Sequence[KernelDefinition], arch: str) -> list[KernelBinary]:
     """Compile what is in neither memory nor cache, several at a time; in the order given.
 
@@ -69,13 +77,13 @@ def warm(definitions: Sequence[KernelDefinition], arch: str) -> list[KernelBinar
 
 def warm_all(wanted: Sequence[tuple[KernelDefinition, str]]) -> list[KernelBinary]:
     """`warm` for kernels of several architectures."""
-    missing = [each for each in dict.fromkeys(wanted) if not fetched(*each)]
+    missing = [each for each in dict.fromkeys(wanted) if not _fetch(*each)]
     if missing:
         _compile(missing)
     return [_known[each] for each in wanted]
 
 
-def fetched(definition: KernelDefinition, arch: str) -> bool:
+def _fetch(definition: KernelDefinition, arch: str) -> bool:
     """Look in memory, then on disk: whether the binary is in memory now."""
     if (definition, arch) in _known:
         return True
@@ -108,7 +116,7 @@ def _compile(missing: Sequence[tuple[KernelDefinition, str]]) -> None:
                 except IndexError:  # another thread was faster
                     return
                 try:
-                    keep(definition, arch, compiler.compile(definition, arch))
+                    _keep(definition, arch, compiler.compile(definition, arch))
                 except CompileError as error:
                     failed.append(str(error))
 
@@ -120,7 +128,7 @@ def _compile(missing: Sequence[tuple[KernelDefinition, str]]) -> None:
         raise CompileError("\n".join(failed))
 
 
-def keep(definition: KernelDefinition, arch: str, artifacts: Artifacts) -> None:
+def _keep(definition: KernelDefinition, arch: str, artifacts: Artifacts) -> None:
     """Put what a compiler gave into memory and cache."""
     _known[definition, arch] = _binary(definition, arch, artifacts)
     key = binary_key(definition, arch)
