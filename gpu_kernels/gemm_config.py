@@ -45,6 +45,7 @@ class GemmConfig:
             warps, one for each half, and activations go through shared memory.
         stages: of activations in shared memory; 0 where every warp reads its own.
         depth: groups of weights on their way to a warp's registers.
+        ahead: groups, from the one that is multiplied on, that are on their way to L2; with stages.
         biases: of the experts.
         pdl: wait for the kernel before, and let the next one start, by programmatic dependent
             launch (sm_90 and later).
@@ -57,6 +58,7 @@ class GemmConfig:
     k_warps: int
     stages: int
     depth: int
+    ahead: int
     biases: bool
     pdl: bool = False
 
@@ -100,6 +102,13 @@ class GemmConfig:
     @property
     def threads(self) -> int:
         return 32 * self.warps
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks that an SM must have registers for. The compiler, left alone, gives a lane what
+        hides latency within a warp; here loads are ahead already, and more warps hide more. 65536
+        registers make 18 warps of 112 (tile 8), 12 of 168 (16), 8 of 255 (32, 64)."""
+        return max(1, {8: 18, 16: 12, 32: 8, 64: 8}[self.tile] // self.warps)
 
     def grid(self, strips: int, tiles: int) -> tuple[int, int]:
         """Blocks for a matrix of `strips` strips and at most `tiles` tiles. Strips come first: the
@@ -152,12 +161,14 @@ def gemm_config(format: str, K: int, tile: int, *, biases: bool, pdl: bool = Fal
     4 * 1088 bytes of weights and 64 * tile of activations from L2, for 256 * 32 * tile products. Of
     a tile of 64 that is 62 products a byte, where an SM of an H100 multiplies about 1300 and reads
     24 bytes a clock. Half a strip times 64 tokens needs 64 registers for a range's sum and 64 for
-    the total.
+    the total, and leaves room for two groups of weights: some 700 clocks of multiplying, enough for
+    L2's latency. L2 is asked for a group some time before: 8 warps * 6 groups * 544 bytes.
     """
     ranges = k_ranges(K)
     if tile >= 32:
-        return GemmConfig(format, tile, ranges, 4, 0, 4, STAGE_GROUPS, biases, pdl)
+        ahead = 4 if format == "BF16" else 8
+        return GemmConfig(format, tile, ranges, 4, 0, 4, STAGE_GROUPS, ahead, biases, pdl)
     k_warps = -(-ranges // -(-ranges // 8))
     strips = max(1, 4 // k_warps)
     depth = 2 if format == "BF16" else 4 if ranges > 2 else 6
-    return GemmConfig(format, tile, ranges, strips, k_warps, 0, depth, biases, pdl)
+    return GemmConfig(format, tile, ranges, strips, k_warps, 0, depth, 0, biases, pdl)

@@ -10,7 +10,14 @@ from typing import Any
 from hybrid_moe.formats.strips import GROUP, strip_layout
 from hybrid_moe.formats.table import FORMATS
 from hybrid_moe.gpu_kernels.gemm_config import ROW_TILES, STAGE_GROUPS, GemmConfig
-from hybrid_moe.gpu_kernels.lane_memory import at_address, divide, load_words, registers
+from hybrid_moe.gpu_kernels.lane_memory import (
+    at_address,
+    divide,
+    load_words,
+    part,
+    registers,
+    request,
+)
 from hybrid_moe.gpu_kernels.weight_codes import WEIGHT_CODES
 
 CHUNKS = 8
@@ -38,13 +45,26 @@ class GroupProducts:
         first = STAGE_GROUPS * divide(r * stages, self.config.ranges)
         return first + ((groups - first) >> 31)  # the last one is one too many if groups are odd
 
-    def load_weights(self, words: Any, codes_at: Any, scales_at: Any, group: Any) -> None:
-        """words, uint32 [registers, half] = the lane's share of a group."""
+    def _chunk(self, codes_at: Any, scales_at: Any, group: Any, half: int) -> list[tuple[Any, int]]:
         from cutlass import Int64
 
         offset = Int64(group) * Int64(self.layout.group_bytes)
+        loads: list[tuple[Any, int]] = self.codes.chunk(codes_at + offset, scales_at + offset, half)
+        return loads
+
+    def load_weights(self, words: Any, codes_at: Any, scales_at: Any, group: Any) -> None:
+        """words, uint32 [registers, half] = the lane's share of a group."""
         for half in range(self.config.halves):
-            self.codes.load(words[None, half], codes_at + offset, scales_at + offset, half)
+            first = 0
+            for address, count in self._chunk(codes_at, scales_at, group, half):
+                load_words(part(words[None, half], first, count), address)
+                first += count
+
+    def request_weights(self, codes_at: Any, scales_at: Any, group: Any) -> None:
+        """Have the lane's share of a group brought to L2."""
+        for half in range(self.config.halves):
+            for address, _ in self._chunk(codes_at, scales_at, group, half):
+                request(address)
 
     def multiply(self, words: Any, column: Any, sums: Any, folded: bool) -> None:
         """sums += a group's products.
@@ -242,7 +262,13 @@ def staged(config: GemmConfig) -> Any:
 
         @cute.jit
         def copy(
-            self, sources: cute.Tensor, x: cute.Tensor, stage: Int32, place: Int32, groups: Int32
+            self,
+            tokens_at: Int64,
+            sources: cute.Tensor,
+            x: cute.Tensor,
+            stage: Int32,
+            place: Int32,
+            groups: Int32,
         ) -> None:
             atom = cute.make_copy_atom(
                 cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL),
@@ -250,11 +276,13 @@ def staged(config: GemmConfig) -> Any:
                 num_bits_per_copy=128,
             )
             if stage * STAGE_GROUPS + (self.chunk(0)[1] >> 2) < groups:
-                offset = Int64(stage) * Int64(STAGE_GROUPS * GROUP_BYTES)
+                at = tokens_at + Int64(stage) * Int64(STAGE_GROUPS * GROUP_BYTES)
                 for i in cutlass.range_constexpr(self.copied):
                     token, chunk = self.chunk(i)
                     to = x[None, chunk ^ ((token & 1) * 4), token, place]
-                    cute.copy(atom, at_address(BFloat16, sources[i] + offset, 8, 16), to)
+                    cute.copy(
+                        atom, at_address(BFloat16, at + Int64(sources[i]) * Int64(16), 8, 16), to
+                    )
 
         @cute.jit
         def start(
@@ -262,19 +290,24 @@ def staged(config: GemmConfig) -> Any:
             words: cute.Tensor,
             codes_at: Int64,
             scales_at: Int64,
+            tokens_at: Int64,
             sources: cute.Tensor,
             x: cute.Tensor,
             groups: Int32,
         ) -> None:
             """Start loading the first weights and stages.
 
-            `sources` are the addresses from which this thread copies activations."""
+            `tokens_at` is where the activations begin, and `sources` from where on this thread
+            copies them, int32 in pieces of 16 bytes: a register each instead of two."""
             for d in cutlass.range_constexpr(STAGE_GROUPS):
                 if d < groups:
                     products.load_weights(words[None, None, d], codes_at, scales_at, Int32(d))
+            for d in cutlass.range_constexpr(STAGE_GROUPS, config.ahead):
+                if d < groups:
+                    products.request_weights(codes_at, scales_at, Int32(d))
             for s in cutlass.range_constexpr(config.stages - 1):
                 if s * STAGE_GROUPS < groups:
-                    self.copy(sources, x, Int32(s), Int32(s), groups)
+                    self.copy(tokens_at, sources, x, Int32(s), Int32(s), groups)
                 cute.arch.cp_async_commit_group()
 
         @cute.jit
@@ -284,6 +317,7 @@ def staged(config: GemmConfig) -> Any:
             words: cute.Tensor,
             codes_at: Int64,
             scales_at: Int64,
+            tokens_at: Int64,
             sources: cute.Tensor,
             x: cute.Tensor,
             totals: cute.Tensor,
@@ -304,7 +338,7 @@ def staged(config: GemmConfig) -> Any:
                 stage = divide(first, STAGE_GROUPS)
                 later = stage + (config.stages - 1)
                 if later * STAGE_GROUPS < groups:
-                    self.copy(sources, x, later, later & (config.stages - 1), groups)
+                    self.copy(tokens_at, sources, x, later, later & (config.stages - 1), groups)
                 cute.arch.cp_async_commit_group()
                 place = stage & (config.stages - 1)
                 for d in cutlass.range_constexpr(STAGE_GROUPS):
@@ -324,6 +358,10 @@ def staged(config: GemmConfig) -> Any:
                         if first + (d + STAGE_GROUPS) < groups:
                             products.load_weights(
                                 place_of_weights, codes_at, scales_at, first + (d + STAGE_GROUPS)
+                            )
+                        if first + (d + config.ahead) < groups:
+                            products.request_weights(
+                                codes_at, scales_at, first + (d + config.ahead)
                             )
                 if (first + STAGE_GROUPS == boundary) | (first + STAGE_GROUPS > groups):
                     self.keep(sums, totals)

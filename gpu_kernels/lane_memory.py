@@ -46,6 +46,13 @@ def load_words(to: Any, address: Any) -> None:
     cute.autovec_copy(at_address(Uint32, address, count, 4 * count), to)
 
 
+def request(address: Any) -> None:
+    """Have the bytes at an address brought to L2; nothing waits for them."""
+    from cutlass.cute.arch import inline_ptx
+
+    inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address])
+
+
 def divide(a: Any, b: Any) -> Any:
     """a // b of Int32 that are not negative, without the corrections for those that are."""
     from cutlass import Int32, Uint32

@@ -116,25 +116,26 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                     if cutlass.const_expr(config.pdl and epilogue.early_weights):
                         cute.arch.griddepcontrol_wait()
                         cute.arch.griddepcontrol_launch_dependents()
-                    sources = registers((loop.copied,), Int64)
+                    sources = registers((loop.copied,), Int32)
                     for i in cutlass.range_constexpr(loop.copied):
                         token, chunk = loop.chunk(i)
                         row = self.token(rows, token, pairs_per_row)
-                        sources[i] = activations.toint() + row * Int64(2 * K) + Int64(16 * chunk)
+                        sources[i] = Int32(row) * (K >> 3) + chunk
                     x = cute.make_tensor(
                         cute.recast_ptr(shared.iterator, dtype=BFloat16),
                         cute.make_layout((8, CHUNKS, config.tile, config.stages)),
                     )
                     words = loop.registers()
                     totals = registers((4, ROW_TILES, columns), Float32)
-                    loop.start(words, codes_at, scales_at, sources, x, groups)
+                    at = (codes_at, scales_at, activations.toint(), sources, x)
+                    loop.start(words, *at, groups)
                     if cutlass.const_expr(loop.codes.scaled):
                         if element(wide, slot) == 0:
-                            loop.run(True, words, codes_at, scales_at, sources, x, totals, groups)
+                            loop.run(True, words, *at, totals, groups)
                         else:
-                            loop.run(False, words, codes_at, scales_at, sources, x, totals, groups)
+                            loop.run(False, words, *at, totals, groups)
                     else:
-                        loop.run(True, words, codes_at, scales_at, sources, x, totals, groups)
+                        loop.run(True, words, *at, totals, groups)
                     if cutlass.const_expr(epilogue.halves_meet):
                         self.exchange(
                             totals, shared, out, base, table, rows, strip, strips, row_columns
@@ -312,7 +313,11 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
             pointers = (memory, table, wide, activations, tile_slot, tile_rows, num_tiles, out)
             scalars = (slot_bytes, K, strips, row_columns, pairs_per_row)
             self.kernel(*pointers, *scalars).launch(
-                grid=[1, 1, 1], block=[config.threads, 1, 1], stream=stream
+                grid=[1, 1, 1],
+                block=[config.threads, 1, 1],
+                stream=stream,
+                min_blocks_per_mp=config.resident_blocks,
+                preferred_smem_carveout=50,  # where it is not given, the DSL asks a GPU
             )
 
     return StripGemm()

@@ -3,7 +3,7 @@
 A lane's share of one half of a group (`fragments`) is four rows: words of codes, and the rows'
 scales. An object has three methods, which emit code for one lane:
 
-    load       the share, from memory into registers
+    chunk      the share in memory: the loads that bring it into registers
     fragment   the A operand of one row tile and k-step, bf16, from these registers
     end_group  what is left to do with a group's float32 products: scales that were not folded
 
@@ -25,7 +25,6 @@ from typing import Any
 from hybrid_moe.formats.strips import StripLayout
 from hybrid_moe.formats.table import BF16, MXFP4, WeightFormat
 from hybrid_moe.gpu_kernels.fragments import QUADS
-from hybrid_moe.gpu_kernels.lane_memory import load_words, part
 
 MOST_FOLDED_SCALE = 128
 """Largest E8M0 scale whose products with E2M1 codes are bf16: 6 * 2^1; also what the exponent field
@@ -51,17 +50,15 @@ class Mxfp4Codes:
     def __init__(self, layout: StripLayout) -> None:
         self.layout = layout
 
-    def load(self, to: Any, codes: Any, scales: Any, half: int) -> None:
-        """Registers of one half of a group.
+    def chunk(self, codes: Any, scales: Any, half: int) -> list[tuple[Any, int]]:
+        """The loads of one half of a group, in the order of registers: address and words of each.
 
         Args:
-            to: uint32 [registers].
             codes: address of the lane's first word in the group: half 0, load 0.
             scales: address of the lane's first row's scale in the group, half 0.
             half: of the strip, on top of these addresses.
         """
-        load_words(part(to, 0, 4), codes + 128 * half)
-        load_words(part(to, 4, 1), scales + 32 * half)
+        return [(codes + 128 * half, 4), (scales + 32 * half, 1)]
 
     def fragment(self, words: Any, tile: int, step: int, folded: bool) -> list[Any]:
         """a0 .. a3 of a tile and k-step: uint32, pairs of bf16, with their scales if `folded`."""
@@ -88,10 +85,9 @@ class Bf16Codes:
     def __init__(self, layout: StripLayout) -> None:
         self.layout = layout
 
-    def load(self, to: Any, codes: Any, scales: Any, half: int) -> None:
-        """As `Mxfp4Codes.load`."""
-        for load in range(4):
-            load_words(part(to, 4 * load, 4), codes + (256 * QUADS * load + 128 * half))
+    def chunk(self, codes: Any, scales: Any, half: int) -> list[tuple[Any, int]]:
+        """As `Mxfp4Codes.chunk`."""
+        return [(codes + (256 * QUADS * load + 128 * half), 4) for load in range(4)]
 
     def fragment(self, words: Any, tile: int, step: int, folded: bool) -> list[Any]:
         """As `Mxfp4Codes.fragment`."""
@@ -157,11 +153,11 @@ def _scale_byte(scales: Any, row: int) -> Any:
 
 
 def _scale_pair(scales: Any, row: int) -> Any:
-    """2^(s - 127) * 2^126 twice: exponent field s + 126, from 126 (s = 0) to 254 (s = 128)."""
+    """2^(s - 127) * 2^126 twice: exponent field s + 126, from 126 (s = 0) to 254 (s = 128). A
+    product and a sum put it into bits 7 to 14 of both halves: one instruction."""
     from cutlass import Uint32
 
-    field = _scale_byte(scales, row) + Uint32(126)
-    return (field << Uint32(7)) | (field << Uint32(23))
+    return _scale_byte(scales, row) * Uint32(0x0080_0080) + Uint32(126 * 0x0080_0080)
 
 
 def _scale_float(scales: Any, row: int) -> Any:

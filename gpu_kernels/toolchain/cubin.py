@@ -2,7 +2,7 @@
 
 A cubin is an ELF file. Its section `.nv.info` holds attributes of each function, and
 `.nv.info.NAME` those of one kernel (`EIATTR_...`, as `cuobjdump -elf` prints them). NVIDIA does not
-describe the format; tests compare what is read here with what ptxas reports.
+describe the format; what is read here is what ptxas reports (`remarks{ptx}` of the DSL).
 """
 
 from __future__ import annotations

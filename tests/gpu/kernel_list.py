@@ -21,7 +21,7 @@ from hybrid_moe.gpu_kernels import (
 )
 from hybrid_moe.gpu_kernels.definition import KernelDefinition
 from hybrid_moe.gpu_kernels.gating import Gating
-from hybrid_moe.gpu_kernels.gemm_config import gemm_config
+from hybrid_moe.gpu_kernels.gemm_config import ROW_TILES, TOKEN_TILES, GemmConfig, gemm_config
 from hybrid_moe.gpu_kernels.pack_parts import PackConfig, piece_order
 
 
@@ -32,8 +32,8 @@ class Expected:
     Attributes:
         registers: most of a thread.
         mma: `mma.m16n8k16` in its text.
-        wide_loads: loads of 16 bytes from global memory.
-        copies: asynchronous ones, to shared memory.
+        wide_loads: loads of 16 bytes from global memory, at least.
+        copies: asynchronous ones, to shared memory, at least; 0 for none.
     """
 
     registers: int
@@ -89,17 +89,30 @@ def small_kernels(pdl: bool = False) -> dict[str, tuple[KernelDefinition, Expect
 def grouped_gemms(pdl: bool = False) -> dict[str, tuple[KernelDefinition, Expected]]:
     """`gate_up` and `down` of gpt-oss (H = I = 2880, biases, clamp), every format and tile."""
     found = {}
-    for (fmt, tile), expected in GEMMS.items():
-        config = gemm_config(fmt, 2880, tile, biases=True, pdl=pdl)
-        activated = gate_up.GateUpConfig(config, 7.0, 1.702, 1.0)
-        found[f"gate_up, {fmt}, {tile}"] = gate_up.definition(activated), expected[0]
-        found[f"down, {fmt}, {tile}"] = down.definition(config), expected[1]
+    for fmt in ("MXFP4", "BF16"):
+        for tile in TOKEN_TILES:
+            config = gemm_config(fmt, 2880, tile, biases=True, pdl=pdl)
+            activated = gate_up.GateUpConfig(config, 7.0, 1.702, 1.0)
+            expected = _of_gemm(config)
+            found[f"gate_up, {fmt}, {tile}"] = gate_up.definition(activated), expected
+            found[f"down, {fmt}, {tile}"] = down.definition(config), expected
     return found
 
 
-GEMMS: dict[tuple[str, int], tuple[Expected, Expected]] = {
-    (fmt, tile): (Expected(255), Expected(255))
-    for fmt in ("MXFP4", "BF16")
-    for tile in (8, 16, 32, 64)
-}
+MOST_REGISTERS = {8: 160, 16: 208, 32: 216, 64: 255}
+"""Of a thread, by tile. An SM has 65536: two blocks of 6 warps with up to 168, one with more."""
 
+
+def _of_gemm(config: GemmConfig) -> Expected:
+    """A turn of the loop over K has `depth` groups of 32 inputs, two steps of 16 each, for both row
+    tiles of each half and all columns. MXFP4 has the loop twice: for experts with scales that bf16
+    holds, and for the others. A lane's load brings a word of four rows, `bits / 4` of which are a
+    row's group for the four lanes that share it."""
+    bits = FORMATS[config.format].bits
+    loops = 2 if config.format == "MXFP4" else 1
+    return Expected(
+        MOST_REGISTERS[config.tile],
+        mma=loops * config.depth * config.halves * ROW_TILES * 2 * config.columns,
+        wide_loads=config.depth * config.halves * bits // 4,
+        copies=1 if config.staged else 0,
+    )
