@@ -1,5 +1,5 @@
 # make demo   create .venv, install, generate text with the model in the repository
-# make demo GPU_EXPERTS=25%   the same, with a quarter of the experts in a GPU's slots (GPU_BACKEND=torch: no GPU)
+# make demo GPU_EXPERTS=25%   the same with a quarter of the experts hot, on a GPU if there is one
 # make test   the whole test suite
 # make test-full   the same, with more models and with hundreds of requests to a server
 # make fuzz   random checkpoints and random wrappers, for hours
@@ -15,6 +15,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TREE := build/tree/hybrid_moe
 MODEL := examples/tiny_moe/model
 PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
+# options of the demo
+HOT = $(if $(GPU_EXPERTS), --gpu-experts $(GPU_EXPERTS))$(if $(GPU_BACKEND), --gpu-backend $(GPU_BACKEND))
 
 .PHONY: demo test test-full fuzz test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install
 .PHONY: install-dev wheel bench bench-ceilings bench-dense bench-end-to-end bench-load bench-peers
@@ -38,8 +40,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo:
 	@test -e $(VENV)/.installed || echo "installing PyTorch, Transformers and hybrid_moe into $(VENV): minutes, once"
 	@$(MAKE) --no-print-directory install
-	$(BIN)/hybrid-moe generate --model $(MODEL) --prompt "$(PROMPT)" --max-new-tokens 120 --temperature 0.7 --seed 2 \
-		$(if $(GPU_EXPERTS),--gpu-experts $(GPU_EXPERTS)) $(if $(GPU_BACKEND),--gpu-backend $(GPU_BACKEND))
+	$(BIN)/hybrid-moe generate --model $(MODEL) --prompt "$(PROMPT)" --max-new-tokens 120 --temperature 0.7 --seed 2$(HOT)
 	@echo 'talk to it: $(BIN)/hybrid-moe chat --model $(MODEL) --temperature 0.7'
 
 # a process for each core: few tests have work for two

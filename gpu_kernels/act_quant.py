@@ -226,9 +226,13 @@ def act_quant(x: Tensor, scale_fmt: str | None = None) -> tuple[Tensor, Tensor]:
     _check(x, scale_fmt)
     if not x.is_cuda:
         return act_quant_ref(x, scale_fmt)
+    return _quantised(x, power_of_two=scale_fmt is not None)
+
+
+def _quantised(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     H = x.shape[-1]
     tokens, blocks = x.numel() // H, -(-H // BLOCK)
-    config = choose_config(H, x.dtype, tokens, scale_fmt is not None)
+    config = choose_config(H, x.dtype, tokens, power_of_two)
     y = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     s = x.new_empty(*x.shape[:-1], blocks, dtype=torch.float32)
     launch(definition(config), (x, y, s, tokens), -(-tokens * blocks // (2 * config.warps)))
@@ -267,6 +271,10 @@ def fp8_rounded(x: Tensor) -> Tensor:
     _check(x, None)
     if not x.is_cuda:
         return fp8_rounded_ref(x)
+    return _rounded(x)
+
+
+def _rounded(x: Tensor) -> Tensor:
     H = x.shape[-1]
     tokens = x.numel() // H
     kernel = rounding_kernel(H, x.dtype, tokens)

@@ -31,9 +31,10 @@ class Scoring:
         function: logits -> scores: "softmax" over all experts, "softmax_of_chosen", "sigmoid" or
             "sqrtsoftplus".
         by_score: experts are chosen by score (and bias); else by logit. Softmax keeps the order, so
-            choosing by logit is choosing by exact softmax, whatever float32 makes of the tail.
-        rounding: where values are rounded to bf16 if the logits are: "never", the "weights" at the
-            end, or at all "steps" (each operation of torch on bf16 tensors rounds its result).
+            choosing by logit is choosing by exact softmax. Models choose by float32's, in which
+            different logits may have the same probability, of a tail 0: there they see a tie.
+        rounding: where values are rounded if the model's dtype is bf16: "never", the "weights" at
+            the end, or at all "steps" (each operation of torch on bf16 tensors rounds its result).
         epsilon: added to the sum of the chosen scores before they are divided by it.
     """
 
@@ -62,7 +63,7 @@ class Gating:
     Attributes:
         scoring: key of `SCORINGS`.
         top_k: experts of a token.
-        renormalise: the weights of a token sum to `scaling`.
+        renormalise: the weights of a token sum to `scaling`; a softmax of the chosen always does.
         scaling: factor of the weights.
         groups: the experts are that many groups of neighbours, each with the sum of its two largest
             values as its score. 1 for no groups.

@@ -183,6 +183,10 @@ def gating_soft(logits: Tensor) -> SoftRouting:
     _check(logits)
     if not logits.is_cuda:
         return gating_soft_ref(logits)
+    return _launched(logits)
+
+
+def _launched(logits: Tensor) -> SoftRouting:
     B, T, slots = logits.shape
     kind = "bf16" if logits.dtype == torch.bfloat16 else "f32"
     found = []

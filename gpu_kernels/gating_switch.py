@@ -169,9 +169,14 @@ def gating_switch(logits: Tensor, capacity: int, dtype: torch.dtype | None = Non
     Raises:
         TypeError, ValueError: naming the argument, before anything is allocated.
     """
-    B, S, E = _check(logits, capacity)
+    _check(logits, capacity)
     if not logits.is_cuda:
         return gating_switch_ref(logits, capacity, dtype)
+    return _launched(logits, capacity, dtype)
+
+
+def _launched(logits: Tensor, capacity: int, dtype: torch.dtype | None) -> SwitchRouting:
+    B, S, E = logits.shape
     choice, weights = gating_topk(logits.flatten(0, 1), TOP_1, dtype=dtype)
     routed = torch.empty(B, E, dtype=torch.int32, device=logits.device)
     launch(definition(SwitchConfig(E)), (choice, routed, S, min(capacity, S)), B)

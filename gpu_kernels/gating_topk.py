@@ -368,6 +368,12 @@ def gating_topk(
     _check(logits, gating, bias, dtype)
     if not logits.is_cuda:
         return gating_topk_ref(logits, gating, bias, dtype)
+    return _launched(logits, gating, bias, dtype)
+
+
+def _launched(
+    logits: Tensor, gating: Gating, bias: Tensor | None, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     tokens, experts = logits.shape
     config = choose_config(
         gating, experts, logits.dtype, tokens, None if bias is None else bias.dtype, dtype

@@ -47,8 +47,8 @@ BACKENDS = {
 """Name -> its functions: kernels of a CUDA device, or their references in torch on any device."""
 
 PREFILL_TOKENS = 256
-"""From so many tokens on a batch is a prefill, for `fp8_prefill`: more than decoding requests make,
-fewer than a chunk of a prompt has."""
+"""A batch of so many tokens is a prefill, for `fp8_prefill`: more than a batch of requests that
+decode, fewer than a chunk of a prompt."""
 
 
 def check_format(backend: str, fmt: WeightFormat) -> None:

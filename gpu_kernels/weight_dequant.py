@@ -138,6 +138,10 @@ def weight_dequant(x: Tensor, s: Tensor, dtype: torch.dtype = torch.bfloat16) ->
     _check(x, s, dtype)
     if not x.is_cuda:
         return weight_dequant_ref(x, s, dtype)
+    return _launched(x, s, dtype)
+
+
+def _launched(x: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     M, N = x.shape
     config = choose_config(N, dtype)
     y = torch.empty(M, N, dtype=dtype, device=x.device)

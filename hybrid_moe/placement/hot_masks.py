@@ -62,7 +62,7 @@ def hot_masks(
 
     Args:
         gpu_experts: see above.
-        layers: the model's layers with experts, ascending.
+        layers: the model's layers with experts, ascending, one at least.
         num_layers: all of its layers; None where nobody knows. Masks may have a row for each of
             them, and profiles may name them.
 

@@ -118,7 +118,7 @@ def test_what_it_needs_is_said() -> None:
 def test_models_pass_it_on() -> None:
     from hybrid_moe import offload
 
-    with pytest.raises(ValueError, match="gpu_activation is 'fp8', but gpu_experts"):
+    with pytest.raises(ValueError, match="gpu_activation is 'fp8', but no expert"):
         offload(build("mixtral"), gpu_activation="fp8", progress=False)
     with pytest.raises(ValueError, match="gpu_activation is 'int4'"):
         offload(build("mixtral"), gpu_activation="int4", progress=False, **HALF)

@@ -216,15 +216,14 @@ GENERATIONS = ("sm_80", "sm_90", "sm_100")
 
 CASES = {
     "mixtral": Case(Gating("mixtral", 2, True), 8, F32, tokens=7, warps=4),
-    "qwen3": Case(Gating("qwen3", 16), 1000, BF16),
-    "qwen3-renormalised": Case(Gating("qwen3", 8, True), 128, BF16, tokens=1),
+    "qwen3": Case(Gating("qwen3", 16, True), 1000, BF16),
     "gpt_oss": Case(Gating("gpt_oss", 4), 32, BF16),
     "deepseek_v3": Case(Gating("deepseek_v3", 8, True, 2.5, 8, 4), 256, F32, F32),
     "glm4_moe": Case(Gating("deepseek_v3", 6, False, 1.5, 5, 2), 60, F32, F32),
     "deepseek_v4": Case(Gating("deepseek_v4", 6, True, 1.5), 256, BF16, F32),
     "deepseek_v4-bf16-bias": Case(Gating("deepseek_v4", 3, True, 1.5), 40, BF16, BF16),
     "switch": Case(Gating("switch", 1), 64, F32, dtype=BF16),
-    "one-expert": Case(Gating("mixtral", 1, True), 1, F32),
+    "one-expert-one-token": Case(Gating("mixtral", 1, True), 1, F32, tokens=1),
 }
 
 

@@ -125,7 +125,7 @@ def test_answers_say_how_many_experts_were_in_slots(tiny: Path) -> None:
     result = run("chat", "--model", tiny, "--threads", 1, "--max-new-tokens", 3, "--gpu-experts",
                  "50%", "--gpu-backend", "torch", input="Emma\nwas")  # fmt: skip
     assert result.exit_code == 0, result.output
-    pairs = re.findall(r"of (\d+) expert calls on the GPU; by layer .* at most\]", result.stderr)
+    pairs = re.findall(r"of (\d+) calls; by layer .* at most\]", result.stderr)
     prompts = re.findall(r"prefill (\d+) tokens", result.stderr)
     assert len(pairs) == 2
     # four layers, four experts a token; the last token of an answer is not read

@@ -1,4 +1,4 @@
-"""How often experts were found on the GPU."""
+"""How many of a model's calls to experts its hot ones took."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hybrid_moe.integrations.transformers.split_experts import SplitExperts
 
 @dataclass(frozen=True)
 class HitRates:
-    """How many pairs of token and expert were computed on the GPU.
+    """How many pairs of token and expert were hot experts'.
 
     Attributes:
-        layers: index of a layer -> pairs on the GPU, pairs in all.
+        layers: index of a layer -> hot pairs, pairs in all.
     """
 
     layers: Mapping[int, tuple[int, int]]
@@ -38,13 +38,13 @@ class HitRates:
             return "no expert was used"
         least, mean, most = min(rates), sum(rates) / len(rates), max(rates)
         return (
-            f"{100 * hot / pairs:.1f} % of {pairs} expert calls on the GPU; by layer "
+            f"hot experts took {100 * hot / pairs:.1f} % of {pairs} calls; by layer "
             f"{least:.1f} % at least, {mean:.1f} % on average, {most:.1f} % at most"
         )
 
 
 def hit_rates(model: torch.nn.Module) -> HitRates | None:
-    """Of everything that a model has computed so far; None where no expert is on a GPU."""
+    """Of everything that a model has computed so far; None where no experts are split."""
     layers = {}
     for module in model.modules():
         if isinstance(module, HybridExperts) and isinstance(module.layer, SplitExperts):

@@ -12,6 +12,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.strips import packed_nbytes
 from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec, expert_tensors
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.integrations.transformers.split_experts import LayerSplit, SplitExperts
@@ -49,6 +50,16 @@ class HybridExperts(torch.nn.Module):
         layer = SplitExperts(self.spec, options, split)
         self.layer, self.fmt = layer, options.fmt
         return layer
+
+    def unpack(self, expert: int) -> ExpertTensors:
+        """A copy of an expert, bit for bit as it was loaded.
+
+        Raises:
+            RuntimeError: nothing is loaded.
+        """
+        if self.layer is None:
+            raise RuntimeError(f"{self.spec.where}: its experts are not loaded")
+        return self.layer.unpack(expert)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

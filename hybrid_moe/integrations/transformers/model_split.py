@@ -135,11 +135,13 @@ def split_of_checkpoint(
         for layer, source in sorted(sources.items())
         if end is None or layer < end
     ]
+    if not layers:
+        return None  # a model without experts, which is refused when it is built
     masks = hot_masks(gpu_experts, layers, end)
     backend = choose_backend(gpu_backend, _on_gpu(kwargs))
     split = ModelSplit(backend, masks, config, gpu_activation)
-    if split.backend == "cute":
-        kwargs.setdefault("device_map", "cuda")
+    if split.backend == "cute" and kwargs.get("device_map") is None:
+        kwargs["device_map"] = "cuda"
     return split
 
 
@@ -148,7 +150,9 @@ def _is_wanted(gpu_experts: Any, gpu_backend: str | None, gpu_activation: str | 
         raise ValueError(f"gpu_activation is {gpu_activation!r}, must be None or 'fp8'")
     for name, given in (("gpu_backend", gpu_backend), ("gpu_activation", gpu_activation)):
         if gpu_experts is None and given is not None:
-            raise ValueError(f"{name} is {given!r}, but gpu_experts says of no expert")
+            raise ValueError(
+                f"{name} is {given!r}, but no expert is to be on a GPU: give gpu_experts"
+            )
     return gpu_experts is not None
 
 

@@ -158,7 +158,7 @@ def offload(
         model, found, specs, options.fmt, gpu_experts, gpu_backend, gpu_activation
     )
     if any(split.device.type != "cpu" for split in splits.values()):
-        dense_fmt = None  # linear layers stay on the GPU, which has room for experts even
+        dense_fmt = None  # a GPU that gets experts keeps what it has, which every token needs
     with PackingBar("Packing weights", progress) as bar:
         bar.expect(sum(experts_nbytes(spec, options.fmt) for spec in specs.values()))
         for name, spec in specs.items():

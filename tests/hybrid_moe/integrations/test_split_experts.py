@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,10 +60,12 @@ def half(folder: Path) -> Any:
     return load(folder, "MXFP4", **HALF)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["MXFP4", "BF16"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*((family, "MXFP4") for family in FAMILIES), ("qwen3_moe", "BF16"), ("gpt_oss", "INT8")],
+)
 def test_says_what_the_cpu_alone_says(family: str, method: str) -> None:
-    """Activations have 15 bits in the CPU's MXFP4 kernels and those of BF16 on the GPU, so logits
+    """Activations have 15 bits in the CPU's integer kernels and BF16's in slots' kernels, so logits
     differ by a few of BF16's roundings; what the model decides, both decide."""
     expected = offload_experts(build(family), method, threads=1)
     model = build(family)
@@ -114,7 +117,7 @@ def test_each_form_of_gpu_experts(folder: Path, tmp_path: Path) -> None:
         ({"gpu_experts": 0.5, "gpu_backend": "triton"}, ValueError, "gpu_backend is 'triton'"),
         ({"gpu_experts": 0.5, "gpu_backend": "cute", "device_map": "cpu"}, ValueError,
          'gpu_backend="cute" cannot be used here: the model is on the CPU'),
-        ({"gpu_backend": "torch"}, ValueError, "gpu_backend is 'torch', but gpu_experts"),
+        ({"gpu_backend": "torch"}, ValueError, "'torch', but no expert is to be on a GPU"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused_before_loading(
@@ -171,9 +174,9 @@ def test_cute_kernels_bring_the_model_to_the_gpu(
 
     monkeypatch.setattr(loading, "load_skeleton", skeleton)
     monkeypatch.setattr(toolchain, "availability", lambda: Availability(True, "pretended"))
-    for given, expected in (({}, "cuda"), ({"device_map": "cuda:0"}, "cuda:0")):
+    for given, expected in ((None, "cuda"), ("cuda:0", "cuda:0")):
         with pytest.raises(InterruptedError):
-            load(folder, "MXFP4", gpu_experts=0.5, **given)
+            load(folder, "MXFP4", gpu_experts=0.5, device_map=given)
         assert asked["device_map"] == expected and asked["dense"] is None
 
 
@@ -195,15 +198,33 @@ def test_the_device_is_the_router_s() -> None:
     assert surrounding_device(model, "block.experts").type == "cpu"  # meta tells nothing
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_saved_models_have_the_hot_experts_too(family: str, tmp_path: Path) -> None:
-    """gpt-oss has biases; MXFP4 that its own loader knows."""
-    folder = save(build(family), tmp_path / "made")
+def test_saved_models_have_the_hot_experts_too(tmp_path: Path) -> None:
+    """gpt-oss has biases, and tensors of all experts together."""
+    folder = save(build("gpt_oss"), tmp_path / "made")
     load(folder, "MXFP4").save_pretrained(tmp_path / "cold")
     load(folder, "MXFP4", **HALF).save_pretrained(tmp_path / "split")
     assert_same(tmp_path / "cold", tmp_path / "split")
     again = load(tmp_path / "split", None, **HALF)
     assert torch.equal(logits(again, prompt()), logits(load(folder, "MXFP4", **HALF), prompt()))
+
+
+def test_experts_that_have_moved(half: Any) -> None:
+    """What is written of a model follows its experts to the other half and back."""
+    module, layer = next(hybrid_experts(half)), split_layers(half)[0]
+    before, said = [module.unpack(e) for e in range(8)], logits(half, prompt())
+    layer.wrapper.demote(0)
+    layer.wrapper.promote(7)
+    assert hot(half)[0] == [1, 2, 3, 7]
+    for expert, tensors in enumerate(before):
+        for name in ("gate", "up", "down"):
+            one, other = getattr(tensors, name), getattr(module.unpack(expert), name)
+            assert np.array_equal(one.codes, other.codes)
+            assert np.array_equal(one.scales, other.scales)
+    now = logits(half, prompt())
+    assert float((now - said).abs().max()) <= CLEAR * float(said.abs().max())
+    for expert in (-1, 8):
+        with pytest.raises(IndexError, match=rf"expert is {expert}, must be in 0\.\.7"):
+            layer.unpack(expert)
 
 
 def test_copies_share_both_halves(half: Any) -> None:
@@ -261,8 +282,8 @@ def test_hit_rates(half: Any, folder: Path) -> None:
     }
     assert hit_rates(load(folder, "MXFP4")) is None
     assert HitRates({0: (1, 4), 3: (3, 4), 5: (0, 0)}).summary() == (
-        "50.0 % of 8 expert calls on the GPU; by layer 25.0 % at least, 50.0 % on average, 75.0 % "
-        "at most"
+        "hot experts took 50.0 % of 8 calls; by layer 25.0 % at least, 50.0 % on average, "
+        "75.0 % at most"
     )
     assert HitRates({0: (0, 0)}).summary() == "no expert was used"
 

@@ -146,15 +146,13 @@ class SavedExperts:
 
     def writes(self) -> Iterator[tuple[str, Array, int]]:
         """Key, values, and the byte of the tensor at which they begin."""
-        layer = self.module.layer
-        assert layer is not None
         whole = [t for t in self.tensors if t.expert is None]
         single: dict[int, list[Saved]] = {}
         for tensor in self.tensors:
             if tensor.expert is not None:
                 single.setdefault(tensor.expert, []).append(tensor)
         for expert in range(self._spec.num_experts):
-            values = layer.unpack(expert)
+            values = self.module.unpack(expert)
             for tensor in (*single.get(expert, ()), *whole):
                 data = tensor.data(values)
                 at = expert * data.nbytes if tensor.expert is None else 0

@@ -181,7 +181,7 @@ def _check(name: str, module: Any, plan: RouterGating) -> None:
 def _try(name: str, module: Any, plan: RouterGating) -> None:
     """Raise NotImplementedError unless a copy with random weights computes what the plan says."""
     rng = torch.Generator().manual_seed(0)
-    other = copy.deepcopy(module).to("cpu", torch.float32)
+    other = copy.deepcopy(module).to_empty(device="cpu").float()
     for values in (*other.parameters(), *other.buffers()):
         values.copy_(torch.randn(values.shape, generator=rng) * values.shape[-1] ** -0.5)
     x = torch.randn(8, other.weight.shape[1], generator=rng)
