@@ -17,7 +17,7 @@ import argparse
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,14 +114,17 @@ def gemm_configs(chosen: GemmConfig, card: Card) -> list[GemmConfig]:
     few = chosen.tile < 32
     splits = {-(-chosen.ranges // each) for each in range(1, chosen.ranges + 1)} if few else {0}
     found = [chosen]
-    for k_warps, strips, stages, depth in itertools.product(
-        sorted(splits), (1, 2, 4, 8), (0,) if few else (2, 4, 8), (2, 4, 8) if few else (2,)
+    for k_warps, strips, stages, depth, ahead in itertools.product(
+        sorted(splits),
+        (1, 2, 4, 8),
+        (0,) if few else (2, 4, 8),
+        (2, 4, 6, 8) if few else (2,),
+        (0,) if few else (0, 4, 8),
     ):
         try:
-            config = GemmConfig(
-                chosen.format, chosen.tile, chosen.ranges, strips, k_warps, stages, depth,
-                chosen.biases, chosen.pdl,
-            )  # fmt: skip
+            config = replace(
+                chosen, k_warps=k_warps, strips=strips, stages=stages, depth=depth, ahead=ahead
+            )
         except ValueError:  # cannot be compiled
             continue
         if config.threads <= 256 and config.shared_bytes <= card.shared_bytes:

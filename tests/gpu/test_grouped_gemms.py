@@ -10,7 +10,7 @@ import pytest
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import BF16, MXFP4, WeightFormat
 from hybrid_moe.gpu_kernels import down, gate_up
-from hybrid_moe.gpu_kernels.gemm_config import gemm_config
+from hybrid_moe.gpu_kernels.gemm_config import GemmConfig, gemm_config
 from tests.cpu_kernels.cases import to_bf16
 from tests.gpu.gemm_cases import (
     BF16_NAN,
@@ -147,11 +147,20 @@ def test_every_architecture_and_schedule() -> None:
             assert np.array_equal(found.view(np.uint32), y.view(np.uint32)), (arch, seed)
 
 
-def test_more_ranges_than_warps() -> None:
-    """Long inputs: a warp has several ranges in a row."""
+@pytest.mark.parametrize(
+    "other",
+    [
+        gemm_config("MXFP4", I, 8, biases=True, pdl=True),
+        # what very long inputs take: several ranges in a row of a warp, and stages for tiles of 16
+        dataclasses.replace(gemm_config("MXFP4", I, 8, biases=True), k_warps=1, strips=1),
+        dataclasses.replace(gemm_config("MXFP4", I, 64, biases=True), tile=16, strips=2),
+    ],
+    ids=["dependent launch", "several ranges", "staged 16"],
+)
+def test_other_configurations(other: GemmConfig) -> None:
     case = random_case(MXFP4, 96, I, tokens=4)
     h = to_bf16(np.random.default_rng(1).standard_normal((8, I)))
-    few = dataclasses.replace(gemm_config("MXFP4", I, 8, biases=True), k_warps=1, strips=1)
     usual, _ = run_down(case, h, 8)
-    found, _ = run_down(case, h, 8, kernel=down.definition(few))
+    arch = "sm_90" if other.pdl else "sm_80"
+    found, _ = run_down(case, h, other.tile, arch, kernel=down.definition(other))
     assert np.array_equal(found.view(np.uint32), usual.view(np.uint32))
