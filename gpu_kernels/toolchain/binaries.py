@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from hybrid_moe import binary_cache
-from hybrid_moe.gpu_kernels.definition import Artifacts, KernelDefinition
+from hybrid_moe.gpu_kernels.definition import Artifacts, KernelDefinition, compile_here
 from hybrid_moe.gpu_kernels.toolchain.compile_process import CompileError, Compiler
 from hybrid_moe.gpu_kernels.toolchain.cubin import Resources, read_resources
 from hybrid_moe.gpu_kernels.toolchain.kernel_sources import DSL, binary_key, dsl_version
@@ -56,6 +56,14 @@ def compiled(definition: KernelDefinition, arch: str) -> KernelBinary:
     """
     known = _known.get((definition, arch))
     return known if known is not None else warm([definition], arch)[0]
+
+
+def compiled_here(definition: KernelDefinition, arch: str) -> KernelBinary:
+    """`compiled`, but what is in neither memory nor cache is compiled in this process: for tests,
+    whose many small kernels take less time than starting compilers."""
+    if not fetched(definition, arch):
+        keep(definition, arch, compile_here(definition, arch))
+    return _known[definition, arch]
 
 
 def warm(definitions: Sequence[KernelDefinition], arch: str) -> list[KernelBinary]:

@@ -95,4 +95,5 @@ def _imports(source: bytes) -> Iterator[str]:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         else:
             continue
-        yield from (name for name in names if name.split(".")[0] == _PACKAGE)
+        # Not the package itself, which imports every other part when asked for it.
+        yield from (name for name in names if name.startswith(f"{_PACKAGE}."))

@@ -10,7 +10,6 @@ A test on all architectures pays once for each text that differs:
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,15 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from hybrid_moe.gpu_kernels.definition import (
-    ARCHITECTURES,
-    Argument,
-    Artifacts,
-    KernelDefinition,
-    compile_here,
-)
+from hybrid_moe.gpu_kernels.definition import ARCHITECTURES, Argument, KernelDefinition
+from hybrid_moe.gpu_kernels.toolchain.binaries import compiled_here as compiled
 from tests.gpu import on_device
 from tests.gpu.simulator import Access, GlobalMemory, Lint, Traffic, launch
+
+__all__ = ["Report", "compiled", "distinct_architectures", "simulate"]
 
 ITEM_SIZES = {"u8": 1, "bf16": 2, "i32": 4, "u32": 4, "f32": 4, "i64": 8}
 
@@ -50,12 +46,6 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.accesses))
-
-
-@functools.cache
-def compiled(definition: KernelDefinition, arch: str) -> Artifacts:
-    """`compile_here`, once in this process."""
-    return compile_here(definition, arch)
 
 
 def distinct_architectures(

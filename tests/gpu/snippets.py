@@ -35,13 +35,15 @@ def run(
     threads: int = 32,
     grid: int = 1,
     shared_bytes: int = 0,
+    fixed_bytes: int = 0,
     seed: int | None = None,
 ) -> Lint:
     """Runs `body` over arrays, which it changes."""
     memory, lint = GlobalMemory(), Lint()
     addresses = [memory.add(f"p{i}", array) for i, array in enumerate(arrays)]
     params = np.array(addresses, np.uint64).tobytes()
-    shared = ".extern .shared .align 16 .b8 smem[];" if shared_bytes else ""
+    shared = ".extern .shared .align 16 .b8 smem[];\n" if shared_bytes else ""
+    shared += f".shared .align 4 .b8 fixed[{fixed_bytes}];" if fixed_bytes else ""
     ptx = entry(body, len(arrays), threads, shared)
     launch(ptx, (grid, 1, 1), params, memory, shared_bytes, seed, lint)
     return lint

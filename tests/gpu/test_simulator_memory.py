@@ -95,6 +95,17 @@ def test_out_of_bounds_in_shared_memory() -> None:
         run(body.format(offset=4), np.zeros(1), shared_bytes=128, grid=2)
 
 
+def test_dynamic_shared_memory_lies_behind_the_fixed_one() -> None:
+    target = np.zeros(2, np.uint32)
+    body = """mov.u32 %r1, fixed; mov.u32 %r2, smem; st.shared.b32 [%r1+16], 5;
+    st.shared.b32 [%r2], 7; ld.shared.b32 %r3, [fixed+16]; ld.shared.b32 %r4, [smem];
+    st.global.v2.b32 [%rd0], {%r3, %r4};"""
+    run(body, target, shared_bytes=16, fixed_bytes=20)
+    assert target.tolist() == [5, 7]
+    with pytest.raises(IndexError, match="which has 48"):
+        run(body.replace("[smem]", "[smem+16]"), target, shared_bytes=16, fixed_bytes=20)
+
+
 def test_what_nobody_wrote_is_poison() -> None:
     """NaN in shared memory and in registers."""
     target = np.zeros(3, np.float32)

@@ -46,4 +46,5 @@ def launch(
     with np.errstate(all="ignore"):
         for first in range(0, len(blocks), step):
             some = blocks[first : first + step]
-            Batch(program, some, grid, params, memory, shared_bytes, lint, rng).run()
+            shared = program.kernel.shared_bytes + shared_bytes
+            Batch(program, some, grid, params, memory, shared, lint, rng).run()

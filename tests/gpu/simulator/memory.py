@@ -65,6 +65,8 @@ class GlobalMemory:
     def pieces(self, address: Array, size: int) -> list[Piece]:
         """The arrays that accesses of `size` bytes lie in."""
         low, high = int(address.min()), int(address.max())
+        if not self._segments:
+            raise IndexError(f"out of bounds: {size} bytes at {low:#x}, and there are no arrays")
         segment = self._segments[max(bisect_right(self._starts, low) - 1, 0)]
         if low >= segment.address and high + size <= segment.address + segment.data.size:
             return [(slice(None), segment, address - segment.address)]

@@ -28,6 +28,7 @@ class Kernel:
     params: dict[str, int]  # name -> offset in bytes
     params_bytes: int
     shared: dict[str, int]  # symbol -> offset in shared memory
+    shared_bytes: int  # of symbols with a size; dynamic shared memory comes behind
     registers: dict[str, str] = field(default_factory=dict)  # name -> type, "pred" or "b32"
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -54,8 +55,9 @@ def parse(ptx: str) -> Kernel:
     sizes = [int(n) for n in block[1].split(",")] if block else [1]
     if max(sizes[1:], default=1) > 1 or sizes[0] % 32:
         raise NotImplementedError(f"blocks of {sizes} threads: whole warps along x, please")
-    params, params_bytes = _offsets(_PARAM.findall(head[1]))
-    kernel = Kernel(sizes[0], params, params_bytes, _offsets(_SHARED.findall(ptx))[0])
+    shared = [(align, bits, name, n or "0") for align, bits, name, n in _SHARED.findall(ptx)]
+    shared.sort(key=lambda symbol: symbol[3] == "0")
+    kernel = Kernel(sizes[0], *_offsets(_PARAM.findall(head[1])), *_offsets(shared))
     _statements(kernel, ptx, head.end())
     return kernel
 
