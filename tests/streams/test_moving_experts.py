@@ -107,6 +107,7 @@ class Hybrid:
             self.runners.append(runner)
         self.checks: list[tuple[list[torch.Tensor], list[Batch]]] = []
         self.moves = 0
+        self.dropped = False
 
     def move(self) -> None:
         """Queue a move of some expert of some layer, unless there is no room."""
@@ -177,8 +178,11 @@ class Hybrid:
                 placement.check_mask()
             total = signatures(values[0]) + signatures(values[1])
             assert torch.equal(outputs[0] + outputs[1], total)
-        for runner in self.runners:
+        for at, runner in enumerate(self.runners):
             assert runner.take_error() is None
+            routed = sum(int((values[at].ids >= 0).sum()) for _, values in self.checks)
+            if not self.dropped:
+                assert sum(runner.pairs) == routed, "each pair is counted once, hot or cold"
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +257,7 @@ def test_no_move_under_capture() -> None:
 def test_a_submission_that_is_dropped_after_a_move(flags: bool) -> None:
     """Its buffers come back, and what follows is right."""
     model = Hybrid(3, flags=flags, deferred=0)
-    runner = model.runners[0]
+    model.dropped, runner = True, model.runners[0]
     for seed in range(4):
         runner.submit(*signature_batch(2, seed).args, 0)
         runner.move(E - 1, seed % 2 == 0, 0)
@@ -270,6 +274,7 @@ def test_a_submission_that_is_dropped_after_a_move(flags: bool) -> None:
 def test_a_hot_half_that_cannot_be_queued(flags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's job is dropped with it, and the next step is right."""
     model = Hybrid(4, flags=flags, deferred=0)
+    model.dropped = True
     model.step(2, 0)
     with monkeypatch.context() as patch:
 
