@@ -137,7 +137,7 @@ class JobShape(NamedTuple):
 
 _write_batch = records.Job.writer("layer", *Batch._fields)
 _write_rows = records.Job.writer("layer", *Batch._fields, "out_tokens", "out_first")
-_IGNORED, _HOT, _PAIRS = map(records.Job.word, ("ignored", "hot", "pairs"))
+_IGNORED = records.Job.word("ignored")
 
 
 class JobMemory:
@@ -182,11 +182,6 @@ class JobMemory:
     def ignored(self) -> int:
         """Ids out of range that the latest launch has met."""
         return self._words[_IGNORED]
-
-    @property
-    def routed(self) -> tuple[int, int]:
-        """Pairs that the latest launch has met: of experts on the GPU, and of experts here."""
-        return self._words[_HOT], self._words[_PAIRS]
 
 
 class IdleMemory:

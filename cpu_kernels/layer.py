@@ -78,8 +78,7 @@ class ExpertLayer(PackedExperts):
         self._group: PoolGroup | None = None
         self._job_shapes: dict[tuple[int, int, int], JobShape] = {}  # by capacity, k, out_size
         self._counters = Counters()
-        self._hot_pairs = self._cold_pairs = 0  # of passes that are no graph jobs
-        self._latest = 0  # number of the newest of these
+        self._latest = 0  # number of the newest pass that is no graph job
         self._live_masks: dict[int, LiveMask] = {}
 
     def forward(
@@ -168,9 +167,6 @@ class ExpertLayer(PackedExperts):
             if sequence <= 0:
                 IDLE.give_back(memory)
                 return Job(None, output, tokens, ignored, -sequence)
-            hot, cold = memory.routed
-            self._hot_pairs += hot
-            self._cold_pairs += cold
         self._latest = sequence
         return Job((group, sequence, memory), output, tokens, ignored)
 
@@ -183,8 +179,10 @@ class ExpertLayer(PackedExperts):
     def pairs(self) -> tuple[int, int]:
         """(Token, expert) pairs of all passes so far: of experts that the mask put on the GPU, and
         of experts that were computed here."""
-        hot, cold = self._counters.pairs
-        return self._hot_pairs + hot, self._cold_pairs + cold
+        ready = self._ready_state
+        return (
+            (0, 0) if ready is None else (ready.descriptor.hot.value, ready.descriptor.cold.value)
+        )
 
     def job_shape(self, tokens: int, top_k: int, out_size: int = 2) -> JobShape:
         """Of a job of T tokens with k experts each, and with an output of values of so many bytes,

@@ -30,17 +30,18 @@ from hybrid_moe.runtime import (
     torch_op,
 )
 from hybrid_moe.runtime.deferral import DeferralChain, declared_chain, split_deferred
+from hybrid_moe.runtime.expert_export import ExpertExport
+from hybrid_moe.runtime.expert_moves import ExpertMoves
 from hybrid_moe.runtime.export import ExpertWriter
 from hybrid_moe.runtime.filling import Fill
 from hybrid_moe.runtime.hot_half import HotHalf
-from hybrid_moe.runtime.layer_facts import LayerFacts
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.runtime.process_wide import ProcessWide
 from hybrid_moe.runtime.runner import LayerRunner
 from hybrid_moe.runtime.weights import Stacked
 
 
-class KTMoEWrapper(LayerFacts, ProcessWide):
+class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
     """The routed experts of one layer that are not on the GPU.
 
     Args:
@@ -275,12 +276,6 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
             raise IndexError(f"expert is {index}, must be in 0..{self.num_experts - 1}")
         return self._loaded_runner().unpack(index)
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError(
-                f"layer {self.layer_idx} is closed and its weights are freed: make a new wrapper"
-            )
-
     def _check_not_loaded(self) -> None:
         self._check_open()
         if self.loaded:
@@ -439,125 +434,12 @@ class KTMoEWrapper(LayerFacts, ProcessWide):
         if self._runner is not None:
             torch_op.untraced(self._runner.drop)()
 
-    def _loaded_runner(self) -> LayerRunner:
-        self._check_open()
-        if self._runner is None:
-            raise RuntimeError(
-                f"layer {self.layer_idx} has no weights: call load_weights before forward"
-            )
-        return self._runner
-
-    # Experts that move ----------------------------------------------------------------------------
-
-    def reserve_slots(self, biases: bool | None = None) -> None:
-        """Allocate the device's memory for the slots now, so that whoever shares out the rest sees
-        what is left; loading does it otherwise. Does nothing without a `gpu_backend`.
-
-        Args:
-            biases: with room for biases. None: if the checkpoint has any; with `weight_path` None,
-                yes.
-
-        Raises:
-            RuntimeError: the device has no room; the wrapper is closed.
-        """
-        self._check_open()
-        if self._hot is None:
-            return
-        if biases is None and self.weight_path is not None:
-            biases = checkpoint_cache.checked_layer(
-                self.weight_path, self.shape, self.format, self._layout
-            ).has_bias
-        self._hot.reserve(self._layer.shares(biases=biases is not False))
-
-    def promote(self, expert: int, cuda_stream: int | None = None) -> None:
-        """Move an expert from the CPU to a free slot of the GPU, with its bit in the mask.
-
-        What was submitted before works on the placement as it was, what is submitted afterwards,
-        and every replay of a graph, on the new one. The bytes are copied once and nothing else is
-        done to them.
-
-        Args:
-            expert: id, of an expert on the CPU.
-            cuda_stream: the stream of this layer's calls, as for `submit_forward`.
-
-        Raises:
-            IndexError, ValueError: there is no such expert, or not on the CPU.
-            RuntimeError: no slot is free; a graph is being captured; no `gpu_backend`; not loaded.
-        """
-        self._move(expert, True, cuda_stream)
-
-    def demote(self, expert: int, cuda_stream: int | None = None) -> None:
-        """Move an expert from the GPU to the CPU, which has room for one more than were loaded
-        there. See `promote`.
-
-        Raises:
-            IndexError, ValueError: there is no such expert, or not on the GPU.
-            RuntimeError: the CPU has no place left; and as for `promote`.
-        """
-        self._move(expert, False, cuda_stream)
-
-    def _move(self, expert: int, hot: bool, cuda_stream: int | None) -> None:
-        runner = self._runner or self._loaded_runner()
-        index = arguments.integer("expert", expert)
-        if not 0 <= index < self.num_experts:
-            raise IndexError(f"expert is {index}, must be in 0..{self.num_experts - 1}")
-        torch_op.untraced(runner.move)(index, hot, cuda_stream)
-
     def select_deferred_experts(
         self, expert_ids: torch.Tensor, expert_scores: torch.Tensor, protected_k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(immediate, deferred) ids, see `hybrid_moe.runtime.deferral.split_deferred`."""
         self._check_open()
         return split_deferred(expert_ids, expert_scores, protected_k, self.num_experts)
-
-    # Prefill of whole layers on GPUs --------------------------------------------------------------
-
-    def submit_write_weight_scale_to_buffer(
-        self,
-        gpu_tp_count: int,
-        expert_id: int,
-        w13_weight_ptrs: list[int],
-        w13_scale_ptrs: list[int],
-        w2_weight_ptrs: list[int],
-        w2_scale_ptrs: list[int],
-    ) -> None:
-        """Start writing one expert into host buffers, cut for tensor parallel ranks.
-
-        Args:
-            gpu_tp_count: n ranks; I / n must be a multiple of the format's group.
-            expert_id: an id of `topk_ids` whose expert is loaded here.
-            w13_weight_ptrs: for each rank the address of [2 I/n, H] weights as the checkpoint
-                codes them (MXFP4: H/2 bytes a row): its rows of gate, then those of up.
-            w13_scale_ptrs: of bfloat16 [2 I/n, H/group]; zeros where the format has no scales.
-            w2_weight_ptrs, w2_scale_ptrs: of [H, I/n] and bfloat16 [H, I/n/group].
-
-        The buffers are complete after `sync_write_weight_scale_to_buffer`. Nobody can check what
-        lies at an address: too small a buffer is written beyond its end.
-
-        Raises:
-            RuntimeError: not loaded. IndexError: this expert is not (the mask put it on the GPU).
-            TypeError, ValueError: the number of ranks, or of pointers, or a null pointer.
-        """
-        self._loaded_runner()
-        self._writer.submit(
-            gpu_tp_count,
-            expert_id,
-            {
-                "w13_weight_ptrs": w13_weight_ptrs,
-                "w13_scale_ptrs": w13_scale_ptrs,
-                "w2_weight_ptrs": w2_weight_ptrs,
-                "w2_scale_ptrs": w2_scale_ptrs,
-            },
-        )
-
-    def sync_write_weight_scale_to_buffer(self) -> None:
-        """Wait until every expert submitted for writing is written.
-
-        Raises:
-            RuntimeError: not loaded; a write failed.
-        """
-        self._loaded_runner()
-        self._writer.sync()
 
     def close(self) -> None:
         """Free the weights, and drop what is under way. Afterwards whatever loads or computes

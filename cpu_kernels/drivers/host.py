@@ -205,9 +205,6 @@ def launch(graph_job: GraphJob) -> int:
     if sequence == NO_ROOM:
         return sequence
     store_release(graph_job.epoch, epoch)
-    if sequence > 0:
-        fetch_add(graph_job.counters.hot, graph_job.job.hot)
-        fetch_add(graph_job.counters.cold, graph_job.job.pairs)
     if graph_job.ignored_ids != IDS_PASS and graph_job.job.ignored > 0:
         fetch_add(graph_job.counters.ignored, graph_job.job.ignored)
         if graph_job.ignored_ids == IDS_FAULT:

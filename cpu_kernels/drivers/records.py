@@ -117,9 +117,11 @@ class MatrixShare(Record):
 
 
 class Layer(Record):
-    """What does not change once a layer is ready, but for the tables of experts. One of experts, or
-    a dense one: matrices that all tokens meet."""
+    """What does not change once a layer is ready, but for the tables of experts and two counters.
+    One of experts, or a dense one: matrices that all tokens meet."""
 
+    hot = shared  # pairs of all launches so far: of experts that the mask puts on the GPU,
+    cold = shared  # and of experts that are computed here
     label = i64  # what a trace calls its jobs, see `trace.label`
     experts = i64  # 0: a dense layer
     hidden = i64
@@ -313,8 +315,6 @@ class Trace(Record, alignment=LINE):
 class Counters(Record, alignment=LINE):
     """What the runs of a layer's graph jobs have met. Counts only grow; several threads add."""
 
-    hot = shared  # pairs of experts on the GPU,
-    cold = shared  # and of experts here
     ignored = shared  # ids out of range, of jobs that count them
     missing = shared  # runs that met an expert that is neither loaded nor skipped,
     missing_expert = shared  # the latest

@@ -9,6 +9,7 @@ from hybrid_moe.cpu_kernels.drivers.dense_tasks import encode_tiles, linear_macs
 from hybrid_moe.cpu_kernels.drivers.intrinsics import (
     call,
     driver,
+    fetch_add,
     load_acquire,
     restore_float_environment,
     set_float_environment,
@@ -209,6 +210,8 @@ def append_expert_phases(entry: Entry) -> None:
     job = entry.job
     layer = job.layer
     active, pairs, workers = job.active, job.pairs, layer.workers
+    fetch_add(layer.hot, job.hot)  # for Python's hit rates; nothing is handed over
+    fetch_add(layer.cold, pairs)
     if active == 0:
         units = ceil_div(job.out_size * job.tokens * layer.hidden, SUMS_BYTES)
         # a task even where there are no tokens: the last one to end is what completes a job

@@ -95,11 +95,6 @@ class Counters:
         self.record = records.Counters.new()
         self._reported = (0, 0, 0)
 
-    @property
-    def pairs(self) -> tuple[int, int]:
-        """Pairs of all runs so far: of experts on the GPU, and of experts here."""
-        return self.record.hot.value, self.record.cold.value
-
     def report(self) -> Report:
         """What is new since the last call; never blocks."""
         words = self.record

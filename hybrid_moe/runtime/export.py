@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -100,6 +100,10 @@ class ExpertWriter:
             future.exception()  # wait for each, so that no buffer is written after an error
         for future in pending:
             future.result()
+
+    def wait(self) -> None:
+        """Wait for all that was submitted; `sync` says how it ended."""
+        wait(self._pending)
 
     def close(self) -> None:
         """Wait, and end the thread."""

@@ -26,6 +26,7 @@ class LayerFacts:
     _layer: ExpertLayer
     _hot: HotHalf | None
     _runner: LayerRunner | None  # None before loading and after closing
+    _closed: bool
 
     @property
     def layer_idx(self) -> int:
@@ -69,7 +70,7 @@ class LayerFacts:
     @gpu_experts_mask.setter
     def gpu_experts_mask(self, mask: torch.Tensor) -> None:
         arguments.check_mask(mask, self.num_experts)
-        if self._hot is not None:
+        if self._hot is not None and self.loaded:
             raise ValueError(
                 "gpu_experts_mask cannot be assigned with a gpu_backend: promote(expert) and "
                 "demote(expert) move the weights and change it"
@@ -114,3 +115,17 @@ class LayerFacts:
     def gpu_nbytes(self) -> int:
         """Bytes of the slots on the GPU; 0 without a `gpu_backend`."""
         return 0 if self._hot is None else self._hot.nbytes
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(
+                f"layer {self.layer_idx} is closed and its weights are freed: make a new wrapper"
+            )
+
+    def _loaded_runner(self) -> LayerRunner:
+        self._check_open()
+        if self._runner is None:
+            raise RuntimeError(
+                f"layer {self.layer_idx} has no weights: call load_weights before forward"
+            )
+        return self._runner

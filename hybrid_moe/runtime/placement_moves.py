@@ -27,6 +27,7 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, has_wide_scales
+from hybrid_moe.logs import warn_once
 from hybrid_moe.runtime.gpu_faults import explained
 from hybrid_moe.runtime.hot_half import HotHalf, entered
 from hybrid_moe.streams.interface import Stream
@@ -47,6 +48,10 @@ class ExpertPlacement:
     Attributes:
         live: uint8 [E] CPU tensor at a fixed address: what the CPU's jobs go by.
         moved_bytes: copied by all moves so far.
+
+    Raises:
+        ValueError: the mask puts more experts on the GPU than it has slots, or one that is
+            elsewhere: it was changed since the wrapper was made.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class ExpertPlacement:
     ) -> None:
         self._layer, self._hot, self._mask, self._layer_idx = layer, hot, mask, layer_idx
         is_hot, away = mask.numpy().copy(), hot.options.elsewhere.numpy()
+        _check_placement(is_hot, away, hot.options.slots, layer_idx)
         self._expected = is_hot
         self._expected_bytes = is_hot.tobytes()
         self._away = away
@@ -112,7 +118,7 @@ class ExpertPlacement:
             try:
                 staging = self._staging.pop()
             except IndexError:  # as many as there are threads
-                staging = torch.empty(slots.layout.nbytes, dtype=torch.uint8, pin_memory=True)
+                staging = _new_staging(slots.layout.nbytes)
             self._pack(expert, tensors, slots, staging)
             with explained(self._layer_idx, self._hot.device):
                 slots.memory[slot].copy_(staging)  # and waits for it
@@ -284,3 +290,26 @@ class ExpertPlacement:
         self._mask[expert] = hot
         self._expected[expert] = hot
         self._expected_bytes = self._expected.tobytes()
+
+
+def _check_placement(
+    hot: npt.NDArray[np.bool_], away: npt.NDArray[np.bool_], slots: int, layer_idx: int
+) -> None:
+    if hot.sum() > slots:
+        raise ValueError(
+            f"layer {layer_idx}: gpu_experts_mask puts {hot.sum()} experts on the GPU, which has "
+            f"{slots} slots: ask for more gpu_slots"
+        )
+    if (both := np.flatnonzero(hot & away)).size:
+        raise ValueError(
+            f"layer {layer_idx}: gpu_experts_mask is True for expert {both[0]}, which is elsewhere"
+        )
+
+
+def _new_staging(nbytes: int) -> torch.Tensor:
+    """Host memory from which a slot is filled, page-locked if the system allows that."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        warn_once(f"slots are filled from memory that is not page-locked: {error}")
+        return torch.empty(nbytes, dtype=torch.uint8)

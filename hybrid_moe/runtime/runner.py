@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -113,16 +114,17 @@ class LayerRunner:
             if stream is None and not as_it_is:
                 hidden, ids, weights = plain(hidden, ids, weights)
 
-            def start_hot() -> None:
-                nonlocal hot
-                if halves is not None:
-                    hot = halves[0].start(stream, hidden, ids, weights, unchanged=unchanged)
-
             if stream is None:
                 job, fault = self._start_all(hidden, ids, weights)
-                start_hot()
+                if halves is not None:
+                    hot = halves[0].start(None, hidden, ids, weights, unchanged=unchanged)
+            elif halves is None:
+                job = self._start_on(stream, hidden, ids, weights)
             else:
-                job = self._start_on(stream, hidden, ids, weights, start_hot)
+                started: list[HotJob] = []
+                start = partial(halves[0].start, stream, hidden, ids, weights, unchanged=unchanged)
+                job = self._start_on(stream, hidden, ids, weights, lambda: started.append(start()))
+                hot = started[0]
             self._submission = Submission(hidden.shape, hidden.device, job, incoming, fault, hot)
         except BaseException:
             discard(job, self.layer_idx)
@@ -313,7 +315,7 @@ class LayerRunner:
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-        start_hot: Callable[[], None],
+        start_hot: Callable[[], None] | None = None,
     ) -> StreamJob | StreamZeros:
         """Queue the experts of a batch, the deferrable ones as a job of their own, and the hot half
         while the inputs are on their way. Nobody waits here: ids out of range are found by the
@@ -330,12 +332,13 @@ class LayerRunner:
         ignored = IDS_PASS if self._deferred else IDS_FAULT if self._strict else IDS_COUNT
 
         def start(ids: torch.Tensor, later: bool) -> StreamJob | StreamZeros:
-            beside = (lambda: None) if later else start_hot
             if not self._has_experts:
-                beside()
                 if not later:
+                    if start_hot is not None:
+                        start_hot()
                     self._hot_pairs += ids.numel()  # nobody here knows which are out of range
                 return StreamZeros(hidden, self._out_type)
+            beside = None if later else start_hot
             job = self._stager.submit(
                 stream, hidden, ids, weights, ignored_ids=ignored, join=later, beside=beside
             )

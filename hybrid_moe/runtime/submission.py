@@ -78,23 +78,19 @@ class Submission:
 
     def result(self, stream: Stream | None) -> torch.Tensor:
         """The output, with what came in from the layer before; or the fault is raised."""
-        if self.hot is None:
-            output = result_of(self.job, stream)
-            self._raise_fault()
-            incoming, self.incoming = self.incoming, None
-            return output if incoming is None else _add(output, result_of(incoming, stream), stream)
-        cold = cold_part(self.job, stream)
-        self._raise_fault()
-        incoming, self.incoming = self.incoming, None
-        if incoming is not None:
-            earlier = cold_part(incoming, stream)
-            if cold is None:
-                cold = earlier
-            elif earlier is not None:
-                cold = _add(cold, earlier, stream)
-        return self.hot.result(cold, stream)
-
-    def _raise_fault(self) -> None:
+        hot = self.hot
+        output = result_of(self.job, stream) if hot is None else cold_part(self.job, stream)
         if (fault := self.fault) is not None:
             # a new one: its traceback would lead back to one that is kept here, and keep us
             raise type(fault)(*fault.args)
+        incoming, self.incoming = self.incoming, None
+        if incoming is not None:
+            earlier = result_of(incoming, stream) if hot is None else cold_part(incoming, stream)
+            if output is None:
+                output = earlier
+            elif earlier is not None:
+                output = _add(output, earlier, stream)
+        if hot is not None:
+            return hot.result(output, stream)
+        assert output is not None
+        return output

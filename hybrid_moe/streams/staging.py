@@ -81,7 +81,7 @@ class Stager:
         *,
         ignored_ids: int = IDS_COUNT,
         join: bool = False,
-        beside: Callable[[], object] = lambda: None,
+        beside: Callable[[], object] | None = None,
     ) -> StreamJob:
         """Queue the copies of hidden [B, H], ids and weights [B, k], and the job's start.
 
@@ -119,7 +119,8 @@ class Stager:
                     side.host_function(graph_job.post_fn, graph_job.user_data)
             job.posted = side.record()
             try:
-                beside()
+                if beside is not None:
+                    beside()
             except BaseException:
                 job.discard()
                 raise

@@ -134,6 +134,19 @@ def test_experts_move_at_any_time(pools: int) -> None:
     assert len(set(placement._slot[placement._slot >= 0])) == int(w.gpu_experts_mask.sum())
 
 
+def test_a_place_is_not_overwritten_under_a_job() -> None:
+    """One thread, which works when it waits: the job has begun nothing when experts move."""
+    w = hybrid(SIGNATURES, 0, 1, gpu_slots=3)
+    given = signature_batch(3, 0)
+    given.ids[:, 0] = 7
+    w.submit_forward(*given.args)
+    place = int(w._layer._place[7])
+    w.promote(7)
+    w.demote(0)
+    assert w._layer._place[0] == place
+    assert torch.equal(w.sync_forward(given.hidden), signatures(given))
+
+
 @pytest.mark.parametrize("pools", POOLS)
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
 def test_an_expert_that_has_moved_is_the_same(fmt: WeightFormat, pools: int) -> None:
@@ -385,6 +398,28 @@ def test_kernels_that_a_layer_may_launch() -> None:
     assert counts["pack_few"] == 2 * len(TOKEN_TILES) and counts["pack_scatter"] > 0
     with pytest.raises(NotImplementedError, match="INT8 has no GPU kernels yet"):
         check_format("cute", FORMATS["INT8"])
+
+
+def test_a_mask_that_changes_before_the_weights_come() -> None:
+    """What it says then counts, as without a back end; what cannot be is refused."""
+    made = wrapper(
+        gpu_experts_mask=mask_of(1, 2),
+        gpu_backend="torch",
+        gpu_device="cpu",
+        elsewhere=mask_of(7),
+    )
+    made.gpu_experts_mask = mask_of(3, 4, 5)
+    with pytest.raises(ValueError, match="puts 3 experts on the GPU, which has 2 slots"):
+        SIGNATURES.load(made)
+    made.gpu_experts_mask = mask_of(7)
+    with pytest.raises(ValueError, match="True for expert 7, which is elsewhere"):
+        SIGNATURES.load(made)
+    made.gpu_experts_mask = mask_of(5)
+    given = signature_batch(4, 0)
+    out = SIGNATURES.load(made).forward(*given.args)
+    assert torch.equal(out, signatures(given, ~mask_of(7)))
+    made.promote(0)
+    assert torch.equal(made.forward(*given.args), out)
 
 
 def test_wide_scales() -> None:
