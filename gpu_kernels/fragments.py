@@ -32,15 +32,13 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.formats.strips import GROUP, PANEL_ROWS, STRIP_ROWS
+from hybrid_moe.formats.strips import GROUP, STRIP_ROWS
 from hybrid_moe.formats.table import WeightFormat
 
 LANES = 32
 QUADS = 4
 """Lanes that share rows; each takes its own words."""
 HALF_ROWS = STRIP_ROWS // 2
-TILE_ROWS = PANEL_ROWS
-"""Rows of an mma."""
 STEP = 16
 """k of an mma."""
 LOAD_BYTES = 16

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 import pytest
 
@@ -28,11 +27,13 @@ GENERATIONS = ("sm_80", "sm_90", "sm_120")
 SOME_GEMMS = ("gate_up, MXFP4, 8", "down, MXFP4, 64", "gate_up, BF16, 32")
 
 
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is checked is what the compiler makes now."""
-    monkeypatch.setenv("HYBRID_MOE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(binaries, "_known", {})
+@pytest.fixture(scope="module", autouse=True)
+def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is checked is what the compiler makes now, once for all tests of this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRID_MOE_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        patch.setattr(binaries, "_known", {})
+        yield
 
 
 Rows = Mapping[str, tuple[KernelDefinition, Expected]]
