@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybrid_moe.formats.strips import GROUP
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.gpu_kernels.weight_codes import WEIGHT_CODES
 
 RANGE_INPUTS = 512
@@ -47,9 +48,6 @@ class GemmConfig:
             warps, one for each half, and activations go through shared memory.
         stages: of activations in shared memory; 0 where every warp reads its own.
         depth: groups of weights on their way to a warp's registers.
-        ahead: groups, from the one that is multiplied on, that are on their way to L2; with stages.
-        resident: blocks that an SM must have registers for, so that the compiler does not use more
-            than that leaves.
         biases: of the experts.
         pdl: wait for the kernel before, and let the next one start, by programmatic dependent
             launch (sm_90 and later).
@@ -62,8 +60,6 @@ class GemmConfig:
     k_warps: int
     stages: int
     depth: int
-    ahead: int
-    resident: int
     biases: bool
     pdl: bool = False
 
@@ -113,6 +109,19 @@ class GemmConfig:
     def threads(self) -> int:
         return 32 * self.warps
 
+    @property
+    def ahead(self) -> int:
+        """With stages: groups from the one that is multiplied to one that L2 is asked for. Of 8
+        warps with half a strip each, 6 groups of 544 bytes (MXFP4) or 2 of 2048 (BF16), beside the
+        two that are on their way to registers: 26 KB an SM, 32 KB."""
+        return 4 if self.format == BF16.name else 8
+
+    @property
+    def resident(self) -> int:
+        """Blocks that an SM must have registers for; the compiler then uses no more than that
+        leaves. A quarter of an SM has 16384, for 3 warps of 168 each (tile 8) or 2 of 255."""
+        return max(1, (12 if self.tile == 8 else 8) // self.warps)
+
     def grid(self, strips: int, tiles: int) -> tuple[int, int]:
         """Blocks for a matrix of `strips` strips and at most `tiles` tiles. Strips come first: the
         activations of some tiles stay in L2 while an expert's weights stream by."""
@@ -159,23 +168,19 @@ def gemm_config(format: str, K: int, tile: int, *, biases: bool, pdl: bool = Fal
     Qwen3-30B has 8 experts * 24 gate/up strips * 4 ranges: 5.8 warps an SM of an H100, which with 4
     groups each are 25 KB; its down projection, 32 strips * 2 ranges, 3.9 warps, so 6 groups: 25 KB.
     A warp has one range if a block of up to 8 warps can hold them all, else as few as can be equal.
-    A quarter of an SM has 16384 registers, for 3 warps of 168 each (tile 8) or 2 of 255 (16).
 
     Prefill (32 and 64) computes. A block of 8 warps has 4 strips, 256 rows: for each group it reads
     4 * 1088 bytes of weights and 64 * tile of activations from L2, for 256 * 32 * tile products. Of
     a tile of 64 that is 62 products a byte, where an SM of an H100 multiplies about 1300 and reads
     24 bytes a clock. Half a strip times 64 tokens needs 64 registers for a range's sum and 64 for
     the total, and leaves room for two groups of weights: some 700 clocks of multiplying, enough for
-    L2's latency. L2 is asked for a group some time before: 8 warps * 6 groups * 544 bytes.
+    L2's latency. L2 is asked for them before (`GemmConfig.ahead`).
     """
     ranges = k_ranges(K)
-    bf16 = format == "BF16"
     if tile >= 32 or (tile == 16 and ranges > 24):  # whose sums would not fit shared memory
-        ahead = 4 if bf16 else 8
         strips = min(4, tile // 8)  # as many threads as copy a stage
-        return GemmConfig(format, tile, ranges, strips, 0, 4, STAGE_GROUPS, ahead, 1, biases, pdl)
+        return GemmConfig(format, tile, ranges, strips, 0, 4, STAGE_GROUPS, biases, pdl)
     k_warps = -(-ranges // -(-ranges // 8))
     strips = max(1, 4 // k_warps)
-    depth = 2 if bf16 else 4 if ranges > 2 else 6
-    resident = max(1, (8 if tile == 16 else 12) // (strips * k_warps))
-    return GemmConfig(format, tile, ranges, strips, k_warps, 0, depth, 0, resident, biases, pdl)
+    depth = 2 if format == BF16.name else 4 if ranges > 2 else 6
+    return GemmConfig(format, tile, ranges, strips, k_warps, 0, depth, biases, pdl)
