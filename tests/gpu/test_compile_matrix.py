@@ -9,6 +9,7 @@ A test compiles many kernels, since starting a compiler takes longer than most o
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from hybrid_moe.gpu_kernels.definition import ARCHITECTURES, KernelDefinition
 from hybrid_moe.gpu_kernels.toolchain import KernelBinary, binaries, warm_all
+from hybrid_moe.gpu_kernels.toolchain.cubin import Resources
 from tests.gpu.kernel_list import Expected, grouped_gemms, small_kernels
 
 PATTERNS = {
@@ -91,8 +93,19 @@ def test_everything() -> None:
 
 
 def test_problems_are_seen() -> None:
-    """A kernel with one register less, or another count, is reported."""
-    definition, expected = small_kernels()["act_quant"]
-    tight = Expected(expected.registers - 30, mma=1, wide_loads=9, copies=2)
-    found = _problems({"act_quant": (definition, tight)}, ["sm_80"])
-    assert len(found) == 4 and "registers, at most" in found[0]
+    text = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1};\n"
+        "ld.global.nc.L2::128B.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1];\n"
+        "ld.global.v2.b32 {%r1, %r2}, [%rd1];\n"
+        "cp.async.cg.shared.global [%r1], [%rd1], 16;\n"
+    )
+    binary = KernelBinary("sm_90", "k", text, b"", Resources(40, 0, 0, ()))
+    assert list(_of_one(binary, Expected(40, mma=1, wide_loads=1, copies=1))) == []
+    spilling = dataclasses.replace(binary, resources=Resources(41, 8, 0, ()))
+    assert list(_of_one(spilling, Expected(40, mma=2, wide_loads=2))) == [
+        "8 bytes of local memory: it spills",
+        "41 registers, at most 40",
+        "1 mma, not 2",
+        "1 wide loads, at least 2",
+        "1 copies to shared memory, at least 0",
+    ]
