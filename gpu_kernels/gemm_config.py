@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybrid_moe.formats.strips import GROUP
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.gpu_kernels.weight_codes import WEIGHT_CODES
 
 RANGE_INPUTS = 512
@@ -15,6 +16,8 @@ STAGE_GROUPS = 2
 """Groups of activations of a stage: 128 bytes a token, all banks of shared memory once."""
 ROW_TILES = 2
 """Tiles of 16 rows in half a strip."""
+MOST_SHARED_BYTES = 99 << 10
+"""Of a block on sm_86, sm_89 and sm_120, the least of all architectures."""
 
 
 def k_ranges(K: int) -> int:
@@ -45,7 +48,6 @@ class GemmConfig:
             warps, one for each half, and activations go through shared memory.
         stages: of activations in shared memory; 0 where every warp reads its own.
         depth: groups of weights on their way to a warp's registers.
-        ahead: groups, from the one that is multiplied on, that are on their way to L2; with stages.
         biases: of the experts.
         pdl: wait for the kernel before, and let the next one start, by programmatic dependent
             launch (sm_90 and later).
@@ -58,7 +60,6 @@ class GemmConfig:
     k_warps: int
     stages: int
     depth: int
-    ahead: int
     biases: bool
     pdl: bool = False
 
@@ -71,6 +72,11 @@ class GemmConfig:
             raise ValueError(f"tile is {self.tile}, must be in {TOKEN_TILES}")
         if self.staged != (self.k_warps == 0) or self.stages not in (0, 2, 4, 8):
             raise ValueError(f"stages is {self.stages} with {self.k_warps} warps along K")
+        if self.shared_bytes > MOST_SHARED_BYTES:
+            raise ValueError(
+                f"K = {RANGE_INPUTS * self.ranges} with tiles of {self.tile} needs "
+                f"{self.shared_bytes} bytes of shared memory, a block has {MOST_SHARED_BYTES}"
+            )
         if self.staged and (self.depth != STAGE_GROUPS or self.tile * 8 % self.threads):
             raise ValueError(f"a block of {self.threads} threads cannot copy {self.tile} tokens")
 
@@ -104,11 +110,17 @@ class GemmConfig:
         return 32 * self.warps
 
     @property
-    def resident_blocks(self) -> int:
-        """Blocks that an SM must have registers for. The compiler, left alone, gives a lane what
-        hides latency within a warp; here loads are ahead already, and more warps hide more. 65536
-        registers make 18 warps of 112 (tile 8), 12 of 168 (16), 8 of 255 (32, 64)."""
-        return max(1, {8: 18, 16: 12, 32: 8, 64: 8}[self.tile] // self.warps)
+    def ahead(self) -> int:
+        """With stages: groups from the one that is multiplied to one that L2 is asked for. Of 8
+        warps with half a strip each, 6 groups of 544 bytes (MXFP4) or 2 of 2048 (BF16), beside the
+        two that are on their way to registers: 26 KB an SM, 32 KB."""
+        return 4 if self.format == BF16.name else 8
+
+    @property
+    def resident(self) -> int:
+        """Blocks that an SM must have registers for; the compiler then uses no more than that
+        leaves. A quarter of an SM has 16384, for 3 warps of 168 each (tile 8) or 2 of 255."""
+        return max(1, (12 if self.tile == 8 else 8) // self.warps)
 
     def grid(self, strips: int, tiles: int) -> tuple[int, int]:
         """Blocks for a matrix of `strips` strips and at most `tiles` tiles. Strips come first: the
@@ -162,13 +174,13 @@ def gemm_config(format: str, K: int, tile: int, *, biases: bool, pdl: bool = Fal
     a tile of 64 that is 62 products a byte, where an SM of an H100 multiplies about 1300 and reads
     24 bytes a clock. Half a strip times 64 tokens needs 64 registers for a range's sum and 64 for
     the total, and leaves room for two groups of weights: some 700 clocks of multiplying, enough for
-    L2's latency. L2 is asked for a group some time before: 8 warps * 6 groups * 544 bytes.
+    L2's latency. L2 is asked for them before (`GemmConfig.ahead`).
     """
     ranges = k_ranges(K)
-    if tile >= 32:
-        ahead = 4 if format == "BF16" else 8
-        return GemmConfig(format, tile, ranges, 4, 0, 4, STAGE_GROUPS, ahead, biases, pdl)
+    if tile >= 32 or (tile == 16 and ranges > 24):  # whose sums would not fit shared memory
+        strips = min(4, tile // 8)  # as many threads as copy a stage
+        return GemmConfig(format, tile, ranges, strips, 0, 4, STAGE_GROUPS, biases, pdl)
     k_warps = -(-ranges // -(-ranges // 8))
     strips = max(1, 4 // k_warps)
-    depth = 2 if format == "BF16" else 4 if ranges > 2 else 6
-    return GemmConfig(format, tile, ranges, strips, k_warps, 0, depth, 0, biases, pdl)
+    depth = 2 if format == BF16.name else 4 if ranges > 2 else 6
+    return GemmConfig(format, tile, ranges, strips, k_warps, 0, depth, biases, pdl)

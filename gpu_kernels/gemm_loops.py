@@ -1,8 +1,9 @@
 """The two ways of a warp through K, with the same products and the same order of additions.
 
 `SplitK` is for few tokens, `Staged` for many; `strip_gemm` says how the warps of a block share the
-work. Both are given the addresses of the lane's first codes and scales, and both keep the sum of a
-range apart from what was summed before, so that a token has the same bits in both.
+work. Both are given where the lane's first codes are (`codes_at`, an address) and how far its first
+scales are from there (`scales_from`), and both keep the sum of a range apart from what was summed
+before, so that a token has the same bits in both.
 """
 
 from typing import Any
@@ -45,34 +46,37 @@ class GroupProducts:
         first = STAGE_GROUPS * divide(r * stages, self.config.ranges)
         return first + ((groups - first) >> 31)  # the last one is one too many if groups are odd
 
-    def _chunk(self, codes_at: Any, scales_at: Any, group: Any, half: int) -> list[tuple[Any, int]]:
+    def _chunk(
+        self, codes_at: Any, scales_from: Any, group: Any, half: int
+    ) -> list[tuple[Any, int]]:
         from cutlass import Int64
 
-        offset = Int64(group) * Int64(self.layout.group_bytes)
-        loads: list[tuple[Any, int]] = self.codes.chunk(codes_at + offset, scales_at + offset, half)
+        codes = codes_at + Int64(group) * Int64(self.layout.group_bytes)
+        loads: list[tuple[Any, int]] = self.codes.chunk(codes, codes + Int64(scales_from), half)
         return loads
 
-    def load_weights(self, words: Any, codes_at: Any, scales_at: Any, group: Any) -> None:
+    def load_weights(self, words: Any, codes_at: Any, scales_from: Any, group: Any) -> None:
         """words, uint32 [registers, half] = the lane's share of a group."""
         for half in range(self.config.halves):
             first = 0
-            for address, count in self._chunk(codes_at, scales_at, group, half):
+            for address, count in self._chunk(codes_at, scales_from, group, half):
                 load_words(part(words[None, half], first, count), address)
                 first += count
 
-    def request_weights(self, codes_at: Any, scales_at: Any, group: Any) -> None:
+    def request_weights(self, codes_at: Any, scales_from: Any, group: Any) -> None:
         """Have the lane's share of a group brought to L2."""
         for half in range(self.config.halves):
-            for address, _ in self._chunk(codes_at, scales_at, group, half):
+            for address, _ in self._chunk(codes_at, scales_from, group, half):
                 request(address)
 
-    def multiply(self, words: Any, column: Any, sums: Any, folded: bool) -> None:
+    def multiply(self, words: Any, column: Any, sums: Any, columns: int, folded: bool) -> None:
         """sums += a group's products.
 
         Args:
             words: uint32 [registers, half].
             column: n -> the lane's B fragments of both k-steps, uint32 [4], of column n.
             sums: float32 [4, row tile, column, half].
+            columns: how many.
             folded: scales are in the A fragments.
         """
         from cutlass import Float32, Uint32
@@ -85,7 +89,7 @@ class GroupProducts:
                     fragment = self.codes.fragment(share, tile, k, folded)
                     for i in range(4):
                         a[i, k, tile] = fragment[i]
-            for n in range(self.config.columns):
+            for n in range(columns):
                 b = column(n)
                 if folded:
                     for k in range(2):
@@ -158,11 +162,11 @@ def split_k(config: GemmConfig) -> Any:
 
         @cute.jit
         def start_weights(
-            self, words: cute.Tensor, codes_at: Int64, scales_at: Int64, begin: Int32, end: Int32
+            self, words: cute.Tensor, codes_at: Int64, scales_from: Int32, begin: Int32, end: Int32
         ) -> None:
             for d in cutlass.range_constexpr(depth):
                 if begin + d < end:
-                    products.load_weights(words[None, None, d], codes_at, scales_at, begin + d)
+                    products.load_weights(words[None, None, d], codes_at, scales_from, begin + d)
 
         @cute.jit
         def start_tokens(
@@ -179,7 +183,7 @@ def split_k(config: GemmConfig) -> Any:
             words: cute.Tensor,
             b: cute.Tensor,
             codes_at: Int64,
-            scales_at: Int64,
+            scales_from: Int32,
             tokens: cute.Tensor,
             partial: cute.Tensor,
             first: Int32,
@@ -202,9 +206,11 @@ def split_k(config: GemmConfig) -> Any:
                 for d in cutlass.range_constexpr(depth):
                     if g + d < end:
                         place = words[None, None, d]
-                        products.multiply(place, lambda n, d=d: b[None, n, d], sums, folded)
+                        products.multiply(
+                            place, lambda n, d=d: b[None, n, d], sums, columns, folded
+                        )
                         if g + (d + depth) < end:
-                            products.load_weights(place, codes_at, scales_at, g + (d + depth))
+                            products.load_weights(place, codes_at, scales_from, g + (d + depth))
                             self.load_tokens(b[None, None, d], tokens, g + (d + depth))
                         if cutlass.const_expr(not alone):  # noqa: SIM102 (one of two stages)
                             if g + (d + 1) == boundary:
@@ -248,6 +254,9 @@ def staged(config: GemmConfig) -> Any:
         codes = products.codes
         layout = products.layout
 
+        passes = -(-columns // 4)
+        """Times that a wide expert's half strip goes through K: a group's products take registers
+        of their own, which the sums and totals of 64 tokens do not leave."""
         copied = config.tile // rows_apart
         """Tokens of which a thread copies a chunk."""
 
@@ -289,7 +298,7 @@ def staged(config: GemmConfig) -> Any:
             self,
             words: cute.Tensor,
             codes_at: Int64,
-            scales_at: Int64,
+            scales_from: Int32,
             tokens_at: Int64,
             sources: cute.Tensor,
             x: cute.Tensor,
@@ -301,10 +310,10 @@ def staged(config: GemmConfig) -> Any:
             copies them, int32 in pieces of 16 bytes: a register each instead of two."""
             for d in cutlass.range_constexpr(STAGE_GROUPS):
                 if d < groups:
-                    products.load_weights(words[None, None, d], codes_at, scales_at, Int32(d))
+                    products.load_weights(words[None, None, d], codes_at, scales_from, Int32(d))
             for d in cutlass.range_constexpr(STAGE_GROUPS, config.ahead):
                 if d < groups:
-                    products.request_weights(codes_at, scales_at, Int32(d))
+                    products.request_weights(codes_at, scales_from, Int32(d))
             for s in cutlass.range_constexpr(config.stages - 1):
                 if s * STAGE_GROUPS < groups:
                     self.copy(tokens_at, sources, x, Int32(s), Int32(s), groups)
@@ -314,22 +323,25 @@ def staged(config: GemmConfig) -> Any:
         def run(
             self,
             folded: cutlass.Constexpr,
+            pass_number: cutlass.Constexpr,
             words: cute.Tensor,
             codes_at: Int64,
-            scales_at: Int64,
+            scales_from: Int32,
             tokens_at: Int64,
             sources: cute.Tensor,
             x: cute.Tensor,
             totals: cute.Tensor,
             groups: Int32,
         ) -> None:
-            """totals, float32 [4, row tile, column] = the sums over all K, range by range."""
+            """totals, float32 [4, row tile, column] += the sums over all K, range by range; of an
+            expert that is not `folded` only the columns of one of `passes`."""
             lane = cute.arch.thread_idx()[0] & 31
             t, q = lane >> 2, lane & 3
-            sums = registers((4, ROW_TILES, columns, 1), Float32)
+            some = columns if folded else columns // self.passes
+            skipped = some * pass_number
+            sums = registers((4, ROW_TILES, some, 1), Float32)
             b = registers((4,), Uint32)
             sums.fill(0.0)
-            totals.fill(0.0)
             r = Int32(1)
             boundary = products.bound(r, groups)
             for first in cutlass.range(0, groups, STAGE_GROUPS, unroll=1):
@@ -348,30 +360,31 @@ def staged(config: GemmConfig) -> Any:
                             chunk = (4 * d + q) ^ ((t & 1) * 4)
                             whole = cute.recast_ptr(b.iterator, dtype=BFloat16)
                             cute.autovec_copy(
-                                x[None, chunk, 8 * n + t, place],
+                                x[None, chunk, 8 * (skipped + n) + t, place],
                                 cute.make_tensor(whole, cute.make_layout(8)),
                             )
                             return b
 
                         place_of_weights = words[None, None, d]
-                        products.multiply(place_of_weights, column, sums, folded)
+                        products.multiply(place_of_weights, column, sums, some, folded)
                         if first + (d + STAGE_GROUPS) < groups:
                             products.load_weights(
-                                place_of_weights, codes_at, scales_at, first + (d + STAGE_GROUPS)
+                                place_of_weights, codes_at, scales_from, first + (d + STAGE_GROUPS)
                             )
                         if first + (d + config.ahead) < groups:
                             products.request_weights(
-                                codes_at, scales_at, first + (d + config.ahead)
+                                codes_at, scales_from, first + (d + config.ahead)
                             )
                 if (first + STAGE_GROUPS == boundary) | (first + STAGE_GROUPS > groups):
-                    self.keep(sums, totals)
+                    self.keep(sums, totals, some, skipped)
                     r += 1
                     boundary = products.bound(r, groups)
 
-        def keep(self, sums: Any, totals: Any) -> None:
+        def keep(self, sums: Any, totals: Any, some: int, skipped: int) -> None:
             """A range is complete: add its sums to the totals, and start the next one at 0."""
-            for i in range(4 * ROW_TILES * columns):
-                totals[i] = totals[i] + sums[i]
+            first = 4 * ROW_TILES * skipped
+            for i in range(4 * ROW_TILES * some):
+                totals[first + i] = totals[first + i] + sums[i]
             sums.fill(0.0)
 
     return Staged()

@@ -53,6 +53,18 @@ def request(address: Any) -> None:
     inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address])
 
 
+def fused(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c in float32, rounded once: a product beyond float32 may come back."""
+    from cutlass import Float32
+    from cutlass.cute.arch import inline_ptx
+
+    return inline_ptx(
+        "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};",
+        write_only_types=[Float32],
+        read_only_args=[a, b, c],
+    )
+
+
 def divide(a: Any, b: Any) -> Any:
     """a // b of Int32 that are not negative, without the corrections for those that are."""
     from cutlass import Int32, Uint32

@@ -116,8 +116,10 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                 strip_at = base + Int64(line) * Int64(LINE)
                 if cutlass.const_expr(config.staged):
                     half = warp & 1
-                    codes_at = strip_at + Int64(256 * q + 16 * t + 128 * half)
-                    scales_at = strip_at + Int64(loop.layout.code_bytes + 4 * t + 32 * half)
+                    lane_codes = 256 * q + 16 * t + 128 * half
+                    lane_scales = loop.layout.code_bytes + 4 * t + 32 * half
+                    codes_at = strip_at + Int64(lane_codes)
+                    scales_from = lane_scales - lane_codes
                     if cutlass.const_expr(config.pdl and epilogue.early_weights):
                         cute.arch.griddepcontrol_wait()
                         cute.arch.griddepcontrol_launch_dependents()
@@ -132,15 +134,20 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                     )
                     words = loop.registers()
                     totals = registers((4, ROW_TILES, columns), Float32)
-                    at = (codes_at, scales_at, activations.toint(), sources, x)
+                    at = (codes_at, scales_from, activations.toint(), sources, x)
                     loop.start(words, *at, groups)
+                    totals.fill(0.0)
                     if cutlass.const_expr(loop.codes.scaled):
                         if element(wide, slot) == 0:
-                            loop.run(True, words, *at, totals, groups)
+                            loop.run(True, 0, words, *at, totals, groups)
                         else:
-                            loop.run(False, words, *at, totals, groups)
+                            loop.run(False, 0, words, *at, totals, groups)
+                            for number in cutlass.range_constexpr(1, loop.passes):
+                                cute.arch.sync_threads()  # the activations have been read
+                                loop.start(words, *at, groups)
+                                loop.run(False, number, words, *at, totals, groups)
                     else:
-                        loop.run(True, words, *at, totals, groups)
+                        loop.run(True, 0, words, *at, totals, groups)
                     if cutlass.const_expr(epilogue.halves_meet):
                         self.exchange(
                             totals, shared, out, base, table, rows, strip, strips, row_columns
@@ -154,8 +161,9 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                                 c, out, base, table, rows, strip, half, Int32(n), row_columns
                             )
                 else:
-                    codes_at = strip_at + Int64(256 * q + 16 * t)
-                    scales_at = strip_at + Int64(loop.layout.code_bytes + 4 * t)
+                    lane_codes = 256 * q + 16 * t
+                    codes_at = strip_at + Int64(lane_codes)
+                    scales_from = loop.layout.code_bytes + 4 * t - lane_codes
                     words, b = loop.registers()
                     k_warp = warp - divide(warp, config.k_warps) * config.k_warps
                     first = divide(k_warp * config.ranges, config.k_warps)
@@ -163,7 +171,7 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                     begin, end = loop.bound(first, groups), loop.bound(last, groups)
                     if not present:
                         end = begin
-                    loop.start_weights(words, codes_at, scales_at, begin, end)
+                    loop.start_weights(words, codes_at, scales_from, begin, end)
                     if cutlass.const_expr(config.pdl and epilogue.early_weights):
                         cute.arch.griddepcontrol_wait()
                         cute.arch.griddepcontrol_launch_dependents()
@@ -177,18 +185,21 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                         cute.make_layout((4, 32, config.fragments, config.ranges, config.strips)),
                     )
                     mine = partial[None, lane, None, None, divide(warp, config.k_warps)]
-                    at = (codes_at, scales_at, tokens, mine, first, begin, end, groups)
+                    job = (codes_at, scales_from, tokens, mine, first, begin, end, groups)
                     if cutlass.const_expr(loop.codes.scaled):
                         if element(wide, slot) == 0:
-                            loop.run(True, words, b, *at)
+                            loop.run(True, words, b, *job)
                         else:
-                            loop.run(False, words, b, *at)
+                            loop.run(False, words, b, *job)
                     else:
-                        loop.run(True, words, b, *at)
+                        loop.run(True, words, b, *job)
                     cute.arch.sync_threads()
                     self.add_ranges(
                         partial, out, base, table, rows, block * config.strips, strips, row_columns
                     )
+            elif cutlass.const_expr(config.pdl and epilogue.early_weights):
+                # or this kernel could end before the one in front, for which others wait through it
+                cute.arch.griddepcontrol_wait()
 
         @cute.jit
         def token(self, rows: cute.Pointer, i: Int32, pairs_per_row: Int32) -> Int64:
@@ -321,7 +332,7 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                 grid=[1, 1, 1],
                 block=[config.threads, 1, 1],
                 stream=stream,
-                min_blocks_per_mp=config.resident_blocks,
+                min_blocks_per_mp=config.resident,
                 preferred_smem_carveout=50,  # where it is not given, the DSL asks a GPU
             )
 

@@ -25,6 +25,7 @@ from typing import Any
 from hybrid_moe.formats.strips import StripLayout
 from hybrid_moe.formats.table import BF16, MXFP4, WeightFormat
 from hybrid_moe.gpu_kernels.fragments import QUADS
+from hybrid_moe.gpu_kernels.lane_memory import fused
 
 MOST_FOLDED_SCALE = 128
 """Largest E8M0 scale whose products with E2M1 codes are bf16: 6 * 2^1; also what the exponent field
@@ -73,7 +74,7 @@ class Mxfp4Codes:
         """sums + scale * products, both the C registers of a tile: rows 2 tile (twice) and the one
         behind it (twice). For experts that are wide."""
         factors = [_scale_float(words[4], 2 * tile + row) for row in (0, 0, 1, 1)]
-        return [s + f * p for s, f, p in zip(sums, factors, products, strict=True)]
+        return [fused(f, p, s) for f, p, s in zip(factors, products, sums, strict=True)]
 
 
 class Bf16Codes:
