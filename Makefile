@@ -175,11 +175,12 @@ bench-peers-install: install
 # What only a GPU can tell, within eight minutes; without one, a rehearsal. Needs no network and no pip:
 # any Python with torch, and what it lacks in a folder of unpacked wheels (bench/gpu_check/packages.py).
 RESULTS ?= docs/results/gpu
-GPU_CHECK_PYTHON ?= $(BIN)/python
+GPU_CHECK_PYTHON ?= $(abspath $(BIN))/python
 gpu-check:
 	rm -rf build/tree && $(MAKE) --no-print-directory $(TREE)
-	GPU_CHECK_PACKAGES=$(GPU_CHECK_PACKAGES) PYTHONPATH=$(CURDIR)/build/tree:$(CURDIR) \
-		$(GPU_CHECK_PYTHON) -m bench.gpu_check --results $(RESULTS)
+	ln -s $(CURDIR)/bench $(CURDIR)/tests build/tree/
+	cd build/tree && GPU_CHECK_PACKAGES=$(abspath $(GPU_CHECK_PACKAGES)) PYTHONPATH=$(CURDIR)/build/tree \
+		$(GPU_CHECK_PYTHON) -m bench.gpu_check --results $(abspath $(RESULTS))
 
 # the series of layers on an idle machine; its receipts become docs/results
 bench-results: install

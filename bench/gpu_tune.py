@@ -17,7 +17,7 @@ import argparse
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,17 +111,14 @@ class Candidate:
 def gemm_configs(chosen: GemmConfig, card: Card) -> list[GemmConfig]:
     """The heuristic's choice, then all others that fit the card: other warps, strips of a block,
     groups on their way. What fixes a token's bits, the K ranges, stays."""
-    few = chosen.tile < 32
+    few = not chosen.staged
     splits = {-(-chosen.ranges // each) for each in range(1, chosen.ranges + 1)} if few else {0}
     found = [chosen]
     for k_warps, strips, stages, depth in itertools.product(
-        sorted(splits), (1, 2, 4, 8), (0,) if few else (2, 4, 8), (2, 4, 8) if few else (2,)
+        sorted(splits), (1, 2, 4, 8), (0,) if few else (2, 4, 8), (2, 4, 6, 8) if few else (2,)
     ):
         try:
-            config = GemmConfig(
-                chosen.format, chosen.tile, chosen.ranges, strips, k_warps, stages, depth,
-                chosen.biases, chosen.pdl,
-            )  # fmt: skip
+            config = replace(chosen, k_warps=k_warps, strips=strips, stages=stages, depth=depth)
         except ValueError:  # cannot be compiled
             continue
         if config.threads <= 256 and config.shared_bytes <= card.shared_bytes:

@@ -281,11 +281,10 @@ class PackedExperts:
             before anything is copied into it.
         """
         self._check_open()
-        self._check_process()
+        # the entries stay: a job that should not read them finds other weights, but finds memory
+        entries = self._entries(expert, self.ranges_of(expert))
         self._free_places.append(int(self._place[expert]))
         self._place[expert] = -1
-        # the entries stay: a job that should not read them finds other weights, but finds memory
-        entries = self._table[expert].copy()
         return PlacementChange(self._table, expert, entries, live, state, self._owned)
 
     @property

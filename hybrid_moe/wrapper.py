@@ -1,6 +1,7 @@
-"""`KTMoEWrapper`: the routed experts of one MoE layer on the CPU, call-compatible with kt-kernel.
+"""`KTMoEWrapper`: the routed experts of one MoE layer, call-compatible with kt-kernel.
 
     submit_forward ─► checks ─► (split off deferred experts) ─► job on the worker pool
+                                                            └─► with a gpu_backend: the hot half
     sync_forward   ◄── this layer's experts + those that the layer before had deferred
 
 One wrapper is one layer. Layers of one model share checkpoint handles, worker pools (equal
@@ -42,7 +43,7 @@ from hybrid_moe.runtime.weights import Stacked
 
 
 class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
-    """The routed experts of one layer that are not on the GPU.
+    """The routed experts of one layer that are not on the GPU; with a `gpu_backend` all of them.
 
     Args:
         layer_idx: index of the layer in the model, dense layers counted; selects its tensors in
@@ -52,7 +53,8 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         hidden_size: H, a multiple of 32.
         moe_intermediate_size: I, whole, a multiple of 32.
         gpu_experts_mask: bool [E], True for experts that the GPU computes and that are skipped
-            here; None for none (or for what `num_gpu_experts` says).
+            here, or held in slots with a `gpu_backend`; None for none (or for what
+            `num_gpu_experts` says).
         cpuinfer_threads: worker threads over all pools; None for one per physical core, within
             the cgroup's quota.
         threadpool_count: worker pools; None for one per NUMA node.
@@ -196,7 +198,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
     # Loading ------------------------------------------------------------------------------------
 
     def load_weights(self, physical_to_logical_map_cpu: torch.Tensor | None = None) -> None:
-        """Read the experts whose mask is False from the checkpoint into packed strips.
+        """Read the experts that this layer computes from the checkpoint into packed strips.
 
         Args:
             physical_to_logical_map_cpu: int64 [E] on the CPU: expert `map[i]` of the checkpoint is
@@ -231,7 +233,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
     ) -> None:
-        """Pack the experts whose mask is False from stacked tensors, quantising floats.
+        """Pack the experts that this layer computes from stacked tensors, quantising floats.
 
         Args:
             gate_proj, up_proj: float [E', I, H], or uint8 codes [E', I, H/2] for MXFP4, int8
@@ -350,8 +352,9 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
 
         Args:
             hidden_states: bfloat16 [B, H], any strides, B may be 0.
-            topk_ids: int64 or int32 [B, k]. Ids below 0, at and above E, and of experts that the
-                mask puts on the GPU contribute zero.
+            topk_ids: int64 or int32 [B, k]. Ids below 0, at and above E, and of experts that
+                others compute (by the mask without a `gpu_backend`, by `elsewhere` with one)
+                contribute zero.
             topk_weights: float [B, k].
             cuda_stream: the `cudaStream_t` as int for CUDA tensors; unused for CPU tensors.
 

@@ -1,7 +1,9 @@
 """Packages in a folder of unpacked wheels, for a machine on which nothing but torch is installed.
 
     pip install --target FOLDER --only-binary :all: llvmlite psutil tqdm typer rich numba pytest \\
-        hypothesis ml_dtypes safetensors nvidia-cutlass-dsl==4.8.1   # elsewhere, for this Python
+        hypothesis ml_dtypes safetensors transformers nvidia-cutlass-dsl==4.8.1
+
+elsewhere, for this Python; without dependencies (`--no-deps`) where torch would come along.
 """
 
 from __future__ import annotations

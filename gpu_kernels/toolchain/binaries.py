@@ -77,13 +77,13 @@ def warm(definitions: Sequence[KernelDefinition], arch: str) -> list[KernelBinar
 
 def warm_all(wanted: Sequence[tuple[KernelDefinition, str]]) -> list[KernelBinary]:
     """`warm` for kernels of several architectures."""
-    missing = [each for each in dict.fromkeys(wanted) if not fetched(*each)]
+    missing = [each for each in dict.fromkeys(wanted) if not _fetch(*each)]
     if missing:
         _compile(missing)
     return [_known[each] for each in wanted]
 
 
-def fetched(definition: KernelDefinition, arch: str) -> bool:
+def _fetch(definition: KernelDefinition, arch: str) -> bool:
     """Look in memory, then on disk: whether the binary is in memory now."""
     if (definition, arch) in _known:
         return True
@@ -116,7 +116,7 @@ def _compile(missing: Sequence[tuple[KernelDefinition, str]]) -> None:
                 except IndexError:  # another thread was faster
                     return
                 try:
-                    keep(definition, arch, compiler.compile(definition, arch))
+                    _keep(definition, arch, compiler.compile(definition, arch))
                 except CompileError as error:
                     failed.append(str(error))
 
@@ -128,7 +128,7 @@ def _compile(missing: Sequence[tuple[KernelDefinition, str]]) -> None:
         raise CompileError("\n".join(failed))
 
 
-def keep(definition: KernelDefinition, arch: str, artifacts: Artifacts) -> None:
+def _keep(definition: KernelDefinition, arch: str, artifacts: Artifacts) -> None:
     """Put what a compiler gave into memory and cache."""
     _known[definition, arch] = _binary(definition, arch, artifacts)
     key = binary_key(definition, arch)

@@ -69,10 +69,11 @@ def test_a_launch_computes_the_kernel(kernel: str) -> None:
 @pytest.mark.parametrize("tile", [8, 16, 32, 64])
 @pytest.mark.parametrize("K", [768, 2880, 7168])
 def test_gemm_candidates_begin_with_the_heuristic_and_keep_bits(K: int, tile: int) -> None:
-    chosen = gemm_config("MXFP4", K, tile, biases=False)
+    chosen = gemm_config("MXFP4", K, tile, biases=True)
     found = gemm_configs(chosen, CARD)
     assert found[0] == chosen and len(found) == len(set(found)) > 2
-    assert {(c.ranges, c.tile, c.format) for c in found} == {(chosen.ranges, tile, "MXFP4")}
+    kept = {(c.ranges, c.tile, c.format, c.biases, c.pdl) for c in found}
+    assert kept == {(chosen.ranges, tile, "MXFP4", True, False)}
     assert all(c.shared_bytes <= CARD.shared_bytes and c.threads <= 256 for c in found[1:])
     none = dataclasses.replace(CARD, shared_bytes=0)
     assert gemm_configs(chosen, none) == [chosen]

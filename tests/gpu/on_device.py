@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from hybrid_moe.gpu_kernels.definition import KernelDefinition, compile_here
+from hybrid_moe.gpu_kernels.definition import KernelDefinition
 
 DEVICE = "cuda"
 ON_DEVICE = os.environ.get("HYBRID_MOE_TEST_GPU") == "cuda"
@@ -42,9 +42,9 @@ def run(
     """Launch the kernel; arrays and tensors among `values` are then as it left them."""
     import torch
 
-    from hybrid_moe.gpu_kernels.toolchain import launching
+    from hybrid_moe.gpu_kernels.toolchain import binaries, launching
 
-    _compile(definition)
+    binaries.compiled_here(definition, architecture())  # what the launch then finds in memory
     given: list[Any] = []
     back: list[tuple[Any, Any]] = []
     for argument in definition.arguments:
@@ -61,15 +61,6 @@ def run(
     for host, copy in back:
         host.copy_(copy[: host.numel()])
     return DeviceReport()
-
-
-def _compile(definition: KernelDefinition) -> None:
-    """In this process, unless it is in the cache: tests have many small kernels, and starting a
-    compiler for each takes longer than compiling it."""
-    from hybrid_moe.gpu_kernels.toolchain import binaries
-
-    if not binaries.fetched(definition, architecture()):
-        binaries.keep(definition, architecture(), compile_here(definition, architecture()))
 
 
 def _bytes(value: Any) -> Any:

@@ -27,11 +27,13 @@ class ProductConfig:
         stored: where a chunk is put: j ^ (row & stored).
         loaded: where it is looked for.
         shift: added to the lane that a fragment's place is computed from.
+        places: in shared memory; two stages are on their way while one is read.
     """
 
     stored: int = 7
     loaded: int = 7
     shift: int = 0
+    places: int = STAGES
 
 
 def definition(config: ProductConfig) -> KernelDefinition:
@@ -73,7 +75,7 @@ def _kernel(config: ProductConfig) -> Any:
                     number = cute.make_tensor(rows + row, cute.make_layout(1))[0]
                     at = a.toint() + 2 * (Int64(number) * K + (stage * CHUNKS + chunk) * 8)
                     source = cute.make_ptr(BFloat16, at, cute.AddressSpace.gmem, assumed_align=16)
-                    target = x[None, chunk ^ (row & config.stored), row, stage % STAGES]
+                    target = x[None, chunk ^ (row & config.stored), row, stage % config.places]
                     cute.copy(atom, cute.make_tensor(source, cute.make_layout(8)), target)
             arch.cp_async_commit_group()
 
@@ -103,7 +105,7 @@ def _kernel(config: ProductConfig) -> Any:
                 for step in cutlass.range_constexpr(4):
                     for i in cutlass.range_constexpr(4):
                         row, chunk = g + 8 * (i & 1), 2 * step + i // 2
-                        piece = x[None, chunk ^ (row & config.loaded), row, stage % STAGES]
+                        piece = x[None, chunk ^ (row & config.loaded), row, stage % config.places]
                         left[i] = cute.recast_tensor(piece, Uint32)[q]
                     for i in cutlass.range_constexpr(2):
                         at = (column + thread % 32 // 4) * K + stage * 64 + step * 16 + 8 * i

@@ -81,7 +81,6 @@ def _replaced(**changes: Callable[[torch.Tensor], torch.Tensor]) -> Change:
         (_replaced(tile_rows=lambda r: r.T.contiguous().T), ValueError, "tile_rows has strides"),
         (_replaced(num_tiles=lambda n: n[0]), ValueError, "num_tiles has shape"),
     ],
-    ids=str,
 )
 def test_bad_tiles(change: Change, error: type[Exception], message: str) -> None:
     case = random_case(MXFP4, 96, 64)

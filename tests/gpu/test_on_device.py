@@ -28,7 +28,7 @@ def test_arrays_go_there_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_device, "ON_DEVICE", True)
     monkeypatch.setattr(on_device, "DEVICE", "cpu")
     monkeypatch.setattr(on_device, "architecture", lambda: "sm_90")
-    monkeypatch.setattr(binaries, "fetched", lambda definition, arch: True)
+    monkeypatch.setattr(binaries, "compiled_here", lambda definition, arch: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(launching, "launch", launch)
     x, y = np.arange(5, dtype=np.float32), torch.zeros(5)

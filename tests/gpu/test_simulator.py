@@ -101,6 +101,17 @@ def test_a_removed_barrier_is_seen(seed: int) -> None:
     assert not case.is_right()
 
 
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_a_copy_into_what_is_being_read_is_seen(seed: int) -> None:
+    """With a place too few. A copy that lands at its wait, as in lockstep, hides that; under a seed
+    half of them land at once."""
+    case = Case()
+    case.simulate(ProductConfig(places=2))
+    assert case.is_right()
+    case.simulate(ProductConfig(places=2), seed=seed)
+    assert not case.is_right()
+
+
 def test_a_wrong_swizzle_is_seen() -> None:
     """None at all has the right product and bank conflicts; one that differs between store and load
     has the wrong product."""

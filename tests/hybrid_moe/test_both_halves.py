@@ -134,6 +134,19 @@ def test_experts_move_at_any_time(pools: int) -> None:
     assert len(set(placement._slot[placement._slot >= 0])) == int(w.gpu_experts_mask.sum())
 
 
+def test_a_place_is_not_overwritten_under_a_job() -> None:
+    """One thread, which works when it waits: the job has begun nothing when experts move."""
+    w = hybrid(SIGNATURES, 0, 1, gpu_slots=3)
+    given = signature_batch(3, 0)
+    given.ids[:, 0] = 7
+    w.submit_forward(*given.args)
+    place = int(w._layer._place[7])
+    w.promote(7)
+    w.demote(0)
+    assert w._layer._place[0] == place
+    assert torch.equal(w.sync_forward(given.hidden), signatures(given))
+
+
 @pytest.mark.parametrize("pools", POOLS)
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
 def test_an_expert_that_has_moved_is_the_same(fmt: WeightFormat, pools: int) -> None:

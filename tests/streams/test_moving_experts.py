@@ -39,6 +39,9 @@ from tests.streams.model import ManualGroup, ManualWatcher
 
 WEIGHTS = signature_weights()
 HOT, SLOTS = 3, 4
+HASTE = ((1.0, 1.0), (0.02, 1.0), (1.0, 0.02))
+"""How likely workers and the thread that launches jobs are to be next, compared to streams. Where
+they are late, a move that does not wait for them comes in between."""
 
 
 class QueuedSlots(SlotExperts):
@@ -65,7 +68,8 @@ class Hybrid:
     def __init__(self, seed: int, *, flags: bool, deferred: int) -> None:
         self.rng, self.group, self.watcher = random.Random(seed), ManualGroup(), ManualWatcher()
         self.gpu = Device(self.rng, would_block=self.group.would_block, has_flags=flags)
-        self.gpu.agents = [(1.0, self.group.work), (1.0, self.watcher.look)]
+        workers, watcher = HASTE[seed % len(HASTE)]
+        self.gpu.agents = [(workers, self.group.work), (watcher, self.watcher.look)]
         self.streams = [self.gpu.stream(0), self.gpu.stream(1)]
         self.on = self.streams[0]
         QueuedSlots.gpu = self.gpu
@@ -103,6 +107,7 @@ class Hybrid:
             self.runners.append(runner)
         self.checks: list[tuple[list[torch.Tensor], list[Batch]]] = []
         self.moves = 0
+        self.dropped = False
 
     def move(self) -> None:
         """Queue a move of some expert of some layer, unless there is no room."""
@@ -173,8 +178,11 @@ class Hybrid:
                 placement.check_mask()
             total = signatures(values[0]) + signatures(values[1])
             assert torch.equal(outputs[0] + outputs[1], total)
-        for runner in self.runners:
+        for at, runner in enumerate(self.runners):
             assert runner.take_error() is None
+            routed = sum(int((values[at].ids >= 0).sum()) for _, values in self.checks)
+            if not self.dropped:
+                assert sum(runner.pairs) == routed, "each pair is counted once, hot or cold"
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +222,26 @@ def test_any_order(seed: int, flags: bool, deferred: int) -> None:
         assert (placement.live == 1).tolist() == placement._mask.tolist()
 
 
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
+def test_a_place_is_not_overwritten_under_a_job(flags: bool) -> None:
+    """The workers begin when the stream cannot get further without them: a job has expert 7 in the
+    place into which expert 0 is copied behind it."""
+    model = Hybrid(0, flags=flags, deferred=0)
+    runner, given = model.runners[0], signature_batch(3, 0)
+    given.ids[:, 0] = 7
+    model.gpu.agents = [(1.0, model.watcher.look)]
+    runner.submit(*(t.clone() for t in given.args), 0)
+    place = int(runner._layer._place[7])
+    runner.move(7, True, 0)
+    runner.move(0, False, 0)
+    assert runner._layer._place[0] == place
+    model.gpu.run_some(10_000)
+    out = runner.sync(given.hidden, 0)
+    model.gpu.agents.append((1.0, model.group.work))
+    model.gpu.run()
+    assert torch.equal(out, signatures(given))
+
+
 def test_no_move_under_capture() -> None:
     model = Hybrid(0, flags=True, deferred=0)
     model.step(1, 0)
@@ -229,7 +257,7 @@ def test_no_move_under_capture() -> None:
 def test_a_submission_that_is_dropped_after_a_move(flags: bool) -> None:
     """Its buffers come back, and what follows is right."""
     model = Hybrid(3, flags=flags, deferred=0)
-    runner = model.runners[0]
+    model.dropped, runner = True, model.runners[0]
     for seed in range(4):
         runner.submit(*signature_batch(2, seed).args, 0)
         runner.move(E - 1, seed % 2 == 0, 0)
@@ -246,6 +274,7 @@ def test_a_submission_that_is_dropped_after_a_move(flags: bool) -> None:
 def test_a_hot_half_that_cannot_be_queued(flags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's job is dropped with it, and the next step is right."""
     model = Hybrid(4, flags=flags, deferred=0)
+    model.dropped = True
     model.step(2, 0)
     with monkeypatch.context() as patch:
 
