@@ -106,11 +106,6 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
             present = strip < strips
             entry = table + (strip if present else Int32(0)) * epilogue.table_columns
             line = element(entry, 0)
-            if cutlass.const_expr(config.pdl and epilogue.early_weights):
-                # A grid of which no block waits could end before the grid in front of it, and the
-                # next kernel would only wait for this one.
-                if tile >= count:
-                    cute.arch.griddepcontrol_wait()
             if tile < count:
                 base = memory.toint() + Int64(slot) * slot_bytes
                 strip_at = base + Int64(line) * Int64(LINE)
