@@ -61,8 +61,8 @@ def compiled(definition: KernelDefinition, arch: str) -> KernelBinary:
 def compiled_here(definition: KernelDefinition, arch: str) -> KernelBinary:
     """`compiled`, but what is in neither memory nor cache is compiled in this process: for tests,
     whose many small kernels take less time than starting compilers."""
-    if not _fetch(definition, arch):
-        _keep(definition, arch, compile_here(definition, arch))
+    if not fetched(definition, arch):
+        keep(definition, arch, compile_here(definition, arch))
     return _known[definition, arch]
 
 

@@ -225,8 +225,8 @@ print(before <= sources.IMPORTED_AT <= between)
 
 
 def test_the_digest_covers_what_is_imported() -> None:
-    """Every module that takes part in making IR is among the hashed files: all that are imported but
-    the package itself, its locks, and the cache that the hash is for."""
+    """Every module that takes part in making IR is among the hashed files: all that are imported
+    but the package itself, its locks, and the cache that the hash is for."""
     result = run_script(
         """
 import sys
