@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: the DSL reads annotations as objects.
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class PackConfig:
     pdl: bool = False
 
 
+@functools.lru_cache(maxsize=64)  # asked for by every launch
 def piece_order(fmt: WeightFormat) -> tuple[int, ...]:
     """`k_order` of the smallest piece of a group that can be permuted apart from the others, all in
     the same way: 8 inputs, 16 bytes, for 4-bit codes; the group of 32 for others. A thread permutes

@@ -59,31 +59,38 @@ class TorchExperts:
         return run
 
 
-def measured(
-    layout: SlotLayout, model: Model, memory: Tensor, batches: Sequence[Batch]
-) -> dict[str, float | None]:
-    """Baseline -> microseconds; None where it was not measured."""
-    found: dict[str, float | None] = {}
-    experts = TorchExperts(layout, model, memory)
-    found["torch gate_up + down"] = time_us([experts.call(batch) for batch in batches], replays=3)
-    found["triton gate_up + down"] = _triton(layout, model, memory, batches)
-    return found
+class Baselines:
+    """What a layer's batches are compared with. Its weights are made once: as many bytes again as
+    the slots have, or four times as many."""
 
+    def __init__(self, layout: SlotLayout, model: Model, memory: Tensor) -> None:
+        self._layout, self._model = layout, model
+        self._torch = TorchExperts(layout, model, memory)
+        self._triton: list[tuple[Tensor, Tensor]] | None = None
+        if on_gpu() and importlib.util.find_spec("triton") is not None:
+            from bench.gpu_check import triton_moe
 
-def _triton(
-    layout: SlotLayout, model: Model, memory: Tensor, batches: Sequence[Batch]
-) -> float | None:
-    """The best of its configurations; one that this Triton cannot compile is left out."""
-    if not on_gpu() or importlib.util.find_spec("triton") is None:
-        return None
-    from bench.gpu_check import triton_moe
+            self._triton = triton_moe.weights(layout, model, memory)
 
-    parts = triton_moe.weights(layout, model, memory)
-    times = []
-    for config in triton_moe.CONFIGS:
-        try:
-            calls = triton_moe.calls(layout, model, batches, parts, config)
-            times.append(time_us(calls, replays=3))
-        except Exception as error:
-            print(f"triton {config}: {type(error).__name__}: {error}"[:300])
-    return min((time for time in times if time is not None), default=None)
+    def measured(self, batches: Sequence[Batch]) -> dict[str, float | None]:
+        """Baseline -> microseconds; None where it was not measured."""
+        calls = [self._torch.call(batch) for batch in batches]
+        return {
+            "torch gate_up + down": time_us(calls, replays=3),
+            "triton gate_up + down": self._triton_us(batches),
+        }
+
+    def _triton_us(self, batches: Sequence[Batch]) -> float | None:
+        """The best of its configurations; one that this Triton cannot compile is left out."""
+        if self._triton is None:
+            return None
+        from bench.gpu_check import triton_moe
+
+        times = []
+        for config in triton_moe.CONFIGS:
+            try:
+                calls = triton_moe.calls(self._layout, self._model, batches, self._triton, config)
+                times.append(time_us(calls, replays=3))
+            except Exception as error:
+                print(f"triton {config}: {type(error).__name__}: {error}"[:300])
+        return min((time for time in times if time is not None), default=None)

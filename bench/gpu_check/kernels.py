@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_check import baselines
+from bench.gpu_check.baselines import Baselines
 from bench.gpu_check.ceilings import copy_rate, mma_flops
 from bench.gpu_check.clock import device, on_gpu, time_us
 from bench.gpu_check.points import Points
@@ -112,7 +112,7 @@ def share_of_ceiling(us: float | None, nbytes: float, flops: float) -> tuple[str
     return ("copy", memory_us / us) if memory_us >= math_us else ("mma", math_us / us)
 
 
-def measured(layer: Layer, batches: Sequence[Batch]) -> Iterator[dict[str, Any]]:
+def measured(layer: Layer, beside: Baselines, batches: Sequence[Batch]) -> Iterator[dict[str, Any]]:
     """A point of each kernel, and of the baselines of both GEMMs together."""
     model, tokens = layer.model, len(batches[0].x)
     stages = [layer.stages(batch) for batch in batches]
@@ -126,7 +126,7 @@ def measured(layer: Layer, batches: Sequence[Batch]) -> Iterator[dict[str, Any]]
             **about, "kernel": name, "us": us, "bytes": nbytes, "flops": flops,
             "ceiling": ceiling, "share": share,
         }  # fmt: skip
-    for name, us in baselines.measured(layer.layout, model, layer.memory, batches).items():
+    for name, us in beside.measured(batches).items():
         yield {**about, "kernel": name, "us": us, "ceiling": "", "share": None}
 
 
@@ -142,6 +142,7 @@ def main() -> None:
     left_out = 0
     for model, fmt in wanted:
         layer = Layer.random(model, fmt)
+        beside = Baselines(layer.layout, model, layer.memory)
         # what is left of the time is shared by the layers that are left
         share_s = (end - time.monotonic()) / (len(wanted) - wanted.index((model, fmt)))
         stop = time.monotonic() + share_s
@@ -149,9 +150,9 @@ def main() -> None:
             if time.monotonic() > stop:
                 left_out += 1
                 continue
-            for point in measured(layer, random_batches(model, tokens, device())):
+            for point in measured(layer, beside, random_batches(model, tokens, device())):
                 points.add("kernels", **point)
-        del layer
+        del layer, beside
     note = f"; no time for {left_out} batches" if left_out else ""
     print(("kernels measured" if on_gpu() else "rehearsed: not measured without a GPU") + note)
 

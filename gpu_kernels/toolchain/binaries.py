@@ -61,8 +61,8 @@ def compiled(definition: KernelDefinition, arch: str) -> KernelBinary:
 def compiled_here(definition: KernelDefinition, arch: str) -> KernelBinary:
     """`compiled`, but what is in neither memory nor cache is compiled in this process: for tests,
     whose many small kernels take less time than starting compilers."""
-    if not _fetch(definition, arch):
-        _keep(definition, arch, compile_here(definition, arch))
+    if not fetched(definition, arch):
+        keep(definition, arch, compile_here(definition, arch))
     return _known[definition, arch]
 
 
@@ -77,13 +77,13 @@ def warm(definitions: Sequence[KernelDefinition], arch: str) -> list[KernelBinar
 
 def warm_all(wanted: Sequence[tuple[KernelDefinition, str]]) -> list[KernelBinary]:
     """`warm` for kernels of several architectures."""
-    missing = [each for each in dict.fromkeys(wanted) if not _fetch(*each)]
+    missing = [each for each in dict.fromkeys(wanted) if not fetched(*each)]
     if missing:
         _compile(missing)
     return [_known[each] for each in wanted]
 
 
-def _fetch(definition: KernelDefinition, arch: str) -> bool:
+def fetched(definition: KernelDefinition, arch: str) -> bool:
     """Look in memory, then on disk: whether the binary is in memory now."""
     if (definition, arch) in _known:
         return True
@@ -116,7 +116,7 @@ def _compile(missing: Sequence[tuple[KernelDefinition, str]]) -> None:
                 except IndexError:  # another thread was faster
                     return
                 try:
-                    _keep(definition, arch, compiler.compile(definition, arch))
+                    keep(definition, arch, compiler.compile(definition, arch))
                 except CompileError as error:
                     failed.append(str(error))
 
@@ -128,7 +128,7 @@ def _compile(missing: Sequence[tuple[KernelDefinition, str]]) -> None:
         raise CompileError("\n".join(failed))
 
 
-def _keep(definition: KernelDefinition, arch: str, artifacts: Artifacts) -> None:
+def keep(definition: KernelDefinition, arch: str, artifacts: Artifacts) -> None:
     """Put what a compiler gave into memory and cache."""
     _known[definition, arch] = _binary(definition, arch, artifacts)
     key = binary_key(definition, arch)

@@ -10,11 +10,13 @@ import pytest
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import BF16, MXFP4, WeightFormat
 from hybrid_moe.gpu_kernels import down, gate_up
-from hybrid_moe.gpu_kernels.gemm_config import GemmConfig, gemm_config
-from tests.cpu_kernels.cases import to_bf16
+from hybrid_moe.gpu_kernels.definition import ARCHITECTURES
+from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES, GemmConfig, gemm_config
+from tests.cpu_kernels.cases import from_bf16, to_bf16
 from tests.gpu.gemm_cases import (
     BF16_NAN,
     check_both,
+    expected_h,
     expected_y,
     random_case,
     run_down,
@@ -29,8 +31,17 @@ H, I = 544, 608
 four strips that are not full."""
 
 
-@pytest.mark.parametrize("tile", [8, 16, 32, 64])
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize(
+    ("fmt", "tile"),
+    [
+        *((MXFP4, tile) for tile in TOKEN_TILES),
+        (BF16, 8),
+        pytest.param(BF16, 16, marks=pytest.mark.full),
+        pytest.param(BF16, 32, marks=pytest.mark.full),
+        (BF16, 64),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_a_tokens_bits_depend_on_its_shape_alone(fmt: WeightFormat, tile: int) -> None:
     """Neither on the tile, which chooses the way through K, nor on what else is in the batch."""
     case = random_case(fmt, H, I, outliers=tile == 32)
@@ -127,24 +138,38 @@ def test_what_is_read(tile: int) -> None:
         assert read <= 1.02 * 2 * case.slots.layout.nbytes
 
 
-def test_every_architecture_and_schedule() -> None:
-    """One kernel of each way through K, with the bits of sm_80 in lockstep."""
-    case = random_case(MXFP4, H, 96, tokens=5)
-    kernel = gate_up.choose(case.slots.layout, case.activation, 8)
-    usual, _ = run_gate_up(case, 8)
-    for arch in distinct_architectures(kernel):
+def check_schedules(fmt: WeightFormat, tile: int, architectures: tuple[str, ...], way: str) -> None:
+    """Random schedules of blocks and warps give the bits of sm_80 in lockstep."""
+    case = random_case(fmt, H, 96, tokens=5)
+    usual, _ = run_gate_up(case, tile)
+    expected_h(case).check(from_bf16(usual[case.hot]))
+    kernel = gate_up.choose(case.slots.layout, case.activation, tile)
+    for arch in distinct_architectures(kernel, architectures) if "gate_up" in way else ():
         for seed in (1, 2, 3):
-            h, _ = run_gate_up(case, 8, arch, seed)
+            h, _ = run_gate_up(case, tile, arch, seed)
             assert np.array_equal(h, usual), (arch, seed)
-    case = random_case(MXFP4, 160, I, tokens=5)
+    case = random_case(fmt, 160, I, tokens=5)
     h = to_bf16(np.random.default_rng(1).standard_normal((10, I)))
-    kernel = down.choose(case.slots.layout, 64)
-    y, _ = run_down(case, h, 64)
+    y, _ = run_down(case, h, tile)
     expected_y(case, h).check(y[case.hot].astype(np.float64))
-    for arch in distinct_architectures(kernel):
+    kernel = down.choose(case.slots.layout, tile)
+    for arch in distinct_architectures(kernel, architectures) if "down" in way else ():
         for seed in (1, 2, 3):
-            found, _ = run_down(case, h, 64, arch, seed)
+            found, _ = run_down(case, h, tile, arch, seed)
             assert np.array_equal(found.view(np.uint32), y.view(np.uint32)), (arch, seed)
+
+
+@pytest.mark.parametrize(("tile", "way"), [(8, "gate_up"), (64, "down")])
+def test_schedules(tile: int, way: str) -> None:
+    """One kernel of each way through K, as the compiler writes it before and from sm_100 on."""
+    check_schedules(MXFP4, tile, ("sm_80", "sm_100"), way)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tile", TOKEN_TILES)
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+def test_every_architecture(fmt: WeightFormat, tile: int) -> None:
+    check_schedules(fmt, tile, ARCHITECTURES, "gate_up, down")
 
 
 @pytest.mark.parametrize(

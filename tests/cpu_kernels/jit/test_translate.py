@@ -289,6 +289,12 @@ def _compare_swap(word: Word, expected: int, desired: int) -> bool:
     return True
 
 
+def _fetch_add(word: Word, value: int) -> int:
+    before: int = word.value
+    word.value = before + value
+    return before
+
+
 def _store(word: Word, value: int) -> None:
     word.value = value
 
@@ -301,6 +307,7 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "load_acquire": lambda word: word.value,
     "store_release": _store,
     "compare_swap": _compare_swap,
+    "fetch_add": _fetch_add,
     "call": _call,
     "set_float_environment": lambda: 0,
     "restore_float_environment": lambda _: None,
