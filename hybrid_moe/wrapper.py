@@ -452,11 +452,13 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         if runner is not None:
             runner.close()
             self._writer.close()
-        if self._hot is not None:
-            self._hot.release()
-        if self._chain is not None:
-            self._chain.leave(self)
-        self._layer.close()
+        try:
+            if self._hot is not None:
+                self._hot.release()  # raises where the GPU is lost
+        finally:
+            if self._chain is not None:
+                self._chain.leave(self)
+            self._layer.close()
 
     def __reduce__(self) -> str:
         raise TypeError("a KTMoEWrapper cannot be copied or pickled: it owns threads and memory")

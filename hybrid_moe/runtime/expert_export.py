@@ -37,7 +37,7 @@ class ExpertExport(LayerFacts):
             RuntimeError: not loaded. IndexError: this expert is not (the mask put it on the GPU).
             TypeError, ValueError: the number of ranks, or of pointers, or a null pointer.
         """
-        self._loaded_runner()
+        self._loaded_runner().wait_for_moves()
         self._writer.submit(
             gpu_tp_count,
             expert_id,

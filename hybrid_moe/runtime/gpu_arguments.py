@@ -110,7 +110,7 @@ def _device(backend: str, given: Any) -> torch.device:
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"gpu_device is {given!r}, must be a device: {error}") from error
     if device.type == "cpu" and backend == "torch":
-        return device
+        return torch.device("cpu")  # as tensors name it: "cpu:0" is another
     if device.type != "cuda":
         choices = "a CUDA device" if backend == "cute" else 'a CUDA device or "cpu"'
         raise ValueError(f"gpu_device is {device}, must be {choices} with gpu_backend={backend!r}")
@@ -124,14 +124,17 @@ def _device(backend: str, given: Any) -> torch.device:
             f"gpu_backend={backend!r} needs a CUDA device, and torch finds none: "
             'gpu_backend="torch", gpu_device="cpu" computes the hot half on the CPU'
         )
-    return torch.device(
-        "cuda", torch.cuda.current_device() if device.index is None else device.index
-    )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"gpu_device is {device}, but torch finds {torch.cuda.device_count()} GPUs"
+        )
+    return torch.device("cuda", index)
 
 
 def _elsewhere(given: Any, mask: torch.Tensor, num_experts: int) -> torch.Tensor:
     if given is None:
-        return torch.zeros(num_experts, dtype=torch.bool)
+        return torch.zeros(num_experts, dtype=torch.bool, device="cpu")
     check_mask(given, num_experts, "elsewhere")
     elsewhere: torch.Tensor = given.detach().to("cpu", copy=True).contiguous()
     if bool((elsewhere & mask).any()):

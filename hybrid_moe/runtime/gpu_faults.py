@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -55,7 +56,17 @@ def lost_gpu(name: str, error: RuntimeError) -> GpuLostError | None:
     )
 
 
+_FATAL = re.compile(
+    r"illegal memory access|illegal instruction|misaligned address|invalid program counter"
+    r"|hardware stack error|global/shared address space|device-side assert|unspecified launch"
+    r"|launch timed out|context is destroyed|uncorrectable|CUDA error: unknown error"
+    r"|\(error (?:214|220|700|702|709|710|714|715|716|717|718|719|999)\)"
+)
+"""What torch, the runtime (`cudaGetErrorString`) and the driver say of errors after which a context
+is lost. The others (a capture that forbids something, a device that is not there, memory of the
+host) go away with their cause."""
+
+
 def _is_fatal(error: RuntimeError) -> bool:
-    """Whether it is an error of CUDA: torch before 2.8 has no class for them."""
-    kind = getattr(torch, "AcceleratorError", None)
-    return (kind is not None and isinstance(error, kind)) or "CUDA error" in str(error)
+    """Whether it is such an error. Only its words tell: torch before 2.8 has no class for them."""
+    return _FATAL.search(str(error)) is not None

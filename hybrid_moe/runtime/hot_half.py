@@ -8,9 +8,11 @@ on CUDA tensors it is queued on the caller's stream.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,6 +52,7 @@ class HotHalf:
         self._shape, self._fmt, self._activation = shape, fmt, activation
         self._biases: bool | None = None
         self.experts: SlotExperts | None = None
+        self._captured: weakref.finalize[Any, SlotExperts] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +85,10 @@ class HotHalf:
         )
         slots, device = self.options.slots, self.device
         if slots:
-            with explained(self._shape.layer_idx, device, slots * layout.nbytes):
+            with (
+                torch.inference_mode(False),  # else only inference mode could move experts later
+                explained(self._shape.layer_idx, device, slots * layout.nbytes),
+            ):
                 self.experts = SlotExperts(
                     layout,
                     self._activation,
@@ -104,6 +110,9 @@ class HotHalf:
                 experts.slot_of.fill_(-1)
                 torch.cuda.synchronize(self.device)
             keeping.for_good(experts.small_tensors)
+            if self._captured is not None:
+                self._captured.detach()
+            keeping.release(most=None)  # moves that were under way
 
     def check_device(self, hidden: torch.Tensor) -> None:
         """Raise `ValueError` for a batch that is not where the slots are."""
@@ -143,10 +152,15 @@ class HotHalf:
         experts = self.experts
         if experts is None:
             return HotJob(self, stream, hidden, None)
+        if self._captured is None and stream is not None and stream.capturing():
+            # dropped without `release`, the slots must stay: the graph may be replayed all the same
+            tensors = (experts.memory, *experts.small_tensors)
+            self._captured = weakref.finalize(experts, keeping.for_good, tensors)
+            self._captured.atexit = False
         with entered(stream), explained(self.layer_idx, self.device):
             ids = ids.contiguous() if unchanged else ids.clone(memory_format=_CONTIGUOUS)
-            weights = weights.to(torch.float32, copy=not unchanged).contiguous()
-            rows = experts.rows(hidden.contiguous(), ids)
+            weights = weights.resolve_neg().to(torch.float32, copy=not unchanged).contiguous()
+            rows = experts.rows(hidden.resolve_neg().contiguous(), ids)
         return HotJob(self, stream, hidden, HotRows(experts, rows, ids, weights, experts.slot_of))
 
 

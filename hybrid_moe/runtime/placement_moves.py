@@ -72,7 +72,9 @@ class ExpertPlacement:
         if torch.cuda.is_available():
             self.live = self.live.pin_memory()
         self._staging: list[torch.Tensor] = []
-        self._changes: list[PlacementChange] = []
+        self._latest: PlacementChange | None = None
+        self._moving = -1
+        """An expert that is in one half already and in the other one still; else -1."""
         self._staged = False
         """Whether copies go through the driver's pinned buffers."""
         self.moved_bytes = 0
@@ -154,6 +156,7 @@ class ExpertPlacement:
         Raises:
             IndexError: neither half holds it.
         """
+        self.wait()
         slots, slot = self._hot.experts, int(self._slot[expert])
         if slots is None or slot < 0:
             return self._layer.unpack(expert)
@@ -164,6 +167,7 @@ class ExpertPlacement:
 
     def check_mask(self) -> None:
         """Raise `RuntimeError`, naming an expert, if the caller's mask is not the placement."""
+        self._check_whole()
         if self._mask.numpy().tobytes() == self._expected_bytes:
             return
         expert = int(np.flatnonzero(self._mask.numpy() != self._expected)[0])
@@ -190,6 +194,7 @@ class ExpertPlacement:
         Raises:
             ValueError: it is on the GPU already, or elsewhere. RuntimeError: no slot is free.
         """
+        self._check_whole()
         if not self._layer.has_place(expert):
             raise ValueError(self._not_there(expert, "promote", "on the CPU"))
         slots = self._hot.experts
@@ -198,16 +203,18 @@ class ExpertPlacement:
                 f"layer {self._layer_idx}: all {self._hot.options.slots} slots are taken: demote "
                 f"an expert before promote({expert}), or ask for more gpu_slots"
             )
-        self._check_stream(stream)
+        self.check_stream(stream)
         settle(stream)
         slot = self._free_slots[-1]
         with entered(stream):
             self._copy(slots, slot, expert, to_slot=True)
             slots.wide[slot : slot + 1].fill_(int(self._wide[expert]))
             slots.slot_of[expert : expert + 1].fill_(slot)
+        self._moving = expert
         self._slot[expert] = self._free_slots.pop()
         self._apply(self._layer.vacate(expert, self._live_byte(expert), HOT), stream)
         self._set_mask(expert, True)
+        self._moving = -1
 
     def demote(
         self, expert: int, stream: Stream | None, settle: Callable[[Stream | None], None]
@@ -218,6 +225,7 @@ class ExpertPlacement:
         Raises:
             ValueError: it is not on the GPU. RuntimeError: the CPU has no free place.
         """
+        self._check_whole()
         slots, slot = self._hot.experts, int(self._slot[expert])
         if slots is None or slot < 0:
             raise ValueError(self._not_there(expert, "demote", "on the GPU"))
@@ -227,7 +235,7 @@ class ExpertPlacement:
                 "promote another one first (a layer has one place to spare, and none if it was "
                 "loaded with all of its experts on the GPU)"
             )
-        self._check_stream(stream)
+        self.check_stream(stream)
         settle(stream)
         change = self._layer.occupy(expert, self._live_byte(expert))
         try:
@@ -237,23 +245,33 @@ class ExpertPlacement:
         except BaseException:  # it stays where it is
             self._layer.vacate(expert, self._live_byte(expert), HOT)
             raise
+        self._moving = expert
         self._slot[expert] = -1
         self._free_slots.append(slot)
         self._apply(change, stream)
         self._set_mask(expert, False)
+        self._moving = -1
 
-    def close(self) -> None:
-        """Keep what streams have still to change."""
-        for change in self._changes:
-            keeping.until_idle(change, change)
-        self._changes.clear()
+    def wait(self) -> None:
+        """Return when every move so far is over, copies and all."""
+        if self._latest is not None and not self._latest.idle:
+            with explained(self._layer_idx, self._hot.device):
+                torch.cuda.synchronize(self._hot.device)
 
     def _not_there(self, expert: int, move: str, place: str) -> str:
         if self._away[expert]:
             return f"layer {self._layer_idx}: {move}({expert}): expert {expert} is elsewhere"
         return f"layer {self._layer_idx}: {move}({expert}): expert {expert} is not {place}"
 
-    def _check_stream(self, stream: Stream | None) -> None:
+    def _check_whole(self) -> None:
+        if self._moving >= 0:
+            raise RuntimeError(
+                f"layer {self._layer_idx}: the move of expert {self._moving} failed half-way, and "
+                "the halves do not agree where it is: make a new wrapper"
+            )
+
+    def check_stream(self, stream: Stream | None) -> None:
+        """Raise `RuntimeError` while a graph is captured from a stream."""
         if stream is not None and stream.capturing():
             raise RuntimeError(
                 f"layer {self._layer_idx}: experts cannot be moved while a CUDA graph is captured: "
@@ -282,9 +300,11 @@ class ExpertPlacement:
         if stream is None:
             change.apply()
             return
-        self._changes = [earlier for earlier in self._changes if not earlier.idle]
-        self._changes.append(change)
+        keeping.release()
         stream.host_function(change.function, change.user_data)
+        self._latest = change
+        # the stream calls it even if the layer is dropped before that
+        keeping.until_idle(change, (change, self.live, self._hot.experts))
 
     def _set_mask(self, expert: int, hot: bool) -> None:
         self._mask[expert] = hot

@@ -66,6 +66,7 @@ class LayerRunner:
         self._hot_pairs = 0  # of runs in which the CPU had no part
         self._faults = LayerFaults(layer, shape.layer_idx, strict=strict)
         self._submission: Submission | None = None
+        self._latest_stream: Stream | None = None  # of a run with both halves, not of a capture
         self._logged_last = False
 
     @property
@@ -125,6 +126,8 @@ class LayerRunner:
                 start = partial(halves[0].start, stream, hidden, ids, weights, unchanged=unchanged)
                 job = self._start_on(stream, hidden, ids, weights, lambda: started.append(start()))
                 hot = started[0]
+                if not stream.capturing():
+                    self._latest_stream = stream
             self._submission = Submission(hidden.shape, hidden.device, job, incoming, fault, hot)
         except BaseException:
             discard(job, self.layer_idx)
@@ -189,7 +192,22 @@ class LayerRunner:
         experts = half.experts
         stream = None if experts is None else self._stream(experts.memory, cuda_stream)
         move = placement.promote if hot else placement.demote
-        move(expert, stream, self._settle)
+        calls = self._latest_stream
+        if stream is None or calls is None or calls.handle == stream.handle:
+            move(expert, stream, self._settle)
+            return
+        placement.check_stream(stream)
+        placement.check_stream(calls)
+        stream.wait(calls.record())
+        try:
+            move(expert, stream, self._settle)
+        finally:
+            calls.wait(stream.record())
+
+    def wait_for_moves(self) -> None:
+        """Return when every expert is where `move` has put it."""
+        if self._halves is not None:
+            self._halves[1].wait()
 
     def _settle(self, stream: Stream | None) -> None:
         """Let what follows wait for the layer's jobs under way, which may read any expert here. The
@@ -216,8 +234,6 @@ class LayerRunner:
         self.drop()
         self._seen_mask = self._mask
         self._stager.close()
-        if self._halves is not None:
-            self._halves[1].close()
 
     def take_error(self) -> Exception | None:
         """What workers have met in runs that have ended since the last call; never waits."""

@@ -18,7 +18,10 @@ from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
 from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_format, has_wide_scales
+from hybrid_moe.runtime import gpu_arguments
 from hybrid_moe.runtime.deferral import DeferralChain
+from hybrid_moe.runtime.gpu_faults import GpuLostError, lost_gpu
+from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.cpu_kernels.cases import ACTIVATION_ERROR, Case
 from tests.hybrid_moe.cases import Batch, E, K, Weights, wrapper
@@ -438,3 +441,64 @@ def test_wide_scales() -> None:
     w.demote(0)
     w.promote(3)
     assert [int(slots.wide[slot]) for slot in slots.slot_of[[3, 5]]] == [1, 0]
+
+
+def test_loaded_in_inference_mode() -> None:
+    """Experts of it move outside of that mode too; a device is what tensors call it."""
+    with torch.inference_mode():
+        w = hybrid(SIGNATURES, 0, 1, gpu_slots=3)
+    w.promote(5)
+    w.demote(0)
+    given = signature_batch(3, 1)
+    assert torch.equal(w.forward(*given.args), signatures(given))
+    named = wrapper(gpu_experts_mask=mask_of(2), gpu_backend="torch", gpu_device="cpu:0")
+    assert torch.equal(SIGNATURES.load(named).forward(*given.args), signatures(given))
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="gpu_device is cuda:2, but torch finds 2 GPUs"):
+        gpu_arguments._device("torch", "cuda:2")
+    assert gpu_arguments._device("torch", "cuda:1") == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("message", "fatal"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("cudaLaunchHostFunc failed: unspecified launch failure (error 719)", True),
+        ("launching gate_up: CUDA_ERROR_ILLEGAL_ADDRESS (error 700): this kernel", True),
+        ("CUDA error: device-side assert triggered", True),
+        ("CUDA error: operation not permitted when stream is capturing", False),
+        ("CUDA error: invalid device ordinal", False),
+        ("cuLaunchKernelEx: CUDA_ERROR_INVALID_VALUE (error 1)", False),
+    ],
+)
+def test_which_errors_lose_the_gpu(message: str, fatal: bool) -> None:
+    """Those of our own launches too, and none that only a call in the wrong place meets."""
+    assert (lost_gpu("it", RuntimeError(message)) is not None) == fatal
+
+
+def test_closing_with_a_lost_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's memory is freed all the same."""
+    w = hybrid(SIGNATURES, 0, 1)
+    assert w._hot is not None
+
+    def fail() -> None:
+        raise GpuLostError("gone")
+
+    monkeypatch.setattr(w._hot, "release", fail)
+    with pytest.raises(GpuLostError):
+        w.close()
+    assert w.nbytes == 0
+
+
+def test_experts_are_read_when_they_have_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = hybrid(SIGNATURES, 0, 1)
+    calls: list[str] = []
+    monkeypatch.setattr(ExpertPlacement, "wait", lambda self: calls.append("wait"))
+    w.unpack(0)
+    with pytest.raises(ValueError, match="gpu_tp_count"):
+        w.submit_write_weight_scale_to_buffer(0, 3, [], [], [], [])
+    assert len(calls) == 2

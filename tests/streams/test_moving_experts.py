@@ -8,7 +8,9 @@ another placement than its other half, gives another sum.
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.table import MXFP4
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
@@ -113,7 +116,7 @@ class Hybrid:
         """Queue a move of some expert of some layer, unless there is no room."""
         at, expert = self.rng.randrange(2), self.rng.randrange(E)
         hot = bool(self.placements[at]._mask[expert])
-        self.on = self.streams[0]
+        self.on = self.rng.choice(self.streams)
         try:
             self.runners[at].move(expert, not hot, 0)
             self.moves += 1
@@ -288,3 +291,70 @@ def test_a_hot_half_that_cannot_be_queued(flags: bool, monkeypatch: pytest.Monke
     model.step(2, 2)
     model.verify()
     assert model.runners[0]._stager._pool.count()[0] <= 2
+
+
+def test_dropped_while_a_move_is_queued() -> None:
+    """What the stream has still to change stays until it has."""
+    model = Hybrid(5, flags=True, deferred=0)
+    model.runners[0].move(0, False, 0)
+    live = weakref.ref(model.placements[0].live)
+    slots = weakref.ref(model.placements[0]._hot.experts)
+    for owners in (model.runners, model.placements, model.members):
+        owners.clear()
+    gc.collect()
+    assert live() is not None and slots() is not None
+    model.gpu.run()
+    keeping.release(most=None)
+    gc.collect()
+    assert live() is None
+
+
+def test_slots_outlive_their_layer_in_a_graph() -> None:
+    """A graph may be replayed when the layer has been dropped."""
+    model = Hybrid(6, flags=True, deferred=0)
+    model.step(1, 0)
+    captured = model.capture(1)
+    memory = weakref.ref(model.placements[0]._hot.experts.memory)  # type: ignore[union-attr]
+    for owners in (model.runners, model.placements, model.members):
+        owners.clear()
+    del captured
+    gc.collect()
+    assert memory() is not None
+
+
+def test_reading_an_expert_that_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has been in another place before: its entry in the table is an old one."""
+    model = Hybrid(7, flags=True, deferred=0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: model.gpu.run())
+    runner = model.runners[0]
+    for expert, hot in ((E - 1, True), (0, False), (E - 1, False)):
+        runner.move(expert, hot, 0)
+        model.gpu.run()
+    expected = runner.unpack(0).down.codes.copy()
+    runner.move(0, True, 0)
+    assert np.array_equal(runner.unpack(0).down.codes, expected)
+    runner.move(0, False, 0)
+    assert np.array_equal(runner.unpack(0).down.codes, expected)
+
+
+@pytest.mark.parametrize(("expert", "hot"), [(0, False), (E - 1, True)])
+def test_a_move_that_fails_half_way(
+    expert: int, hot: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer computes nothing more: an expert would count twice, or never."""
+    model = Hybrid(8, flags=True, deferred=0)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("cudaLaunchHostFunc failed")
+
+    runner = model.runners[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(EmulatedStream, "host_function", fail)
+        with pytest.raises(RuntimeError, match="cudaLaunchHostFunc"):
+            runner.move(expert, hot, 0)
+    for call in (
+        lambda: runner.move(1, False, 0),
+        lambda: runner.submit(*signature_batch(1, 0).args, 0),
+    ):
+        with pytest.raises(RuntimeError, match=f"move of expert {expert} failed half-way"):
+            call()
