@@ -41,6 +41,7 @@ class CombineConfig:
         wide_ids: ids are int64, else int32.
         cold: the CPU's part is added.
         threads: of a block: a multiple of 32.
+        rounded: the output is bf16, else the float32 sum.
         pdl: launched before the kernel in front has ended (sm_90 and later).
     """
 
@@ -48,6 +49,7 @@ class CombineConfig:
     wide_ids: bool
     cold: bool
     threads: int = 128
+    rounded: bool = True
     pdl: bool = False
 
 
@@ -155,10 +157,13 @@ def _kernel(config: CombineConfig) -> Any:
                     cute.autovec_copy(vector(cold + row * COLUMNS, COLUMNS), extra)
                     for i in cutlass.range_constexpr(COLUMNS):
                         total[i] = total[i] + extra[i]
-                rounded = cute.make_rmem_tensor(cute.make_layout(COLUMNS), BFloat16)
-                rounded.store(total.load().to(BFloat16))
                 row = Int64(token) * (H // COLUMNS) + column // COLUMNS
-                cute.autovec_copy(rounded, vector(out + row * COLUMNS, COLUMNS))
+                if cutlass.const_expr(self.config.rounded):
+                    rounded = cute.make_rmem_tensor(cute.make_layout(COLUMNS), BFloat16)
+                    rounded.store(total.load().to(BFloat16))
+                    cute.autovec_copy(rounded, vector(out + row * COLUMNS, COLUMNS))
+                else:
+                    cute.autovec_copy(total, vector(out + row * COLUMNS, COLUMNS))
 
         @cute.jit
         def __call__(
@@ -189,7 +194,7 @@ def combine_definition(config: CombineConfig) -> KernelDefinition:
         Argument("weights", "f32", 4),
         Argument("slot_of", "i32", 4),
         Argument("cold", "f32", 16),
-        Argument("out", "bf16", 16),
+        Argument("out", "bf16" if config.rounded else "f32", 16),
         Argument("H", "i32"),
         Argument("experts", "i32"),
     )
@@ -198,7 +203,13 @@ def combine_definition(config: CombineConfig) -> KernelDefinition:
 
 
 def combine_ref(
-    y: Tensor, ids: Tensor, weights: Tensor, slot_of: Tensor, cold: Tensor | None = None
+    y: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    slot_of: Tensor,
+    cold: Tensor | None = None,
+    *,
+    rounded: bool = True,
 ) -> Tensor:
     """`combine` in torch: any device, no value read by the host, bit for bit.
 
@@ -218,7 +229,8 @@ def combine_ref(
         part = weights.gather(1, j) * y[first_pair + j[:, 0]]  # rounded: not fused with the sum
         # Rows of pairs that do not count were never written, and may be NaN.
         total = torch.where(hot.gather(1, j), total + part, total)
-    return (total if cold is None else total + cold).to(torch.bfloat16)
+    total = total if cold is None else total + cold
+    return total.to(torch.bfloat16) if rounded else total
 
 
 def _check(y: Tensor, ids: Tensor, weights: Tensor, slot_of: Tensor, cold: Tensor | None) -> None:
@@ -247,20 +259,27 @@ def combine_launch(
     threads: int = 128,
     pdl: bool = False,
 ) -> Launch:
-    """The launch that fills `out`, bf16 [T, H].
+    """The launch that fills `out`, bf16 or float32 [T, H].
 
     With 128 threads a block has 512 columns, so that one token of H = 4096 has 8 blocks, each
     with k rows of 2 KB on their way: few bytes on few SMs, but each waits about once. More blocks
     sort the token's pairs more often.
     """
     (tokens, k), H = ids.shape, y.shape[1]
-    config = CombineConfig(k, ids.dtype == torch.int64, cold is not None, threads, pdl)
+    rounded = out.dtype == torch.bfloat16
+    config = CombineConfig(k, ids.dtype == torch.int64, cold is not None, threads, rounded, pdl)
     values = (y, ids, weights, slot_of, cold, out, H, len(slot_of))
     return Launch(combine_definition(config), values, (tokens, -(-H // (threads * COLUMNS))))
 
 
 def combine(
-    y: Tensor, ids: Tensor, weights: Tensor, slot_of: Tensor, cold: Tensor | None = None
+    y: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    slot_of: Tensor,
+    cold: Tensor | None = None,
+    *,
+    rounded: bool = True,
 ) -> Tensor:
     """Add up the hot experts of each token and the CPU's part: bf16 [T, H].
 
@@ -271,6 +290,7 @@ def combine(
         weights: float32 [T, k].
         slot_of: int32 [E]: the slot of each expert, -1 if it has none.
         cold: float32 [T, H], the sum of the other experts, or None.
+        rounded: False returns the sum in float32, to which more is to be added.
 
     All tensors are contiguous and on one device.
 
@@ -278,9 +298,10 @@ def combine(
         TypeError, ValueError: naming the argument, before anything is allocated.
     """
     if y.device.type != "cuda":
-        return combine_ref(y, ids, weights, slot_of, cold)
+        return combine_ref(y, ids, weights, slot_of, cold, rounded=rounded)
     _check(y, ids, weights, slot_of, cold)
-    out = y.new_empty((ids.shape[0], y.shape[1]), dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if rounded else torch.float32
+    out = y.new_empty((ids.shape[0], y.shape[1]), dtype=dtype)
     pdl = has_pdl(y.device)
     launch(*combine_launch(y, ids, weights, slot_of, cold, out, pdl=pdl), pdl=pdl)
     return out

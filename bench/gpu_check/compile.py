@@ -29,7 +29,7 @@ def definitions(model: Model, fmt: str, pdl: bool) -> list[KernelDefinition]:
         found.append(gate_up.choose(layout, model.activation, tile, pdl=pdl))
         found.append(down.choose(layout, tile, pdl=pdl))
     for cold in (False, True):
-        config = combine.CombineConfig(model.top_k, True, cold, pdl)
+        config = combine.CombineConfig(model.top_k, True, cold, pdl=pdl)
         found.append(combine.combine_definition(config))
     return found
 

@@ -120,8 +120,10 @@ class Layer(Record):
     """What does not change once a layer is ready, but for the tables of experts and two counters.
     One of experts, or a dense one: matrices that all tokens meet."""
 
-    hot = shared  # pairs of all launches so far: of experts that the mask puts on the GPU,
-    cold = shared  # and of experts that are computed here
+    # Pairs of all launches so far: of experts that the mask puts on the GPU, and of those that are
+    # computed here. Written at every launch, so away from what all workers read.
+    hot = shared_line
+    cold = shared_line
     label = i64  # what a trace calls its jobs, see `trace.label`
     experts = i64  # 0: a dense layer
     hidden = i64

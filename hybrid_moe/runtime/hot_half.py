@@ -20,7 +20,7 @@ from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.shares import ShareLayout
 from hybrid_moe.formats.table import WeightFormat
-from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_format
+from hybrid_moe.gpu_kernels.slot_experts import AT_ONCE, SlotExperts, check_format
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.gpu_arguments import HotOptions
@@ -160,8 +160,11 @@ class HotHalf:
         with entered(stream), explained(self.layer_idx, self.device):
             ids = ids.contiguous() if unchanged else ids.clone(memory_format=_CONTIGUOUS)
             weights = weights.resolve_neg().to(torch.float32, copy=not unchanged).contiguous()
-            rows = experts.rows(hidden.resolve_neg().contiguous(), ids)
-        return HotJob(self, stream, hidden, HotRows(experts, rows, ids, weights, experts.slot_of))
+            x = hidden.resolve_neg().contiguous()
+            added = len(ids) > AT_ONCE
+            rows = experts.sums(x, ids, weights) if added else experts.rows(x, ids)
+        hot = HotRows(experts, rows, added, ids, weights, experts.slot_of)
+        return HotJob(self, stream, hidden, hot)
 
 
 def entered(stream: Stream | None) -> AbstractContextManager[None]:
@@ -171,10 +174,12 @@ def entered(stream: Stream | None) -> AbstractContextManager[None]:
 
 @dataclass
 class HotRows:
-    """A row for each pair of a hot expert, and what `SlotExperts.combine` needs beside it."""
+    """A row for each pair of a hot expert, and what `SlotExperts.combine` needs beside it; or a row
+    for each token, with its pairs `added` up (`SlotExperts.sums`)."""
 
     experts: SlotExperts
     rows: torch.Tensor
+    added: bool
     ids: torch.Tensor
     weights: torch.Tensor
     slot_of: torch.Tensor
@@ -215,6 +220,9 @@ class HotJob:
             if stream is not None and self._stream is not None:
                 self._follow(stream, self._stream, rows)
             with explained(self._half.layer_idx, self._half.device):
+                if rows.added:
+                    total = rows.rows if cold is None else rows.rows + cold
+                    return total.to(torch.bfloat16)
                 return rows.experts.combine(rows.rows, rows.ids, rows.weights, cold, rows.slot_of)
 
     @staticmethod

@@ -108,14 +108,16 @@ def _run(
     *,
     arch: str = "sm_80",
     pdl: bool = False,
+    rounded: bool = True,
     seed: int | None = None,
 ) -> Report:
     y, ids, weights, slot_of, cold = batch
     given_cold = cold if with_cold else None
-    out = torch.full((ids.shape[0], y.shape[1]), NAN, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if rounded else torch.float32
+    out = torch.full((ids.shape[0], y.shape[1]), NAN, dtype=dtype)
     launch = combine_launch(y, ids, weights, slot_of, given_cold, out, pdl=pdl)
     report = simulate(launch.definition, arch, launch.grid, launch.values, seed=seed)
-    assert _same_bits(out, combine_ref(y, ids, weights, slot_of, given_cold))
+    assert _same_bits(out, combine_ref(y, ids, weights, slot_of, given_cold, rounded=rounded))
     assert not out.isnan().any()
     return report
 
@@ -133,6 +135,16 @@ CASES: list[tuple[dict[str, Any], bool]] = [
 def test_the_kernel_equals_the_reference(batch: dict[str, Any], with_cold: bool) -> None:
     for seed in (None, 1, 2):
         _run(_batch(**batch), with_cold, seed=seed)
+
+
+def test_a_sum_to_which_more_is_added() -> None:
+    """In float32 without the CPU's part; adding it and rounding gives the bits of one kernel."""
+    batch = _batch(3, 4, 160, hot=0.6)
+    _run(batch, False, rounded=False, seed=1)
+    *hot, cold = batch
+    total = combine(*hot, rounded=False)
+    assert total.dtype == torch.float32
+    assert _same_bits((total + cold).to(torch.bfloat16), combine(*batch))
 
 
 @pytest.mark.parametrize("pdl", [False, True], ids=["before sm_90", "from sm_90 on"])

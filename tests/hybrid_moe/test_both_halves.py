@@ -16,9 +16,10 @@ import torch
 
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
+from hybrid_moe.gpu_kernels import slot_experts
 from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_format, has_wide_scales
-from hybrid_moe.runtime import gpu_arguments
+from hybrid_moe.runtime import gpu_arguments, hot_half
 from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.runtime.gpu_faults import GpuLostError, lost_gpu
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
@@ -76,6 +77,21 @@ def test_result(fmt: WeightFormat, pools: int) -> None:
             assert out.dtype == torch.bfloat16
             assert_within(out.double().numpy(), expected)
         w.close()
+
+
+def test_a_long_prompt_has_the_bits_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of pairs are kept for some tokens at a time; what is added up first is rounded last."""
+    given, w = signature_batch(40, seed=3), hybrid(SIGNATURES, 0, 3, 4)
+    whole = w.forward(*given.args)
+    assert torch.equal(whole, signatures(given))
+    for most in (40, 39, 7):
+        monkeypatch.setattr(hot_half, "AT_ONCE", most)
+        monkeypatch.setattr(slot_experts, "AT_ONCE", most)
+        assert torch.equal(w.forward(*given.args), whole)
+    w.submit_forward(*given.args)
+    w.demote(0)  # counts for the next batch only
+    assert torch.equal(w.sync_forward(given.hidden), whole)
+    w.close()
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
@@ -397,7 +413,7 @@ def test_kernels_that_a_layer_may_launch() -> None:
     found = half.experts.kernels(K, pdl=False)
     assert len(found) == len(set(found))
     counts = Counter(definition.name for definition in found)
-    assert counts["gate_up"] == counts["down"] == len(TOKEN_TILES) and counts["combine"] == 4
+    assert counts["gate_up"] == counts["down"] == len(TOKEN_TILES) and counts["combine"] == 6
     assert counts["pack_few"] == 2 * len(TOKEN_TILES) and counts["pack_scatter"] > 0
     with pytest.raises(NotImplementedError, match="INT8 has no GPU kernels yet"):
         check_format("cute", FORMATS["INT8"])
