@@ -25,7 +25,7 @@ from hybrid_moe.gpu_kernels.down import down, down_ref
 from hybrid_moe.gpu_kernels.expert_tiles import ExpertTiles
 from hybrid_moe.gpu_kernels.gate_up import choose as choose_gate_up
 from hybrid_moe.gpu_kernels.gate_up import gate_up, gate_up_ref
-from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES, token_tile
+from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES, gemm_config, token_tile
 from hybrid_moe.gpu_kernels.pack_tokens import (
     ID_DTYPES,
     empty_packed,
@@ -51,9 +51,21 @@ PREFILL_TOKENS = 256
 decode, fewer than a chunk of a prompt."""
 
 
-def check_format(backend: str, fmt: WeightFormat) -> None:
-    """Raise NotImplementedError for a format that a back end cannot read."""
-    {"cute": check_kernels, "torch": check_supported}[backend](fmt)
+def check_experts(backend: str, fmt: WeightFormat, hidden: int, intermediate: int) -> None:
+    """Raise for experts that a back end cannot compute.
+
+    Raises:
+        NotImplementedError: their format. ValueError: H or I is too large for the kernels.
+    """
+    if backend == "torch":
+        check_supported(fmt)
+        return
+    check_kernels(fmt)
+    for name, K in (("hidden_size", hidden), ("moe_intermediate_size", intermediate)):
+        try:
+            gemm_config(fmt.name, K, TOKEN_TILES[0], biases=True)
+        except ValueError as error:
+            raise ValueError(f"{name} is {K}: {error}") from error
 
 
 def has_wide_scales(fmt: WeightFormat, tensors: ExpertTensors) -> bool:
@@ -102,7 +114,7 @@ class SlotExperts:
         backend: str,
         fp8_prefill: bool = False,
     ) -> None:
-        check_format(backend, layout.fmt)
+        check_experts(backend, layout.fmt, layout.hidden, layout.intermediate)
         self.layout, self.activation, self.backend = layout, activation, backend
         self._pack, self._gate_up, self._down, self._combine, self._fp8 = BACKENDS[backend]
         self._fp8_from = PREFILL_TOKENS if fp8_prefill else sys.maxsize

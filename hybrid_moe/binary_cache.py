@@ -16,6 +16,7 @@ A directory that cannot be written to, a read-only mount say, is read all the sa
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -35,6 +36,7 @@ of one version and processor take a few MB, those of a GPU as much."""
 
 _DIGEST_BYTES = 32
 _OURS = re.compile(r"[0-9a-f]{64}\.(o|index|cubin)(\.[0-9a-f]{16}\.tmp)?")
+_LOCK = "lock"
 _TEMPORARY_S = 3600
 """A temporary file so old is left from a process that was killed."""
 
@@ -173,6 +175,26 @@ def write(name: str, payload: bytes) -> None:
             _evict(directory, name)
         except OSError as error:
             logger.warning("cannot write the kernel cache: %s", error)
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Let one process at a time work on what all of them would store, so that the others find it.
+    Where the directory cannot be written to, nobody waits."""
+    lock = None
+    with _opened(create=True) as directory:
+        if directory is not None and _is_writable(directory):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            try:
+                lock = os.open(_LOCK, flags, 0o600, dir_fd=directory)
+                fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, or its process ends
+            except OSError as error:  # a file system without locks
+                logger.warning("cannot lock the kernel cache: %s", error)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _evict(directory: int, newest: str) -> None:

@@ -79,7 +79,9 @@ def warm_all(wanted: Sequence[tuple[KernelDefinition, str]]) -> list[KernelBinar
     """`warm` for kernels of several architectures."""
     missing = [each for each in dict.fromkeys(wanted) if not fetched(*each)]
     if missing:
-        _compile(missing)
+        with binary_cache.one_process():  # ranks of a server want the same kernels at one time
+            if missing := [each for each in missing if not fetched(*each)]:
+                _compile(missing)
     return [_known[each] for each in wanted]
 
 

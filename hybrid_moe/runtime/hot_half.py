@@ -20,7 +20,7 @@ from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.shares import ShareLayout
 from hybrid_moe.formats.table import WeightFormat
-from hybrid_moe.gpu_kernels.slot_experts import AT_ONCE, SlotExperts, check_format
+from hybrid_moe.gpu_kernels.slot_experts import AT_ONCE, SlotExperts, check_experts
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.gpu_arguments import HotOptions
@@ -41,13 +41,13 @@ class HotHalf:
         experts: the slots; None before `reserve`, and where there are none.
 
     Raises:
-        NotImplementedError: the back end cannot read the format.
+        NotImplementedError: the back end cannot read the format. ValueError: nor such sizes.
     """
 
     def __init__(
         self, options: HotOptions, shape: LayerShape, fmt: WeightFormat, activation: Activation
     ) -> None:
-        check_format(options.backend, fmt)
+        check_experts(options.backend, fmt, shape.hidden_size, shape.moe_intermediate_size)
         self.options = options
         self._shape, self._fmt, self._activation = shape, fmt, activation
         self._biases: bool | None = None

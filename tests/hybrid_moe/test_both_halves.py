@@ -18,7 +18,7 @@ from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
 from hybrid_moe.gpu_kernels import slot_experts
 from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES
-from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_format, has_wide_scales
+from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_experts, has_wide_scales
 from hybrid_moe.runtime import gpu_arguments, hot_half
 from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.runtime.gpu_faults import GpuLostError, lost_gpu
@@ -416,7 +416,10 @@ def test_kernels_that_a_layer_may_launch() -> None:
     assert counts["gate_up"] == counts["down"] == len(TOKEN_TILES) and counts["combine"] == 6
     assert counts["pack_few"] == 2 * len(TOKEN_TILES) and counts["pack_scatter"] > 0
     with pytest.raises(NotImplementedError, match="INT8 has no GPU kernels yet"):
-        check_format("cute", FORMATS["INT8"])
+        check_experts("cute", FORMATS["INT8"], 64, 64)
+    with pytest.raises(ValueError, match=r"moe_intermediate_size is 32768: .* of shared memory"):
+        check_experts("cute", MXFP4, 6144, 32768)
+    check_experts("torch", FORMATS["INT8"], 6144, 32768)
 
 
 def test_a_mask_that_changes_before_the_weights_come() -> None:

@@ -7,6 +7,8 @@ import logging
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,33 @@ def test_kernels_are_compiled_in_other_processes_and_kept(
     ], later.stderr  # fmt: skip
 
 
+@pytest.mark.usefixtures("cache")
+def test_what_another_process_compiles_is_waited_for(
+    artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of a server begin together: one compiles, the others find it in the cache."""
+
+    def no_compiler(*_: object) -> None:
+        raise AssertionError("another process is at it")
+
+    looked, fetched = threading.Event(), binaries.fetched
+
+    def look(definition: KernelDefinition, arch: str) -> bool:
+        found = fetched(definition, arch)
+        looked.set()
+        return found
+
+    monkeypatch.setattr(binaries, "_compile", no_compiler)
+    monkeypatch.setattr(binaries, "fetched", look)
+    with ThreadPoolExecutor(1) as executor:
+        with binary_cache.one_process():  # as the other process has it
+            waiting = executor.submit(compiled, scaling(), ARCH)
+            assert looked.wait(60)
+            binaries.keep(scaling(), ARCH, artifacts)
+            binaries._known.clear()
+        assert waiting.result().cubin == artifacts.cubin
+
+
 def test_a_compiler_that_crashes_is_an_error() -> None:
     """The message names kernel, configuration and architecture, and the next kernel is compiled by
     a new process."""
@@ -107,7 +136,7 @@ def test_what_compiles_is_kept_when_others_fail(
     monkeypatch.setattr(Compiler, "compile", compile)
     with pytest.raises(CompileError, match=r"(fire|flood) happened\n(fire|flood) happened"):
         warm([scaling(trouble="fire"), scaling(), scaling(trouble="flood")], ARCH)
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.glob("*.cubin"))) == 1
     assert compiled(scaling(), ARCH).cubin == artifacts.cubin
 
 
@@ -133,7 +162,7 @@ def test_damage_and_foreign_entries_cost_a_compilation(
 
     monkeypatch.setattr(Compiler, "compile", counted)
     good = compiled(scaling(), ARCH)
-    (entry,) = cache.iterdir()
+    (entry,) = cache.glob("*.cubin")
     whole = entry.read_bytes()
     for payload in (b"", b"\xff\xff\xff\xff", whole[32:-3000], whole[32:].replace(b"ELF", b"FLE")):
         binaries._known.clear()
