@@ -92,9 +92,15 @@ class Arena:
             _place(self.address, max(nbytes, 1), numa_nodes)
 
     def before_unmapping(self, call: Callable[[], object]) -> None:
-        """Call this when the last view is gone, while the memory is still mapped; not at exit."""
+        """Call this when the last view is gone, while the memory is still mapped; not at exit, and
+        not in a forked child, where it is not mapped."""
         # every view's base is the first array over the mapping, and it lets go of that afterwards
-        weakref.finalize(self.bytes.base, call).atexit = False
+        weakref.finalize(self.bytes.base, _call_in, os.getpid(), call).atexit = False
+
+
+def _call_in(process: int, call: Callable[[], object]) -> None:
+    if os.getpid() == process:
+        call()
 
 
 def _free_on(node: int) -> int | None:

@@ -44,6 +44,11 @@ class ExpertMoves(LayerFacts):
         and every replay of a graph, on the new one. The bytes are copied once and nothing else is
         done to them.
 
+        A move on another stream than the layer's latest call waits for that call, and the next
+        call for the move. Streams that replay graphs, or more streams than these two, are the
+        caller's to order. Where submit and sync of a step are in two graphs, or experts are
+        deferred from one to the next, a move belongs between steps.
+
         Args:
             expert: id, of an expert on the CPU.
             cuda_stream: the stream of this layer's calls, as for `submit_forward`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import logging
+import os
 
 import pytest
 
@@ -41,6 +42,23 @@ def test_an_arena_is_locked_while_it_lives(locks: PageLocks) -> None:
     del view
     assert calls[1:] == [("unlock", address, 0)]
     assert locks.locked == 0
+
+
+@pytest.mark.usefixtures("locks")
+def test_a_forked_child_unlocks_nothing() -> None:
+    """What is not mapped there is not the child's to unlock."""
+    arena, read_end, write_end = Arena(1 << 20), *os.pipe()
+    unlock = lambda address: os.write(write_end, b"unlocked")  # noqa: E731
+    assert page_lock(arena, lambda address, nbytes: None, unlock)
+    child = os.fork()
+    if child == 0:
+        del arena
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    del arena
+    assert os.read(read_end, 100) == b"unlocked", "once, by the parent"
+    os.close(read_end)
+    os.close(write_end)
 
 
 def test_refusal(locks: PageLocks, caplog: pytest.LogCaptureFixture) -> None:
