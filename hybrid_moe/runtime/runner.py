@@ -66,7 +66,8 @@ class LayerRunner:
         self._hot_pairs = 0  # of runs in which the CPU had no part
         self._faults = LayerFaults(layer, shape.layer_idx, strict=strict)
         self._submission: Submission | None = None
-        self._latest_stream: Stream | None = None  # of a run with both halves, not of a capture
+        self._latest_stream: Stream | None = None
+        """Of a call with both halves, not of a capture; or of the moves before the first call."""
         self._logged_last = False
 
     @property
@@ -122,12 +123,12 @@ class LayerRunner:
             elif halves is None:
                 job = self._start_on(stream, hidden, ids, weights)
             else:
+                if not stream.capturing():
+                    self._follow_latest(stream)
                 started: list[HotJob] = []
                 start = partial(halves[0].start, stream, hidden, ids, weights, unchanged=unchanged)
                 job = self._start_on(stream, hidden, ids, weights, lambda: started.append(start()))
                 hot = started[0]
-                if not stream.capturing():
-                    self._latest_stream = stream
             self._submission = Submission(hidden.shape, hidden.device, job, incoming, fault, hot)
         except BaseException:
             discard(job, self.layer_idx)
@@ -192,17 +193,28 @@ class LayerRunner:
         experts = half.experts
         stream = None if experts is None else self._stream(experts.memory, cuda_stream)
         move = placement.promote if hot else placement.demote
-        calls = self._latest_stream
-        if stream is None or calls is None or calls.handle == stream.handle:
+        latest = self._latest_stream
+        if stream is None or (latest is not None and latest.handle == stream.handle):
             move(expert, stream, self._settle)
             return
         placement.check_stream(stream)
-        placement.check_stream(calls)
-        stream.wait(calls.record())
+        if latest is None:  # the next call, or move, on another stream waits for this one
+            self._latest_stream = stream
+            move(expert, stream, self._settle)
+            return
+        placement.check_stream(latest)
+        stream.wait(latest.record())
         try:
             move(expert, stream, self._settle)
         finally:
-            calls.wait(stream.record())
+            latest.wait(stream.record())
+
+    def _follow_latest(self, stream: Stream) -> None:
+        """Let `stream` wait for the layer's latest call, and all moves, if that was on another."""
+        latest = self._latest_stream
+        if latest is not None and latest.handle != stream.handle:
+            stream.wait(latest.record())
+        self._latest_stream = stream
 
     def wait_for_moves(self) -> None:
         """Return when every expert is where `move` has put it."""

@@ -195,7 +195,7 @@ def queued(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     del QueuedSlots.gpu
 
 
-SEEDS = [*range(6), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(6, 60))]
+SEEDS = [*range(7), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(7, 60))]
 
 
 @pytest.mark.parametrize("deferred", [0, 1])
