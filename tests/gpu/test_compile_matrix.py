@@ -26,7 +26,6 @@ PATTERNS = {
     "copies": r"\bcp\.async\.c[ag]\.shared\S*",
 }
 GENERATIONS = ("sm_80", "sm_90", "sm_120")
-SOME_GEMMS = ("gate_up, MXFP4, 8", "down, MXFP4, 64", "gate_up, BF16, 32")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,9 +107,12 @@ def _ends_without_waiting(text: str) -> bool:
     return False
 
 
-def test_some_grouped_gemms() -> None:
-    rows = grouped_gemms()
-    assert _problems({name: rows[name] for name in SOME_GEMMS}, GENERATIONS) == []
+@pytest.mark.parametrize("fmt", ["MXFP4", "BF16"])
+def test_grouped_gemms(fmt: str) -> None:
+    """Both, for every tile, on each generation."""
+    rows = {name: row for name, row in grouped_gemms().items() if fmt in name}
+    assert len(rows) == 8
+    assert _problems(rows, GENERATIONS) == []
 
 
 @pytest.mark.full
