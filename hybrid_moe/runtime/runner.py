@@ -193,15 +193,13 @@ class LayerRunner:
         experts = half.experts
         stream = None if experts is None else self._stream(experts.memory, cuda_stream)
         move = placement.promote if hot else placement.demote
+        if stream is not None and self._latest_stream is None:
+            self._latest_stream = stream  # the next call, or move, on another one waits for it
         latest = self._latest_stream
-        if stream is None or (latest is not None and latest.handle == stream.handle):
+        if stream is None or latest is None or latest.handle == stream.handle:
             move(expert, stream, self._settle)
             return
         placement.check_stream(stream)
-        if latest is None:  # the next call, or move, on another stream waits for this one
-            self._latest_stream = stream
-            move(expert, stream, self._settle)
-            return
         placement.check_stream(latest)
         stream.wait(latest.record())
         try:
