@@ -26,8 +26,10 @@ from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats.table import FORMATS, WeightFormat, bf16_to_f32, f32_to_bf16
+from hybrid_moe.formats.numbers import bf16_to_f32, f32_to_bf16
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.loaders.stored import encode
 
 F64 = npt.NDArray[np.float64]
@@ -131,7 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     points = [
         {"method": fmt.name, "inputs": name, "error": error, "floor": floor}
-        for fmt in FORMATS.values()
+        for fmt in DENSE_FORMATS.values()
         for name, (error, floor) in measure(fmt, args).items()
     ]
     columns = (
@@ -144,7 +146,7 @@ def main() -> None:
     show(Console(), f"MoE layer, {title}", columns, points)
     points = [
         {"method": fmt.name, "inputs": name, "error": error, "floor": floor, "before": before}
-        for fmt in FORMATS.values()
+        for fmt in DENSE_FORMATS.values()
         for name, (error, floor, before) in measure_linear(fmt, args).items()
     ]
     columns = (*columns, number("against the weights before", "before", 5))

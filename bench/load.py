@@ -107,7 +107,7 @@ def load(directory: Path, threads: int) -> dict[str, Any]:
     begin = time.perf_counter()
     from hybrid_moe.cpu_kernels.layer import ExpertLayer
     from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-    from hybrid_moe.formats.table import MXFP4
+    from hybrid_moe.formats.mx import MXFP4
     from hybrid_moe.loaders import Checkpoint, load_layer
 
     imported = time.perf_counter()

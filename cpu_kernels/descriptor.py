@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from hybrid_moe.cpu_kernels.drivers.records import Layer, StripSizes, TilePlan
 from hybrid_moe.cpu_kernels.kernels.library import KernelSet, Tiling
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.strips import GROUP, StripLayout
-from hybrid_moe.formats.table import Array
 
 
 def describe(

@@ -19,10 +19,11 @@ from hybrid_moe.cpu_kernels.placement_change import COLD, PlacementChange
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows, publish_address
 from hybrid_moe.cpu_kernels.strips.unpack import RunAll, unpack_gate_up, unpack_rows
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.shares import ShareLayout, even_shares
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, round_up, strip_layout
-from hybrid_moe.formats.table import Array, WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors, check_matrix
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 
 BIASED = ("gate", "up", "down")
 
@@ -35,12 +36,17 @@ class PackedExperts:
     close. Loading is thread-safe for different experts."""
 
     def __init__(
-        self, fmt: WeightFormat, num_experts: int, hidden: int, intermediate: int, pool: PoolConfig
+        self,
+        fmt: WeightFormat | LayerFormats,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        pool: PoolConfig,
     ) -> None:
         """Describe them; nothing is allocated.
 
         Args:
-            fmt: how the weights are stored, and held.
+            fmt: how the weights are stored, and held; one for all projections, or two.
             num_experts: E. hidden: H. intermediate: I; both multiples of 32.
             pool: each of its pools holds a share of the output rows of every expert.
 
@@ -52,13 +58,13 @@ class PackedExperts:
         for name, size in (("hidden", hidden), ("intermediate", intermediate)):
             if size < 1 or size % GROUP:
                 raise ValueError(f"{name} = {size} must be a positive multiple of {GROUP}")
-        self.fmt = fmt
+        self.formats = layer_formats(fmt)
         self.num_experts = num_experts
         self.hidden = hidden
         self.intermediate = intermediate
         self.pool = pool
-        self.gate_up_layout = strip_layout(fmt, hidden)
-        self.down_layout = strip_layout(fmt, intermediate)
+        self.gate_up_layout = strip_layout(self.formats.gate_up, hidden)
+        self.down_layout = strip_layout(self.formats.down, intermediate)
         parts = pool.threads_per_pool
         self._blocks = even_shares(intermediate // GROUP, parts)
         self._strips = even_shares(-(-hidden // STRIP_ROWS), parts)
@@ -84,6 +90,11 @@ class PackedExperts:
         self._has_loaded = False
         self._closed = False
         self._pid = os.getpid()
+
+    @property
+    def fmt(self) -> WeightFormat:
+        """The format of gate and up, and where one is all that a caller knows of, of down too."""
+        return self.formats.gate_up
 
     def _new_table(self) -> Array:
         """`records.Expert` [E, pools] of experts that are not loaded."""
@@ -177,9 +188,10 @@ class PackedExperts:
         """Raise unless they are an expert of this layer; note which of them have biases. An expert
         that is loaded once more keeps those that it had, since a pass may be reading them."""
         H, I = self.hidden, self.intermediate
-        check_matrix(tensors.gate, self.fmt, I, H)
-        check_matrix(tensors.up, self.fmt, I, H)
-        check_matrix(tensors.down, self.fmt, H, I)
+        gate_up, down = self.formats
+        check_matrix(tensors.gate, gate_up, I, H)
+        check_matrix(tensors.up, gate_up, I, H)
+        check_matrix(tensors.down, down, H, I)
         for name in BIASED:
             if getattr(tensors, name).bias is not None and not self._layouts[0].biases:
                 raise ValueError(
@@ -324,10 +336,10 @@ class PackedExperts:
                 zip(*strips, strict=True), (self.gate_up_layout, self.down_layout), strict=True
             )
         )
-        fmt = self.fmt
-        gate, up = unpack_gate_up(gate_up, self.gate_up_layout, fmt, self.intermediate, run_all)
+        first, second = self.formats
+        gate, up = unpack_gate_up(gate_up, self.gate_up_layout, first, self.intermediate, run_all)
         matrices = {"gate": gate, "up": up}
-        matrices["down"] = unpack_rows(down, self.down_layout, fmt, self.hidden, run_all)
+        matrices["down"] = unpack_rows(down, self.down_layout, second, self.hidden, run_all)
         for at, (name, matrix) in enumerate(matrices.items()):
             if self._biased[expert, at]:
                 parts = [

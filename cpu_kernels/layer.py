@@ -29,7 +29,8 @@ from hybrid_moe.cpu_kernels.pool.group import PoolGroup, group_for
 from hybrid_moe.cpu_kernels.streams.graph_job import Counters, GraphJob, LiveMask, Report
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import Array, WeightFormat
+from hybrid_moe.formats.numbers import Array
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.locks import ProcessLock
 
 

@@ -15,8 +15,8 @@ from hybrid_moe.cpu_kernels.strips.pack import pack_rows
 from hybrid_moe.cpu_kernels.strips.unpack import RunAll, unpack_rows, unpack_some
 from hybrid_moe.formats.shares import even_shares
 from hybrid_moe.formats.strips import STRIP_ROWS, round_up, strip_layout
-from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.formats.tensors import Matrix, check_matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.locks import ProcessLock
 
 _allocation = ProcessLock()

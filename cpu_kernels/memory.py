@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe import sysfiles
-from hybrid_moe.formats.table import Array
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.logs import warn_once
 
 logger = logging.getLogger(__name__)

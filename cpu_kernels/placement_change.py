@@ -13,7 +13,7 @@ from collections.abc import Callable
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.drivers.records import COMPUTED_HERE, ELSEWHERE, ON_GPU, Move
 from hybrid_moe.cpu_kernels.jit.record import u8
-from hybrid_moe.formats.table import Array
+from hybrid_moe.formats.numbers import Array
 
 COLD, HOT, AWAY = COMPUTED_HERE, ON_GPU, ELSEWHERE
 """What a live mask says of an expert: computed here, on the GPU, or by somebody else."""

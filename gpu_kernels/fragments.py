@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS
-from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.weight_format import WeightFormat
 
 LANES = 32
 QUADS = 4

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrid_moe.formats.strips import GROUP
-from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels.definition import Argument
 from hybrid_moe.gpu_kernels.fragments import k_order
 from hybrid_moe.gpu_kernels.lane_memory import at, vector

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hybrid_moe.formats.strips import GROUP
-from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels.definition import Launch
 from hybrid_moe.gpu_kernels.expert_tiles import TILE_STEP, check_tensor
 from hybrid_moe.gpu_kernels.fragments import permute

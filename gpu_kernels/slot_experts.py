@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels.act_quant import fp8_rounded, fp8_rounded_ref, rounding_kernel
 from hybrid_moe.gpu_kernels.combine import combine, combine_launch, combine_ref
 from hybrid_moe.gpu_kernels.definition import KernelDefinition

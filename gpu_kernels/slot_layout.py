@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hybrid_moe.formats.shares import ShareLayout
 from hybrid_moe.formats.strips import GROUP, LINE, STRIP_ROWS, StripLayout, round_up
-from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.weight_format import WeightFormat
 
 Table = npt.NDArray[np.int32]
 

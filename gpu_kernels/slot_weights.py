@@ -11,8 +11,11 @@ from types import MappingProxyType
 
 import torch
 
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import E2M1_VALUES, MXFP4
 from hybrid_moe.formats.strips import STRIP_ROWS, StripLayout
-from hybrid_moe.formats.table import BF16, E2M1_VALUES, INT8, MXFP4, WeightFormat
+from hybrid_moe.formats.table import BF16
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 
 Tensor = torch.Tensor
@@ -116,11 +119,12 @@ def _rows(fmt: WeightFormat, layout: StripLayout, strips: Tensor) -> Tensor:
     words = groups[..., : layout.code_bytes].unflatten(-1, (layout.words, STRIP_ROWS, 4))
     codes = words.permute(0, 3, 1, 2, 4).flatten(3)  # [strip, row, group, bytes]
     values = _VALUES[fmt.name](codes.contiguous())
-    if layout.scales:
+    if layout.fields:
+        (field,) = layout.fields
         stored = groups[..., layout.code_bytes :].unflatten(
-            -1, (layout.scales, STRIP_ROWS, layout.scale_bytes)
+            -1, (field.count, STRIP_ROWS, field.itemsize)
         )
         factors = _FACTORS[fmt.name](stored.permute(0, 3, 1, 2, 4).flatten(3).contiguous())
-        per_scale = values.unflatten(-1, (layout.scales, -1))
+        per_scale = values.unflatten(-1, (field.count, -1))
         values = (per_scale * factors[..., None]).flatten(-2)
     return values.flatten(2).flatten(0, 1).to(torch.float32)

@@ -22,8 +22,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import StripLayout
-from hybrid_moe.formats.table import BF16, MXFP4, WeightFormat
+from hybrid_moe.formats.table import BF16
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels.fragments import QUADS
 from hybrid_moe.gpu_kernels.lane_memory import fused
 

@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from hybrid_moe.formats.table import MXFP4, Array, WeightFormat, format_named
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.numbers import Array
+from hybrid_moe.formats.table import format_named
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.companions import companion_files
 from hybrid_moe.loaders.header import TensorInfo

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hybrid_moe.formats.table import AS_STORED, FORMATS
+from hybrid_moe.formats.table import AS_STORED, DENSE_FORMATS
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.drafts import DRAFT
@@ -154,7 +154,7 @@ def _ram(layers: list[LayerSource]) -> dict[str, int]:
     """Bytes of the packed experts by method, for the methods that can load every layer."""
     ram = {
         name: sum(layer.nbytes_as(fmt) for layer in layers)
-        for name, fmt in FORMATS.items()
+        for name, fmt in DENSE_FORMATS.items()
         if layers and all(can_encode(layer.stored, fmt) for layer in layers)
     }
     if len({layer.format for layer in layers}) > 1:

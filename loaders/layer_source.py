@@ -8,9 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
-from hybrid_moe.formats.table import Array, WeightFormat
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix, check_matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.loaders.naming import NamingScheme

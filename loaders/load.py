@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.safetensors import ReadBuffers
 from hybrid_moe.parallel import for_each

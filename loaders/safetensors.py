@@ -16,8 +16,8 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.strips import round_up
-from hybrid_moe.formats.table import Array
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.files import CheckpointFiles, choose_files
 from hybrid_moe.loaders.header import TensorInfo, read_header

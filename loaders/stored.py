@@ -11,17 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybrid_moe.formats.table import (
-    BF16,
-    F32,
-    FORMATS,
-    INT8,
-    MXFP4,
-    Array,
-    WeightFormat,
-    bf16_to_f32,
-    f32_to_bf16,
-)
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.numbers import F32, Array, bf16_to_f32, f32_to_bf16
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 
 _CHUNK = 1 << 16
 """Weights that are quantized at a time, so that temporaries stay in the cache."""
@@ -80,7 +74,7 @@ def can_encode(stored: Stored, fmt: WeightFormat) -> bool:
     16-bit weights can be quantized. The reverse is refused: it would spend four times the memory on
     weights that gain nothing.
     """
-    return stored.format is fmt or (stored.format is BF16 and fmt.name in FORMATS)
+    return stored.format is fmt or (stored.format is BF16 and fmt.name in DENSE_FORMATS)
 
 
 def to_float32(raw: Array) -> F32:

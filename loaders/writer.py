@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid_moe.formats.table import Array
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.loaders.files import INDEX_NAME
 from hybrid_moe.loaders.header import STORAGE_TYPES
 from hybrid_moe.loaders.regular import open_regular

@@ -31,8 +31,8 @@ from hybrid_moe.cpu_kernels.kernels.mxfp4_dot import (
     mxfp4_unpacked_dot,
 )
 from hybrid_moe.cpu_kernels.kernels.order import Order, fixed15_order
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.strips import PANEL_ROWS, PANELS, STRIP_ROWS, SUMS_BYTES
-from hybrid_moe.formats.table import Array
 
 K = 4096
 GROUPS = K // 32

@@ -18,8 +18,9 @@ from hybrid_moe.cpu_kernels.dsl.tiers import Tier
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
 from hybrid_moe.cpu_kernels.kernels.encode import FIXED15, encode_rows
 from hybrid_moe.cpu_kernels.memory import Arena, Workspace
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.strips import STRIP_ROWS, SUMS_BYTES
-from hybrid_moe.formats.table import MXFP4, Array
 
 LINES = STRIP_BYTES // 64
 """Cache lines of a strip."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid_moe.formats.table import Array
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.loaders.model_config import CONFIG_NAME
 from hybrid_moe.loaders.writer import ShardedWriter
 from hybrid_moe.parallel import for_each

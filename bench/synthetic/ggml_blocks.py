@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybrid_moe.formats.table import Array
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.tensors import Matrix
 
 _BLOCK = 17

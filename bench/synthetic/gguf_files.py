@@ -23,7 +23,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from problem import bf16_values
 
-from hybrid_moe.formats.table import MXFP4, Array
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.tensors import Matrix
 from hybrid_moe.loaders import Checkpoint, LayerSource
 from hybrid_moe.loaders.safetensors import ReadBuffers

@@ -28,7 +28,7 @@ _ENTRIES = {
     "close_host": "host",
     "watch": "mailbox",
     "watch_once": "mailbox",
-    "pack_strips": "pack_strips",
+    "pack_plane": "pack_strips",
     "fingerprint": "hash_memory",
     "publish_word": "pack_strips",
     "apply_move": "move_expert",

@@ -17,7 +17,7 @@ import numpy as np
 from llvmlite import ir
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, Val, vector
-from hybrid_moe.formats.table import Array
+from hybrid_moe.formats.numbers import Array
 
 Lowering = Callable[..., Any]
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, Val
 from hybrid_moe.cpu_kernels.dsl.ops import unpack_pair
-from hybrid_moe.formats.table import Array
+from hybrid_moe.formats.numbers import Array
 
 ROWS = 16
 ROW_BYTES = 64

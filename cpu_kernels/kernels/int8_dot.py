@@ -15,8 +15,8 @@ from hybrid_moe.cpu_kernels.kernels.group_dot import (
     panel_address,
 )
 from hybrid_moe.cpu_kernels.kernels.order import Order
+from hybrid_moe.formats.integers import INT8
 from hybrid_moe.formats.strips import GROUP, PANELS, strip_layout
-from hybrid_moe.formats.table import INT8
 
 INT8_STRIP = strip_layout(INT8, GROUP)
 

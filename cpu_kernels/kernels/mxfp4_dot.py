@@ -25,8 +25,8 @@ from hybrid_moe.cpu_kernels.kernels.group_dot import (
     panel_address,
 )
 from hybrid_moe.cpu_kernels.kernels.order import Order
+from hybrid_moe.formats.mx import E2M1_VALUES, MXFP4
 from hybrid_moe.formats.strips import GROUP, PANELS, strip_layout
-from hybrid_moe.formats.table import E2M1_VALUES, MXFP4
 
 E2M1_DOUBLED = tuple(int(2 * v) for v in E2M1_VALUES)
 MXFP4_STRIP = strip_layout(MXFP4, GROUP)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@
 import torch
 
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import FORMATS, WeightFormat
+from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels import combine as combine_kernel
 from hybrid_moe.gpu_kernels import down as down_kernel
 from hybrid_moe.gpu_kernels import gate_up as gate_up_kernel

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from hybrid_moe.formats.table import BF16, MXFP4
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.planning.model import Model
 from hybrid_moe.planning.parts import lay_out
 from hybrid_moe.planning.plan import CPU_EXPERTS, GPU, RAM, Plan, Request, Shortage

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, round_up, strip_layout
-from hybrid_moe.formats.table import WeightFormat, format_named
+from hybrid_moe.formats.table import format_named
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.loaders.header import TensorInfo
 
 TORCH = "torch"

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
-from hybrid_moe.formats.table import AS_STORED, BF16, WeightFormat, chosen_format
+from hybrid_moe.formats.table import AS_STORED, BF16, chosen_format
 from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.loaders import Checkpoint, LayerSource
 from hybrid_moe.loaders.convert import CONFIG_KEY
 from hybrid_moe.loaders.drafts import DRAFT

@@ -10,7 +10,7 @@ from hybrid_moe.cpu_kernels.job import JobShape, capacity_for
 from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.strips import GROUP
-from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.planning.model import Model
 
 _GIB, _MIB = 1 << 30, 1 << 20

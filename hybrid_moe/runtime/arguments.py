@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.weight_format import WeightFormat
 
 UNSUPPORTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
     {

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.layout import GateUp

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.formats.table import UE8M0, Array, WeightFormat, f32_to_bf16
+from hybrid_moe.formats.numbers import UE8M0, Array, f32_to_bf16
 from hybrid_moe.formats.tensors import Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.parallel import map_all
 from hybrid_moe.runtime import arguments
 from hybrid_moe.runtime.arguments import LayerShape

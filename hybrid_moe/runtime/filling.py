@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.load import load_layer
 from hybrid_moe.parallel import for_each

@@ -19,7 +19,7 @@ import torch
 from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.shares import ShareLayout
-from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels.slot_experts import AT_ONCE, SlotExperts, check_experts
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.runtime.arguments import LayerShape

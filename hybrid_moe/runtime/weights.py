@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hybrid_moe.formats.table import INT8, MXFP4, Array, WeightFormat
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix, check_matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.runtime.arguments import LayerShape
 
 PROJECTIONS = ("gate", "up", "down")

@@ -10,7 +10,8 @@ import pytest
 from synthetic.checkpoint import make_checkpoint
 from synthetic.models import MODELS
 
-from hybrid_moe.formats.table import MXFP4, bf16_to_f32
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.numbers import bf16_to_f32
 from hybrid_moe.loaders import Checkpoint
 
 gguf = pytest.importorskip("gguf", reason="a dev dependency: pip install gguf")

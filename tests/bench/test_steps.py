@@ -28,8 +28,8 @@ from decode.sweeps import Clock, Problem, Runner, step_runner
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, choose_tier
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.strips.pack import pack_rows
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import PANELS, STRIP_ROWS, strip_layout
-from hybrid_moe.formats.table import MXFP4
 from hybrid_moe.formats.tensors import Matrix
 
 LINES_OF_CODES = CODE_BYTES // 64

@@ -12,7 +12,7 @@ from synthetic.checkpoint import make_checkpoint
 from synthetic.ggml_blocks import ggml_blocks
 from synthetic.models import E2M1_RMS, GROUP, MODELS, scale_byte
 
-from hybrid_moe.formats.table import E2M1_VALUES, MXFP4
+from hybrid_moe.formats.mx import E2M1_VALUES, MXFP4
 from hybrid_moe.formats.tensors import Matrix
 from hybrid_moe.loaders import Checkpoint
 from tests.hybrid_moe.planning.fake_checkpoints import MODELS as PUBLISHED

@@ -14,8 +14,11 @@ from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import BF16, INT8, MXFP4, WeightFormat
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.reference import FIXED_POINT_ERROR, Evaluation, evaluate
 
 Array = npt.NDArray[Any]

@@ -22,7 +22,7 @@ from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import NEON, NEON_DOTPROD, PORTABLE, Tier
 from hybrid_moe.cpu_kernels.jit.compile import optimize
 from hybrid_moe.cpu_kernels.kernels.library import functions_of
-from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.table import DENSE_FORMATS
 
 TRIPLE = "aarch64-unknown-linux-gnu"
 
@@ -94,7 +94,12 @@ def _count(text: str) -> _Counts:
 _TIERS = (PORTABLE, NEON, NEON_DOTPROD)
 Kernels = pytest.mark.parametrize(
     ("fmt", "tier", "name"),
-    [(fmt, t, name) for fmt in FORMATS for t in _TIERS for name, _, _ in functions_of(fmt, t)],
+    [
+        (fmt, t, name)
+        for fmt in DENSE_FORMATS
+        for t in _TIERS
+        for name, _, _ in functions_of(fmt, t)
+    ],
     ids=lambda value: value.name if isinstance(value, Tier) else value,
 )
 
@@ -105,7 +110,7 @@ _SCALARS = {
     ("INT8", "activate"): (2, 6),
     ("BF16", "activate"): (0, 1),
     ("BF16", "direct1"): (0, 1),
-    **{(fmt, "deliver"): (1, 1) for fmt in FORMATS},
+    **{(fmt, "deliver"): (1, 1) for fmt in DENSE_FORMATS},
 }
 """Kernel -> lanes that leave their vector, scalar instructions on floats. A group that is encoded
 in fixed point has a maximum and two biases (INT8: one), reductions by nature, and a step that is
@@ -144,7 +149,7 @@ def test_no_library_function_is_called(fmt: str, tier: Tier, name: str) -> None:
     assert not [line for line in _kernels(fmt, tier)[name].splitlines() if _CALL.match(line)]
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS)
 def test_portable_kernels_name_no_processor(fmt: str) -> None:
     text = build_module(functions_of(fmt, PORTABLE), PORTABLE, "aarch64")
     assert not re.findall(r"llvm\.(?:x86|aarch64)\.", text)

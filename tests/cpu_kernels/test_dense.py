@@ -26,9 +26,11 @@ from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import STRIP_ROWS
-from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS
 from hybrid_moe.formats.tensors import CheckpointError, Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.cases import (
     ACTIVATION_ERROR,
     Array,
@@ -54,14 +56,16 @@ POOLS = [
     if threads <= max(2, usable_cores())
 ]
 
-Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+Formats = pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 TierNames = pytest.mark.parametrize("name", TIERS)
 
 
 @functools.cache
 def _matrices(fmt: str, K: int, rows: Sequence[int] = ROWS) -> list[Matrix]:
     rng = np.random.default_rng(7)
-    return [random_matrix(FORMATS[fmt], rng, n, K, bias=i % 2 == 1) for i, n in enumerate(rows)]
+    return [
+        random_matrix(DENSE_FORMATS[fmt], rng, n, K, bias=i % 2 == 1) for i, n in enumerate(rows)
+    ]
 
 
 def _packed(fmt: WeightFormat, matrix: Matrix, pool: PoolConfig) -> PackedMatrix:
@@ -86,7 +90,7 @@ def _inputs(T: int, K: int, seed: int = 0) -> Array:
 
 @functools.cache
 def _tier_layer(fmt: str, name: str, K: int) -> DenseLayer:
-    return _layer(FORMATS[fmt], _matrices(fmt, K), isa=QUICK[name])
+    return _layer(DENSE_FORMATS[fmt], _matrices(fmt, K), isa=QUICK[name])
 
 
 @TierNames

@@ -19,9 +19,12 @@ from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import GROUP
-from hybrid_moe.formats.table import FORMATS, INT8, MXFP4, WeightFormat
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.cases import Array, Case, flushes_subnormals, from_bf16, random_batch
 from tests.cpu_kernels.emulation import QUICK, RUNNABLE
 
@@ -47,14 +50,14 @@ CONFIGS = [
     if threads <= usable_cores()
 ]
 
-Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+Formats = pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 TierNames = pytest.mark.parametrize("name", TIERS)
 TwoCores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
 
 
 @functools.cache
 def _case(fmt_name: str, shape: tuple[int, int]) -> Case:
-    return Case.random(FORMATS[fmt_name], *shape, E=3, bias=True)
+    return Case.random(DENSE_FORMATS[fmt_name], *shape, E=3, bias=True)
 
 
 @functools.cache

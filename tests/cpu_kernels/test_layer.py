@@ -14,8 +14,11 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat, f32_to_bf16
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.numbers import f32_to_bf16
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS
 from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.cases import (
     Array,
     Case,
@@ -31,13 +34,13 @@ SHAPES = [(32, 32), (96, 64), (64, 160), (352, 96)]
 TOKENS = [0, 1, 2, 3, 7, 33, 130]
 TOP_K = 3
 
-Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+Formats = pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 TierNames = pytest.mark.parametrize("name", TIERS)
 
 
 @functools.lru_cache(maxsize=64)
 def _layer(fmt_name: str, name: str, shape: tuple[int, int]) -> tuple[Case, ExpertLayer]:
-    case = Case.random(FORMATS[fmt_name], *shape)
+    case = Case.random(DENSE_FORMATS[fmt_name], *shape)
     return case, case.layer(QUICK[name])
 
 

@@ -21,7 +21,8 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.cpu_kernels.tuning import INLINE_ENCODE_TOKENS
-from hybrid_moe.formats.table import BF16, MXFP4
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import ExpertTensors
 from tests.cpu_kernels.cases import Array, Case, random_batch
 

@@ -13,7 +13,7 @@ PRELUDE = """
 import gc, os, signal, sys, threading, time
 import numpy as np
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
 
 threads = {threads}

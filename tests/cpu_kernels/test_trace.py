@@ -19,7 +19,7 @@ from hybrid_moe.cpu_kernels.drivers import records, spans, worker
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.trace_file import BETWEEN, GroupSpans, events
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch, random_matrix
 from tests.cpu_kernels.pool.test_phases import published
 from tests.cpu_kernels.toolbox import run_script
@@ -203,7 +203,7 @@ def test_one_trace_at_a_time_and_where_it_can_be_written(tmp_path: Path) -> None
 _SCRIPT = """
 import os
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
 layer = Case.random(MXFP4, 64, 64, E=2).layer(pool=PoolConfig(2))
 for _ in range(3):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import hybrid_moe
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.integrations.transformers.hit_rates import hit_rates
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from tests.reference import assert_within, evaluate

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hybrid_moe.cpu_kernels.dsl.tiers import available_tiers
-from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.cpu_kernels.cases import ACTIVATION_ERROR, decode, random_expert
 from tests.reference import Evaluation, evaluate
@@ -74,7 +74,7 @@ class Weights:
     def __init__(self, rng: random.Random, sizes: Sizes, spare: int) -> None:
         self.I = 32 * rng.randint(1, 5)
         self.bias = rng.random() < 0.3
-        numbers, fmt = generator(rng), FORMATS[sizes.method]
+        numbers, fmt = generator(rng), DENSE_FORMATS[sizes.method]
         stored = sizes.E + rng.randint(0, spare)
         experts = [random_expert(fmt, numbers, sizes.H, self.I, self.bias) for _ in range(stored)]
         self.mapping = torch.tensor([rng.randrange(stored) for _ in range(sizes.E)])

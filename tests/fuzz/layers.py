@@ -14,7 +14,7 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.header import STORAGE_TYPES, TensorInfo

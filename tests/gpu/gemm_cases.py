@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS
-from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.formats.tensors import Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels import down, gate_up
 from hybrid_moe.gpu_kernels.definition import KernelDefinition
 from hybrid_moe.gpu_kernels.fragments import permute, unpermute

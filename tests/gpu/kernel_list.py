@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.gpu_kernels import (
     act_quant,
     combine,
@@ -45,8 +45,8 @@ class Expected:
 def small_kernels(pdl: bool = False) -> dict[str, tuple[KernelDefinition, Expected]]:
     """Kernels around the grouped GEMMs."""
     bf16 = torch.bfloat16
-    four = PackConfig(piece_order(FORMATS["MXFP4"]), 8, wide_ids=True, pdl=pdl)
-    sixteen = PackConfig(piece_order(FORMATS["BF16"]), 8, wide_ids=False, pdl=pdl)
+    four = PackConfig(piece_order(DENSE_FORMATS["MXFP4"]), 8, wide_ids=True, pdl=pdl)
+    sixteen = PackConfig(piece_order(DENSE_FORMATS["BF16"]), 8, wide_ids=False, pdl=pdl)
     gating = {
         "qwen3": (Gating("qwen3", 8, renormalise=True), 128, None),
         "gpt_oss": (Gating("gpt_oss", 4), 128, None),
@@ -108,7 +108,7 @@ def _of_gemm(config: GemmConfig) -> Expected:
     tiles of each half and all columns. MXFP4 has the loop twice: for experts with scales that bf16
     holds, and for the others. A lane's load brings a word of four rows, `bits / 4` of which are a
     row's group for the four lanes that share it."""
-    bits = FORMATS[config.format].bits
+    bits = DENSE_FORMATS[config.format].bits
     loops = 2 if config.format == "MXFP4" else 1
     return Expected(
         MOST_REGISTERS[config.tile],

@@ -11,7 +11,7 @@ import torch
 
 from hybrid_moe import KTMoEWrapper
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.gpu_kernels.slot_experts import PREFILL_TOKENS, SlotExperts
 from tests.cpu_kernels.cases import decode
 from tests.gpu.slots import Slots, random_slots

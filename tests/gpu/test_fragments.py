@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS
-from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels import fragments
 from tests.cpu_kernels.cases import decode
 from tests.gpu.slots import random_slots
@@ -91,7 +93,7 @@ def _strip_product(fmt: WeightFormat, layout: Any, strip: Array, xp: Array) -> A
     return out
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda fmt: fmt.name)
 @settings(max_examples=5)
 @given(
     H=st.integers(1, 5).map(lambda groups: 32 * groups),

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import BF16, MXFP4, WeightFormat
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.table import BF16
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels import down, gate_up
 from hybrid_moe.gpu_kernels.definition import ARCHITECTURES
 from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES, GemmConfig, gemm_config

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from hybrid_moe.formats.activation import Activation
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS
-from hybrid_moe.formats.table import BF16, MXFP4, WeightFormat
+from hybrid_moe.formats.table import BF16
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels import down, gate_up, slot_experts
 from hybrid_moe.gpu_kernels.combine import combine_launch
 from hybrid_moe.gpu_kernels.expert_tiles import ExpertTiles

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.gpu_kernels import combine, down, gate_up, ops, pack_tokens
 from hybrid_moe.gpu_kernels.expert_tiles import ExpertTiles
 from hybrid_moe.gpu_kernels.gating import Gating
@@ -26,7 +26,7 @@ SWIGLU = Activation(limit=7.0, alpha=1.702)
 @pytest.fixture(scope="module")
 def slots() -> Slots:
     """Three experts in slots that two pools share."""
-    return random_slots(FORMATS["MXFP4"], H, I, SLOTS, parts=(1, 1), bias=True)
+    return random_slots(DENSE_FORMATS["MXFP4"], H, I, SLOTS, parts=(1, 1), bias=True)
 
 
 def _layer(slots: Slots, given: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -146,7 +146,7 @@ def test_functions_give_what_the_kernels_functions_give() -> None:
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("parts", [(1,), (2, 1), (1, 1, 1)])
 def test_a_layout_is_what_its_text_says(parts: tuple[int, ...], biases: bool) -> None:
-    layout = slot_layout(FORMATS["BF16"], 2880, 704, parts=parts, biases=biases)
+    layout = slot_layout(DENSE_FORMATS["BF16"], 2880, 704, parts=parts, biases=biases)
     text = layout_to_text(layout)
     assert layout_from_text(text) == layout
     for wrong in ("", text + " 1", text.replace("BF16", "BF17"), text.replace(" 0:", " 1:")):

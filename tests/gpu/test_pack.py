@@ -10,7 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.formats.table import BF16, FORMATS, INT8, MXFP4, WeightFormat
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels.definition import ARCHITECTURES
 from hybrid_moe.gpu_kernels.fragments import permute
 from hybrid_moe.gpu_kernels.pack_tokens import (
@@ -68,7 +71,7 @@ def test_every_hot_pair_is_in_one_tile_of_its_expert(data: st.DataObject) -> Non
     E = data.draw(st.sampled_from([1, 2, 7, 64, 1024]))
     hot = data.draw(st.integers(0, E))
     tile = data.draw(st.sampled_from([8, 16, 24, 64]))
-    fmt = data.draw(st.sampled_from(list(FORMATS.values())))
+    fmt = data.draw(st.sampled_from(list(DENSE_FORMATS.values())))
     x, ids, slot_of = _batch(T, k, E, hot, wide=data.draw(st.booleans()), seed=T * k + hot)
     if data.draw(st.booleans()):
         ids[:] = data.draw(st.integers(0, E - 1))  # one expert has all
@@ -203,7 +206,7 @@ def test_memory_is_read_in_whole_sectors() -> None:
     assert not scan.bank_conflicts()
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda fmt: fmt.name)
 def test_pieces_of_a_group_are_permuted_apart(fmt: WeightFormat) -> None:
     """Together they are the group's order; with 4-bit codes a piece is 16 bytes."""
     order = piece_order(fmt)

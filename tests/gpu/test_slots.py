@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
-from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels import fragments
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.gpu_kernels.slot_weights import slot_weights
@@ -24,7 +26,7 @@ Sizes = st.integers(1, 7).map(lambda groups: 32 * groups)
 Parts = st.sampled_from([(1,), (1, 1), (3, 1, 2)])
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda fmt: fmt.name)
 @settings(max_examples=15)
 @given(H=Sizes, I=Sizes, parts=Parts, bias=st.booleans())
 def test_a_slot_is_read_as_it_was_packed(
@@ -44,7 +46,7 @@ def test_a_slot_is_read_as_it_was_packed(
                 assert np.array_equal(given_bias.numpy(), matrix.bias)
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda fmt: fmt.name)
 def test_a_slot_is_the_bytes_of_a_layer(fmt: WeightFormat) -> None:
     """Copying the pool's range is all that promotion does."""
     slots = random_slots(fmt, 96, 160, 1, bias=True)
@@ -97,7 +99,7 @@ def test_a_format_without_a_reader_says_so() -> None:
         slot_weights(slot_layout(odd, 32, 32), torch.zeros(0, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda fmt: fmt.name)
 def test_the_order_of_activations_is_a_permutation(fmt: WeightFormat) -> None:
     order = fragments.k_order(fmt)
     assert sorted(order) == list(range(32))

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.reference import Evaluation, evaluate
 
@@ -62,7 +64,7 @@ class Weights:
 
     def expected(self, batch: Batch, method: str = "MXFP4", **options: Any) -> Evaluation:
         """The contract's output for `batch`."""
-        fmt = FORMATS[method]
+        fmt = DENSE_FORMATS[method]
         dequantized = [
             fmt.dequantize(*self.quantized(name, fmt)) for name in ("gate", "up", "down")
         ]

@@ -16,8 +16,9 @@ import torch
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.cpu_kernels.streams.graph_job import Report
-from hybrid_moe.formats.table import WeightFormat, bf16_to_f32
+from hybrid_moe.formats.numbers import bf16_to_f32
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.reference import reference_moe
 
 

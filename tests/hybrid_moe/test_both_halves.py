@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
-from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels import slot_experts
 from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_experts, has_wide_scales
@@ -64,7 +66,7 @@ def batch(tokens: int) -> Batch:
 
 
 @pytest.mark.parametrize("pools", POOLS)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 def test_result(fmt: WeightFormat, pools: int) -> None:
     """Within the bound of the contract: some experts hot, all, none; ids out of range, no token."""
     error = ACTIVATION_ERROR[fmt.name]
@@ -167,7 +169,7 @@ def test_a_place_is_not_overwritten_under_a_job() -> None:
 
 
 @pytest.mark.parametrize("pools", POOLS)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 def test_an_expert_that_has_moved_is_the_same(fmt: WeightFormat, pools: int) -> None:
     """Bit for bit that of a layer which was loaded so, biases and all."""
     w = hybrid(WEIGHTS, 1, 4, pools=pools, method=fmt.name)
@@ -416,10 +418,10 @@ def test_kernels_that_a_layer_may_launch() -> None:
     assert counts["gate_up"] == counts["down"] == len(TOKEN_TILES) and counts["combine"] == 6
     assert counts["pack_few"] == 2 * len(TOKEN_TILES) and counts["pack_scatter"] > 0
     with pytest.raises(NotImplementedError, match="INT8 has no GPU kernels yet"):
-        check_experts("cute", FORMATS["INT8"], 64, 64)
+        check_experts("cute", DENSE_FORMATS["INT8"], 64, 64)
     with pytest.raises(ValueError, match=r"moe_intermediate_size is 32768: .* of shared memory"):
         check_experts("cute", MXFP4, 6144, 32768)
-    check_experts("torch", FORMATS["INT8"], 6144, 32768)
+    check_experts("torch", DENSE_FORMATS["INT8"], 6144, 32768)
 
 
 def test_a_mask_that_changes_before_the_weights_come() -> None:

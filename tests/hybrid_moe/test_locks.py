@@ -161,7 +161,7 @@ import numpy as np
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.jit.compile import emit_object
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
 from tests.cpu_kernels.jit.test_jit import _text
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.cpu_kernels.cases import ACTIVATION_ERROR
@@ -29,7 +29,7 @@ def check(
     assert_within(output.double().numpy(), expected)
 
 
-@pytest.mark.parametrize("method", FORMATS)
+@pytest.mark.parametrize("method", DENSE_FORMATS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_within_the_contract(method: str, options: dict[str, float], bias: bool) -> None:

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from hybrid_moe import wrapper as wrapper_module
-from hybrid_moe.formats.table import FORMATS, INT8, MXFP4, WeightFormat
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.families import EXPERTS, TOP_K, Experts, FamilyFixture, write_family
 from tests.hybrid_moe.cases import Batch, E, H, I, Weights, wrapper
@@ -236,7 +239,7 @@ def test_failed_load_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("method", FORMATS)
+@pytest.mark.parametrize("method", DENSE_FORMATS)
 def test_tensors_of_any_float_type(dtype: torch.dtype, method: str) -> None:
     weights = Weights.random()
     rounded = [t.to(dtype) for t in (weights.gate, weights.up, weights.down)]

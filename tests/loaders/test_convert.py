@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybrid_moe.formats.table import INT8, MXFP4, WeightFormat
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.loaders import Checkpoint, convert_checkpoint
 from hybrid_moe.loaders import convert as convert_module
 from tests.families import EXPERTS, HIDDEN, INTERMEDIATE, FamilyFixture, decode_mxfp4, write_family

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix
 from hybrid_moe.loaders import Checkpoint, inspect_checkpoint
 from hybrid_moe.loaders.naming import SCHEMES, find_layers

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.formats.table import BF16, MXFP4
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors
 from hybrid_moe.loaders import Checkpoint, LayerSource, check_map, load_layer
 from hybrid_moe.loaders import load as load_module

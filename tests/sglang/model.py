@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from tests.sglang.paths import MXFP4_MODEL
 
 LAYERS, EXPERTS, TOP_K = 4, 16, 4

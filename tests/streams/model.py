@@ -23,7 +23,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.streams.watcher import Watcher
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.deferral import DeferralChain, split_deferred

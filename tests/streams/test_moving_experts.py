@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
 from hybrid_moe.runtime import filling, hot_half
 from hybrid_moe.runtime.arguments import LayerShape

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid_moe.formats.table import Array
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint, SafetensorsIndex
 from hybrid_moe.loaders.find_model import find_model

@@ -18,8 +18,11 @@ import torch
 from torch.nn.utils import parametrize
 
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import BF16, MXFP4, Array, WeightFormat
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.numbers import Array
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.proof import recognise_activation
 from hybrid_moe.loaders.stored import encode
 

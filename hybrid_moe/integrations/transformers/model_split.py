@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
-from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.loading import layer_index
 from hybrid_moe.integrations.transformers.options import choose_backend

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from hybrid_moe.formats.table import FORMATS, WeightFormat, format_named
+from hybrid_moe.formats.table import DENSE_FORMATS, format_named
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.logs import warn_once
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ def dense_format(dense: str) -> WeightFormat | None:
     """
     if dense == DENSE_TORCH:
         return None
-    fmt = FORMATS.get(str(dense).upper())
+    fmt = DENSE_FORMATS.get(str(dense).upper())
     if fmt is None:
-        choices = ", ".join([*(name.lower() for name in FORMATS), DENSE_TORCH])
+        choices = ", ".join([*(name.lower() for name in DENSE_FORMATS), DENSE_TORCH])
         raise ValueError(f"dense is {dense!r}: choices are {choices}")
     return fmt
 
@@ -75,7 +76,7 @@ class ExpertsOptions:
     """How experts are packed and run.
 
     Attributes:
-        method: name of a weight format, see `hybrid_moe.formats.table.FORMATS`.
+        method: see `hybrid_moe.formats.table.format_named`.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
     """

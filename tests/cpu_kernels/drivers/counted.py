@@ -15,9 +15,9 @@ from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import phases, records, route
 from hybrid_moe.cpu_kernels.drivers.records import DOWN, DOWN_BY_PAIR, GATE_UP
 from hybrid_moe.cpu_kernels.job import JobMemory, JobShape, capacity_for
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.shares import even_shares
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, strip_layout
-from hybrid_moe.formats.table import MXFP4
 from tests.cpu_kernels.cases import Array, random_batch
 from tests.streams.interpreted import interpret
 

@@ -18,12 +18,13 @@ from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, Lowering, fused
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE, Tier
 from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
 from hybrid_moe.cpu_kernels.kernels.order import fixed15_most
-from hybrid_moe.formats.table import FORMATS, WeightFormat
+from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.cases import Case, from_bf16, random_batch
 from tests.cpu_kernels.kernels.test_kernels import check_dot_kernels
 from tests.reference import assert_within
 
-Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+Formats = pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 
 # An accumulator of byte dots holds the sum times -4 (modulo 2^32: a sum has fewer than 29 bits).
 

@@ -312,7 +312,7 @@ def test_a_dump_request_that_cannot_be(
 _FORWARD = """
 import sys, logging
 logging.basicConfig(level=logging.DEBUG)
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
 case = Case.random(MXFP4, 64, 96)
 out = case.layer().forward(*random_batch(3, case.H, case.E, 2))

@@ -37,7 +37,7 @@ from hybrid_moe.cpu_kernels.jit.record import (
 )
 from hybrid_moe.cpu_kernels.job import JobMemory
 from hybrid_moe.cpu_kernels.tuning import INLINE_ENCODE_TOKENS
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch
 from tests.cpu_kernels.toolbox import compiled
 

@@ -30,8 +30,10 @@ from hybrid_moe.cpu_kernels.kernels.library import functions_of, kernel_set
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import round_up
-from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.amx import (
     MNEMONICS,
     Emulator,
@@ -46,7 +48,7 @@ from tests.cpu_kernels.emulation import RUNNABLE
 from tests.cpu_kernels.test_emulation import EDGE_FLOATS
 from tests.cpu_kernels.toolbox import aligned, compile_kernel
 
-Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+Formats = pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 Lowered = pytest.mark.parametrize("tier", ["generic", "emulated"])
 
 _SHAPES = st.sampled_from(  # M, K in 32-bit words, N

@@ -18,7 +18,8 @@ from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import FORMATS, WeightFormat
+from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.cases import Array, Case, from_bf16, has_portable_bits, random_batch
 from tests.cpu_kernels.emulation import RUNNABLE
 from tests.reference import Evaluation, assert_within
@@ -52,7 +53,7 @@ SHAPES = (
 """The last has 7 strips of hidden and 11 blocks of intermediate rows: a pass over several strips
 never comes out even (nor does it with the 90 strips of gpt-oss's 2880 rows)."""
 
-Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+Formats = pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 Shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 TierNames = pytest.mark.parametrize("name", TIERS)
 
@@ -84,7 +85,7 @@ def _counts(fmt_name: str, name: str) -> Sequence[int]:
 @functools.lru_cache(maxsize=64)
 def _case(fmt_name: str, shape: Shape) -> Case:
     return Case.random(
-        FORMATS[fmt_name],
+        DENSE_FORMATS[fmt_name],
         shape.hidden,
         shape.intermediate,
         E=3,

@@ -11,7 +11,7 @@ from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.jit.compile import assembly
 from hybrid_moe.cpu_kernels.kernels.library import functions_of
-from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.table import DENSE_FORMATS
 
 _LABEL = re.compile(r"^(\.?\w+):")
 _JUMP = re.compile(r"^\tj\w+\s+(\.\w+)$")
@@ -65,7 +65,7 @@ def _inner_loops(lines: Sequence[str]) -> list[Sequence[str]]:
 
 
 @pytest.mark.parametrize("tier", X86, ids=lambda tier: tier.name)
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS)
 def test_nothing_is_spilled_in_inner_loops(fmt: str, tier: Tier) -> None:
     for name, lines in _dot_kernels(fmt, tier).items():
         loops = _inner_loops(lines)

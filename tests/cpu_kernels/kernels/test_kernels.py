@@ -22,6 +22,9 @@ from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
 from hybrid_moe.cpu_kernels.kernels.library import KernelSet, kernel_set
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows
 from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.numbers import f32_to_bf16
 from hybrid_moe.formats.strips import (
     LINE,
     PANEL_ROWS,
@@ -30,8 +33,9 @@ from hybrid_moe.formats.strips import (
     round_up,
     strip_layout,
 )
-from hybrid_moe.formats.table import FORMATS, INT8, MXFP4, WeightFormat, f32_to_bf16
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.formats.tensors import Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.cases import (
     Array,
     decode,
@@ -43,7 +47,7 @@ from tests.cpu_kernels.cases import (
 from tests.cpu_kernels.emulation import RUNNABLE
 from tests.cpu_kernels.toolbox import aligned, aligned_copy, callable_at, compile_kernel
 
-Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+Formats = pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 TierNames = pytest.mark.parametrize("name", TIERS)
 
 

@@ -24,6 +24,8 @@ from hybrid_moe.cpu_kernels.kernels.mxfp4_dot import UNPACKED_GROUP
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.strips.pack import pack_rows
 from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import (
     MOST_BLOCK_TOKENS,
     PANELS,
@@ -31,8 +33,9 @@ from hybrid_moe.formats.strips import (
     SUMS_BYTES,
     strip_layout,
 )
-from hybrid_moe.formats.table import BF16, FORMATS, INT8, MXFP4, WeightFormat
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS
 from hybrid_moe.formats.tensors import Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.amx import emulator
 from tests.cpu_kernels.cases import (
     Array,
@@ -55,7 +58,7 @@ Emulated = pytest.mark.skipif(
 Lowered = pytest.mark.parametrize("lowered", ["generic", "emulated"])
 Blocks = pytest.mark.parametrize(
     ("fmt", "most"),
-    [(fmt, most) for fmt in FORMATS.values() for most in FORMAT_KERNELS[fmt.name].tile.dots],
+    [(fmt, most) for fmt in DENSE_FORMATS.values() for most in FORMAT_KERNELS[fmt.name].tile.dots],
     ids=lambda value: value.name if isinstance(value, WeightFormat) else str(value),
 )
 
@@ -269,7 +272,7 @@ def test_a_job_has_room_for_whole_blocks(capacity: int) -> None:
         assert room >= SUMS_BYTES * (batch + MOST_BLOCK_TOKENS - 1)
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda fmt: fmt.name)
 def test_a_layer_in_poisoned_memory(fmt: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job whose memory was all NaN gives the bits of one whose memory was zero."""
     case = Case.random(fmt, 224, 160, E=2)  # sizes that no other test's job has left behind

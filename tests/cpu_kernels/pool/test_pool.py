@@ -19,7 +19,7 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, group_for
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
 from hybrid_moe.cpu_kernels.tuning import AWAKE_SPIN_NS, SPIN_NS
-from hybrid_moe.formats.table import MXFP4
+from hybrid_moe.formats.mx import MXFP4
 from tests.cpu_kernels.cases import Array, Case, random_batch
 from tests.machines import Machine, pretend_processors
 

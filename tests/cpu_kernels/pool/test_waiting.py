@@ -24,7 +24,8 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
-from hybrid_moe.formats.table import BF16, MXFP4
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.table import BF16
 from tests.cpu_kernels.cases import Array, Case, random_batch
 from tests.machines import pretend_processors
 from tests.streams.interpreted import interpret

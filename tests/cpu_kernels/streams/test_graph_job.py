@@ -15,7 +15,8 @@ from hybrid_moe.cpu_kernels.job import JobMemory
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.streams.graph_job import GraphJob, Report
-from hybrid_moe.formats.table import FORMATS, f32_to_bf16
+from hybrid_moe.formats.numbers import f32_to_bf16
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 
 E, H, I, T, K = 6, 64, 96, 5, 3
@@ -23,7 +24,7 @@ E, H, I, T, K = 6, 64, 96, 5, 3
 
 def _layer(resident: np.ndarray, seed: int = 0) -> ExpertLayer:
     rng = np.random.default_rng(seed)
-    fmt = FORMATS["MXFP4"]
+    fmt = DENSE_FORMATS["MXFP4"]
     # a pool of its own: a group whose callers never work stays that way
     layer = ExpertLayer(fmt, E, H, I, pool=PoolConfig(1, numa_nodes=(0,)))
     layer.allocate(resident)

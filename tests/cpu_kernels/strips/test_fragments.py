@@ -16,7 +16,8 @@ import pytest
 
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, strip_layout
-from hybrid_moe.formats.table import FORMATS, WeightFormat
+from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.cases import Array, decode, random_matrix
 from tests.cpu_kernels.toolbox import aligned
 
@@ -96,7 +97,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 def test_a_strip_feeds_tensor_cores(fmt: WeightFormat) -> None:
     """Loads of 16 bytes, at one stride from word to word, and nothing but decoding: the products of
     a gate/up strip, gate and up of one column in the same place of the same lane."""
@@ -143,7 +144,7 @@ def test_a_strip_feeds_tensor_cores(fmt: WeightFormat) -> None:
         assert np.abs(out[half] - expected).max() <= 1e-12 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 def test_a_warp_reads_whole_sectors(fmt: WeightFormat) -> None:
     """The loads of one word of half a strip are 128 bytes in one piece, on a boundary of as many
     where groups are a multiple of it, else of 64: 32-byte sectors are read whole."""

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes, usable_cores
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import LINE
-from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.formats.tensors import ExpertTensors
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.cases import Array, Case, random_batch
 
 NAMES = ("gate", "up", "down")
@@ -54,7 +56,7 @@ def _move(layer: ExpertLayer, expert: int, place: int) -> None:
 
 
 @pytest.mark.parametrize("pools", POOLS)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda fmt: fmt.name)
 @settings(max_examples=30)
 @given(H=Sizes, I=Sizes, biased=st.lists(Biased, min_size=3, max_size=3), expert=st.integers(0, 2))
 def test_a_copy_of_its_ranges_is_the_expert(
@@ -89,7 +91,7 @@ def test_a_copy_of_its_ranges_is_the_expert(
 
 
 @pytest.mark.parametrize("pools", POOLS)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda fmt: fmt.name)
 def test_parts_are_whole_cache_lines(fmt: WeightFormat, pools: int) -> None:
     """Down's last strip has rows of padding at H = 96: their biases are zero."""
     case = Case.random(fmt, 96, 160, E=2, bias=True)

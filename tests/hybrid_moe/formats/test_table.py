@@ -12,20 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hybrid_moe.formats.table import (
-    BF16,
-    FORMATS,
-    FP16,
-    INT8,
-    MXFP4,
-    UE8M0_NAN,
-    WeightFormat,
-    bf16_to_f32,
-    f32_to_bf16,
-    format_named,
-    ue8m0_to_float,
-    unpack_nibbles,
-)
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.numbers import FP16, UE8M0_NAN, bf16_to_f32, f32_to_bf16, ue8m0_to_float
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS, METHODS, format_named
+from hybrid_moe.formats.weight_format import WeightFormat, unpack_bits
 
 CODES = np.arange(16, dtype=np.uint8)
 E2M1 = CODES.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
@@ -92,7 +83,7 @@ def test_bf16_of_any_float(x: np.ndarray) -> None:
 
 @given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.integers(1, 9))))
 def test_low_nibble_is_the_even_input(codes: np.ndarray) -> None:
-    nibbles = unpack_nibbles(codes)
+    nibbles = unpack_bits(codes, 4)
     assert np.array_equal(nibbles[..., 0::2], codes % 16)
     assert np.array_equal(nibbles[..., 1::2], codes // 16)
 
@@ -114,7 +105,7 @@ def test_mxfp4_encode_is_nearest(w: np.ndarray) -> None:
     assert (codes.shape, codes.dtype) == (MXFP4.code_shape(N, K), np.uint8)
     assert (scales.shape, scales.dtype) == (MXFP4.scale_shape(N, K), np.uint8)
     groups = w.reshape(N, -1, 32).astype(np.float64)
-    nibbles = unpack_nibbles(codes).reshape(groups.shape)
+    nibbles = unpack_bits(codes, 4).reshape(groups.shape)
     assert np.array_equal(nibbles, nearest_codes(groups, E8M0[scales]))
 
 
@@ -133,7 +124,7 @@ def test_mxfp4_scale_is_the_standards_or_the_next_whichever_fits_better(w: np.nd
         np.square(E2M1[nearest_codes(groups, np.exp2(e))] * np.exp2(e)[..., None] - groups).sum(-1)
         for e in (np.where(nonzero, standard, 0), np.where(nonzero, standard, 0) + 1)
     ]
-    nibbles = unpack_nibbles(codes).reshape(groups.shape)
+    nibbles = unpack_bits(codes, 4).reshape(groups.shape)
     error = np.square(E2M1[nibbles] * E8M0[scales][..., None] - groups).sum(-1)
     # the two errors are compared in float32: 32 squares, each a few roundings of 2^-24
     assert (error <= np.minimum(*errors) * (1 + 2.0**-18)).all()
@@ -243,7 +234,7 @@ def test_a_broken_group_is_refused(fmt: WeightFormat) -> None:
         fmt.encode(np.zeros((2, 48), np.float32))
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda fmt: fmt.name)
 @given(data=st.data())
 def test_sizes_agree_with_what_encode_returns(fmt: WeightFormat, data: st.DataObject) -> None:
     N, K = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([32, 64, 160]))
@@ -266,5 +257,5 @@ def test_bf16_encode_is_the_rounding_of_ml_dtypes() -> None:
 
 def test_a_format_is_named_in_any_case() -> None:
     assert format_named("mxfp4") is MXFP4
-    with pytest.raises(ValueError, match=f"unknown method 'FP3': .* {', '.join(sorted(FORMATS))}$"):
+    with pytest.raises(ValueError, match=f"unknown method 'FP3': .* {', '.join(sorted(METHODS))}$"):
         format_named("FP3")

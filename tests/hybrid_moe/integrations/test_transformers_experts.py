@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_moe.formats.table import FORMATS, bf16_to_f32, f32_to_bf16
+from hybrid_moe.formats.numbers import bf16_to_f32, f32_to_bf16
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.integrations.transformers.experts_module import (
     expert_tensors,
     experts_spec,
@@ -27,7 +28,7 @@ from tests.hybrid_moe.tiny_models import FAMILIES, build, greedy, logits, offloa
 from tests.reference import assert_within, evaluate
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-METHOD = pytest.mark.parametrize("method", FORMATS)
+METHOD = pytest.mark.parametrize("method", DENSE_FORMATS)
 
 ACTIVATIONS = {
     "qwen3_moe": (0.0, 0.0),
@@ -56,7 +57,7 @@ def fused(module: torch.nn.Module) -> dict[str, Any]:
 def dequantize_in_place(model: Any, method: str, dtype: torch.dtype = torch.float32) -> None:
     """Round every expert of a Transformers model to what `method` can hold. In BF16, in which eager
     computes, values of INT8 are rounded once more; a reference takes them as they are."""
-    fmt = FORMATS[method]
+    fmt = DENSE_FORMATS[method]
     for module in find_experts(model).values():
         transposed = "gate_up_proj_bias" in dict(module.named_parameters())
         for name in ("gate_up_proj", "down_proj"):
@@ -114,7 +115,7 @@ def test_activation_and_sizes_are_recognised(family: str) -> None:
 @FAMILY
 @METHOD
 def test_expert_tensors_hold_the_module_s_weights(family: str, method: str) -> None:
-    fmt = FORMATS[method]
+    fmt = DENSE_FORMATS[method]
     module = next(iter(find_experts(build(family)).values()))
     reference = fused(module)
     tensors = expert_tensors(module, experts_spec(module), 1, fmt)
@@ -311,7 +312,7 @@ def test_fp4_experts_of_transformers_keep_their_bits(scale_fmt: str) -> None:
         else:
             scale.data.copy_(torch.from_numpy(np.exp2(exponents - 127.0)))
         values[name] = np.stack(
-            [FORMATS["MXFP4"].dequantize(c, s) for c, s in zip(codes, exponents, strict=True)]
+            [DENSE_FORMATS["MXFP4"].dequantize(c, s) for c, s in zip(codes, exponents, strict=True)]
         )
     gate, up = np.split(values["gate_up_proj"], 2, axis=1)
     x, ids = torch.randn(5, 64).bfloat16(), torch.randint(0, 8, (5, 2))

@@ -11,7 +11,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.integrations.transformers.experts_module import experts_spec, find_experts
 from hybrid_moe.integrations.transformers.loading import (
@@ -27,7 +27,7 @@ from tests.hybrid_moe.tiny_models import FAMILIES, build, logits, prompt
 from tests.loaders.test_families import assert_is_expert
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-METHOD = pytest.mark.parametrize("method", FORMATS)
+METHOD = pytest.mark.parametrize("method", DENSE_FORMATS)
 
 
 @FAMILY

@@ -23,7 +23,7 @@ from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
-from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.integrations.transformers.dense.hybrid_linear import HybridLinear
 from hybrid_moe.integrations.transformers.dense.mlp import HybridMLP
 from hybrid_moe.integrations.transformers.dense.packing import nbytes_of
@@ -49,7 +49,7 @@ LARGER = {
 
 
 @given(
-    method=st.sampled_from(sorted(FORMATS)),
+    method=st.sampled_from(sorted(DENSE_FORMATS)),
     hidden=st.integers(1, 40).map(lambda n: 32 * n),
     intermediate=st.integers(1, 40).map(lambda n: 32 * n),
     pools=st.integers(1, 2),
@@ -58,7 +58,7 @@ LARGER = {
 def test_an_expert_is_as_large_as_its_panels(
     method: str, hidden: int, intermediate: int, pools: int, biases: bool
 ) -> None:
-    fmt = FORMATS[method]
+    fmt = DENSE_FORMATS[method]
     layer = ExpertLayer(fmt, 1, hidden, intermediate, pool=PoolConfig(pools, pools))
     layer.allocate(np.ones(1, bool), biases=biases)
     predicted = packed_nbytes(fmt, hidden, intermediate)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_moe.formats.table import FORMATS, INT8, WeightFormat
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.hybrid_moe.cases import E, H, I, Weights, wrapper
 
@@ -63,10 +65,10 @@ def loaded(method: str = "MXFP4", **arguments: Any) -> KTMoEWrapper:
     return WEIGHTS.load(wrapper(method=method, **arguments))
 
 
-@pytest.mark.parametrize("method", FORMATS)
+@pytest.mark.parametrize("method", DENSE_FORMATS)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_ranks_together_hold_the_expert(method: str, ranks: int) -> None:
-    fmt = FORMATS[method]
+    fmt = DENSE_FORMATS[method]
     mapping = torch.arange(E).flip(0)
     w = WEIGHTS.load(wrapper(method=method), mapping)
     for expert in (0, E - 1):
@@ -92,7 +94,7 @@ def test_ranks_together_hold_the_expert(method: str, ranks: int) -> None:
 
 
 def test_several_experts_may_be_under_way_and_the_layer_still_runs() -> None:
-    w, fmt = loaded(), FORMATS["MXFP4"]
+    w, fmt = loaded(), DENSE_FORMATS["MXFP4"]
     each = [HostBuffers(fmt, 1) for _ in range(E)]
     for expert, buffers in enumerate(each):
         w.submit_write_weight_scale_to_buffer(1, expert, *buffers.pointers)
@@ -124,7 +126,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_bad_argument_writes_nothing(name: str) -> None:
     change, error, message = BAD[name]
     w = loaded(gpu_experts_mask=torch.arange(E) == 1)
-    buffers = HostBuffers(FORMATS["MXFP4"], 1)
+    buffers = HostBuffers(DENSE_FORMATS["MXFP4"], 1)
     given = {"ranks": 1, "expert": 0, **dict(zip(NAMES, buffers.pointers, strict=True)), **change}
     with pytest.raises(error, match=message):
         w.submit_write_weight_scale_to_buffer(*given.values())
@@ -134,7 +136,7 @@ def test_bad_argument_writes_nothing(name: str) -> None:
 
 def test_needs_weights() -> None:
     w = wrapper()
-    pointers = HostBuffers(FORMATS["MXFP4"], 1).pointers
+    pointers = HostBuffers(DENSE_FORMATS["MXFP4"], 1).pointers
     with pytest.raises(RuntimeError, match="no weights: call load_weights"):
         w.submit_write_weight_scale_to_buffer(1, 0, *pointers)
     with pytest.raises(RuntimeError, match="no weights: call load_weights"):

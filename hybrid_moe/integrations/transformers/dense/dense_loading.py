@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats.table import WeightFormat
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.dense.choose import Choice, choose
 from hybrid_moe.integrations.transformers.dense.embedding import refuse_resizing
 from hybrid_moe.integrations.transformers.dense.hybrid_linear import share_inputs

@@ -10,9 +10,11 @@ import torch
 
 from hybrid_moe.cpu_kernels.dense import DenseLayer
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
+from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.strips import STRIP_ROWS
-from hybrid_moe.formats.table import BF16, Array, WeightFormat
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.locks import ProcessLock
 from hybrid_moe.logs import warn_once
 from hybrid_moe.text import format_bytes

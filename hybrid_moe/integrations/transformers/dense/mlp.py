@@ -21,8 +21,8 @@ from torch import nn
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import WeightFormat
 from hybrid_moe.formats.tensors import ExpertTensors
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.hybrid_experts import run_layer
 from hybrid_moe.integrations.transformers.proof import agreeing_activation

@@ -18,9 +18,11 @@ from torch import nn
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.formats.numbers import F32, Array
 from hybrid_moe.formats.strips import STRIP_ROWS, packed_nbytes, round_up
-from hybrid_moe.formats.table import BF16, F32, Array, WeightFormat
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.dense.choose import Choice
 from hybrid_moe.integrations.transformers.dense.embedding import HybridEmbedding
 from hybrid_moe.integrations.transformers.dense.grouped import HybridGroupedLinear

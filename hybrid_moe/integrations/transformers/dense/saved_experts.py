@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybrid_moe.formats.table import BF16, F32, MXFP4, Array, f32_to_bf16
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.numbers import F32, Array, f32_to_bf16
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts

@@ -20,8 +20,10 @@ import torch
 from tqdm import tqdm
 
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
-from hybrid_moe.formats.table import BF16, Array, WeightFormat
+from hybrid_moe.formats.numbers import Array
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import ExpertTensors
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.dense.grouped import HybridGroupedLinear
 from hybrid_moe.integrations.transformers.dense.hybrid_linear import HybridLinear
 from hybrid_moe.integrations.transformers.dense.mlp import HybridMLP

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from hybrid_moe.formats.table import F32, Array, f32_to_bf16, ue8m0_to_float
+from hybrid_moe.formats.numbers import F32, Array, f32_to_bf16, ue8m0_to_float
 from hybrid_moe.integrations.transformers.dense.packing import PART_BYTES, Weight
 from hybrid_moe.loaders import SafetensorsIndex
 from hybrid_moe.loaders.header import TensorInfo

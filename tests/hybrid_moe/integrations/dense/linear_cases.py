@@ -9,8 +9,9 @@ import torch
 
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats.table import BF16, WeightFormat
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import Matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.dense.hybrid_linear import HybridLinear
 from tests.cpu_kernels.cases import ACTIVATION_ERROR, decode, random_matrix
 from tests.reference import Evaluation, evaluate_linear

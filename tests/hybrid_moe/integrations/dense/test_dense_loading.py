@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.integrations.transformers.dense.hybrid_linear import HybridLinear
 from hybrid_moe.integrations.transformers.dense.mlp import HybridMLP
@@ -30,7 +30,7 @@ from tests.hybrid_moe.integrations.dense.wide_models import WIDE, build_wide
 from tests.hybrid_moe.integrations.loading_cases import load, plain
 from tests.hybrid_moe.tiny_models import logits, prompt
 
-DENSE = [*(name.lower() for name in FORMATS), "torch"]
+DENSE = [*(name.lower() for name in DENSE_FORMATS), "torch"]
 """The choices, as a message lists them."""
 
 
@@ -321,7 +321,7 @@ def test_unknown_formats_are_refused_before_anything_is_loaded(
     with pytest.raises(ValueError, match="dense is 'int3'"):
         offload(model, dense="int3")
     assert not any(isinstance(m, HybridLinear) for m in model.modules())
-    assert dense_format("torch") is None and dense_format("BF16") is FORMATS["BF16"]
+    assert dense_format("torch") is None and dense_format("BF16") is DENSE_FORMATS["BF16"]
 
 
 def test_offload_frees_one_layer_after_the_other() -> None:

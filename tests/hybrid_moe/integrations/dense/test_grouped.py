@@ -9,7 +9,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Group
 
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats.table import BF16, FORMATS
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS
 from hybrid_moe.integrations.transformers.dense.choose import Choice
 from hybrid_moe.integrations.transformers.dense.grouped import HybridGroupedLinear, groups_of
 from hybrid_moe.integrations.transformers.dense.packing import build, load, torch_weight
@@ -57,18 +57,18 @@ def test_what_computes_something_else_is_not_taken() -> None:
 def packed(layer: nn.Linear, method: str) -> HybridGroupedLinear:
     model, choice = nn.Module(), Choice(grouped={"o": (layer, G)})
     model.add_module("o", layer)
-    hybrid = build(model, choice, FORMATS[method], PoolConfig.choose(1))["o"]
+    hybrid = build(model, choice, DENSE_FORMATS[method], PoolConfig.choose(1))["o"]
     with PackingBar("", shown=False) as bar:
         load("o", hybrid, lambda name: torch_weight(layer, name), 1, bar)
     assert isinstance(hybrid, HybridGroupedLinear)
     return hybrid
 
 
-@pytest.mark.parametrize("method", FORMATS)
+@pytest.mark.parametrize("method", DENSE_FORMATS)
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3)], ids=str)
 def test_within_the_contract(method: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(2)
-    layer, fmt = DeepseekV4GroupedLinear(K, G * N, G).bfloat16(), FORMATS[method]
+    layer, fmt = DeepseekV4GroupedLinear(K, G * N, G).bfloat16(), DENSE_FORMATS[method]
     x = torch.randn(*shape, G, K, dtype=torch.bfloat16)
     y = packed(layer, method)(x)
     assert y.shape == (*shape, G, N)

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from hybrid_moe.formats.table import FORMATS, WeightFormat
+from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.dense.embedding import (
     HybridEmbedding,
     refuse_resizing,
@@ -21,7 +22,7 @@ from tests.hybrid_moe.tiny_models import build, logits, prompt
 IDS = torch.tensor([[0, N - 1, 5], [5, 64, 63]])
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_have_the_stored_bits(fmt: WeightFormat, dtype: torch.dtype) -> None:
     case = Case.random(fmt, dtype=dtype)

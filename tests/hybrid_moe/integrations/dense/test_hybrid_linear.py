@@ -16,12 +16,13 @@ import torch
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import numa_nodes
-from hybrid_moe.formats.table import BF16, FORMATS, WeightFormat
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.dense.hybrid_linear import HybridLinear
 from tests.hybrid_moe.integrations.dense.linear_cases import WHERE, Case, K, N, inputs
 from tests.reference import assert_within
 
-Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+Formats = pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 
 
 @Formats

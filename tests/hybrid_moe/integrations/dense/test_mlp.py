@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats.table import BF16, FORMATS
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS
 from hybrid_moe.integrations.transformers.dense.mlp import GatedMLP, HybridMLP, gated_mlp
 from hybrid_moe.integrations.transformers.dense.packing import load, torch_weight
 from hybrid_moe.integrations.transformers.packing_bar import PackingBar
@@ -130,19 +130,19 @@ def found(module: Gated) -> GatedMLP:
 
 def packed(module: Gated, method: str = "BF16", dtype: torch.dtype = torch.bfloat16) -> HybridMLP:
     mlp = found(module)
-    hybrid = HybridMLP(mlp, FORMATS[method], PoolConfig.choose(1), "model.mlp (Gated)", dtype)
+    hybrid = HybridMLP(mlp, DENSE_FORMATS[method], PoolConfig.choose(1), "model.mlp (Gated)", dtype)
     with PackingBar("", shown=False) as bar:
         layers = {f"mlp.{name}": linear for name, linear in mlp.linears.items()}
         load("mlp", hybrid, lambda name: torch_weight(layers[name], name), 1, bar)
     return hybrid
 
 
-@pytest.mark.parametrize("method", FORMATS)
+@pytest.mark.parametrize("method", DENSE_FORMATS)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shape", [(H,), (1, H), (2, 5, H), (0, H)], ids=str)
 def test_within_the_contract(method: str, options: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(1)
-    given, fmt = OPTIONS[options], FORMATS[method]
+    given, fmt = OPTIONS[options], DENSE_FORMATS[method]
     module = Gated(**given).bfloat16()
     x = torch.randn(shape, dtype=torch.bfloat16)
     y = packed(module, method)(x)

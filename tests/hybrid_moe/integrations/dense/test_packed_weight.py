@@ -16,13 +16,15 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats.table import BF16, FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.dense.held import HeldMatrix
 from hybrid_moe.integrations.transformers.dense.hybrid_linear import share_inputs
 from hybrid_moe.integrations.transformers.dense.weight import PackedWeight
 from tests.hybrid_moe.integrations.dense.linear_cases import WHERE, Case, K, N, inputs
 
-Formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+Formats = pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 IDS = torch.tensor([[0, N - 1, 5], [5, 64, 63]])
 
 

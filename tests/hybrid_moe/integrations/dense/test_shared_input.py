@@ -14,7 +14,9 @@ import torch
 
 from hybrid_moe.cpu_kernels.dense import DenseLayer
 from hybrid_moe.cpu_kernels.job import Job
-from hybrid_moe.formats.table import FORMATS, MXFP4, WeightFormat
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.dense import shared_input
 from hybrid_moe.integrations.transformers.dense.hybrid_linear import HybridLinear, share_inputs
 from tests.hybrid_moe.integrations.dense.linear_cases import Case, K, inputs
@@ -25,7 +27,7 @@ ROWS = {"q": 192, "k": 64, "v": 70, "o": 96}
 class Attention(torch.nn.Module):
     """Four linear layers of equal inputs, of which three take the same one."""
 
-    def __init__(self, fmt: WeightFormat = FORMATS["BF16"], **options: Any) -> None:
+    def __init__(self, fmt: WeightFormat = DENSE_FORMATS["BF16"], **options: Any) -> None:
         super().__init__()
         self.between: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, x: x
         for seed, (name, rows) in enumerate(ROWS.items()):
@@ -52,7 +54,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return started
 
 
-def learned(fmt: WeightFormat = FORMATS["BF16"], **options: Any) -> tuple[Attention, Attention]:
+def learned(
+    fmt: WeightFormat = DENSE_FORMATS["BF16"], **options: Any
+) -> tuple[Attention, Attention]:
     """A parent that has learned, and one that computes apart."""
     apart = Attention(fmt, **options)
     model = copy.deepcopy(apart)
@@ -68,7 +72,7 @@ def equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
 @pytest.mark.parametrize("shape", [(K,), (1, K), (1, 1, K), (3, K), (2, 5, K)])
 def test_three_layers_are_one_job_with_their_own_bits(
     fmt: WeightFormat, shape: tuple[int, ...], jobs: list[int]
