@@ -13,6 +13,7 @@ Source: `ggml-common.h` (the blocks) and `ggml-quants.c` (`dequantize_row_*`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -67,12 +68,13 @@ def _six_bits(words: Array, count: int) -> Array:
     low_words = 4 * count // (8 * words.itemsize)
     low = unpack_bits(words[..., :low_words], 4)
     high = unpack_bits(words[..., low_words:], 2)
-    return (low | (high << np.uint8(4))).astype(np.int64)
+    numbers: Array = (low | (high << np.uint8(4))).astype(np.int64)
+    return numbers
 
 
-def _by_superblock(plane: Array, count: int) -> Array:
+def _by_superblock(plane: Array, count: int) -> Any:
     """[N, n * count] -> [N, n, count]."""
-    grouped: Array = plane.reshape(len(plane), -1, count)
+    grouped: Any = plane.reshape(len(plane), -1, count)
     return grouped
 
 
