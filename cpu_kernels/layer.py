@@ -30,7 +30,7 @@ from hybrid_moe.cpu_kernels.streams.graph_job import Counters, GraphJob, LiveMas
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.numbers import Array
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.locks import ProcessLock
 
 
@@ -43,7 +43,7 @@ class ExpertLayer(PackedExperts):
 
     def __init__(
         self,
-        fmt: WeightFormat,
+        fmt: WeightFormat | LayerFormats,
         num_experts: int,
         hidden: int,
         intermediate: int,
