@@ -74,14 +74,15 @@ def quads(bits: int) -> npt.NDArray[np.int64]:
     """int64 [8, 4]: the inputs of each quad of a group, four codes that a kernel takes out of a
     32-bit word at once, one into each byte: those at the same place of their bytes."""
     inputs = np.arange(GROUP).reshape(-1, 4, 8 // bits)  # [word, byte, place]
-    return inputs.transpose(0, 2, 1).reshape(8, 4)
+    by_quad: npt.NDArray[np.int64] = inputs.transpose(0, 2, 1).reshape(8, 4)
+    return by_quad
 
 
 def unpack_high(high: Array, code: CodeType) -> npt.NDArray[np.uint8]:
-    """The plane `high`, uint32 [..., n] -> the upper bits of each code, uint8 [..., 32 n / bits].
+    """The plane `high`, uint32 [..., n] -> upper bits of each code, uint8 [..., 32 n / bits].
 
-    In byte b of a group's words, low bits first, lie those of byte b of quad 0, of quad 1, ...: what
-    a kernel adds to a quad is one shift and one mask of a word away.
+    In byte b of a group's words, low bits first, lie those of byte b of quad 0, of quad 1, ...: a
+    kernel gets what it adds to a quad by one shift and one mask of a word.
     """
     words = np.ascontiguousarray(high).view(np.uint8)
     groups = words.reshape(*high.shape[:-1], -1, code.high_bits, 4)
