@@ -239,6 +239,22 @@ class WeightFormat:
         values = self.decode_codes(codes, high)
         if self.scale is None:
             return values
+        weights = self._scaled(values, scales, minima, factors)
+        with np.errstate(over="ignore"):
+            return weights.astype(np.float32)
+
+    def exact(self, planes: Planes) -> F64:
+        """The same in float64, before the one rounding: of a product that float64 holds, and where
+        weights have an offset, of a sum."""
+        values = self.decode_codes(planes["codes"], planes.get("high"))
+        if self.scale is None:
+            return values.astype(np.float64)
+        return self._scaled(values, planes["scales"], planes.get("minima"), planes.get("factors"))
+
+    def _scaled(
+        self, values: F32, scales: Array | None, minima: Array | None, factors: Array | None
+    ) -> F64:
+        assert self.scale is not None
         assert scales is not None
         planes = {"scales": scales, "minima": minima, "factors": factors}
         if self.factors is None:
@@ -256,8 +272,7 @@ class WeightFormat:
         weights = values.astype(np.float64) * spread(s)
         if offset is not None:
             weights += spread(offset)
-        with np.errstate(over="ignore"):
-            return weights.astype(np.float32)
+        return weights
 
 
 class LayerFormats(NamedTuple):
