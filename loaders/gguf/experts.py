@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
 from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix, check_matrix
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
-from hybrid_moe.loaders.gguf.blocks import planes_of_blocks
+from hybrid_moe.loaders.gguf.blocks import fresh, planes_of_blocks
 from hybrid_moe.loaders.gguf.ggml_types import READ, TYPES_BY_NAME
 from hybrid_moe.loaders.gguf.header import BlockTensor
 from hybrid_moe.loaders.gguf.index import GgufIndex
@@ -160,8 +161,8 @@ class GgufLayer:
     def expert(
         self, expert: int, formats: LayerFormats | None = None, buffer: ReadBuffer | None = None
     ) -> ExpertTensors:
-        """Read one expert, see `ExpertSource.expert`. Blocks keep every bit; F16 and F32 are rounded
-        to BF16, or quantized to other `formats` from what they are."""
+        """Read one expert, see `ExpertSource.expert`. Blocks keep every bit; F16 and F32 are
+        rounded to BF16, or quantized to other `formats` from what they are."""
         if not 0 <= expert < self.num_experts:
             raise IndexError(
                 f"expert {expert} of layer {self.layer}: there are {self.num_experts} experts"
@@ -218,8 +219,9 @@ class GgufLayer:
                 )
         if projection.weight.dtype not in _FLOATS:
             kind = TYPES_BY_NAME[projection.weight.dtype]
-            take = (lambda n: np.empty(n, np.uint8)) if buffer is None else buffer.take
-            return Matrix(**planes_of_blocks(kind, raw, take), bias=bias, where=where)
+            take = fresh if buffer is None else buffer.take
+            planes: dict[str, Any] = dict(planes_of_blocks(kind, raw, take))
+            return Matrix(**planes, bias=bias, where=where)
         if fmt is BF16:
             return Matrix(codes=round_to_bf16(raw), bias=bias, where=where)
         try:
@@ -304,7 +306,7 @@ def _sizes(projections: Mapping[str, Projection]) -> tuple[int, int, int]:
     rows = {"gate": (I, H), "up": (I, H), GATE_UP: (2 * I, H), "down": (H, I)}
     for name, projection in projections.items():
         N, K = rows[name]
-        expected = [(projection.weight, (E, N, K))]
+        expected: list[tuple[BlockTensor, tuple[int, ...]]] = [(projection.weight, (E, N, K))]
         if projection.bias is not None:
             expected.append((projection.bias, (E, N)))
         for tensor, shape in expected:

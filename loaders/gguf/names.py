@@ -77,8 +77,8 @@ def key_of(name: str) -> str:
 
 
 def expert_tensor(name: str) -> tuple[int, str, str] | None:
-    """Layer, projection and ending of a tensor of all of a layer's experts: "blk.3.ffn_up_exps.bias"
-    is (3, "up", "bias"); None for any other."""
+    """Layer, projection and ending of a tensor of all of a layer's experts: (3, "up", "bias") of
+    "blk.3.ffn_up_exps.bias"; None for any other."""
     block = _BLOCK.fullmatch(name)
     experts = block and _EXPERTS.fullmatch(block[2])
     return (int(block[1]), experts[1], experts[2]) if block and experts else None

@@ -64,9 +64,7 @@ def check_split(headers: Sequence[GgufHeader]) -> None:
             raise CheckpointError(_difference(header, key, value, expected, len(headers)))
 
 
-def _difference(
-    header: GgufHeader, key: str, value: object, expected: int, num_files: int
-) -> str:
+def _difference(header: GgufHeader, key: str, value: object, expected: int, num_files: int) -> str:
     if key == "split.count" and num_files == 1:
         return (
             f"{header.file}: it is one of {shortened(value)} files of a model, which are found by "
