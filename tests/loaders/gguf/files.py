@@ -114,3 +114,74 @@ def random_blocks(kind: GgmlType, rng: np.random.Generator, N: int, K: int) -> A
     for at in _HALVES.get(kind.name, (0,)):
         blocks[..., at + 1] = (blocks[..., at + 1] & 0x83) | rng.choice([0x18, 0x1C, 0x20, 0x24])
     return blocks.reshape(N, -1)
+
+
+E_, H_, I_ = 3, 256, 512
+"""Sizes of the test model: whole superblocks in both directions."""
+
+
+def expert_entries(
+    layer: int,
+    gate: str = "Q4_K",
+    down: str = "Q6_K",
+    *,
+    up: str | None = None,
+    fused: bool = False,
+    bias: bool = False,
+    sizes: tuple[int, int, int] = (E_, H_, I_),
+) -> list[Entry]:
+    """The tensors of a layer's experts in these types."""
+    E, H, I = sizes
+    shapes = {"gate": (E, I, H), "up": (E, I, H), "down": (E, H, I)}
+    if fused:
+        shapes = {"gate_up": (E, 2 * I, H), "down": (E, H, I)}
+    kinds = {"gate": gate, "gate_up": gate, "up": up or gate, "down": down}
+    found = []
+    for seed, (name, shape) in enumerate(shapes.items()):
+        stem = f"blk.{layer}.ffn_{name}_exps"
+        found.append(entry(f"{stem}.weight", shape, kinds[name], 10 * layer + seed))
+        if bias:
+            found.append(entry(f"{stem}.bias", shape[:2], "F32", 100 * layer + seed))
+    return found
+
+
+def model_file(*tensors: Entry, layers: int = 1, architecture: str = "qwen3moe") -> GgufFile:
+    """A file of those tensors with the metadata of a small model."""
+    a = architecture
+    numbers = {
+        "block_count": layers,
+        "context_length": 128,
+        "embedding_length": H_,
+        "feed_forward_length": I_,
+        "expert_feed_forward_length": I_,
+        "expert_count": E_,
+        "expert_used_count": 2,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.key_length": 64,
+        "attention.value_length": 64,
+    }
+    keys = [
+        ("general.architecture", scalar(STRING, a)),
+        *((f"{a}.{key}", scalar(UINT32, value)) for key, value in numbers.items()),
+        (f"{a}.attention.layer_norm_rms_epsilon", scalar(FLOAT32, 1e-6)),
+        (f"{a}.rope.freq_base", scalar(FLOAT32, 10000.0)),
+        ("tokenizer.ggml.tokens", array(STRING, [f"t{i}" for i in range(64)])),
+    ]
+    return GgufFile(tuple(keys), tensors)
+
+
+def write_split(folder: Path, file: GgufFile, counts: Sequence[int], stem: str = "m") -> list[Path]:
+    """The same in several files, with so many tensors each."""
+    paths, first = [], 0
+    for number, count in enumerate(counts):
+        split = (
+            ("split.no", scalar(UINT16, number)),
+            ("split.count", scalar(UINT16, len(counts))),
+            ("split.tensors.count", scalar(INT32, len(file.tensors))),
+        )
+        keys = (*file.keys, *split) if number == 0 else split
+        part = replace(file, keys=keys, tensors=file.tensors[first : first + count])
+        paths.append(part.write(folder / f"{stem}-{number + 1:05d}-of-{len(counts):05d}.gguf"))
+        first += count
+    return paths
