@@ -98,7 +98,7 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
     packed = layer.packed[expert * job.pools + pool]
     first_block = layer.blocks[pool]
     sizes = layer.gate_up_strips
-    # pairs with the release of `pack_strips.publish_word`, which routing has seen already
+    # pairs with the release of `publish.publish_word`, which routing has seen already
     strips = load_acquire(packed.gate_up)
     sums = scratch + job.sums_offset
     unpacked = scratch + job.unpacked_offset
