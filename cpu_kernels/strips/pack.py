@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.dsl.tiers import best_tier
 from hybrid_moe.cpu_kernels.kernels.library import compile_kernels
-from hybrid_moe.cpu_kernels.kernels.pack import NARROW, pack_one_by_one, pack_tiles
+from hybrid_moe.cpu_kernels.kernels.pack_tiles import NARROW, pack_one_by_one, pack_tiles
 from hybrid_moe.cpu_kernels.strips.places import PlanePlace, element_offsets, plane_places
 from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.strips import LINE, STRIP_ROWS, StripLayout

@@ -61,10 +61,10 @@ def unpack_some(
     for place in plane_places(layout):
         parts = [
             # one index of axis 0 and one of the last for each row: [rows, blocks, units, elements]
-            _view(strips, place, *run)[strip, :, :, :, lane].reshape(
-                len(rows), run[1] * run[2] * place.count
+            _view(strips, place, block, blocks, units)[strip, :, :, :, lane].reshape(
+                len(rows), blocks * units * place.count
             )
-            for run in _runs(place)
+            for block, blocks, units in _runs(place)
         ]
         found[place.name] = _stored(np.concatenate(parts, axis=-1), layout, fmt, place.name)
     return Matrix(**found)

@@ -479,7 +479,7 @@ def test_routing(tokens: int) -> None:
         ]
         copied = tokens > INLINE_ENCODE_TOKENS
         assert job.x == (job.x_copy if copied else x.ctypes.data)
-        taken_in, nbytes = job.x_rows, tokens * job.layer.x_row_bytes
+        taken_in, nbytes = job.x_rows, tokens * job.layer.gate_up.row_bytes
         if copied:
             taken_in, nbytes = job.x, x.nbytes
         placed.append(np.frombuffer(ctypes.string_at(taken_in, nbytes), np.uint8))

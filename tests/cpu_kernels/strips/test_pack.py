@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.cpu_kernels.kernels.pack import NARROW, pack_one_by_one, pack_tiles
+from hybrid_moe.cpu_kernels.kernels.pack_tiles import NARROW, pack_one_by_one, pack_tiles
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows
 from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.strips import LINE, PANEL_ROWS, STRIP_ROWS, StripLayout, strip_layout
