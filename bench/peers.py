@@ -56,6 +56,7 @@ class Point:
     weight_bytes: float = 0.0
     macs: float = 0.0
     our_ceiling: float = 0.0
+    counted_rate: float | None = None
     spare_cores: int = 0
     ours_is_faster: float | None = None
 
@@ -142,8 +143,14 @@ def measure(
     tokens: int,
     pace: Pace,
     ceiling: float,
+    counted: float | None = None,
 ) -> list[Point]:
-    """One batch size, all libraries in turn."""
+    """One batch size, all libraries in turn.
+
+    Args:
+        ceiling: multiply-accumulates per second of our tier's instruction for the method.
+        counted: GB/s at which our tier's instructions decode it, all threads; None: not counted.
+    """
     batches = random_batches(shape, tokens, batches_for(tokens), bench.seed)
     distinct = statistics.mean(b.distinct_experts for b in batches)
     nbytes = weight_bytes(method, shape, batches)
@@ -156,7 +163,7 @@ def measure(
             points[worker.name] = Point(
                 worker.name, worker.label, method, shape.name, tokens, bench.threads,
                 weight_bytes=nbytes, macs=float(shape.macs(tokens)), our_ceiling=ceiling,
-                spare_cores=usable_cores() - bench.threads,
+                spare_cores=usable_cores() - bench.threads, counted_rate=counted,
             )  # fmt: skip
     for _ in range(bench.rounds):
         for worker in workers:
@@ -193,11 +200,13 @@ def accuracy(
 
 
 def series(args: argparse.Namespace) -> dict[tuple[str, str], list[int]]:
-    """(method, shape) -> batch sizes: the targets', or every combination of the options."""
-    if args.targets:
+    """(method, shape) -> batch sizes: the targets' (of the named methods, or all), or every
+    combination of the options."""
+    if args.targets or args.formats:
         wanted: dict[tuple[str, str], list[int]] = {}
-        for target in TARGETS:
-            wanted.setdefault((target.method, target.shape), []).append(target.tokens)
+        for target in FORMAT_TARGETS if args.formats else TARGETS:
+            if args.methods == ["all"] or target.method.split("+")[0] in args.methods:
+                wanted.setdefault((target.method, target.shape), []).append(target.tokens)
         return {key: sorted(tokens) for key, tokens in wanted.items()}
     return {(method, s.name): args.tokens for method in args.methods for s in args.shapes}
 
