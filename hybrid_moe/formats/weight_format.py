@@ -70,6 +70,36 @@ def pack_bits(codes: Array, bits: int) -> npt.NDArray[np.uint8]:
     return packed.astype(np.uint8)
 
 
+def quads(bits: int) -> npt.NDArray[np.int64]:
+    """int64 [8, 4]: the inputs of each quad of a group, four codes that a kernel takes out of a
+    32-bit word at once, one into each byte: those at the same place of their bytes."""
+    inputs = np.arange(GROUP).reshape(-1, 4, 8 // bits)  # [word, byte, place]
+    by_quad: npt.NDArray[np.int64] = inputs.transpose(0, 2, 1).reshape(8, 4)
+    return by_quad
+
+
+def unpack_high(high: Array, code: CodeType) -> npt.NDArray[np.uint8]:
+    """The plane `high`, uint32 [..., n] -> upper bits of each code, uint8 [..., 32 n / bits].
+
+    In byte b of a group's words, low bits first, lie those of byte b of quad 0, of quad 1, ...: a
+    kernel gets what it adds to a quad by one shift and one mask of a word.
+    """
+    words = np.ascontiguousarray(high).view(np.uint8)
+    groups = words.reshape(*high.shape[:-1], -1, code.high_bits, 4)
+    by_quad = unpack_bits(np.moveaxis(groups, -2, -1), code.high_bits)  # [..., group, byte, quad]
+    found = np.empty((*by_quad.shape[:-2], GROUP), np.uint8)
+    found[..., quads(code.bits)] = np.moveaxis(by_quad, -1, -2)
+    return found.reshape(*high.shape[:-1], -1)
+
+
+def pack_high(upper: Array, code: CodeType) -> npt.NDArray[np.uint32]:
+    """The inverse: upper bits of each code, uint8 [..., K] -> the plane `high`."""
+    groups = upper.reshape(*upper.shape[:-1], -1, GROUP)[..., quads(code.bits)]
+    by_byte = pack_bits(np.moveaxis(groups, -1, -2), code.high_bits)  # [..., group, byte, word]
+    words = np.ascontiguousarray(np.moveaxis(by_byte, -1, -2)).view(np.uint32)
+    return words.reshape(*upper.shape[:-1], -1)
+
+
 @dataclass(frozen=True)
 class Plane:
     """One array of a matrix.
@@ -192,7 +222,7 @@ class WeightFormat:
         index = unpack_bits(codes, self.code.bits)
         if self.code.high_bits:
             assert high is not None
-            index = index | (unpack_bits(high, self.code.high_bits) << np.uint8(self.code.bits))
+            index = index | (unpack_high(high, self.code) << np.uint8(self.code.bits))
         values: F32 = np.asarray(self.code.values, np.float32)[index]
         return values
 
@@ -209,6 +239,22 @@ class WeightFormat:
         values = self.decode_codes(codes, high)
         if self.scale is None:
             return values
+        weights = self._scaled(values, scales, minima, factors)
+        with np.errstate(over="ignore"):
+            return weights.astype(np.float32)
+
+    def exact(self, planes: Planes) -> F64:
+        """The same in float64, before the one rounding: of a product that float64 holds, and where
+        weights have an offset, of a sum."""
+        values = self.decode_codes(planes["codes"], planes.get("high"))
+        if self.scale is None:
+            return values.astype(np.float64)
+        return self._scaled(values, planes["scales"], planes.get("minima"), planes.get("factors"))
+
+    def _scaled(
+        self, values: F32, scales: Array | None, minima: Array | None, factors: Array | None
+    ) -> F64:
+        assert self.scale is not None
         assert scales is not None
         planes = {"scales": scales, "minima": minima, "factors": factors}
         if self.factors is None:
@@ -226,8 +272,7 @@ class WeightFormat:
         weights = values.astype(np.float64) * spread(s)
         if offset is not None:
             weights += spread(offset)
-        with np.errstate(over="ignore"):
-            return weights.astype(np.float32)
+        return weights
 
 
 class LayerFormats(NamedTuple):
@@ -275,7 +320,8 @@ def code_plane(code: CodeType, dtype: Any = np.uint8) -> Plane:
 
 
 def high_plane(code: CodeType) -> Plane:
-    """The plane of upper bits: one 32-bit word in a group for each bit of a code."""
+    """The plane of upper bits: one 32-bit word in a group for each bit of a code, see
+    `unpack_high`."""
     return Plane("high", np.dtype(np.uint32), GROUP, code.high_bits)
 
 
