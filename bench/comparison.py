@@ -173,7 +173,9 @@ INT8_ACTIVATIONS = "+int8"
 """Ends the name of a method that is to round activations to 8 bits."""
 
 
-def _format(method: str, decode: float | None, rate: float | None, fast: bool = False) -> list[Target]:
+def _format(
+    method: str, decode: float | None, rate: float | None, fast: bool = False
+) -> list[Target]:
     """One token and 1024 of a format on shape A; `fast`: the latter with int8 activations."""
     many = method + (INT8_ACTIVATIONS if fast else "")
     return [Target(method, "A", 1, decode=decode), Target(many, "A", 1024, rate=rate)]

@@ -62,7 +62,12 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def layer_parser(doc: str, methods: str, threads: object) -> argparse.ArgumentParser:
     """Of a command whose points are methods x shapes x tokens x threads, all lists with commas."""
     made = parser(doc)
-    made.add_argument("--methods", type=parse_list, default=methods, help="of the formats' table, or as weights.py names them")
+    made.add_argument(
+        "--methods",
+        type=parse_list,
+        default=methods,
+        help="of the formats' table, or as weights.py names them",
+    )
     made.add_argument("--shapes", type=parse_shapes, default="A", help="A to D")
     made.add_argument("--tokens", type=parse_numbers, default="1,4,16,64,256,1024")
     made.add_argument("--threads", type=parse_numbers, default=str(threads))

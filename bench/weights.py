@@ -61,6 +61,11 @@ class Codes:
     def scales(self) -> Array | None:
         return self.planes.get("scales")
 
+    def rows(self, count: int) -> Codes:
+        """The first `count` rows; a multiple of 128, or all."""
+        cut = {p.name: self.planes[p.name][: -(-count // p.rows)] for p in self.fmt.planes}
+        return Codes(self.fmt, cut)
+
     def dequantize(self) -> Array:
         """float64 [N, K]."""
         values: Array = self.fmt.dequantize(**self.planes).astype(np.float64)

@@ -29,6 +29,7 @@ _NEAREST = {"INT8": "Q8_0", "AMXINT8": "Q8_0", **dict.fromkeys(_INT4, "Q4_0")}
 """Type beside methods that ggml does not have: as many bits of a weight, with a scale for 32."""
 
 _GRAPH_NODES = 256
+_QUANTIZED_ROWS = 256
 
 
 class _InitParams(ctypes.Structure):
@@ -172,14 +173,16 @@ class Ggml(Peer):
         return None
 
     def _quantize(self, codes: Codes) -> Array:
-        values = codes.dequantize().astype(np.float32)
-        N, K = values.shape
-        out = np.empty(N * self._g.row_size(self._type, K), np.uint8)
+        """ggml's rows of a matrix. Its quantizers search for seconds a matrix, so what is larger is
+        made of the first rows, again and again."""
         if self._type == _TYPES["BF16"]:
-            assert np.array_equal(bf16_values(codes.codes), values)
             return codes.codes.view(np.uint8).ravel()
-        self._g.quantize_chunk(self._type, values.ctypes.data, out.ctypes.data, 0, N, K, None)
-        return out
+        N = len(codes.codes)
+        values = codes.rows(min(N, _QUANTIZED_ROWS)).dequantize().astype(np.float32)
+        rows, K = values.shape
+        out = np.empty(rows * self._g.row_size(self._type, K), np.uint8)
+        self._g.quantize_chunk(self._type, values.ctypes.data, out.ctypes.data, 0, rows, K, None)
+        return np.resize(out.reshape(rows, -1), (N, out.size // rows)).ravel()
 
     def _graph(self, tokens: int) -> None:
         """Build the graph of a batch size, as llama.cpp's `build_moe_ffn`."""
@@ -224,9 +227,7 @@ class Ggml(Peer):
         address = self._g.get_type_traits(self._type)
         to_float = ctypes.cast(address, ctypes.POINTER(_TypeTraits)).contents.to_float
         values = np.empty((N, K), np.float32)
-        ctypes.CFUNCTYPE(None, P, P, c_int64)(to_float)(
-            rows.ctypes.data, values.ctypes.data, N * K
-        )
+        ctypes.CFUNCTYPE(None, P, P, c_int64)(to_float)(rows.ctypes.data, values.ctypes.data, N * K)
         return values.astype(np.float64)
 
     def prepare(self, batches: list[Batch]) -> None:

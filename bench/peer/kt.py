@@ -1,9 +1,9 @@
 """kt-kernel's CPU experts, driven through its extension module: its Python wrapper cannot be
 constructed without CUDA.
 
-The class chosen for a method is the one that its own wrapper would choose on this processor, for the
-variant of `KT_KERNEL_CPU_VARIANT` where that is set. Its task-queue thread busy-waits during a call,
-so it wants one core more than its threads.
+The class chosen for a method is the one that its own wrapper would choose on this processor, for
+the variant of `KT_KERNEL_CPU_VARIANT` where that is set. Its task-queue thread busy-waits during a
+call, so it wants one core more than its threads.
 """
 
 from __future__ import annotations
