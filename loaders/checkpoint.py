@@ -17,6 +17,7 @@ from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.layout import layout_of_model
 from hybrid_moe.loaders.model_config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
 from hybrid_moe.loaders.naming import LayerKeys, find_layers
+from hybrid_moe.loaders.quantization import Quantization
 from hybrid_moe.loaders.regular import Stamp, read_json, stamp_of
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.text import format_ranges
@@ -51,6 +52,7 @@ class Checkpoint:
         self.expert_keys = frozenset(
             key for layer in self.layers for key in self._layers[layer].keys
         )
+        self._quantization = Quantization.of(config)
         self._ask_model = cache(lambda: layout_of_model(self.model))
 
     @classmethod
@@ -108,7 +110,9 @@ class Checkpoint:
             CheckpointError: the layer has no experts, an expert is missing or incomplete, there
                 are more or fewer than `config.json` says, or a shape or dtype is wrong.
         """
-        source = describe_layer(self.index, self.keys_of(layer), self._ask_model)
+        source = describe_layer(
+            self.index, self.keys_of(layer), self._ask_model, self._quantization
+        )
         for name in NUM_EXPERTS:
             count = self.model.stated.get(name)
             if isinstance(count, int) and count != source.num_experts:
