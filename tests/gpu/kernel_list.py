@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.table import DENSE_FORMATS, FORMATS
 from hybrid_moe.gpu_kernels import (
     act_quant,
     combine,
@@ -92,7 +92,9 @@ def grouped_gemms(pdl: bool = False) -> dict[str, tuple[KernelDefinition, Expect
     for fmt in ("MXFP4", "BF16"):
         for tile in TOKEN_TILES:
             config = gemm_config(fmt, 2880, tile, biases=True, pdl=pdl)
-            activated = gate_up.GateUpConfig(config, 7.0, 1.702, 1.0)
+            activated = gate_up.GateUpConfig(
+                config, 7.0, 1.702, 1.0, gate_up.places_of(FORMATS[fmt])
+            )
             expected = _of_gemm(config)
             found[f"gate_up, {fmt}, {tile}"] = gate_up.definition(activated), expected
             found[f"down, {fmt}, {tile}"] = down.definition(config), expected
