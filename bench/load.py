@@ -123,7 +123,7 @@ def load(directory: Path, threads: int) -> dict[str, Any]:
         wanted = np.ones(source.num_experts, bool)
         layer.allocate(wanted, biases=source.has_bias)
         identity = np.arange(source.num_experts)
-        load_layer(source, identity, wanted, layer.load, fmt=MXFP4, threads=threads)
+        load_layer(source, identity, wanted, layer.load, formats=MXFP4, threads=threads)
         seconds = time.perf_counter() - start
         nbytes = layer.nbytes
         layer.close()

@@ -12,6 +12,7 @@ from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.completeness import missing_layers
 from hybrid_moe.loaders.describe import describe_layer
 from hybrid_moe.loaders.drafts import DraftLayers
+from hybrid_moe.loaders.expert_source import ExpertSource
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.layout import layout_of_model
 from hybrid_moe.loaders.model_config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
@@ -129,7 +130,7 @@ class Checkpoint:
         return {number: self.layer(number) for number in self.layers}
 
     def routing_problem(
-        self, sources: Iterable[LayerSource], model: ModelConfig | None = None
+        self, sources: Iterable[ExpertSource], model: ModelConfig | None = None
     ) -> str | None:
         """What is wrong with the number of experts that a token takes, None if nothing is known.
 

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.numbers import Array
-from hybrid_moe.formats.table import format_named
+from hybrid_moe.formats.table import format_named, method_named
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import WeightFormat, layer_formats
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.companions import companion_files
+from hybrid_moe.loaders.expert_source import held_formats
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
@@ -83,13 +84,13 @@ def convert_checkpoint(
     checkpoint = Checkpoint.open(source_path)
     layout = layout_named(gate_up_layout)
     stored = [source.with_layout(layout) for source in checkpoint.sources().values()]
-    layers = [layer for layer in stored if layer.format is not fmt]
+    layers = [layer for layer in stored if layer.formats != layer_formats(fmt)]
     if not layers:
         raise ValueError(
             f"the experts of {source_path} are {fmt.name} already; there is nothing to convert"
         )
     for layer in layers:
-        layer.check_format(fmt)
+        held_formats(layer, method_named(method))
         layer.check_layout()
     companions = companion_files(source_path)
     copied = _unchanged(checkpoint, layers)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.header import TensorInfo
-from hybrid_moe.loaders.layer_source import LayerSource, Stack
+from hybrid_moe.loaders.layer_source import LayerSource, Stack, StoredPair
 from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.loaders.naming import LayerKeys, NamingScheme
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
@@ -53,7 +53,7 @@ def describe_layer(
         num_experts=num_experts,
         hidden=hidden,
         intermediate=intermediate,
-        stored=stored,
+        stored=StoredPair(stored, stored),
         transposed=transposed,
         stacks=stacks,
         unused=_unused(index, keys, stacks),
@@ -176,7 +176,8 @@ def _sizes(
 
 
 def _check_stack(stack: Stack, source: LayerSource, is_down: bool) -> None:
-    fmt, scheme, reference = source.format, source.scheme, source.stacks[0][0]
+    scheme, reference = source.scheme, source.stacks[0][0]
+    fmt = source.formats.down if is_down else source.formats.gate_up
     N, K = source.intermediate, source.hidden
     if is_down:
         N, K = K, N

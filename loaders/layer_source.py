@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix, check_matrix
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.loaders.naming import NamingScheme
 from hybrid_moe.loaders.safetensors import ReadBuffer, SafetensorsIndex
-from hybrid_moe.loaders.stored import Stored, can_encode, encode, round_to_bf16, to_float32
+from hybrid_moe.loaders.stored import Stored, encode, round_to_bf16, to_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +36,17 @@ class Stack:
         return tuple(t for t in (self.weight, self.scale, self.bias) if t is not None)
 
 
+class StoredPair(NamedTuple):
+    """How a layer's projections are stored."""
+
+    gate_up: Stored
+    down: Stored
+
+
 @dataclass(frozen=True)
 class LayerSource:
-    """The routed experts of one layer. Everything but the scales' values has been checked.
+    """The routed experts of one layer out of safetensors: an `ExpertSource`. Everything but the
+    scales' values has been checked.
 
     Attributes:
         index: the checkpoint's tensors.
@@ -60,7 +71,7 @@ class LayerSource:
     num_experts: int
     hidden: int
     intermediate: int
-    stored: Stored
+    stored: StoredPair
     transposed: bool
     stacks: tuple[tuple[Stack, ...], ...]
     unused: tuple[str, ...]
@@ -68,9 +79,23 @@ class LayerSource:
     gate_up: GateUp | None = None
 
     @property
-    def format(self) -> WeightFormat:
-        """The format in which experts are handed on unless another is asked for."""
-        return self.stored.format
+    def path(self) -> Path:
+        """The checkpoint."""
+        return self.index.path
+
+    @property
+    def formats(self) -> LayerFormats:
+        """The formats in which experts are handed on unless others are asked for."""
+        return LayerFormats(self.stored.gate_up.format, self.stored.down.format)
+
+    @property
+    def stored_types(self) -> str:
+        """safetensors dtypes of the weights."""
+        return "/".join(dict.fromkeys(stack.weight.dtype for stack in self.stacks[0]))
+
+    def is_exact(self, formats: LayerFormats) -> bool:
+        """Whether weights keep their values in `formats`."""
+        return formats == self.formats and all(stored.exact for stored in self.stored)
 
     @property
     def has_bias(self) -> bool:
@@ -113,6 +138,11 @@ class LayerSource:
             )
         return replace(self, gate_up=layout)
 
+    def told_layout(self, layout: GateUp) -> LayerSource:
+        """The same with the layout of the module that will compute the experts, which needs no
+        other witness."""
+        return replace(self, gate_up=layout)
+
     @property
     def expert_nbytes(self) -> int:
         """Bytes that are read for one expert."""
@@ -128,11 +158,11 @@ class LayerSource:
         """Experts that share one tensor."""
         return self.num_experts if self.scheme.fused else 1
 
-    def nbytes_as(self, fmt: WeightFormat) -> int:
-        """Bytes of all the layer's experts in `fmt`, packed, with float32 biases."""
+    def nbytes_as(self, formats: WeightFormat | LayerFormats) -> int:
+        """Bytes of all the layer's experts in `formats`, packed, with float32 biases."""
         H, I = self.hidden, self.intermediate
         bias = bias_nbytes(H, I) if self.has_bias else 0
-        return self.num_experts * (packed_nbytes(fmt, H, I) + bias)
+        return self.num_experts * (packed_nbytes(formats, H, I) + bias)
 
     def check_sizes(
         self,
@@ -152,27 +182,22 @@ class LayerSource:
                     f"not {expected} (from {self.last_key})"
                 )
 
-    def check_format(self, fmt: WeightFormat) -> None:
-        """Raise `ValueError` where experts cannot be handed on in `fmt`."""
-        if not can_encode(self.stored, fmt):
-            raise ValueError(
-                f"layer {self.layer} of {self.index.path} stores its experts as "
-                f"{self.format.name}, which does not become {fmt.name}: "
-                f'use method="{self.format.name}", or None to take each layer as it is stored'
-            )
-
     def check_layout(self) -> None:
         """Raise `CheckpointError` where nothing tells how gate and up lie in fused tensors."""
         _ = self.interleaved
 
     def expert(
-        self, expert: int, fmt: WeightFormat | None = None, buffer: ReadBuffer | None = None
+        self,
+        expert: int,
+        formats: WeightFormat | LayerFormats | None = None,
+        buffer: ReadBuffer | None = None,
     ) -> ExpertTensors:
         """Read one expert. Thread-safe.
 
         Args:
             expert: 0 to num_experts - 1, the checkpoint's own numbering.
-            fmt: the format to hand it on in; None is `format`. 16-bit weights are quantized to it.
+            formats: to hand it on in, one for all projections or two; None is `formats` of the
+                layer. 16-bit weights are quantized to others.
             buffer: memory to read into, which is reused: the arrays are then valid until the next
                 call with it. None allocates.
 
@@ -181,7 +206,7 @@ class LayerSource:
 
         Raises:
             IndexError: no such expert.
-            ValueError: weights stored so do not become `fmt`.
+            ValueError: weights stored so do not become these formats.
             CheckpointError: a file has been truncated, a scale is invalid, or a weight that has
                 to be quantized is not finite.
         """
@@ -189,8 +214,13 @@ class LayerSource:
             raise IndexError(
                 f"expert {expert} of layer {self.layer}: there are {self.num_experts} experts"
             )
-        fmt = fmt or self.format
-        self.check_format(fmt)
+        held = layer_formats(formats or self.formats)
+        for stored, fmt in zip(self.stored, held, strict=True):
+            if fmt is not stored.format and stored.format is not BF16:
+                raise ValueError(
+                    f"layer {self.layer} of {self.path} stores its experts as {self.formats.name}, "
+                    f"which does not become {held.name}"
+                )
         if buffer is not None:
             tensors = [t for stack in self.stacks[0] for t in stack.tensors]
             buffer.reset([t.nbytes // self._share for t in tensors])
@@ -198,13 +228,13 @@ class LayerSource:
         matrices = [self._read(stack, expert, buffer) for stack in stacks]
         if self.scheme.fused:
             matrices = [*matrices[0].split(self.interleaved), matrices[1]]
-        gate, up, down = (self._encode(matrix, fmt) for matrix in matrices)
-        for matrix, N, K in (
-            (gate, self.intermediate, self.hidden),
-            (up, self.intermediate, self.hidden),
-            (down, self.hidden, self.intermediate),
-        ):
-            check_matrix(matrix, fmt, N, K)
+        kinds = [(self.stored.gate_up, held.gate_up)] * 2 + [(self.stored.down, held.down)]
+        gate, up, down = (
+            self._encode(matrix, *kind) for matrix, kind in zip(matrices, kinds, strict=True)
+        )
+        check_matrix(gate, held.gate_up, self.intermediate, self.hidden)
+        check_matrix(up, held.gate_up, self.intermediate, self.hidden)
+        check_matrix(down, held.down, self.hidden, self.intermediate)
         return ExpertTensors(gate, up, down)
 
     def _read(self, stack: Stack, expert: int, buffer: ReadBuffer | None) -> Matrix:
@@ -230,14 +260,14 @@ class LayerSource:
     def _where(self, tensor: TensorInfo, expert: int) -> str:
         return f"expert {expert} of {tensor.where}" if self.scheme.fused else tensor.where
 
-    def _encode(self, matrix: Matrix, fmt: WeightFormat) -> Matrix:
-        if fmt is not self.format:
+    def _encode(self, matrix: Matrix, stored: Stored, fmt: WeightFormat) -> Matrix:
+        if fmt is not stored.format:
             try:
                 codes, scales = encode(fmt, matrix.codes)
             except ValueError as error:
                 raise CheckpointError(f"{matrix.where}: {error}") from error
             return replace(matrix, codes=codes, scales=scales)
-        if not self.stored.exact:
+        if not stored.exact:
             return replace(matrix, codes=round_to_bf16(matrix.codes))
         codes = np.ascontiguousarray(matrix.codes) if self.transposed else matrix.codes
         return replace(matrix, codes=codes.view(fmt.code_dtype))

@@ -14,7 +14,7 @@ import numpy as np
 from hybrid_moe.formats.integers import INT8
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.numbers import F32, Array, bf16_to_f32, f32_to_bf16
-from hybrid_moe.formats.table import BF16, DENSE_FORMATS
+from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.weight_format import WeightFormat
 
 _CHUNK = 1 << 16
@@ -66,15 +66,6 @@ def known_dtypes() -> str:
         + (f" with {'/'.join(row.scales)} scales" if row.scales else "")
         for row in STORED
     )
-
-
-def can_encode(stored: Stored, fmt: WeightFormat) -> bool:
-    """Whether weights stored so can be handed on as `fmt`.
-
-    16-bit weights can be quantized. The reverse is refused: it would spend four times the memory on
-    weights that gain nothing.
-    """
-    return stored.format is fmt or (stored.format is BF16 and fmt.name in DENSE_FORMATS)
 
 
 def to_float32(raw: Array) -> F32:

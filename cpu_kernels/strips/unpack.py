@@ -61,8 +61,10 @@ def unpack_some(
     for place in plane_places(layout):
         parts = [
             # one index of axis 0 and one of the last for each row: [rows, blocks, units, elements]
-            _view(strips, place, STRIP_ROWS, *run)[strip, :, :, :, lane].reshape(len(rows), -1)
-            for run in _runs(place)
+            _view(strips, place, STRIP_ROWS, block, blocks, units)[strip, :, :, :, lane].reshape(
+                len(rows), blocks * units * place.count
+            )
+            for block, blocks, units in _runs(place)
         ]
         found[place.name] = _stored(np.concatenate(parts, axis=-1), layout, fmt, place.name)
     return Matrix(**found)

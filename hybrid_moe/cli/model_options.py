@@ -190,7 +190,7 @@ class OpenedModel:
         line = (
             f"{self.name}: {self.summary.model_type}, {len(experts)} layers of "
             f"{first.spec.num_experts} experts, {per_token} per token, "
-            f"{first.fmt.name if first.fmt else 'not loaded'}; tier {choose_tier().name}; "
+            f"{first.formats.name if first.formats else 'not loaded'}; tier {choose_tier().name}; "
             f"{pool.threads} thread{'s' * (pool.threads > 1)}"
             + (f" in {pool.pools} pools" if pool.pools > 1 else "")
         )

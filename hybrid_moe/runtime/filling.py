@@ -15,8 +15,8 @@ import torch
 
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats.tensors import ExpertTensors
-from hybrid_moe.formats.weight_format import WeightFormat
-from hybrid_moe.loaders.layer_source import LayerSource
+from hybrid_moe.formats.weight_format import LayerFormats
+from hybrid_moe.loaders.expert_source import ExpertSource
 from hybrid_moe.loaders.load import load_layer
 from hybrid_moe.parallel import for_each
 from hybrid_moe.runtime.arguments import LayerShape
@@ -41,29 +41,29 @@ Fill = Callable[[Receiver, npt.NDArray[np.bool_]], None]
 """Allocates the experts of a bool [E] in a layer that has no memory yet, and loads them."""
 
 
-def from_checkpoint(source: LayerSource, fmt: WeightFormat, mapping: torch.Tensor) -> Fill:
+def from_checkpoint(source: ExpertSource, formats: LayerFormats, mapping: torch.Tensor) -> Fill:
     """Experts read from a checkpoint; `mapping` is int64 [E], id -> the checkpoint's expert."""
 
     def fill(layer: Receiver, wanted: npt.NDArray[np.bool_]) -> None:
         layer.allocate(wanted, biases=source.has_bias)
         threads = layer.pool.threads
-        load_layer(source, mapping.numpy(), wanted, layer.load, fmt=fmt, threads=threads)
+        load_layer(source, mapping.numpy(), wanted, layer.load, formats=formats, threads=threads)
 
     return fill
 
 
 def from_tensors(
-    projections: dict[str, Stacked], shape: LayerShape, fmt: WeightFormat, mapping: torch.Tensor
+    projections: dict[str, Stacked], shape: LayerShape, formats: LayerFormats, mapping: torch.Tensor
 ) -> Fill:
     """Experts out of stacked tensors; `mapping` is int64 [E], id -> row.
 
     Raises:
         TypeError, ValueError: see `check_stacked`.
     """
-    check_stacked(projections, shape, fmt, mapping)
+    check_stacked(projections, shape, formats, mapping)
     biases = any(p.bias is not None for p in projections.values())
     return from_experts(
-        lambda expert: expert_of(projections, int(mapping[expert]), shape, fmt), biases=biases
+        lambda expert: expert_of(projections, int(mapping[expert]), shape, formats), biases=biases
     )
 
 

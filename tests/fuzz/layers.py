@@ -99,7 +99,7 @@ def check(case: Case) -> bool:
             assert all(t.key in case.tensors for s in source.stacks for p in s for t in p.tensors)
             if source.expert_nbytes > 1 << 20:
                 continue  # a damage of sizes that is consistent by chance
-            fmt = source.format
+            fmt = source.formats.gate_up
             tensors = source.expert(source.num_experts - 1, fmt, ReadBuffer())
             N, K = source.intermediate, source.hidden
             assert tensors.gate.codes.shape == tensors.up.codes.shape == fmt.code_shape(N, K)

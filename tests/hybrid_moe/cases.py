@@ -66,7 +66,8 @@ class Weights:
         """The contract's output for `batch`."""
         fmt = DENSE_FORMATS[method]
         dequantized = [
-            fmt.dequantize(*self.quantized(name, fmt)) for name in ("gate", "up", "down")
+            np.stack([fmt.dequantize(*fmt.encode(w)) for w in getattr(self, name).numpy()])
+            for name in ("gate", "up", "down")
         ]
         biases: dict[str, Any] = {name: bias.numpy() for name, bias in self.biases.items()}
         return evaluate(

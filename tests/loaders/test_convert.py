@@ -99,7 +99,7 @@ def assert_converted(fixture: FamilyFixture, directory: Path, fmt: WeightFormat 
     assert checkpoint.layers == tuple(fixture.layers)
     for number, layer in fixture.layers.items():
         source = checkpoint.layer(number)
-        assert source.format is fmt
+        assert source.formats == (fmt, fmt)
         for expert in range(EXPERTS):
             tensors = source.expert(expert)
             for name in ("gate", "up", "down"):

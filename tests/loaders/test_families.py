@@ -60,7 +60,7 @@ def test_every_expert(family: Family, name: str) -> None:
     for number, layer in fixture.layers.items():
         source = checkpoint.layer(number)
         source.check_sizes(EXPERTS, HIDDEN, INTERMEDIATE)
-        assert source.format.name == fixture.methods[number]
+        assert source.formats.name == fixture.methods[number]
         assert source.has_bias == (layer.gate_bias is not None)
         for expert in range(EXPERTS):
             assert_is_expert(source.expert(expert), layer, expert)
@@ -78,7 +78,7 @@ def test_one_layer_holds_all_its_keys(family: Family, name: str) -> None:
     size = sum(tensor.nbytes for tensor in tensors)
     assert source.expert_nbytes * EXPERTS == size
     bias_growth = size_of_biases(source) if source.has_bias else 0  # BF16 stored, float32 loaded
-    assert source.nbytes_as(source.format) == size + bias_growth
+    assert source.nbytes_as(source.formats) == size + bias_growth
 
 
 def size_of_biases(source: object) -> int:
@@ -208,9 +208,11 @@ def test_inspect(family: Family, name: str) -> None:
         for m, b in BITS.items()
         if set(fixture.methods.values()) <= {"BF16", m}
     }
+    ram = {m: summary.ram_experts[m] for m in (*BITS, "STORED") if m in summary.ram_experts}
+    assert "GPTQ_INT4" not in summary.ram_experts  # groups of 128, and rows of 96
     if fixture.method == "STORED":
         expected["STORED"] = stored + biases
-    assert dict(summary.ram_experts) == expected
+    assert ram == expected
     not_run = summary.parts["routed experts"] + summary.parts.get("draft layers", 0)
     assert summary.ram_rest == summary.total_bytes - not_run
     assert summary.parts["routed experts"] == stored + biases / 2

@@ -8,13 +8,12 @@ Transformers' own `experts_implementation` (experts stay where they are and are 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hybrid_moe.formats.table import BF16, chosen_format
+from hybrid_moe.formats.table import BF16, chosen_method
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.integrations.transformers.guard import NAME, guard
 from hybrid_moe.integrations.transformers.options import ExpertsOptions, dense_format
@@ -205,8 +204,9 @@ def from_pretrained(
     Args:
         directory: a checkpoint in Transformers' layout, or in its family's published one; or the
             id of one in the Hugging Face hub's cache.
-        method: weight format of the strips; None (or "STORED") for the one that the checkpoint
-            stores, layer by layer. BF16 experts are quantised while loading if it is another.
+        method: how the strips hold the weights, see `formats.table.METHODS`; "auto" (or None) for
+            what the checkpoint stores, layer by layer. BF16 experts are quantised while loading if
+            it is something else.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"; F16 and F32 are rounded and
@@ -250,6 +250,7 @@ def from_pretrained(
         gate_routers,
         plan_routers,
     )
+    from hybrid_moe.loaders.expert_source import held_formats
     from hybrid_moe.loaders.model_config import ModelConfig
 
     dense_fmt = dense_format(dense)
@@ -267,12 +268,12 @@ def from_pretrained(
     problem = checkpoint.routing_problem(stored.values(), given)
     if problem is not None:
         raise CheckpointError(problem)
-    chosen = chosen_format(method)
-    for source in stored.values():  # all of them before anything is loaded
-        source.check_format(chosen or source.format)
-    options = _checked((chosen or BF16).name, threads, pools)
+    chosen = chosen_method(method)
+    # all of them before anything is loaded
+    formats = {layer: held_formats(source, chosen) for layer, source in stored.items()}
+    options = _checked(BF16.name, threads, pools)
     split = split_of_checkpoint(
-        stored, given or checkpoint.model, chosen, gpu_experts, gpu_backend, kwargs, gpu_activation
+        stored, given or checkpoint.model, formats, gpu_experts, gpu_backend, kwargs, gpu_activation
     )
     register()
     try:
@@ -287,15 +288,15 @@ def from_pretrained(
         sources = [experts_source(stored, checkpoint, n, m.spec) for n, m in experts.items()]
         with PackingBar("Loading weights", progress) as bar:
             for source, module in zip(sources, experts.values(), strict=True):
-                bar.expect(experts_nbytes(module.spec, chosen or source.format))
+                bar.expect(experts_nbytes(module.spec, held_formats(source, chosen)))
             if layers is not None:
                 layers.load(model, {n: m.spec for n, m in experts.items()}, bar)
             for source, (name, module) in zip(sources, experts.items(), strict=True):
-                fmt, of_layer = chosen or source.format, None
+                held, of_layer = held_formats(source, chosen), None
                 if split is not None:
                     of_layer = split.of_layer(source.layer, surrounding_device(model, name))
-                load_experts(source, module, replace(options, method=fmt.name), of_layer)
-                bar.add(experts_nbytes(module.spec, fmt))
+                load_experts(source, module, options, held, of_layer)
+                bar.add(experts_nbytes(module.spec, held))
         _save_from_strips(model)
         chosen_by_user = kwargs.get("attn_implementation") is not None
         _prepare_steps(model, options, attention=not chosen_by_user)
