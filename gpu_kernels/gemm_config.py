@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from hybrid_moe.formats.strips import GROUP, strip_layout
@@ -35,6 +36,17 @@ def range_bounds(K: int) -> list[int]:
     groups, ranges = K // GROUP, k_ranges(K)
     stages = -(-groups // STAGE_GROUPS)
     return [min(STAGE_GROUPS * (r * stages // ranges), groups) for r in range(ranges + 1)]
+
+
+@functools.lru_cache(maxsize=128)
+def groups_with_room(format: str) -> int:
+    """Groups of weights that `SHARE_REGISTERS` hold: a lane's part of both halves of each, fields
+    included, beside the factors of its eight rows and a tile's products where those are not folded
+    into the codes."""
+    fmt = FORMATS[format]
+    codes = strip_codes(fmt, strip_layout(fmt, max(GROUP, fmt.k_multiple)))
+    room = SHARE_REGISTERS - (0 if codes.ways[0] else 16)
+    return room // (2 * codes.registers)
 
 
 @dataclass(frozen=True)
@@ -118,8 +130,10 @@ class GemmConfig:
     @property
     def resident(self) -> int:
         """Blocks that an SM must have registers for; the compiler then uses no more than that
-        leaves. A quarter of an SM has 16384, for 3 warps of 168 each (tile 8) or 2 of 255."""
-        return max(1, (12 if self.tile == 8 else 8) // self.warps)
+        leaves. A quarter of an SM has 16384, for 3 warps of 168 each (tile 8, two groups of weights
+        in `SHARE_REGISTERS`) or 2 of 255."""
+        three = self.tile == 8 and groups_with_room(self.format) >= 2
+        return max(1, (12 if three else 8) // self.warps)
 
     def grid(self, strips: int, tiles: int) -> tuple[int, int]:
         """Blocks for a matrix of `strips` strips and at most `tiles` tiles. Strips come first: the
@@ -182,7 +196,5 @@ def gemm_config(format: str, K: int, tile: int, *, biases: bool, pdl: bool = Fal
         return GemmConfig(format, tile, ranges, strips, 0, 4, STAGE_GROUPS, biases, pdl)
     k_warps = -(-ranges // -(-ranges // 8))
     strips = max(1, 4 // k_warps)
-    fmt = FORMATS[format]
-    share = strip_codes(fmt, strip_layout(fmt, max(GROUP, fmt.k_multiple))).registers
-    depth = max(2, min(SHARE_REGISTERS // (2 * share), 4 if ranges > 2 else 6))
+    depth = max(2, min(groups_with_room(format), 4 if ranges > 2 else 6))
     return GemmConfig(format, tile, ranges, strips, k_warps, 0, depth, biases, pdl)

@@ -310,7 +310,7 @@ def staged(config: GemmConfig) -> Any:
 
         passes = -(-columns // 4)
         """Times that a half strip goes through K where its factors are not folded: a group's
-        products take registers of their own, which the sums and totals of 64 tokens do not leave."""
+        products take registers of their own, which sums and totals of 64 tokens do not leave."""
         copied = config.tile // rows_apart
         """Tokens of which a thread copies a chunk."""
 
@@ -420,9 +420,7 @@ def staged(config: GemmConfig) -> Any:
                             return b
 
                         place_of_weights = words[None, None, d]
-                        products.multiply(
-                            place_of_weights, column, sums, some, first + d, folded
-                        )
+                        products.multiply(place_of_weights, column, sums, some, first + d, folded)
                         if first + (d + STAGE_GROUPS) < groups:
                             products.load_weights(
                                 place_of_weights, codes_at, fields_from, first + (d + STAGE_GROUPS)

@@ -211,7 +211,8 @@ class SlotExperts:
             return x.new_empty((0, layout.hidden), dtype=torch.float32)
         x = self._fp8(x) if fp8 else x
         tile = token_tile(ids.numel(), len(self.slot_of))
-        packed = self._pack(x, ids, self.slot_of, fmt=layout.formats.gate_up, slots=self.slots, tile=tile)
+        fmt = layout.formats.gate_up
+        packed = self._pack(x, ids, self.slot_of, fmt=fmt, slots=self.slots, tile=tile)
         tiles = ExpertTiles(
             self.memory,
             self._gate_up_table,

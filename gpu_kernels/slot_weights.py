@@ -111,4 +111,5 @@ def _plane(strips: Array, places: list[int], count: int, itemsize: int, rows: in
     size = count * rows * itemsize
     pieces = np.stack([strips[:, at : at + size] for at in places], 1)
     split = pieces.reshape(len(strips), len(places), count, rows, itemsize)
-    return np.ascontiguousarray(split.transpose(0, 3, 1, 2, 4)).reshape(len(strips) * rows, -1)
+    in_rows = np.ascontiguousarray(split.transpose(0, 3, 1, 2, 4))
+    return in_rows.reshape(len(strips) * rows, len(places) * count * itemsize)

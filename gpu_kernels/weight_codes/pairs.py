@@ -1,4 +1,4 @@
-"""Pairs of codes, 16 bits apart in a register, as pairs of bf16: exact, by bits and one instruction.
+"""Pairs of codes, 16 bits apart in a register, as pairs of bf16: by bits and one exact operation.
 
 Functions take and give Uint32 of the DSL. bf16 has 8 significant bits: sign, 8 bits of exponent
 (bias 127), 7 of mantissa.

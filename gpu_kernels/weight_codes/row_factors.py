@@ -1,4 +1,4 @@
-"""Factors of rows: they multiply a row's sum over all of K, in float32, before the bias is added."""
+"""Factors of rows: they multiply a row's sum over K, in float32, before the bias is added."""
 
 from __future__ import annotations
 

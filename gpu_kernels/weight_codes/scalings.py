@@ -213,9 +213,7 @@ class RowZeros(Scaling):
         return zero_point(self, words, row, None, self.zeros)
 
 
-def zero_point(
-    scaling: Scaling, words: list[Any], row: int, group: Any, zeros: int
-) -> Any:
+def zero_point(scaling: Scaling, words: list[Any], row: int, group: Any, zeros: int) -> Any:
     """A row's zero point out of a byte for two groups, plus `zeros`: a nibble n is n - 8 as a code,
     so n less this is the code less (zero - 8). Up to 16."""
     from cutlass import Uint32

@@ -88,4 +88,3 @@ class StripCodes:
 
     def _parts(self, share: list[Any]) -> tuple[list[Any], list[Any]]:
         return share[: self.codes.registers], share[self.codes.registers :]
-

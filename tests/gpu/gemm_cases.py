@@ -149,9 +149,8 @@ def run_gate_up(
     layout = case.slots.layout
     kernel = kernel or gate_up.choose(layout, case.activation, tile)
     h = np.full((len(case.slot_of_pair), layout.intermediate), BF16_NAN, np.uint16)
-    report = launch(
-        case, kernel, np.ascontiguousarray(permute(case.x, case.formats.gate_up)), h, tile, arch, seed
-    )
+    x = np.ascontiguousarray(permute(case.x, case.formats.gate_up))
+    report = launch(case, kernel, x, h, tile, arch, seed)
     columns: npt.NDArray[np.uint16] = unpermute(h, case.formats.down)
     return columns, report
 
@@ -168,7 +167,8 @@ def run_down(
     layout = case.slots.layout
     kernel = kernel or down.choose(layout, tile)
     y = np.full((len(h), layout.hidden), np.nan, np.float32)
-    report = launch(case, kernel, np.ascontiguousarray(permute(h, case.formats.down)), y, tile, arch, seed)
+    inputs = np.ascontiguousarray(permute(h, case.formats.down))
+    report = launch(case, kernel, inputs, y, tile, arch, seed)
     return y, report
 
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows
 from hybrid_moe.formats.shares import ShareLayout, even_shares
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, strip_layout
-from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from tests.cpu_kernels.cases import random_matrix as dense_matrix
