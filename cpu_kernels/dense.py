@@ -14,7 +14,7 @@ from hybrid_moe.cpu_kernels.descriptor import describe_dense
 from hybrid_moe.cpu_kernels.drivers import check_machine, records
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
 from hybrid_moe.cpu_kernels.job import IDLE, Job, JobShape, Output, ReadyLayer, capacity_for
-from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
+from hybrid_moe.cpu_kernels.kernels.format_kernels import format_kernels
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.pool.group import group_for
@@ -138,9 +138,9 @@ class DenseLayer:
                 top_k=0,
                 experts=0,
                 hidden=self.inputs,
-                x_row=ready.descriptor.x_row_bytes,
+                x_row=ready.descriptor.gate_up.row_bytes,
                 h_row=0,
-                unpacked_bytes=FORMAT_KERNELS[self.fmt.name].unpacked_bytes,
+                unpacked_bytes=format_kernels(self.fmt).unpacked_bytes,
                 workers=self.pool.threads,
                 pools=self.pool.pools,
             )

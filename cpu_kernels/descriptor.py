@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hybrid_moe.cpu_kernels.drivers.records import Layer, StripSizes, TilePlan
+from hybrid_moe.cpu_kernels.drivers.records import Layer, Products, TilePlan
 from hybrid_moe.cpu_kernels.kernels.library import KernelSet, Tiling
 from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.strips import GROUP, StripLayout
@@ -12,6 +12,7 @@ from hybrid_moe.formats.strips import GROUP, StripLayout
 
 def describe(
     kernels: KernelSet,
+    down_kernels: KernelSet,
     experts: int,
     gate_up: StripLayout,
     down: StripLayout,
@@ -20,7 +21,8 @@ def describe(
     """The descriptor of a layer.
 
     Args:
-        kernels: of its format and tier.
+        kernels: of the tier and the format of gate and up.
+        down_kernels: of the tier and the format of down.
         experts: E.
         gate_up, down: layouts of strips with hidden and with intermediate inputs.
         tables: field -> the array whose address it holds. They must live for as long as the
@@ -29,8 +31,11 @@ def describe(
     layer = _layer(kernels, gate_up, tables)
     layer.experts = experts
     layer.intermediate = GROUP * down.groups
-    layer.h_row_bytes = kernels.encoding.row_bytes(down.groups)
-    _describe_strips(layer.down_strips, down)
+    layer.activate = down_kernels.activate  # encodes what down reads
+    _describe_products(layer.down, down_kernels, down)
+    if kernels.enter != down_kernels.enter:  # tile registers of two shapes
+        layer.leave = kernels.leave or down_kernels.leave
+        layer.gate_up.enter, layer.down.enter = kernels.enter, down_kernels.enter
     return layer
 
 
@@ -55,7 +60,6 @@ def _layer(kernels: KernelSet, layout: StripLayout, tables: Mapping[str, Array])
     layer.hidden = GROUP * layout.groups
     for name in (
         "encode",
-        "gather",
         "activate",
         "combine",
         "weigh",
@@ -66,23 +70,22 @@ def _layer(kernels: KernelSet, layout: StripLayout, tables: Mapping[str, Array])
         "deliver",
         "enter",
         "leave",
-        "tiled_from",
     ):
         setattr(layer, name, getattr(kernels, name))
-    layer.encoded_bytes = kernels.encoding.group_bytes
-    layer.x_row_bytes = kernels.encoding.row_bytes(layout.groups)
     words = layer.words
     for name, table in tables.items():
         words[Layer.word(name)] = table.ctypes.data
-    _describe_strips(layer.gate_up_strips, layout)
-    _describe_tiles(layer.direct, kernels.direct)
-    _describe_tiles(layer.tiled, kernels.tiled)
+    _describe_products(layer.gate_up, kernels, layout)
     return layer
 
 
-def _describe_strips(sizes: StripSizes, layout: StripLayout) -> None:
-    sizes.groups, sizes.group_bytes = layout.groups, layout.group_bytes
-    sizes.strip_bytes = layout.nbytes
+def _describe_products(products: Products, kernels: KernelSet, layout: StripLayout) -> None:
+    products.strips.groups, products.strips.strip_bytes = layout.groups, layout.nbytes
+    products.gather, products.tiled_from = kernels.gather, kernels.tiled_from
+    products.encoded_bytes = kernels.encoding.group_bytes
+    products.row_bytes = kernels.encoding.row_bytes(layout.groups)
+    _describe_tiles(products.direct, kernels.direct)
+    _describe_tiles(products.tiled, kernels.tiled)
 
 
 def _describe_tiles(tiles: TilePlan, tiling: Tiling) -> None:

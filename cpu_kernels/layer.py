@@ -22,7 +22,7 @@ from hybrid_moe.cpu_kernels.job import (
     ReadyLayer,
     capacity_for,
 )
-from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
+from hybrid_moe.cpu_kernels.kernels.format_kernels import format_kernels
 from hybrid_moe.cpu_kernels.kernels.library import kernel_set
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, group_for
@@ -56,7 +56,7 @@ class ExpertLayer(PackedExperts):
         """Describe the layer; nothing is allocated and no thread starts.
 
         Args:
-            fmt: how its weights are stored, and held.
+            fmt: how its weights are stored, and held; one format, or those of the projections.
             num_experts: E. hidden: H. intermediate: I; both multiples of 32.
             pool: worker threads.
             activation: clamps and alpha; plain SwiGLU by default.
@@ -199,9 +199,9 @@ class ExpertLayer(PackedExperts):
                 *key[:2],
                 experts=self.num_experts,
                 hidden=self.hidden,
-                x_row=descriptor.x_row_bytes,
-                h_row=descriptor.h_row_bytes,
-                unpacked_bytes=FORMAT_KERNELS[self.fmt.name].unpacked_bytes,
+                x_row=descriptor.gate_up.row_bytes,
+                h_row=descriptor.down.row_bytes,
+                unpacked_bytes=max(format_kernels(f).unpacked_bytes for f in self.formats),
                 workers=self.pool.threads,
                 pools=self.pool.pools,
                 out_size=out_size,
@@ -218,10 +218,9 @@ class ExpertLayer(PackedExperts):
             self._check_open()
             if self._ready_state is None:
                 self._group = self._group or group_for(self.pool)
-                kernels, tables = kernel_set(self.fmt.name, self.tier), self._tables
-                descriptor = describe(
-                    kernels, self.num_experts, self.gate_up_layout, self.down_layout, tables
-                )
+                gate_up, down = (kernel_set(fmt.name, self.tier) for fmt in self.formats)
+                layouts, tables = (self.gate_up_layout, self.down_layout), self._tables
+                descriptor = describe(gate_up, down, self.num_experts, *layouts, tables)
                 descriptor.label = trace.label(self.name)
                 self._ready_state = ReadyLayer(
                     self._group,

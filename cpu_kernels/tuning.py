@@ -7,7 +7,7 @@ they keep to what `jit.translate` takes. Which order a kernel goes in follows fr
 
 from __future__ import annotations
 
-from hybrid_moe.formats.strips import LINE
+from hybrid_moe.formats.strips import LINE, StripLayout
 
 # Tiles: the tokens of one expert that meet a strip together
 
@@ -56,12 +56,16 @@ UNPACK_GROUPS = 32
 """Groups that are unpacked at a time: 80 KB, beside the inputs of a tile. Several strips in turn
 for each chunk, so that inputs too come from the third-level cache once, gained nothing on Zen 4
 (4096 x 2048, 96 tokens an expert, 8 strips: 104.3 GMAC/s, 104.7 without)."""
-MXFP4_CHUNK_GROUPS = 256
-"""Groups of packed codes: 272 KB, a quarter of Zen 4's second-level cache."""
-INT8_CHUNK_GROUPS = 64
-"""136 KB."""
 BF16_CHUNK_GROUPS = 32
 """128 KB."""
+
+
+def chunk_groups(layout: StripLayout) -> int:
+    """Groups of packed integer codes: 256 up to five bits (MXFP4: 272 KB, a quarter of Zen 4's
+    second-level cache), 64 beyond (INT8: 136 KB). Whole blocks, which have 16 groups at most."""
+    return 256 if layout.words + layout.high_words <= 5 else 64
+
+
 TURN_GROUPS = 16
 """Groups that two panels take before the other two follow: 17 KB, half of a first-level cache."""
 

@@ -21,21 +21,22 @@ from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, KernelBody,
 from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, fused
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier
 from hybrid_moe.cpu_kernels.kernels.encode import FIXED15_GROUP
-from hybrid_moe.cpu_kernels.kernels.mxfp4_dot import (
-    E2M1_DOUBLED,
-    MXFP4_STRIP,
-    UNPACKED_GROUP,
-    mxfp4_dot,
-    mxfp4_scale,
-    mxfp4_unpack,
-    mxfp4_unpacked_dot,
+from hybrid_moe.cpu_kernels.kernels.group_dot import group_dot
+from hybrid_moe.cpu_kernels.kernels.integer_dot import (
+    packed_source,
+    unpack,
+    unpacked_layout,
+    unpacked_source,
 )
 from hybrid_moe.cpu_kernels.kernels.order import Order, fixed15_order
+from hybrid_moe.cpu_kernels.kernels.scalings import e8m0
+from hybrid_moe.formats.mx import E2M1_CODE, MXFP4
 from hybrid_moe.formats.numbers import Array
-from hybrid_moe.formats.strips import PANEL_ROWS, PANELS, STRIP_ROWS, SUMS_BYTES
+from hybrid_moe.formats.strips import PANEL_ROWS, PANELS, STRIP_ROWS, SUMS_BYTES, strip_layout
 
 K = 4096
 GROUPS = K // 32
+MXFP4_STRIP = strip_layout(MXFP4, 32)
 GROUP_BYTES, CODE_BYTES = MXFP4_STRIP.group_bytes, MXFP4_STRIP.code_bytes
 """Of a group of 32 inputs of all rows of a strip: codes and scales, and codes alone."""
 STRIP_BYTES = GROUPS * GROUP_BYTES
@@ -147,7 +148,7 @@ def _nibbles(codes: Val) -> tuple[Val, Val]:
 
 
 def _decode(emit: Emit, codes: Val, offset: int = 0) -> list[Val]:
-    table = tuple((weight + offset) & 255 for weight in E2M1_DOUBLED)
+    table = tuple((weight + offset) & 255 for weight in E2M1_CODE.integers)
     return [emit.op("lookup16", table, index) for index in _nibbles(codes)]
 
 
@@ -260,7 +261,7 @@ def _clear(emit: Emit, sums: Val, panels: int) -> None:
 def _add(emit: Emit, at: Val, product: Val, scale: Val) -> None:
     """To the sums in memory; `scale` is the address of 16 scales."""
     old = emit.load(at, F32, 16, align=64)
-    emit.store(at, old + product * mxfp4_scale(emit, scale).factor, align=64)
+    emit.store(at, old + product * e8m0(emit, emit.load(scale, I8, 16, align=16)).factor, align=64)
 
 
 def _byte_dots(emit: Emit, codes: Val, stride: int, x: Val, ahead: int = 0) -> Val:
@@ -327,7 +328,7 @@ def direct(tokens: int, most: int, order: Order | None = None) -> Body:
     strip from memory, the others find it in the cache. `x` is as many tiles."""
 
     def body(emit: Emit, strip: Val, x: Val, sums: Val) -> None:
-        kernel = mxfp4_dot(most, order or _order(emit, most))
+        kernel = group_dot(packed_source(MXFP4), most, order or _order(emit, most))
         with emit.loop(0, emit.i64(tokens), step=most) as t:
             tile, to = x + t * (GROUPS * FIXED15_GROUP.nbytes), sums + t * SUMS_BYTES
             _call(kernel, emit, strip, 0, tile, most, to, 0, GROUPS)
@@ -339,12 +340,12 @@ def unpacked(tokens: int, most: int, chunk: int) -> Body:
     """The library's kernels for many tokens: `chunk` groups are decoded once, then multiplied."""
 
     def body(emit: Emit, strip: Val, x: Val, sums: Val) -> None:
-        kernel = mxfp4_unpacked_dot(most, _order(emit, most))
-        memory, groups = emit.scratch(chunk * UNPACKED_GROUP.nbytes), emit.i64(GROUPS)
+        kernel = group_dot(unpacked_source(MXFP4), most, _order(emit, most))
+        memory, groups = emit.scratch(chunk * unpacked_layout(MXFP4).block_bytes), emit.i64(GROUPS)
         with emit.loop(0, groups, step=chunk) as begin:
             end = (groups < begin + chunk).select(groups, begin + chunk)
             at, after = strip + begin * GROUP_BYTES, strip + end * GROUP_BYTES
-            mxfp4_unpack(BYTE_DOT_OFFSET)(emit, at, memory, end - begin)
+            unpack(MXFP4)(emit, at, memory, emit.i64(0), end - begin)
             with emit.loop(0, emit.i64(tokens), step=most) as t:
                 tile, to = x + t * (GROUPS * FIXED15_GROUP.nbytes), sums + t * SUMS_BYTES
                 _call(kernel, emit, memory, after, tile, most, to, begin, end)

@@ -24,8 +24,11 @@ from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val,
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, available_tiers, choose_tier
 from hybrid_moe.cpu_kernels.dsl.tiles import Tiles
 from hybrid_moe.cpu_kernels.jit.compile import compile_functions
+from hybrid_moe.cpu_kernels.kernels.integer_dot import encoding_of
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats.strips import GROUP
+from hybrid_moe.formats.table import DENSE_FORMATS, FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat
 
 ROWS = 16
 _WINDOW = 2048  # bytes of activations: well inside a first-level cache
@@ -222,21 +225,25 @@ class MacUse:
     why: str
 
 
+_SMALL = (MacUse("byte_dot", 2, _TWO_PLANES), MacUse("tile_dot_bytes", 2, _TWO_PLANES))
+_WIDE = (
+    MacUse("wide_dot", 1, "activations of 15 bits: two byte products, or one of words"),
+    MacUse("tile_dot_bytes", 2, _TWO_PLANES),
+)
+_PAIRS = (
+    MacUse("pair_dot", 1, "one product of two bf16"),
+    MacUse("tile_dot_pairs", 1, "one product of two bf16"),
+)
+
+
+def _uses_of(fmt: WeightFormat) -> tuple[MacUse, ...]:
+    if fmt.code.name in ("bf16", "e4m3"):
+        return _PAIRS
+    return _WIDE if encoding_of(fmt).wide else _SMALL
+
+
 USES: Mapping[str, tuple[MacUse, ...]] = MappingProxyType(
-    {
-        "MXFP4": (
-            MacUse("byte_dot", 2, _TWO_PLANES),
-            MacUse("tile_dot_bytes", 2, _TWO_PLANES),
-        ),
-        "INT8": (
-            MacUse("wide_dot", 1, "activations of 15 bits: two byte products, or one of words"),
-            MacUse("tile_dot_bytes", 2, _TWO_PLANES),
-        ),
-        "BF16": (
-            MacUse("pair_dot", 1, "one product of two bf16"),
-            MacUse("tile_dot_pairs", 1, "one product of two bf16"),
-        ),
-    }
+    {name: _uses_of(fmt) for name, fmt in FORMATS.items()}
 )
 """Ways of each format; its ceiling on a tier is the fastest of those that the tier has."""
 
@@ -311,7 +318,8 @@ class MacCeiling:
 
     Attributes:
         one_thread, all_threads: the op's own.
-        formats: format -> what is left of `all_threads` for it, if it multiplies this way.
+        formats: format of `DENSE_FORMATS` -> what is left of `all_threads` for it, if it multiplies
+            this way.
     """
 
     tier: str
@@ -332,7 +340,7 @@ def mac_ceilings(tier: Tier, op: MacOp, threads: int, seconds: float = 0.5) -> M
     if one is None or every is None:
         return None
     formats = {
-        name: every / use.per_product for name, uses in USES.items() for use in uses
+        name: every / use.per_product for name in DENSE_FORMATS for use in USES[name]
         if use.op == op.name
     }  # fmt: skip
     return MacCeiling(tier.name, op.name, threads, one, every, formats)

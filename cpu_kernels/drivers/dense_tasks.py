@@ -43,20 +43,21 @@ def linear_macs(job: Job) -> int:
 def encode_tile(job: Job, begin: int, end: int, first: int, last: int) -> None:
     """Encode those of the tokens begin..end-1 that are in the tile first..last-1."""
     layer = job.layer
+    products = layer.gate_up
     x_bytes = 2 * layer.hidden
     low = max(begin, first)
     high = min(end, last)
     if low < high:
-        tile = job.x_rows + first * layer.x_row_bytes
+        tile = job.x_rows + first * products.row_bytes
         call(
             layer.encode,
             job.x + low * x_bytes,
             x_bytes,
-            tile + (low - first) * layer.encoded_bytes,
-            layer.encoded_bytes,
+            tile + (low - first) * products.encoded_bytes,
+            products.encoded_bytes,
             high - low,
-            layer.gate_up_strips.groups,
-            (last - first) * layer.encoded_bytes,
+            products.strips.groups,
+            (last - first) * products.encoded_bytes,
         )
 
 
@@ -67,7 +68,7 @@ def encode_tiles(job: Job, begin: int, end: int) -> None:
     for b in range(batches):
         first = part(job.tokens, batches, b)
         count = part(job.tokens, batches, b + 1) - first
-        tiles = tiles_for(job.layer, count)
+        tiles = tiles_for(job.layer.gate_up, count)
         for i in range(tile_count(tiles, count)):
             of_tile = first + tile_start(tiles, count, i)
             encode_tile(job, begin, end, of_tile, first + tile_start(tiles, count, i + 1))
@@ -97,7 +98,8 @@ def linear_run(job: Job, share: MatrixShare, begin: int, end: int, scratch: int)
     """Strips begin..end-1 of a share times all tokens. With several batches a strip meets all of
     them before the next: it comes from memory once."""
     layer = job.layer
-    sizes = layer.gate_up_strips
+    products = layer.gate_up
+    strip_bytes = products.strips.strip_bytes
     tokens = job.tokens
     sums = scratch + job.sums_offset
     unpacked = scratch + job.unpacked_offset
@@ -110,12 +112,10 @@ def linear_run(job: Job, share: MatrixShare, begin: int, end: int, scratch: int)
         for b in range(batches):
             first = part(tokens, batches, b)
             count = part(tokens, batches, b + 1) - first
-            x = job.x_rows + first * layer.x_row_bytes
+            x = job.x_rows + first * products.row_bytes
             for i in range(strip, last):
                 to = sums + (i - strip) * count * SUMS_BYTES
-                dot_tiles(
-                    layer, sizes, share.strips + i * sizes.strip_bytes, x, count, to, unpacked
-                )
+                dot_tiles(products, share.strips + i * strip_bytes, x, count, to, unpacked)
             for i in range(strip, last):
                 deliver_strip(job, share, i, first, count, sums + (i - strip) * count * SUMS_BYTES)
         strip = last

@@ -53,16 +53,17 @@ from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, SUMS_BYTES
 @driver
 def gather_tiles(layer: Layer, rows: int, count: int, out: int) -> None:
     """The encoded inputs at addresses rows[count] -> tiles."""
-    tiles = tiles_for(layer, count)
+    products = layer.gate_up
+    tiles = tiles_for(products, count)
     for i in range(tile_count(tiles, count)):
         first = tile_start(tiles, count, i)
         tokens = tile_start(tiles, count, i + 1) - first
         call(
-            layer.gather,
+            products.gather,
             rows + 8 * first,
             tokens,
-            out + first * layer.x_row_bytes,
-            layer.gate_up_strips.groups,
+            out + first * products.row_bytes,
+            products.strips.groups,
         )
 
 
@@ -71,16 +72,17 @@ def activate_tiles(
     layer: Layer, sums: int, count: int, h: int, block: int, gate_bias: int, up_bias: int
 ) -> None:
     """One strip's gates and ups -> group `block` of the tiles of h."""
-    tiles = tiles_for(layer, count)
+    products = layer.down
+    tiles = tiles_for(products, count)
     for i in range(tile_count(tiles, count)):
         first = tile_start(tiles, count, i)
         tokens = tile_start(tiles, count, i + 1) - first
-        tile = h + first * layer.h_row_bytes
+        tile = h + first * products.row_bytes
         call(
             layer.activate,
             sums + first * SUMS_BYTES,
             tokens,
-            tile + block * tokens * layer.encoded_bytes,
+            tile + block * tokens * products.encoded_bytes,
             gate_bias,
             up_bias,
             layer.parameters,
@@ -97,8 +99,11 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
     count = job.active_start[index + 1] - start
     packed = layer.packed[expert * job.pools + pool]
     first_block = layer.blocks[pool]
-    sizes = layer.gate_up_strips
-    # pairs with the release of `pack_strips.publish_word`, which routing has seen already
+    products = layer.gate_up
+    strip_bytes = products.strips.strip_bytes
+    if products.enter != 0:
+        call(products.enter)
+    # pairs with the release of `publish.publish_word`, which routing has seen already
     strips = load_acquire(packed.gate_up)
     sums = scratch + job.sums_offset
     unpacked = scratch + job.unpacked_offset
@@ -106,7 +111,7 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
     for b in range(batches):
         first = start + part(count, batches, b)
         tokens = start + part(count, batches, b + 1) - first
-        h = job.h_rows + first * layer.h_row_bytes
+        h = job.h_rows + first * layer.down.row_bytes
         x = job.pair_x[first]
         if tokens > 1:
             x = scratch + job.x_offset
@@ -118,7 +123,7 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
             last = min(end, strip + some)
             for i in range(strip, last):
                 to = sums + (i - strip) * tokens * SUMS_BYTES
-                dot_tiles(layer, sizes, strips + i * sizes.strip_bytes, x, tokens, to, unpacked)
+                dot_tiles(products, strips + i * strip_bytes, x, tokens, to, unpacked)
             for i in range(strip, last):
                 block = first_block + i
                 bias = 4 * GROUP * block
@@ -166,7 +171,10 @@ def down_strips(
     expert = job.active_expert[index]
     start = job.active_start[index]
     count = job.active_start[index + 1] - start
-    sizes = layer.down_strips
+    products = layer.down
+    strip_bytes = products.strips.strip_bytes
+    if products.enter != 0:
+        call(products.enter)
     packed = layer.packed[expert * job.pools + pool]
     strips = packed.down
     sums = scratch + job.sums_offset
@@ -175,7 +183,7 @@ def down_strips(
     for b in range(batches):
         first = start + part(count, batches, b)
         tokens = start + part(count, batches, b + 1) - first
-        h = job.h_rows + first * layer.h_row_bytes
+        h = job.h_rows + first * layer.down.row_bytes
         weights = job.pair_weight.address + 4 * first
         some = min(STRIPS_AT_ONCE, BATCH_TOKENS // tokens)
         strip = begin
@@ -183,7 +191,7 @@ def down_strips(
             last = min(end, strip + some)
             for i in range(strip, last):
                 to = sums + (i - strip) * tokens * SUMS_BYTES
-                dot_tiles(layer, sizes, strips + i * sizes.strip_bytes, h, tokens, to, unpacked)
+                dot_tiles(products, strips + i * strip_bytes, h, tokens, to, unpacked)
             for i in range(strip, last):
                 of = sums + (i - strip) * tokens * SUMS_BYTES
                 row = layer.strips[pool] + i

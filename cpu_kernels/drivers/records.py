@@ -77,8 +77,22 @@ class StripSizes(Record):
     """A `formats.strips.StripLayout`."""
 
     groups = i64  # K / 32
-    group_bytes = i64
     strip_bytes = i64
+
+
+class Products(Record):
+    """How the strips of a projection meet encoded rows: its format's kernels and sizes."""
+
+    strips = inline(StripSizes)
+    direct = inline(TilePlan)
+    tiled = inline(TilePlan)
+    tiled_from = i64  # tokens of an expert that are cut by `tiled`; fewer by `direct`
+    gather = i64  # kernel
+    encoded_bytes = i64  # of an encoded group
+    row_bytes = i64  # of an encoded row
+    enter = (
+        i64  # what a thread calls before it multiplies, or 0: where a layer's projections differ
+    )
 
 
 class Expert(Record):
@@ -129,7 +143,6 @@ class Layer(Record):
     hidden = i64
     intermediate = i64
     encode = i64  # kernels
-    gather = i64
     activate = i64
     combine = i64
     weigh = i64
@@ -141,20 +154,14 @@ class Layer(Record):
     enter = i64  # what a thread calls before its first and
     leave = i64  # after its last task of a job, or 0
     parameters = i64  # float32 [3]: limit, alpha, up offset
-    encoded_bytes = i64  # of an encoded group
-    x_row_bytes = i64  # encoded row of hidden inputs
-    h_row_bytes = i64  # encoded row of intermediate inputs
     workers = array(i64)  # [pools]
     packed = array(inline(Expert))  # [E][pools]
     blocks = array(i64)  # [pools + 1] first 32-row block of the intermediate of each pool
     strips = array(i64)  # [pools + 1] first strip of the hidden rows of each pool
-    gate_up_strips = inline(StripSizes)
-    down_strips = inline(StripSizes)
-    direct = inline(TilePlan)
-    tiled = inline(TilePlan)
+    gate_up = inline(Products)  # of a dense layer all its matrices
+    down = inline(Products)
     matrices = i64  # of a dense layer
     shares = array(inline(MatrixShare))  # [pools][matrices + 1]; the last one's `units` is the sum
-    tiled_from = i64  # tokens of an expert that are cut by `tiled`; fewer by `direct`
 
 
 class Attention(Record):

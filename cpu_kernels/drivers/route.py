@@ -43,7 +43,7 @@ def expert_state(job: Job, expert: int) -> int:
     """Whether an expert's pairs are computed here, belong elsewhere, or cannot be computed."""
     if job.skip.address != 0 and job.skip[expert] != 0:
         return SKIPPED
-    # pairs with the release of `pack_strips.publish_word`
+    # pairs with the release of `publish.publish_word`
     strips = load_acquire(job.layer.packed[expert * job.pools].gate_up)
     return COMPUTED if strips != 0 else NOT_LOADED
 
@@ -101,7 +101,7 @@ def place_pairs(job: Job) -> None:
     job.pairs = start
 
     top_k = job.top_k
-    x_rows, x_bytes = job.x_rows, job.layer.x_row_bytes
+    x_rows, x_bytes = job.x_rows, job.layer.gate_up.row_bytes
     for t in range(job.tokens):
         for slot in range(top_k):
             i = t * top_k + slot
@@ -255,7 +255,8 @@ def encode_tokens(job: Job, begin: int, end: int) -> None:
         encode_tiles(job, begin, end)
         return
     x_bytes = 2 * layer.hidden
-    row_bytes = layer.x_row_bytes
+    products = layer.gate_up
+    row_bytes = products.row_bytes
     call(
         layer.encode,
         job.x + begin * x_bytes,
@@ -263,8 +264,8 @@ def encode_tokens(job: Job, begin: int, end: int) -> None:
         job.x_rows + begin * row_bytes,
         row_bytes,
         end - begin,
-        layer.gate_up_strips.groups,
-        layer.encoded_bytes,
+        products.strips.groups,
+        products.encoded_bytes,
     )
 
 

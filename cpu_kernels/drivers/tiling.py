@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.drivers.intrinsics import call, driver
-from hybrid_moe.cpu_kernels.drivers.records import Layer, StripSizes, TilePlan
+from hybrid_moe.cpu_kernels.drivers.records import Products, TilePlan
 from hybrid_moe.cpu_kernels.tuning import SHARE_BYTES
 from hybrid_moe.formats.strips import SUMS_BYTES
 
@@ -20,11 +20,11 @@ def part(total: int, parts: int, index: int) -> int:
 
 
 @driver
-def tiles_for(layer: Layer, count: int) -> TilePlan:
+def tiles_for(products: Products, count: int) -> TilePlan:
     """How `count` tokens of one expert are cut into tiles, see `library.Tiling`."""
-    if count < layer.tiled_from:
-        return layer.direct
-    return layer.tiled
+    if count < products.tiled_from:
+        return products.direct
+    return products.tiled
 
 
 @driver
@@ -40,19 +40,17 @@ def tile_start(tiles: TilePlan, count: int, index: int) -> int:
 
 
 @driver
-def dot_tiles(
-    layer: Layer, sizes: StripSizes, codes: int, x: int, count: int, sums: int, unpacked: int
-) -> None:
+def dot_tiles(products: Products, strip: int, x: int, count: int, sums: int, unpacked: int) -> None:
     """sums [count][64] = one strip x the tiles of `count` encoded tokens at `x`.
 
     One tile reads the codes as they stream from memory. Several take a chunk of K at a time, which
     comes from memory once and meets every tile while it is in the cache, unpacked first if that
     pays; and each tile fetches a share of the chunk that follows.
     """
-    groups = sizes.groups
-    group_bytes = sizes.group_bytes
-    row_bytes = groups * layer.encoded_bytes
-    tiles = tiles_for(layer, count)
+    groups = products.strips.groups
+    strip_bytes = products.strips.strip_bytes
+    row_bytes = products.row_bytes
+    tiles = tiles_for(products, count)
     number = tile_count(tiles, count)
     chunk = groups
     if number > 1 or tiles.unpack != 0:
@@ -60,10 +58,10 @@ def dot_tiles(
     begin = 0
     while begin < groups:
         end = min(groups, begin + chunk)
-        at = codes + begin * group_bytes
-        after = codes + end * group_bytes
+        at = strip
+        after = strip + end * strip_bytes // groups  # of a strip with blocks about there
         if tiles.unpack != 0:
-            call(tiles.unpack, at, unpacked, end - begin)
+            call(tiles.unpack, strip, unpacked, begin, end)
             at = unpacked
         for i in range(number):
             first = tile_start(tiles, count, i)
@@ -71,7 +69,7 @@ def dot_tiles(
             call(
                 tiles.kernels[tokens - 1],
                 at,
-                after + (i * SHARE_BYTES) % (chunk * group_bytes),
+                after + (i * SHARE_BYTES) % (chunk * strip_bytes // groups),
                 x + first * row_bytes,
                 tokens,
                 sums + first * SUMS_BYTES,

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 from hybrid_moe.cpu_kernels.dsl.emit import I32, Emit, KernelBody, Val, Var
-from hybrid_moe.cpu_kernels.kernels.dot import DotArgs, Place, dot_kernel, load_sums, store_sums
+from hybrid_moe.cpu_kernels.kernels.dot import DotArgs, SumPlace, dot_kernel, load_sums, store_sums
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS
 from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.cpu_kernels.tuning import BF16_AHEAD
@@ -21,7 +21,7 @@ def bf16_dot(tokens: int, order: Order) -> KernelBody:
     """Dot kernel of BF16 for T = `tokens`."""
 
     def pairs(
-        emit: Emit, at: Val, x: Val, panels: Sequence[int], total: dict[Place, Var], ahead: int
+        emit: Emit, at: Val, x: Val, panels: Sequence[int], total: dict[SumPlace, Var], ahead: int
     ) -> None:
         """One group of `panels`. Compiler fences keep the order, a line of weights and then its dot
         products; inputs stay memory operands of the instructions that use them."""
@@ -37,10 +37,11 @@ def bf16_dot(tokens: int, order: Order) -> KernelBody:
 
     def body(emit: Emit, args: DotArgs) -> None:
         step, ahead = tokens * BF16_PAIRS.group_bytes, BF16_AHEAD if order.prefetch else 0
-        code, row = emit.var(args.codes), emit.var(args.x + args.begin * step)
+        code = emit.var(args.codes + args.begin * BF16_STRIP.group_bytes)
+        row = emit.var(args.x + args.begin * step)
         halves = [range(p, p + order.together) for p in range(0, PANELS, order.together)]
         places = [list(itertools.product(range(tokens), panels)) for panels in halves]
-        total: dict[Place, Var] = {}
+        total: dict[SumPlace, Var] = {}
         if order.kept:
             total = load_sums(emit, args.sums, args.begin, places[0])
         with emit.loop(args.begin, args.end) as group:

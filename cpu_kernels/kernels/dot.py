@@ -23,8 +23,8 @@ class DotArgs:
     """Parameters of a dot kernel.
 
     Attributes:
-        codes: address of group `begin` of the strip, packed, or as `mxfp4_unpack` leaves it.
-        ahead: address of the packed codes that are unpacked next. Kernels over unpacked codes
+        codes: address of the strip; or of its groups from `begin` on, as they are unpacked.
+        ahead: address of about the packed codes that are unpacked next. Kernels over unpacked codes
             prefetch 4 KiB of them.
         x: address of the tile, [group][token] of encoded groups.
         count: tokens of the tile.
@@ -49,15 +49,15 @@ def dot_kernel(body: Callable[[Emit, DotArgs], None]) -> KernelBody:
     return lambda emit, *values: body(emit, DotArgs(*values))
 
 
-Place = tuple[int, int]
+SumPlace = tuple[int, int]
 """Token and panel of a vector of sums, float32 [16]."""
 
 
-def _sum_address(sums: Val, place: Place) -> Val:
+def _sum_address(sums: Val, place: SumPlace) -> Val:
     return sums + (SUMS_BYTES * place[0] + 64 * place[1])
 
 
-def load_sums(emit: Emit, sums: Val, begin: Val, places: Sequence[Place]) -> dict[Place, Var]:
+def load_sums(emit: Emit, sums: Val, begin: Val, places: Sequence[SumPlace]) -> dict[SumPlace, Var]:
     """The sums in registers; zero where `begin` is 0."""
     total = {
         place: emit.var(emit.load(_sum_address(sums, place), F32, 16, align=64)) for place in places
@@ -68,7 +68,7 @@ def load_sums(emit: Emit, sums: Val, begin: Val, places: Sequence[Place]) -> dic
     return total
 
 
-def store_sums(emit: Emit, sums: Val, total: dict[Place, Var]) -> None:
+def store_sums(emit: Emit, sums: Val, total: dict[SumPlace, Var]) -> None:
     for place, value in total.items():
         emit.store(_sum_address(sums, place), value.get(), align=64)
 

@@ -17,6 +17,11 @@ INT8 takes the same integers q, since its codes are integers too. The factor is 
 2^(e - 13). The 64 bytes hold q as the tier's `wide_dot` reads it, quads in the order of the inputs;
 the lower bias is what undoes the offset of tiers that make the weights unsigned.
 
+Other integer codes take one of these two ways, by the size of their codes, with q in the order in
+which a kernel takes codes out of a word (`weight_format.quads`). Where weights have sub-groups of
+16 inputs, or zero points or minima of their own, a group is 96 bytes, `SummedGroup`: it has biases
+for each half, and the sums of q that meet a zero point or, times the factor, a minimum.
+
 A row is [group]. A tile is several tokens that a kernel multiplies by the same weights, stored as
 [group][token]: one stream for any number of tokens, and the inputs of a group never compete for
 one set of the first-level cache, as rows 4096 bytes apart would.
@@ -29,10 +34,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, I64, Emit, KernelBody, Val
-from hybrid_moe.cpu_kernels.dsl.ops import WIDE_OFFSET, split_planes
+from hybrid_moe.cpu_kernels.dsl.emit import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    Emit,
+    KernelBody,
+    Val,
+    pieces,
+)
+from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, WIDE_OFFSET, split_planes
 from hybrid_moe.cpu_kernels.jit.record import Record, f32, i8, i32
 from hybrid_moe.formats.strips import GROUP, MOST_BLOCK_TOKENS
+from hybrid_moe.formats.weight_format import quads
 
 
 class Fixed15Group(Record):
@@ -46,8 +62,23 @@ class Fixed15Group(Record):
     exponent = f32  # a whole number
 
 
+class SummedGroup(Record):
+    """The same with biases and sums of its halves, or of all of it in the first ones."""
+
+    high = i8[GROUP]
+    low = i8[GROUP]
+    factor = f32
+    high_bias = i32
+    low_bias = i32
+    exponent = f32
+    second_high_bias = i32
+    second_low_bias = i32
+    sum = f32
+    second_sum = f32
+
+
 FIXED15_GROUP = Fixed15Group.offsets()
-_QUAD_ORDER = [8 * octet + i for octet in range(4) for i in (0, 2, 4, 6, 1, 3, 5, 7)]
+SUMMED_GROUP = SummedGroup.offsets()
 ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, left in the low mantissa bits
 ROUND_BITS = 0x4B400000
 
@@ -75,8 +106,8 @@ def _power_of_two(exponent: Val) -> Val:
     return ((exponent + 127) << 23).bits(F32)
 
 
-def _fixed15(emit: Emit, x: Val, to: Val, halved: int) -> Val:
-    """32 float32 that hold bf16 values -> int32 q. Stores the factor, the step of q times
+def _fixed15(emit: Emit, x: Val, to: Val, halved: int) -> tuple[Val, Val]:
+    """32 float32 that hold bf16 values -> (int32 q, factor). Stores the factor, the step of q times
     2^-halved, and its exponent into the group at address `to`."""
     magnitude = emit.reduce("umax", x.bits(I32) & 0x7FFFFFFF)
     biased = magnitude >> 23
@@ -89,31 +120,70 @@ def _fixed15(emit: Emit, x: Val, to: Val, halved: int) -> Val:
     half = step.sar(1)
     power = _power_of_two(half) * _power_of_two(step - half)
     nan = emit.splat(0x7FC00000, I32).bits(F32)
-    emit.store(to + FIXED15_GROUP.factor, is_finite.select(power, nan), align=4)
+    factor = is_finite.select(power, nan)
+    emit.store(to + FIXED15_GROUP.factor, factor, align=4)
     emit.store(to + FIXED15_GROUP.exponent, is_finite.select(step.to_float(), nan), align=4)
-    return (q + ROUND).bits(I32) - ROUND_BITS
+    return (q + ROUND).bits(I32) - ROUND_BITS, factor
 
 
-def encode_fixed15_group(emit: Emit, x: Val, to: Val) -> None:
-    """Encode 32 float32 that hold bf16 values into the group at address `to`."""
-    group = FIXED15_GROUP
-    high, low = split_planes(_fixed15(emit, x, to, halved=1))
-    for plane, at, bias in (
-        (high, group.high, group.high_bias),
-        (low, group.low, group.low_bias),
-    ):
-        lanes = plane.trunc(I8).shuffle(_QUAD_ORDER)
-        emit.store(to + at, lanes, align=16)
-        emit.store(to + bias, emit.op("byte_dot_bias", lanes), align=4)
+@dataclass(frozen=True)
+class IntegerEncoding:
+    """How activations meet weights that are integers.
 
+    Attributes:
+        wide: weights are whole bytes (`wide_dot`), else within -12..12 or 0..15 (`byte_dot`).
+        code_bits: of a code in its word, which gives the order of inputs.
+        halved: weights are doubled, so the factor is half the step of q.
+        offset: what makes `byte_dot`'s weights unsigned, and biases take back.
+        halves: 1, or 2 where the 16 inputs of each half of a group are summed apart.
+        sums: "" for none; "whole" for the sums of q; "scaled" for these times the factor.
+    """
 
-def encode_wide_group(emit: Emit, x: Val, to: Val) -> None:
-    """The same for INT8 weights."""
-    group = FIXED15_GROUP
-    q = _fixed15(emit, x, to, halved=0)
-    emit.store(to + group.high, emit.op("wide_split", q), align=16)
-    emit.store(to + group.high_bias, emit.splat(0, I32), align=4)
-    emit.store(to + group.low_bias, emit.reduce("add", q) * -WIDE_OFFSET, align=4)
+    wide: bool
+    code_bits: int
+    halved: bool
+    offset: int
+    halves: int = 1
+    sums: str = ""
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether a group is a `SummedGroup`."""
+        return self.halves > 1 or bool(self.sums)
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of an encoded group."""
+        return int(SUMMED_GROUP.nbytes if self.is_summed else FIXED15_GROUP.nbytes)
+
+    def store(self, emit: Emit, x: Val, to: Val) -> None:
+        """Encode 32 float32 that hold bf16 values into the group at address `to`."""
+        at = SUMMED_GROUP if self.is_summed else FIXED15_GROUP
+        q, factor = _fixed15(emit, x, to, int(self.halved))
+        q = q.shuffle(quads(self.code_bits).ravel().tolist())
+        if self.wide:
+            emit.store(to + at.high, emit.op("wide_split", q), align=16)
+        else:
+            for plane, place in zip(split_planes(q), (at.high, at.low), strict=True):
+                emit.store(to + place, plane.trunc(I8), align=16)
+        for half, part in enumerate(pieces(q, self.halves)):
+            high, low = self._biases(emit, part)
+            emit.store(to + (at.second_high_bias if half else at.high_bias), high, align=4)
+            emit.store(to + (at.second_low_bias if half else at.low_bias), low, align=4)
+            if self.sums:
+                total = emit.reduce("add", part).to_float()
+                value = total * factor if self.sums == "scaled" else total
+                emit.store(to + (at.second_sum if half else at.sum), value, align=4)
+
+    def _biases(self, emit: Emit, q: Val) -> tuple[Val, Val]:
+        """Accumulators to start from, of the higher and of the lower plane."""
+        zero = emit.splat(0, I32)
+        if self.wide:
+            return zero, emit.reduce("add", q) * -WIDE_OFFSET
+        if not self.offset:
+            return zero, zero
+        high, low = (emit.op("byte_dot_bias", plane.trunc(I8)) for plane in split_planes(q))
+        return high, low
 
 
 def _store_bf16(emit: Emit, x: Val, to: Val) -> None:
@@ -137,11 +207,18 @@ class Encoding:
         return groups * self.group_bytes
 
 
-FIXED15 = Encoding(FIXED15_GROUP.nbytes, encode_fixed15_group)
-WIDE15 = Encoding(FIXED15_GROUP.nbytes, encode_wide_group)
+def integer_encoding(how: IntegerEncoding) -> Encoding:
+    """The encoding that it describes."""
+    return Encoding(how.group_bytes, how.store)
+
+
+FIXED15 = integer_encoding(
+    IntegerEncoding(wide=False, code_bits=4, halved=True, offset=BYTE_DOT_OFFSET)
+)
+WIDE15 = integer_encoding(IntegerEncoding(wide=True, code_bits=8, halved=False, offset=0))
 BF16_PAIRS = Encoding(2 * GROUP, _store_bf16)
 
-BLOCK_SLACK = (MOST_BLOCK_TOKENS - 1) * max(FIXED15.group_bytes, BF16_PAIRS.group_bytes)
+BLOCK_SLACK = (MOST_BLOCK_TOKENS - 1) * SUMMED_GROUP.nbytes
 """Bytes that must be mapped behind a tile; their content does not matter. A matrix unit loads a
 group's tokens as a whole block, so for one token it also reads where 31 more would be."""
 
@@ -183,9 +260,9 @@ def gather(encoding: Encoding) -> KernelBody:
             row = emit.load(rows + token * 8, I64, align=8)
             with emit.loop(0, groups) as group:
                 at, to = row + group * nbytes, out + (group * count + token) * nbytes
-                # 64 bytes are all of a BF16 group; MXFP4 has 16 more
-                for offset, lanes in ((0, 16), (64, (nbytes - 64) // 4)):
-                    if lanes:
-                        emit.store(to + offset, emit.load(at + offset, I32, lanes, 16), align=16)
+                # 64 bytes are all of a BF16 group; others have 16 or 32 more
+                for offset in range(0, nbytes, 64):
+                    lanes = min(64, nbytes - offset) // 4
+                    emit.store(to + offset, emit.load(at + offset, I32, lanes, 16), align=16)
 
     return body

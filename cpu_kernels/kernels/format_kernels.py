@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from types import MappingProxyType
 
 from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody
-from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
 from hybrid_moe.cpu_kernels.dsl.tiles import TileConfig
-from hybrid_moe.cpu_kernels.kernels import bf16_dot, int8_dot, mxfp4_dot, order, tile_dot
-from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15, WIDE15, Encoding
+from hybrid_moe.cpu_kernels.kernels import bf16_dot, integer_dot, order, tile_dot
+from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, Encoding, integer_encoding
+from hybrid_moe.cpu_kernels.kernels.group_dot import group_dot
 from hybrid_moe.cpu_kernels.kernels.order import Order
+from hybrid_moe.cpu_kernels.kernels.scalings import SCALINGS
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS
+from hybrid_moe.formats.table import BF16
+from hybrid_moe.formats.weight_format import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class FormatKernels:
         unpacked_group_bytes: of one group of a strip, unpacked; 0 with `tiled`.
         chunk_groups: groups of a strip that several tiles meet in turn, while they are in the
             second-level cache.
-        tile: kernels for a matrix unit.
+        tile: kernels for a matrix unit; None where vectors do its work there too.
     """
 
     encoding: Encoding
@@ -67,7 +73,7 @@ class FormatKernels:
     unpack: KernelBody | None
     unpacked_group_bytes: int
     chunk_groups: int
-    tile: TileKernels
+    tile: TileKernels | None
 
     @property
     def unpacked_bytes(self) -> int:
@@ -75,56 +81,80 @@ class FormatKernels:
         return tuning.UNPACK_GROUPS * self.unpacked_group_bytes
 
 
-FORMAT_KERNELS: Mapping[str, FormatKernels] = MappingProxyType(
-    {
-        "MXFP4": FormatKernels(
-            encoding=FIXED15,
-            most=order.fixed15_most,
-            order=order.fixed15_order,
-            direct=mxfp4_dot.mxfp4_dot,
-            tiled=mxfp4_dot.mxfp4_unpacked_dot,
-            unpack=mxfp4_dot.mxfp4_unpack(BYTE_DOT_OFFSET),
-            unpacked_group_bytes=mxfp4_dot.UNPACKED_GROUP.nbytes,
-            chunk_groups=tuning.MXFP4_CHUNK_GROUPS,
-            tile=TileKernels(
-                config=tile_dot.FIXED15_CONFIG,
-                dots={16: tile_dot.mxfp4_tile_dot},
-                unpack=mxfp4_dot.mxfp4_unpack(0),
-                from_tokens=tuning.MXFP4_BLOCKS_FROM,
-            ),
-        ),
-        "INT8": FormatKernels(
-            encoding=WIDE15,
-            most=order.fixed15_most,
-            order=order.fixed15_order,
-            direct=int8_dot.int8_dot,
-            tiled=None,
-            unpack=None,
-            unpacked_group_bytes=0,
-            chunk_groups=tuning.INT8_CHUNK_GROUPS,
-            tile=TileKernels(
-                config=tile_dot.FIXED15_CONFIG,
-                dots={16: tile_dot.int8_tile_dot},
-                unpack=None,
-                from_tokens=tuning.INT8_BLOCKS_FROM,
-            ),
-        ),
-        "BF16": FormatKernels(
-            encoding=BF16_PAIRS,
-            most=order.bf16_most,
-            order=order.bf16_order,
-            direct=bf16_dot.bf16_dot,
-            tiled=None,
-            unpack=None,
-            unpacked_group_bytes=0,
-            chunk_groups=tuning.BF16_CHUNK_GROUPS,
-            tile=TileKernels(
-                config=tile_dot.BF16_CONFIG,
-                dots={m: tile_dot.bf16_tile_dot(m) for m in (32, 16)},
-                unpack=None,
-                from_tokens=tuning.BF16_BLOCKS_FROM,
-            ),
-        ),
-    }
+_BF16 = FormatKernels(
+    encoding=BF16_PAIRS,
+    most=order.bf16_most,
+    order=order.bf16_order,
+    direct=bf16_dot.bf16_dot,
+    tiled=None,
+    unpack=None,
+    unpacked_group_bytes=0,
+    chunk_groups=tuning.BF16_CHUNK_GROUPS,
+    tile=TileKernels(
+        config=tile_dot.BF16_CONFIG,
+        dots={m: tile_dot.bf16_tile_dot(m) for m in (32, 16)},
+        unpack=None,
+        from_tokens=tuning.BF16_BLOCKS_FROM,
+    ),
 )
-"""By the name of the format. A new format is a new row here."""
+
+
+def _mxfp4_tiles() -> TileKernels:
+    return TileKernels(
+        config=tile_dot.FIXED15_CONFIG,
+        dots={16: tile_dot.mxfp4_tile_dot},
+        unpack=integer_dot.unpack(MXFP4, 0),
+        from_tokens=tuning.MXFP4_BLOCKS_FROM,
+    )
+
+
+def _int8_tiles() -> TileKernels:
+    return TileKernels(
+        config=tile_dot.FIXED15_CONFIG,
+        dots={16: tile_dot.int8_tile_dot},
+        unpack=None,
+        from_tokens=tuning.INT8_BLOCKS_FROM,
+    )
+
+
+_TILES: Mapping[str, Callable[[], TileKernels]] = MappingProxyType(
+    {MXFP4.name: _mxfp4_tiles, INT8.name: _int8_tiles}
+)
+"""Formats of integer codes with kernels for a matrix unit; the others use vectors there."""
+
+
+def _integer_kernels(fmt: WeightFormat) -> FormatKernels:
+    packed = integer_dot.packed_source(fmt)
+    looked_up = fmt.code.bits < 8
+    unpacked = integer_dot.unpacked_source(fmt) if looked_up else None
+    tiles = _TILES.get(fmt.name)
+    return FormatKernels(
+        encoding=integer_encoding(integer_dot.encoding_of(fmt)),
+        most=order.fixed15_most,
+        order=order.fixed15_order,
+        direct=partial(group_dot, packed),
+        tiled=None if unpacked is None else partial(group_dot, unpacked),
+        unpack=integer_dot.unpack(fmt) if looked_up else None,
+        unpacked_group_bytes=0 if unpacked is None else unpacked.layout.block_bytes,
+        chunk_groups=tuning.chunk_groups(packed.layout),
+        tile=None if tiles is None else tiles(),
+    )
+
+
+@lru_cache(maxsize=64)
+def format_kernels(fmt: WeightFormat) -> FormatKernels:
+    """The kernels of a format.
+
+    Raises:
+        NotImplementedError: it has none.
+    """
+    if fmt is BF16:
+        return _BF16
+    if fmt.scaling in SCALINGS and fmt.code.name != "e4m3":
+        return _integer_kernels(fmt)
+    raise NotImplementedError(f"{fmt.name} has no kernels for processors")
+
+
+def has_kernels(fmt: WeightFormat) -> bool:
+    """Whether processors compute with a format."""
+    return fmt is BF16 or (fmt.scaling in SCALINGS and fmt.code.name != "e4m3")

@@ -1,12 +1,17 @@
-"""Dot kernels that sum each group of 32 inputs as integers and scale the sum: MXFP4 and INT8.
+"""Dot kernels that sum each group of 32 inputs as integers and scale the sum.
 
 For each token, row and group of 32 inputs, with activations in 15-bit fixed point (see `encode`):
 
     exact = sum(w * q)                      integers, in the accumulators of byte products
     sums += (exact * factor) * scale        float32; the factor is a power of two
 
-What a format's weights look like, and how they meet the activations, is a `Source`. The kernels
-go through it in the order of lines, panels and sums that `order` says.
+with zero points exact - zero * sum(q) instead of exact, and with minima
+
+    sums += (exact * factor) * scale + (sum(q) * factor) * minimum
+
+Where weights have scales for 16 inputs, each half of a group is a group of its own here. What a
+format's weights look like, and how they meet the activations, is a `Source`. The kernels go through
+it in the order of lines, panels and sums that `order` says.
 """
 
 from __future__ import annotations
@@ -20,42 +25,34 @@ from typing import Any
 from hybrid_moe.cpu_kernels.dsl.emit import F32, Emit, KernelBody, Val, Var
 from hybrid_moe.cpu_kernels.kernels.dot import (
     DotArgs,
-    Place,
     clear_sums,
     dot_kernel,
     load_sums,
     store_sums,
 )
-from hybrid_moe.cpu_kernels.kernels.encode import FIXED15_GROUP
+from hybrid_moe.cpu_kernels.kernels.encode import FIXED15_GROUP, SUMMED_GROUP
+from hybrid_moe.cpu_kernels.kernels.integer_codes import Decode, Weights
 from hybrid_moe.cpu_kernels.kernels.order import Order
+from hybrid_moe.cpu_kernels.kernels.scalings import Scale, ScaleOf
+from hybrid_moe.cpu_kernels.kernels.strip_cursor import Place, StripCursor
 from hybrid_moe.cpu_kernels.tuning import PACKED_AHEAD, SHARE_LINES, TURN_GROUPS
-from hybrid_moe.formats.strips import LINE, PANELS, SUMS_BYTES
+from hybrid_moe.formats.strips import LINE, PANELS, SUMS_BYTES, StripLayout
 
-Weights = Sequence[tuple[int, Val]]
-"""(quad, 64 weight bytes) of one panel: four inputs of 16 rows each."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """16 scales, and where they are powers of two their exponents, float32 both."""
-
-    factor: Val
-    exponent: Val | None = None
-
-    def times(self, emit: Emit, value: Val, by_exponent: bool) -> Val:
-        """value * scale. By exponent where it has one: on some tiers that leaves the multipliers to
-        the dot products. The bits are the same."""
-        if by_exponent and self.exponent is not None:
-            return emit.op("times_power", value, self.factor, self.exponent)
-        return value * self.factor
+Totals = dict[tuple[int, int], Var]
+"""Sums by token and panel, float32 [16] each."""
 
 
 class GroupSums(abc.ABC):
     """Integer sums of one panel and group for some tokens, from their biases on."""
 
-    def __init__(self, emit: Emit, x: Sequence[Val]) -> None:
-        """`x` has the address of each token's group."""
+    def __init__(self, emit: Emit, x: Sequence[Val], half: int) -> None:
+        """`x` has the address of each token's group; `half` is 1 for the second half of a group
+        whose halves are summed apart, else 0."""
+        at = SUMMED_GROUP  # a `FIXED15_GROUP` is its first part
         self.emit, self.x = emit, x
+        self.at_high_bias = at.second_high_bias if half else at.high_bias
+        self.at_low_bias = at.second_low_bias if half else at.low_bias
+        self.at_sum = at.second_sum if half else at.sum
 
     @abc.abstractmethod
     def add(self, weights: Weights, tokens: Sequence[int]) -> None:
@@ -73,37 +70,48 @@ class GroupSums(abc.ABC):
         """The group's part of one token's result, float32 [16]."""
         emit, at = self.emit, FIXED15_GROUP
         exact = self.total(token).to_float()
+        if scale.zero is not None:
+            exact = exact - scale.zero * self._sum(token)
         factor, exponent = (
             emit.broadcast(self.load(token, offset, F32), 16) for offset in (at.factor, at.exponent)
         )
         many = len(self.x) > 1  # one token is bound by memory, so the multipliers have time for it
-        return scale.times(emit, Scale(factor, exponent).times(emit, exact, many), many)
+        part = scale.times(emit, Scale(factor, exponent).times(emit, exact, many), many)
+        return part if scale.minimum is None else part + scale.minimum * self._sum(token)
+
+    def _sum(self, token: int) -> Val:
+        """Of the token's q, or of these times its factor, in 16 lanes."""
+        return self.emit.broadcast(self.load(token, self.at_sum, F32), 16)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A group of a strip as a kernel reads it, from the address `group` on.
+    """A strip as a kernel reads it.
 
     Attributes:
-        nbytes: of a group.
-        steps: parts of a panel's weights that follow each other.
+        layout: of the strip, or of what its groups are unpacked to.
+        steps: parts of a panel's weights in a group that follow each other.
         packed: it is the strip as it streams from memory; else it lies in the cache.
-        weights: (emit, group, panel, step) -> one part.
-        scale: (emit, group, panel) -> the panel's scales.
-        sums: (emit, addresses of the tokens' groups) -> sums for a panel.
+        halves: 1, or 2 where each half of a group, half of the steps, has a scale of its own.
+        encoded_bytes: of a token's group.
+        weights: (emit, address of codes, panel, step) -> one part.
+        scale: (emit, place, panel, half) -> the panel's scales.
+        sums: (emit, addresses of the tokens' groups, half) -> sums for a panel.
     """
 
-    nbytes: int
+    layout: StripLayout
     steps: int
     packed: bool
-    weights: Callable[[Emit, Val, Val | int, int], Weights]
-    scale: Callable[[Emit, Val, Val | int], Scale]
-    sums: Callable[[Emit, Sequence[Val]], GroupSums]
+    halves: int
+    encoded_bytes: int
+    weights: Decode
+    scale: ScaleOf
+    sums: Callable[[Emit, Sequence[Val], int], GroupSums]
 
-
-def panel_address(group: Val, panel: Val | int, nbytes: int) -> Val:
-    """Where the `nbytes` of a panel begin in an array [panel]."""
-    return group + panel * nbytes if isinstance(panel, Val) else group + nbytes * panel
+    def steps_of(self, half: int) -> range:
+        """The steps of one half."""
+        each = self.steps // self.halves
+        return range(each * half, each * (half + 1))
 
 
 class GroupDot:
@@ -114,18 +122,24 @@ class GroupDot:
     ) -> None:
         self.emit, self.args, self.tokens = emit, args, range(tokens)
         self.source, self.order = source, order
-        self.row_bytes = tokens * FIXED15_GROUP.nbytes
+        self.row_bytes = tokens * source.encoded_bytes
         self.lines: list[Val] = []  # still to be prefetched in this group
         self.ahead = emit.var(args.ahead)
 
     def run(self) -> None:
         args, kept = self.args, self.order.kept
         if kept == PANELS:
-            self.in_registers(range(PANELS), args.codes, args.begin, args.end)
+            self.in_registers(range(PANELS), args.begin, args.end)
         elif kept:
             self.by_turns()
         else:
             self.in_memory()
+
+    def cursor(self, begin: Val) -> StripCursor:
+        """At group `begin`. Unpacked groups are there from the call's first on."""
+        args, source = self.args, self.source
+        first = begin if source.packed else begin - args.begin
+        return StripCursor(self.emit, source.layout, args.codes, first)
 
     def by_turns(self) -> None:
         """Two panels of TURN_GROUPS groups, then the other two."""
@@ -133,62 +147,62 @@ class GroupDot:
         with emit.loop(args.begin, args.end, step=TURN_GROUPS) as first:
             last = first + TURN_GROUPS
             last = (args.end < last).select(args.end, last)
-            codes = args.codes + (first - args.begin) * self.source.nbytes
             for panel in range(0, PANELS, kept):
-                self.in_registers(range(panel, panel + kept), codes, first, last)
+                self.in_registers(range(panel, panel + kept), first, last)
 
-    def in_registers(self, panels: Sequence[int], codes: Val, begin: Val, end: Val) -> None:
+    def in_registers(self, panels: Sequence[int], begin: Val, end: Val) -> None:
         """Groups begin..end-1 of `panels`, the sums in registers meanwhile."""
         emit, args, source = self.emit, self.args, self.source
         total = load_sums(emit, args.sums, begin, list(itertools.product(self.tokens, panels)))
-        code, row = emit.var(codes), emit.var(args.x + begin * self.row_bytes)
-        ahead = [emit.var(w) for _, w in source.weights(emit, codes, panels[0], 0)]
+        cursor, row = self.cursor(begin), emit.var(args.x + begin * self.row_bytes)
+        first = source.weights(emit, cursor.place.codes, panels[0], 0)
+        ahead = [emit.var(w) for _, w in first]
         with emit.loop(begin, end) as index:
-            group, x = code.get(), self.token_addresses(row.get())
-            following = group + source.nbytes
-            self.lines = self.wanted(group) if panels[0] == 0 else []
+            place, x = cursor.place, self.token_addresses(row.get())
+            self.lines = self.wanted(place.codes) if panels[0] == 0 else []
             if self.order.together == PANELS:
-                self.by_words(group, x, total)
+                self.by_words(place, x, total)
             else:
-                after = (index + 1 < end).select(following, group)
-                self.by_panels(panels, group, after, x, total, ahead)
-            code.set(following)
+                after = (index + 1 < end).select(cursor.next_codes, place.codes)
+                self.by_panels(panels, place, after, x, total, ahead)
+            cursor.advance()
             row.set(row.get() + self.row_bytes)
         store_sums(emit, args.sums, total)
 
-    def by_words(self, group: Val, x: Sequence[Val], total: dict[Place, Var]) -> None:
+    def by_words(self, place: Place, x: Sequence[Val], total: Totals) -> None:
         """A word of all panels, then the next word: lines in ascending order."""
         emit, source = self.emit, self.source
-        planes = [source.sums(emit, x) for _ in range(PANELS)]
-        emit.barrier()
-        for step in range(source.steps):
-            for p in range(PANELS):
-                weights = source.weights(emit, group, p, step)
-                if len(x) > 1:  # a single token has registers for the weights of all panels
-                    emit.barrier()
-                planes[p].add(weights, self.tokens)
-                if len(x) > 1:
-                    emit.barrier()
+        for half in range(source.halves):
+            planes = [source.sums(emit, x, half) for _ in range(PANELS)]
             emit.barrier()
-        for p in range(PANELS):
-            scale = source.scale(emit, group, p)
-            for t in self.tokens:
-                total[t, p].set(total[t, p].get() + planes[p].scaled(t, scale))
-        emit.barrier()
+            for step in source.steps_of(half):
+                for p in range(PANELS):
+                    weights = source.weights(emit, place.codes, p, step)
+                    if len(x) > 1:  # a single token has registers for the weights of all panels
+                        emit.barrier()
+                    planes[p].add(weights, self.tokens)
+                    if len(x) > 1:
+                        emit.barrier()
+                emit.barrier()
+            for p in range(PANELS):
+                scale = source.scale(emit, place, p, half)
+                for t in self.tokens:
+                    total[t, p].set(total[t, p].get() + planes[p].scaled(t, scale))
+            emit.barrier()
 
     def by_panels(
         self,
         panels: Sequence[int],
-        group: Val,
+        place: Place,
         after: Val,
         x: Sequence[Val],
-        total: dict[Place, Var],
+        total: Totals,
         ahead: Sequence[Var],
     ) -> None:
         """Panel by panel, so that dot products wait for nothing else. A panel's first weights are
-        decoded (into `ahead`; `after` is the address of the next group) before the results of the
-        panel before it are added up. Its last step goes token by token: the result of each is added
-        up behind the dot products of the next.
+        decoded (into `ahead`; `after` is the address of the next group's codes) before the results
+        of the panel before it are added up. Its last step goes token by token: the result of each
+        is added up behind the dot products of the next.
 
         Compiler fences keep this order. Without them LLVM loads inputs and weights early, into
         registers that the accumulators need (four tokens: 72 instead of 115 GMAC/s), or adds up
@@ -196,27 +210,31 @@ class GroupDot:
         """
         emit, source = self.emit, self.source
         share = -(-len(self.lines) // (len(panels) * source.steps))
-        for position, p in enumerate(panels):
-            planes = source.sums(emit, x)
+        parts = list(itertools.product(panels, range(source.halves)))
+        for position, (p, half) in enumerate(parts):
+            steps = source.steps_of(half)
+            planes = source.sums(emit, x, half)
             emit.barrier()
-            quads = [quad for quad, _ in source.weights(emit, group, p, 0)]
+            quads = [quad for quad, _ in source.weights(emit, place.codes, p, steps[0])]
             weights: Weights = list(zip(quads, (w.get() for w in ahead), strict=True))
-            for step in range(source.steps - 1):
+            for step in steps[1:]:
                 self.ask(share)
                 planes.add(weights, self.tokens)
                 emit.barrier()
-                weights = source.weights(emit, group, p, step + 1)
+                weights = source.weights(emit, place.codes, p, step)
                 emit.barrier()
             self.ask(share)
-            is_last = position + 1 == len(panels)
-            begin = (after, panels[0]) if is_last else (group, panels[position + 1])
-            for variable, (_, w) in zip(ahead, source.weights(emit, *begin, 0), strict=True):
+            codes, (panel, next_half) = after, parts[0]
+            if position + 1 < len(parts):
+                codes, (panel, next_half) = place.codes, parts[position + 1]
+            first = source.weights(emit, codes, panel, source.steps_of(next_half)[0])
+            for variable, (_, w) in zip(ahead, first, strict=True):
                 variable.set(w)
             if self.order.kept < PANELS:  # the more tokens, the less room for both at once
                 emit.barrier()
             else:
                 emit.fence()
-            scale = source.scale(emit, group, p)
+            scale = source.scale(emit, place, p, half)
             for t in self.tokens:
                 planes.add(weights, [t])
                 if t > 0:
@@ -231,30 +249,35 @@ class GroupDot:
         emit, args, source = self.emit, self.args, self.source
         with emit.when(args.begin.equals(0)):
             clear_sums(emit, args.sums, len(self.tokens))
+        cursor = self.cursor(args.begin)
         with emit.loop(args.begin, args.end) as index:
-            group = args.codes + (index - args.begin) * source.nbytes
+            place = cursor.place
             x = self.token_addresses(args.x + index * self.row_bytes)
-            self.lines = self.wanted(group)
+            self.lines = self.wanted(place.codes)
             self.ask(len(self.lines))
             with emit.loop(0, emit.i64(PANELS)) as panel:
-                planes = source.sums(emit, x)
-                for step in range(source.steps):
-                    planes.add(source.weights(emit, group, panel, step), self.tokens)
-                scale = source.scale(emit, group, panel)
-                for t in self.tokens:
-                    to = args.sums + panel * 64 + SUMS_BYTES * t
-                    product = planes.scaled(t, scale)
-                    emit.store(to, emit.load(to, F32, 16, align=64) + product, align=64)
+                for half in range(source.halves):
+                    planes = source.sums(emit, x, half)
+                    for step in source.steps_of(half):
+                        planes.add(source.weights(emit, place.codes, panel, step), self.tokens)
+                    scale = source.scale(emit, place, panel, half)
+                    for t in self.tokens:
+                        to = args.sums + panel * 64 + SUMS_BYTES * t
+                        product = planes.scaled(t, scale)
+                        emit.store(to, emit.load(to, F32, 16, align=64) + product, align=64)
+            cursor.advance()
 
     def token_addresses(self, row: Val) -> list[Val]:
-        return [row + FIXED15_GROUP.nbytes * t for t in self.tokens]
+        return [row + self.source.encoded_bytes * t for t in self.tokens]
 
-    def wanted(self, group: Val) -> list[Val]:
+    def wanted(self, codes: Val) -> list[Val]:
         """Lines to prefetch during a group: of the strip that is being read, or of the codes that
         are unpacked next."""
         if self.source.packed:
-            ahead = group + PACKED_AHEAD
-            lines = self.source.nbytes // LINE if self.order.prefetch else 0
+            ahead = codes + PACKED_AHEAD
+            layout = self.source.layout
+            each = -(-layout.block_bytes // layout.block_groups)
+            lines = -(-each // LINE) if self.order.prefetch else 0
         else:
             ahead, lines = self.ahead.get(), SHARE_LINES
             self.ahead.set(ahead + lines * LINE)

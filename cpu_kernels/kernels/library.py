@@ -15,8 +15,9 @@ from hybrid_moe.cpu_kernels.jit.sources import source_key
 from hybrid_moe.cpu_kernels.kernels import encode, epilogue
 from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.encode import Encoding
-from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS, FormatKernels
+from hybrid_moe.cpu_kernels.kernels.format_kernels import FormatKernels, format_kernels
 from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS, UNPACK_GROUPS, unpack_from
+from hybrid_moe.formats.table import FORMATS
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _unpacked_sizes(most: int) -> range:
 
 def functions_of(format_name: str, tier: Tier) -> list[tuple[str, int, KernelBody]]:
     """(name, arity, body) of every kernel of the format on the tier."""
-    kernels = FORMAT_KERNELS[format_name]
+    kernels = format_kernels(FORMATS[format_name])
     blocks = kernels.tile if tier.tiles else None
     registers = tier.registers, tier.registers_per_panel
     most = kernels.most(*registers)
@@ -114,7 +115,7 @@ def functions_of(format_name: str, tier: Tier) -> list[tuple[str, int, KernelBod
         ]
     unpack = kernels.unpack if blocks is None else blocks.unpack
     if unpack is not None:
-        functions += [("unpack", 3, unpack)]
+        functions += [("unpack", 4, unpack)]
     return functions
 
 
@@ -133,6 +134,7 @@ def _tilings(kernels: FormatKernels, at: Mapping[str, int]) -> tuple[Tiling, Til
     if blocks:
         each = {t: blocks[min(m for m in blocks if m >= t)] for t in range(1, max(blocks) + 1)}
         many = Tiling(max(blocks), min(blocks), groups, unpack, each)
+        assert kernels.tile is not None
         return (few if direct else many), many, kernels.tile.from_tokens
     if tiled:
         return few, Tiling(few.most, 1, groups, unpack, tiled), unpack_from(few.most)
@@ -164,7 +166,7 @@ def compile_kernels(
 @functools.lru_cache(maxsize=64)
 def kernel_set(format_name: str, tier: Tier) -> KernelSet:
     """Compile (or fetch from the cache) and load the kernels of a format on a tier."""
-    kernels = FORMAT_KERNELS[format_name]
+    kernels = format_kernels(FORMATS[format_name])
     label = f"{format_name.lower()}_{tier.name}"
     at = compile_kernels(functions_of(format_name, tier), tier, label)
     direct, tiled, tiled_from = _tilings(kernels, at)

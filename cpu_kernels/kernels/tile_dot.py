@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.dsl.tiles import (
@@ -38,9 +38,9 @@ from hybrid_moe.cpu_kernels.kernels.bf16_dot import BF16_STRIP
 from hybrid_moe.cpu_kernels.kernels.dot import DotArgs, dot_kernel
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
 from hybrid_moe.cpu_kernels.kernels.epilogue import clear
-from hybrid_moe.cpu_kernels.kernels.group_dot import Scale
-from hybrid_moe.cpu_kernels.kernels.int8_dot import INT8_STRIP, int8_scale
-from hybrid_moe.cpu_kernels.kernels.mxfp4_dot import UNPACKED_GROUP, unpacked_scale
+from hybrid_moe.cpu_kernels.kernels.integer_dot import unpacked_layout, unpacked_scale
+from hybrid_moe.cpu_kernels.kernels.scalings import Scale, ScaleOf, scale_of
+from hybrid_moe.cpu_kernels.kernels.strip_cursor import Place
 from hybrid_moe.cpu_kernels.tuning import (
     BF16_BLOCK_AHEAD,
     BF16_CHUNK_GROUPS,
@@ -49,7 +49,9 @@ from hybrid_moe.cpu_kernels.tuning import (
     SHARE_BYTES,
     UNPACK_GROUPS,
 )
-from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES, StripLayout, strip_layout
 
 _B_STRIDE = PANELS * ROW_BYTES
 
@@ -66,12 +68,12 @@ _PLANES = (FIXED15_GROUP.high, FIXED15_GROUP.low)
 def _fixed15_tile_dot(
     emit: Emit,
     args: DotArgs,
-    group_bytes: int,
+    layout: StripLayout,
     share: int,
-    scale: Callable[[Emit, Val, int], Scale],
+    scale: ScaleOf,
 ) -> None:
     """Dot kernel for up to 16 tokens, from signed bytes [quad][panel][lane][4], two panels at a
-    time. A group of weights takes `group_bytes`; `scale` has the scales of (group, panel). In each
+    time. `layout` is that of the weights from `args.codes` on, where group `args.begin` is. In each
     group `share` bytes from `ahead` on are prefetched.
 
     Registers: 0-1 A, a plane each; 2-3 B, a panel each; 4-7 C, [panel][plane].
@@ -83,7 +85,8 @@ def _fixed15_tile_dot(
         clear(emit, args.sums, turns)
     with emit.loop(args.begin, args.end) as group:
         index = group - args.begin
-        weights = args.codes + index * group_bytes
+        weights = args.codes + index * layout.group_bytes
+        place = Place(weights, weights + layout.code_bytes, args.codes)
         x = args.x + group * (args.count * FIXED15_GROUP.nbytes)
         for line in range(0, share, LINE):
             emit.prefetch(args.ahead + index * share + line)
@@ -91,7 +94,7 @@ def _fixed15_tile_dot(
             tiles.load(plane, x + offset, emit.i64(FIXED15_GROUP.nbytes))
         for first in range(0, PANELS, _PAIR):
             _products(tiles, weights + ROW_BYTES * first, totals)
-            scales = [scale(emit, weights, panel) for panel in range(first, first + _PAIR)]
+            scales = [scale(emit, place, panel, 0) for panel in range(first, first + _PAIR)]
             with emit.loop(0, turns, step=BLOCK_TURN_TOKENS) as turn:
                 for token in (turn + i for i in range(BLOCK_TURN_TOKENS)):
                     _add_scaled(
@@ -106,19 +109,17 @@ def _fixed15_tile_dot(
 @dot_kernel
 def mxfp4_tile_dot(emit: Emit, args: DotArgs) -> None:
     """From unpacked bytes; the packed codes of the next chunk are prefetched meanwhile."""
-
-    def scale(emit: Emit, group: Val, panel: int) -> Scale:
-        return unpacked_scale(emit, group + 64 * panel)
-
-    _fixed15_tile_dot(emit, args, UNPACKED_GROUP.nbytes, SHARE_BYTES // UNPACK_GROUPS, scale)
+    share = SHARE_BYTES // UNPACK_GROUPS
+    _fixed15_tile_dot(emit, args, unpacked_layout(MXFP4), share, unpacked_scale(MXFP4))
 
 
 @dot_kernel
 def int8_tile_dot(emit: Emit, args: DotArgs) -> None:
     """From the codes of a strip."""
-    begin = args.codes + INT8_BLOCK_AHEAD
-    args = dataclasses.replace(args, ahead=begin)
-    _fixed15_tile_dot(emit, args, INT8_STRIP.group_bytes, INT8_STRIP.group_bytes, int8_scale)
+    layout = strip_layout(INT8, GROUP)
+    first = args.codes + args.begin * layout.group_bytes
+    args = dataclasses.replace(args, codes=first, ahead=first + INT8_BLOCK_AHEAD)
+    _fixed15_tile_dot(emit, args, layout, layout.group_bytes, scale_of(INT8, layout))
 
 
 def _products(tiles: Tiles, weights: Val, totals: Val) -> None:
@@ -181,7 +182,7 @@ def bf16_tile_dot(most: int) -> KernelBody:
             for c, at in sums.items():
                 tiles.load(c, at, emit.i64(SUMS_BYTES))
         with emit.loop(begin, end) as group:
-            codes = args.codes + (group - args.begin) * BF16_STRIP.group_bytes
+            codes = args.codes + group * BF16_STRIP.group_bytes
             x = args.x + group * (args.count * BF16_PAIRS.group_bytes)
             for b in range(blocks):
                 at = x + b * ROWS * BF16_PAIRS.group_bytes

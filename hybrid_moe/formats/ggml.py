@@ -2,8 +2,9 @@
 
 A GGUF file interleaves the inputs of a block (the low nibbles of Q4_K's byte i are one sub-block,
 the high ones the next). Here codes are in the order of inputs, low bits first, as in every other
-format; their upper bits lie in the plane `high` (`weight_format.pack_high` says how), and sub-scales
-of six bits in words, so that all formats are read by the same kernels. Q4_0 is `INT4_G32_FP16`, Q8_0 is `INT8`, and MXFP4 is MXFP4.
+format; their upper bits lie in the plane `high` (`weight_format.pack_high` says how), and
+sub-scales of six bits in words, so that all formats are read by the same kernels. Q4_0 is
+`INT4_G32_FP16`, Q8_0 is `INT8`, and MXFP4 is MXFP4.
 
 Six-bit numbers a0..an lie in words of their lower four bits, then words of their upper two.
 

@@ -74,14 +74,15 @@ def quads(bits: int) -> npt.NDArray[np.int64]:
     """int64 [8, 4]: the inputs of each quad of a group, four codes that a kernel takes out of a
     32-bit word at once, one into each byte: those at the same place of their bytes."""
     inputs = np.arange(GROUP).reshape(-1, 4, 8 // bits)  # [word, byte, place]
-    return inputs.transpose(0, 2, 1).reshape(8, 4)
+    by_quad: npt.NDArray[np.int64] = inputs.transpose(0, 2, 1).reshape(8, 4)
+    return by_quad
 
 
 def unpack_high(high: Array, code: CodeType) -> npt.NDArray[np.uint8]:
-    """The plane `high`, uint32 [..., n] -> the upper bits of each code, uint8 [..., 32 n / bits].
+    """The plane `high`, uint32 [..., n] -> upper bits of each code, uint8 [..., 32 n / bits].
 
-    In byte b of a group's words, low bits first, lie those of byte b of quad 0, of quad 1, ...: what
-    a kernel adds to a quad is one shift and one mask of a word away.
+    In byte b of a group's words, low bits first, lie those of byte b of quad 0, of quad 1, ...: a
+    kernel gets what it adds to a quad by one shift and one mask of a word.
     """
     words = np.ascontiguousarray(high).view(np.uint8)
     groups = words.reshape(*high.shape[:-1], -1, code.high_bits, 4)
@@ -238,6 +239,22 @@ class WeightFormat:
         values = self.decode_codes(codes, high)
         if self.scale is None:
             return values
+        weights = self._scaled(values, scales, minima, factors)
+        with np.errstate(over="ignore"):
+            return weights.astype(np.float32)
+
+    def exact(self, planes: Planes) -> F64:
+        """The same in float64, before the one rounding: of a product that float64 holds, and where
+        weights have an offset, of a sum."""
+        values = self.decode_codes(planes["codes"], planes.get("high"))
+        if self.scale is None:
+            return values.astype(np.float64)
+        return self._scaled(values, planes["scales"], planes.get("minima"), planes.get("factors"))
+
+    def _scaled(
+        self, values: F32, scales: Array | None, minima: Array | None, factors: Array | None
+    ) -> F64:
+        assert self.scale is not None
         assert scales is not None
         planes = {"scales": scales, "minima": minima, "factors": factors}
         if self.factors is None:
@@ -255,8 +272,7 @@ class WeightFormat:
         weights = values.astype(np.float64) * spread(s)
         if offset is not None:
             weights += spread(offset)
-        with np.errstate(over="ignore"):
-            return weights.astype(np.float32)
+        return weights
 
 
 class LayerFormats(NamedTuple):

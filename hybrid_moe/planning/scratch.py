@@ -7,7 +7,7 @@ Transformers take is assumed, and said so: the constants are here.
 from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.job import JobShape, capacity_for
-from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
+from hybrid_moe.cpu_kernels.kernels.format_kernels import format_kernels
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.formats.weight_format import WeightFormat
@@ -32,7 +32,7 @@ def job_nbytes(model: Model, tokens: int, threads: int, pools: int) -> int:
 
 
 def _job_nbytes(model: Model, fmt: WeightFormat, tokens: int, threads: int, pools: int) -> int:
-    kernels = FORMAT_KERNELS[fmt.name]
+    kernels = format_kernels(fmt)
     return JobShape(
         capacity=capacity_for(tokens),
         top_k=model.top_k,

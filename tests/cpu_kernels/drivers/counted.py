@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
@@ -96,8 +95,8 @@ class CountedJob:
         packed["down"] = places + int(blocks[-1]) * gate_up.nbytes
         layer = records.Layer.new()
         layer.experts, layer.hidden, layer.intermediate = shape.E, shape.H, shape.I
-        layer.gate_up_strips.strip_bytes = gate_up.nbytes
-        layer.down_strips.strip_bytes = down.nbytes
+        layer.gate_up.strips.strip_bytes = gate_up.nbytes
+        layer.down.strips.strip_bytes = down.nbytes
         for name, table in tables.items():
             layer.words[records.Layer.word(name)] = table.ctypes.data
         memory = JobMemory.new(
@@ -158,8 +157,8 @@ class CountedJob:
         ):
             patch.setattr(module, name, lambda *arguments: 0)
 
-        def dot_tiles(layer: Any, sizes: records.StripSizes, codes: int, *arguments: int) -> None:
-            self._worker.read(codes, sizes.strip_bytes)
+        def dot_tiles(products: records.Products, strip: int, *arguments: int) -> None:
+            self._worker.read(strip, products.strips.strip_bytes)
 
         patch.setattr(phases, "dot_tiles", dot_tiles)
 

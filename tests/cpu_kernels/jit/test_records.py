@@ -33,13 +33,12 @@ from hybrid_moe.cpu_kernels.jit.record import (
     u8,
 )
 from hybrid_moe.cpu_kernels.jit.translate import translate
-from hybrid_moe.cpu_kernels.kernels.encode import Fixed15Group
-from hybrid_moe.cpu_kernels.kernels.mxfp4_dot import UnpackedGroup
+from hybrid_moe.cpu_kernels.kernels.encode import Fixed15Group, SummedGroup
 
 BITS = {"i64": 64, "i32": 32, "i8": 8, "u8": 8, "f32": 32}
 
 DECLARED = [kind for kind in vars(declared).values() if isinstance(kind, type)]
-DECLARED += [Fixed15Group, UnpackedGroup]
+DECLARED += [Fixed15Group, SummedGroup]
 
 
 class Pair(Record):

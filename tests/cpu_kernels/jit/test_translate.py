@@ -16,7 +16,6 @@ from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import records
 from hybrid_moe.cpu_kernels.drivers.intrinsics import compare_swap, driver, load_acquire
-from hybrid_moe.cpu_kernels.drivers.pack_strips import pack_strips
 from hybrid_moe.cpu_kernels.drivers.records import Entry
 from hybrid_moe.cpu_kernels.drivers.route import append_phases, route
 from hybrid_moe.cpu_kernels.drivers.worker import copy_job
@@ -444,28 +443,6 @@ def walks() -> Callable[..., int]:
 
 
 @pytest.mark.usefixtures("_python_memory")
-@pytest.mark.parametrize("half_step", [0, 32])
-@pytest.mark.parametrize("rows", [96, 50])
-@pytest.mark.parametrize("scale_bytes", [1, 2])
-def test_packing(scale_bytes: int, rows: int, half_step: int) -> None:
-    (code,) = compiled(pack_strips)
-    rng = np.random.default_rng(rows)
-    codes = rng.integers(0, 256, (2, 96, 48), np.uint8)
-    scales = rng.integers(0, 256, (2, 96, 3 * scale_bytes), np.uint8)
-    strips = 96 // (32 + half_step) + 1
-    results = []
-    for run in (code, pack_strips):
-        out = np.full((strips, 3 * (1024 + 64 * scale_bytes)), 0xEE, np.uint8)
-        at = [out.ctypes.data, 0, strips, 3, 4, 1, scale_bytes]
-        at += [codes[0].ctypes.data, codes[1].ctypes.data, 48]
-        at += [scales[0].ctypes.data, scales[1].ctypes.data, 3 * scale_bytes]
-        at += [half_step, rows]
-        run(*at)
-        results.append(out)
-    assert np.array_equal(*results)
-
-
-@pytest.mark.usefixtures("_python_memory")
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_routing(tokens: int) -> None:
     """The same job, as Python and as machine code: its pairs, its encoded or copied rows, and the
@@ -502,7 +479,7 @@ def test_routing(tokens: int) -> None:
         ]
         copied = tokens > INLINE_ENCODE_TOKENS
         assert job.x == (job.x_copy if copied else x.ctypes.data)
-        taken_in, nbytes = job.x_rows, tokens * job.layer.x_row_bytes
+        taken_in, nbytes = job.x_rows, tokens * job.layer.gate_up.row_bytes
         if copied:
             taken_in, nbytes = job.x, x.nbytes
         placed.append(np.frombuffer(ctypes.string_at(taken_in, nbytes), np.uint8))
@@ -517,7 +494,7 @@ def test_routing(tokens: int) -> None:
 def test_every_driver_is_reached() -> None:
     """What a driver module defines is part of the compiled program, under its own name."""
     text = drivers.drivers_ir()
-    for module in ("worker", "route", "phases", "pack_strips", "host", "mailbox", "patience"):
+    for module in ("worker", "route", "phases", "publish", "host", "mailbox", "patience"):
         found = vars(importlib.import_module(f"{drivers.__name__}.{module}"))
         mine = [value for value in found.values() if isinstance(value, Driver)]
         assert mine

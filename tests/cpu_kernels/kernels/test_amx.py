@@ -25,7 +25,7 @@ from hybrid_moe.cpu_kernels.dsl.tiles import (
     release,
 )
 from hybrid_moe.cpu_kernels.jit.compile import Target, assembly
-from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
+from hybrid_moe.cpu_kernels.kernels.format_kernels import format_kernels
 from hybrid_moe.cpu_kernels.kernels.library import functions_of, kernel_set
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import group_for
@@ -293,7 +293,7 @@ def test_tiles_do_all_of_the_work(fmt: WeightFormat, tokens: int) -> None:
     executed = emulator().executed - before
     executed -= Counter(ldtilecfg=executed["ldtilecfg"], tilerelease=executed["tilerelease"])
     gate_up, down = I // 32, H // 64  # strips
-    if tokens >= FORMAT_KERNELS[fmt.name].tile.from_tokens:
+    if tokens >= format_kernels(fmt).tile.from_tokens:
         groups = gate_up * (H // 32) + down * (I // 32)
         assert executed == _expected(fmt, kernels.tiled.sizes(tokens), groups, gate_up + down)
     else:

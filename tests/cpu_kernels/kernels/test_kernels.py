@@ -18,7 +18,7 @@ from hybrid_moe.cpu_kernels.dsl.ops import OPS
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, Tier
 from hybrid_moe.cpu_kernels.kernels import encode, epilogue
 from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
-from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS
+from hybrid_moe.cpu_kernels.kernels.format_kernels import format_kernels
 from hybrid_moe.cpu_kernels.kernels.library import KernelSet, kernel_set
 from hybrid_moe.cpu_kernels.strips.pack import pack_gate_up, pack_rows
 from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS
@@ -325,7 +325,7 @@ def check_dot_kernels(fmt: WeightFormat, tier: Tier) -> None:
     pack_rows(strip.ctypes.data, range(1), layout, matrix, STRIP_ROWS)
     expected = from_bf16(x) @ decode(fmt, matrix).T
     rows = _encode(kernels, x)
-    unpacked = aligned((groups * FORMAT_KERNELS[fmt.name].unpacked_group_bytes,), np.uint8)
+    unpacked = aligned((groups * format_kernels(fmt).unpacked_group_bytes,), np.uint8)
     for cuts, tiling in itertools.product(
         ([0, 19], [0, 2, 17, 19]), (kernels.direct, kernels.tiled)
     ):
@@ -336,11 +336,10 @@ def check_dot_kernels(fmt: WeightFormat, tier: Tier) -> None:
             tile = aligned_copy(tile)
             sums = aligned((round_up(count, tiling.unit), STRIP_ROWS), np.float32, fill=0xFF)
             for begin, end in itertools.pairwise(cuts):
-                codes = strip.ctypes.data + begin * layout.group_bytes
-                ahead = strip.ctypes.data
+                codes = ahead = strip.ctypes.data
                 if tiling.unpack:
                     unpacked[:] = 0xFF
-                    callable_at(tiling.unpack, 3)(codes, unpacked, end - begin)
+                    callable_at(tiling.unpack, 4)(codes, unpacked, begin, end)
                     codes = unpacked.ctypes.data
                 with _entered(kernels):
                     call = callable_at(address, DOT_ARITY)

@@ -18,9 +18,8 @@ from hybrid_moe.cpu_kernels.job import JobShape
 from hybrid_moe.cpu_kernels.kernels.bf16_dot import BF16_STRIP
 from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.encode import BLOCK_SLACK, FIXED15_GROUP, encode_rows
-from hybrid_moe.cpu_kernels.kernels.format_kernels import FORMAT_KERNELS, FormatKernels
-from hybrid_moe.cpu_kernels.kernels.int8_dot import INT8_STRIP
-from hybrid_moe.cpu_kernels.kernels.mxfp4_dot import UNPACKED_GROUP
+from hybrid_moe.cpu_kernels.kernels.format_kernels import FormatKernels, format_kernels
+from hybrid_moe.cpu_kernels.kernels.integer_dot import unpacked_layout
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.strips.pack import pack_rows
 from hybrid_moe.cpu_kernels.tuning import BATCH_TOKENS
@@ -58,7 +57,7 @@ Emulated = pytest.mark.skipif(
 Lowered = pytest.mark.parametrize("lowered", ["generic", "emulated"])
 Blocks = pytest.mark.parametrize(
     ("fmt", "most"),
-    [(fmt, most) for fmt in DENSE_FORMATS.values() for most in FORMAT_KERNELS[fmt.name].tile.dots],
+    [(fmt, most) for fmt in DENSE_FORMATS.values() for most in format_kernels(fmt).tile.dots],
     ids=lambda value: value.name if isinstance(value, WeightFormat) else str(value),
 )
 
@@ -97,7 +96,7 @@ class Block:
         if self.unpack is None:
             return strip
         unpacked = before_a_guard(GROUPS * self.kernels.unpacked_group_bytes)
-        self.unpack(strip, unpacked, GROUPS)
+        self.unpack(strip, unpacked, 0, GROUPS)
         return unpacked
 
     def run(
@@ -108,13 +107,14 @@ class Block:
         ahead = weights.ctypes.data + len(weights)
         with self.entered():
             for begin, end in itertools.pairwise(cuts):
-                codes = weights.ctypes.data + begin * group_bytes
+                codes = weights.ctypes.data  # of a strip; unpacked groups begin with the call's
+                codes += 0 if self.unpack is None else begin * group_bytes
                 self.dot(codes, ahead, tile, count, sums, begin, end)
 
 
 @functools.cache
 def _block(fmt_name: str, most: int, lowered: str) -> Block:
-    kernels = FORMAT_KERNELS[fmt_name]
+    kernels = format_kernels(DENSE_FORMATS[fmt_name])
     tier = (RUNNABLE if lowered == "emulated" else QUICK)["amx"]
     unpack = kernels.tile.unpack
     return Block(
@@ -122,7 +122,7 @@ def _block(fmt_name: str, most: int, lowered: str) -> Block:
         most,
         dot=compile_kernel(kernels.tile.dots[most], DOT_ARITY, tier),
         encode=compile_kernel(encode_rows(kernels.encoding), 7, tier),
-        unpack=None if unpack is None else compile_kernel(unpack, 3, tier),
+        unpack=None if unpack is None else compile_kernel(unpack, 4, tier),
         enter=compile_kernel(configure(kernels.tile.config), 0, tier),
         leave=compile_kernel(release, 0, tier),
     )
@@ -162,7 +162,7 @@ def test_what_lies_behind_a_tile(fmt: WeightFormat, most: int, poison: int, lowe
 
 
 @Lowered
-@pytest.mark.parametrize("most", FORMAT_KERNELS[BF16.name].tile.dots)
+@pytest.mark.parametrize("most", format_kernels(BF16).tile.dots)
 def test_sums_are_stored_as_they_are(most: int, lowered: str) -> None:
     """However a call is cut, a token has the bits of a block of one token in one call."""
     rng = np.random.default_rng(2)
@@ -236,7 +236,10 @@ def test_32_tokens_of_bf16_read_chunks_twice(loads: list[tuple[int, int, int]]) 
 @Emulated
 @pytest.mark.parametrize(
     ("fmt", "size"),
-    [(MXFP4, UNPACKED_GROUP.nbytes), (INT8, INT8_STRIP.group_bytes)],
+    [
+        (MXFP4, unpacked_layout(MXFP4).block_bytes),
+        (INT8, strip_layout(INT8, 32).block_bytes),
+    ],
     ids=["MXFP4, unpacked", "INT8, packed"],
 )
 def test_bytes_are_read_in_one_pass(
@@ -255,7 +258,7 @@ def test_bytes_are_read_in_one_pass(
 @pytest.mark.parametrize("capacity", [1, 16, 2048])
 def test_a_job_has_room_for_whole_blocks(capacity: int) -> None:
     """Behind every place where a tile can lie, and behind the sums of the last batch."""
-    for kernels in FORMAT_KERNELS.values():
+    for kernels in map(format_kernels, DENSE_FORMATS.values()):
         most = max(kernels.tile.dots)
         assert (most - 1) * kernels.encoding.group_bytes <= BLOCK_SLACK
         assert most <= MOST_BLOCK_TOKENS
