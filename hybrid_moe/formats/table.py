@@ -191,9 +191,9 @@ def formats_under(method: Method | None, stored: LayerFormats, where: str) -> La
         return stored
     held = [method.format_for(fmt) for fmt in stored]
     if held[0] is None or held[1] is None:
+        fitting = [*methods_for([stored]), '"auto"']
         raise ValueError(
             f"{where} stores its experts as {stored.name}, which does not become {method.name}: "
-            f'use {", ".join(methods_for([stored]))} or "auto", which takes each layer as it is '
-            "stored"
+            f"use {' or '.join(fitting)}, which takes each layer as it is stored"
         )
     return LayerFormats(held[0], held[1])
