@@ -129,6 +129,11 @@ class SafetensorsIndex:
         tensors, stale = _indexed_tensors(headers, files.weight_map, files.index)
         return cls(files.path, tensors, files, stamps, stale)
 
+    @property
+    def state(self) -> str:
+        """A text that another state of the files does not have."""
+        return "; ".join(f"{file}: {stamp}" for file, stamp in sorted(self.stamps.items()))
+
     def info(self, key: str) -> TensorInfo:
         """Where `key` lies. Raises `CheckpointError` where there is no such tensor."""
         tensor = self.tensors.get(key)
