@@ -7,9 +7,9 @@ A file holds one layer. Experts lie one behind the other, each as the ranges tha
 Everything begins at a multiple of 4096 bytes, so that one direct read brings an expert, or a pool's
 range of it. A range has a checksum, the header has a digest of its own.
 
-The name is the hash of all that the bytes derive from (`PackedKey`): files in another state, another
-format, layout or number of pools are another name. A file is written under a temporary name and
-renamed when it is whole. The rules of `binary_cache` hold: the directory and the files are this
+The name is the hash of all that the bytes derive from (`PackedKey`): files in another state,
+another format, layout or number of pools are another name. A file is written under a temporary name
+and renamed when it is whole. The rules of `binary_cache` hold: the directory and the files are this
 user's or root's, nobody else may write to them, and links are not followed.
 
 Ranges are read, not mapped. A pass over pages of a file reaches 0.7 to 0.9 of the bandwidth that it
@@ -249,8 +249,8 @@ class PackedWriter:
             header = self._layout.header(self._key, self._table)
             if os.pwrite(self._file, header, 0) != len(header):
                 raise OSError("the header was not written whole")
-            at = {"src_dir_fd": self._directory, "dst_dir_fd": self._directory}
-            os.replace(self._temporary, self._key.name, **at)
+            here = self._directory
+            os.replace(self._temporary, self._key.name, src_dir_fd=here, dst_dir_fd=here)
             for name in _of_place(self._directory, self._key.place):
                 if name != self._key.name:
                     _unlink(name, self._directory)

@@ -42,8 +42,8 @@ def load_packed_layer(
     threads: int,
     progress: Progress | None = None,
 ) -> None:
-    """Load the wanted experts into a layer that has memory for them, with the bits that `load_layer`
-    would give it. What is not in the cache is there afterwards.
+    """Load the wanted experts into a layer that has memory for them, with the bits that
+    `load_layer` would give it. What is not in the cache is there afterwards.
 
     Args:
         mapping, wanted, threads, progress: see `load_layer`.

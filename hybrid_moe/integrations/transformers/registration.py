@@ -228,7 +228,8 @@ def from_pretrained(
         CheckpointError: the checkpoint is damaged or does not fit the model; names the tensor. Or
             a token takes more experts than there are.
         ValueError, TypeError: unknown method, a layer whose stored weights do not become it, a
-            `cache` that cannot be used, impossible threads, no experts; GPU experts, a back end or a router as for `offload`.
+            `cache` that cannot be used, impossible threads, no experts; GPU experts, a back end or
+            a router as for `offload`.
         NotImplementedError: an experts module computes something that this package does not, or
             with `router="cute"` a router does.
     """
