@@ -16,6 +16,7 @@ from hybrid_moe.loaders.expert_source import ExpertSource
 from hybrid_moe.loaders.layout import layout_of_model
 from hybrid_moe.loaders.model_config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
 from hybrid_moe.loaders.naming import LayerKeys, find_layers
+from hybrid_moe.loaders.quantization import Quantization
 from hybrid_moe.loaders.regular import Stamp, read_json, stamp_of
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.text import format_ranges
@@ -51,6 +52,7 @@ class Checkpoint:
         self.expert_keys = frozenset(
             key for layer in self.layers for key in self._layers[layer].keys
         )
+        self._quantization = Quantization.of(config)
         self._ask_model = cache(lambda: layout_of_model(self.model))
 
     @classmethod
@@ -161,7 +163,7 @@ class Checkpoint:
 
     def _describe(self, keys: LayerKeys) -> ExpertSource:
         """The experts of a layer, checked as far as its own tensors tell."""
-        return describe_layer(self.index, keys, self._ask_model)
+        return describe_layer(self.index, keys, self._ask_model, self._quantization)
 
     def close(self) -> None:
         """Close the files. A later read opens them again."""
