@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hybrid_moe.cpu_kernels.fingerprint import fingerprint
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
@@ -22,13 +23,18 @@ from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.weight_format import LayerFormats, layer_formats
+from hybrid_moe.integrations.transformers.registration import from_pretrained
 from hybrid_moe.loaders import Checkpoint, load_layer
 from hybrid_moe.loaders import packed_cache as cache_module
 from hybrid_moe.loaders.expert_source import ExpertSource
 from hybrid_moe.loaders.packed_cache import PAGE, PackedCache, PackedWriter
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
+from hybrid_moe.logs import warn_once
 from hybrid_moe.runtime.packed_layers import cache_at, load_packed_layer
+from hybrid_moe.wrapper import KTMoEWrapper
 from tests.families import EXPERTS, write_family
+from tests.hybrid_moe.checkpoints import save
+from tests.hybrid_moe.tiny_models import build, logits, prompt
 
 MX, BF = layer_formats(MXFP4), layer_formats(BF16)
 ALL = np.ones(EXPERTS, np.bool_)
@@ -329,3 +335,48 @@ def test_a_directory_that_is_none_is_refused(directory: Path, tmp_path: Path) ->
     link.symlink_to(tmp_path)
     with pytest.raises(ValueError, match="it is a link"):
         PackedCache(link, fingerprint)
+
+
+def test_wrappers(written: Callable[[str], Path], directory: Path, reads: list[str]) -> None:
+    path, outputs = written("deepseek_v4_mxfp4"), []
+    source = Checkpoint.open(path).layer(1)
+    hidden = torch.randn(5, source.hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids, weights = torch.arange(10).reshape(5, 2) % EXPERTS, torch.full((5, 2), 0.5)
+    for place in (None, directory, directory):
+        reads.clear()
+        wrapper = KTMoEWrapper(
+            1, EXPERTS, 2, source.hidden, source.intermediate, weight_path=path, cache=place,
+            cpuinfer_threads=1, threadpool_count=1,
+        )  # fmt: skip
+        wrapper.load_weights()
+        outputs.append(wrapper.forward(hidden, ids, weights))
+        wrapper.close()
+    assert not reads and torch.equal(outputs[0], outputs[1]) and torch.equal(*outputs[1:])
+
+
+def test_models(tmp_path: Path, directory: Path, reads: list[str]) -> None:
+    """`from_pretrained`, of which only the experts are in the cache."""
+    path, found = save(build("qwen3_moe"), tmp_path / "model"), []
+    for place in (None, directory, directory):
+        reads.clear()
+        model = from_pretrained(path, "MXFP4", 1, dense="torch", cache=place, progress=False)
+        found.append(logits(model, prompt()))
+    assert not [key for key in reads if ".experts." in key]
+    assert torch.equal(found[0], found[1]) and torch.equal(*found[1:])
+
+
+def test_slots_do_without(
+    written: Callable[[str], Path], directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written("deepseek_v4_mxfp4")
+    source = Checkpoint.open(path).layer(1)
+    warn_once.cache_clear()
+    wrapper = KTMoEWrapper(
+        1, EXPERTS, 2, source.hidden, source.intermediate, weight_path=path, cache=directory,
+        cpuinfer_threads=1, threadpool_count=1, num_gpu_experts=1, gpu_backend="torch",
+        gpu_device="cpu",
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        wrapper.load_weights()
+    wrapper.close()
+    assert files(directory) == [] and "GPU slots do without" in caplog.text
