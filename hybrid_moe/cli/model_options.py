@@ -34,6 +34,13 @@ GpuBackendOption = Annotated[
         help="What computes them; torch needs no GPU. Default: cute where it can be used.",
     ),
 ]
+CpuActivationOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int8",
+        help="Multiply experts of integer weights by inputs of 8 bits: faster prompts, less exact.",
+    ),
+]
 LONGEST_CONTEXT = 32768
 """Tokens, where nobody asks for another context: longer prompts take a CPU many minutes."""
 
@@ -48,6 +55,7 @@ class LoadOptions:
     pools: int | None
     gpu_experts: str | None = None
     gpu_backend: str | None = None
+    cpu_activation: str | None = None
 
     def workers(self) -> PoolConfig:
         """The threads that work.
