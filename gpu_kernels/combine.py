@@ -21,7 +21,7 @@ import torch
 from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition, Launch
 from hybrid_moe.gpu_kernels.expert_tiles import check_tensor
-from hybrid_moe.gpu_kernels.lane_memory import at, vector
+from hybrid_moe.gpu_kernels.lane_memory import at, rounded, vector
 from hybrid_moe.gpu_kernels.pack_tokens import check_routing
 from hybrid_moe.gpu_kernels.toolchain import has_pdl, launch
 
@@ -58,12 +58,6 @@ def _kernel(config: CombineConfig) -> Any:
     import cutlass.cute as cute
     from cutlass import BFloat16, Float32, Int32, Int64
     from cutlass.cute import Pointer, arch
-
-    def rounded_product(a: Any, b: Any) -> Any:
-        # Written as `a * b` it would become a fused multiply-add.
-        return arch.inline_ptx(
-            "mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b]
-        )
 
     class Combine:
         def __init__(self, config: CombineConfig) -> None:
@@ -149,7 +143,7 @@ def _kernel(config: CombineConfig) -> Any:
                     for place in cutlass.range_constexpr(k):
                         factor = factors[place]
                         for i in cutlass.range_constexpr(COLUMNS):
-                            added = total[i] + rounded_product(factor, rows[i, place])
+                            added = total[i] + rounded(factor, rows[i, place])
                             total[i] = added if place < hot else total[i]
                 if cutlass.const_expr(self.config.cold):
                     extra = cute.make_rmem_tensor(cute.make_layout(COLUMNS), Float32)
