@@ -17,6 +17,7 @@ from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from tests.cpu_kernels.cases import random_matrix as dense_matrix
+from tests.cpu_kernels.toolbox import aligned
 from tests.formats import random_matrix
 
 
@@ -111,7 +112,7 @@ def random_slots(
     rng = np.random.default_rng(seed)
     layout = slot_layout(fmt, H, I, parts=parts, biases=bias)
     experts = [random_expert(fmt, rng, H, I, bias) for _ in range(slots)]
-    memory = np.full((slots, layout.nbytes), 0xFF, np.uint8)
+    memory = aligned((slots, layout.nbytes), np.uint8, fill=0xFF)
     for slot, expert in zip(memory, experts, strict=True):
         pack_slot(layout, slot, expert)
     return Slots(layout, memory, experts)
