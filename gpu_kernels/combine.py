@@ -21,7 +21,8 @@ import torch
 from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition, Launch
 from hybrid_moe.gpu_kernels.expert_tiles import check_tensor
-from hybrid_moe.gpu_kernels.lane_memory import at, rounded, vector
+from hybrid_moe.gpu_kernels.lane_memory import at, vector
+from hybrid_moe.gpu_kernels.lane_memory import rounded as rounded_product
 from hybrid_moe.gpu_kernels.pack_tokens import check_routing
 from hybrid_moe.gpu_kernels.toolchain import has_pdl, launch
 
@@ -143,7 +144,7 @@ def _kernel(config: CombineConfig) -> Any:
                     for place in cutlass.range_constexpr(k):
                         factor = factors[place]
                         for i in cutlass.range_constexpr(COLUMNS):
-                            added = total[i] + rounded(factor, rows[i, place])
+                            added = total[i] + rounded_product(factor, rows[i, place])
                             total[i] = added if place < hot else total[i]
                 if cutlass.const_expr(self.config.cold):
                     extra = cute.make_rmem_tensor(cute.make_layout(COLUMNS), Float32)
