@@ -13,6 +13,7 @@ from hybrid_moe.loaders.completeness import missing_layers
 from hybrid_moe.loaders.describe import describe_layer
 from hybrid_moe.loaders.drafts import DraftLayers
 from hybrid_moe.loaders.expert_source import ExpertSource
+from hybrid_moe.loaders.kt_kernel import KT_KERNEL, describe_kt_layer, kt_layers
 from hybrid_moe.loaders.layout import layout_of_model
 from hybrid_moe.loaders.model_config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
 from hybrid_moe.loaders.naming import LayerKeys, find_layers
@@ -159,10 +160,12 @@ class Checkpoint:
 
     def _find_layers(self) -> dict[int, LayerKeys]:
         """The layers that have routed experts, by number, ascending."""
-        return find_layers(self.index.tensors)
+        return find_layers(self.index.tensors) or kt_layers(self.index.tensors)
 
     def _describe(self, keys: LayerKeys) -> ExpertSource:
         """The experts of a layer, checked as far as its own tensors tell."""
+        if keys.scheme is KT_KERNEL:
+            return describe_kt_layer(self.index, keys)
         return describe_layer(self.index, keys, self._ask_model, self._quantization)
 
     def close(self) -> None:
