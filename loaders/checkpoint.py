@@ -19,6 +19,7 @@ from hybrid_moe.loaders.gguf.metadata_config import config_of
 from hybrid_moe.loaders.layout import layout_of_model
 from hybrid_moe.loaders.model_config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
 from hybrid_moe.loaders.naming import LayerKeys, find_layers
+from hybrid_moe.loaders.quantization import Quantization
 from hybrid_moe.loaders.regular import Stamp, read_json, stamp_of
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.text import format_ranges
@@ -55,6 +56,7 @@ class Checkpoint:
         self.expert_keys = frozenset(
             key for layer in self.layers for key in self._layers[layer].keys
         )
+        self._quantization = Quantization.of(config)
         self._ask_model = cache(lambda: layout_of_model(self.model))
 
     @classmethod
@@ -162,7 +164,7 @@ class Checkpoint:
         """The experts of a layer, checked as far as its own tensors tell."""
         if self._gguf is not None:
             return self._gguf.describe(keys.layer)
-        return describe_layer(self.index, keys, self._ask_model)
+        return describe_layer(self.index, keys, self._ask_model, self._quantization)
 
     def close(self) -> None:
         """Close the files. A later read opens them again."""

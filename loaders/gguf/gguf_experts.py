@@ -24,8 +24,8 @@ from hybrid_moe.loaders.gguf.ggml_types import READ, TYPES_BY_NAME
 from hybrid_moe.loaders.gguf.gguf_header import BlockTensor
 from hybrid_moe.loaders.gguf.index import GgufIndex
 from hybrid_moe.loaders.layout import GateUp
+from hybrid_moe.loaders.quantize import encode, round_to_bf16, to_float32
 from hybrid_moe.loaders.safetensors import ReadBuffer
-from hybrid_moe.loaders.stored import encode, round_to_bf16, to_float32
 
 PROJECTIONS = ("gate", "up", "down")
 GATE_UP = "gate_up"
