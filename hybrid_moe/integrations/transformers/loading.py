@@ -169,7 +169,7 @@ def load_skeleton(
     drop_experts_quantization(config, only_experts=rest_is_plain(checkpoint))
     if dense is not None:
         dequantize_fp8(config)
-    hybrid = _with_hybrid_experts(original, checkpoint.drafts.patterns, dense)
+    hybrid = with_hybrid_experts(original, checkpoint.drafts.patterns, dense)
     model, info = hybrid.from_pretrained(
         directory,
         config=config,
@@ -179,7 +179,7 @@ def load_skeleton(
         **kwargs,
     )
     model.__class__ = original
-    _check_complete(info, directory)
+    check_complete(info, directory)
     return model
 
 
@@ -262,7 +262,7 @@ def dequantize_fp8(config: Any) -> None:
         config.quantization_config = {**quantization, "dequantize": True}
 
 
-def _with_hybrid_experts(
+def with_hybrid_experts(
     original: Any, unread: Iterable[str], dense: CheckpointLayers | None
 ) -> Any:
     """`original` with experts modules, and layers that `dense` takes, replaced at the end of its
@@ -303,7 +303,7 @@ def _without_prefix(model: Any, name: str) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 
-def _check_complete(info: Mapping[str, Any], directory: Path) -> None:
+def check_complete(info: Mapping[str, Any], directory: Path) -> None:
     """Raise `CheckpointError` for the first few tensors that did not find their place; a notice of
     those that are `HARMLESS` is enough."""
     problems = {

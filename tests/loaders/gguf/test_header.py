@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.loaders.gguf.header import GgufHeader, read_gguf_header
+from hybrid_moe.loaders.gguf.gguf_header import GgufHeader, read_gguf_header
 from hybrid_moe.loaders.gguf.header_bytes import KEPT_ARRAY, LeftOut
 from tests.loaders.gguf.files import (
     ARRAY,
