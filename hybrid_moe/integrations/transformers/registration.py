@@ -238,12 +238,9 @@ def from_pretrained(
         take_subfolder,
     )
     from hybrid_moe.integrations.transformers.dense.dense_loading import DenseOptions, dense_layers
+    from hybrid_moe.integrations.transformers.expert_loading import ExpertsPart, load_experts
     from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts, experts_nbytes
-    from hybrid_moe.integrations.transformers.loading import (
-        experts_source,
-        load_experts,
-        load_skeleton,
-    )
+    from hybrid_moe.integrations.transformers.loading import experts_source, load_skeleton
     from hybrid_moe.integrations.transformers.model_split import (
         split_of_checkpoint,
         surrounding_device,
@@ -296,12 +293,14 @@ def from_pretrained(
                 bar.expect(experts_nbytes(module.spec, held_formats(source, chosen)))
             if layers is not None:
                 layers.load(model, {n: m.spec for n, m in experts.items()}, bar)
+            parts = []
             for source, (name, module) in zip(sources, experts.items(), strict=True):
                 held, of_layer = held_formats(source, chosen), None
                 if split is not None:
                     of_layer = split.of_layer(source.layer, surrounding_device(model, name))
                 each = bar.each(experts_nbytes(module.spec, held))
-                load_experts(source, module, options, held, of_layer, packed, each)
+                parts.append(ExpertsPart(source, module, held, of_layer, each))
+            load_experts(parts, options, packed)
         _save_from_strips(model)
         chosen_by_user = kwargs.get("attn_implementation") is not None
         _prepare_steps(model, options, attention=not chosen_by_user)
