@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.formats.activation import Activation
+from hybrid_moe.formats.activation import Activation, activation_bits
 from hybrid_moe.formats.table import chosen_method
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.formats.weight_format import LayerFormats
@@ -91,6 +91,9 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         gpu_activation: "fp8" rounds the inputs of the hot experts' projections to E4M3 in batches
             of 256 tokens and more, as W8A8 does (what that costs: `SlotExperts.fp8_prefill`). It
             is no faster: these GEMMs multiply in bf16. None for bf16 always.
+        cpu_activation: "int8" rounds the inputs of products on the CPU to 8 bits for each group of
+            32, which is up to twice as fast with many tokens and less exact (docs/numerics.md); for
+            weights that are integers. None for 16 bits.
         formats: the weight formats themselves, for a layer that is loaded by `load_weights_by` and
             whose formats no method names; `method` is left out of account then.
         cache: a directory for packed layers, see `loaders.packed_cache`: `load_weights` reads a
@@ -149,6 +152,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         gpu_device: torch.device | str | int | None = None,
         elsewhere: torch.Tensor | None = None,
         gpu_activation: str | None = None,
+        cpu_activation: str | None = None,
         formats: LayerFormats | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -194,6 +198,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         self.pool = arguments.pool_config(cpuinfer_threads, threadpool_count, numa_nodes)
         self.strict = strict
         self._isa = arguments.tier_name(isa)
+        self._activation_bits = activation_bits(cpu_activation)
         self._layer = self._new_layer()  # holds no memory yet; checks sizes and isa
         self._runner: LayerRunner | None = None
         self._handle = torch_op.Handle(self, KTMoEWrapper._forward_now)
@@ -302,6 +307,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
             self.moe_intermediate_size,
             pool=self.pool,
             activation=self.activation,
+            activation_bits=self._activation_bits,
             isa=self._isa,
             name=f"experts layer {self.layer_idx}",
         )

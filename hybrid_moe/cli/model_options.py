@@ -42,6 +42,13 @@ CacheOption = Annotated[
         "them as they are.",
     ),
 ]
+CpuActivationOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int8",
+        help="Multiply experts of integer weights by inputs of 8 bits: faster prompts, less exact.",
+    ),
+]
 LONGEST_CONTEXT = 32768
 """Tokens, where nobody asks for another context: longer prompts take a CPU many minutes."""
 
@@ -56,6 +63,7 @@ class LoadOptions:
     pools: int | None
     gpu_experts: str | None = None
     gpu_backend: str | None = None
+    cpu_activation: str | None = None
     cache: Path | None = None
 
     def workers(self) -> PoolConfig:

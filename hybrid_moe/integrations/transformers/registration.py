@@ -8,6 +8,7 @@ Transformers' own `experts_implementation` (experts stay where they are and are 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import MethodType
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hybrid_moe.formats.table import BF16, chosen_method
 from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.formats.weight_format import layer_formats
 from hybrid_moe.integrations.transformers.guard import NAME, guard
 from hybrid_moe.integrations.transformers.options import ExpertsOptions, dense_format
 from hybrid_moe.loaders.find_model import find_model
@@ -83,6 +85,7 @@ def offload(
     gpu_experts: Any = None,
     gpu_backend: str | None = None,
     gpu_activation: str | None = None,
+    cpu_activation: str | None = None,
     router: str | None = None,
     progress: bool = True,
 ) -> Model:
@@ -109,6 +112,8 @@ def offload(
         gpu_backend: what computes them: "cute", or "torch", which needs no GPU. None for "cute"
             where it can be used, else "torch" (logged once, with the reason).
         gpu_activation: "fp8" for a W8A8 prefill of these experts, see `KTMoEWrapper`; else None.
+        cpu_activation: "int8" for inputs of 8 bits where the CPU multiplies experts whose weights
+            are integers, see `KTMoEWrapper`; else None.
         router: "cute" lets routers choose experts by one kernel of ours on a GPU, and by its
             reference on a CPU; the same experts but where values tie, see `gpu_kernels.gating`.
             None for the model's own.
@@ -142,7 +147,8 @@ def offload(
     )
 
     dense_fmt = dense_format(dense)
-    options = _checked(method, threads, pools)
+    options = _checked(method, threads, pools, cpu_activation)
+    options.check_activation([layer_formats(options.fmt)])
     check_router(router)
     found = find_experts(model)
     refuse_adapters(model, found)
@@ -191,6 +197,7 @@ def from_pretrained(
     gpu_experts: Any = None,
     gpu_backend: str | None = None,
     gpu_activation: str | None = None,
+    cpu_activation: str | None = None,
     router: str | None = None,
     cache: str | Path | None = None,
     progress: bool = True,
@@ -216,7 +223,7 @@ def from_pretrained(
         gpu_experts, gpu_backend, gpu_activation: experts that are packed for a GPU, see
             `offload`. With "cute" the whole model is loaded onto the GPU, unless `device_map` says
             otherwise.
-        router: see `offload`.
+        cpu_activation, router: see `offload`.
         cache: a directory where packed experts are kept, see `loaders.packed_cache`: what is there
             is read as it is, and what is not is left there. None for none.
         progress: show a progress bar on stderr.
@@ -273,7 +280,9 @@ def from_pretrained(
     chosen = chosen_method(method)
     # all of them before anything is loaded
     formats = {layer: held_formats(source, chosen) for layer, source in stored.items()}
-    options, packed = _checked(BF16.name, threads, pools), cache_at(cache)
+    options = _checked(BF16.name, threads, pools, cpu_activation)
+    options.check_activation(formats.values())
+    packed = cache_at(cache)
     split = split_of_checkpoint(
         stored, given or checkpoint.model, formats, gpu_experts, gpu_backend, kwargs, gpu_activation
     )
@@ -327,11 +336,13 @@ def check_directory(directory: str | Path) -> Path:
     return path
 
 
-def _checked(method: str, threads: int | None, pools: int | None) -> ExpertsOptions:
+def _checked(
+    method: str, threads: int | None, pools: int | None, cpu_activation: str | None
+) -> ExpertsOptions:
     """The options, refused here rather than after a model has been loaded."""
-    options = ExpertsOptions(method, threads, pools)
+    options = ExpertsOptions(method, threads, pools, cpu_activation)
     options.pool_config()
-    return ExpertsOptions(options.fmt.name, threads, pools)
+    return replace(options, method=options.fmt.name)
 
 
 def _save_from_strips(model: Any) -> None:

@@ -204,6 +204,32 @@ def test_a_changed_checkpoint(
     assert after != before and "another state" in warnings(caplog)[0]
 
 
+def test_files_beside_the_weights_change_nothing(
+    model: Path, directory: Path, reads: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    load(model, directory)
+    (model / "README.md").write_text("a note")
+    reads.clear()
+    with caplog.at_level(logging.WARNING):
+        load(model, directory)
+    assert not reads and not warnings(caplog)
+
+
+def test_a_directory_that_has_gone_bad_meanwhile(
+    model: Path, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is read from it or written to it any more; the weights come all the same."""
+    source, store = Checkpoint.open(model).layer(1), cache_at(directory)
+    assert store is not None
+    layer = empty(source, MX)
+    directory.chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        load_packed_layer(store, source, MX, IDENTITY, ALL, layer, 1)
+    assert layer.loaded.all() and files(directory) == []
+    assert all("others may write" in message for message in warnings(caplog))
+    layer.close()
+
+
 def _cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size - 1)
 
