@@ -8,9 +8,10 @@ page cache for the latter two, which load "again" and stand beside plain sequent
 same files just before and after. Then the speed of packing alone, of every format, by one thread
 out of memory.
 
-Memory that no process has used for a while can be much slower to get than to fill (a virtual machine's host may have to find it first). So each round first measures, in another
-process, how fast the system hands out memory, and loads twice: "again" loads into memory that the
-first load has just given back, where reading and packing are all that is left.
+Memory that no process has used for a while can be much slower to get than to fill (a virtual
+machine's host may have to find it first). So each round first measures, in another process, how
+fast the system hands out memory, and loads twice: "again" loads into memory that the first load has
+just given back, where reading and packing are all that is left.
 """
 
 from __future__ import annotations
