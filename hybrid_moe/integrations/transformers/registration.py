@@ -250,13 +250,10 @@ def from_pretrained(
         dense_layers,
         offload_dense,
     )
+    from hybrid_moe.integrations.transformers.expert_loading import ExpertsPart, load_experts
     from hybrid_moe.integrations.transformers.gguf_model import index_of, load_gguf_skeleton
     from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts, experts_nbytes
-    from hybrid_moe.integrations.transformers.loading import (
-        experts_source,
-        load_experts,
-        load_skeleton,
-    )
+    from hybrid_moe.integrations.transformers.loading import experts_source, load_skeleton
     from hybrid_moe.integrations.transformers.model_split import (
         split_of_checkpoint,
         surrounding_device,
@@ -318,12 +315,14 @@ def from_pretrained(
             if gguf and dense_fmt is not None and model.device.type == "cpu":
                 specs = {n: m.spec for n, m in experts.items()}
                 offload_dense(model, specs, DenseOptions(dense_fmt, options.pool_config()), bar)
+            parts = []
             for source, (name, module) in zip(sources, experts.items(), strict=True):
                 held, of_layer = held_formats(source, chosen), None
                 if split is not None:
                     of_layer = split.of_layer(source.layer, surrounding_device(model, name))
                 each = bar.each(experts_nbytes(module.spec, held))
-                load_experts(source, module, options, held, of_layer, packed, each)
+                parts.append(ExpertsPart(source, module, held, of_layer, each))
+            load_experts(parts, options, packed)
         _save_from_strips(model)
         chosen_by_user = kwargs.get("attn_implementation") is not None
         _prepare_steps(model, options, attention=not chosen_by_user)
