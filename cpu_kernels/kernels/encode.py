@@ -18,9 +18,12 @@ INT8 takes the same integers q, since its codes are integers too. The factor is 
 the lower bias is what undoes the offset of tiers that make the weights unsigned.
 
 Other integer codes take one of these two ways, by the size of their codes, with q in the order in
-which a kernel takes codes out of a word (`weight_format.quads`). Where weights have sub-groups of
-16 inputs, or zero points or minima of their own, a group is 96 bytes, `SummedGroup`: it has biases
-for each half, and the sums of q that meet a zero point or, times the factor, a minimum.
+which a kernel takes codes out of a word (`weight_format.quads`). Codes that are a range of numbers
+are unsigned as they are stored: their offset is minus the least of them, and without one there are
+no biases. Where weights have zero points or minima, a group also has the sum of its q, which meets
+a zero point or, times the factor, a minimum; where they have sub-groups of 16 inputs, it has biases
+and sums of each half. `IntegerEncoding.places` says where. Up to two words take the place of
+MXFP4's biases; more of them make a group of 96 bytes, `SummedGroup`.
 
 A row is [group]. A tile is several tokens that a kernel multiplies by the same weights, stored as
 [group][token]: one stream for any number of tokens, and the inputs of a group never compete for
@@ -33,6 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from hybrid_moe.cpu_kernels.dsl.emit import (
     F32,
@@ -63,7 +67,7 @@ class Fixed15Group(Record):
 
 
 class SummedGroup(Record):
-    """The same with biases and sums of its halves, or of all of it in the first ones."""
+    """The same with room for more biases and sums."""
 
     high = i8[GROUP]
     low = i8[GROUP]
@@ -71,10 +75,7 @@ class SummedGroup(Record):
     high_bias = i32
     low_bias = i32
     exponent = f32
-    second_high_bias = i32
-    second_low_bias = i32
-    sum = f32
-    second_sum = f32
+    more = i32[4]
 
 
 FIXED15_GROUP = Fixed15Group.offsets()
@@ -127,14 +128,30 @@ def _fixed15(emit: Emit, x: Val, to: Val, halved: int) -> tuple[Val, Val]:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Offsets in an encoded group of what concerns one half of its inputs, or all; None: it has no
+    such thing.
+
+    Attributes:
+        high_bias, low_bias: accumulators to start from, of the higher and of the lower plane, or
+            `low_bias` alone of both.
+        sum: of q.
+    """
+
+    high_bias: int | None
+    low_bias: int | None
+    sum: int | None
+
+
+@dataclass(frozen=True)
 class IntegerEncoding:
     """How activations meet weights that are integers.
 
     Attributes:
-        wide: weights are whole bytes (`wide_dot`), else within -12..12 or 0..15 (`byte_dot`).
+        wide: weights are up to whole bytes (`wide_dot`), else within -12..12 or 0..15 (`byte_dot`).
         code_bits: of a code in its word, which gives the order of inputs.
         halved: weights are doubled, so the factor is half the step of q.
-        offset: what makes `byte_dot`'s weights unsigned, and biases take back.
+        offset: what makes weights unsigned, and biases take back.
         halves: 1, or 2 where the 16 inputs of each half of a group are summed apart.
         sums: "" for none; "whole" for the sums of q; "scaled" for these times the factor.
     """
@@ -146,19 +163,31 @@ class IntegerEncoding:
     halves: int = 1
     sums: str = ""
 
-    @property
-    def is_summed(self) -> bool:
-        """Whether a group is a `SummedGroup`."""
-        return self.halves > 1 or bool(self.sums)
+    def __post_init__(self) -> None:
+        if not 0 <= self.offset <= (WIDE_OFFSET if self.wide else BYTE_DOT_OFFSET):
+            raise ValueError(f"weights plus {self.offset} are not what the dot product takes")
+
+    @cached_property
+    def places(self) -> tuple[Places, ...]:
+        """Of each half, or of all inputs."""
+        at = SUMMED_GROUP
+        words = iter((at.high_bias, at.low_bias, *range(at.more, at.nbytes, 4)))
+        biased = self.offset > 0
+        has = (biased and not self.wide, biased, bool(self.sums))
+        return tuple(
+            Places(*(next(words) if wanted else None for wanted in has)) for _ in range(self.halves)
+        )
 
     @property
     def group_bytes(self) -> int:
         """Bytes of an encoded group."""
-        return int(SUMMED_GROUP.nbytes if self.is_summed else FIXED15_GROUP.nbytes)
+        at = [a for p in self.places for a in (p.high_bias, p.low_bias, p.sum) if a is not None]
+        fits = max(at, default=0) < FIXED15_GROUP.nbytes
+        return int(FIXED15_GROUP.nbytes if fits else SUMMED_GROUP.nbytes)
 
     def store(self, emit: Emit, x: Val, to: Val) -> None:
         """Encode 32 float32 that hold bf16 values into the group at address `to`."""
-        at = SUMMED_GROUP if self.is_summed else FIXED15_GROUP
+        at = FIXED15_GROUP
         q, factor = _fixed15(emit, x, to, int(self.halved))
         q = q.shuffle(quads(self.code_bits).ravel().tolist())
         if self.wide:
@@ -166,24 +195,20 @@ class IntegerEncoding:
         else:
             for plane, place in zip(split_planes(q), (at.high, at.low), strict=True):
                 emit.store(to + place, plane.trunc(I8), align=16)
-        for half, part in enumerate(pieces(q, self.halves)):
-            high, low = self._biases(emit, part)
-            emit.store(to + (at.second_high_bias if half else at.high_bias), high, align=4)
-            emit.store(to + (at.second_low_bias if half else at.low_bias), low, align=4)
-            if self.sums:
+        for place, part in zip(self.places, pieces(q, self.halves), strict=True):
+            if place.sum is not None:
                 total = emit.reduce("add", part).to_float()
                 value = total * factor if self.sums == "scaled" else total
-                emit.store(to + (at.second_sum if half else at.sum), value, align=4)
-
-    def _biases(self, emit: Emit, q: Val) -> tuple[Val, Val]:
-        """Accumulators to start from, of the higher and of the lower plane."""
-        zero = emit.splat(0, I32)
-        if self.wide:
-            return zero, emit.reduce("add", q) * -WIDE_OFFSET
-        if not self.offset:
-            return zero, zero
-        high, low = (emit.op("byte_dot_bias", plane.trunc(I8)) for plane in split_planes(q))
-        return high, low
+                emit.store(to + place.sum, value, align=4)
+            if place.low_bias is None:
+                continue
+            if place.high_bias is None:
+                bias = emit.reduce("add", part) * -self.offset
+                emit.store(to + place.low_bias, bias, align=4)
+                continue
+            high, low = (plane.trunc(I8) for plane in split_planes(part))
+            for inputs, offset in ((high, place.high_bias), (low, place.low_bias)):
+                emit.store(to + offset, emit.op("byte_dot_bias", inputs, self.offset), align=4)
 
 
 def _store_bf16(emit: Emit, x: Val, to: Val) -> None:
@@ -215,7 +240,7 @@ def integer_encoding(how: IntegerEncoding) -> Encoding:
 FIXED15 = integer_encoding(
     IntegerEncoding(wide=False, code_bits=4, halved=True, offset=BYTE_DOT_OFFSET)
 )
-WIDE15 = integer_encoding(IntegerEncoding(wide=True, code_bits=8, halved=False, offset=0))
+WIDE15 = integer_encoding(IntegerEncoding(wide=True, code_bits=8, halved=False, offset=WIDE_OFFSET))
 BF16_PAIRS = Encoding(2 * GROUP, _store_bf16)
 
 BLOCK_SLACK = (MOST_BLOCK_TOKENS - 1) * SUMMED_GROUP.nbytes

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid_moe.cpu_kernels.dsl.emit import F32, Emit, KernelBody, Val, Var
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, Emit, KernelBody, Val, Var
 from hybrid_moe.cpu_kernels.kernels.dot import (
     DotArgs,
     clear_sums,
@@ -30,7 +30,7 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
     load_sums,
     store_sums,
 )
-from hybrid_moe.cpu_kernels.kernels.encode import FIXED15_GROUP, SUMMED_GROUP
+from hybrid_moe.cpu_kernels.kernels.encode import FIXED15_GROUP, Places
 from hybrid_moe.cpu_kernels.kernels.integer_codes import Decode, Weights
 from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.cpu_kernels.kernels.scalings import Scale, ScaleOf
@@ -45,14 +45,10 @@ Totals = dict[tuple[int, int], Var]
 class GroupSums(abc.ABC):
     """Integer sums of one panel and group for some tokens, from their biases on."""
 
-    def __init__(self, emit: Emit, x: Sequence[Val], half: int) -> None:
-        """`x` has the address of each token's group; `half` is 1 for the second half of a group
-        whose halves are summed apart, else 0."""
-        at = SUMMED_GROUP  # a `FIXED15_GROUP` is its first part
-        self.emit, self.x = emit, x
-        self.at_high_bias = at.second_high_bias if half else at.high_bias
-        self.at_low_bias = at.second_low_bias if half else at.low_bias
-        self.at_sum = at.second_sum if half else at.sum
+    def __init__(self, emit: Emit, x: Sequence[Val], at: Places) -> None:
+        """`x` has the address of each token's group; `at` is where that has the biases and sums of
+        its inputs, or of the half that is summed."""
+        self.emit, self.x, self.at = emit, x, at
 
     @abc.abstractmethod
     def add(self, weights: Weights, tokens: Sequence[int]) -> None:
@@ -61,6 +57,10 @@ class GroupSums(abc.ABC):
     @abc.abstractmethod
     def total(self, token: int) -> Val:
         """The exact sum of one token, int32 [16]."""
+
+    def bias(self, token: int, offset: int | None) -> Val:
+        """Of one token, zero where there is none."""
+        return self.emit.splat(0, I32) if offset is None else self.load(token, offset, I32)
 
     def load(self, token: int, offset: int, element: Any) -> Val:
         """32 bits of a token's group."""
@@ -81,7 +81,8 @@ class GroupSums(abc.ABC):
 
     def _sum(self, token: int) -> Val:
         """Of the token's q, or of these times its factor, in 16 lanes."""
-        return self.emit.broadcast(self.load(token, self.at_sum, F32), 16)
+        assert self.at.sum is not None
+        return self.emit.broadcast(self.load(token, self.at.sum, F32), 16)
 
 
 @dataclass(frozen=True)

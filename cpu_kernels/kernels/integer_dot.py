@@ -4,8 +4,8 @@
             activations, q = 256 * high + low, exact = 256 * sum(w * high) + sum(w * low)
     wide    weights of any byte: `wide_dot`, one accumulator, in whatever form the tier keeps it
 
-Small weights are made unsigned by an offset of 12, which the biases of the encoding take back;
-those within 0..15 are so already.
+Weights are made unsigned by an offset, which the biases of the encoding take back. Codes that are a
+range of numbers are so as they are stored.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val
-from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
-from hybrid_moe.cpu_kernels.kernels.encode import SUMMED_GROUP, IntegerEncoding
+from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, WIDE_OFFSET
+from hybrid_moe.cpu_kernels.kernels.encode import FIXED15_GROUP, IntegerEncoding, Places
 from hybrid_moe.cpu_kernels.kernels.group_dot import GroupSums, Source
 from hybrid_moe.cpu_kernels.kernels.integer_codes import Decode, Weights, integer_codes
 from hybrid_moe.cpu_kernels.kernels.scalings import MINIMA, ZEROS, Scale, ScaleOf, scale_of
@@ -40,19 +40,16 @@ _PARTS = ("factor", "exponent", "zero", "minimum")
 class _Planes(GroupSums):
     """Two accumulators [16 rows] for each token."""
 
-    def __init__(self, emit: Emit, x: Sequence[Val], half: int, encoding: IntegerEncoding) -> None:
-        super().__init__(emit, x, half)
-        if encoding.offset:
-            self._high, self._low = (
-                [emit.broadcast(self.load(t, bias, I32), 16) for t in range(len(x))]
-                for bias in (self.at_high_bias, self.at_low_bias)
-            )
-        else:
-            self._high, self._low = ([emit.splat(0, I32, 16)] * len(x) for _ in range(2))
+    def __init__(self, emit: Emit, x: Sequence[Val], at: Places) -> None:
+        super().__init__(emit, x, at)
+        self._high, self._low = (
+            [emit.broadcast(self.bias(t, bias), 16) for t in range(len(x))]
+            for bias in (at.high_bias, at.low_bias)
+        )
 
     def add(self, weights: Weights, tokens: Sequence[int]) -> None:
         """Plane by plane."""
-        planes = ((self._high, SUMMED_GROUP.high), (self._low, SUMMED_GROUP.low))
+        planes = ((self._high, FIXED15_GROUP.high), (self._low, FIXED15_GROUP.low))
         for quad, w in weights:
             for sums, plane in planes:
                 for t in tokens:
@@ -66,18 +63,16 @@ class _Planes(GroupSums):
 class _Wide(GroupSums):
     """One accumulator for each token."""
 
-    def __init__(self, emit: Emit, x: Sequence[Val], half: int) -> None:
-        super().__init__(emit, x, half)
-        self._sums = [
-            emit.op("wide_start", self.load(t, self.at_low_bias, I32)) for t in range(len(x))
-        ]
+    def __init__(self, emit: Emit, x: Sequence[Val], at: Places) -> None:
+        super().__init__(emit, x, at)
+        self._sums = [emit.op("wide_start", self.bias(t, at.low_bias)) for t in range(len(x))]
 
     def add(self, weights: Weights, tokens: Sequence[int]) -> None:
         for quad, w in weights:
             for t in tokens:
                 first, second = (
                     self.load(t, plane + 4 * quad, I32)
-                    for plane in (SUMMED_GROUP.high, SUMMED_GROUP.low)
+                    for plane in (FIXED15_GROUP.high, FIXED15_GROUP.low)
                 )
                 self._sums[t] = self.emit.op("wide_dot", self._sums[t], w, first, second)
 
@@ -94,14 +89,14 @@ def strip_of(fmt: WeightFormat) -> StripLayout:
 @lru_cache(maxsize=64)
 def encoding_of(fmt: WeightFormat) -> IntegerEncoding:
     """How activations are encoded for a format."""
-    integers = (-128, 127) if fmt.code.values is None else fmt.code.integers
+    integers = (-WIDE_OFFSET, WIDE_OFFSET - 1) if fmt.code.values is None else fmt.code.integers
     signed = min(integers) >= -BYTE_DOT_OFFSET and max(integers) <= BYTE_DOT_OFFSET
     small = signed or (min(integers) == 0 and max(integers) <= 15)
     return IntegerEncoding(
         wide=not small,
         code_bits=fmt.code.bits,
         halved=fmt.code.step == 0.5,
-        offset=BYTE_DOT_OFFSET if signed else 0,
+        offset=-min(integers),
         halves=2 if 0 < fmt.group < GROUP else 1,
         sums="whole" if fmt.scaling in ZEROS else "scaled" if fmt.scaling in MINIMA else "",
     )
@@ -117,9 +112,7 @@ def _source(
     encoding = encoding_of(fmt)
 
     def sums(emit: Emit, x: Sequence[Val], half: int) -> GroupSums:
-        if encoding.wide:
-            return _Wide(emit, x, half)
-        return _Planes(emit, x, half, encoding)
+        return (_Wide if encoding.wide else _Planes)(emit, x, encoding.places[half])
 
     return Source(
         layout, layout.words, packed, encoding.halves, encoding.group_bytes, weights, scale, sums
@@ -130,7 +123,7 @@ def _source(
 def packed_source(fmt: WeightFormat) -> Source:
     """A format's strips as they stream from memory."""
     layout, encoding = strip_of(fmt), encoding_of(fmt)
-    weights = integer_codes(fmt.code, layout, encoding.offset)
+    weights = integer_codes(fmt.code, layout, encoding.offset, encoding.wide)
     return _source(fmt, layout, True, weights, scale_of(fmt, layout))
 
 
@@ -190,11 +183,12 @@ def unpack(fmt: WeightFormat, offset: int | None = None) -> KernelBody:
 
     Args:
         fmt: of the strip.
-        offset: what is added to weights; None for that of `byte_dot`.
+        offset: what is added to weights; None for that of the encoding.
     """
     source, layout, to_layout = packed_source(fmt), strip_of(fmt), unpacked_layout(fmt)
-    added = encoding_of(fmt).offset if offset is None else offset
-    weights = integer_codes(fmt.code, layout, added)
+    encoding = encoding_of(fmt)
+    added = encoding.offset if offset is None else offset
+    weights = integer_codes(fmt.code, layout, added, encoding.wide)
 
     def body(emit: Emit, strip: Val, out: Val, begin: Val, end: Val) -> None:
         cursor = StripCursor(emit, layout, strip, begin)
