@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import psutil
-from problem import SHAPES, SOURCES, random_experts
+from problem import SHAPES, SOURCES
+from weights import random_experts
 
 _PROJECTIONS = {"gate": "w1", "up": "w3", "down": "w2"}
 _EXPERTS_PER_SHARD = 32

@@ -185,8 +185,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         )
         self._hot = None
         if options is not None:
-            fmt = gpu_arguments.slot_format(self.formats)
-            self._hot = HotHalf(options, self.shape, fmt, self.activation)
+            self._hot = HotHalf(options, self.shape, self.formats, self.activation)
         self.pool = arguments.pool_config(cpuinfer_threads, threadpool_count, numa_nodes)
         self.strict = strict
         self._isa = arguments.tier_name(isa)

@@ -22,7 +22,7 @@ from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from hybrid_moe.formats.weight_format import WeightFormat, layer_formats
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.companions import companion_files
-from hybrid_moe.loaders.expert_source import held_formats
+from hybrid_moe.loaders.expert_source import ExpertSource, held_formats
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
@@ -83,7 +83,8 @@ def convert_checkpoint(
     _check_paths(source_path, target_path)
     checkpoint = Checkpoint.open(source_path)
     layout = layout_named(gate_up_layout)
-    stored = [source.with_layout(layout) for source in checkpoint.sources().values()]
+    stored = [_of_safetensors(source) for source in checkpoint.sources().values()]
+    stored = [source.with_layout(layout) for source in stored]
     layers = [layer for layer in stored if layer.formats != layer_formats(fmt)]
     if not layers:
         raise ValueError(
@@ -113,6 +114,16 @@ def convert_checkpoint(
             raise
         finally:
             checkpoint.close()
+
+
+def _of_safetensors(source: ExpertSource) -> LayerSource:
+    """The same source. Raises `ValueError` for a GGUF model."""
+    if not isinstance(source, LayerSource):
+        raise ValueError(
+            f"{source.path} is a GGUF model, of which convert has no use: it is loaded as it is "
+            "(see inspect), and converted from the checkpoint that it was made from"
+        )
+    return source
 
 
 def _convert_tensors(

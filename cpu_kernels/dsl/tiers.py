@@ -379,6 +379,11 @@ def available_tiers() -> list[TierReport]:
     return [TierReport(t, tuple(sorted(t.all_features - host))) for t in TIERS.values()]
 
 
+def best_tier() -> Tier:
+    """The most capable tier that runs here."""
+    return next(report.tier for report in reversed(available_tiers()) if report.usable)
+
+
 def choose_tier(name: str | None = None) -> Tier:
     """The tier to use: `name`, else `HYBRID_MOE_ISA`, else the most capable that runs here.
 
@@ -388,7 +393,7 @@ def choose_tier(name: str | None = None) -> Tier:
     reports = available_tiers()
     wanted = name or os.environ.get("HYBRID_MOE_ISA") or None
     if wanted is None:
-        return next(r.tier for r in reversed(reports) if r.usable)
+        return best_tier()
     source = "isa=" if name else "HYBRID_MOE_ISA="
     for report in reports:
         if report.tier.name == wanted.lower():

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.gpu_kernels.pack_parts import MOST_EXPERTS
 from hybrid_moe.gpu_kernels.pack_tokens import MOST_EXPERTS_PER_TOKEN
 from hybrid_moe.gpu_kernels.toolchain import availability
@@ -34,19 +33,6 @@ class HotOptions:
     device: torch.device
     elsewhere: torch.Tensor
     fp8_prefill: bool
-
-
-def slot_format(formats: LayerFormats) -> WeightFormat:
-    """The one format of a slot.
-
-    Raises:
-        NotImplementedError: the projections differ.
-    """
-    if len(formats.each) > 1:
-        raise NotImplementedError(
-            f"the experts of this layer are {formats.name}, and a slot on the GPU holds one format"
-        )
-    return formats.gate_up
 
 
 def hot_options(

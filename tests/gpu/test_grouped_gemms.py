@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ import pytest
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.table import BF16
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.table import FORMATS as ALL
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.gpu_kernels import down, gate_up
 from hybrid_moe.gpu_kernels.definition import ARCHITECTURES
 from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES, GemmConfig, gemm_config
 from tests.cpu_kernels.cases import from_bf16, to_bf16
 from tests.gpu.gemm_cases import (
     BF16_NAN,
+    Case,
     check_both,
     expected_h,
     expected_y,
@@ -59,6 +62,55 @@ def test_a_tokens_bits_depend_on_its_shape_alone(fmt: WeightFormat, tile: int) -
     alone.slot_of_pair[pair] = case.slot_of_pair[pair]
     assert np.array_equal(run_gate_up(alone, 8)[0][pair], h[pair])
     assert np.array_equal(run_down(alone, h, 8)[0][pair], y[pair])
+
+
+Q4_K_M = LayerFormats(ALL["Q4_K"], ALL["Q6_K"])
+NVFP4_FP8 = LayerFormats(ALL["NVFP4"], ALL["FP8"])
+OFTEN = {
+    *("NVFP4", "MXFP8", "FP8", "INT8_ROW_FLOAT32", "INT4_G32_BF16", "INT4_G128_FP16_Z1"),
+    *("INT4_ROW_FP16_Z0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "IQ4_XS"),
+}
+"""Rows that between them have every code, every scaling and every kind of field."""
+
+
+def small_case(formats: WeightFormat | LayerFormats, **how: Any) -> Case:
+    """Of odd numbers of groups, half a strip at the end of down, blocks that end early."""
+    K, I = (3 * f.k_multiple if f.k_multiple < 256 else 256 for f in layer_formats(formats))
+    if I >= 256:
+        return random_case(formats, K, I, tokens=3, parts=(1,), slots=2, **how)
+    return random_case(formats, K, I, tokens=5, slots=2, **how)
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [
+        *(fmt if name in OFTEN else pytest.param(fmt, marks=pytest.mark.full)
+          for name, fmt in ALL.items() if fmt not in FORMATS),
+        Q4_K_M,
+        NVFP4_FP8,
+    ],
+    ids=lambda formats: formats.name,
+)  # fmt: skip
+def test_every_format(formats: WeightFormat | LayerFormats) -> None:
+    """Both ways through K have the same bits, within the bound of float64. Of two formats each
+    kernel has its own, and h the order of the second."""
+    case = small_case(formats)
+    h, y = check_both(case, 8)
+    other_h, _ = run_gate_up(case, 64)
+    other_y, _ = run_down(case, h, 64)
+    assert np.array_equal(h, other_h)
+    assert np.array_equal(y.view(np.uint32), other_y.view(np.uint32))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tile", TOKEN_TILES)
+@pytest.mark.parametrize(
+    "formats", [fmt for fmt in ALL.values() if fmt not in FORMATS], ids=lambda fmt: fmt.name
+)
+def test_every_format_in_long_rows(formats: WeightFormat, tile: int) -> None:
+    """Several blocks in each of two K ranges."""
+    K = 768 if formats.k_multiple > 32 else 544
+    check_both(random_case(formats, 96 if K == 544 else 256, K, tokens=7), tile)
 
 
 @pytest.mark.parametrize("tile", [8, 64])
