@@ -173,6 +173,8 @@ class GroupDot:
     def by_words(self, place: Place, x: Sequence[Val], total: Totals) -> None:
         """A word of all panels, then the next word: lines in ascending order."""
         emit, source = self.emit, self.source
+        if source.packed:
+            self.touch_in_order(place)
         for half in range(source.halves):
             planes = [source.sums(emit, x, half) for _ in range(PANELS)]
             emit.barrier()
@@ -190,6 +192,20 @@ class GroupDot:
                 for t in self.tokens:
                     total[t, p].set(total[t, p].get() + planes[p].scaled(t, scale))
             emit.barrier()
+
+    def touch_in_order(self, place: Place) -> None:
+        """Touch lines that would else be met before lines in front of them: the fields of a block,
+        which a group needs when it has summed its codes, and in front of upper bits, which the
+        first word needs, all other words of the group."""
+        emit, layout = self.emit, self.source.layout
+        if layout.fields_first:
+            assert place.index is not None
+            with emit.when(place.index.equals(0)):
+                for line in range(0, layout.field_bytes, LINE):
+                    emit.touch(place.fields + line)
+        if layout.high_words:
+            for line in range(0, layout.high_offset, LINE):
+                emit.touch(place.codes + line)
 
     def by_panels(
         self,
