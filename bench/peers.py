@@ -231,7 +231,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--isa", help="our tier, and kt-kernel's variant; default: the best")
     parser.add_argument("--libraries", type=parse_list, default=",".join(NAMES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="default: 3; of --formats 5")
     parser.add_argument("--seconds", type=float, default=0.4, help="of each library and round")
     parser.add_argument("--longest-call", type=float, default=3.0, help="skip slower points")
     parser.add_argument("--seed", type=int, default=1)
@@ -240,7 +240,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ggml-lib", help="folder with libggml-base.so and libggml-cpu.so")
     parser.add_argument("--no-accuracy", action="store_true")
     args = parser.parse_args()
-    if args.formats and "--methods" not in sys.argv:
+    args.rounds = args.rounds or (5 if args.formats else 3)
+    if (args.formats or args.targets) and "--methods" not in sys.argv:
         args.methods = ["all"]
     return args
 
@@ -266,7 +267,7 @@ def main() -> None:
             place.variables["HYBRID_MOE_ISA"] = args.isa
         if args.isa == "avx2" and "kt-kernel" in libraries:
             libraries["kt-kernel"].variables["KT_KERNEL_CPU_VARIANT"] = "avx2"
-    wanted = series(args)
+    wanted, name = series(args), "formats" if args.formats else "peers"
     points: list[Point] = []
     errors: list[dict[str, Any]] = []
     if not args.no_accuracy:
@@ -288,10 +289,10 @@ def main() -> None:
             for worker in workers:
                 worker.close()
             if points:  # the series takes long: what is measured is kept if it is stopped
-                write_receipt(args.json, receipt("peers", points=rows(points), errors=errors))
+                write_receipt(args.json, receipt(name, points=rows(points), errors=errors))
     if not points:
         raise SystemExit("no library could run")
-    show_all(console, rows(points), errors)
+    show_all(console, rows(points), errors, args.formats)
 
 
 def rows(points: list[Point]) -> list[dict[str, Any]]:
@@ -299,13 +300,20 @@ def rows(points: list[Point]) -> list[dict[str, Any]]:
     return [{**asdict(p), "ms": p.ms, "read_bandwidth": p.read_bandwidth} for p in points]
 
 
-def show_all(console: Console, points: list[dict[str, Any]], errors: list[dict[str, Any]]) -> None:
-    """Print the tables."""
+def show_all(
+    console: Console,
+    points: list[dict[str, Any]],
+    errors: list[dict[str, Any]],
+    formats: bool = False,
+) -> None:
+    """Print the tables; `formats`: with what only those of every format have."""
     title = f"one call (ours is faster by), {processor()}"
-    show(console, title, comparison.COLUMNS, comparison.side_by_side(points))
+    columns = comparison.FORMAT_COLUMNS if formats else comparison.COLUMNS
+    show(console, title, columns, comparison.side_by_side(points))
     console.print("; ".join(comparison.labels(points)))
     if wanted := comparison.verdicts(points):
-        show(console, "targets", comparison.VERDICTS, wanted)
+        verdicts = comparison.FORMAT_VERDICTS if formats else comparison.VERDICTS
+        show(console, "targets", verdicts, wanted)
     if errors:
         title = "error ||y - reference|| / ||reference||, reference in float64"
         show(console, title, ERRORS, errors)

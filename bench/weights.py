@@ -13,7 +13,6 @@ from types import MappingProxyType
 import numpy as np
 from problem import SOURCES, Array, Shape, bf16_bits
 
-from hybrid_moe.formats.ggml import SUPER
 from hybrid_moe.formats.numbers import f32_to_e4m3
 from hybrid_moe.formats.table import FORMATS
 from hybrid_moe.formats.weight_format import Plane, WeightFormat
@@ -102,8 +101,8 @@ def _numbers(
     size = 1 / (25 * _largest(fmt))
     if fmt.scaling == "e4m3 * row":
         size /= 128
-    elif plane.per == SUPER:
-        size /= 16 if fmt.scaling in ("q2_k",) else 32
+    elif plane.name == "factors":  # of a superblock, times sub-scales
+        size /= 16 if fmt.scaling == "q2_k" else 32
     if plane.name == "minima" and plane.dtype.kind == "f":
         size *= -_largest(fmt) / 2
     values = (size * rng.uniform(0.5, 1.5, shape)).astype(np.float32)

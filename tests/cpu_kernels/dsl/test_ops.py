@@ -95,8 +95,22 @@ def _wide_lookup(emit: Emit, index: Val, q: Val, split: Val, out: Val) -> None:
     emit.store(out, emit.op("wide_total", total))
 
 
+def _narrow_dots(emit: Emit, w: Val, x: Val, out: Val) -> None:
+    """A group: start, 8 narrow_dots."""
+    bias = emit.reduce("add", emit.load(x, I8, 32).sext(I32)) * -WIDE_OFFSET
+    total = emit.op("narrow_start", bias)
+    for quad in range(8):
+        weights = emit.op("wide_weights", emit.load(w + 64 * quad, I8, 64) + -128, WIDE_OFFSET)
+        total = emit.op("narrow_dot", total, weights, emit.load(x + 4 * quad, I32))
+    emit.store(out, total)
+
+
 def _half_to_float(emit: Emit, x: Val, out: Val) -> None:
     emit.store(out, emit.op("half_to_float", emit.load(x, I16, 16)))
+
+
+def _e4m3_pairs(emit: Emit, codes: Val, out: Val) -> None:
+    emit.store(out, emit.op("e4m3_pairs", emit.load(codes, I8, 64)))
 
 
 def _pair_dot(emit: Emit, accumulator: Val, w: Val, x: Val, out: Val) -> None:
@@ -115,7 +129,9 @@ _KERNELS: Mapping[str, tuple[Callable[..., None], int]] = {
     "byte_dot": (_byte_dots, 4),
     "wide_dot": (_wide_dots, 4),
     "wide_lookup": (_wide_lookup, 4),
+    "narrow_dot": (_narrow_dots, 3),
     "half_to_float": (_half_to_float, 2),
+    "e4m3_pairs": (_e4m3_pairs, 2),
     "pair_dot": (_pair_dot, 4),
     "times_power": (_times_power, 4),
 }
@@ -128,8 +144,8 @@ def _kernel(op: str, name: str) -> Callable[..., None]:
 
 
 def test_every_op_is_tested() -> None:
-    # tested together with byte_dot and wide_dot
-    family = {"byte_dot_bias", "byte_dot_total"}
+    # tested together with byte_dot, wide_dot and narrow_dot
+    family = {"byte_dot_bias", "byte_dot_total", "narrow_start"}
     wide = {"wide_split", "wide_start", "wide_weights", "wide_total"}
     assert set(OPS) == set(_KERNELS) | family | wide, "a new op needs a test here"
 
@@ -251,6 +267,33 @@ def test_wide_lookup(name: str, q: int) -> None:
         assert np.array_equal(out, 8 * q * w.reshape(16, 4).sum(axis=1))
 
 
+def _check_narrow_dots(name: str, w: Array, x: Array) -> None:
+    out = np.zeros(16, np.int32)
+    _kernel("narrow_dot", name)(w, x, out)
+    meant: Array = OPS["narrow_start"].meaning(np.int32(0))
+    for quad in range(8):
+        meant = OPS["narrow_dot"].meaning(meant, w[quad], x[4 * quad : 4 * quad + 4])
+    assert np.array_equal(meant, w.astype(np.int64).transpose(1, 0, 2).reshape(16, 32) @ x)
+    assert np.array_equal(out, meant)
+
+
+@TierNames
+@pytest.mark.parametrize("x", [-127, -1, 0, 1, 127])
+@pytest.mark.parametrize("w", [-128, -127, 0, 127])
+def test_narrow_dot_at_the_ends_of_its_range(name: str, w: int, x: int) -> None:
+    """Two products of such bytes do not fit 16 bits."""
+    _check_narrow_dots(name, np.full((8, 16, 4), w, np.int8), np.full(32, x, np.int8))
+
+
+@TierNames
+@given(seed=st.integers(0, 2**32 - 1))
+def test_narrow_dot(name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    w = rng.integers(-128, 128, (16, 32)).astype(np.int8)
+    x = rng.integers(-127, 128, 32).astype(np.int8)
+    _check_narrow_dots(name, _as_quads(w), x)
+
+
 @TierNames
 def test_half_to_float(name: str) -> None:
     """Every fp16: subnormal ones, and a NaN stays one."""
@@ -258,6 +301,33 @@ def test_half_to_float(name: str) -> None:
         out = np.zeros(16, np.float32)
         _kernel("half_to_float", name)(x, out)
         _assert_same_floats(out, OPS["half_to_float"].meaning(x))
+
+
+@TierNames
+@pytest.mark.parametrize("shift", [0, 1, 2, 3, 61])
+def test_e4m3_pairs(name: str, shift: int) -> None:
+    """Every code in every byte of a word, NaN and -0 too; the bits are the same on all tiers."""
+    for codes in np.roll(np.arange(256, dtype=np.uint8), shift).reshape(4, 64):
+        out = np.zeros((2, 16, 2), np.uint16)
+        _kernel("e4m3_pairs", name)(codes, out)
+        assert np.array_equal(out, OPS["e4m3_pairs"].meaning(codes))
+
+
+def test_the_meaning_of_e4m3_pairs() -> None:
+    """By ml_dtypes, whose bf16 hold every E4M3 value; inputs 0, 2 of a row, then 1, 3."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    codes = np.arange(256, dtype=np.uint8)
+    exact = codes.view(ml_dtypes.float8_e4m3fn).astype(ml_dtypes.bfloat16)
+    assert np.array_equal(
+        exact.astype(np.float64),
+        codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64),
+        equal_nan=True,
+    )
+    pairs = np.concatenate([OPS["e4m3_pairs"].meaning(part) for part in codes.reshape(4, 64)], 1)
+    order = pairs.transpose(1, 2, 0).reshape(256)  # [row][pair][which]: inputs 0, 1, 2, 3
+    values = order.view(ml_dtypes.bfloat16).astype(np.float64)
+    assert np.array_equal(values, exact.astype(np.float64), equal_nan=True)
+    assert np.array_equal(order >> 15, codes >> 7)
 
 
 def _random_bf16(rng: np.random.Generator, n: int, spread: int) -> Array:
