@@ -21,7 +21,9 @@ K = 4096
 """Inputs of the strip whose instructions are counted."""
 
 
-def counted_cycles(fmt: WeightFormat, tier: Tier) -> tuple[str, float] | None:
+def counted_cycles(
+    fmt: WeightFormat, tier: Tier, activation_bits: int = 16
+) -> tuple[str, float] | None:
     """What binds the kernel for one token on a strip of 64 rows x K inputs, and the cycles that it
     takes; None where the loops of the kernel cannot be told apart, or there is no x86 processor.
 
@@ -30,7 +32,7 @@ def counted_cycles(fmt: WeightFormat, tier: Tier) -> tuple[str, float] | None:
     """
     if "neon" in tier.all_features:
         return None
-    kernels = format_kernels(fmt)
+    kernels = format_kernels(fmt, activation_bits)
     order = kernels.order(1, tier.registers, tier.registers_per_panel)
     groups = K // GROUP
     if order.kept == PANELS:
@@ -47,9 +49,11 @@ def counted_cycles(fmt: WeightFormat, tier: Tier) -> tuple[str, float] | None:
     return fewest_cycles(counts, ZEN4 if "avx512f" in host_features() else ZEN3)
 
 
-def counted_rate(fmt: WeightFormat, tier: Tier, hertz: float, threads: int) -> float | None:
+def counted_rate(
+    fmt: WeightFormat, tier: Tier, hertz: float, threads: int, activation_bits: int = 16
+) -> float | None:
     """The same in 10^9 bytes of weights a second on so many cores of `hertz` cycles a second."""
-    counted = counted_cycles(fmt, tier)
+    counted = counted_cycles(fmt, tier, activation_bits)
     if counted is None:
         return None
     return fmt.nbytes(STRIP_ROWS, K) / counted[1] * hertz * threads / 1e9
