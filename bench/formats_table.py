@@ -84,8 +84,8 @@ Layer A (hidden 4096, intermediate 2048, 64 experts in memory, 6 a token), rando
 more weights than a cache holds. One token: GB/s of weights in the format's own bits, over the lower
 of two ceilings of the same seconds: the read bandwidth, and the rate at which the tier's
 instructions decode the format, counted from their assembly. 1024 tokens: 10^9 products added up in
-a second. Under a peer's name: how many times as long it takes on the same experts and threads; below
-1 we lose. kt-kernel runs only where a core is spare. `make bench-formats` measures all of it.
+a second. Under a peer's name: how many times as long it takes on the same experts and threads, so
+that below 1 we lose. kt-kernel runs only where a core is spare. `make bench-formats` measures it.
 
 """
 

@@ -121,6 +121,8 @@ def _numbers(
     if plane.name == "minima" and plane.dtype.kind == "f":
         size *= -_largest(fmt) / 2
     values = (size * rng.uniform(0.5, 1.5, shape)).astype(np.float32)
+    if plane.name == "factors" and plane.count == 2:  # so that minima take away the mean
+        values[:, 1::2] *= _largest(fmt) / 2
     return values.astype(plane.dtype) if plane.dtype.kind == "f" else bf16_bits(values)
 
 
