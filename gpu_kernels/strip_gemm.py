@@ -22,7 +22,7 @@ from hybrid_moe.gpu_kernels.definition import Argument
 from hybrid_moe.gpu_kernels.fragments import HALF_ROWS
 from hybrid_moe.gpu_kernels.gemm_config import ROW_TILES, GemmConfig
 from hybrid_moe.gpu_kernels.gemm_loops import CHUNKS, split_k, staged
-from hybrid_moe.gpu_kernels.lane_memory import divide, element, registers
+from hybrid_moe.gpu_kernels.lane_memory import divide, element, registers, rounded
 
 
 def gemm_arguments(out: str) -> tuple[Argument, ...]:
@@ -311,7 +311,7 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                     row = half * HALF_ROWS + 4 * t + 2 * tile
                     factors = loop.codes.rows.two(at, row)
                     for i in cutlass.range_constexpr(4):
-                        c[i, side] = c[i, side] * factors[i // 2]
+                        c[i, side] = rounded(c[i, side], factors[i // 2])
             epilogue.store(c, pairs, out, base, entry, strip, a, t, row_columns)
 
         @cute.jit

@@ -37,6 +37,7 @@ from hybrid_moe.runtime.expert_moves import ExpertMoves
 from hybrid_moe.runtime.export import ExpertWriter
 from hybrid_moe.runtime.filling import Fill
 from hybrid_moe.runtime.hot_half import HotHalf
+from hybrid_moe.runtime.packed_layers import cache_at
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.runtime.process_wide import ProcessWide
 from hybrid_moe.runtime.runner import LayerRunner
@@ -95,6 +96,8 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
             weights that are integers. None for 16 bits.
         formats: the weight formats themselves, for a layer that is loaded by `load_weights_by` and
             whose formats no method names; `method` is left out of account then.
+        cache: a directory for packed layers, see `loaders.packed_cache`: `load_weights` reads a
+            layer from there, or leaves it there for the next time. None for none.
         deferral_chain: the model that the layer belongs to: one object for all of its layers and
             no others. None: the order of construction decides, see `runtime.construction_order`;
             where that says nothing, the layer defers nothing.
@@ -151,6 +154,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         gpu_activation: str | None = None,
         cpu_activation: str | None = None,
         formats: LayerFormats | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
         arguments.refuse_unsupported(locals())
         self._method = None if formats is not None else chosen_method(method)
@@ -167,6 +171,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
             moe_intermediate_size=moe_intermediate_size,
         )
         self.weight_path = arguments.existing_path(weight_path)
+        self._cache = cache_at(cache)
         self.formats = formats or checkpoint_cache.formats_of(
             self.weight_path, self.layer_idx, self._method
         )
@@ -226,7 +231,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
             raise ValueError("load_weights needs the weight_path that the wrapper was made without")
         mapping = arguments.expert_map(physical_to_logical_map_cpu, self.num_experts)
         source = self.checkpoint_source()
-        self._load(filling.from_checkpoint(source, self.formats, mapping))
+        self._load(filling.from_checkpoint(source, self.formats, mapping, self._cache))
 
     def load_weights_from_tensors(
         self,

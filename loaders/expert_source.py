@@ -45,6 +45,11 @@ class ExpertSource(Protocol):
         """The file's own names of the types of the weights, for messages."""
 
     @property
+    def state(self) -> str:
+        """What tells its experts' values from those of any other: the files with their stamps, the
+        layer, how gate and up lie."""
+
+    @property
     def has_bias(self) -> bool:
         """Whether the projections have biases."""
 

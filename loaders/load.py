@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,45 @@ def check_map(mapping: Any, num_physical: int, num_logical: int) -> npt.NDArray[
     return array
 
 
+Progress = Callable[[int, int], None]
+"""`progress(done, total)` in ids."""
+
+
+class Counted:
+    """Tells `progress`, if there is one, of one id after another, one call at a time."""
+
+    def __init__(self, progress: Progress | None, ids: Mapping[int, Sequence[int]]) -> None:
+        self._progress, self._lock, self._done = progress, threading.Lock(), 0
+        self._total = sum(map(len, ids.values()))
+
+    def one(self) -> None:
+        """One more is loaded."""
+        with self._lock:
+            self._done += 1
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+
+def wanted_ids(
+    source: ExpertSource, mapping: npt.NDArray[np.int64], wanted: npt.NDArray[np.bool_]
+) -> dict[int, list[int]]:
+    """The checkpoint's experts that are wanted, and the ids that each has.
+
+    Raises:
+        ValueError: the map or `wanted` do not fit.
+    """
+    wanted = np.asarray(wanted)
+    if wanted.ndim != 1 or wanted.dtype != np.bool_:
+        raise ValueError(
+            f"wanted must be bool with one axis, this is {wanted.dtype} of shape {wanted.shape}"
+        )
+    mapping = check_map(mapping, len(wanted), source.num_experts)
+    ids: dict[int, list[int]] = {}
+    for physical in np.flatnonzero(wanted):
+        ids.setdefault(int(mapping[physical]), []).append(int(physical))
+    return ids
+
+
 def load_layer(
     source: ExpertSource,
     mapping: npt.NDArray[np.int64],
@@ -62,7 +101,7 @@ def load_layer(
     *,
     formats: WeightFormat | LayerFormats,
     threads: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Read the wanted experts and hand each to `sink`. Others are never read.
 
@@ -82,31 +121,18 @@ def load_layer(
         CheckpointError: a shard is truncated, an expert's values are invalid, or nothing tells
             where gate and up lie.
     """
-    wanted = np.asarray(wanted)
-    if wanted.ndim != 1 or wanted.dtype != np.bool_:
-        raise ValueError(
-            f"wanted must be bool with one axis, this is {wanted.dtype} of shape {wanted.shape}"
-        )
-    mapping = check_map(mapping, len(wanted), source.num_experts)
+    ids = wanted_ids(source, mapping, wanted)
     held = layer_formats(formats)
     source.check_layout()
     _announce(source, held)
-    ids: dict[int, list[int]] = {}
-    for physical in np.flatnonzero(wanted):
-        ids.setdefault(int(mapping[physical]), []).append(int(physical))
-    total, done, lock = int(wanted.sum()), 0, threading.Lock()
-    buffers = ReadBuffers()
+    counted, buffers = Counted(progress, ids), ReadBuffers()
 
     def load(item: tuple[int, list[int]]) -> None:
-        nonlocal done
         logical, physical_slots = item
         tensors = source.expert(logical, held, buffers.mine)
         for physical in physical_slots:
             sink(physical, tensors)
-            with lock:
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+            counted.one()
 
     for_each(ids.items(), load, threads)
 

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from hybrid_moe.cpu_kernels.dsl import e4m3
 from hybrid_moe.cpu_kernels.dsl.emit import I8, I16, I32, Emit, Val, join, pieces, vector
 from hybrid_moe.cpu_kernels.dsl.ops import (
     Lowering,
@@ -37,6 +38,11 @@ def _lookup16(emit: Emit, table: tuple[int, ...], index: Val) -> Val:
     constant, kind = emit.constant(list(table), I8), vector(I8, 16)
     name = "llvm.aarch64.neon.tbl1.v16i8"
     return join([emit.intrinsic(name, kind, constant, p) for p in pieces(index, index.lanes // 16)])
+
+
+def _e4m3_pairs(emit: Emit, codes: Val) -> Val:
+    """TBL gives 0 where the index is beyond its 16 bytes."""
+    return e4m3.by_nibbles(codes, lambda table, m: _lookup16(emit, table, m), lambda m: m)
 
 
 def _byte_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
@@ -72,7 +78,12 @@ def _wide_dot_sdot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val
 
 
 LOWERINGS: Mapping[str, Lowering] = MappingProxyType(
-    {"lookup16": _lookup16, "byte_dot": _byte_dot, "half_to_float": half_to_float_native},
+    {
+        "lookup16": _lookup16,
+        "byte_dot": _byte_dot,
+        "half_to_float": half_to_float_native,
+        "e4m3_pairs": _e4m3_pairs,
+    },
 )
 SDOT_LOWERINGS: Mapping[str, Lowering] = MappingProxyType(
     {

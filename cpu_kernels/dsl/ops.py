@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
+from hybrid_moe.cpu_kernels.dsl import e4m3
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, Val, vector
 from hybrid_moe.formats.numbers import Array
 
@@ -289,6 +290,7 @@ OPS: Mapping[str, Op] = MappingProxyType(
             Op("narrow_start", _narrow_start_meaning, _narrow_start),
             Op("narrow_dot", _narrow_dot_meaning, _narrow_dot),
             Op("half_to_float", _half_to_float_meaning, _half_to_float),
+            Op("e4m3_pairs", e4m3.meaning, e4m3.generic),
             Op("pair_dot", _pair_dot_meaning, _pair_dot, exact=False),
             Op("times_power", _times_power_meaning, _times_power),
         )

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 import llvmlite.binding as llvm
 
-from hybrid_moe.cpu_kernels.dsl import amx, neon
+from hybrid_moe.cpu_kernels.dsl import amx, e4m3, neon
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, Val, join, pieces, vector
 from hybrid_moe.cpu_kernels.dsl.ops import (
     BYTE_DOT_OFFSET,
@@ -115,6 +115,12 @@ class _Wide:
         repeated = emit.constant(list(table) * (n // 16), I8)
         parts = pieces(index, index.lanes // n)
         return join([emit.intrinsic(self.pshufb, vector(I8, n), repeated, p) for p in parts])
+
+    def e4m3_pairs(self, emit: Emit, codes: Val) -> Val:
+        """PSHUFB gives 0 where the index has its top bit: 0x70 more sets it for 16 and beyond."""
+        return e4m3.by_nibbles(
+            codes, lambda table, m: self.lookup16(emit, table, m), lambda m: m + 0x70
+        )
 
     def byte_dot(self, emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
         """PMADDUBSW sums two products into 16 bits (at most 2 * 24 * 128: no saturation); the
@@ -237,6 +243,19 @@ def _lookup_low4_vbmi(emit: Emit, table: tuple[int, ...], index: Val) -> Val:
     return emit.intrinsic("llvm.x86.avx512.permvar.qi.512", vector(I8, 64), repeated, index)
 
 
+def _e4m3_pairs_vbmi(emit: Emit, codes: Val) -> Val:
+    """VPERMI2B looks 128 bytes up by seven bits of the index, so the sign does not count."""
+    halves = [
+        [emit.constant(list(table[at : at + 64]), I8) for at in (0, 64)]
+        for table in (e4m3.UPPER, e4m3.LOWER)
+    ]
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    upper, lower = (
+        emit.intrinsic(name, vector(I8, 64), first, codes, second) for first, second in halves
+    )
+    return e4m3.spread(upper, lower, codes)
+
+
 def _times_power_scalef(emit: Emit, value: Val, factor: Val, exponent: Val) -> Val:
     """VSCALEFPS. Zen 4 has it beside the adders, where it leaves dot products their pipes."""
     mask, rounding = emit.splat(-1, I16), emit.splat(4, I32)  # every lane; by MXCSR
@@ -262,9 +281,14 @@ def _wide_lowerings(wide: _Wide) -> dict[str, Lowering]:
         "wide_dot": wide.wide_dot,
         "narrow_dot": wide.narrow_dot,
         "half_to_float": half_to_float_native,
+        "e4m3_pairs": wide.e4m3_pairs,
         "pair_dot": _pair_dot_fused,
     }
 
+
+_VBMI_LOWERINGS: Mapping[str, Lowering] = MappingProxyType(
+    {"lookup_low4": _lookup_low4_vbmi, "e4m3_pairs": _e4m3_pairs_vbmi}
+)
 
 PORTABLE = Tier("portable", frozenset(), "", vector_bits=128, registers=16, machine="")
 
@@ -347,7 +371,7 @@ AVX512_VBMI = Tier(
     "x86-64-v4",
     vector_bits=512,
     registers=32,
-    lowerings={"lookup_low4": _lookup_low4_vbmi, "times_power": _times_power_scalef},
+    lowerings={**_VBMI_LOWERINGS, "times_power": _times_power_scalef},
     extends=AVX512_BF16,
 )
 
@@ -359,7 +383,7 @@ AMX = Tier(
     "x86-64-v4",
     vector_bits=512,
     registers=32,
-    lowerings={**amx.LOWERINGS, "lookup_low4": _lookup_low4_vbmi},
+    lowerings={**amx.LOWERINGS, **_VBMI_LOWERINGS},
     flushing=frozenset({"tile_dot_pairs"}),
     extends=AVX512_BF16,
     tiles=True,

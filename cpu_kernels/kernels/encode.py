@@ -1,6 +1,7 @@
 """Encoding of activations: what the dot kernels read, one row per token.
 
-BF16 weights take the activations as they are: bf16 pairs, K * 2 bytes.
+BF16 weights take the activations as they are: bf16 pairs, K * 2 bytes. So do E4M3 weights, but a
+pair is inputs 0 and 2, or 1 and 3, of four: the even and the odd bytes of a word of codes.
 
 MXFP4 takes 15-bit fixed point. E2M1 codes doubled are integers, so with integer activations the
 sum over a group of 32 is exact and every ISA computes the same bits. For a group with maximum
@@ -270,6 +271,13 @@ def _store_bf16(emit: Emit, x: Val, to: Val) -> None:
     emit.store(to, (x.bits(I32) >> 16).trunc(I16), align=32)
 
 
+_BYTE_PAIRS_ORDER = [four + i for four in range(0, GROUP, 4) for i in (0, 2, 1, 3)]
+
+
+def _store_byte_pairs(emit: Emit, x: Val, to: Val) -> None:
+    _store_bf16(emit, x.shuffle(_BYTE_PAIRS_ORDER), to)
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How dot kernels want their activations.
@@ -297,6 +305,7 @@ FIXED15 = integer_encoding(
 )
 WIDE15 = integer_encoding(IntegerEncoding(wide=True, code_bits=8, halved=False, offset=0))
 BF16_PAIRS = Encoding(2 * GROUP, _store_bf16)
+BYTE_PAIRS = Encoding(2 * GROUP, _store_byte_pairs)
 
 BLOCK_SLACK = (MOST_BLOCK_TOKENS - 1) * SUMMED_GROUP.nbytes
 """Bytes that must be mapped behind a tile; their content does not matter. A matrix unit loads a

@@ -9,14 +9,14 @@ from functools import lru_cache, partial
 from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody
 from hybrid_moe.cpu_kernels.dsl.tiles import TileConfig
-from hybrid_moe.cpu_kernels.kernels import bf16_dot, integer_dot, order, tile_dot
-from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, Encoding, integer_encoding
+from hybrid_moe.cpu_kernels.kernels import bf16_dot, e4m3_dot, integer_dot, order, tile_dot
+from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, BYTE_PAIRS, Encoding, integer_encoding
 from hybrid_moe.cpu_kernels.kernels.group_dot import group_dot
 from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.cpu_kernels.kernels.scalings import SCALINGS
 from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS
 from hybrid_moe.formats.table import BF16
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import E4M3_CODE, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,21 @@ def _integer_kernels(fmt: WeightFormat, activation_bits: int) -> FormatKernels:
     )
 
 
+def _e4m3_kernels(fmt: WeightFormat) -> FormatKernels:
+    packed, unpacked = e4m3_dot.packed_source(fmt), e4m3_dot.unpacked_source(fmt)
+    return FormatKernels(
+        encoding=BYTE_PAIRS,
+        most=order.e4m3_most,
+        order=order.e4m3_order,
+        direct=partial(e4m3_dot.e4m3_dot, packed),
+        tiled=partial(e4m3_dot.e4m3_dot, unpacked),
+        unpack=e4m3_dot.unpack(fmt),
+        unpacked_group_bytes=unpacked.layout.block_bytes,
+        chunk_groups=tuning.chunk_groups(packed.layout),
+        tile=None,
+    )
+
+
 @lru_cache(maxsize=128)
 def format_kernels(fmt: WeightFormat, activation_bits: int = 16) -> FormatKernels:
     """The kernels of a format.
@@ -142,15 +157,17 @@ def format_kernels(fmt: WeightFormat, activation_bits: int = 16) -> FormatKernel
         )
     if fmt is BF16:
         return _BF16
+    if fmt.scaling in SCALINGS:
+        return _e4m3_kernels(fmt)
     raise NotImplementedError(f"{fmt.name} has no kernels for processors")
 
 
 def sums_integers(fmt: WeightFormat) -> bool:
     """Whether codes are integers, so that products sum whole numbers, with the same bits on every
     tier, and activations may have 8 bits."""
-    return fmt.scaling in SCALINGS and fmt.code.name != "e4m3"
+    return fmt.scaling in SCALINGS and fmt.code is not E4M3_CODE
 
 
 def has_kernels(fmt: WeightFormat) -> bool:
     """Whether processors compute with a format."""
-    return fmt is BF16 or sums_integers(fmt)
+    return fmt is BF16 or fmt.scaling in SCALINGS

@@ -76,3 +76,20 @@ def bf16_order(tokens: int, registers: int, per_panel: int) -> Order:
     if PANELS * tokens <= free:
         return Order(together=PANELS, kept=PANELS, prefetch=narrow and tokens == 1)
     return Order(together=PANELS // 2, kept=0, prefetch=False)
+
+
+def e4m3_most(registers: int, per_panel: int) -> int:
+    """Tokens of the largest tile: as `bf16_most`, but a panel's parts and sums for each beside
+    what decodes a word."""
+    return bf16_most(registers, per_panel)
+
+
+def e4m3_order(tokens: int, registers: int, per_panel: int) -> Order:
+    """Sums and the parts that are added to them take a vector each. Four panels at once if all of
+    them fit; else two panels for some groups and then the other two; else one panel, whose sums go
+    to memory with each part."""
+    free = _vectors(registers, per_panel, 8)
+    for panels in (PANELS, PANELS // 2):
+        if 2 * panels * tokens <= free:
+            return Order(together=panels, kept=panels, prefetch=panels < PANELS or per_panel > 1)
+    return Order(together=1, kept=0, prefetch=True)

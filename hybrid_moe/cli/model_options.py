@@ -34,6 +34,14 @@ GpuBackendOption = Annotated[
         help="What computes them; torch needs no GPU. Default: cute where it can be used.",
     ),
 ]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder that keeps the packed experts, as large as the model's: the next start reads "
+        "them as they are.",
+    ),
+]
 CpuActivationOption = Annotated[
     str | None,
     typer.Option(
@@ -56,6 +64,7 @@ class LoadOptions:
     gpu_experts: str | None = None
     gpu_backend: str | None = None
     cpu_activation: str | None = None
+    cache: Path | None = None
 
     def workers(self) -> PoolConfig:
         """The threads that work.

@@ -11,7 +11,12 @@ import typer
 
 from hybrid_moe.cli import machine_options as o
 from hybrid_moe.cli.local_server import listen, require_server, serve_here
-from hybrid_moe.cli.model_options import DENSE, CpuActivationOption, LoadOptions
+from hybrid_moe.cli.model_options import (
+    DENSE,
+    CacheOption,
+    CpuActivationOption,
+    LoadOptions,
+)
 from hybrid_moe.cli.models import ModelOption
 from hybrid_moe.cli.terminal import Steps
 
@@ -39,6 +44,7 @@ def serve(
     chunk: o.ChunkOption = 2048,
     threads: o.ThreadsOption = None,
     pools: o.PoolsOption = None,
+    cache: CacheOption = None,
     ceilings: o.CeilingsOption = None,
     ram_bandwidth: o.RamBandwidthOption = None,
     gmacs: o.GmacsOption = None,
@@ -81,12 +87,14 @@ def serve(
             steps.begin("seeing whether the model fits")
             _check_fit(options, model)
             load = LoadOptions(
-                method, dense, threads, pools, gpu_experts, gpu_backend, cpu_activation
+                method, dense, threads, pools, gpu_experts, gpu_backend, cpu_activation, cache
             )
             serve_here(model, load, context, grace, listener, steps)
         return
     if cpu_activation is not None:
         raise ValueError("--cpu-activation is for Transformers' server, which runs without a --gpu")
+    if cache is not None:
+        raise ValueError("--cache is for models that are served here, without a --gpu")
     if not dry_run:
         require_sglang()  # before headers are read and ceilings measured
     python = "python" if dry_run else sys.executable

@@ -81,6 +81,11 @@ class GgufLayer:
         return "/".join(dict.fromkeys(p.weight.dtype for p in self.projections.values()))
 
     @property
+    def state(self) -> str:
+        """What tells its experts' values from those of another state of the files."""
+        return f"{self.index.state}, layer {self.layer}"
+
+    @property
     def has_bias(self) -> bool:
         """Whether the projections have biases."""
         return self._first.bias is not None

@@ -192,7 +192,7 @@ class Expected:
         assert np.linalg.norm(error) <= 0.0030 * np.linalg.norm(self.value)
 
 
-def _weights(fmt: WeightFormat, matrix: Matrix) -> tuple[F64, F64]:
+def weights_and_parts(fmt: WeightFormat, matrix: Matrix) -> tuple[F64, F64]:
     """Weights, and the magnitudes of what is added up for each: of a code times its factor, and of
     an offset."""
     if fmt.name in DENSE_FORMATS:
@@ -213,7 +213,7 @@ def _product(fmt: WeightFormat, x: F64, matrix: Matrix) -> tuple[F64, F64]:
     Tensor cores align the products of a step before they add them, and drop what is below the
     largest one's last bit: a unit in the last place for each of K terms, twice what rounding costs.
     """
-    w, parts = _weights(fmt, matrix)
+    w, parts = weights_and_parts(fmt, matrix)
     value, magnitude = x @ w.T, np.abs(x) @ parts.T
     if matrix.bias is not None:
         value, magnitude = value + matrix.bias, magnitude + np.abs(matrix.bias)

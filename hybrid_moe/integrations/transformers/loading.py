@@ -31,7 +31,10 @@ from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.integrations.transformers.split_experts import LayerSplit
 from hybrid_moe.loaders import Checkpoint, ExpertSource, load_layer
+from hybrid_moe.loaders.load import Progress
+from hybrid_moe.loaders.packed_cache import PackedCache
 from hybrid_moe.runtime import filling
+from hybrid_moe.runtime.packed_layers import load_packed_layer
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +114,16 @@ def load_experts(
     options: ExpertsOptions,
     formats: LayerFormats,
     split: LayerSplit | None = None,
+    cache: PackedCache | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Fill an empty experts module from the checkpoint.
 
     Args:
         formats: in which they are held.
         split: which of them go to a GPU's slots; None for none.
+        cache: where packed layers are; None for nowhere.
+        progress: see `load_layer`.
 
     Raises:
         CheckpointError: an expert is damaged.
@@ -124,16 +131,18 @@ def load_experts(
     """
     E = module.spec.num_experts
     if split is not None:
-        fill = filling.from_checkpoint(source, formats, torch.arange(E))
+        fill = filling.from_checkpoint(source, formats, torch.arange(E), cache, progress)
         module.allocate_split(options, formats, split).load(fill)
         return
+    layer, threads = module.allocate(options, formats), options.pool_config().threads
+    mapping, wanted = np.arange(E, dtype=np.int64), np.ones(E, dtype=np.bool_)
+    if cache is not None:
+        load_packed_layer(
+            cache, source, formats, mapping, wanted, layer, threads, progress=progress
+        )
+        return
     load_layer(
-        source,
-        mapping=np.arange(E, dtype=np.int64),
-        wanted=np.ones(E, dtype=np.bool_),
-        sink=module.allocate(options, formats).load,
-        formats=formats,
-        threads=options.pool_config().threads,
+        source, mapping, wanted, layer.load, formats=formats, threads=threads, progress=progress
     )
 
 

@@ -199,6 +199,7 @@ def from_pretrained(
     gpu_activation: str | None = None,
     cpu_activation: str | None = None,
     router: str | None = None,
+    cache: str | Path | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Any:
@@ -223,6 +224,8 @@ def from_pretrained(
             `offload`. With "cute" the whole model is loaded onto the GPU, unless `device_map` says
             otherwise.
         cpu_activation, router: see `offload`.
+        cache: a directory where packed experts are kept, see `loaders.packed_cache`: what is there
+            is read as it is, and what is not is left there. None for none.
         progress: show a progress bar on stderr.
         **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...; `variant`
             and `subfolder` choose the files of experts too).
@@ -231,8 +234,9 @@ def from_pretrained(
         FileNotFoundError: no such directory, or no such profile.
         CheckpointError: the checkpoint is damaged or does not fit the model; names the tensor. Or
             a token takes more experts than there are.
-        ValueError, TypeError: unknown method, a layer whose stored weights do not become it,
-            impossible threads, no experts; GPU experts, a back end or a router as for `offload`.
+        ValueError, TypeError: unknown method, a layer whose stored weights do not become it, a
+            `cache` that cannot be used, impossible threads, no experts; GPU experts, a back end or
+            a router as for `offload`.
         NotImplementedError: an experts module computes something that this package does not, or
             with `router="cute"` a router does.
     """
@@ -259,6 +263,7 @@ def from_pretrained(
     )
     from hybrid_moe.loaders.expert_source import held_formats
     from hybrid_moe.loaders.model_config import ModelConfig
+    from hybrid_moe.runtime.packed_layers import cache_at
 
     dense_fmt = dense_format(dense)
     check_router(router)
@@ -280,6 +285,7 @@ def from_pretrained(
     formats = {layer: held_formats(source, chosen) for layer, source in stored.items()}
     options = _checked(BF16.name, threads, pools, cpu_activation)
     options.check_activation(formats.values())
+    packed = cache_at(cache)
     split = split_of_checkpoint(
         stored, given or checkpoint.model, formats, gpu_experts, gpu_backend, kwargs, gpu_activation
     )
@@ -303,8 +309,8 @@ def from_pretrained(
                 held, of_layer = held_formats(source, chosen), None
                 if split is not None:
                     of_layer = split.of_layer(source.layer, surrounding_device(model, name))
-                load_experts(source, module, options, held, of_layer)
-                bar.add(experts_nbytes(module.spec, held))
+                each = bar.each(experts_nbytes(module.spec, held))
+                load_experts(source, module, options, held, of_layer, packed, each)
         _save_from_strips(model)
         chosen_by_user = kwargs.get("attn_implementation") is not None
         _prepare_steps(model, options, attention=not chosen_by_user)

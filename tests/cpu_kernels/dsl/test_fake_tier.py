@@ -92,6 +92,18 @@ def _half_to_float(emit: Emit, x: Val) -> Val:
     return (value.bits(I32) | ((wide >> 15) << 31)).bits(F32)
 
 
+def _e4m3_pairs(emit: Emit, codes: Val) -> Val:
+    """Normal and subnormal numbers apart, as integers; a NaN by its code."""
+    words, parts = codes.bits(I32), []
+    for i in range(4):
+        m = (words >> (8 * i)) & 127
+        subnormal = (m.to_float() * 2.0**-9).bits(I32) >> 16
+        bits = (m < 8).select(subnormal, m * 16 + 0x3C00)
+        bits = (m > 126).select(0x7FF0, bits)
+        parts.append(bits + ((words >> (8 * i + 7)) & 1) * 0x8000)
+    return (parts[0] + parts[2] * 65536).concat(parts[1] + parts[3] * 65536)
+
+
 def _pair_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     """Eight rows at a time."""
     (w0, w1), (x0, x1) = unpack_pair(w), unpack_pair(emit.broadcast(x, 16))
@@ -137,6 +149,7 @@ _LOWERINGS: dict[str, Lowering] = {
     "wide_dot": _wide_dot,
     "wide_total": _wide_total,
     "half_to_float": _half_to_float,
+    "e4m3_pairs": _e4m3_pairs,
     "pair_dot": _pair_dot,
     "times_power": _times_power,
 }

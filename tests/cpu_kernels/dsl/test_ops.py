@@ -92,6 +92,10 @@ def _half_to_float(emit: Emit, x: Val, out: Val) -> None:
     emit.store(out, emit.op("half_to_float", emit.load(x, I16, 16)))
 
 
+def _e4m3_pairs(emit: Emit, codes: Val, out: Val) -> None:
+    emit.store(out, emit.op("e4m3_pairs", emit.load(codes, I8, 64)))
+
+
 def _pair_dot(emit: Emit, accumulator: Val, w: Val, x: Val, out: Val) -> None:
     old, weights = emit.load(accumulator, F32, 16), emit.load(w, I32, 16)
     emit.store(out, emit.op("pair_dot", old, weights, emit.load(x, I32)))
@@ -109,6 +113,7 @@ _KERNELS: Mapping[str, tuple[Callable[..., None], int]] = {
     "wide_dot": (_wide_dots, 4),
     "narrow_dot": (_narrow_dots, 3),
     "half_to_float": (_half_to_float, 2),
+    "e4m3_pairs": (_e4m3_pairs, 2),
     "pair_dot": (_pair_dot, 4),
     "times_power": (_times_power, 4),
 }
@@ -260,6 +265,33 @@ def test_half_to_float(name: str) -> None:
         out = np.zeros(16, np.float32)
         _kernel("half_to_float", name)(x, out)
         _assert_same_floats(out, OPS["half_to_float"].meaning(x))
+
+
+@TierNames
+@pytest.mark.parametrize("shift", [0, 1, 2, 3, 61])
+def test_e4m3_pairs(name: str, shift: int) -> None:
+    """Every code in every byte of a word, NaN and -0 too; the bits are the same on all tiers."""
+    for codes in np.roll(np.arange(256, dtype=np.uint8), shift).reshape(4, 64):
+        out = np.zeros((2, 16, 2), np.uint16)
+        _kernel("e4m3_pairs", name)(codes, out)
+        assert np.array_equal(out, OPS["e4m3_pairs"].meaning(codes))
+
+
+def test_the_meaning_of_e4m3_pairs() -> None:
+    """By ml_dtypes, whose bf16 hold every E4M3 value; inputs 0, 2 of a row, then 1, 3."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    codes = np.arange(256, dtype=np.uint8)
+    exact = codes.view(ml_dtypes.float8_e4m3fn).astype(ml_dtypes.bfloat16)
+    assert np.array_equal(
+        exact.astype(np.float64),
+        codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64),
+        equal_nan=True,
+    )
+    pairs = np.concatenate([OPS["e4m3_pairs"].meaning(part) for part in codes.reshape(4, 64)], 1)
+    order = pairs.transpose(1, 2, 0).reshape(256)  # [row][pair][which]: inputs 0, 1, 2, 3
+    values = order.view(ml_dtypes.bfloat16).astype(np.float64)
+    assert np.array_equal(values, exact.astype(np.float64), equal_nan=True)
+    assert np.array_equal(order >> 15, codes >> 7)
 
 
 def _random_bf16(rng: np.random.Generator, n: int, spread: int) -> Array:

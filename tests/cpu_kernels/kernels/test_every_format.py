@@ -39,15 +39,15 @@ from tests.reference import (
 
 BEST = next(r.tier.name for r in reversed(available_tiers()) if r.usable)
 EVERY_TIER = (
-    "INT4_G128_BF16",  # small codes, blocks of four groups
-    "INT4_G32_FP16_Z1",  # zero points
-    "INT8_ROW_FLOAT32",  # whole bytes, fields of rows
-    "Q2_K",  # halves of a group, minima
-    "Q6_K",  # upper bits in a plane of their own
+    ("INT4_G32_FP16_Z1", 16),  # small codes, zero points, blocks of two groups
+    ("INT8_ROW_FLOAT32", 16),  # whole bytes, fields of rows
+    ("Q2_K", 16),  # codes of two bits, halves of a group, minima
+    ("INT8_ROW_FLOAT32", 8),  # one plane
 )
-"""Rows that run on every tier even in a short run (`portable` as what they are compared with)."""
-EVERY_TIER_8 = ("INT4_G32_FP16_Z1", "INT8_ROW_FLOAT32")
-"""The same with activations of 8 bits: one plane of small codes, and of whole bytes."""
+"""Rows, and bits of activations, that run on every tier even in a short run: on `portable` as what
+the others are compared with. What tiers do with each op is tested in `test_ops`."""
+BRIEF_8 = ("INT4_G32_FP16_Z1", "INT4_ROW_FLOAT32", "NVFP4", "Q4_K")
+"""Rows that meet activations of 8 bits on the best tier in a short run."""
 BETWEEN = ("_G64_", "_G256_")
 """In names of rows that differ from those of groups of 128 by a shift: not in a short run."""
 
@@ -60,17 +60,18 @@ TOKENS = [1, 2, 3, 4, 5, 6, 7, 45]
 
 
 def _cases() -> Iterator[Any]:
+    """(weights and bits, tier), those of long runs marked."""
     for fmt, tier, bits in itertools.product(FORMATS.values(), TIERS, (16, 8)):
         if not has_kernels(fmt) or (bits == 8 and not sums_integers(fmt)):
             continue
-        rows = EVERY_TIER if bits == 16 else EVERY_TIER_8
-        brief = tier == BEST and bits == 16 and not any(group in fmt.name for group in BETWEEN)
-        brief |= tier != "portable" and fmt.name in rows
+        brief = tier == BEST and not any(group in fmt.name for group in BETWEEN)
+        brief &= bits == 16 or fmt.name in BRIEF_8
+        brief |= tier != "portable" and (fmt.name, bits) in EVERY_TIER
         marks = [] if brief else pytest.mark.full
         yield pytest.param((fmt, bits), tier, id=f"{fmt.name}-{bits}-{tier}", marks=marks)
 
 
-Every = pytest.mark.parametrize(("case", "name"), _cases())
+Every = pytest.mark.parametrize(("case", "name"), list(_cases()))
 
 
 def shapes_of(fmt: WeightFormat) -> dict[str, tuple[LayerFormats, int, int]]:
