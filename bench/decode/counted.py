@@ -11,8 +11,10 @@ from decode.instructions import ZEN3, ZEN4, count, fewest_cycles
 from hybrid_moe.cpu_kernels.dsl.emit import build_module
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, host_features
 from hybrid_moe.cpu_kernels.jit.compile import assembly
+from hybrid_moe.cpu_kernels.kernels import e4m3_dot
 from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.format_kernels import format_kernels
+from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.cpu_kernels.tuning import TURN_GROUPS
 from hybrid_moe.formats.strips import GROUP, PANELS, STRIP_ROWS
 from hybrid_moe.formats.weight_format import WeightFormat
@@ -34,19 +36,26 @@ def counted_cycles(
         return None
     kernels = format_kernels(fmt, activation_bits)
     order = kernels.order(1, tier.registers, tier.registers_per_panel)
-    groups = K // GROUP
-    if order.kept == PANELS:
-        trips = (groups, 1)
-    elif order.kept:
-        trips = (groups // TURN_GROUPS, TURN_GROUPS)
-    else:
-        trips = (groups, PANELS)
+    trips = _trips(fmt, order)
     text = build_module([("direct1", DOT_ARITY, kernels.direct(1, order))], tier, "counted")
     try:
         counts = count(assembly(text, tier.target), "direct1", trips)
     except ValueError:
         return None
     return fewest_cycles(counts, ZEN4 if "avx512f" in host_features() else ZEN3)
+
+
+def _trips(fmt: WeightFormat, order: Order) -> tuple[int, ...]:
+    """Turns of the kernel's loops: through turns of groups, spans that share a sum, groups or
+    panels."""
+    floats = fmt.code.name == "e4m3"
+    span = e4m3_dot.packed_source(fmt).span if floats else 1
+    groups = K // GROUP
+    if order.kept == PANELS or (floats and not order.kept):
+        return groups // span, span
+    if order.kept:
+        return groups // TURN_GROUPS, TURN_GROUPS // span, span
+    return groups, PANELS
 
 
 def counted_rate(

@@ -33,7 +33,7 @@ _ONE_TOKEN: Mapping[str, float] = MappingProxyType(
 )
 """Of the formats that are slower, or have been, than integers with one scale for a group."""
 _ZERO_POINTS = 0.73
-_E4M3 = 0.4
+_E4M3 = 0.35
 """E4M3 codes become bf16 one by one."""
 _MANY_TOKENS: Mapping[str, float] = MappingProxyType({"BF16": 1.0, "MXFP4": 1.0, "Q2_K": 0.8})
 _ONE_FACTOR, _TWO_FACTORS = 0.94, 0.89
