@@ -151,6 +151,12 @@ def formats(bench: Bench) -> Iterator[str]:
         yield markdown(tables.ERRORS, bench["errors"])
 
 
+def accuracy(bench: Bench) -> Iterator[str]:
+    """Errors of every format."""
+    yield "### Errors of every format\n\n`python bench/accuracy.py`, see docs/formats.md\n"
+    yield markdown(tables.ACCURACY, bench["points"])
+
+
 def pool(bench: Bench) -> Iterator[str]:
     """Fork-join."""
     yield "### Fork-join of an empty job\n\n`python bench/pool.py`\n"
@@ -233,6 +239,7 @@ SECTIONS: Mapping[str, Callable[[Bench], Iterator[str]]] = MappingProxyType(
             gpu_check,
             peers,
             formats,
+            accuracy,
             pool,
             load,
             big,

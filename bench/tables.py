@@ -234,3 +234,11 @@ ERRORS = (
     number("inputs N(0, 1)", "normal", 4),
     number("8 channels × 40", "outliers", 4),
 )
+
+ACCURACY = (
+    text("format", "{method}"),
+    number("inputs N(0, 1)", "normal", 5),
+    number("8 channels × 40", "outliers", 5),
+    number("bf16 floor", "floor", 5),
+    number("weights", "weights", 4),
+)

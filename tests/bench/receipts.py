@@ -85,6 +85,8 @@ def every_bench() -> list[dict[str, Any]]:
     quick = {"name": "decode", "value": 90.0, "unit": "%", "higher_is_better": True}
     step = {"part": "steps", "step": "panels", "cycles": 7.25, "GBps": 14.5, "share": 87.0}
     tile = {"part": "tiers", "tier": "amx", "instructions": 17.0}
+    precise = {"method": "Q4_K+int8", "normal": 0.0117, "outliers": 0.02, "floor": 0.0017,
+               "weights": None}  # fmt: skip
     return [
         machine("ceilings", threads=2, reads=[read], peaks=[peak], skipped={"amx": "amx-tile"}),
         machine("end_to_end", points=[model_point(), model_point(engine="llama.cpp")]),
@@ -92,6 +94,12 @@ def every_bench() -> list[dict[str, Any]]:
         machine("moe_layer", points=[layer_point(), layer_point(tokens=64)], skipped={}),
         machine("gpu_check", gpu=None, steps=[], points=[]),
         machine("peers", points=peers, errors=errors),
+        machine(
+            "accuracy",
+            isa="avx2",
+            points=[precise],
+            sizes={"hidden": 64, "intermediate": 32, "experts": 4, "top_k": 2},
+        ),
         machine("formats", points=[{**p, "counted_rate": 40.0} for p in peers], errors=errors),
         machine("pool", points=[pool_point(), pool_point(caller="caller works", signal_us=None)]),
         machine("load", points=[load], packing=[{"format": "MXFP4", "GBps": 10.0}], threads=2),
