@@ -16,9 +16,13 @@ import numpy.typing as npt
 _Loop = TypeVar("_Loop", bound=Callable[..., None])
 _U8 = npt.NDArray[np.uint8]
 _U32 = npt.NDArray[np.uint32]
+_Order = npt.NDArray[np.int64]
 
 _TILE = 16
-"""Words of a cache line: a tile of so many columns is read and written whole."""
+"""Columns of words that are read side by side: a cache line of them."""
+_RUN = 64
+"""Bytes that are written side by side: rows of the result lie a power of two apart, so that a cache
+holds few of them at a time, and each of their lines is written at once."""
 
 
 def _njit(function: _Loop) -> _Loop:
@@ -30,26 +34,47 @@ def _njit(function: _Loop) -> _Loop:
 @_njit
 def _transpose_words(words: _U32, out: _U32) -> None:
     rows, columns = words.shape
-    for first in range(0, columns, _TILE):
-        last = min(first + _TILE, columns)
-        for row in range(rows):
-            for column in range(first, last):
-                out[column, row] = words[row, column]
+    tile = np.empty((_TILE, _RUN // 4), np.uint32)
+    for top in range(0, rows, _RUN // 4):
+        some = min(_RUN // 4, rows - top)
+        for first in range(0, columns, _TILE):
+            width = min(_TILE, columns - first)
+            for row in range(some):
+                for column in range(width):
+                    tile[column, row] = words[top + row, first + column]
+            for column in range(width):
+                for row in range(some):
+                    out[first + column, top + row] = tile[column, row]
 
 
 @_njit
-def _transpose_nibbles(words: _U32, shifts: _U32, out: _U8) -> None:
+def _transpose_nibbles(words: _U32, order: _Order, out: _U8) -> None:
     rows, columns = words.shape
-    for first in range(0, columns, _TILE):
-        last = min(first + _TILE, columns)
-        for row in range(0, rows, 2):
-            for column in range(first, last):
-                low = words[row, column]
-                high = words[row + 1, column] if row + 1 < rows else np.uint32(0)
-                for place in range(8):
-                    a = (low >> shifts[place]) & np.uint32(15)
-                    b = (high >> shifts[place]) & np.uint32(15)
-                    out[8 * column + place, row // 2] = np.uint8(a | (b << np.uint32(4)))
+    even, byte = np.uint32(0x0F0F0F0F), np.uint32(0xFF)
+    tile = np.empty((_TILE, 8, _RUN), np.uint8)
+    for top in range(0, rows, 2 * _RUN):
+        pairs = min(_RUN, (rows - top + 1) // 2)
+        for first in range(0, columns, _TILE):
+            width = min(_TILE, columns - first)
+            for pair in range(pairs):
+                row = top + 2 * pair
+                for column in range(width):
+                    low = words[row, first + column]
+                    high = np.uint32(0)
+                    if row + 1 < rows:
+                        high = words[row + 1, first + column]
+                    # byte i: the nibbles 2 i of both words, and the nibbles 2 i + 1
+                    evens = (low & even) | ((high & even) << np.uint32(4))
+                    odds = ((low >> np.uint32(4)) & even) | (high & ~even)
+                    for i in range(4):
+                        shift = np.uint32(8 * i)
+                        tile[column, 2 * i, pair] = np.uint8((evens >> shift) & byte)
+                        tile[column, 2 * i + 1, pair] = np.uint8((odds >> shift) & byte)
+            for column in range(width):
+                for i in range(8):
+                    target = 8 * (first + column) + order[i]
+                    for pair in range(pairs):
+                        out[target, top // 2 + pair] = tile[column, i, pair]
 
 
 @_njit
@@ -118,10 +143,8 @@ def transpose_nibbles(words: _U32, order: tuple[int, ...]) -> _U8:
         uint8 [8 C, ceil(R / 2)]: of each column the nibbles of all R, low first; where R is odd,
         the last upper one is 0.
     """
-    shifts = np.empty(8, np.uint32)
-    shifts[list(order)] = 4 * np.arange(8)
     out = np.empty((8 * words.shape[1], -(-words.shape[0] // 2)), np.uint8)
-    _transpose_nibbles(words, shifts, out)
+    _transpose_nibbles(words, np.array(order), out)
     return out
 
 
