@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hybrid_moe.formats.table import BF16, chosen_method
+from hybrid_moe.formats.table import AS_STORED, AUTO, BF16, chosen_method
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.formats.weight_format import layer_formats
 from hybrid_moe.integrations.transformers.guard import NAME, guard
@@ -77,7 +77,7 @@ def register_or_warn() -> None:
 
 def offload(
     model: Model,
-    method: str = "MXFP4",
+    method: str | None = "MXFP4",
     threads: int | None = None,
     pools: int | None = None,
     *,
@@ -99,7 +99,7 @@ def offload(
 
     Args:
         model: a Transformers model with experts on any device (not meta).
-        method: weight format of the strips.
+        method: weight format of the strips; "auto" (or None) for the one that the model holds.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"), or "torch" to leave them
@@ -132,6 +132,7 @@ def offload(
             and a router that is not known. Nothing has been moved then.
     """
     from hybrid_moe.integrations.transformers.experts_module import (
+        common_format,
         experts_spec,
         find_experts,
         refuse_adapters,
@@ -147,10 +148,15 @@ def offload(
     )
 
     dense_fmt = dense_format(dense)
-    options = _checked(method, threads, pools, cpu_activation)
-    options.check_activation([layer_formats(options.fmt)])
+    as_held = method is None or method.upper() in (AS_STORED, AUTO)
+    options = _checked(
+        BF16.name if method is None or as_held else method, threads, pools, cpu_activation
+    )
     check_router(router)
     found = find_experts(model)
+    if as_held:
+        options = replace(options, method=common_format(found).name)
+    options.check_activation([layer_formats(options.fmt)])
     refuse_adapters(model, found)
     specs = {name: experts_spec(module, name) for name, module in found.items()}
     for name, module in found.items():
