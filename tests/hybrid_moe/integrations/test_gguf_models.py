@@ -22,6 +22,7 @@ from hybrid_moe.loaders import convert_checkpoint
 from hybrid_moe.loaders.gguf.index import GgufIndex
 from hybrid_moe.planning.model import read_model
 from tests.hybrid_moe.integrations.gguf_cases import TINY, entries, metadata, tiny_file
+from tests.hybrid_moe.integrations.loading_cases import hybrid_experts
 from tests.loaders.gguf.files import (
     Entry,
     GgufFile,
@@ -124,6 +125,26 @@ def test_experts_are_never_dequantized(tiny: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(name for name, _ in seen) == sorted(dense)
     assert len(shapes) == len(dense)
     assert all(len(shape) < 3 for shape in shapes)
+
+
+def test_the_default_keeps_what_a_file_stores(tmp_path: Path) -> None:
+    """Of a checkpoint of safetensors it is MXFP4, which these layers do not become."""
+
+    def in_q8_0(tensor: Entry) -> Entry:
+        if "down_exps" not in tensor.name:
+            return tensor
+        blocks = np.frombuffer(tensor.data, np.uint8).reshape(*tensor.shape[:2], -1)
+        values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.MXFP4)
+        data = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+        return Entry(tensor.name, tensor.shape, 8, data.tobytes())
+
+    file = tiny_file()
+    path = replace(file, tensors=tuple(map(in_q8_0, file.tensors))).write(tmp_path / "m.gguf")
+    model = from_pretrained(path, threads=1, progress=False)
+    names = {experts.formats.name for experts in hybrid_experts(model)}
+    assert names == {"MXFP4 (gate, up) and INT8 (down)"}
+    with pytest.raises(ValueError, match=r"LLAMAFILE"):
+        from_pretrained(path, "MXFP4", threads=1, progress=False)
 
 
 def test_the_tokenizer_is_the_files(tiny: Path) -> None:
