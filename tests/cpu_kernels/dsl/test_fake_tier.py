@@ -18,6 +18,8 @@ from hybrid_moe.cpu_kernels.dsl.ops import OPS, Lowering, fused, unpack_pair
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE, Tier
 from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
 from hybrid_moe.cpu_kernels.kernels.order import fixed15_most
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.cases import Case, from_bf16, random_batch
@@ -92,6 +94,16 @@ def _wide_total(emit: Emit, accumulator: Val) -> Val:
     return -(low + high * 256)
 
 
+def _narrow_start(emit: Emit, bias: Val) -> Val:
+    """Signed weights need no bias."""
+    return emit.broadcast(bias * 0, 16)
+
+
+def _narrow_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+    """The last product first."""
+    return accumulator - _wide_dot(emit, emit.splat(0, I32, 32), w, x, x).halves()[0]
+
+
 def _half_to_float(emit: Emit, x: Val) -> Val:
     """Normal and subnormal numbers apart; the tests have no others."""
     wide = x.zext(I32)
@@ -160,6 +172,8 @@ _LOWERINGS: dict[str, Lowering] = {
     "wide_lookup": _wide_lookup,
     "wide_dot": _wide_dot,
     "wide_total": _wide_total,
+    "narrow_start": _narrow_start,
+    "narrow_dot": _narrow_dot,
     "half_to_float": _half_to_float,
     "e4m3_pairs": _e4m3_pairs,
     "pair_dot": _pair_dot,
@@ -217,3 +231,16 @@ def test_a_new_tier_is_one_row(
         if fmt.name != "BF16" or not tiles:
             assert np.array_equal(out, portable.forward(*batch)), "normal numbers: the same bits"
     assert set(used) >= _DOTS[fmt.name, tiles]
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, INT8], ids=lambda f: f.name)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_new_tier_takes_activations_of_8_bits(fmt: WeightFormat, tiles: bool) -> None:
+    used: Counter[str] = Counter()
+    case = Case.random(fmt, 96, 64)
+    layers = [case.layer(tier, activation_bits=8) for tier in (_fake(64, 8, tiles, used), PORTABLE)]
+    for tokens in (1, 3, 9, 50):
+        batch = random_batch(tokens, case.H, case.E, 3)
+        out, expected = (layer.forward(*batch) for layer in layers)
+        assert np.array_equal(out, expected)
+    assert set(used) >= ({"narrow_start", "narrow_dot"} if fmt is INT8 else {"byte_dot"})
