@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, Val
-from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, Lowering, fused, unpack_pair
+from hybrid_moe.cpu_kernels.dsl.ops import OPS, Lowering, fused, unpack_pair
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE, Tier
 from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
 from hybrid_moe.cpu_kernels.kernels.order import fixed15_most
@@ -49,8 +49,8 @@ def _byte_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     return accumulator
 
 
-def _byte_dot_bias(emit: Emit, x: Val) -> Val:
-    return emit.reduce("add", x.sext(I32)) * (4 * BYTE_DOT_OFFSET)
+def _byte_dot_bias(emit: Emit, x: Val, offset: int) -> Val:
+    return emit.reduce("add", x.sext(I32)) * (4 * offset)
 
 
 def _byte_dot_total(emit: Emit, high: Val, low: Val) -> Val:
@@ -69,6 +69,15 @@ def _wide_split(emit: Emit, q: Val) -> Val:
 
 def _wide_start(emit: Emit, bias: Val) -> Val:
     return emit.splat(0, I32, 32)
+
+
+def _wide_weights(emit: Emit, w: Val, offset: int) -> Val:
+    """Signed."""
+    return -(-w + offset)
+
+
+def _wide_lookup(emit: Emit, table: tuple[int, ...], offset: int, index: Val) -> Val:
+    return _lookup_low4(emit, tuple(weight & 255 for weight in table), index)
 
 
 def _wide_dot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val) -> Val:
@@ -139,7 +148,8 @@ _DOTS = {
     },
     ("MXFP4", True): {"byte_dot", "tile_dot_bytes", "tile_configure", "tile_release"},
     ("INT8", False): {
-        *("wide_split", "wide_start", "wide_dot", "wide_total", "half_to_float", "times_power"),
+        *("wide_split", "wide_start", "wide_weights", "wide_dot", "wide_total"),
+        *("half_to_float", "times_power"),
     },
     ("INT8", True): {
         *("wide_split", "wide_dot", "half_to_float", "tile_dot_bytes", "tile_configure"),
@@ -158,6 +168,8 @@ _LOWERINGS: dict[str, Lowering] = {
     "byte_dot_total": _byte_dot_total,
     "wide_split": _wide_split,
     "wide_start": _wide_start,
+    "wide_weights": _wide_weights,
+    "wide_lookup": _wide_lookup,
     "wide_dot": _wide_dot,
     "wide_total": _wide_total,
     "narrow_start": _narrow_start,
