@@ -20,7 +20,7 @@ HOT = $(if $(GPU_EXPERTS), --gpu-experts $(GPU_EXPERTS))$(if $(GPU_BACKEND), --g
 
 .PHONY: demo test test-full fuzz test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install
 .PHONY: install-dev wheel bench bench-ceilings bench-dense bench-end-to-end bench-load bench-peers
-.PHONY: bench-peers-install bench-pool bench-quick bench-results clean gpu-check
+.PHONY: bench-formats bench-peers-install bench-pool bench-quick bench-results clean gpu-check
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -156,6 +156,15 @@ bench-quick: install
 # KT_PYTHON, GGML_LIB: where kt-kernel and ggml are, if not where bench-peers-install puts them
 bench-peers: install
 	$(BIN)/python bench/peers.py --targets
+
+# Every format beside kt-kernel, ggml and torch, one token and 1024, with a core to spare and with all,
+# and its bars; FORMATS=Q4_K,FP8 for some, TIER=avx2 for another tier. Then docs/results and docs/formats.md.
+FORMATS_RECEIPT := $(RECEIPTS)/formats$(addprefix -,$(TIER)).json
+bench-formats: install
+	mkdir -p $(RECEIPTS)
+	$(BIN)/python bench/peers.py --formats $(addprefix --methods ,$(FORMATS)) $(addprefix --isa ,$(TIER)) \
+		--json $(FORMATS_RECEIPT)
+	$(if $(FORMATS)$(TIER),,$(BIN)/python bench/report.py $(FORMATS_RECEIPT) && $(BIN)/python bench/formats_table.py)
 
 # Of llama.cpp, whose sources llama-cpp-python's source distribution has, only the libraries are
 # built: five minutes on two cores, where the whole takes a quarter of an hour.

@@ -30,7 +30,7 @@ from hybrid_moe.formats.numbers import bf16_to_f32, f32_to_bf16
 from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from hybrid_moe.formats.weight_format import WeightFormat
-from hybrid_moe.loaders.stored import encode
+from hybrid_moe.loaders.quantize import encode
 
 F64 = npt.NDArray[np.float64]
 OUTLIERS, OUTLIER_SCALE = 8, 40.0

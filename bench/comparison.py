@@ -48,6 +48,17 @@ def read_share(point: Point) -> float:
     return float(statistics.median(shares))
 
 
+def decode_share(point: Point) -> float | None:
+    """The same over the lower of the read bandwidth and the rate at which the tier's instructions
+    decode the format (`decode.counted`); None where that was not counted."""
+    counted = point.get("counted_rate")
+    if not counted:
+        return None
+    rounds = zip(point["rounds_ms"], point["read_bandwidths"], strict=True)
+    rates = [(point["weight_bytes"] / ms / 1e6, read) for ms, read in rounds]
+    return float(statistics.median(rate / min(read, counted) for rate, read in rates))
+
+
 def peak_share(point: Point) -> float:
     """Multiply-accumulates per second over the peak of our tier's instruction."""
     return float(point["macs"] / (point["ms"] / 1e3) / point["our_ceiling"])
@@ -82,6 +93,14 @@ COLUMNS = (
     *map(_beside, PEERS),
 )
 
+FORMAT_COLUMNS = (
+    *COLUMNS[:6],
+    _ours("decodes, GB/s", lambda p: f"{p['counted_rate']:.0f}" if p["counted_rate"] else ""),
+    _ours("% of both", lambda p: "" if (s := decode_share(p)) is None else f"{100 * s:.0f}"),
+    *COLUMNS[6:],
+)
+"""Of every format: the counted decode rate beside the read bandwidth, the share of the lower."""
+
 
 def side_by_side(points: Iterable[Point]) -> list[dict[str, Any]]:
     """Rows of `COLUMNS`: for each point the libraries that ran it, by name."""
@@ -102,7 +121,9 @@ class Target:
 
     Attributes:
         read: of the read bandwidth of the same seconds.
+        decode: of the lower of that and the tier's counted decode rate, on any number of threads.
         peak: of the peak multiply-accumulates of the tier.
+        rate: 10^9 multiply-accumulates a second.
         faster: library -> its time over ours.
     """
 
@@ -111,16 +132,28 @@ class Target:
     tokens: int
     read: float | None = None
     peak: float | None = None
+    decode: float | None = None
+    rate: float | None = None
     faster: Mapping[str, float] = field(default_factory=dict)
 
     def verdicts(
-        self, read: float, peak: float, faster: Mapping[str, float]
+        self,
+        read: float,
+        peak: float,
+        faster: Mapping[str, float],
+        decode: float | None = None,
+        rate: float = 0.0,
     ) -> list[tuple[str, bool]]:
         """Each part as ("wanted: measured", met); parts whose library did not run are left out."""
         parts = []
-        for name, least, found in (("read", self.read, read), ("peak", self.peak, peak)):
-            if least is not None:
+        shares = (
+            ("read", self.read, read), ("decode", self.decode, decode), ("peak", self.peak, peak),
+        )  # fmt: skip
+        for name, least, found in shares:
+            if least is not None and found is not None:
                 parts.append((f"{name} {100 * found:.0f} % of {100 * least:.0f} %", found >= least))
+        if self.rate is not None:
+            parts.append((f"{rate:.0f} GMAC/s of {self.rate:.0f}", rate >= self.rate))
         for library, least in self.faster.items():
             if library in faster:
                 found = faster[library]
@@ -143,10 +176,41 @@ TARGETS = (
 Zen 4 cores at 3.66 GHz."""
 
 
+INT8_ACTIVATIONS = "+int8"
+"""Ends the name of a method that is to round activations to 8 bits."""
+
+
+def _format(
+    method: str, decode: float | None, rate: float | None, fast: bool = False
+) -> list[Target]:
+    """One token and 1024 of a format on shape A; `fast`: the latter with int8 activations."""
+    many = method + (INT8_ACTIVATIONS if fast else "")
+    return [Target(method, "A", 1, decode=decode), Target(many, "A", 1024, rate=rate)]
+
+
+FORMAT_TARGETS = (
+    *_format("FP8", 0.82, 190),
+    *_format("FP8_PERCHANNEL", 0.85, 200),
+    *_format("RAWINT4", 0.75, 190),
+    *_format("AMXINT8", 0.85, 250, fast=True),
+    *_format("AMXINT4", 0.75, 250, fast=True),
+    *_format("Q4_K", 0.65, 190),
+    *_format("NVFP4", 0.75, 180),
+    *_format("MXFP8", 0.82, 180),
+    *_format("GPTQ_INT4", 0.75, 180),
+    *(t for method in (
+        "MXFP4", "BF16", "AWQ", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K",
+        "Q6_K", "IQ4_NL", "IQ4_XS",
+    ) for t in _format(method, None, None)),
+)  # fmt: skip
+"""Every format; rates are of two Zen 4 cores. Those without a figure are only compared."""
+
+
 def target_for(method: str, shape: str, tokens: int) -> Target | None:
     """The target of a point, or None."""
     wanted = (method, shape, tokens)
-    return next((t for t in TARGETS if (t.method, t.shape, t.tokens) == wanted), None)
+    every = (*TARGETS, *FORMAT_TARGETS)
+    return next((t for t in every if (t.method, t.shape, t.tokens) == wanted), None)
 
 
 VERDICTS = (
@@ -155,22 +219,27 @@ VERDICTS = (
     text("measured of wanted", "{measured}"),
     Column("", lambda v: "met" if v["met"] else "**missed**"),
 )
+FORMAT_VERDICTS = (VERDICTS[0], number("threads", "threads"), *VERDICTS[1:])
 
 
 def verdicts(points: Iterable[Point]) -> list[dict[str, Any]]:
     """Rows of `VERDICTS`: each part of every target that was measured, with the most threads of any
-    point."""
+    point; shares of `decode` with any number of threads."""
     groups = by_point(points)
     most = max((threads for *_, threads in groups), default=0)
     found = []
     for (method, shape, tokens, threads), libraries in groups.items():
         target = target_for(method, shape, tokens)
         ours = libraries.get(OURS)
-        if target is None or ours is None or threads != most:
+        if target is None or ours is None:
             continue
+        if threads != most:
+            target = Target(method, shape, tokens, decode=target.decode)
         faster = {name: p["ours_is_faster"] for name, p in libraries.items() if name != OURS}
-        found += [
-            {"layer": f"{method} {shape}", "tokens": tokens, "measured": measured, "met": met}
-            for measured, met in target.verdicts(read_share(ours), peak_share(ours), faster)
-        ]
+        parts = target.verdicts(
+            read_share(ours), peak_share(ours), faster, decode_share(ours),
+            ours["macs"] / ours["ms"] / 1e6,
+        )  # fmt: skip
+        at = {"layer": f"{method} {shape}", "tokens": tokens, "threads": threads}
+        found += [{**at, "measured": measured, "met": met} for measured, met in parts]
     return found

@@ -81,7 +81,8 @@ class Problem:
     def random(layer: Layer, tokens: int) -> Problem:
         model, batches = layer.model, random_batches(layer.model, tokens, device())
         tile = token_tile(tokens * model.top_k, model.experts)
-        packs = functools.partial(pack_ref, fmt=layer.layout.fmt, slots=model.experts, tile=tile)
+        fmt = layer.layout.formats.gate_up
+        packs = functools.partial(pack_ref, fmt=fmt, slots=model.experts, tile=tile)
         return Problem(layer, batches, [packs(b.x, b.ids, layer.slot_of) for b in batches])
 
     @property
@@ -147,11 +148,15 @@ def _gemm_candidates(kernel: str, problem: Problem, card: Card) -> Iterator[Cand
         "pairs_per_row": model.top_k if first else 1,
     }
     h = problem.batches[0].x.new_zeros(pairs, K)
-    chosen = gemm_config(layout.fmt.name, K, problem.tile, biases=layout.biases, pdl=card.pdl)
+    fmt = layout.formats.gate_up if first else layout.formats.down
+    chosen = gemm_config(fmt.name, K, problem.tile, biases=layout.biases, pdl=card.pdl)
 
     def definition(config: GemmConfig) -> KernelDefinition:
         if first:
-            return gate_up.definition(gate_up.GateUpConfig(config, *model.activation.parameters))
+            places = gate_up.places_of(layout.formats.down)
+            return gate_up.definition(
+                gate_up.GateUpConfig(config, *model.activation.parameters, places)
+            )
         return down.definition(config)
 
     def launches(config: GemmConfig, compiled: KernelDefinition, i: int) -> list[Launch]:
@@ -170,8 +175,9 @@ def _pack_candidates(problem: Problem, card: Card) -> Iterator[Candidate]:
     def launches(few: bool, i: int) -> list[Launch]:
         batch = problem.batches[i]
         room = empty_packed(batch.x, pairs, layer.model.experts, problem.tile)
+        fmt = layer.layout.formats.gate_up
         return pack_launches(
-            batch.x, batch.ids, layer.slot_of, room, fmt=layer.layout.fmt, few=few, pdl=card.pdl
+            batch.x, batch.ids, layer.slot_of, room, fmt=fmt, few=few, pdl=card.pdl
         )
 
     best = takes_one_launch(pairs)
@@ -249,7 +255,7 @@ def tune(kernel: str, problem: Problem, card: Card) -> list[Point]:
                 "card": card.name,
                 "kernel": kernel,
                 "model": layer.model.name,
-                "format": layer.layout.fmt.name,
+                "format": layer.layout.formats.name,
                 "tokens": problem.tokens,
                 "tile": problem.tile,
                 "row": candidate.row,

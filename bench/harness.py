@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from problem import SHAPES, SOURCES, Batch, Calls, Codes, Shape, random_experts
+from problem import SHAPES, SOURCES, Batch, Calls, Shape
+from weights import Codes, format_of, random_experts
 
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.table import format_named
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 
 DISTURBED = 0.05
@@ -62,7 +62,12 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def layer_parser(doc: str, methods: str, threads: object) -> argparse.ArgumentParser:
     """Of a command whose points are methods x shapes x tokens x threads, all lists with commas."""
     made = parser(doc)
-    made.add_argument("--methods", type=parse_list, default=methods, help="MXFP4, INT8, BF16")
+    made.add_argument(
+        "--methods",
+        type=parse_list,
+        default=methods,
+        help="of the formats' table, or as weights.py names them",
+    )
     made.add_argument("--shapes", type=parse_shapes, default="A", help="A to D")
     made.add_argument("--tokens", type=parse_numbers, default="1,4,16,64,256,1024")
     made.add_argument("--threads", type=parse_numbers, default=str(threads))
@@ -90,14 +95,14 @@ def make_layer(
     }
 
     def matrix(name: str, source: Codes) -> Matrix:
-        return Matrix(source.codes, source.scales, bias[name])
+        return Matrix(**source.planes, bias=bias[name], scale_rows=source.fmt.scale_rows)
 
     sources = [
         ExpertTensors(**{name: matrix(name, codes) for name, codes in expert.items()})
         for expert in random_experts(shape, method)
     ]
     layer = ExpertLayer(
-        format_named(method),
+        format_of(method),
         shape.experts,
         shape.hidden,
         shape.intermediate,
@@ -114,7 +119,7 @@ def make_layer(
 def weight_bytes(method: str, shape: Shape, batches: Sequence[Batch]) -> float:
     """Bytes of the experts that a call touches, in the format's own bits; mean of the batches."""
     distinct = statistics.mean(batch.distinct_experts for batch in batches)
-    return distinct * shape.weights_per_expert * format_named(method).bits_per_weight / 8
+    return distinct * shape.weights_per_expert * format_of(method).bits_per_weight / 8
 
 
 class Reads:

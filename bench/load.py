@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import psutil
-from problem import SHAPES, SOURCES, random_experts
+from problem import SHAPES, SOURCES
+from weights import random_experts
 
 _PROJECTIONS = {"gate": "w1", "up": "w3", "down": "w2"}
 _EXPERTS_PER_SHARD = 32
@@ -123,7 +124,7 @@ def load(directory: Path, threads: int) -> dict[str, Any]:
         wanted = np.ones(source.num_experts, bool)
         layer.allocate(wanted, biases=source.has_bias)
         identity = np.arange(source.num_experts)
-        load_layer(source, identity, wanted, layer.load, fmt=MXFP4, threads=threads)
+        load_layer(source, identity, wanted, layer.load, formats=MXFP4, threads=threads)
         seconds = time.perf_counter() - start
         nbytes = layer.nbytes
         layer.close()

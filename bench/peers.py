@@ -1,12 +1,16 @@
 """Our MoE layer against other libraries: same shapes, threads and random experts, in turn.
 
     python bench/peers.py --targets
+    python bench/peers.py --formats
     python bench/peers.py --methods MXFP4 --shapes A --tokens 1,64 --kt-python VENV/bin/python
 
 Each library runs in a process of its own that is stopped (SIGSTOP) while another one runs, since
 idle threads of most libraries spin. A point is measured in several rounds, each library once per
 round and the read bandwidth around each, so that all see the same neighbours; ratios are medians
 over rounds of the peer's time over ours in the same round.
+
+Ours stands beside two ceilings: what the same threads read around it, and the rate at which the
+tier's instructions decode the format (`decode.counted`) at the clock of that moment.
 
 Where the libraries come from: bench/README.md. Those that are not found are left out, and so is
 kt-kernel where no core is spare: its queue thread busy-waits through a call.
@@ -22,7 +26,9 @@ from functools import partial
 from typing import Any
 
 import comparison
-from comparison import OUR_ERROR, OURS, PEERS, TARGETS
+from comparison import FORMAT_TARGETS, INT8_ACTIVATIONS, OUR_ERROR, OURS, PEERS, TARGETS
+from decode.counted import counted_rate
+from decode.sweeps import Clock
 from harness import Reads, layer_parser, parse_list, time_beside_reads, weight_bytes
 from peer.find import Place, find_ggml, find_kt, those_found
 from peer.interface import UnavailableError
@@ -30,8 +36,11 @@ from peer.process import WorkerProcess
 from problem import SHAPES, Shape, batches_for, random_batches
 from rich.console import Console
 from tables import ERRORS, show
+from weights import format_of
 
 from hybrid_moe.cpu_kernels.ceilings.peaks import mac_ceiling
+from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
+from hybrid_moe.cpu_kernels.kernels.format_kernels import has_kernels
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.planning.receipt import processor, receipt, write_receipt
@@ -56,6 +65,7 @@ class Point:
     weight_bytes: float = 0.0
     macs: float = 0.0
     our_ceiling: float = 0.0
+    counted_rate: float | None = None
     spare_cores: int = 0
     ours_is_faster: float | None = None
 
@@ -142,8 +152,14 @@ def measure(
     tokens: int,
     pace: Pace,
     ceiling: float,
+    counted: float | None = None,
 ) -> list[Point]:
-    """One batch size, all libraries in turn."""
+    """One batch size, all libraries in turn.
+
+    Args:
+        ceiling: multiply-accumulates per second of our tier's instruction for the method.
+        counted: GB/s at which our tier's instructions decode it, all threads; None: not counted.
+    """
     batches = random_batches(shape, tokens, batches_for(tokens), bench.seed)
     distinct = statistics.mean(b.distinct_experts for b in batches)
     nbytes = weight_bytes(method, shape, batches)
@@ -156,7 +172,7 @@ def measure(
             points[worker.name] = Point(
                 worker.name, worker.label, method, shape.name, tokens, bench.threads,
                 weight_bytes=nbytes, macs=float(shape.macs(tokens)), our_ceiling=ceiling,
-                spare_cores=usable_cores() - bench.threads,
+                spare_cores=usable_cores() - bench.threads, counted_rate=counted,
             )  # fmt: skip
     for _ in range(bench.rounds):
         for worker in workers:
@@ -193,11 +209,13 @@ def accuracy(
 
 
 def series(args: argparse.Namespace) -> dict[tuple[str, str], list[int]]:
-    """(method, shape) -> batch sizes: the targets', or every combination of the options."""
-    if args.targets:
+    """(method, shape) -> batch sizes: the targets' (of the named methods, or all), or every
+    combination of the options."""
+    if args.targets or args.formats:
         wanted: dict[tuple[str, str], list[int]] = {}
-        for target in TARGETS:
-            wanted.setdefault((target.method, target.shape), []).append(target.tokens)
+        for target in FORMAT_TARGETS if args.formats else TARGETS:
+            if args.methods == ["all"] or target.method.split("+")[0] in args.methods:
+                wanted.setdefault((target.method, target.shape), []).append(target.tokens)
         return {key: sorted(tokens) for key, tokens in wanted.items()}
     return {(method, s.name): args.tokens for method in args.methods for s in args.shapes}
 
@@ -206,8 +224,14 @@ def parse_arguments() -> argparse.Namespace:
     cores = usable_cores()
     parser = layer_parser(__doc__, "MXFP4", ",".join(str(n) for n in (cores - 1, cores) if n))
     parser.add_argument("--targets", action="store_true", help="the points that have targets")
+    parser.add_argument(
+        "--formats",
+        action="store_true",
+        help="every format (of --methods, or all) at one token and 1024, and its bars",
+    )
+    parser.add_argument("--isa", help="our tier, and kt-kernel's variant; default: the best")
     parser.add_argument("--libraries", type=parse_list, default=",".join(NAMES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="default: 3; of --formats 5")
     parser.add_argument("--seconds", type=float, default=0.4, help="of each library and round")
     parser.add_argument("--longest-call", type=float, default=3.0, help="skip slower points")
     parser.add_argument("--seed", type=int, default=1)
@@ -215,14 +239,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kt-path", help="folder of `pip install --target` with kt-kernel")
     parser.add_argument("--ggml-lib", help="folder with libggml-base.so and libggml-cpu.so")
     parser.add_argument("--no-accuracy", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.rounds = args.rounds or (5 if args.formats else 3)
+    if (args.formats or args.targets) and "--methods" not in sys.argv:
+        args.methods = ["all"]
+    return args
+
+
+def ceilings(method: str, pool: PoolConfig, isa: str | None) -> tuple[float, float | None]:
+    """(multiply-accumulates per second of our tier's instruction, counted decode rate in GB/s);
+    zero and None where our kernels do not have the format."""
+    fmt, tier = format_of(method.removesuffix(INT8_ACTIVATIONS)), choose_tier(isa)
+    if not has_kernels(fmt):
+        return 0.0, None
+    return mac_ceiling(fmt.name, pool, tier), counted_rate(
+        fmt, tier, Clock(tier).measure(), pool.threads
+    )
 
 
 def main() -> None:
     args = parse_arguments()
     console = Console(width=140)
     libraries = places(args, console)
-    wanted = series(args)
+    if args.isa:
+        choose_tier(args.isa)
+        for place in libraries.values():
+            place.variables["HYBRID_MOE_ISA"] = args.isa
+        if args.isa == "avx2" and "kt-kernel" in libraries:
+            libraries["kt-kernel"].variables["KT_KERNEL_CPU_VARIANT"] = "avx2"
+    wanted, name = series(args), "formats" if args.formats else "peers"
     points: list[Point] = []
     errors: list[dict[str, Any]] = []
     if not args.no_accuracy:
@@ -232,20 +277,22 @@ def main() -> None:
         pool = PoolConfig(threads)
         bench = Bench(threads, args.rounds, args.seconds, args.seed, Reads(threads))
         for (method, shape), tokens in wanted.items():
-            ceiling = mac_ceiling(method, pool)
+            ceiling, counted = ceilings(method, pool, args.isa)
             workers = set_up(
                 libraries, console, threads, shape=shape, method=method, max_tokens=max(tokens)
             )
             pace = Pace(args.longest_call)
             for count in tokens:
-                points += measure(bench, workers, SHAPES[shape], method, count, pace, ceiling)
+                points += measure(
+                    bench, workers, SHAPES[shape], method, count, pace, ceiling, counted
+                )
             for worker in workers:
                 worker.close()
             if points:  # the series takes long: what is measured is kept if it is stopped
-                write_receipt(args.json, receipt("peers", points=rows(points), errors=errors))
+                write_receipt(args.json, receipt(name, points=rows(points), errors=errors))
     if not points:
         raise SystemExit("no library could run")
-    show_all(console, rows(points), errors)
+    show_all(console, rows(points), errors, args.formats)
 
 
 def rows(points: list[Point]) -> list[dict[str, Any]]:
@@ -253,13 +300,20 @@ def rows(points: list[Point]) -> list[dict[str, Any]]:
     return [{**asdict(p), "ms": p.ms, "read_bandwidth": p.read_bandwidth} for p in points]
 
 
-def show_all(console: Console, points: list[dict[str, Any]], errors: list[dict[str, Any]]) -> None:
-    """Print the tables."""
+def show_all(
+    console: Console,
+    points: list[dict[str, Any]],
+    errors: list[dict[str, Any]],
+    formats: bool = False,
+) -> None:
+    """Print the tables; `formats`: with what only those of every format have."""
     title = f"one call (ours is faster by), {processor()}"
-    show(console, title, comparison.COLUMNS, comparison.side_by_side(points))
+    columns = comparison.FORMAT_COLUMNS if formats else comparison.COLUMNS
+    show(console, title, columns, comparison.side_by_side(points))
     console.print("; ".join(comparison.labels(points)))
     if wanted := comparison.verdicts(points):
-        show(console, "targets", comparison.VERDICTS, wanted)
+        verdicts = comparison.FORMAT_VERDICTS if formats else comparison.VERDICTS
+        show(console, "targets", verdicts, wanted)
     if errors:
         title = "error ||y - reference|| / ||reference||, reference in float64"
         show(console, title, ERRORS, errors)

@@ -1,5 +1,5 @@
-"""What every library computes, and how its calls are timed: shapes, random weights and routing, a
-float64 reference, a clock that notices disturbance.
+"""What every library computes, and how its calls are timed: shapes, random routing, a float64
+reference, a clock that notices disturbance. Weights are in `weights`.
 
 NumPy only, so that a peer's worker can run in an environment that has nothing else of ours.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,9 +21,6 @@ Array: TypeAlias = npt.NDArray[Any]
 
 SOURCES = 4
 """Distinct random experts; the others are copies of them at addresses of their own."""
-
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-SCALE_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -72,25 +69,6 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class Codes:
-    """A random matrix: MXFP4 as nibbles [N, K/2] with E8M0 bytes [N, K/32], INT8 as int8 [N, K] and
-    fp16 scales [N, K/32], BF16 as bits [N, K]."""
-
-    codes: Array
-    scales: Array | None
-
-    def dequantize(self) -> Array:
-        """float64 [N, K]."""
-        if self.scales is None:
-            return bf16_values(self.codes).astype(np.float64)
-        if self.codes.dtype == np.int8:
-            return self.codes * np.repeat(self.scales.astype(np.float64), SCALE_GROUP, 1)
-        nibbles = np.stack([self.codes & 15, self.codes >> 4], -1).reshape(len(self.codes), -1)
-        values = np.array([*E2M1, *(-v for v in E2M1)])[nibbles]
-        return values * np.repeat(2.0 ** (self.scales.astype(np.float64) - 127), SCALE_GROUP, 1)
-
-
 def bf16_bits(x: Array) -> npt.NDArray[np.uint16]:
     """float32 -> bf16 bits, to nearest even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
@@ -102,29 +80,6 @@ def bf16_values(bits: Array) -> npt.NDArray[np.float32]:
     """bf16 bits -> float32."""
     values: npt.NDArray[np.float32] = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return values
-
-
-def random_experts(shape: Shape, method: str) -> list[dict[str, Codes]]:
-    """`SOURCES` experts of valid random codes, the same for every caller.
-
-    Raises:
-        ValueError: this module cannot make weights of `method`.
-    """
-    rng = np.random.default_rng(11)
-
-    def matrix(N: int, K: int) -> Codes:
-        if method == "MXFP4":
-            codes = np.frombuffer(rng.bytes(N * K // 2), np.uint8).reshape(N, K // 2)
-            return Codes(codes, rng.integers(119, 122, (N, K // SCALE_GROUP), dtype=np.uint8))
-        if method == "INT8":
-            codes = np.frombuffer(rng.bytes(N * K), np.int8).reshape(N, K)
-            steps = rng.uniform(1, 3, (N, K // SCALE_GROUP)) / 8192
-            return Codes(np.maximum(codes, -127), steps.astype(np.float16))
-        if method == "BF16":
-            return Codes(bf16_bits(rng.standard_normal((N, K), dtype=np.float32) / 50), None)
-        raise ValueError(f"no random weights of {method}: MXFP4, INT8 and BF16 can be made")
-
-    return [{name: matrix(*size) for name, size in shape.matrices.items()} for _ in range(SOURCES)]
 
 
 @dataclass(frozen=True)
@@ -172,12 +127,11 @@ def expert_output(x: Array, gate: Array, up: Array, down: Array) -> Array:
     return y
 
 
-def reference(experts: list[dict[str, Codes]], batch: Batch) -> Array:
-    """float64 [T, H]: plain SwiGLU experts, cyclically, on the dequantized weights."""
+def reference(experts: Sequence[Mapping[str, Array]], batch: Batch) -> Array:
+    """float64 [T, H]: plain SwiGLU experts, cyclically, of float64 matrices by name."""
     x = bf16_values(batch.x).astype(np.float64)
     y = np.zeros_like(x)
-    for i, expert in enumerate(experts):
-        dense = {name: codes.dequantize() for name, codes in expert.items()}
+    for i, dense in enumerate(experts):
         tokens, slots = np.nonzero(batch.ids % len(experts) == i)
         weights = batch.weights[tokens, slots, None].astype(np.float64)
         np.add.at(y, tokens, weights * expert_output(x[tokens], **dense))

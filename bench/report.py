@@ -133,6 +133,24 @@ def peers(bench: Bench) -> Iterator[str]:
         yield markdown(tables.ERRORS, bench["errors"])
 
 
+def formats(bench: Bench) -> Iterator[str]:
+    """Every format beside its peers, and its bars."""
+    points = bench["points"]
+    yield "### Every format\n\n`make bench-formats`\n"
+    yield (
+        'As beside other libraries, one table for all formats. "Decodes" is the rate at which the '
+        "tier's instructions decode the format for one token, counted from their assembly; the "
+        "share of both is of the lower of that and what could be read. A method that ggml does not "
+        "have stands beside its type of as many bits, Q4_0 or Q8_0. "
+        f"{'; '.join(comparison.labels(points))}.\n"
+    )
+    yield markdown(comparison.FORMAT_COLUMNS, comparison.side_by_side(points))
+    if wanted := comparison.verdicts(points):
+        yield markdown(comparison.FORMAT_VERDICTS, wanted)
+    if bench["errors"]:
+        yield markdown(tables.ERRORS, bench["errors"])
+
+
 def pool(bench: Bench) -> Iterator[str]:
     """Fork-join."""
     yield "### Fork-join of an empty job\n\n`python bench/pool.py`\n"
@@ -195,6 +213,7 @@ SECTIONS: Mapping[str, Callable[[Bench], Iterator[str]]] = MappingProxyType(
             dense,
             gpu_check,
             peers,
+            formats,
             pool,
             load,
             steps,

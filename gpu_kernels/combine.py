@@ -22,6 +22,7 @@ from hybrid_moe.formats.strips import GROUP
 from hybrid_moe.gpu_kernels.definition import Argument, KernelDefinition, Launch
 from hybrid_moe.gpu_kernels.expert_tiles import check_tensor
 from hybrid_moe.gpu_kernels.lane_memory import at, vector
+from hybrid_moe.gpu_kernels.lane_memory import rounded as rounded_product
 from hybrid_moe.gpu_kernels.pack_tokens import check_routing
 from hybrid_moe.gpu_kernels.toolchain import has_pdl, launch
 
@@ -58,12 +59,6 @@ def _kernel(config: CombineConfig) -> Any:
     import cutlass.cute as cute
     from cutlass import BFloat16, Float32, Int32, Int64
     from cutlass.cute import Pointer, arch
-
-    def rounded_product(a: Any, b: Any) -> Any:
-        # Written as `a * b` it would become a fused multiply-add.
-        return arch.inline_ptx(
-            "mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b]
-        )
 
     class Combine:
         def __init__(self, config: CombineConfig) -> None:

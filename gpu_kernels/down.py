@@ -86,7 +86,7 @@ def _chosen(format: str, K: int, tile: int, biases: bool, pdl: bool) -> KernelDe
 
 def choose(layout: SlotLayout, tile: int, *, pdl: bool = False) -> KernelDefinition:
     """The kernel for experts of this layout and tiles of `tile` pairs."""
-    return _chosen(layout.fmt.name, layout.intermediate, tile, layout.biases, pdl)
+    return _chosen(layout.formats.down.name, layout.intermediate, tile, layout.biases, pdl)
 
 
 def _check(layout: SlotLayout, tiles: ExpertTiles, h: Tensor) -> int:
@@ -100,7 +100,7 @@ def _check(layout: SlotLayout, tiles: ExpertTiles, h: Tensor) -> int:
 def down_ref(layout: SlotLayout, tiles: ExpertTiles, h: Tensor) -> Tensor:
     """`down` in torch: float32, any device. Rows of pairs in no tile are zero."""
     _check(layout, tiles, h)
-    inputs = unpermute(h, layout.fmt).float()
+    inputs = unpermute(h, layout.formats.down).float()
     y = h.new_zeros(h.shape[0], layout.hidden, dtype=torch.float32)
     for pairs, weights in tiles.pairs_by_slot(layout):
         y[pairs] = inputs[pairs] @ weights.down.T

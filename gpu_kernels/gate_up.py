@@ -15,7 +15,7 @@ import torch
 
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.strips import GROUP
-from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.gpu_kernels.definition import KernelDefinition
 from hybrid_moe.gpu_kernels.expert_tiles import ExpertTiles, check_tensor
 from hybrid_moe.gpu_kernels.fragments import inverse_k_order, permute, unpermute
@@ -31,12 +31,27 @@ TABLE_COLUMNS = 3
 
 @dataclass(frozen=True)
 class GateUpConfig:
-    """A `GemmConfig`, and `Activation.parameters`."""
+    """A `GemmConfig`, `Activation.parameters`, and the order of h.
+
+    Attributes:
+        places: of inputs 1, 2, 4, 8 and 16 of a group in the `k_order` of `down`, from which all
+            follow: the place of i + j is the sum of theirs where they have no bit in common.
+    """
 
     gemm: GemmConfig
     limit: float
     alpha: float
     offset: float
+    places: tuple[int, ...]
+
+
+def places_of(fmt: WeightFormat) -> tuple[int, ...]:
+    """`GateUpConfig.places` for a `down` of this format."""
+    place = inverse_k_order(fmt).tolist()
+    bits = (1, 2, 4, 8, 16)
+    if any(place[i] + place[j] != place[i + j] for i in bits for j in range(i)):
+        raise AssertionError("k_order does not permute the bits of a place")
+    return tuple(place[i] for i in bits)
 
 
 def _kernel(config: GateUpConfig) -> Any:
@@ -44,9 +59,7 @@ def _kernel(config: GateUpConfig) -> Any:
     import cutlass.cute as cute
     from cutlass import BFloat16, Float32, Int32, Int64
 
-    place = inverse_k_order(FORMATS[config.gemm.format].bits).tolist()
-    if any(place[i] + place[j] != place[i + j] for i in (1, 2, 4, 8, 16) for j in range(i)):
-        raise AssertionError("k_order does not permute the bits of a place")
+    place = {0: 0, **{1 << bit: at for bit, at in enumerate(config.places)}}
 
     def sigmoid(x: Any) -> Any:
         return cute.arch.rcp_approx(Float32(1.0) + cute.math.exp(-x, fastmath=True))
@@ -107,17 +120,17 @@ def definition(config: GateUpConfig) -> KernelDefinition:
 
 @functools.lru_cache(maxsize=256)
 def _chosen(
-    format: str, K: int, tile: int, biases: bool, activation: Activation, pdl: bool
+    formats: LayerFormats, K: int, tile: int, biases: bool, activation: Activation, pdl: bool
 ) -> KernelDefinition:
-    gemm = gemm_config(format, K, tile, biases=biases, pdl=pdl)
-    return definition(GateUpConfig(gemm, *activation.parameters))
+    gemm = gemm_config(formats.gate_up.name, K, tile, biases=biases, pdl=pdl)
+    return definition(GateUpConfig(gemm, *activation.parameters, places_of(formats.down)))
 
 
 def choose(
     layout: SlotLayout, activation: Activation, tile: int, *, pdl: bool = False
 ) -> KernelDefinition:
     """The kernel for experts of this layout and tiles of `tile` pairs."""
-    return _chosen(layout.fmt.name, layout.hidden, tile, layout.biases, activation, pdl)
+    return _chosen(layout.formats, layout.hidden, tile, layout.biases, activation, pdl)
 
 
 def _check(layout: SlotLayout, tiles: ExpertTiles, xp: Tensor, k: int) -> int:
@@ -136,7 +149,7 @@ def gate_up_ref(
     """`gate_up` in torch: float32, any device. Rows of pairs in no tile are zero."""
     _check(layout, tiles, xp, k)
     limit, alpha, offset = activation.parameters
-    x = unpermute(xp, layout.fmt).float()
+    x = unpermute(xp, layout.formats.gate_up).float()
     h = xp.new_zeros(xp.shape[0] * k, layout.intermediate)
     for pairs, weights in tiles.pairs_by_slot(layout):
         tokens = x[pairs // k]
@@ -145,7 +158,7 @@ def gate_up_ref(
             g, u = g + weights.gate_bias, u + weights.up_bias
         g, u = g.clamp(max=limit), u.clamp(-limit, limit)
         h[pairs] = (g * torch.sigmoid(alpha * g) * (u + offset)).to(h.dtype)
-    permuted: Tensor = permute(h, layout.fmt)
+    permuted: Tensor = permute(h, layout.formats.down)
     return permuted
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
-from hybrid_moe.formats.strips import GROUP
-from hybrid_moe.formats.table import BF16
-from hybrid_moe.gpu_kernels.weight_codes import WEIGHT_CODES
+from hybrid_moe.formats.strips import GROUP, strip_layout
+from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.gpu_kernels.weight_codes.table import check_kernels, strip_codes
 
 RANGE_INPUTS = 512
 """Most inputs of a K range."""
@@ -16,6 +17,8 @@ STAGE_GROUPS = 2
 """Groups of activations of a stage: 128 bytes a token, all banks of shared memory once."""
 ROW_TILES = 2
 """Tiles of 16 rows in half a strip."""
+SHARE_REGISTERS = 64
+"""Of a lane, for weights on their way where K is split."""
 MOST_SHARED_BYTES = 99 << 10
 """Of a block on sm_86, sm_89 and sm_120, the least of all architectures."""
 
@@ -33,6 +36,17 @@ def range_bounds(K: int) -> list[int]:
     groups, ranges = K // GROUP, k_ranges(K)
     stages = -(-groups // STAGE_GROUPS)
     return [min(STAGE_GROUPS * (r * stages // ranges), groups) for r in range(ranges + 1)]
+
+
+@functools.lru_cache(maxsize=128)
+def groups_with_room(format: str) -> int:
+    """Groups of weights that `SHARE_REGISTERS` hold: a lane's part of both halves of each, fields
+    included, beside the factors of its eight rows and a tile's products where those are not folded
+    into the codes."""
+    fmt = FORMATS[format]
+    codes = strip_codes(fmt, strip_layout(fmt, max(GROUP, fmt.k_multiple)))
+    room = SHARE_REGISTERS - (0 if codes.ways[0] else 16)
+    return room // (2 * codes.registers)
 
 
 @dataclass(frozen=True)
@@ -64,10 +78,7 @@ class GemmConfig:
     pdl: bool = False
 
     def __post_init__(self) -> None:
-        if self.format not in WEIGHT_CODES:
-            raise NotImplementedError(
-                f"{self.format} has no GPU kernels yet: there are {', '.join(WEIGHT_CODES)}"
-            )
+        check_kernels(FORMATS[self.format])
         if self.tile not in TOKEN_TILES:
             raise ValueError(f"tile is {self.tile}, must be in {TOKEN_TILES}")
         if self.staged != (self.k_warps == 0) or self.stages not in (0, 2, 4, 8):
@@ -112,15 +123,17 @@ class GemmConfig:
     @property
     def ahead(self) -> int:
         """With stages: groups from the one that is multiplied to one that L2 is asked for. Of 8
-        warps with half a strip each, 6 groups of 544 bytes (MXFP4) or 2 of 2048 (BF16), beside the
-        two that are on their way to registers: 26 KB an SM, 32 KB."""
-        return 4 if self.format == BF16.name else 8
+        warps with half a strip each, 6 groups of 544 bytes (MXFP4), 4 of 1056 (MXFP8) or 2 of 2048
+        (BF16), beside the two that are on their way to registers: 26 KB an SM, 34 KB, 32 KB."""
+        return {16: 4, 8: 6}.get(FORMATS[self.format].bits, 8)
 
     @property
     def resident(self) -> int:
         """Blocks that an SM must have registers for; the compiler then uses no more than that
-        leaves. A quarter of an SM has 16384, for 3 warps of 168 each (tile 8) or 2 of 255."""
-        return max(1, (12 if self.tile == 8 else 8) // self.warps)
+        leaves. A quarter of an SM has 16384, for 3 warps of 168 each (tile 8, two groups of weights
+        in `SHARE_REGISTERS`) or 2 of 255."""
+        three = self.tile == 8 and groups_with_room(self.format) >= 2
+        return max(1, (12 if three else 8) // self.warps)
 
     def grid(self, strips: int, tiles: int) -> tuple[int, int]:
         """Blocks for a matrix of `strips` strips and at most `tiles` tiles. Strips come first: the
@@ -167,6 +180,7 @@ def gemm_config(format: str, K: int, tile: int, *, biases: bool, pdl: bool = Fal
     `depth` groups on their way, a group being 1088 bytes (MXFP4) or 4096 (BF16). One token of
     Qwen3-30B has 8 experts * 24 gate/up strips * 4 ranges: 5.8 warps an SM of an H100, which with 4
     groups each are 25 KB; its down projection, 32 strips * 2 ranges, 3.9 warps, so 6 groups: 25 KB.
+    Registers have room for so many groups of the formats with few fields, and for two at least.
     A warp has one range if a block of up to 8 warps can hold them all, else as few as can be equal.
 
     Prefill (32 and 64) computes. A block of 8 warps has 4 strips, 256 rows: for each group it reads
@@ -182,5 +196,5 @@ def gemm_config(format: str, K: int, tile: int, *, biases: bool, pdl: bool = Fal
         return GemmConfig(format, tile, ranges, strips, 0, 4, STAGE_GROUPS, biases, pdl)
     k_warps = -(-ranges // -(-ranges // 8))
     strips = max(1, 4 // k_warps)
-    depth = 2 if format == BF16.name else 4 if ranges > 2 else 6
+    depth = max(2, min(groups_with_room(format), 4 if ranges > 2 else 6))
     return GemmConfig(format, tile, ranges, strips, k_warps, 0, depth, biases, pdl)

@@ -2,7 +2,7 @@
 
 `SplitK` is for few tokens, `Staged` for many; `strip_gemm` says how the warps of a block share the
 work. Both are given where the lane's first codes are (`codes_at`, an address) and how far its first
-scales are from there (`scales_from`), and both keep the sum of a range apart from what was summed
+field is from there (`fields_from`), and both keep the sum of a range apart from what was summed
 before, so that a token has the same bits in both.
 """
 
@@ -10,21 +10,26 @@ from typing import Any
 
 from hybrid_moe.formats.strips import GROUP, strip_layout
 from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.gpu_kernels.fragments import HALF_ROWS
 from hybrid_moe.gpu_kernels.gemm_config import ROW_TILES, STAGE_GROUPS, GemmConfig
 from hybrid_moe.gpu_kernels.lane_memory import (
     at_address,
     divide,
+    fused,
     load_words,
     part,
     registers,
     request,
 )
-from hybrid_moe.gpu_kernels.weight_codes import WEIGHT_CODES
+from hybrid_moe.gpu_kernels.weight_codes.codes import Lane
+from hybrid_moe.gpu_kernels.weight_codes.pairs import power_pair
+from hybrid_moe.gpu_kernels.weight_codes.table import strip_codes
 
 CHUNKS = 8
 """16-byte pieces of a token in a stage."""
 GROUP_BYTES = 2 * GROUP
 """Of a token's activations."""
+ONES = power_pair(0)
 
 
 class GroupProducts:
@@ -37,8 +42,9 @@ class GroupProducts:
 
     def __init__(self, config: GemmConfig) -> None:
         self.config = config
-        self.layout = strip_layout(FORMATS[config.format], GROUP)
-        self.codes = WEIGHT_CODES[config.format](self.layout)
+        fmt = FORMATS[config.format]
+        self.layout = strip_layout(fmt, max(GROUP, fmt.k_multiple))
+        self.codes = strip_codes(fmt, self.layout)
 
     def bound(self, r: Any, groups: Any) -> Any:
         """First group of range r, as `range_bounds` has it."""
@@ -46,30 +52,41 @@ class GroupProducts:
         first = STAGE_GROUPS * divide(r * stages, self.config.ranges)
         return first + ((groups - first) >> 31)  # the last one is one too many if groups are odd
 
-    def _chunk(
-        self, codes_at: Any, scales_from: Any, group: Any, half: int
-    ) -> list[tuple[Any, int]]:
-        from cutlass import Int64
+    def _lane(self) -> Lane:
+        """Where this lane is; the half of a warp that has only one is in its row."""
+        import cutlass.cute as cute
 
-        codes = codes_at + Int64(group) * Int64(self.layout.group_bytes)
-        loads: list[tuple[Any, int]] = self.codes.chunk(codes, codes + Int64(scales_from), half)
-        return loads
+        thread = cute.arch.thread_idx()[0]
+        t, q = (thread & 31) >> 2, thread & 3
+        if self.config.staged:
+            return Lane(4 * t + HALF_ROWS * (cute.arch.make_warp_uniform(thread >> 5) & 1), q)
+        return Lane(4 * t, q)
 
-    def load_weights(self, words: Any, codes_at: Any, scales_from: Any, group: Any) -> None:
+    def lane_offsets(self) -> tuple[Any, Any]:
+        """Bytes from a strip to the lane's first codes, and from there to its first field."""
+        lane = self._lane()
+        codes = self.codes.lane_codes(lane)
+        return codes, self.codes.lane_fields(lane) - codes
+
+    def load_weights(self, words: Any, codes_at: Any, fields_from: Any, group: Any) -> None:
         """words, uint32 [registers, half] = the lane's share of a group."""
+        lane = self._lane()
         for half in range(self.config.halves):
             first = 0
-            for address, count in self._chunk(codes_at, scales_from, group, half):
+            for address, count in self.codes.chunk(codes_at, fields_from, group, lane, half):
                 load_words(part(words[None, half], first, count), address)
                 first += count
 
-    def request_weights(self, codes_at: Any, scales_from: Any, group: Any) -> None:
+    def request_weights(self, codes_at: Any, fields_from: Any, group: Any) -> None:
         """Have the lane's share of a group brought to L2."""
+        lane = self._lane()
         for half in range(self.config.halves):
-            for address, _ in self._chunk(codes_at, scales_from, group, half):
+            for address, _ in self.codes.chunk(codes_at, fields_from, group, lane, half):
                 request(address)
 
-    def multiply(self, words: Any, column: Any, sums: Any, columns: int, folded: bool) -> None:
+    def multiply(
+        self, words: Any, column: Any, sums: Any, columns: int, group: Any, folded: bool
+    ) -> None:
         """sums += a group's products.
 
         Args:
@@ -77,38 +94,75 @@ class GroupProducts:
             column: n -> the lane's B fragments of both k-steps, uint32 [4], of column n.
             sums: float32 [4, row tile, column, half].
             columns: how many.
-            folded: scales are in the A fragments.
+            folded: scales are in the A fragments; else they multiply float32 products.
         """
-        from cutlass import Float32, Uint32
+        from cutlass import Uint32
 
+        lane = self._lane()
         a = registers((4, 2, ROW_TILES), Uint32)
+        totals = self._column_sums(column, columns) if self.codes.has_offsets else None
         for half in range(self.config.halves):
             share = [words[i, half] for i in range(self.codes.registers)]
             for tile in range(ROW_TILES):
                 for k in range(2):
-                    fragment = self.codes.fragment(share, tile, k, folded)
+                    fragment = self.codes.fragment(share, tile, k, group, lane, folded)
                     for i in range(4):
                         a[i, k, tile] = fragment[i]
-            for n in range(columns):
-                b = column(n)
-                if folded:
+            if folded:
+                for n in range(columns):
+                    b = column(n)
                     for k in range(2):
                         for tile in range(ROW_TILES):
                             _mma(sums[None, tile, n, half], a[None, k, tile], b, k)
-                    continue
-                for tile in range(ROW_TILES):
+            else:
+                self._scaled(share, group, a, column, sums[None, None, None, half], totals, columns)
+
+    def _scaled(
+        self, share: Any, group: Any, a: Any, column: Any, sums: Any, totals: Any, columns: int
+    ) -> None:
+        """sums, float32 [4, row tile, column], += s * products + m * sum of activations."""
+        from cutlass import Float32
+
+        steps = self.codes.group_steps
+        factors = {
+            (tile, k): self.codes.factors(share, tile, k, group)
+            for tile in range(ROW_TILES)
+            for k in range(0, 2, steps)
+        }
+        for n in range(columns):
+            b = column(n)
+            for tile in range(ROW_TILES):
+                for first in range(0, 2, steps):
                     products = registers((4,), Float32)
                     products.fill(0.0)
-                    for k in range(2):
+                    for k in range(first, first + steps):
                         _mma(products, a[None, k, tile], b, k)
-                    total = self.codes.end_group(
-                        share,
-                        tile,
-                        [products[i] for i in range(4)],
-                        [sums[i, tile, n, half] for i in range(4)],
-                    )
+                    scales, offsets = factors[tile, first]
                     for i in range(4):
-                        sums[i, tile, n, half] = total[i]
+                        total = fused(scales[i // 2], products[i], sums[i, tile, n])
+                        if offsets is not None:
+                            total = fused(offsets[i // 2], totals[i % 2, first // steps, n], total)
+                        sums[i, tile, n] = total
+
+    def _column_sums(self, column: Any, columns: int) -> Any:
+        """The sums of the activations that share an offset, float32 [2, groups of k-steps, column],
+        of the lane's two columns: products with rows of ones, all of which are the same."""
+        from cutlass import Float32, Uint32
+
+        steps = self.codes.group_steps
+        totals = registers((2, 2 // steps, columns), Float32)
+        ones = registers((4,), Uint32)
+        ones.fill(ONES)
+        for n in range(columns):
+            b = column(n)
+            for first in range(0, 2, steps):
+                products = registers((4,), Float32)
+                products.fill(0.0)
+                for k in range(first, first + steps):
+                    _mma(products, ones, b, k)
+                for i in range(2):
+                    totals[i, first // steps, n] = products[i]
+        return totals
 
 
 def _mma(c: Any, a: Any, b: Any, k: int) -> None:
@@ -146,7 +200,7 @@ def split_k(config: GemmConfig) -> Any:
 
     class SplitK:
         codes = products.codes
-        layout = products.layout
+        lane_offsets = products.lane_offsets
         bound = products.bound
 
         def registers(self) -> tuple[Any, Any]:
@@ -162,11 +216,11 @@ def split_k(config: GemmConfig) -> Any:
 
         @cute.jit
         def start_weights(
-            self, words: cute.Tensor, codes_at: Int64, scales_from: Int32, begin: Int32, end: Int32
+            self, words: cute.Tensor, codes_at: Int64, fields_from: Int32, begin: Int32, end: Int32
         ) -> None:
             for d in cutlass.range_constexpr(depth):
                 if begin + d < end:
-                    products.load_weights(words[None, None, d], codes_at, scales_from, begin + d)
+                    products.load_weights(words[None, None, d], codes_at, fields_from, begin + d)
 
         @cute.jit
         def start_tokens(
@@ -183,7 +237,7 @@ def split_k(config: GemmConfig) -> Any:
             words: cute.Tensor,
             b: cute.Tensor,
             codes_at: Int64,
-            scales_from: Int32,
+            fields_from: Int32,
             tokens: cute.Tensor,
             partial: cute.Tensor,
             first: Int32,
@@ -207,10 +261,10 @@ def split_k(config: GemmConfig) -> Any:
                     if g + d < end:
                         place = words[None, None, d]
                         products.multiply(
-                            place, lambda n, d=d: b[None, n, d], sums, columns, folded
+                            place, lambda n, d=d: b[None, n, d], sums, columns, g + d, folded
                         )
                         if g + (d + depth) < end:
-                            products.load_weights(place, codes_at, scales_from, g + (d + depth))
+                            products.load_weights(place, codes_at, fields_from, g + (d + depth))
                             self.load_tokens(b[None, None, d], tokens, g + (d + depth))
                         if cutlass.const_expr(not alone):  # noqa: SIM102 (one of two stages)
                             if g + (d + 1) == boundary:
@@ -252,11 +306,11 @@ def staged(config: GemmConfig) -> Any:
 
     class Staged:
         codes = products.codes
-        layout = products.layout
+        lane_offsets = products.lane_offsets
 
         passes = -(-columns // 4)
-        """Times that a wide expert's half strip goes through K: a group's products take registers
-        of their own, which the sums and totals of 64 tokens do not leave."""
+        """Times that a half strip goes through K where its factors are not folded: a group's
+        products take registers of their own, which sums and totals of 64 tokens do not leave."""
         copied = config.tile // rows_apart
         """Tokens of which a thread copies a chunk."""
 
@@ -298,7 +352,7 @@ def staged(config: GemmConfig) -> Any:
             self,
             words: cute.Tensor,
             codes_at: Int64,
-            scales_from: Int32,
+            fields_from: Int32,
             tokens_at: Int64,
             sources: cute.Tensor,
             x: cute.Tensor,
@@ -310,10 +364,10 @@ def staged(config: GemmConfig) -> Any:
             copies them, int32 in pieces of 16 bytes: a register each instead of two."""
             for d in cutlass.range_constexpr(STAGE_GROUPS):
                 if d < groups:
-                    products.load_weights(words[None, None, d], codes_at, scales_from, Int32(d))
+                    products.load_weights(words[None, None, d], codes_at, fields_from, Int32(d))
             for d in cutlass.range_constexpr(STAGE_GROUPS, config.ahead):
                 if d < groups:
-                    products.request_weights(codes_at, scales_from, Int32(d))
+                    products.request_weights(codes_at, fields_from, Int32(d))
             for s in cutlass.range_constexpr(config.stages - 1):
                 if s * STAGE_GROUPS < groups:
                     self.copy(tokens_at, sources, x, Int32(s), Int32(s), groups)
@@ -326,7 +380,7 @@ def staged(config: GemmConfig) -> Any:
             pass_number: cutlass.Constexpr,
             words: cute.Tensor,
             codes_at: Int64,
-            scales_from: Int32,
+            fields_from: Int32,
             tokens_at: Int64,
             sources: cute.Tensor,
             x: cute.Tensor,
@@ -366,14 +420,14 @@ def staged(config: GemmConfig) -> Any:
                             return b
 
                         place_of_weights = words[None, None, d]
-                        products.multiply(place_of_weights, column, sums, some, folded)
+                        products.multiply(place_of_weights, column, sums, some, first + d, folded)
                         if first + (d + STAGE_GROUPS) < groups:
                             products.load_weights(
-                                place_of_weights, codes_at, scales_from, first + (d + STAGE_GROUPS)
+                                place_of_weights, codes_at, fields_from, first + (d + STAGE_GROUPS)
                             )
                         if first + (d + config.ahead) < groups:
                             products.request_weights(
-                                codes_at, scales_from, first + (d + config.ahead)
+                                codes_at, fields_from, first + (d + config.ahead)
                             )
                 if (first + STAGE_GROUPS == boundary) | (first + STAGE_GROUPS > groups):
                     self.keep(sums, totals, some, skipped)

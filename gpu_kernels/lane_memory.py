@@ -65,6 +65,17 @@ def fused(a: Any, b: Any, c: Any) -> Any:
     )
 
 
+def rounded(a: Any, b: Any) -> Any:
+    """a * b in float32, rounded before anything is added: a plain product may become part of one
+    operation with the sum behind it, in one kernel and not in another."""
+    from cutlass import Float32
+    from cutlass.cute.arch import inline_ptx
+
+    return inline_ptx(
+        "mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b]
+    )
+
+
 def divide(a: Any, b: Any) -> Any:
     """a // b of Int32 that are not negative, without the corrections for those that are."""
     from cutlass import Int32, Uint32

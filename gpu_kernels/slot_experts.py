@@ -16,7 +16,7 @@ import torch
 
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.tensors import ExpertTensors
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.gpu_kernels.act_quant import fp8_rounded, fp8_rounded_ref, rounding_kernel
 from hybrid_moe.gpu_kernels.combine import combine, combine_launch, combine_ref
 from hybrid_moe.gpu_kernels.definition import KernelDefinition
@@ -34,9 +34,8 @@ from hybrid_moe.gpu_kernels.pack_tokens import (
     pack_ref,
 )
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
-from hybrid_moe.gpu_kernels.slot_weights import check_supported
 from hybrid_moe.gpu_kernels.toolchain import has_pdl, prepare
-from hybrid_moe.gpu_kernels.weight_codes import check_kernels, needs_wide
+from hybrid_moe.gpu_kernels.weight_codes.table import check_kernels, needs_wide
 
 Tensor = torch.Tensor
 
@@ -51,27 +50,32 @@ PREFILL_TOKENS = 256
 decode, fewer than a chunk of a prompt."""
 
 
-def check_experts(backend: str, fmt: WeightFormat, hidden: int, intermediate: int) -> None:
+def check_experts(
+    backend: str, formats: WeightFormat | LayerFormats, hidden: int, intermediate: int
+) -> None:
     """Raise for experts that a back end cannot compute.
 
     Raises:
         NotImplementedError: their format. ValueError: H or I is too large for the kernels.
     """
     if backend == "torch":
-        check_supported(fmt)
         return
-    check_kernels(fmt)
-    for name, K in (("hidden_size", hidden), ("moe_intermediate_size", intermediate)):
+    formats = layer_formats(formats)
+    check_kernels(formats)
+    for fmt, name, K in zip(
+        formats, ("hidden_size", "moe_intermediate_size"), (hidden, intermediate), strict=True
+    ):
         try:
             gemm_config(fmt.name, K, TOKEN_TILES[0], biases=True)
         except ValueError as error:
             raise ValueError(f"{name} is {K}: {error}") from error
 
 
-def has_wide_scales(fmt: WeightFormat, tensors: ExpertTensors) -> bool:
+def has_wide_scales(formats: WeightFormat | LayerFormats, tensors: ExpertTensors) -> bool:
     """Whether an expert has scales that kernels cannot fold into bf16 weights."""
-    matrices = (tensors.gate, tensors.up, tensors.down)
-    return any(m.scales is not None and needs_wide(fmt, m.scales) for m in matrices)
+    first, second = layer_formats(formats)
+    matrices = ((first, tensors.gate), (first, tensors.up), (second, tensors.down))
+    return any(m.scales is not None and needs_wide(fmt, m.scales) for fmt, m in matrices)
 
 
 AT_ONCE = 2048
@@ -114,7 +118,7 @@ class SlotExperts:
         backend: str,
         fp8_prefill: bool = False,
     ) -> None:
-        check_experts(backend, layout.fmt, layout.hidden, layout.intermediate)
+        check_experts(backend, layout.formats, layout.hidden, layout.intermediate)
         self.layout, self.activation, self.backend = layout, activation, backend
         self._pack, self._gate_up, self._down, self._combine, self._fp8 = BACKENDS[backend]
         self._fp8_from = PREFILL_TOKENS if fp8_prefill else sys.maxsize
@@ -150,7 +154,7 @@ class SlotExperts:
                 packed = empty_packed(x, k, self.slots, tile)
                 for few in (True, False):
                     launches = pack_launches(
-                        x, ids, self.slot_of, packed, fmt=layout.fmt, few=few, pdl=pdl
+                        x, ids, self.slot_of, packed, fmt=layout.formats.gate_up, few=few, pdl=pdl
                     )
                     found.update((launch.definition, None) for launch in launches)
             for cold, out in ((None, x), (y[:1], x), (None, y[:1])):
@@ -207,7 +211,8 @@ class SlotExperts:
             return x.new_empty((0, layout.hidden), dtype=torch.float32)
         x = self._fp8(x) if fp8 else x
         tile = token_tile(ids.numel(), len(self.slot_of))
-        packed = self._pack(x, ids, self.slot_of, fmt=layout.fmt, slots=self.slots, tile=tile)
+        fmt = layout.formats.gate_up
+        packed = self._pack(x, ids, self.slot_of, fmt=fmt, slots=self.slots, tile=tile)
         tiles = ExpertTiles(
             self.memory,
             self._gate_up_table,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hybrid_moe.formats.shares import ShareLayout
 from hybrid_moe.formats.strips import GROUP, LINE, STRIP_ROWS, StripLayout, round_up
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats
 
 Table = npt.NDArray[np.int32]
 
@@ -28,12 +28,12 @@ class SlotLayout:
     """Where the parts of an expert lie in a slot.
 
     Attributes:
-        fmt: weight format.
+        formats: of the gate/up strips and of the down strips.
         hidden, intermediate: H and I.
         shares: the pools' ranges, in the order of pools.
     """
 
-    fmt: WeightFormat
+    formats: LayerFormats
     hidden: int
     intermediate: int
     shares: tuple[ShareLayout, ...]

@@ -1,20 +1,18 @@
-"""What a slot holds, as matrices: the ground of every kernel's reference. Pure torch, any device.
+"""What a slot holds, as matrices: the ground of every kernel's reference, on any device.
 
-It follows the strips' layout (`formats.strips`) and knows nothing of lanes and fragments.
+It takes planes out of strips as their layout says (`formats.strips`) and knows nothing of lanes and
+fragments; what planes mean, the format's own dequantizer says, in NumPy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from hybrid_moe.formats.integers import INT8
-from hybrid_moe.formats.mx import E2M1_VALUES, MXFP4
-from hybrid_moe.formats.strips import STRIP_ROWS, StripLayout
-from hybrid_moe.formats.table import BF16
+from hybrid_moe.formats.numbers import Array
+from hybrid_moe.formats.strips import GROUP, PANEL_ROWS, PANELS, STRIP_ROWS, StripLayout
 from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 
@@ -38,43 +36,6 @@ class SlotWeights:
     down_bias: Tensor | None
 
 
-def _e2m1(codes: Tensor) -> Tensor:
-    values = torch.tensor(E2M1_VALUES, dtype=torch.float64, device=codes.device)
-    nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    return values[nibbles.long()]
-
-
-def _e8m0(scales: Tensor) -> Tensor:
-    # float64: 2^-127 is a subnormal float32, which exp2 of some devices flushes
-    return torch.exp2(scales.to(torch.float64) - 127)
-
-
-_VALUES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {
-        MXFP4.name: _e2m1,
-        INT8.name: lambda codes: codes.view(torch.int8).to(torch.float64),
-        BF16.name: lambda codes: codes.view(torch.bfloat16).to(torch.float64),
-    }
-)
-"""Format -> its code bytes, uint8 [..., bytes], as float64 values [..., weights]."""
-
-_FACTORS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {
-        MXFP4.name: _e8m0,
-        INT8.name: lambda scales: scales.view(torch.float16).to(torch.float64),
-    }
-)
-"""Format -> its scale bytes, uint8 [..., bytes], as float64 factors [..., scales]."""
-
-
-def check_supported(fmt: WeightFormat) -> None:
-    """Raise NotImplementedError for a format that these references cannot read."""
-    if fmt.name not in _VALUES:
-        raise NotImplementedError(
-            f"{fmt.name} cannot be read from a slot yet: there are {', '.join(_VALUES)}"
-        )
-
-
 def slot_weights(layout: SlotLayout, slot: Tensor) -> SlotWeights:
     """Decode one expert.
 
@@ -82,20 +43,17 @@ def slot_weights(layout: SlotLayout, slot: Tensor) -> SlotWeights:
         layout: of the slot.
         slot: uint8 [nbytes], contiguous. A product of code and scale beyond float32 (a scale of
             2^126 and more) becomes infinite.
-
-    Raises:
-        NotImplementedError: a format that has no reader here.
     """
-    check_supported(layout.fmt)
     gates, ups, downs = [], [], []
     biases: dict[str, list[Tensor]] = {"gate": [], "up": [], "down": []}
     for at, share in zip(layout.share_offsets, layout.shares, strict=True):
         piece = slot[at : at + share.nbytes]
-        gate_up = _rows(layout.fmt, share.gate_up, piece[: share.down_offset])
+        gate_up = _rows(layout.formats.gate_up, share.gate_up, piece[: share.down_offset])
         halves = gate_up.unflatten(0, (-1, 2, STRIP_ROWS // 2))
         gates.append(halves[:, 0].flatten(0, 1))
         ups.append(halves[:, 1].flatten(0, 1))
-        downs.append(_rows(layout.fmt, share.down, piece[share.down_offset : share.strip_bytes]))
+        down = piece[share.down_offset : share.strip_bytes]
+        downs.append(_rows(layout.formats.down, share.down, down))
         if layout.biases:
             for name, rows in share.bias_rows.items():
                 first = share.bias_offsets[name]
@@ -115,16 +73,43 @@ def slot_weights(layout: SlotLayout, slot: Tensor) -> SlotWeights:
 
 def _rows(fmt: WeightFormat, layout: StripLayout, strips: Tensor) -> Tensor:
     """Strips, uint8 [n * nbytes], as float32 [n * 64, K]."""
-    groups = strips.reshape(-1, layout.groups, layout.group_bytes)
-    words = groups[..., : layout.code_bytes].unflatten(-1, (layout.words, STRIP_ROWS, 4))
-    codes = words.permute(0, 3, 1, 2, 4).flatten(3)  # [strip, row, group, bytes]
-    values = _VALUES[fmt.name](codes.contiguous())
-    if layout.fields:
-        (field,) = layout.fields
-        stored = groups[..., layout.code_bytes :].unflatten(
-            -1, (field.count, STRIP_ROWS, field.itemsize)
-        )
-        factors = _FACTORS[fmt.name](stored.permute(0, 3, 1, 2, 4).flatten(3).contiguous())
-        per_scale = values.unflatten(-1, (field.count, -1))
-        values = (per_scale * factors[..., None]).flatten(-2)
-    return values.flatten(2).flatten(0, 1).to(torch.float32)
+    raw = strips.reshape(-1, layout.nbytes).cpu().numpy()
+    if fmt.scale_plane is not None and fmt.scale_plane.rows > 1:  # a strip has one for each panel
+        fmt = replace(fmt, scale_plane=replace(fmt.scale_plane, rows=PANEL_ROWS))
+    weights = fmt.dequantize(**_planes(fmt, layout, raw))
+    return torch.from_numpy(weights).to(strips.device)
+
+
+def _planes(fmt: WeightFormat, layout: StripLayout, strips: Array) -> dict[str, Array]:
+    """The planes of strips, uint8 [n, nbytes]."""
+    groups = [layout.codes_at(group) for group in range(layout.groups)]
+    blocks = [layout.fields_at(block) for block in range(layout.blocks)]
+    found: dict[str, Array] = {}
+    for name, words, at in (
+        ("codes", layout.words, 0),
+        ("high", layout.high_words, layout.high_offset),
+    ):
+        if words:
+            found[name] = _plane(strips, [first + at for first in groups], words, 4, STRIP_ROWS)
+    for fields, firsts in ((layout.fields, blocks), (layout.row_fields, [0])):
+        for field in fields:
+            places = [first + field.offset for first in firsts]
+            rows = PANELS if field.shared else STRIP_ROWS
+            found[field.name] = _plane(strips, places, field.count, field.itemsize, rows)
+    K = GROUP * layout.groups
+    for name, given in found.items():
+        plane = fmt.plane(name)
+        assert plane is not None
+        elements = plane.shape(1, K)[1]  # the last block may be short
+        found[name] = given.view(plane.dtype)[:, :elements]
+    return found
+
+
+def _plane(strips: Array, places: list[int], count: int, itemsize: int, rows: int) -> Array:
+    """Bytes of `count` elements of each row, [element][row], at each of these places of a strip:
+    uint8 [n * rows, bytes]."""
+    size = count * rows * itemsize
+    pieces = np.stack([strips[:, at : at + size] for at in places], 1)
+    split = pieces.reshape(len(strips), len(places), count, rows, itemsize)
+    in_rows = np.ascontiguousarray(split.transpose(0, 3, 1, 2, 4))
+    return in_rows.reshape(len(strips) * rows, len(places) * count * itemsize)

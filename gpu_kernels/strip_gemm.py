@@ -19,9 +19,10 @@ from typing import Any
 
 from hybrid_moe.formats.strips import LINE
 from hybrid_moe.gpu_kernels.definition import Argument
+from hybrid_moe.gpu_kernels.fragments import HALF_ROWS
 from hybrid_moe.gpu_kernels.gemm_config import ROW_TILES, GemmConfig
 from hybrid_moe.gpu_kernels.gemm_loops import CHUNKS, split_k, staged
-from hybrid_moe.gpu_kernels.lane_memory import divide, element, registers
+from hybrid_moe.gpu_kernels.lane_memory import divide, element, registers, rounded
 
 
 def gemm_arguments(out: str) -> tuple[Argument, ...]:
@@ -111,10 +112,8 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                 strip_at = base + Int64(line) * Int64(LINE)
                 if cutlass.const_expr(config.staged):
                     half = warp & 1
-                    lane_codes = 256 * q + 16 * t + 128 * half
-                    lane_scales = loop.layout.code_bytes + 4 * t + 32 * half
+                    lane_codes, fields_from = loop.lane_offsets()
                     codes_at = strip_at + Int64(lane_codes)
-                    scales_from = lane_scales - lane_codes
                     if cutlass.const_expr(config.pdl and epilogue.early_weights):
                         cute.arch.griddepcontrol_wait()
                         cute.arch.griddepcontrol_launch_dependents()
@@ -129,20 +128,17 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                     )
                     words = loop.registers()
                     totals = registers((4, ROW_TILES, columns), Float32)
-                    at = (codes_at, scales_from, activations.toint(), sources, x)
+                    at = (codes_at, fields_from, activations.toint(), sources, x)
                     loop.start(words, *at, groups)
                     totals.fill(0.0)
-                    if cutlass.const_expr(loop.codes.scaled):
-                        if element(wide, slot) == 0:
-                            loop.run(True, 0, words, *at, totals, groups)
-                        else:
-                            loop.run(False, 0, words, *at, totals, groups)
-                            for number in cutlass.range_constexpr(1, loop.passes):
-                                cute.arch.sync_threads()  # the activations have been read
-                                loop.start(words, *at, groups)
-                                loop.run(False, number, words, *at, totals, groups)
-                    else:
+                    if cutlass.const_expr(loop.codes.ways == (True,)):
                         loop.run(True, 0, words, *at, totals, groups)
+                    elif cutlass.const_expr(loop.codes.ways == (False,)):
+                        self.run_passes(words, at, totals, groups)
+                    elif element(wide, slot) == 0:
+                        loop.run(True, 0, words, *at, totals, groups)
+                    else:
+                        self.run_passes(words, at, totals, groups)
                     if cutlass.const_expr(epilogue.halves_meet):
                         self.exchange(
                             totals, shared, out, base, table, rows, strip, strips, row_columns
@@ -156,9 +152,8 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                                 c, out, base, table, rows, strip, half, Int32(n), row_columns
                             )
                 else:
-                    lane_codes = 256 * q + 16 * t
+                    lane_codes, fields_from = loop.lane_offsets()
                     codes_at = strip_at + Int64(lane_codes)
-                    scales_from = loop.layout.code_bytes + 4 * t - lane_codes
                     words, b = loop.registers()
                     k_warp = warp - divide(warp, config.k_warps) * config.k_warps
                     first = divide(k_warp * config.ranges, config.k_warps)
@@ -166,7 +161,7 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                     begin, end = loop.bound(first, groups), loop.bound(last, groups)
                     if not present:
                         end = begin
-                    loop.start_weights(words, codes_at, scales_from, begin, end)
+                    loop.start_weights(words, codes_at, fields_from, begin, end)
                     if cutlass.const_expr(config.pdl and epilogue.early_weights):
                         cute.arch.griddepcontrol_wait()
                         cute.arch.griddepcontrol_launch_dependents()
@@ -180,14 +175,13 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
                         cute.make_layout((4, 32, config.fragments, config.ranges, config.strips)),
                     )
                     mine = partial[None, lane, None, None, divide(warp, config.k_warps)]
-                    job = (codes_at, scales_from, tokens, mine, first, begin, end, groups)
-                    if cutlass.const_expr(loop.codes.scaled):
-                        if element(wide, slot) == 0:
-                            loop.run(True, words, b, *job)
-                        else:
-                            loop.run(False, words, b, *job)
-                    else:
+                    job = (codes_at, fields_from, tokens, mine, first, begin, end, groups)
+                    if cutlass.const_expr(len(loop.codes.ways) == 1):
+                        loop.run(loop.codes.ways[0], words, b, *job)
+                    elif element(wide, slot) == 0:
                         loop.run(True, words, b, *job)
+                    else:
+                        loop.run(False, words, b, *job)
                     cute.arch.sync_threads()
                     self.add_ranges(
                         partial, out, base, table, rows, block * config.strips, strips, row_columns
@@ -195,6 +189,14 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
             elif cutlass.const_expr(config.pdl and epilogue.early_weights):
                 # or this kernel could end before the one in front, for which others wait through it
                 cute.arch.griddepcontrol_wait()
+
+        def run_passes(self, words: Any, at: Any, totals: Any, groups: Any) -> None:
+            """All columns, some at a time, with factors in float32."""
+            loop.run(False, 0, words, *at, totals, groups)
+            for number in range(1, loop.passes):
+                cute.arch.sync_threads()  # the activations have been read
+                loop.start(words, *at, groups)
+                loop.run(False, number, words, *at, totals, groups)
 
         @cute.jit
         def token(self, rows: cute.Pointer, i: Int32, pairs_per_row: Int32) -> Int64:
@@ -301,6 +303,15 @@ def strip_gemm(config: GemmConfig, epilogue: Any) -> Any:
             pairs = registers((2,), Int32)
             two = (rows + (8 * n + 2 * q)).align(8)
             cute.autovec_copy(cute.make_tensor(two, cute.make_layout(2)), pairs)
+            if cutlass.const_expr(loop.codes.rows is not None):
+                # c[2 r + e, side]: `side` is the half, and a the tile, or the other way round
+                at = base + Int64(element(entry, 0)) * Int64(LINE)
+                for side in cutlass.range_constexpr(2):
+                    half, tile = (side, a) if epilogue.halves_meet else (a, side)
+                    row = half * HALF_ROWS + 4 * t + 2 * tile
+                    factors = loop.codes.rows.two(at, row)
+                    for i in cutlass.range_constexpr(4):
+                        c[i, side] = rounded(c[i, side], factors[i // 2])
             epilogue.store(c, pairs, out, base, entry, strip, a, t, row_columns)
 
         @cute.jit

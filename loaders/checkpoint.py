@@ -12,17 +12,19 @@ from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.completeness import missing_layers
 from hybrid_moe.loaders.describe import describe_layer
 from hybrid_moe.loaders.drafts import DraftLayers
-from hybrid_moe.loaders.layer_source import LayerSource
+from hybrid_moe.loaders.expert_source import ExpertSource
 from hybrid_moe.loaders.layout import layout_of_model
 from hybrid_moe.loaders.model_config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
 from hybrid_moe.loaders.naming import LayerKeys, find_layers
+from hybrid_moe.loaders.quantization import Quantization
 from hybrid_moe.loaders.regular import Stamp, read_json, stamp_of
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.text import format_ranges
 
 
 class Checkpoint:
-    """A directory (or file) of safetensors, seen as layers of routed experts.
+    """A directory (or file) of safetensors, seen as layers of routed experts; those of GGUF are a
+    `GgufCheckpoint`.
 
     Attributes:
         index: every tensor, experts or not.
@@ -44,12 +46,13 @@ class Checkpoint:
         self._stamps = {**(stamps or {}), **index.stamps}
         self.config = config
         self.model = ModelConfig(config, f"{CONFIG_NAME} of {index.path}")
-        self._layers = find_layers(index.tensors)
+        self._layers = self._find_layers()
         self.drafts = DraftLayers(self.model, index.tensors)
         self.layers = tuple(layer for layer in self._layers if layer not in self.drafts)
         self.expert_keys = frozenset(
             key for layer in self.layers for key in self._layers[layer].keys
         )
+        self._quantization = Quantization.of(config)
         self._ask_model = cache(lambda: layout_of_model(self.model))
 
     @classmethod
@@ -60,7 +63,8 @@ class Checkpoint:
         variant: str | None = None,
         require_complete: bool = True,
     ) -> Checkpoint:
-        """Scan the headers at `path`, a directory or one safetensors file; no data is read.
+        """Scan the headers at `path`, a directory or one file of safetensors or GGUF; no data is
+        read.
 
         Args:
             path: the directory or file.
@@ -72,9 +76,15 @@ class Checkpoint:
             CheckpointError: see `SafetensorsIndex.open`; or the names contradict each other; or
                 layers are missing.
         """
+        from hybrid_moe.loaders.gguf.checkpoint import GgufCheckpoint, is_gguf
+
         config, stamps = _read_config(Path(path))
-        named = config.get("transformers_weights")
-        checkpoint = cls(SafetensorsIndex.open(path, variant=variant, named=named), config, stamps)
+        if is_gguf(Path(path)):
+            checkpoint: Checkpoint = GgufCheckpoint.open_gguf(Path(path), config, stamps)
+        else:
+            named = config.get("transformers_weights")
+            index = SafetensorsIndex.open(path, variant=variant, named=named)
+            checkpoint = cls(index, config, stamps)
         if require_complete and (missing := checkpoint.missing_layers):
             raise CheckpointError("; ".join(missing))
         return checkpoint
@@ -100,14 +110,14 @@ class Checkpoint:
             )
         return keys
 
-    def layer(self, layer: int) -> LayerSource:
+    def layer(self, layer: int) -> ExpertSource:
         """The experts of one layer (or draft layer), with every name, shape and dtype checked.
 
         Raises:
             CheckpointError: the layer has no experts, an expert is missing or incomplete, there
                 are more or fewer than `config.json` says, or a shape or dtype is wrong.
         """
-        source = describe_layer(self.index, self.keys_of(layer), self._ask_model)
+        source = self._describe(self.keys_of(layer))
         for name in NUM_EXPERTS:
             count = self.model.stated.get(name)
             if isinstance(count, int) and count != source.num_experts:
@@ -118,7 +128,7 @@ class Checkpoint:
                 )
         return source
 
-    def sources(self) -> dict[int, LayerSource]:
+    def sources(self) -> dict[int, ExpertSource]:
         """All layers of experts by number, ascending; draft layers left out.
 
         Raises:
@@ -129,7 +139,7 @@ class Checkpoint:
         return {number: self.layer(number) for number in self.layers}
 
     def routing_problem(
-        self, sources: Iterable[LayerSource], model: ModelConfig | None = None
+        self, sources: Iterable[ExpertSource], model: ModelConfig | None = None
     ) -> str | None:
         """What is wrong with the number of experts that a token takes, None if nothing is known.
 
@@ -146,6 +156,14 @@ class Checkpoint:
                     f"num_experts_per_tok must be between 1 and {E}"
                 )
         return None
+
+    def _find_layers(self) -> dict[int, LayerKeys]:
+        """The layers that have routed experts, by number, ascending."""
+        return find_layers(self.index.tensors)
+
+    def _describe(self, keys: LayerKeys) -> ExpertSource:
+        """The experts of a layer, checked as far as its own tensors tell."""
+        return describe_layer(self.index, keys, self._ask_model, self._quantization)
 
     def close(self) -> None:
         """Close the files. A later read opens them again."""

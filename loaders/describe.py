@@ -7,26 +7,32 @@ from collections.abc import Callable
 
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.header import TensorInfo
-from hybrid_moe.loaders.layer_source import LayerSource, Stack
+from hybrid_moe.loaders.layer_source import LayerSource, Stack, StoredPair
 from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.loaders.naming import LayerKeys, NamingScheme
+from hybrid_moe.loaders.quantization import NOTHING_SAID, Quantization
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
-from hybrid_moe.loaders.stored import STORED, Stored, describe_dtypes, known_dtypes, stored_as
+from hybrid_moe.loaders.stacks import check_stacks, expert_shape, stem_of
+from hybrid_moe.loaders.stored import STORED, Packing, Stored, describe_dtypes, known_dtypes
 
-_BIAS_DTYPES = ("BF16", "F32", "F16")
-
-_UNUSED = re.compile(r"[._](input_(global_)?scale|weight_shape)$")
+_UNUSED = re.compile(r"[._]input_(global_)?scale$")
 """Tensors beside an expert's weights that do not change what they mean: scales for activations that
-are quantized elsewhere and not here, and the shape that codes are packed from."""
+are quantized elsewhere and not here."""
+_SHAPE = re.compile(r"\.weight_shape$")
+"""The shape that codes are packed from, which theirs says too."""
 
 
 def describe_layer(
-    index: SafetensorsIndex, keys: LayerKeys, ask_model: Callable[[], GateUp | None]
+    index: SafetensorsIndex,
+    keys: LayerKeys,
+    ask_model: Callable[[], GateUp | None],
+    quantization: Quantization = NOTHING_SAID,
 ) -> LayerSource:
     """Find and check all tensors of a layer's experts.
 
     Args:
         ask_model: the layout of gate and up in the model's own module; asked only when needed.
+        quantization: what `config.json` says of it.
 
     Raises:
         CheckpointError: an expert or a tensor is missing, a shape or dtype is wrong, or there is
@@ -40,8 +46,8 @@ def describe_layer(
         for expert in experts
     )
     first, down = stacks[0][0], stacks[0][-1]
-    stored = _stored(first, scheme)
-    num_experts = _expert_shape(first.weight, scheme)[0] if scheme.fused else len(experts)
+    stored = StoredPair(_stored(first, scheme, quantization), _stored(down, scheme, quantization))
+    num_experts = expert_shape(first.weight, scheme)[0] if scheme.fused else len(experts)
     if num_experts == 0:
         raise CheckpointError(f"{first.weight.where}: shape {first.weight.shape} has no experts")
     hidden, intermediate, transposed = _sizes(first.weight, down.weight, scheme, stored)
@@ -58,16 +64,24 @@ def describe_layer(
         stacks=stacks,
         unused=_unused(index, keys, stacks),
         ask_model=ask_model,
+        quantization=quantization,
     )
-    for K in (hidden, intermediate):
-        if K == 0 or K % stored.format.k_multiple:
+    for stack, fmt, K in (
+        (first, stored.gate_up.format, hidden),
+        (down, stored.down.format, intermediate),
+    ):
+        if K == 0 or K % fmt.k_multiple:
             raise CheckpointError(
-                f"{first.weight.where}: {stored.format.name} rows of {K} weights; "
-                f"the length must be a multiple of {stored.format.k_multiple}"
+                f"{stack.weight.where}: {fmt.name} rows of {K} weights; "
+                f"the length must be a multiple of {fmt.k_multiple}"
             )
-    for expert_stacks in stacks:
-        for stack in expert_stacks:
-            _check_stack(stack, source, is_down=stack is expert_stacks[-1])
+    shared = stored.gate_up.format.scale_rows
+    if scheme.fused and intermediate % shared:
+        raise CheckpointError(
+            f"{first.weight.where}: {intermediate} rows of gate and as many of up are no whole "
+            f"blocks of {shared}: some share their {stored.gate_up.format.name} scales"
+        )
+    check_stacks(source)
     return source
 
 
@@ -76,7 +90,8 @@ def _unused(
 ) -> tuple[str, ...]:
     """Keys of the layer's experts that are not read, all of them harmless."""
     read = {t.key for expert_stacks in stacks for stack in expert_stacks for t in stack.tensors}
-    unused = [key for key in (*keys.keys, *keys.foreign) if key not in read]
+    beside = (key for key in (*keys.keys, *keys.foreign) if key not in read)
+    unused = [key for key in beside if not _SHAPE.search(key)]
     for key in unused:
         if not _UNUSED.search(key):
             raise CheckpointError(
@@ -117,116 +132,93 @@ def _find(index: SafetensorsIndex, keys: LayerKeys, expert: int, projection: str
             f"of layer {keys.layer} is missing from {index.path}"
             + (f"; under that name there is only {', '.join(others)}" if others else "")
         )
-    return Stack(weight, find(scheme.scales), find((scheme.bias,)))
-
-
-def _stored(first: Stack, scheme: NamingScheme) -> Stored:
-    dtype, scale = first.weight.dtype, first.scale
-    stored = stored_as(dtype, scale.dtype if scale else None)
-    if stored is not None:
-        return stored
-    if scale is None and any(row.scales and dtype in row.dtypes for row in STORED):
-        raise CheckpointError(
-            f"{_stem(first, scheme)}{scheme.scales[0]}: this tensor is missing beside "
-            f"{first.weight.where}: {dtype} weights need scales"
-        )
-    raise CheckpointError(
-        f"{scale.where if scale else first.weight.where}: {first.weight.key} is stored as "
-        f"{describe_dtypes(dtype, scale.dtype if scale else None)}, which is no known format "
-        f"({known_dtypes()})"
+    if scheme.fused:
+        return Stack(weight, find(scheme.scales), find((scheme.bias,)))
+    return Stack(
+        weight,
+        find(scheme.scales),
+        find((scheme.bias,)),
+        find(scheme.zeros),
+        find(scheme.factors),
+        find(scheme.orders),
     )
 
 
-def _stem(stack: Stack, scheme: NamingScheme) -> str:
-    """The key of a projection without the suffix of its codes."""
-    key = stack.weight.key
-    return next(key.removesuffix(end) for end in scheme.weights if key.endswith(end))
+def _stored(first: Stack, scheme: NamingScheme, quantization: Quantization) -> Stored:
+    """How the tensors of a projection are stored, by their dtypes and shapes."""
+    weight, scale = first.weight, first.scale
+    dtypes = (weight.dtype, None if scale is None else scale.dtype)
+    rows = [row for row in STORED if row.takes(weight.key, *dtypes, first.zeros is not None)]
+    if not rows:
+        raise _unknown(first, scheme)
+    shape = expert_shape(weight, scheme)
+    experts = shape[: len(shape) - 2]
+    expected: dict[tuple[int, ...], str] = {}
+    multiple = 0
+    refusals: dict[Packing, str | None] = {}
+    for row in rows:
+        N, K = row.sizes(shape, weight.dtype)
+        shapes = [(*experts, *s) for s in row.scale_shapes(N, K)]
+        if scale is not None and scale.shape not in shapes:
+            expected.setdefault(shapes[0], row.format.name)
+            refusals[row.packing] = quantization.refusal(row.packing)
+        elif K % row.format.k_multiple and scale is not None:
+            multiple = row.format.k_multiple
+        elif row.says(quantization):
+            refusal = quantization.refusal(row.packing)
+            if refusal is not None:
+                raise CheckpointError(f"{weight.where}: {refusal}")
+            return row
+    for refusal in refusals.values():
+        if refusal is not None:
+            raise CheckpointError(f"{weight.where}: {refusal}")
+    assert scale is not None
+    about = f"{weight.key} is stored as {describe_dtypes(*dtypes)} of shape {scale.shape}"
+    if multiple:
+        raise CheckpointError(
+            f"{scale.where}: {about}: rows of {K} weights, whose length must be a multiple of "
+            f"{multiple}"
+        )
+    words = [f"{shape} ({name})" for shape, name in expected.items()]
+    raise CheckpointError(f"{scale.where}: {about}, expected {' or '.join(words)}")
 
 
-def _expert_shape(weight: TensorInfo, scheme: NamingScheme) -> tuple[int, ...]:
-    """Shape of the codes as [N, units], or [E, N, units] where experts are fused."""
-    axes = 3 if scheme.fused else 2
-    shape = weight.raw_shape
-    if scheme.fused and len(shape) == 4:  # gpt-oss: [E, N, K/32, 16]
-        shape = (*shape[:2], shape[2] * shape[3])
-    if len(shape) != axes:
-        raise CheckpointError(f"{weight.where}: shape {weight.shape}, expected {axes} axes")
-    return shape
+def _unknown(first: Stack, scheme: NamingScheme) -> CheckpointError:
+    """What is wrong with tensors that no row takes."""
+    weight, scale, zeros = first.weight, first.scale, first.zeros
+    dtype, scale_dtype = weight.dtype, None if scale is None else scale.dtype
+    if scale is None and any(row.scales and row.has_codes(weight.key, dtype) for row in STORED):
+        return CheckpointError(
+            f"{stem_of(first, scheme)}{scheme.scales[0]}: this tensor is missing beside "
+            f"{weight.where}: {dtype} weights need scales"
+        )
+    taken = (row.takes(weight.key, dtype, scale_dtype, zeros is None) for row in STORED)
+    if any(taken):
+        what = "there are none" if zeros is None else f"{zeros.where} are not read beside them"
+        return CheckpointError(
+            f"{weight.where}: {describe_dtypes(dtype, scale_dtype)} and zero points: {what}"
+        )
+    return CheckpointError(
+        f"{scale.where if scale else weight.where}: {weight.key} is stored as "
+        f"{describe_dtypes(dtype, scale_dtype)}, which is no known format ({known_dtypes()})"
+    )
 
 
 def _sizes(
-    first: TensorInfo, down: TensorInfo, scheme: NamingScheme, stored: Stored
+    first: TensorInfo, down: TensorInfo, scheme: NamingScheme, stored: StoredPair
 ) -> tuple[int, int, bool]:
     """Hidden size, intermediate size, and whether fused tensors are [E, K, N]."""
-    fmt = stored.format
-    per_unit = 8 * fmt.code_dtype.itemsize // fmt.bits
-    *_, rows, units = _expert_shape(first, scheme)
+    rows, inputs = stored.gate_up.sizes(expert_shape(first, scheme), first.dtype)
     if not scheme.fused:
-        return units * per_unit, rows, False
-    *_, down_rows, down_units = _expert_shape(down, scheme)
-    if (rows, down_rows) == (2 * down_units * per_unit, units * per_unit):
-        return down_rows, down_units * per_unit, False
-    if per_unit == 1 and fmt.scale is None and (rows, units) == (down_units, 2 * down_rows):
+        return inputs, rows, False
+    down_rows, down_inputs = stored.down.sizes(expert_shape(down, scheme), down.dtype)
+    if (rows, down_rows) == (2 * down_inputs, inputs):
+        return down_rows, down_inputs, False
+    plain = all(s.format.scale is None for s in stored)
+    if plain and (rows, inputs) == (down_inputs, 2 * down_rows):
         return rows, down_rows, True
     raise CheckpointError(
         f"{first.where}: shape {first.shape} does not go with shape {down.shape} of {down.key}: "
         "expected [experts, 2 intermediate, hidden] and [experts, hidden, intermediate], "
         "or both transposed"
     )
-
-
-def _check_stack(stack: Stack, source: LayerSource, is_down: bool) -> None:
-    fmt, scheme, reference = source.format, source.scheme, source.stacks[0][0]
-    N, K = source.intermediate, source.hidden
-    if is_down:
-        N, K = K, N
-    elif scheme.fused:
-        N *= 2
-    leading = (source.num_experts,) if scheme.fused else ()
-    rows, units = fmt.code_shape(N, K)
-    expected = (units, rows) if source.transposed else (rows, units)
-    if _expert_shape(stack.weight, scheme) != (*leading, *expected):
-        raise CheckpointError(
-            f"{stack.weight.where}: shape {stack.weight.shape}, expected "
-            f"{(*leading, *expected)} for {N} rows of {K} {fmt.name} weights"
-        )
-    _check_like(stack.weight, reference.weight, stack, scheme)
-    _check_like(stack.scale, reference.scale, stack, scheme)
-    _check_like(stack.bias, reference.bias, stack, scheme)
-    scale_shape = (*leading, *(fmt.scale_shape(N, K) or ()))
-    if stack.scale is not None and stack.scale.shape != scale_shape:
-        raise CheckpointError(
-            f"{stack.scale.where}: scales of shape {stack.scale.shape}, expected "
-            f"{scale_shape} (one per {fmt.group} inputs)"
-        )
-    if stack.bias is not None:
-        if stack.bias.dtype not in _BIAS_DTYPES:
-            raise CheckpointError(
-                f"{stack.bias.where}: a bias of dtype {stack.bias.dtype}, "
-                f"expected {' or '.join(_BIAS_DTYPES)}"
-            )
-        if stack.bias.shape != (*leading, N):
-            raise CheckpointError(
-                f"{stack.bias.where}: shape {stack.bias.shape}, expected {(*leading, N)}"
-            )
-
-
-def _check_like(
-    tensor: TensorInfo | None, reference: TensorInfo | None, stack: Stack, scheme: NamingScheme
-) -> None:
-    """All experts of a layer are stored alike: the same tensors with the same dtypes."""
-    if tensor is None and reference is not None:
-        endings = (*scheme.scales, scheme.bias)
-        ending = next(end for end in endings if reference.key.endswith(end))
-        raise CheckpointError(
-            f"{_stem(stack, scheme)}{ending}: this tensor is missing beside {stack.weight.where}, "
-            f"though {reference.where} exists"
-        )
-    if tensor is not None and reference is None:
-        raise CheckpointError(
-            f"{tensor.where}: unexpected: the layer's first expert has no such tensor"
-        )
-    if tensor is not None and reference is not None and tensor.dtype != reference.dtype:
-        raise CheckpointError(
-            f"{tensor.where}: dtype {tensor.dtype}, but {reference.key} is {reference.dtype}"
-        )

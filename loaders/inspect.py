@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hybrid_moe.formats.table import AS_STORED, DENSE_FORMATS
+from hybrid_moe.formats.table import AS_STORED, METHODS, methods_for
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.drafts import DRAFT
-from hybrid_moe.loaders.layer_source import LayerSource
+from hybrid_moe.loaders.expert_source import ExpertSource, held_formats
 from hybrid_moe.loaders.model_config import TOP_K
-from hybrid_moe.loaders.stored import can_encode
 
 EXPERTS = "routed experts"
 
@@ -104,11 +103,11 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointSummary:
         CheckpointError: the files cannot be read as a checkpoint at all.
     """
     checkpoint = Checkpoint.open(path, require_complete=False)
-    layers: list[LayerSource] = []
+    layers: list[ExpertSource] = []
     problems = list(checkpoint.missing_layers)
     for number in checkpoint.layers:
         try:
-            layer = checkpoint.layer(number)
+            layer: ExpertSource = checkpoint.layer(number)
             layer.check_layout()
             layers.append(layer)
         except CheckpointError as error:
@@ -122,7 +121,8 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointSummary:
         dtypes[tensor.dtype] += tensor.nbytes
     formats: dict[str, tuple[int, ...]] = {}
     for layer in layers:
-        formats[layer.format.name] = (*formats.get(layer.format.name, ()), layer.layer)
+        name = layer.formats.name
+        formats[name] = (*formats.get(name, ()), layer.layer)
     first = layers[0] if layers else None
     total = dtypes.total()
     config = checkpoint.model
@@ -150,15 +150,17 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointSummary:
     )
 
 
-def _ram(layers: list[LayerSource]) -> dict[str, int]:
+def _ram(layers: list[ExpertSource]) -> dict[str, int]:
     """Bytes of the packed experts by method, for the methods that can load every layer."""
-    ram = {
-        name: sum(layer.nbytes_as(fmt) for layer in layers)
-        for name, fmt in DENSE_FORMATS.items()
-        if layers and all(can_encode(layer.stored, fmt) for layer in layers)
-    }
-    if len({layer.format for layer in layers}) > 1:
-        ram[AS_STORED] = sum(layer.nbytes_as(layer.format) for layer in layers)
+    ram = {}
+    for name in methods_for([layer.formats for layer in layers]) if layers else ():
+        try:
+            held = [held_formats(layer, METHODS[name]) for layer in layers]
+        except ValueError:
+            continue  # rows are no whole groups of what it makes
+        ram[name] = sum(s.nbytes_as(f) for s, f in zip(layers, held, strict=True))
+    if len({layer.formats for layer in layers}) > 1:
+        ram[AS_STORED] = sum(layer.nbytes_as(layer.formats) for layer in layers)
     return ram
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.formats.tensors import ExpertTensors
-from hybrid_moe.formats.weight_format import WeightFormat
-from hybrid_moe.loaders.layer_source import LayerSource
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
+from hybrid_moe.loaders.expert_source import ExpertSource
 from hybrid_moe.loaders.safetensors import ReadBuffers
 from hybrid_moe.parallel import for_each
 
@@ -54,15 +54,54 @@ def check_map(mapping: Any, num_physical: int, num_logical: int) -> npt.NDArray[
     return array
 
 
+Progress = Callable[[int, int], None]
+"""`progress(done, total)` in ids."""
+
+
+class Counted:
+    """Tells `progress`, if there is one, of one id after another, one call at a time."""
+
+    def __init__(self, progress: Progress | None, ids: Mapping[int, Sequence[int]]) -> None:
+        self._progress, self._lock, self._done = progress, threading.Lock(), 0
+        self._total = sum(map(len, ids.values()))
+
+    def one(self) -> None:
+        """One more is loaded."""
+        with self._lock:
+            self._done += 1
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+
+def wanted_ids(
+    source: ExpertSource, mapping: npt.NDArray[np.int64], wanted: npt.NDArray[np.bool_]
+) -> dict[int, list[int]]:
+    """The checkpoint's experts that are wanted, and the ids that each has.
+
+    Raises:
+        ValueError: the map or `wanted` do not fit.
+    """
+    wanted = np.asarray(wanted)
+    if wanted.ndim != 1 or wanted.dtype != np.bool_:
+        raise ValueError(
+            f"wanted must be bool with one axis, this is {wanted.dtype} of shape {wanted.shape}"
+        )
+    mapping = check_map(mapping, len(wanted), source.num_experts)
+    ids: dict[int, list[int]] = {}
+    for physical in np.flatnonzero(wanted):
+        ids.setdefault(int(mapping[physical]), []).append(int(physical))
+    return ids
+
+
 def load_layer(
-    source: LayerSource,
+    source: ExpertSource,
     mapping: npt.NDArray[np.int64],
     wanted: npt.NDArray[np.bool_],
     sink: Callable[[int, ExpertTensors], None],
     *,
-    fmt: WeightFormat,
+    formats: WeightFormat | LayerFormats,
     threads: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Read the wanted experts and hand each to `sink`. Others are never read.
 
@@ -72,55 +111,42 @@ def load_layer(
         wanted: bool [E] by id, True where the expert runs on the CPU.
         sink: `sink(physical, tensors)`, called on the reading threads, at the same time for
             different experts. The arrays are reused once it has returned.
-        fmt: format to hand the experts on in. 16-bit weights are quantized to it.
+        formats: to hand the experts on in, one for all projections or two, see `held_formats`.
         threads: threads that read (and call `sink`); at least 1.
         progress: `progress(done, total)` in ids, called after each, one call at a time.
 
     Raises:
         ValueError: the map, `wanted` or `threads` do not fit, or the stored weights do not become
-            `fmt`.
+            these formats.
         CheckpointError: a shard is truncated, an expert's values are invalid, or nothing tells
             where gate and up lie.
     """
-    wanted = np.asarray(wanted)
-    if wanted.ndim != 1 or wanted.dtype != np.bool_:
-        raise ValueError(
-            f"wanted must be bool with one axis, this is {wanted.dtype} of shape {wanted.shape}"
-        )
-    mapping = check_map(mapping, len(wanted), source.num_experts)
-    source.check_format(fmt)
+    ids = wanted_ids(source, mapping, wanted)
+    held = layer_formats(formats)
     source.check_layout()
-    _announce(source, fmt)
-    ids: dict[int, list[int]] = {}
-    for physical in np.flatnonzero(wanted):
-        ids.setdefault(int(mapping[physical]), []).append(int(physical))
-    total, done, lock = int(wanted.sum()), 0, threading.Lock()
-    buffers = ReadBuffers()
+    _announce(source, held)
+    counted, buffers = Counted(progress, ids), ReadBuffers()
 
     def load(item: tuple[int, list[int]]) -> None:
-        nonlocal done
         logical, physical_slots = item
-        tensors = source.expert(logical, fmt, buffers.mine)
+        tensors = source.expert(logical, held, buffers.mine)
         for physical in physical_slots:
             sink(physical, tensors)
-            with lock:
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+            counted.one()
 
     for_each(ids.items(), load, threads)
 
 
-def _announce(source: LayerSource, fmt: WeightFormat) -> None:
-    path, stored = str(source.index.path), source.stacks[0][0].weight.dtype
-    if not (source.stored.exact and fmt is source.format) and _first_time(path, stored, fmt.name):
+def _announce(source: ExpertSource, formats: LayerFormats) -> None:
+    path, stored = str(source.path), source.stored_types
+    if not source.is_exact(formats) and _first_time(path, stored, formats.name):
         logger.warning(
             "layer %d of %s stores its experts as %s: they are converted to %s while loading, here "
             "and in every layer like it (hybrid-moe convert does it once and for all)",
             source.layer,
             path,
             stored,
-            fmt.name,
+            formats.name,
         )
     if source.unused and _first_time(path, "unused"):
         logger.warning(

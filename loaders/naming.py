@@ -37,6 +37,8 @@ class NamingScheme:
         weights: suffixes that codes may have; the first is the one that is written.
         scales: suffixes that scales may have, likewise.
         bias: suffix of a bias.
+        zeros, factors, orders: suffixes that zero points, factors of a whole matrix, and the groups
+            of inputs may have; read where experts are not fused.
         fused: all experts are in one tensor.
         interleaved: gate rows and up rows alternate by this scheme's definition. Of other fused
             schemes the name does not tell, see `layout`.
@@ -49,9 +51,12 @@ class NamingScheme:
     gate: str
     up: str
     down: str
-    weights: tuple[str, ...] = (".weight", ".weight_packed")
-    scales: tuple[str, ...] = (".weight_scale", ".weight_scale_inv")
+    weights: tuple[str, ...] = (".weight", ".weight_packed", ".qweight")
+    scales: tuple[str, ...] = (".weight_scale", ".weight_scale_inv", ".scales")
     bias: str = ".bias"
+    zeros: tuple[str, ...] = (".qzeros", ".weight_zero_point")
+    factors: tuple[str, ...] = (".weight_scale_2",)
+    orders: tuple[str, ...] = (".g_idx", ".weight_g_idx")
     fused: bool = False
     interleaved: bool = False
     markers: tuple[str, ...] = ()
@@ -83,7 +88,8 @@ PER_EXPERT = NamingScheme(
 DEEPSEEK_V4 = NamingScheme(
     "DeepSeek-V4",
     "ffn.experts", "w1", "w3", "w2",
-    scales=(".scale", ".weight_scale", ".weight_scale_inv"), mxfp4_dtypes=("I8", "F8_E8M0"),
+    scales=(".scale", ".weight_scale", ".weight_scale_inv", ".scales"),
+    mxfp4_dtypes=("I8", "F8_E8M0"),
 )  # fmt: skip
 MIXTRAL = NamingScheme(
     "Mixtral, MiniMax",

@@ -137,7 +137,7 @@ PACKAGES_OF_ROOMS = {"hybrid_moe.cpu_kernels", "hybrid_moe.integrations"}
 
 def test_the_walk_sees_what_it_should() -> None:
     assert len(MODULES) > 100
-    assert dict(imports("hybrid_moe.loaders.load"))["hybrid_moe.loaders.layer_source"] > 0
+    assert dict(imports("hybrid_moe.loaders.load"))["hybrid_moe.loaders.expert_source"] > 0
     lazy = dict(imports("hybrid_moe.cpu_kernels.drivers"))
     assert "hybrid_moe.cpu_kernels.jit.translate" in lazy  # within a function
     assert place("hybrid_moe.loaders.load") == ("loaders", place("hybrid_moe.loaders")[1])

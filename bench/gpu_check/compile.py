@@ -23,7 +23,7 @@ def definitions(model: Model, fmt: str, pdl: bool) -> list[KernelDefinition]:
     """The four kernels of a layer, for every size of a batch; ids are int64."""
     layout, found = model.layout(fmt), []
     for tile in TOKEN_TILES:
-        pack = PackConfig(piece_order(layout.fmt), tile, True, pdl)
+        pack = PackConfig(piece_order(layout.formats.gate_up), tile, True, pdl)
         found += [pack_few.pack_few(pack), pack_many.pack_count(pack)]
         found += [pack_many.pack_scan(pack), pack_many.pack_scatter(pack)]
         found.append(gate_up.choose(layout, model.activation, tile, pdl=pdl))

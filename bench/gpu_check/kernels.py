@@ -75,7 +75,7 @@ class Layer:
         """The four kernels on a batch, each with the inputs that the ones before have made."""
         tile = token_tile(batch.ids.numel(), self.model.experts)
         packs = functools.partial(
-            pack, batch.x, batch.ids, self.slot_of, fmt=self.layout.fmt,
+            pack, batch.x, batch.ids, self.slot_of, fmt=self.layout.formats.gate_up,
             slots=self.model.experts, tile=tile,
         )  # fmt: skip
         packed = packs()
@@ -116,7 +116,7 @@ def measured(layer: Layer, beside: Baselines, batches: Sequence[Batch]) -> Itera
     """A point of each kernel, and of the baselines of both GEMMs together."""
     model, tokens = layer.model, len(batches[0].x)
     stages = [layer.stages(batch) for batch in batches]
-    about = {"model": model.name, "format": layer.layout.fmt.name, "tokens": tokens}
+    about = {"model": model.name, "format": layer.layout.formats.name, "tokens": tokens}
     for name in stages[0]:
         us = time_us([stage[name] for stage in stages])
         works = [layer.work(batch)[name] for batch in batches]

@@ -49,9 +49,8 @@ def reference(layer: Layer, batch: Batch) -> Tensor:
     from hybrid_moe.gpu_kernels.expert_tiles import ExpertTiles
 
     model = layer.model
-    packed = pack_ref(
-        batch.x, batch.ids, layer.slot_of, fmt=layer.layout.fmt, slots=model.experts, tile=8
-    )
+    fmt = layer.layout.formats.gate_up
+    packed = pack_ref(batch.x, batch.ids, layer.slot_of, fmt=fmt, slots=model.experts, tile=8)
     tiles = ExpertTiles(layer.memory, layer.tables[0], layer.wide, *packed[1:])
     h = gate_up_ref(layer.layout, model.activation, tiles, packed.xp, model.top_k)
     y = down_ref(layer.layout, replace(tiles, table=layer.tables[1]), h)

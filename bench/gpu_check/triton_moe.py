@@ -85,7 +85,7 @@ def weights(layout: SlotLayout, model: Model, like: Tensor) -> list[tuple[Tensor
     weights twice."""
     made = []
     for N, K in ((2 * model.intermediate, model.hidden), (model.hidden, model.intermediate)):
-        if layout.fmt.name == "BF16":
+        if layout.formats.name == "BF16":
             w = 0.02 * torch.randn((model.experts, N, K), device=like.device, dtype=torch.bfloat16)
             made.append((w, w))
         else:
@@ -107,7 +107,7 @@ def calls(
     average = pairs / model.experts
     tile = next((t for t in (16, 32, 64) if average <= 0.9 * t), 128)
     shape: dict[str, Any] = {
-        "MXFP4": layout.fmt.name == "MXFP4", "BLOCK_T": tile, "BLOCK_N": block_n,
+        "MXFP4": layout.formats.name == "MXFP4", "BLOCK_T": tile, "BLOCK_N": block_n,
         "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
     H, I = model.hidden, model.intermediate

@@ -38,7 +38,7 @@ class Model:
         """Of a slot, as one pool packs it."""
         biases = " biases" if self.biases else ""
         parts = f"0:{self.intermediate // 32}/0:{-(-self.hidden // 64)}"
-        return layout_from_text(f"{fmt} {self.hidden}x{self.intermediate}{biases} {parts}")
+        return layout_from_text(f"{fmt}/{fmt} {self.hidden}x{self.intermediate}{biases} {parts}")
 
     def small(self) -> Model:
         """The same in the size of a test, ragged where the model is."""
@@ -63,7 +63,7 @@ def random_slots(layout: SlotLayout, slots: int, device: torch.device) -> Tensor
     ):
         part = memory[:, first : first + count * strips.nbytes]
         groups = part.unflatten(1, (count * strips.groups, strips.group_bytes))
-        if layout.fmt is format_named("BF16"):
+        if layout.formats.gate_up is format_named("BF16"):
             values = torch.randn((*groups.shape[1:-1], strips.code_bytes // 2), device=device)
             groups[:] = (0.02 * values).bfloat16().view(torch.uint8)
             continue

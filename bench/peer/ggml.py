@@ -13,19 +13,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from problem import SOURCES, Array, Batch, Codes, Shape, bf16_values, random_experts
+from problem import SOURCES, Array, Batch, Shape, bf16_values
+from weights import Codes, random_experts
 
 from peer.interface import Peer, UnavailableError
 
 _F32, _I32 = 0, 26
-_TYPES = {"MXFP4": 39, "INT8": 8, "BF16": 30}
-"""ggml_type, of INT8 its Q8_0; these numbers are part of the GGUF file format."""
+_INT4 = ("RAWINT4", "GPTQ_INT4", "AWQ", "AMXINT4")
+_TYPES = {
+    "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
+    "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23, "BF16": 30, "MXFP4": 39,
+}  # fmt: skip
+"""ggml_type; these numbers are part of the GGUF file format."""
+_NEAREST = {"INT8": "Q8_0", "AMXINT8": "Q8_0", **dict.fromkeys(_INT4, "Q4_0")}
+"""Type beside methods that ggml does not have: as many bits of a weight, with a scale for 32."""
 
 _GRAPH_NODES = 256
+_QUANTIZED_ROWS = 256
 
 
 class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
+
+
+class _TypeTraits(ctypes.Structure):
+    """The beginning of `ggml_type_traits`."""
+
+    _fields_ = (
+        ("type_name", c_char_p), ("blck_size", c_int64), ("blck_size_interleave", c_int64),
+        ("type_size", c_size_t), ("is_quantized", c_bool), ("to_float", c_void_p),
+    )  # fmt: skip
 
 
 P, S = c_void_p, c_size_t
@@ -62,6 +79,7 @@ _BASE = {
     "ggml_backend_reg_get_proc_address": (P, [P, c_char_p]),
     "ggml_backend_buft_name": (c_char_p, [P]),
     "ggml_version": (c_char_p, []),
+    "ggml_get_type_traits": (P, [c_int]),
 }
 _CPU = {
     "ggml_backend_cpu_init": (P, []),
@@ -96,13 +114,14 @@ class _Library:
 
 class Ggml(Peer):
     def __init__(self, shape: Shape, method: str, threads: int, max_tokens: int) -> None:
-        if method not in _TYPES:
+        self._type_name = _NEAREST.get(method, method)
+        if self._type_name not in _TYPES:
             raise UnavailableError(f"no ggml type for {method}")
         directory = os.environ.get("GGML_LIB")
         if not directory:
             raise UnavailableError("GGML_LIB does not name the directory of ggml's libraries")
         self._g = _Library(Path(directory))
-        self._shape, self._type = shape, _TYPES[method]
+        self._shape, self._type = shape, _TYPES[self._type_name]
         self._backend = self._g.backend_cpu_init()
         self._g.backend_cpu_set_n_threads(self._backend, threads)
         self._graph_context: int | None = None
@@ -110,8 +129,9 @@ class Ggml(Peer):
         if not self._allocate(repacked=True):
             self._allocate(repacked=False)
         sources = random_experts(shape, method)
+        self._rows: dict[str, list[Array]] = {}
         for name, tensor in self._weights.items():
-            rows = [self._quantize(source[name]) for source in sources]
+            rows = self._rows[name] = [self._quantize(source[name]) for source in sources]
             data = np.concatenate([rows[e % SOURCES] for e in range(shape.experts)])
             assert data.nbytes == self._g.nbytes(tensor)
             self._g.backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
@@ -153,14 +173,16 @@ class Ggml(Peer):
         return None
 
     def _quantize(self, codes: Codes) -> Array:
-        values = codes.dequantize().astype(np.float32)
-        N, K = values.shape
-        out = np.empty(N * self._g.row_size(self._type, K), np.uint8)
+        """ggml's rows of a matrix. Its quantizers search for seconds a matrix, so what is larger is
+        made of the first rows, again and again."""
         if self._type == _TYPES["BF16"]:
-            assert np.array_equal(bf16_values(codes.codes), values)
             return codes.codes.view(np.uint8).ravel()
-        self._g.quantize_chunk(self._type, values.ctypes.data, out.ctypes.data, 0, N, K, None)
-        return out
+        N = len(codes.codes)
+        values = codes.rows(min(N, _QUANTIZED_ROWS)).dequantize().astype(np.float32)
+        rows, K = values.shape
+        out = np.empty(rows * self._g.row_size(self._type, K), np.uint8)
+        self._g.quantize_chunk(self._type, values.ctypes.data, out.ctypes.data, 0, rows, K, None)
+        return np.resize(out.reshape(rows, -1), (N, out.size // rows)).ravel()
 
     def _graph(self, tokens: int) -> None:
         """Build the graph of a batch size, as llama.cpp's `build_moe_ffn`."""
@@ -190,7 +212,23 @@ class Ggml(Peer):
     @property
     def label(self) -> str:
         version = self._g.version().decode()
-        return f"ggml {version} ({self._buffer_name})"
+        return f"ggml {version} ({self._type_name}, {self._buffer_name})"
+
+    def experts(self) -> list[dict[str, Array]]:
+        """What ggml made of the values that it was given."""
+        return [
+            {name: self._dequantize(self._rows[name][i], *self._shape.matrices[name])
+             for name in self._rows}
+            for i in range(SOURCES)
+        ]  # fmt: skip
+
+    def _dequantize(self, rows: Array, N: int, K: int) -> Array:
+        """Through the function of the type's table: (blocks, float32 out, count)."""
+        address = self._g.get_type_traits(self._type)
+        to_float = ctypes.cast(address, ctypes.POINTER(_TypeTraits)).contents.to_float
+        values = np.empty((N, K), np.float32)
+        ctypes.CFUNCTYPE(None, P, P, c_int64)(to_float)(rows.ctypes.data, values.ctypes.data, N * K)
+        return values.astype(np.float64)
 
     def prepare(self, batches: list[Batch]) -> None:
         if self._allocator is not None:

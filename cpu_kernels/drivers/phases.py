@@ -103,7 +103,7 @@ def gate_up_strips(entry: Entry, pool: int, index: int, begin: int, end: int, sc
     strip_bytes = products.strips.strip_bytes
     if products.enter != 0:
         call(products.enter)
-    # pairs with the release of `pack_strips.publish_word`, which routing has seen already
+    # pairs with the release of `publish.publish_word`, which routing has seen already
     strips = load_acquire(packed.gate_up)
     sums = scratch + job.sums_offset
     unpacked = scratch + job.unpacked_offset

@@ -43,7 +43,7 @@ def expert_state(job: Job, expert: int) -> int:
     """Whether an expert's pairs are computed here, belong elsewhere, or cannot be computed."""
     if job.skip.address != 0 and job.skip[expert] != 0:
         return SKIPPED
-    # pairs with the release of `pack_strips.publish_word`
+    # pairs with the release of `publish.publish_word`
     strips = load_acquire(job.layer.packed[expert * job.pools].gate_up)
     return COMPUTED if strips != 0 else NOT_LOADED
 

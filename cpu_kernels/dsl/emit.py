@@ -225,9 +225,17 @@ class Emit:
         pointer = self.builder.inttoptr(address.ir, ir.PointerType())
         return Val(self, self.builder.load(pointer, align=align, typ=vector(element, lanes)))
 
-    def store(self, address: Val, value: Val, align: int = 1) -> None:
+    def store(self, address: Val, value: Val, align: int = 1, *, past_caches: bool = False) -> None:
+        """`past_caches`: the memory is not read soon; whole cache lines go there without being
+        fetched first. `order_stores` belongs behind such stores."""
         pointer = self.builder.inttoptr(address.ir, ir.PointerType())
-        self.builder.store(value.ir, pointer, align=align)
+        stored = self.builder.store(value.ir, pointer, align=align)
+        if past_caches:
+            stored.set_metadata("nontemporal", self.builder.module.add_metadata([I32(1)]))
+
+    def order_stores(self) -> None:
+        """All stores so far are seen before any later one, those past caches included."""
+        self.builder.fence("seq_cst")
 
     def prefetch(self, address: Val, locality: int = 3) -> None:
         """Hint that the cache line at `address` is read soon: to all cache levels, or with locality

@@ -59,7 +59,8 @@ def _byte_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
 
 
 def _byte_dot_sdot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
-    """SDOT does all of it: weights are below 128, so they are signed bytes too."""
+    """SDOT does all of it: weights are signed bytes, those of `byte_dot` too, as they are below
+    128."""
     kind, broadcast = vector(I32, 4), emit.broadcast(x, 4).bits(I8)
     name, count = "llvm.aarch64.neon.sdot.v4i32.v16i8", accumulator.lanes // 4
     pairs = zip(pieces(accumulator, count), pieces(w, count), strict=True)
@@ -87,6 +88,7 @@ LOWERINGS: Mapping[str, Lowering] = MappingProxyType(
 SDOT_LOWERINGS: Mapping[str, Lowering] = MappingProxyType(
     {
         "byte_dot": _byte_dot_sdot,
+        "narrow_dot": _byte_dot_sdot,
         "wide_split": wide_split_planes,
         "wide_start": _wide_start,
         "wide_dot": _wide_dot_sdot,

@@ -180,6 +180,34 @@ def wide_total_planes(emit: Emit, accumulator: Val) -> Val:
     return (high << 8) + low
 
 
+# narrow_dot: exact integer dot products of signed bytes (weights, any byte) by signed bytes within
+# -127..127, four inputs per 32-bit lane. The accumulator is 16 lanes of 32 bits; `narrow_start`
+# makes one from a bias, -WIDE_OFFSET times the sum of the activations, for tiers whose weights must
+# be unsigned. A total is at most 32 * 128 * 127 < 2^19 in magnitude.
+
+
+def _narrow_start_meaning(bias: Array) -> Array:
+    return np.zeros(16, np.int64)
+
+
+def _narrow_start(emit: Emit, bias: Val) -> Val:
+    return emit.splat(0, I32, 16)
+
+
+def _narrow_dot_meaning(accumulator: Array, w: Array, x: Array) -> Array:
+    """int64 [16], int8 [64], int8 [4] -> int64 [16]."""
+    total: Array = accumulator + w.reshape(16, 4).astype(np.int64) @ x.astype(np.int64)
+    return total
+
+
+def _narrow_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+    w32, x32 = w.bits(I32), emit.broadcast(x, 16)
+    for i in range(4):
+        shift = 24 - 8 * i
+        accumulator = accumulator + (w32 << shift).sar(24) * (x32 << shift).sar(24)
+    return accumulator
+
+
 # half_to_float(x): fp16 bits in 16-bit lanes -> float32, exact
 
 
@@ -259,6 +287,8 @@ OPS: Mapping[str, Op] = MappingProxyType(
             Op("wide_start", _wide_start_meaning, _wide_start),
             Op("wide_dot", _wide_dot_meaning, _wide_dot),
             Op("wide_total", _wide_total_meaning, _wide_total),
+            Op("narrow_start", _narrow_start_meaning, _narrow_start),
+            Op("narrow_dot", _narrow_dot_meaning, _narrow_dot),
             Op("half_to_float", _half_to_float_meaning, _half_to_float),
             Op("e4m3_pairs", e4m3.meaning, e4m3.generic),
             Op("pair_dot", _pair_dot_meaning, _pair_dot, exact=False),

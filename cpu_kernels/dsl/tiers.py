@@ -159,6 +159,21 @@ class _Wide:
             )
         return accumulator
 
+    def narrow_dot(self, emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+        """PMADDWD as in `wide_dot`, with activations that are widened by the same shifts."""
+        n = self.bits // 16
+        words, inputs = w.bits(I16), emit.broadcast(x, n // 2).bits(I16)
+        for weights, factor in (
+            ((words << 8).sar(8), (inputs << 8).sar(8)),
+            (words.sar(8), inputs.sar(8)),
+        ):
+            parts = pieces(weights, 32 // n)
+            kind = vector(I32, n // 2)
+            accumulator = accumulator + join(
+                [emit.intrinsic(self.pmaddwd, kind, part, factor) for part in parts]
+            )
+        return accumulator
+
 
 def _halves_bias(emit: Emit, x: Val) -> Val:
     """The offset of inputs 0, 1 (mod 4) in the lower 16 bits, of inputs 2, 3 in the upper."""
@@ -181,7 +196,13 @@ def _wide_planes(byte_dot: Lowering) -> dict[str, Lowering]:
         planes = zip(accumulator.halves(), (first, second), strict=True)
         return join([byte_dot(emit, plane, unsigned, x) for plane, x in planes])
 
+    def narrow_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+        total: Val = byte_dot(emit, accumulator, w + -WIDE_OFFSET, x)
+        return total
+
     return {
+        "narrow_start": lambda emit, bias: emit.broadcast(bias, 16),
+        "narrow_dot": narrow_dot,
         "wide_split": wide_split_planes,
         "wide_start": _wide_start_planes,
         "wide_dot": dot,
@@ -258,6 +279,7 @@ def _wide_lowerings(wide: _Wide) -> dict[str, Lowering]:
         "byte_dot_bias": _halves_bias,
         "byte_dot_total": wide.byte_dot_total,
         "wide_dot": wide.wide_dot,
+        "narrow_dot": wide.narrow_dot,
         "half_to_float": half_to_float_native,
         "e4m3_pairs": wide.e4m3_pairs,
         "pair_dot": _pair_dot_fused,
@@ -402,6 +424,11 @@ def available_tiers() -> list[TierReport]:
     return [TierReport(t, tuple(sorted(t.all_features - host))) for t in TIERS.values()]
 
 
+def best_tier() -> Tier:
+    """The most capable tier that runs here."""
+    return next(report.tier for report in reversed(available_tiers()) if report.usable)
+
+
 def choose_tier(name: str | None = None) -> Tier:
     """The tier to use: `name`, else `HYBRID_MOE_ISA`, else the most capable that runs here.
 
@@ -411,7 +438,7 @@ def choose_tier(name: str | None = None) -> Tier:
     reports = available_tiers()
     wanted = name or os.environ.get("HYBRID_MOE_ISA") or None
     if wanted is None:
-        return next(r.tier for r in reversed(reports) if r.usable)
+        return best_tier()
     source = "isa=" if name else "HYBRID_MOE_ISA="
     for report in reports:
         if report.tier.name == wanted.lower():

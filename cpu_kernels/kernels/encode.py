@@ -23,6 +23,10 @@ which a kernel takes codes out of a word (`weight_format.quads`). Where weights 
 16 inputs, or zero points or minima of their own, a group is 96 bytes, `SummedGroup`: it has biases
 for each half, and the sums of q that meet a zero point or, times the factor, a minimum.
 
+With 8-bit activations, where a user prefers speed, q = round(x * (127 / m)) for a group's largest
+magnitude m. It fits one plane, and the factor is m / 127, halved as above, no power of two. A group
+is 48 or 64 bytes, `Fixed8Group` or `SummedFixed8Group`.
+
 A row is [group]. A tile is several tokens that a kernel multiplies by the same weights, stored as
 [group][token]: one stream for any number of tokens, and the inputs of a group never compete for
 one set of the first-level cache, as rows 4096 bytes apart would.
@@ -32,8 +36,9 @@ A group that holds NaN or infinity has factor and exponent NaN; the row's result
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from hybrid_moe.cpu_kernels.dsl.emit import (
     F32,
@@ -78,8 +83,34 @@ class SummedGroup(Record):
     second_sum = f32
 
 
+class Fixed8Group(Record):
+    """A group of 32 inputs in 8 bits, with what `Fixed15Group` has for one plane."""
+
+    low = i8[GROUP]
+    factor = f32
+    low_bias = i32
+    unused = i32[2]  # groups are multiples of 16 bytes
+
+
+class SummedFixed8Group(Record):
+    """The same with biases and sums of its halves, or of all of it in the first ones."""
+
+    low = i8[GROUP]
+    factor = f32
+    low_bias = i32
+    second_low_bias = i32
+    sum = f32
+    second_sum = f32
+    unused = i32[3]
+
+
 FIXED15_GROUP = Fixed15Group.offsets()
 SUMMED_GROUP = SummedGroup.offsets()
+FIXED8_GROUP = Fixed8Group.offsets()
+SUMMED_FIXED8_GROUP = SummedFixed8Group.offsets()
+LEAST_MAXIMUM = 0x0D800000
+"""2^-100, as bits: a smaller maximum of a group counts as so much in 8 bits, which keeps 127 / m
+finite."""
 ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, left in the low mantissa bits
 ROUND_BITS = 0x4B400000
 
@@ -107,12 +138,26 @@ def _power_of_two(exponent: Val) -> Val:
     return ((exponent + 127) << 23).bits(F32)
 
 
-def _fixed15(emit: Emit, x: Val, to: Val, halved: int) -> tuple[Val, Val]:
-    """32 float32 that hold bf16 values -> (int32 q, factor). Stores the factor, the step of q times
-    2^-halved, and its exponent into the group at address `to`."""
+def _maximum(emit: Emit, x: Val) -> tuple[Val, Val]:
+    """(bits of the largest magnitude of float32 lanes, whether all of them are finite)."""
     magnitude = emit.reduce("umax", x.bits(I32) & 0x7FFFFFFF)
+    return magnitude, (magnitude >> 23) < 255
+
+
+def _nan(emit: Emit) -> Val:
+    return emit.splat(0x7FC00000, I32).bits(F32)
+
+
+def _rounded(x: Val) -> Val:
+    """float32 within -2^22..2^22 -> int32, to nearest even."""
+    return (x + ROUND).bits(I32) - ROUND_BITS
+
+
+def _fixed15(emit: Emit, x: Val, halved: int) -> tuple[Val, Val, Val]:
+    """32 float32 that hold bf16 values -> (int32 q, factor, its exponent). The factor is the step
+    of q times 2^-halved."""
+    magnitude, is_finite = _maximum(emit, x)
     biased = magnitude >> 23
-    is_finite = biased < 255
     biased = (biased < 1).select(emit.splat(1, I32), biased)  # zeros and subnormals: e = -126
     shift = -biased + 140  # 13 - e
     half = shift.sar(1)  # 2^shift may exceed float32's range, its two halves do not
@@ -120,11 +165,18 @@ def _fixed15(emit: Emit, x: Val, to: Val, halved: int) -> tuple[Val, Val]:
     step = -shift - halved
     half = step.sar(1)
     power = _power_of_two(half) * _power_of_two(step - half)
-    nan = emit.splat(0x7FC00000, I32).bits(F32)
-    factor = is_finite.select(power, nan)
-    emit.store(to + FIXED15_GROUP.factor, factor, align=4)
-    emit.store(to + FIXED15_GROUP.exponent, is_finite.select(step.to_float(), nan), align=4)
-    return (q + ROUND).bits(I32) - ROUND_BITS, factor
+    factor, exponent = (is_finite.select(value, _nan(emit)) for value in (power, step.to_float()))
+    return _rounded(q), factor, exponent
+
+
+def _fixed8(emit: Emit, x: Val, halved: int) -> tuple[Val, Val]:
+    """The same in 8 bits: (int32 q within -127..127, factor)."""
+    magnitude, is_finite = _maximum(emit, x)
+    least = emit.splat(LEAST_MAXIMUM, I32)
+    largest = (magnitude < least).select(least, magnitude).bits(F32)
+    most = emit.splat(127.0, F32)
+    factor = is_finite.select(largest / most * 2.0**-halved, _nan(emit))
+    return _rounded(x * (most / largest)), factor
 
 
 @dataclass(frozen=True)
@@ -138,6 +190,7 @@ class IntegerEncoding:
         offset: what makes `byte_dot`'s weights unsigned, and biases take back.
         halves: 1, or 2 where the 16 inputs of each half of a group are summed apart.
         sums: "" for none; "whole" for the sums of q; "scaled" for these times the factor.
+        bits: of activations: 16, which are kept in 15 bits, or 8.
     """
 
     wide: bool
@@ -146,6 +199,7 @@ class IntegerEncoding:
     offset: int
     halves: int = 1
     sums: str = ""
+    bits: int = 16
 
     @property
     def is_summed(self) -> bool:
@@ -153,38 +207,64 @@ class IntegerEncoding:
         return self.halves > 1 or bool(self.sums)
 
     @property
+    def at(self) -> SimpleNamespace:
+        """Byte offsets of a group's fields. A `SummedGroup` begins as a `Fixed15Group` does."""
+        if self.bits == 8:
+            return SUMMED_FIXED8_GROUP if self.is_summed else FIXED8_GROUP
+        return SUMMED_GROUP if self.is_summed else FIXED15_GROUP
+
+    @property
     def group_bytes(self) -> int:
         """Bytes of an encoded group."""
-        return int(SUMMED_GROUP.nbytes if self.is_summed else FIXED15_GROUP.nbytes)
+        return int(self.at.nbytes)
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """Fields with the bytes of q, the more significant ones first."""
+        return ("low",) if self.bits == 8 else ("high", "low")
+
+    @property
+    def is_power(self) -> bool:
+        """Whether factors are powers of two, whose exponents a group has too."""
+        return self.bits == 16
 
     def store(self, emit: Emit, x: Val, to: Val) -> None:
         """Encode 32 float32 that hold bf16 values into the group at address `to`."""
-        at = SUMMED_GROUP if self.is_summed else FIXED15_GROUP
-        q, factor = _fixed15(emit, x, to, int(self.halved))
+        at = self.at
+        if self.bits == 8:
+            q, factor = _fixed8(emit, x, int(self.halved))
+        else:
+            q, factor, exponent = _fixed15(emit, x, int(self.halved))
+            emit.store(to + at.exponent, exponent, align=4)
+        emit.store(to + at.factor, factor, align=4)
         q = q.shuffle(quads(self.code_bits).ravel().tolist())
-        if self.wide:
+        if self.wide and self.bits == 16:
             emit.store(to + at.high, emit.op("wide_split", q), align=16)
         else:
-            for plane, place in zip(split_planes(q), (at.high, at.low), strict=True):
-                emit.store(to + place, plane.trunc(I8), align=16)
+            for plane, name in zip(self._split(q), self.planes, strict=True):
+                emit.store(to + getattr(at, name), plane.trunc(I8), align=16)
         for half, part in enumerate(pieces(q, self.halves)):
-            high, low = self._biases(emit, part)
-            emit.store(to + (at.second_high_bias if half else at.high_bias), high, align=4)
-            emit.store(to + (at.second_low_bias if half else at.low_bias), low, align=4)
+            prefix = "second_" if half else ""
+            for bias, name in zip(self._biases(emit, part), self.planes, strict=True):
+                emit.store(to + getattr(at, f"{prefix}{name}_bias"), bias, align=4)
             if self.sums:
                 total = emit.reduce("add", part).to_float()
                 value = total * factor if self.sums == "scaled" else total
-                emit.store(to + (at.second_sum if half else at.sum), value, align=4)
+                emit.store(to + getattr(at, f"{prefix}sum"), value, align=4)
 
-    def _biases(self, emit: Emit, q: Val) -> tuple[Val, Val]:
-        """Accumulators to start from, of the higher and of the lower plane."""
+    def _split(self, q: Val) -> tuple[Val, ...]:
+        """q by planes."""
+        return (q,) if self.bits == 8 else split_planes(q)
+
+    def _biases(self, emit: Emit, q: Val) -> tuple[Val, ...]:
+        """Accumulators to start from, one for each plane."""
         zero = emit.splat(0, I32)
         if self.wide:
-            return zero, emit.reduce("add", q) * -WIDE_OFFSET
+            bias = emit.reduce("add", q) * -WIDE_OFFSET
+            return (*(zero,) * (len(self.planes) - 1), bias)
         if not self.offset:
-            return zero, zero
-        high, low = (emit.op("byte_dot_bias", plane.trunc(I8)) for plane in split_planes(q))
-        return high, low
+            return (zero,) * len(self.planes)
+        return tuple(emit.op("byte_dot_bias", plane.trunc(I8)) for plane in self._split(q))
 
 
 def _store_bf16(emit: Emit, x: Val, to: Val) -> None:
@@ -259,6 +339,15 @@ def encode_rows(encoding: Encoding) -> KernelBody:
     return body
 
 
+def _vectors_of(nbytes: int) -> Iterator[tuple[int, int]]:
+    """(offset, size) of vectors of 64, 32 and 16 bytes that make up so many."""
+    offset = 0
+    for size in (64, 32, 16):
+        while nbytes - offset >= size:
+            yield offset, size
+            offset += size
+
+
 def gather(encoding: Encoding) -> KernelBody:
     """Kernel (rows, count, out, groups): the encoded rows at addresses rows (int64 [count]) -> one
     tile [group][token] at `out`."""
@@ -269,9 +358,8 @@ def gather(encoding: Encoding) -> KernelBody:
             row = emit.load(rows + token * 8, I64, align=8)
             with emit.loop(0, groups) as group:
                 at, to = row + group * nbytes, out + (group * count + token) * nbytes
-                # 64 bytes are all of a BF16 group; others have 16 or 32 more
-                for offset in range(0, nbytes, 64):
-                    lanes = min(64, nbytes - offset) // 4
-                    emit.store(to + offset, emit.load(at + offset, I32, lanes, 16), align=16)
+                for offset, size in _vectors_of(nbytes):
+                    value = emit.load(at + offset, I32, size // 4, 16)
+                    emit.store(to + offset, value, align=16)
 
     return body

@@ -1,9 +1,9 @@
 """Dot kernels that sum each group of 32 inputs as integers and scale the sum.
 
-For each token, row and group of 32 inputs, with activations in 15-bit fixed point (see `encode`):
+For each token, row and group of 32 inputs, with activations as integers q (see `encode`):
 
     exact = sum(w * q)                      integers, in the accumulators of byte products
-    sums += (exact * factor) * scale        float32; the factor is a power of two
+    sums += (exact * factor) * scale        float32; of 16-bit activations the factor is 2^n
 
 with zero points exact - zero * sum(q) instead of exact, and with minima
 
@@ -30,7 +30,7 @@ from hybrid_moe.cpu_kernels.kernels.dot import (
     load_sums,
     store_sums,
 )
-from hybrid_moe.cpu_kernels.kernels.encode import FIXED15_GROUP, SUMMED_GROUP
+from hybrid_moe.cpu_kernels.kernels.encode import IntegerEncoding
 from hybrid_moe.cpu_kernels.kernels.integer_codes import Decode, Weights
 from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.cpu_kernels.kernels.scalings import Scale, ScaleOf
@@ -45,14 +45,11 @@ Totals = dict[tuple[int, int], Var]
 class GroupSums(abc.ABC):
     """Integer sums of one panel and group for some tokens, from their biases on."""
 
-    def __init__(self, emit: Emit, x: Sequence[Val], half: int) -> None:
+    def __init__(self, emit: Emit, x: Sequence[Val], half: int, encoding: IntegerEncoding) -> None:
         """`x` has the address of each token's group; `half` is 1 for the second half of a group
         whose halves are summed apart, else 0."""
-        at = SUMMED_GROUP  # a `FIXED15_GROUP` is its first part
-        self.emit, self.x = emit, x
-        self.at_high_bias = at.second_high_bias if half else at.high_bias
-        self.at_low_bias = at.second_low_bias if half else at.low_bias
-        self.at_sum = at.second_sum if half else at.sum
+        self.emit, self.x, self.encoding = emit, x, encoding
+        self._prefix = "second_" if half else ""
 
     @abc.abstractmethod
     def add(self, weights: Weights, tokens: Sequence[int]) -> None:
@@ -66,22 +63,45 @@ class GroupSums(abc.ABC):
         """32 bits of a token's group."""
         return self.emit.load(self.x[token] + offset, element, align=4)
 
+    def of_half(self, token: int, name: str, element: Any) -> Val:
+        """A field that each half has."""
+        return self.load(token, getattr(self.encoding.at, self._prefix + name), element)
+
     def scaled(self, token: int, scale: Scale) -> Val:
         """The group's part of one token's result, float32 [16]."""
-        emit, at = self.emit, FIXED15_GROUP
-        exact = self.total(token).to_float()
-        if scale.zero is not None:
-            exact = exact - scale.zero * self._sum(token)
-        factor, exponent = (
-            emit.broadcast(self.load(token, offset, F32), 16) for offset in (at.factor, at.exponent)
-        )
-        many = len(self.x) > 1  # one token is bound by memory, so the multipliers have time for it
-        part = scale.times(emit, Scale(factor, exponent).times(emit, exact, many), many)
-        return part if scale.minimum is None else part + scale.minimum * self._sum(token)
 
-    def _sum(self, token: int) -> Val:
-        """Of the token's q, or of these times its factor, in 16 lanes."""
-        return self.emit.broadcast(self.load(token, self.at_sum, F32), 16)
+        def field(name: str) -> Val:
+            if name == "sum":
+                return self.emit.broadcast(self.of_half(token, name, F32), 16)
+            return self.emit.broadcast(self.load(token, getattr(self.encoding.at, name), F32), 16)
+
+        many = len(self.x) > 1  # one token is bound by memory, so the multipliers have time for it
+        return scaled_sum(self.emit, self.total(token), field, scale, self.encoding, many)
+
+
+def scaled_sum(
+    emit: Emit,
+    exact: Val,
+    field: Callable[[str], Val],
+    scale: Scale,
+    encoding: IntegerEncoding,
+    by_exponent: bool,
+) -> Val:
+    """A group's part of a token's result, float32 [16].
+
+    Args:
+        exact: the integer sum, int32 [16].
+        field: name of a field of the encoded group -> its float32 in 16 lanes.
+        scale: of the panel's rows.
+        encoding: of the activations.
+        by_exponent: powers of two are added as exponents, where the tier has that.
+    """
+    value = exact.to_float()
+    if scale.zero is not None:
+        value = value - scale.zero * field("sum")
+    factor = Scale(field("factor"), field("exponent") if encoding.is_power else None)
+    part = scale.times(emit, factor.times(emit, value, by_exponent), by_exponent)
+    return part if scale.minimum is None else part + scale.minimum * field("sum")
 
 
 @dataclass(frozen=True)

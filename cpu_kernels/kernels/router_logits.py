@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.kernels.encode import load_bf16, to_bf16
+from hybrid_moe.cpu_kernels.kernels.transpose import transpose
 
 EXPERTS = 16
 """Experts that are computed together, one a lane; their number is a multiple of it."""
@@ -50,7 +51,7 @@ def router_logits(biased: bool) -> KernelBody:
                     for row in range(EXPERTS)
                 ]
                 sums = part.get()
-                for pair, w in enumerate(_transposed(lines)):
+                for pair, w in enumerate(transpose(lines)):
                     pairs = emit.load(x + i * 2 + 4 * pair, I32, align=2)
                     sums = emit.op("pair_dot", sums, w, emit.broadcast(pairs, EXPERTS))
                 part.set(sums)
@@ -60,24 +61,3 @@ def router_logits(biased: bool) -> KernelBody:
             emit.store(out + first * 2, to_bf16(logits), align=2)
 
     return body
-
-
-def _transposed(rows: list[Val]) -> list[Val]:
-    """The columns of a square of vectors: in turn, blocks of 1, 2, 4, ... lanes change places."""
-    size = len(rows)
-    step = 1
-    while step < size:
-        swapped = list(rows)
-        for i in range(size):
-            if i & step:
-                continue
-            low, high = rows[i], rows[i + step]
-            swapped[i] = low.shuffle(
-                [j if not j & step else size + j - step for j in range(size)], high
-            )
-            swapped[i + step] = low.shuffle(
-                [j + step if not j & step else size + j for j in range(size)], high
-            )
-        rows = swapped
-        step *= 2
-    return rows

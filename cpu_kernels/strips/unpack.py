@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from hybrid_moe.cpu_kernels.strips.pack import PlanePlace, plane_places
+from hybrid_moe.cpu_kernels.strips.places import PlanePlace, plane_places
 from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.strips import PANEL_ROWS, PANELS, STRIP_ROWS, StripLayout
 from hybrid_moe.formats.tensors import Matrix
@@ -61,7 +61,7 @@ def unpack_some(
     for place in plane_places(layout):
         parts = [
             # one index of axis 0 and one of the last for each row: [rows, blocks, units, elements]
-            _view(strips, place, STRIP_ROWS, block, blocks, units)[strip, :, :, :, lane].reshape(
+            _view(strips, place, block, blocks, units)[strip, :, :, :, lane].reshape(
                 len(rows), blocks * units * place.count
             )
             for block, blocks, units in _runs(place)
@@ -83,17 +83,16 @@ def _runs(place: PlanePlace) -> list[tuple[int, int, int]]:
     return runs + ([(whole, 1, rest)] if rest else [])
 
 
-def _view(
-    strips: Array, place: PlanePlace, places: int, block: int, blocks: int, units: int
-) -> Array:
+def _view(strips: Array, place: PlanePlace, block: int, blocks: int, units: int) -> Array:
     """Some blocks of a plane where they lie: [S, blocks, units, elements, rows], in integers of its
     element's size."""
     kind = np.dtype(f"u{place.itemsize}")
-    steps = (strips.strides[0], place.block_bytes, place.unit_bytes, places * place.itemsize)
+    element = place.places * place.itemsize
+    steps = (strips.strides[0], place.block_bytes, place.unit_bytes, element)
     begin = place.offset + block * place.block_bytes
     return as_strided(
         strips[:, begin : begin + place.itemsize].view(kind),
-        (len(strips), blocks, units, place.count, places),
+        (len(strips), blocks, units, place.count, place.places),
         (*steps, place.itemsize),
     )
 
@@ -113,13 +112,12 @@ def _panels(
     """Each plane as [S, 4, 16, elements], or [S, 4, 1, elements] where rows share it."""
     found = {}
     for place in plane_places(layout):
-        places = STRIP_ROWS // (PANEL_ROWS if _plane(fmt, place.name).rows > 1 else 1)
-        shape = (len(strips), places, place.units * place.count)
+        shape = (len(strips), place.places, place.elements)
         out = np.empty(shape, np.dtype(f"u{place.itemsize}"))
 
         def copy(part: slice, place: PlanePlace = place, out: Array = out) -> None:
             for block, blocks, units in _runs(place):
-                values = _view(strips[part], place, out.shape[1], block, blocks, units)
+                values = _view(strips[part], place, block, blocks, units)
                 first = block * place.block_units * place.count
                 to = out[part][..., first : first + blocks * units * place.count]
                 to[...] = values.transpose(0, 4, 1, 2, 3).reshape(to.shape)
@@ -134,7 +132,7 @@ def _panels(
             )
         )
         values = _stored(out, layout, fmt, place.name)
-        found[place.name] = values.reshape(len(strips), PANELS, places // PANELS, -1)
+        found[place.name] = values.reshape(len(strips), PANELS, place.places // PANELS, -1)
     return found
 
 

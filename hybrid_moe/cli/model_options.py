@@ -34,6 +34,21 @@ GpuBackendOption = Annotated[
         help="What computes them; torch needs no GPU. Default: cute where it can be used.",
     ),
 ]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder that keeps the packed experts, as large as the model's: the next start reads "
+        "them as they are.",
+    ),
+]
+CpuActivationOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int8",
+        help="Multiply experts of integer weights by inputs of 8 bits: faster prompts, less exact.",
+    ),
+]
 LONGEST_CONTEXT = 32768
 """Tokens, where nobody asks for another context: longer prompts take a CPU many minutes."""
 
@@ -48,6 +63,8 @@ class LoadOptions:
     pools: int | None
     gpu_experts: str | None = None
     gpu_backend: str | None = None
+    cpu_activation: str | None = None
+    cache: Path | None = None
 
     def workers(self) -> PoolConfig:
         """The threads that work.
@@ -190,7 +207,7 @@ class OpenedModel:
         line = (
             f"{self.name}: {self.summary.model_type}, {len(experts)} layers of "
             f"{first.spec.num_experts} experts, {per_token} per token, "
-            f"{first.fmt.name if first.fmt else 'not loaded'}; tier {choose_tier().name}; "
+            f"{first.formats.name if first.formats else 'not loaded'}; tier {choose_tier().name}; "
             f"{pool.threads} thread{'s' * (pool.threads > 1)}"
             + (f" in {pool.pools} pools" if pool.pools > 1 else "")
         )

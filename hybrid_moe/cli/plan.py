@@ -64,8 +64,9 @@ def show(plan: Plan) -> None:
     least = min(layer.top_k for layer in model.layers)
     per_token = f"{model.top_k}" if least == model.top_k else f"{least} to {model.top_k}"
     experts = f"{model.num_experts} in each of {len(model.layers)} layers, {per_token} per token"
-    sizes = {layer.method.name: format_bytes(layer.packed) for layer in model.layers}
-    rates = ", ".join(f"{request.cpu.macs[name] / 1e9:.0f}" for name in sizes)
+    sizes = {layer.formats.name: format_bytes(layer.packed) for layer in model.layers}
+    speeds = {layer.formats.name: layer.rate(request.cpu.macs) for layer in model.layers}
+    rates = ", ".join(f"{rate / 1e9:.0f}" for rate in speeds.values())
     facts(
         str(model.path),
         {

@@ -43,6 +43,10 @@ ROW = 0
 INT4_OFFSET = 8
 """A nibble n is the code n - 8, as compressed-tensors and GPTQ store it."""
 INT4_CODE = CodeType("int4", 4, values=tuple(range(-8, 8)))
+INT4_STEPS = (7.0, 7.5, 8.0, 8.5, 9.0, 9.5, 10.0)
+"""By which the largest magnitude of a group is divided: the steps that the encoder tries."""
+INT4_ROW_STEPS = (7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 16.0, 18.0)
+"""The same of rows, whose largest weight lies farther out."""
 
 
 def _encode_int8(w: F32) -> tuple[Array, Array | None]:
@@ -85,15 +89,64 @@ def _rounded_scales(steps: F32, scale: ScaleType, name: str) -> Array:
     return stored
 
 
-def _symmetric(w: F32, name: str, group: int, scale: ScaleType, most: int) -> tuple[Array, Array]:
-    """Codes [N, K] of -most..most as int64, with the scale that is stored: d = max / most rounded
-    to the scale's type, codes rint(w / d)."""
-    groups, maxima = groups_of(w, name, group or w.shape[1])
-    stored = _rounded_scales(maxima / np.float32(most), scale, name)
+def _of_largest(
+    groups: F32, maxima: F32, divisor: float, scale: ScaleType, name: str, codes: tuple[int, int]
+) -> tuple[Array, F32, F32]:
+    """Codes of groups [N, n, size] with steps of maxima / divisor, rounded to the scale's type:
+    (stored steps [N, n], codes as float32, what each weight is off by in steps)."""
+    stored = _rounded_scales(maxima / np.float32(divisor), scale, name)
+    low, high = codes
     with np.errstate(divide="ignore", invalid="ignore"):
         scaled = groups / scale.decode(stored)[..., None]
-    codes = np.rint(np.nan_to_num(scaled, posinf=most, neginf=-most))  # a step of 0 after rounding
-    return np.clip(codes, -most, most).astype(np.int64).reshape(w.shape), stored
+    # a step of 0 after rounding
+    scaled = np.nan_to_num(scaled, copy=False, posinf=high, neginf=low)
+    whole = np.clip(np.rint(scaled), low, high)
+    return stored, whole, scaled - whole
+
+
+def _squares(errors: F32) -> F32:
+    """Sums of squares [N, n] of groups [N, n, size], in an order that is the same everywhere: each
+    32nd element in turn, then halves of the 32 sums."""
+    sums: F32 = np.square(errors).reshape(*errors.shape[:-1], -1, 32).sum(axis=-2, dtype=np.float32)
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0]
+
+
+def _encode_int8_rows(w: F32, name: str) -> tuple[Array, Array]:
+    """d = max / 127 of each row, codes rint(w / d)."""
+    groups, maxima = groups_of(w, name, w.shape[1])
+    most = INT8_MOST
+    stored, codes, _ = _of_largest(groups, maxima, most, FP32, name, (-most, most))
+    return codes.astype(np.int8).reshape(w.shape), stored
+
+
+def _encode_int4(w: F32, name: str, group: int, scale: ScaleType) -> tuple[Array, Array]:
+    """Nibbles n of codes n - 8. For each group the step of `INT4_STEPS` whose squared error is the
+    least, of equal ones the widest.
+
+    The step at which nothing saturates, max / 7, is too wide for most groups: their largest weight
+    is an outlier among them. Measured on normal weights, the relative error falls from 0.097 to
+    0.087 with groups of 32, from 0.117 to 0.102 with 128, from 0.157 to 0.109 with rows of 4096.
+    """
+    groups, maxima = groups_of(w, name, group or w.shape[1])
+    divisors = INT4_STEPS if group else INT4_ROW_STEPS
+    args = (scale, name, (-8, 7))
+    best, codes, error = _of_largest(groups, maxima, divisors[0], *args)
+    widest = scale.decode(best)
+    least = _squares(error)
+    for divisor in divisors[1:]:
+        stored, tried, error = _of_largest(groups, maxima, divisor, *args)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = scale.decode(stored) / widest
+        squares = _squares(error) * np.square(ratio)  # in units of the widest step
+        better = squares < least
+        best = np.where(better, stored, best)
+        codes = np.where(better[..., None], tried, codes)
+        least = np.where(better, squares, least)
+    nibbles = (codes + np.float32(INT4_OFFSET)).astype(np.uint8).reshape(w.shape)
+    return pack_bits(nibbles, 4), best
 
 
 def _zero_points(plane: Array, groups: int) -> Array:
@@ -116,8 +169,7 @@ def int4_format(group: int, scale: ScaleType, zeros: int | None = None) -> Weigh
     name += "" if zeros is None else f"_Z{zeros}"
 
     def encode(w: F32) -> tuple[Array, Array | None]:
-        codes, scales = _symmetric(w, name, group, scale, 7)
-        return pack_bits((codes + INT4_OFFSET).astype(np.uint8), 4), scales
+        return _encode_int4(w, name, group, scale)
 
     def factors(planes: Planes) -> tuple[F64, F64 | None]:
         s = scale.decode(planes["scales"]).astype(np.float64)
@@ -140,11 +192,6 @@ def int4_format(group: int, scale: ScaleType, zeros: int | None = None) -> Weigh
         else encode,
         multiple=max(32, group),
     )
-
-
-def _encode_int8_row(w: F32) -> tuple[Array, Array | None]:
-    codes, scales = _symmetric(w, "INT8_ROW_FLOAT32", ROW, FP32, INT8_MOST)
-    return codes.astype(np.int8), scales
 
 
 INT8 = WeightFormat(
@@ -170,7 +217,7 @@ INT8_ROW = WeightFormat(
     more=(),
     scaling="float32",
     factors=None,
-    encode=_encode_int8_row,
+    encode=lambda w: _encode_int8_rows(w, "INT8_ROW_FLOAT32"),
 )
 INT4_ROW = int4_format(ROW, FP32)
 

@@ -98,18 +98,20 @@ def e4m3_to_float(codes: Array) -> F32:
 def f32_to_e4m3(x: F32) -> npt.NDArray[np.uint8]:
     """float32 of magnitude up to 448 -> E4M3 bytes, round to nearest even; -0 stays -0.
 
-    The grid of a value is 2^(e - 3) for magnitudes in [2^e, 2^(e+1)) and 2^-9 below 2^-6; adding
-    1.5 * 2^23 grid steps rounds to it, ties to even, in float64 without a second rounding.
+    Magnitudes from 2^-6 on keep their exponent, 120 less, and the upper three bits of 23. Half a
+    last place less one unit, and one more where the kept bits are odd, carries into them as
+    rounding to even does. Below lie the multiples of 2^-9, which are their own codes.
     """
-    magnitude = np.abs(x).astype(np.float64)
-    _, exponent = np.frexp(magnitude)  # magnitude = m * 2^exponent, m in [0.5, 1)
-    step = np.ldexp(1.0, np.maximum(exponent - 1, -6) - 3)
-    rounded = np.rint(magnitude / step) * step
-    _, exponent = np.frexp(rounded)
-    field = np.maximum(exponent - 1 + 7, 0)  # 0 for subnormals
-    mantissa = np.where(field > 0, rounded / np.ldexp(1.0, field - 7) * 8 - 8, rounded * 2.0**9)
-    bits = (field << 3) | mantissa.astype(np.int64)
-    result: npt.NDArray[np.uint8] = (bits | (np.signbit(x).astype(np.int64) << 7)).astype(np.uint8)
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    magnitude = bits & np.uint32(0x7FFF_FFFF)
+    rounded = magnitude + np.uint32(0x7_FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1))
+    codes = (rounded >> np.uint32(20)) - np.uint32(120 << 3)
+    small = np.rint(magnitude.view(np.float32) * np.float32(512))
+    small_codes = np.minimum(small, np.float32(8)).astype(np.uint32)
+    codes = np.where(magnitude < np.uint32(0x3C80_0000), small_codes, codes)
+    result: npt.NDArray[np.uint8] = (codes | (bits >> np.uint32(31) << np.uint32(7))).astype(
+        np.uint8
+    )
     return result
 
 

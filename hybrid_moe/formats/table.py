@@ -8,7 +8,7 @@ planner use, and (through `cpu_kernels` and `gpu_kernels`) the decode step of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -93,9 +93,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("FP8_PERCHANNEL", (FP8_PERCHANNEL,), FP8_PERCHANNEL),
             Method("BF16", (BF16,), BF16),
             Method("INT8", (INT8,), INT8),
-            Method("RAWINT4", RAW_INT4, RAW_INT4[0]),
-            Method("GPTQ_INT4", (*GPTQ_SYMMETRIC, *GPTQ_FIRST, *ZERO_POINTS), GPTQ_SYMMETRIC[2]),
             Method("AWQ", ZERO_POINTS, None),
+            Method("GPTQ_INT4", (*GPTQ_SYMMETRIC, *GPTQ_FIRST, *ZERO_POINTS), GPTQ_SYMMETRIC[2]),
+            Method("RAWINT4", (*RAW_INT4, *GPTQ_SYMMETRIC, INT4_ROW), RAW_INT4[0]),
             Method("AMXINT4", (INT4_ROW,), INT4_ROW),
             Method("AMXINT8", (INT8_ROW,), INT8_ROW),
             Method("MOE_INT4", (INT4_ROW,), INT4_ROW),
@@ -162,6 +162,20 @@ def format_named(method: str) -> WeightFormat:
     return found.made
 
 
+def methods_for(stored: Sequence[LayerFormats]) -> tuple[str, ...]:
+    """Names of the methods that load layers stored so; of those that come to the same, the first.
+
+    Args:
+        stored: formats of each layer.
+    """
+    found: dict[tuple[WeightFormat | None, ...], str] = {}
+    for method in METHODS.values():
+        held = tuple(method.format_for(fmt) for formats in stored for fmt in formats)
+        if None not in held:
+            found.setdefault(held, method.name)
+    return tuple(found.values())
+
+
 def formats_under(method: Method | None, stored: LayerFormats, where: str) -> LayerFormats:
     """The formats in which a layer's experts are held.
 
@@ -177,21 +191,9 @@ def formats_under(method: Method | None, stored: LayerFormats, where: str) -> La
         return stored
     held = [method.format_for(fmt) for fmt in stored]
     if held[0] is None or held[1] is None:
-        fitting = [m.name for m in METHODS.values() if all(m.format_for(f) for f in stored)]
         raise ValueError(
-            f"{where} stores its experts as {stored.name}, which is nothing that method "
-            f'"{method.name}" loads: use {" or ".join([*fitting, "auto"])}, where "auto" takes '
-            "each layer as it is stored"
+            f"{where} stores its experts as {stored.name}, which does not become {method.name}: "
+            f'use {", ".join(methods_for([stored]))} or "auto", which takes each layer as it is '
+            "stored"
         )
     return LayerFormats(held[0], held[1])
-
-
-def chosen_format(method: str | None) -> WeightFormat | None:
-    """The format that weights of 16 bits become under `method`, or that a layer is stored in for
-    it; None where the checkpoint decides.
-
-    Raises:
-        ValueError: as `method_named`.
-    """
-    found = chosen_method(method)
-    return None if found is None else found.made or found.formats[0]

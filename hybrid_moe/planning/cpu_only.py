@@ -99,7 +99,7 @@ def _experts(model: Model, cpu: CpuSpeeds, tokens: int) -> tuple[Term, Term]:
     """Arithmetic of a prompt's experts, and reading each of them that some token takes."""
     macs = [tokens * layer.top_k * layer.weights for layer in model.layers]
     # of several formats the mean speed, each as long as its layers take
-    rates = [cpu.macs[layer.method.name] for layer in model.layers]
+    rates = [layer.rate(cpu.macs) for layer in model.layers]
     seconds = sum(count / rate for count, rate in zip(macs, rates, strict=True))
     touched = sum(
         layer.num_experts * layer.packed * share_met(tokens * layer.top_k, layer.num_experts)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
-from hybrid_moe.formats.table import AS_STORED, BF16, chosen_format
+from hybrid_moe.formats.table import AS_STORED, BF16, Method, chosen_method, methods_of
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.formats.weight_format import WeightFormat
-from hybrid_moe.loaders import Checkpoint, LayerSource
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
+from hybrid_moe.loaders import Checkpoint, ExpertSource, held_formats
 from hybrid_moe.loaders.convert import CONFIG_KEY
 from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.loaders.header import TensorInfo
@@ -44,7 +44,7 @@ class LayerExperts:
         layer: its number, dense layers counted.
         num_experts: E.
         top_k: experts of a token, k.
-        method: format of the CPU's experts.
+        formats: of the CPU's experts.
         packed: bytes of one expert in strips.
         bias: bytes of one expert's biases, held as float32, over all pools.
         on_gpu: bytes of one expert on a GPU: as the serving engine stores it, or in a slot.
@@ -54,11 +54,17 @@ class LayerExperts:
     layer: int
     num_experts: int
     top_k: int
-    method: WeightFormat
+    formats: LayerFormats
     packed: int
     bias: int
     on_gpu: int
     weights: int
+
+    def rate(self, macs: Mapping[str, float]) -> float:
+        """Multiply-accumulates in a second, of those of each format: two of three are gate's and
+        up's."""
+        gate_up, down = (macs[fmt.name] for fmt in self.formats)
+        return gate_up if gate_up == down else 3 / (2 / gate_up + 1 / down)
 
 
 @dataclass(frozen=True)
@@ -151,12 +157,13 @@ class Model:
     @property
     def formats(self) -> tuple[WeightFormat, ...]:
         """Formats of the CPU's experts, each once."""
-        return tuple(dict.fromkeys(layer.method for layer in self.layers))
+        return tuple(dict.fromkeys(fmt for layer in self.layers for fmt in layer.formats))
 
     @property
     def method(self) -> str:
-        """Name of that format; "STORED" where layers differ."""
-        return _name(self.formats)
+        """Name of a method that holds them so; "STORED" where layers, or projections, differ."""
+        found = methods_of(self.formats[0]) if len(self.formats) == 1 else ()
+        return found[0] if found else AS_STORED
 
     @property
     def gpu_format(self) -> str:
@@ -202,13 +209,13 @@ def read_model(
     problem = checkpoint.routing_problem(sources)
     if problem is not None:
         raise CheckpointError(problem)
-    first, chosen = sources[0], chosen_format(method)
+    first, chosen = sources[0], chosen_method(method)
     for source in sources:
-        source.check_format(chosen or source.format)
+        held_formats(source, chosen)
         source.check_layout()
     stored = sources if base is None else [rest.layer(source.layer) for source in sources]
     readable = CONFIG_KEY not in rest.config
-    engine_format = _name(tuple(source.format for source in stored)) if readable else BF16.name
+    engine_format = _name([source.formats for source in stored]) if readable else BF16.name
     tensors = {k: t for k, t in rest.index.tensors.items() if k not in rest.expert_keys}
     part = {key: part_of(rest, key) for key in tensors}
     parts: Counter[str] = Counter()
@@ -244,9 +251,9 @@ def read_model(
 
 
 def _layer(
-    source: LayerSource,
-    base: LayerSource,
-    chosen: WeightFormat | None,
+    source: ExpertSource,
+    base: ExpertSource,
+    chosen: Method | None,
     checkpoint: Checkpoint,
     *,
     slots: bool,
@@ -259,13 +266,14 @@ def _layer(
             f"config.json of {checkpoint.index.path} lacks num_experts_per_tok of layer "
             f"{source.layer}"
         )
-    packed = packed_nbytes(chosen or source.format, H, I)
+    formats = held_formats(source, chosen)
+    packed = packed_nbytes(formats, H, I)
     bias = bias_nbytes(H, I) if source.has_bias else 0
     return LayerExperts(
         layer=source.layer,
         num_experts=source.num_experts,
         top_k=top_k,
-        method=chosen or source.format,
+        formats=formats,
         packed=packed,
         bias=bias,
         on_gpu=packed + bias if slots else base.expert_nbytes,
@@ -273,7 +281,7 @@ def _layer(
     )
 
 
-def _name(formats: tuple[WeightFormat, ...]) -> str:
+def _name(formats: list[LayerFormats]) -> str:
     """The one format's name; "STORED" for several."""
     names = {fmt.name for fmt in formats}
     return names.pop() if len(names) == 1 else AS_STORED

@@ -162,7 +162,7 @@ def _expert_parts(model: Model, request: Request, hot: HotExperts) -> list[Memor
     for layer in model.layers:
         cold = hot.cold(layer)
         more = int(request.slots is not None and 0 < cold < layer.num_experts)
-        strips[layer.method.name] += cold * layer.packed
+        strips[layer.formats.name] += cold * layer.packed
         biases += cold * layer.bias
         spare += more * (layer.packed + layer.bias)
         if request.huge_pages and cold:  # each pool's share is rounded; shares are nearly equal

@@ -68,7 +68,7 @@ def predict_prefill(
         for layer in model.layers
     )
     # of several formats the mean speed, each as long as its layers take
-    seconds = sum(n / cpu.macs[layer.method.name] for layer, n in macs.items())
+    seconds = sum(n / layer.rate(cpu.macs) for layer, n in macs.items())
     count = sum(macs.values())
     rate = count / seconds if seconds else cpu.macs[model.formats[0].name]
     compute = computing("CPU arithmetic", "experts", count, rate * MAC_SHARE)

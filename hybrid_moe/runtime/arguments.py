@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats
 
 UNSUPPORTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
     {
@@ -69,8 +69,8 @@ class LayerShape:
         """The shape of a caller's `sizes`, by name; `TypeError` for one that is no integer."""
         return cls(**{name: integer(name, value) for name, value in sizes.items()})
 
-    def check(self, fmt: WeightFormat) -> None:
-        """Raise `ValueError` unless a layer of these sizes can exist in `fmt`."""
+    def check(self, formats: LayerFormats) -> None:
+        """Raise `ValueError` unless a layer of these sizes can exist in `formats`."""
         if self.layer_idx < 0:
             raise ValueError(f"layer_idx is {self.layer_idx}, must be 0 or more")
         for name, largest in LARGEST.items():
@@ -83,7 +83,8 @@ class LayerShape:
                 f"num_experts_per_tok is {self.num_experts_per_tok}, "
                 f"more than num_experts {self.num_experts}"
             )
-        for name in ("hidden_size", "moe_intermediate_size"):
+        inputs = (("hidden_size", formats.gate_up), ("moe_intermediate_size", formats.down))
+        for name, fmt in inputs:
             if getattr(self, name) % fmt.k_multiple:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, must be a multiple of {fmt.k_multiple} "

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from hybrid_moe.loaders.layout import GateUp
-from hybrid_moe.runtime import arguments, checkpoint_cache, torch_op
+from hybrid_moe.runtime import arguments, torch_op
 from hybrid_moe.runtime.export import ExpertWriter
 from hybrid_moe.runtime.layer_facts import LayerFacts
 
@@ -13,8 +10,6 @@ from hybrid_moe.runtime.layer_facts import LayerFacts
 class ExpertMoves(LayerFacts):
     """Slots and moves of a wrapper, which provides the attributes."""
 
-    weight_path: Path | None
-    _layout: GateUp | None
     _writer: ExpertWriter
 
     def reserve_slots(self, biases: bool | None = None) -> None:
@@ -32,9 +27,7 @@ class ExpertMoves(LayerFacts):
         if self._hot is None:
             return
         if biases is None and self.weight_path is not None:
-            biases = checkpoint_cache.checked_layer(
-                self.weight_path, self.shape, self.format, self._layout
-            ).has_bias
+            biases = self.checkpoint_source().has_bias
         self._hot.reserve(self._layer.shares(biases=biases is not False))
 
     def promote(self, expert: int, cuda_stream: int | None = None) -> None:

@@ -19,7 +19,7 @@ import torch
 from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.shares import ShareLayout
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats
 from hybrid_moe.gpu_kernels.slot_experts import AT_ONCE, SlotExperts, check_experts
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.runtime.arguments import LayerShape
@@ -35,7 +35,7 @@ class HotHalf:
 
     Args:
         options: back end, number of slots, device.
-        shape: of the layer. fmt: of its weights. activation: of its experts.
+        shape: of the layer. formats: of its weights. activation: of its experts.
 
     Attributes:
         experts: the slots; None before `reserve`, and where there are none.
@@ -45,11 +45,15 @@ class HotHalf:
     """
 
     def __init__(
-        self, options: HotOptions, shape: LayerShape, fmt: WeightFormat, activation: Activation
+        self,
+        options: HotOptions,
+        shape: LayerShape,
+        formats: LayerFormats,
+        activation: Activation,
     ) -> None:
-        check_experts(options.backend, fmt, shape.hidden_size, shape.moe_intermediate_size)
+        check_experts(options.backend, formats, shape.hidden_size, shape.moe_intermediate_size)
         self.options = options
-        self._shape, self._fmt, self._activation = shape, fmt, activation
+        self._shape, self._formats, self._activation = shape, formats, activation
         self._biases: bool | None = None
         self.experts: SlotExperts | None = None
         self._captured: weakref.finalize[Any, SlotExperts] | None = None
@@ -81,7 +85,10 @@ class HotHalf:
         if self._biases is not None:
             return
         layout = SlotLayout(
-            self._fmt, self._shape.hidden_size, self._shape.moe_intermediate_size, tuple(shares)
+            self._formats,
+            self._shape.hidden_size,
+            self._shape.moe_intermediate_size,
+            tuple(shares),
         )
         slots, device = self.options.slots, self.device
         if slots:

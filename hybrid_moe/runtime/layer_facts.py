@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.formats.weight_format import WeightFormat
-from hybrid_moe.runtime import arguments
+from hybrid_moe.formats.table import Method
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
+from hybrid_moe.loaders.expert_source import ExpertSource
+from hybrid_moe.loaders.layout import GateUp
+from hybrid_moe.runtime import arguments, checkpoint_cache
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.hot_half import HotHalf
 from hybrid_moe.runtime.runner import LayerRunner
@@ -17,11 +22,15 @@ class LayerFacts:
 
     Attributes:
         shape: its sizes.
-        format: its weight format.
+        weight_path: the checkpoint; None without one.
+        formats: its weight formats, which are alike in most checkpoints.
     """
 
     shape: LayerShape
-    format: WeightFormat
+    weight_path: Path | None
+    formats: LayerFormats
+    _method: Method | None
+    _layout: GateUp | None
     _mask: torch.Tensor
     _layer: ExpertLayer
     _hot: HotHalf | None
@@ -55,8 +64,26 @@ class LayerFacts:
 
     @property
     def method(self) -> str:
-        """Name of the weight format."""
-        return self.format.name
+        """Name of the method, or of the weight formats where the checkpoint decides."""
+        return self.formats.name if self._method is None else self._method.name
+
+    @property
+    def format(self) -> WeightFormat:
+        """The weight format of gate and up."""
+        return self.formats.gate_up
+
+    def checkpoint_source(self) -> ExpertSource:
+        """This layer of the checkpoint at `weight_path`, checked: only headers are read.
+
+        Raises:
+            ValueError: there is no `weight_path`, or its weights do not become the method's.
+            CheckpointError: it is damaged, or does not fit the layer.
+        """
+        if self.weight_path is None:
+            raise ValueError("load_weights needs the weight_path that the wrapper was made without")
+        return checkpoint_cache.checked_layer(
+            self.weight_path, self.shape, self.formats, self._method, self._layout
+        )
 
     @property
     def gpu_experts_mask(self) -> torch.Tensor:

@@ -110,7 +110,7 @@ class ExpertPlacement:
 
     def load(self, expert: int, tensors: ExpertTensors) -> None:
         """Pack an expert to where it belongs. Thread-safe for different experts."""
-        self._wide[expert] = has_wide_scales(self._layer.fmt, tensors)
+        self._wide[expert] = has_wide_scales(self._layer.formats, tensors)
         slots, slot = self._hot.experts, int(self._slot[expert])
         if slot < 0 or slots is None:
             self._layer.load(expert, tensors)

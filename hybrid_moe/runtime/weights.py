@@ -12,7 +12,7 @@ from hybrid_moe.formats.integers import INT8
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix, check_matrix
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.runtime.arguments import LayerShape
 
 PROJECTIONS = ("gate", "up", "down")
@@ -42,18 +42,21 @@ class Stacked:
 
 
 def check_stacked(
-    projections: dict[str, Stacked], shape: LayerShape, fmt: WeightFormat, mapping: torch.Tensor
+    projections: dict[str, Stacked],
+    shape: LayerShape,
+    formats: LayerFormats,
+    mapping: torch.Tensor,
 ) -> None:
     """Raise unless the tensors are experts of `shape` and hold every expert of `mapping`.
 
     Raises:
-        TypeError: not a tensor, or a dtype that is neither float nor codes of `fmt`.
+        TypeError: not a tensor, or a dtype that is neither float nor codes of `formats`.
         ValueError: a shape; the message says tensor, found and expected shape.
     """
     H, I = shape.hidden_size, shape.moe_intermediate_size
     experts = None
     for name in PROJECTIONS:
-        given = projections[name]
+        given, fmt = projections[name], formats.down if name == "down" else formats.gate_up
         N, K = (H, I) if name == "down" else (I, H)
         for part, tensor in (("proj", given.weight), ("scale", given.scale), ("bias", given.bias)):
             if tensor is None and part != "proj":
@@ -107,9 +110,9 @@ def check_stacked(
 
 
 def expert_of(
-    projections: dict[str, Stacked], expert: int, shape: LayerShape, fmt: WeightFormat
+    projections: dict[str, Stacked], expert: int, shape: LayerShape, formats: LayerFormats
 ) -> ExpertTensors:
-    """The matrices of one expert in `fmt`.
+    """The matrices of one expert in `formats`.
 
     Raises:
         CheckpointError: a weight or bias is not finite, or a scale is invalid.
@@ -117,6 +120,7 @@ def expert_of(
     matrices = {}
     for name in PROJECTIONS:
         given, where = projections[name], f"{name}_proj[{expert}]"
+        fmt = formats.down if name == "down" else formats.gate_up
         codes, scales = _codes(given, expert, fmt, where)
         bias = None
         if given.bias is not None:

@@ -88,6 +88,7 @@ def every_bench() -> list[dict[str, Any]]:
         machine("moe_layer", points=[layer_point(), layer_point(tokens=64)], skipped={}),
         machine("gpu_check", gpu=None, steps=[], points=[]),
         machine("peers", points=peers, errors=errors),
+        machine("formats", points=[{**p, "counted_rate": 40.0} for p in peers], errors=errors),
         machine("pool", points=[pool_point(), pool_point(caller="caller works", signal_us=None)]),
         machine("load", points=[load], threads=2),
         machine("steps", points=[step, tile], isa="avx2"),

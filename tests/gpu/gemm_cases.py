@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS
+from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.formats.tensors import Matrix
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.gpu_kernels import down, gate_up
 from hybrid_moe.gpu_kernels.definition import KernelDefinition
 from hybrid_moe.gpu_kernels.fragments import permute, unpermute
@@ -52,8 +53,8 @@ class Case:
     wide: bool = False
 
     @property
-    def fmt(self) -> WeightFormat:
-        return self.slots.layout.fmt
+    def formats(self) -> LayerFormats:
+        return self.slots.layout.formats
 
     @property
     def hot(self) -> Array:
@@ -62,7 +63,7 @@ class Case:
 
 
 def random_case(
-    fmt: WeightFormat,
+    fmt: WeightFormat | LayerFormats,
     H: int,
     I: int,
     *,
@@ -148,10 +149,9 @@ def run_gate_up(
     layout = case.slots.layout
     kernel = kernel or gate_up.choose(layout, case.activation, tile)
     h = np.full((len(case.slot_of_pair), layout.intermediate), BF16_NAN, np.uint16)
-    report = launch(
-        case, kernel, np.ascontiguousarray(permute(case.x, case.fmt)), h, tile, arch, seed
-    )
-    columns: npt.NDArray[np.uint16] = unpermute(h, case.fmt)
+    x = np.ascontiguousarray(permute(case.x, case.formats.gate_up))
+    report = launch(case, kernel, x, h, tile, arch, seed)
+    columns: npt.NDArray[np.uint16] = unpermute(h, case.formats.down)
     return columns, report
 
 
@@ -167,7 +167,8 @@ def run_down(
     layout = case.slots.layout
     kernel = kernel or down.choose(layout, tile)
     y = np.full((len(h), layout.hidden), np.nan, np.float32)
-    report = launch(case, kernel, np.ascontiguousarray(permute(h, case.fmt)), y, tile, arch, seed)
+    inputs = np.ascontiguousarray(permute(h, case.formats.down))
+    report = launch(case, kernel, inputs, y, tile, arch, seed)
     return y, report
 
 
@@ -191,14 +192,29 @@ class Expected:
         assert np.linalg.norm(error) <= 0.0030 * np.linalg.norm(self.value)
 
 
+def weights_and_parts(fmt: WeightFormat, matrix: Matrix) -> tuple[F64, F64]:
+    """Weights, and the magnitudes of what is added up for each: of a code times its factor, and of
+    an offset."""
+    if fmt.name in DENSE_FORMATS:
+        w = decode(fmt, matrix)
+        return w, np.abs(w)
+    w = matrix.dequantize(fmt).astype(np.float64)
+    factors = fmt.factors
+    offsets = None if factors is None else factors(matrix.planes)[1]
+    if offsets is None or fmt.code.name == "int4":  # whose zero points are exact in the codes
+        return w, np.abs(w)
+    m = np.abs(np.repeat(offsets, fmt.group, axis=1))
+    return w, np.abs(w - np.sign(offsets.repeat(fmt.group, axis=1)) * m) + m
+
+
 def _product(fmt: WeightFormat, x: F64, matrix: Matrix) -> tuple[F64, F64]:
     """x W^T + b, and how far K additions of float32 may be from it (Higham 2002, section 3.1).
 
     Tensor cores align the products of a step before they add them, and drop what is below the
     largest one's last bit: a unit in the last place for each of K terms, twice what rounding costs.
     """
-    w = decode(fmt, matrix)
-    value, magnitude = x @ w.T, np.abs(x) @ np.abs(w).T
+    w, parts = weights_and_parts(fmt, matrix)
+    value, magnitude = x @ w.T, np.abs(x) @ parts.T
     if matrix.bias is not None:
         value, magnitude = value + matrix.bias, magnitude + np.abs(matrix.bias)
     return value, 2 * (x.shape[1] + 2) * FP32_ROUNDOFF * magnitude
@@ -211,8 +227,8 @@ def expected_h(case: Case) -> Expected:
     for slot in set(case.slot_of_pair.tolist()) - {-1}:
         pairs = np.flatnonzero(case.slot_of_pair == slot)
         expert, x = case.slots.experts[slot], from_bf16(case.x[pairs // case.k])
-        g, g_error = _product(case.fmt, x, expert.gate)
-        u, u_error = _product(case.fmt, x, expert.up)
+        g, g_error = _product(case.formats.gate_up, x, expert.gate)
+        u, u_error = _product(case.formats.gate_up, x, expert.up)
         h = activation_reference(g, u, limit, alpha)
         factor = np.abs(np.clip(u, -limit, limit) if limit else u) + (1 if alpha else 0)
         # 1.1 is the steepest that g * sigmoid(g) gets; a clamp makes no error larger
@@ -228,7 +244,7 @@ def expected_y(case: Case, h: npt.NDArray[np.uint16]) -> Expected:
     for slot in set(case.slot_of_pair.tolist()) - {-1}:
         pairs = np.flatnonzero(case.slot_of_pair == slot)
         down = case.slots.experts[slot].down
-        value[pairs], bound[pairs] = _product(case.fmt, from_bf16(h[pairs]), down)
+        value[pairs], bound[pairs] = _product(case.formats.down, from_bf16(h[pairs]), down)
     return Expected(value[case.hot], bound[case.hot])
 
 

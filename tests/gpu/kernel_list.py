@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.strips import GROUP, strip_layout
+from hybrid_moe.formats.table import DENSE_FORMATS, FORMATS
 from hybrid_moe.gpu_kernels import (
     act_quant,
     combine,
@@ -23,6 +24,7 @@ from hybrid_moe.gpu_kernels.definition import KernelDefinition
 from hybrid_moe.gpu_kernels.gating import Gating
 from hybrid_moe.gpu_kernels.gemm_config import ROW_TILES, TOKEN_TILES, GemmConfig, gemm_config
 from hybrid_moe.gpu_kernels.pack_parts import PackConfig, piece_order
+from hybrid_moe.gpu_kernels.weight_codes.table import strip_codes
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,15 @@ def small_kernels(pdl: bool = False) -> dict[str, tuple[KernelDefinition, Expect
 
 
 def grouped_gemms(pdl: bool = False) -> dict[str, tuple[KernelDefinition, Expected]]:
-    """`gate_up` and `down` of gpt-oss (H = I = 2880, biases, clamp), every format and tile."""
+    """`gate_up` and `down` of gpt-oss (H = I = 2880, biases, clamp; 2816 with superblocks), every
+    format and tile."""
     found = {}
-    for fmt in ("MXFP4", "BF16"):
+    for fmt in FORMATS:
+        K = 2880 // FORMATS[fmt].k_multiple * FORMATS[fmt].k_multiple
         for tile in TOKEN_TILES:
-            config = gemm_config(fmt, 2880, tile, biases=True, pdl=pdl)
-            activated = gate_up.GateUpConfig(config, 7.0, 1.702, 1.0)
+            config = gemm_config(fmt, K, tile, biases=True, pdl=pdl)
+            places = gate_up.places_of(FORMATS[fmt])
+            activated = gate_up.GateUpConfig(config, 7.0, 1.702, 1.0, places)
             expected = _of_gemm(config)
             found[f"gate_up, {fmt}, {tile}"] = gate_up.definition(activated), expected
             found[f"down, {fmt}, {tile}"] = down.definition(config), expected
@@ -100,19 +105,27 @@ def grouped_gemms(pdl: bool = False) -> dict[str, tuple[KernelDefinition, Expect
 
 
 MOST_REGISTERS = {8: 168, 16: 232, 32: 216, 64: 255}
-"""Of a thread, by tile. An SM has 65536: two blocks of 6 warps with up to 168, one with more."""
+"""Of a thread, by tile, of MXFP4 and BF16."""
+
+
+def _registers(config: GemmConfig) -> int:
+    """An SM has 65536, of which blocks leave this to a thread: a multiple of 8, up to 255."""
+    if config.format in ("MXFP4", "BF16"):
+        return MOST_REGISTERS[config.tile]
+    return min(255, 65536 // (config.resident * config.threads) // 8 * 8)
 
 
 def _of_gemm(config: GemmConfig) -> Expected:
     """A turn of the loop over K has `depth` groups of 32 inputs, two steps of 16 each, for both row
-    tiles of each half and all columns. MXFP4 has the loop twice: for experts with scales that bf16
-    holds, and for the others. A lane's load brings a word of four rows, `bits / 4` of which are a
-    row's group for the four lanes that share it."""
-    bits = DENSE_FORMATS[config.format].bits
-    loops = 2 if config.format == "MXFP4" else 1
+    tiles of each half and all columns. Formats whose experts may be wide have the loop twice: with
+    scales in the codes, and with scales in float32. Formats with offsets add up the activations,
+    too, once for all rows. A lane's load brings a word of four rows."""
+    fmt = FORMATS[config.format]
+    codes = strip_codes(fmt, strip_layout(fmt, max(GROUP, fmt.k_multiple)))
+    tiles = config.halves * ROW_TILES + codes.has_offsets
     return Expected(
-        MOST_REGISTERS[config.tile],
-        mma=loops * config.depth * config.halves * ROW_TILES * 2 * config.columns,
-        wide_loads=config.depth * config.halves * bits // 4,
+        _registers(config),
+        mma=len(codes.ways) * config.depth * tiles * 2 * config.columns,
+        wide_loads=config.depth * config.halves * codes.codes.registers // 4,
         copies=1 if config.staged else 0,
     )

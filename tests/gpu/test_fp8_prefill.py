@@ -39,7 +39,7 @@ def _layer(slots: Slots, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, fp
     rounded = _fp8 if fp8 else lambda values: values
     for e, expert in enumerate(slots.experts):
         gate, up, down = (
-            decode(slots.layout.fmt, m).astype(np.float64)
+            decode(slots.layout.formats.down, m).astype(np.float64)
             for m in (expert.gate, expert.up, expert.down)
         )
         token, place = np.nonzero(ids == e)

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS
-from hybrid_moe.formats.table import BF16, DENSE_FORMATS
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS, FORMATS
+from hybrid_moe.formats.weight_format import WeightFormat, unpack_bits
 from hybrid_moe.gpu_kernels import fragments
 from tests.cpu_kernels.cases import decode
 from tests.gpu.slots import random_slots
@@ -46,7 +46,7 @@ def _mma(a: dict[int, Array], b: dict[int, Array]) -> Array:
 
 
 def _codes_in_order(fmt: WeightFormat, word: Array) -> Array:
-    """Values of the codes of 4 bytes in the order of `CODE_ORDER`, decoded here."""
+    """Values of the codes of 4 bytes in the order in which a lane takes them, decoded here."""
     if fmt.name == MXFP4.name:
         nibbles = np.stack([word & 15, word >> 4], 1).reshape(-1)
         values = np.where(nibbles & 8, -1.0, 1.0) * _E2M1[nibbles & 7]
@@ -54,7 +54,9 @@ def _codes_in_order(fmt: WeightFormat, word: Array) -> Array:
         values = (word.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(float)
     else:
         values = word.view(np.int8).astype(float)
-    return values[list(fragments.CODE_ORDER[fmt.bits])]
+    if fragments.takes_quads(fmt):
+        return values[list(fragments.QUAD_ORDER)]
+    return values[list(fragments.WORD_ORDER[fmt.bits])]
 
 
 def _strip_product(fmt: WeightFormat, layout: Any, strip: Array, xp: Array) -> Array:
@@ -70,7 +72,7 @@ def _strip_product(fmt: WeightFormat, layout: Any, strip: Array, xp: Array) -> A
                 t, q = divmod(lane, 4)
                 words = []
                 for load in range(fragments.loads_per_group(fmt)):
-                    first = fragments.load_offset(lane, half, load)
+                    first = fragments.load_offset(fmt, lane, half, load)
                     four = at[first : first + fragments.LOAD_BYTES].reshape(4, 4)
                     words.append(np.stack([_codes_in_order(fmt, word) for word in four]))
                 rows = [r for tile in range(2) for r in fragments.lane_rows(lane, half, tile)]
@@ -123,3 +125,36 @@ def test_strips_are_operands_of_tensor_cores(
         expected = down[STRIP_ROWS * number : STRIP_ROWS * number + STRIP_ROWS]
         assert np.allclose(found[: len(expected)], expected, rtol=0, atol=1e-9)
         assert not found[len(expected) :].any(), "rows past the last one are zero"
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+def test_lanes_load_the_codes_that_they_take(fmt: WeightFormat) -> None:
+    """Of every format: what lies in a lane's words are the codes of its rows and inputs, and those
+    that become a pair of bf16 are 16 bits apart, or neighbours in 32 bits of bf16. A warp reads
+    every word of a half once, or as often as lanes share it."""
+    K = 2 * max(fmt.k_multiple, GROUP)
+    slots = random_slots(fmt, K, 32, 1) if fmt.k_multiple == GROUP else random_slots(fmt, K, K, 1)
+    layout, gate = slots.layout.gate_up, slots.experts[0].gate
+    strip = slots.memory[0][64 * slots.layout.gate_up_table[0, 0] :]
+    units = gate.codes.view(np.uint16) if fmt.bits == 16 else unpack_bits(gate.codes, fmt.bits)
+    per_word = 32 // fmt.bits
+    order = fragments.k_order(fmt).reshape(4, 2, 2, 2)
+    if fmt.bits < 16:
+        assert (np.diff(order, axis=-1) * fmt.bits == 16).all()
+    for group in (0, layout.groups - 1):
+        at = strip[layout.codes_at(group) :]
+        words = set()
+        for lane in range(fragments.LANES):
+            t, q = divmod(lane, 4)
+            held: dict[int, Array] = {}
+            for load in range(fragments.loads_per_group(fmt)):
+                first = fragments.load_offset(fmt, lane, 0, load)
+                four = at[first : first + fragments.LOAD_BYTES].reshape(4, 4)
+                codes = four.view(np.uint16) if fmt.bits == 16 else unpack_bits(four, fmt.bits)
+                word = fragments.load_word(fmt, q, load)
+                held |= {per_word * word + n: codes[:, n] for n in range(per_word)}
+                words.add(word)
+            for place in order[q].reshape(-1).tolist():
+                rows = slice(4 * t, 4 * t + 4)
+                assert np.array_equal(held[place], units[rows, GROUP * group + place])
+        assert words == set(range(layout.words))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.integers import INT8
-from hybrid_moe.formats.mx import MXFP4
-from hybrid_moe.formats.table import DENSE_FORMATS
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.mx import MXFP4, MXFP8
+from hybrid_moe.formats.table import DENSE_FORMATS, FORMATS
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.gpu_kernels import down, gate_up
 from hybrid_moe.gpu_kernels.expert_tiles import ExpertTiles
 from hybrid_moe.gpu_kernels.fragments import permute, unpermute
@@ -28,7 +28,7 @@ from hybrid_moe.gpu_kernels.gemm_config import (
     range_bounds,
     token_tile,
 )
-from hybrid_moe.gpu_kernels.weight_codes import check_kernels, needs_wide
+from hybrid_moe.gpu_kernels.weight_codes.table import check_kernels, needs_wide
 from tests.cpu_kernels.cases import from_bf16
 from tests.gpu.gemm_cases import GPT_OSS, Case, expected_h, expected_y, random_case, tiles_of
 
@@ -111,10 +111,14 @@ def test_bad_activations() -> None:
 
 
 def test_a_format_without_kernels_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="INT8 has no GPU kernels yet"):
-        check_kernels(INT8)
-    with pytest.raises(NotImplementedError, match="INT8 has no GPU kernels yet"):
-        gemm_config("INT8", 512, 8, biases=False)
+    odd = dataclasses.replace(MXFP4, name="ODD", scaling="odd")
+    with pytest.raises(NotImplementedError, match="ODD has no GPU kernels yet: there are MXFP4, "):
+        check_kernels(LayerFormats(MXFP4, odd))
+    for fmt in FORMATS.values():
+        check_kernels(fmt)
+
+
+def test_impossible_configurations() -> None:
     with pytest.raises(ValueError, match="tile is 24"):
         gemm_config("MXFP4", 512, 24, biases=False)
     with pytest.raises(ValueError, match="K = 32768"):
@@ -125,6 +129,10 @@ def test_wide_experts() -> None:
     scales = np.array([[0, 127], [128, 1]], np.uint8)
     assert not needs_wide(MXFP4, scales) and not needs_wide(MXFP4, torch.from_numpy(scales))
     assert needs_wide(MXFP4, scales + np.uint8(1))
+    inside = np.array([[3, 127], [134, 4]], np.uint8)
+    assert not needs_wide(MXFP8, inside) and not needs_wide(MXFP8, torch.from_numpy(inside))
+    assert needs_wide(MXFP8, inside - np.uint8(1)) and needs_wide(MXFP8, inside + np.uint8(1))
+    assert not needs_wide(INT8, np.full((2, 2), 60000, np.float16))
 
 
 @given(st.integers(1, 700).map(lambda groups: 32 * groups))
@@ -139,7 +147,7 @@ def test_ranges_cover_all_groups(K: int) -> None:
 @given(
     st.integers(1, 700).map(lambda groups: 32 * groups),
     st.sampled_from(TOKEN_TILES),
-    st.sampled_from(["MXFP4", "BF16"]),
+    st.sampled_from(sorted(FORMATS)),
 )
 def test_configurations_are_possible(K: int, tile: int, fmt: str) -> None:
     """Up to 8 warps, the shared memory that every architecture has, and a warp for every range."""

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hybrid_moe.formats.activation import Activation
-from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.mx import MXFP4, MXFP8
 from hybrid_moe.formats.table import BF16
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.table import FORMATS as ALL
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.gpu_kernels import down, gate_up
 from hybrid_moe.gpu_kernels.definition import ARCHITECTURES
 from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES, GemmConfig, gemm_config
+from hybrid_moe.gpu_kernels.weight_codes.table import FOLDED_SCALES
 from tests.cpu_kernels.cases import from_bf16, to_bf16
 from tests.gpu.gemm_cases import (
     BF16_NAN,
+    FP32_ROUNDOFF,
+    Case,
     check_both,
     expected_h,
     expected_y,
     random_case,
     run_down,
     run_gate_up,
+    weights_and_parts,
 )
 from tests.gpu.harness import distinct_architectures
 from tests.gpu.slots import pack_slot
@@ -61,6 +68,56 @@ def test_a_tokens_bits_depend_on_its_shape_alone(fmt: WeightFormat, tile: int) -
     assert np.array_equal(run_down(alone, h, 8)[0][pair], y[pair])
 
 
+Q4_K_M = LayerFormats(ALL["Q4_K"], ALL["Q6_K"])
+NVFP4_FP8 = LayerFormats(ALL["NVFP4"], ALL["FP8"])
+OFTEN = {
+    *("NVFP4", "MXFP8", "FP8", "INT8_ROW_FLOAT32", "INT4_G32_BF16", "INT4_G128_FP16_Z1"),
+    *("INT4_ROW_FP16_Z0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "IQ4_XS"),
+}
+"""Rows that between them have every code, every scaling and every kind of field."""
+
+
+def every_row(rows: Iterable[str]) -> list[Any]:
+    """All new rows, those in `rows` in every run."""
+    new = {name: fmt for name, fmt in ALL.items() if fmt not in FORMATS}
+    others = pytest.mark.full
+    return [
+        pytest.param(fmt, id=name, marks=() if name in rows else others)
+        for name, fmt in new.items()
+    ]
+
+
+def small_case(formats: WeightFormat | LayerFormats, **how: Any) -> Case:
+    """Of odd numbers of groups, half a strip at the end of down, blocks that end early."""
+    K, I = (3 * f.k_multiple if f.k_multiple < 256 else 256 for f in layer_formats(formats))
+    if I >= 256:
+        return random_case(formats, K, I, tokens=3, parts=(1,), slots=2, **how)
+    return random_case(formats, K, I, tokens=5, slots=2, **how)
+
+
+@pytest.mark.parametrize(
+    "formats", [*every_row(OFTEN), Q4_K_M, NVFP4_FP8], ids=lambda formats: formats.name
+)
+def test_every_format(formats: WeightFormat | LayerFormats) -> None:
+    """Both ways through K have the same bits, within the bound of float64. Of two formats each
+    kernel has its own, and h the order of the second."""
+    case = small_case(formats)
+    h, y = check_both(case, 8)
+    other_h, _ = run_gate_up(case, 64)
+    other_y, _ = run_down(case, h, 64)
+    assert np.array_equal(h, other_h)
+    assert np.array_equal(y.view(np.uint32), other_y.view(np.uint32))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tile", TOKEN_TILES)
+@pytest.mark.parametrize("formats", every_row(()))
+def test_every_format_in_long_rows(formats: WeightFormat, tile: int) -> None:
+    """Several blocks in each of two K ranges."""
+    K = 768 if formats.k_multiple > 32 else 544
+    check_both(random_case(formats, 96 if K == 544 else 256, K, tokens=7), tile)
+
+
 @pytest.mark.parametrize("tile", [8, 64])
 @pytest.mark.parametrize(
     ("hidden", "intermediate", "parts", "tokens"),
@@ -95,21 +152,44 @@ def test_one_expert_has_all_tokens_or_none() -> None:
     assert np.isnan(y).all() and report.reads["memory"].bytes == 0
 
 
+@pytest.mark.parametrize("fmt", every_row(("NVFP4", "INT8", "FP8", "Q6_K", "IQ4_XS", "Q5_K")))
+def test_weights_are_exact(fmt: WeightFormat) -> None:
+    """Each token has one input that is 1, so that y is a column of the weights. One product with a
+    factor is rounded, as dequantizing is. A weight with an offset is a product and a sum."""
+    K = fmt.k_multiple if fmt.k_multiple > 32 else 96
+    layer = LayerFormats(BF16, fmt)
+    case = random_case(layer, 32, K, tokens=K, k=1, slots=1, parts=(1,), bias=False)
+    case = dataclasses.replace(case, slot_of_pair=np.zeros(K, np.int64))
+    matrix = case.slots.experts[0].down
+    y, _ = run_down(case, to_bf16(np.eye(K)), 64)
+    expected = matrix.dequantize(fmt).T
+    if fmt.scaling in ("fp16, min", "q4_k", "q2_k"):
+        _, parts = weights_and_parts(fmt, matrix)
+        assert (np.abs(y.astype(np.float64) - expected) <= 2 * FP32_ROUNDOFF * parts.T).all()
+    else:
+        assert np.array_equal(y, expected)
+
+
 @pytest.mark.parametrize("tile", [8, 64])
 @pytest.mark.parametrize("wide", [False, True])
-def test_scales_are_exact(wide: bool, tile: int) -> None:
+@pytest.mark.parametrize("fmt", [MXFP4, MXFP8], ids=lambda fmt: fmt.name)
+def test_scales_are_exact(fmt: WeightFormat, wide: bool, tile: int) -> None:
     """Each row has codes in one group alone, and inputs that bring the products back near 1: all
-    sums are exact. Scales above 128 need the float32 way, which takes the others as well."""
-    scales = np.array([0, 1, 2, 63, 126, 127, 128, 129, 190, 253, 254][: 11 if wide else 7])
-    case = random_case(MXFP4, 96, I, slots=1, tokens=6, k=1, bias=True, wide=wide)
+    sums are exact. Scales that cannot be folded need the float32 way, which takes all."""
+    least, most = FOLDED_SCALES[fmt.name]
+    scales = np.array([0, 1, 2, least, 63, 126, 127, most, most + 1, 190, 253, 254])
+    scales = scales if wide else scales[(scales >= least) & (scales <= most)]
+    case = random_case(fmt, 96, I, slots=1, tokens=6, k=1, bias=True, wide=wide)
     rng = np.random.default_rng(0)
     groups = I // 32
     scale_of = rng.choice(scales, groups)
     scale_of[: len(scales)] = scales
     matrix = case.slots.experts[0].down
-    codes = np.zeros((96, groups, 16), np.uint8)
+    codes = np.zeros((96, groups, 4 * fmt.bits), np.uint8)
     own = np.arange(96) % groups
-    codes[np.arange(96), own] = rng.integers(0, 256, (96, 16))
+    # of E4M3 seven bits for its largest values, without NaN, so that sums are short integers
+    values = rng.integers(0, 256, (96, 4 * fmt.bits))
+    codes[np.arange(96), own] = values if fmt is MXFP4 else values & 0x80 | 0x38 | values & 0x0F
     matrix.codes[:] = codes.reshape(96, -1)
     matrix.scales[:] = scale_of  # type: ignore[index]
     matrix.bias[:] = 0  # type: ignore[index]

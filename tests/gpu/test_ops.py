@@ -38,7 +38,7 @@ def _layer(slots: Slots, given: object) -> Callable[[Tensor, Tensor, Tensor], Te
     tables = torch.from_numpy(layout.gate_up_table), torch.from_numpy(layout.down_table)
 
     def layer(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        packed = given.pack(x, ids, slot_of, fmt=layout.fmt, slots=SLOTS, tile=8)  # type: ignore[attr-defined]
+        packed = given.pack(x, ids, slot_of, fmt=layout.formats.gate_up, slots=SLOTS, tile=8)  # type: ignore[attr-defined]
         tiles = ExpertTiles(memory, tables[0], wide, *packed[1:])
         h = given.gate_up(layout, SWIGLU, tiles, packed.xp, ids.shape[1])  # type: ignore[attr-defined]
         y = given.down(layout, replace(tiles, table=tables[1]), h)  # type: ignore[attr-defined]
@@ -111,7 +111,7 @@ def test_operators_of_experts(slots: Slots) -> None:
     x, ids, weights = _batch(5)
     layout, text = slots.layout, layout_to_text(slots.layout)
     slot_of = torch.tensor([1, -1, 0, 2, -1], dtype=torch.int32)
-    packed = pack_tokens.pack(x, ids, slot_of, fmt=layout.fmt, slots=SLOTS, tile=8)
+    packed = pack_tokens.pack(x, ids, slot_of, fmt=layout.formats.gate_up, slots=SLOTS, tile=8)
     memory, wide = torch.from_numpy(slots.memory), torch.zeros(SLOTS, dtype=torch.int32)
     table = torch.from_numpy(layout.gate_up_table)
     h = torch.randn(10, I).bfloat16()

@@ -14,8 +14,8 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
-from hybrid_moe.formats.table import DENSE_FORMATS
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.table import DENSE_FORMATS, FORMATS
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.gpu_kernels import fragments
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.gpu_kernels.slot_weights import slot_weights
@@ -87,19 +87,30 @@ def test_tables_lead_to_every_strip_and_its_biases(H: int, I: int, parts: tuple[
 def test_pools_must_share_every_strip_once() -> None:
     layout = slot_layout(MXFP4, 64, 96, parts=(1, 1))
     with pytest.raises(ValueError, match="gate/up strips are"):
-        SlotLayout(MXFP4, 64, 96, layout.shares[:1])
+        SlotLayout(layer_formats(MXFP4), 64, 96, layout.shares[:1])
     moved = dataclasses.replace(layout.shares[1], strips=range(1, 1))
     with pytest.raises(ValueError, match=r"down strips are .*, must be 0\.\.1"):
-        SlotLayout(MXFP4, 128, 96, (layout.shares[0], moved))
+        SlotLayout(layer_formats(MXFP4), 128, 96, (layout.shares[0], moved))
 
 
-def test_a_format_without_a_reader_says_so() -> None:
-    odd = dataclasses.replace(MXFP4, name="ODD")
-    with pytest.raises(NotImplementedError, match="ODD cannot be read from a slot"):
-        slot_weights(slot_layout(odd, 32, 32), torch.zeros(0, dtype=torch.uint8))
+TWO = LayerFormats(FORMATS["Q4_K"], FORMATS["Q6_K"])
 
 
-@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", [*FORMATS.values(), TWO], ids=lambda fmt: fmt.name)
+def test_every_format_is_read_as_it_was_packed(fmt: WeightFormat | LayerFormats) -> None:
+    """Bit for bit, with short last blocks where the format allows them."""
+    short = [1 if f.k_multiple > 32 else 9 for f in layer_formats(fmt)]
+    H, I = (n * f.k_multiple for n, f in zip(short, layer_formats(fmt), strict=True))
+    slots = random_slots(fmt, H, I, 1, parts=(1, 1))
+    assert slots.layout.nbytes == packed_nbytes(fmt, H, I)
+    found = slot_weights(slots.layout, torch.from_numpy(slots.memory[0]))
+    expert, formats = slots.experts[0], slots.layout.formats
+    for name, f in (("gate", formats.gate_up), ("up", formats.gate_up), ("down", formats.down)):
+        expected = getattr(expert, name).dequantize(f)
+        assert np.array_equal(getattr(found, name).numpy(), expected), name
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
 def test_the_order_of_activations_is_a_permutation(fmt: WeightFormat) -> None:
     order = fragments.k_order(fmt)
     assert sorted(order) == list(range(32))

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from hybrid_moe.formats.mx import MXFP4
-from hybrid_moe.formats.table import DENSE_FORMATS
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.table import format_named
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.wrapper import KTMoEWrapper
 from tests.reference import Evaluation, evaluate
 
@@ -62,11 +62,14 @@ class Weights:
         stack = (w.shape[0], w.shape[1], -1)
         return codes.reshape(stack), None if scales is None else scales.reshape(stack)
 
-    def expected(self, batch: Batch, method: str = "MXFP4", **options: Any) -> Evaluation:
-        """The contract's output for `batch`."""
-        fmt = DENSE_FORMATS[method]
+    def expected(
+        self, batch: Batch, method: str | LayerFormats = "MXFP4", **options: Any
+    ) -> Evaluation:
+        """The contract's output for `batch`, of a method with one format or of these formats."""
+        first, second = layer_formats(format_named(method)) if isinstance(method, str) else method
         dequantized = [
-            fmt.dequantize(*self.quantized(name, fmt)) for name in ("gate", "up", "down")
+            np.stack([fmt.dequantize(*fmt.encode(w)) for w in getattr(self, name).numpy()])
+            for name, fmt in (("gate", first), ("up", first), ("down", second))
         ]
         biases: dict[str, Any] = {name: bias.numpy() for name, bias in self.biases.items()}
         return evaluate(

@@ -7,6 +7,7 @@ and remembers what was asked of it.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -18,7 +19,7 @@ from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.cpu_kernels.streams.graph_job import Report
 from hybrid_moe.formats.numbers import bf16_to_f32
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from tests.reference import reference_moe
 
 
@@ -65,19 +66,22 @@ class FakeExpertLayer:
 
     def __init__(
         self,
-        fmt: WeightFormat,
+        fmt: WeightFormat | LayerFormats,
         num_experts: int,
         hidden: int,
         intermediate: int,
         *,
         pool: Any,
         activation: Any,
+        activation_bits: int = 16,
         isa: str | None = None,
         name: str = "",
     ) -> None:
-        self.fmt, self.E, self.H, self.I = fmt, num_experts, hidden, intermediate
+        self.formats = layer_formats(fmt)
+        self.E, self.H, self.I = num_experts, hidden, intermediate
         self.num_experts = num_experts
         self.pool, self.activation, self.isa = pool, activation, isa
+        self.activation_bits = activation_bits
         self.resident = np.zeros(num_experts, bool)
         self.tensors: dict[int, ExpertTensors] = {}
         self.jobs: list[FakeJob] = []
@@ -87,7 +91,13 @@ class FakeExpertLayer:
 
     @property
     def nbytes(self) -> int:
-        return len(self.tensors) * 3 * self.fmt.nbytes(self.H, self.I)
+        gate_up, down = self.formats
+        each = 2 * gate_up.nbytes(self.I, self.H) + down.nbytes(self.H, self.I)
+        return len(self.tensors) * each
+
+    @property
+    def fmt(self) -> WeightFormat:
+        return self.formats.gate_up
 
     def allocate(self, resident: Any, *, biases: bool = True) -> None:
         assert not self.closed and resident.dtype == np.bool_
@@ -99,8 +109,8 @@ class FakeExpertLayer:
         assert self.room_for_biases == any(m.bias is not None for m in matrices)
 
         def copied(m: Matrix) -> Matrix:
-            scales = None if m.scales is None else m.scales.copy()
-            return Matrix(m.codes.copy(), scales, None if m.bias is None else m.bias.copy())
+            planes = {name: plane.copy() for name, plane in m.planes.items()}
+            return replace(m, **planes, bias=None if m.bias is None else m.bias.copy())
 
         self.tensors[expert] = ExpertTensors(
             copied(tensors.gate), copied(tensors.up), copied(tensors.down)
@@ -111,7 +121,8 @@ class FakeExpertLayer:
         result = np.zeros((self.E, N, K))
         for expert, tensors in self.tensors.items():
             matrix: Matrix = getattr(tensors, name)
-            result[expert] = self.fmt.dequantize(matrix.codes, matrix.scales)
+            fmt = self.formats.down if name == "down" else self.formats.gate_up
+            result[expert] = matrix.dequantize(fmt)
         return result
 
     def stacked_bias(self, name: str) -> Any:

@@ -3,6 +3,7 @@ tensors, so all but the kernels is real."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections import Counter
@@ -16,8 +17,8 @@ import torch
 
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.mx import MXFP4
-from hybrid_moe.formats.table import DENSE_FORMATS
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.table import DENSE_FORMATS, FORMATS
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.gpu_kernels import slot_experts
 from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, check_experts, has_wide_scales
@@ -29,7 +30,7 @@ from hybrid_moe.wrapper import KTMoEWrapper
 from tests.cpu_kernels.cases import ACTIVATION_ERROR, Case
 from tests.hybrid_moe.cases import Batch, E, K, Weights, wrapper
 from tests.hybrid_moe.signatures import signature_batch, signature_weights, signatures
-from tests.reference import added, assert_within
+from tests.reference import FIXED_POINT_ERROR, added, assert_within
 
 POOLS = range(1, min(2, usable_cores()) + 1)
 WEIGHTS = Weights.random(bias=True)
@@ -65,16 +66,24 @@ def batch(tokens: int) -> Batch:
     return made
 
 
+OTHERS = (
+    FORMATS["INT4_G32_BF16"],
+    FORMATS["INT8_ROW_FLOAT32"],
+    LayerFormats(FORMATS["INT4_ROW_FLOAT32"], FORMATS["INT8"]),
+)
+
+
 @pytest.mark.parametrize("pools", POOLS)
-@pytest.mark.parametrize("fmt", DENSE_FORMATS.values(), ids=lambda f: f.name)
-def test_result(fmt: WeightFormat, pools: int) -> None:
+@pytest.mark.parametrize("fmt", [*DENSE_FORMATS.values(), *OTHERS], ids=lambda f: f.name)
+def test_result(fmt: WeightFormat | LayerFormats, pools: int) -> None:
     """Within the bound of the contract: some experts hot, all, none; ids out of range, no token."""
-    error = ACTIVATION_ERROR[fmt.name]
+    formats = layer_formats(fmt)
+    error = max(ACTIVATION_ERROR.get(f.name, FIXED_POINT_ERROR) for f in formats)
     for hot in ((0, 3, 4), range(E), ()):
-        w = hybrid(WEIGHTS, *hot, pools=pools, method=fmt.name)
+        w = hybrid(WEIGHTS, *hot, pools=pools, formats=formats)
         assert w.gpu_nbytes == len(hot) * expert_nbytes(w)
         for tokens in (0, 1, 40):
-            expected = WEIGHTS.expected(batch(tokens), fmt.name, activation_error=error)
+            expected = WEIGHTS.expected(batch(tokens), formats, activation_error=error)
             out = w.forward(*batch(tokens).args)
             assert out.dtype == torch.bfloat16
             assert_within(out.double().numpy(), expected)
@@ -417,10 +426,11 @@ def test_kernels_that_a_layer_may_launch() -> None:
     counts = Counter(definition.name for definition in found)
     assert counts["gate_up"] == counts["down"] == len(TOKEN_TILES) and counts["combine"] == 6
     assert counts["pack_few"] == 2 * len(TOKEN_TILES) and counts["pack_scatter"] > 0
-    with pytest.raises(NotImplementedError, match="INT8 has no GPU kernels yet"):
-        check_experts("cute", DENSE_FORMATS["INT8"], 64, 64)
+    odd = dataclasses.replace(MXFP4, name="ODD", scaling="odd")
+    with pytest.raises(NotImplementedError, match="ODD has no GPU kernels yet"):
+        check_experts("cute", odd, 64, 64)
     with pytest.raises(ValueError, match=r"moe_intermediate_size is 32768: .* of shared memory"):
-        check_experts("cute", MXFP4, 6144, 32768)
+        check_experts("cute", LayerFormats(MXFP4, FORMATS["FP8"]), 6144, 32768)
     check_experts("torch", DENSE_FORMATS["INT8"], 6144, 32768)
 
 
@@ -452,6 +462,9 @@ def test_wide_scales() -> None:
     assert not has_wide_scales(MXFP4, case.experts[0])
     assert not has_wide_scales(MXFP4, case.with_scales(down=128).experts[0])
     assert has_wide_scales(MXFP4, case.with_scales(up=129).experts[0])
+    others = LayerFormats(FORMATS["INT8"], MXFP4)
+    assert not has_wide_scales(others, case.with_scales(up=129).experts[0])
+    assert has_wide_scales(others, case.with_scales(down=129).experts[0])
     weights = Weights.random()
     weights.down[3] *= 1000
     w = hybrid(weights, 0, 3)

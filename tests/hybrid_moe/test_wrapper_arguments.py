@@ -110,7 +110,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hidden_size": 0}, ValueError, "hidden_size is 0"),
     ({"hidden_size": 48}, ValueError, "hidden_size is 48, must be a multiple of 32"),
     ({"moe_intermediate_size": 33}, ValueError, "moe_intermediate_size is 33"),
-    ({"method": "AMXINT4"}, ValueError, "unknown method 'AMXINT4'.*MXFP4"),
+    ({"method": "AMXINT2"}, ValueError, "unknown method 'AMXINT2'.*MXFP4"),
     ({"cpu_save": True}, ValueError, "cpu_save=True is not supported"),
     ({"mode": "sft"}, ValueError, "mode='sft' is not supported"),
     ({"lora_rank": 8}, ValueError, "lora_rank=8"),

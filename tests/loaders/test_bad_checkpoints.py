@@ -217,7 +217,7 @@ def test_rows_that_are_no_multiple_of_a_group(tmp_path: Path) -> None:
 
 
 def test_experts_with_foreign_names_are_reported(tmp_path: Path) -> None:
-    key = "model.layers.0.mlp.experts.0.gate_proj.qweight"
+    key = "model.layers.0.mlp.experts.0.gate_proj.B"
     save_file({key: torch.zeros(4, 32, dtype=torch.int32)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"gate_proj\.weight: .*missing.*only {key}"):
         Checkpoint.open(tmp_path).layer(0)

@@ -74,7 +74,7 @@ def test_wanted_experts_arrive_at_their_slots(
         mapping,
         wanted,
         sink,
-        fmt=source.format,
+        formats=source.formats,
         threads=data.draw(st.integers(1, 3)),
         progress=lambda done, total: steps.append((done, total)),
     )
@@ -97,7 +97,7 @@ def test_other_experts_are_never_read_and_replicas_once(
 
     monkeypatch.setattr(SafetensorsIndex, "read", spy)
     mapping, wanted = np.array([3, 0, 3, 1, 2]), np.array([True, False, True, True, False])
-    load_layer(source, mapping, wanted, Collector(), fmt=MXFP4, threads=2)
+    load_layer(source, mapping, wanted, Collector(), formats=MXFP4, threads=2)
     stem = "model.layers.1.mlp.experts."
     assert sorted(read) == sorted(
         f"{stem}{expert}.{projection}_proj.{kind}"
@@ -114,9 +114,9 @@ def test_bf16_is_quantized_while_loading_and_says_so_once(
     source, sink = source_of(family("gpt_oss")), Collector()
     everything = np.ones(EXPERTS, bool)
     with caplog.at_level(logging.INFO, logger="hybrid_moe"):
-        load_layer(source, np.arange(EXPERTS), everything, sink, fmt=MXFP4, threads=2)
-        load_layer(source, np.arange(EXPERTS), everything, Collector(), fmt=MXFP4)
-        load_layer(source, np.arange(EXPERTS), everything, Collector(), fmt=BF16)
+        load_layer(source, np.arange(EXPERTS), everything, sink, formats=MXFP4, threads=2)
+        load_layer(source, np.arange(EXPERTS), everything, Collector(), formats=MXFP4)
+        load_layer(source, np.arange(EXPERTS), everything, Collector(), formats=BF16)
     (record,) = caplog.records
     assert "stores its experts as BF16: they are converted to MXFP4" in record.getMessage()
     for expert, arrays in sink.experts.items():
@@ -125,8 +125,8 @@ def test_bf16_is_quantized_while_loading_and_says_so_once(
 
 def test_mxfp4_does_not_become_bf16(family: Family) -> None:
     source = source_of(family("deepseek_v4_mxfp4"))
-    with pytest.raises(ValueError, match=r'stores its experts as MXFP4.*use method="MXFP4"'):
-        load_layer(source, np.arange(4), np.ones(4, bool), Collector(), fmt=BF16)
+    with pytest.raises(ValueError, match="stores its experts as MXFP4, which does not become"):
+        load_layer(source, np.arange(4), np.ones(4, bool), Collector(), formats=BF16)
 
 
 BAD_MAPS: dict[str, tuple[Any, str]] = {
@@ -146,20 +146,22 @@ def test_bad_map(family: Family, name: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_map(mapping, 4, 4)
     with pytest.raises(ValueError, match=message):
-        load_layer(source_of(family("qwen3_moe")), mapping, np.ones(4, bool), Collector(), fmt=BF16)
+        load_layer(
+            source_of(family("qwen3_moe")), mapping, np.ones(4, bool), Collector(), formats=BF16
+        )
 
 
 @pytest.mark.parametrize("wanted", [np.ones(4), np.ones((4, 1), bool)])
 def test_bad_wanted(family: Family, wanted: Any) -> None:
     with pytest.raises(ValueError, match="wanted must be bool with one axis"):
-        load_layer(source_of(family("qwen3_moe")), np.arange(4), wanted, Collector(), fmt=BF16)
+        load_layer(source_of(family("qwen3_moe")), np.arange(4), wanted, Collector(), formats=BF16)
 
 
 def test_bad_threads(family: Family) -> None:
     with pytest.raises(ValueError, match="threads must be at least 1, not 0"):
         load_layer(
             source_of(family("qwen3_moe")), np.arange(4), np.ones(4, bool), Collector(),
-            fmt=BF16, threads=0,
+            formats=BF16, threads=0,
         )  # fmt: skip
 
 
@@ -174,7 +176,7 @@ def test_an_error_in_the_sink_stops_the_load(family: Family, threads: int) -> No
     with pytest.raises(CheckpointError, match="no more"):
         load_layer(
             source_of(family("qwen3_moe")), np.arange(EXPERTS).repeat(5), np.ones(20, bool), sink,
-            fmt=BF16, threads=threads,
+            formats=BF16, threads=threads,
         )  # fmt: skip
     assert len(calls) <= threads
 

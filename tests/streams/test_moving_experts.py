@@ -23,6 +23,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.streams import keeping
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.weight_format import layer_formats
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
 from hybrid_moe.runtime import filling, hot_half
 from hybrid_moe.runtime.arguments import LayerShape
@@ -86,7 +87,7 @@ class Hybrid:
             layer = ExpertLayer(MXFP4, E, H, I, pool=self.group.config)
             layer._group = self.group
             options = HotOptions("torch", SLOTS, DEVICE, torch.zeros(E, dtype=torch.bool), False)
-            half = HotHalf(options, shape, MXFP4, Activation())
+            half = HotHalf(options, shape, layer_formats(MXFP4), Activation())
             mask = torch.arange(E) < HOT
             placement = ExpertPlacement(layer, half, mask, member.layer_idx)
             stacked = {name: Stacked(getattr(WEIGHTS, name)) for name in ("gate", "up", "down")}

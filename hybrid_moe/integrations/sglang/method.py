@@ -38,7 +38,6 @@ from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts, RankExperts
 from hybrid_moe.integrations.sglang.model_chain import TARGET_MODEL
 from hybrid_moe.integrations.sglang.slot_loading import physical_to_logical, slot_loader
 from hybrid_moe.integrations.sglang.step_faults import STEP_FAULTS, named_options
-from hybrid_moe.runtime.checkpoint_cache import checked_layer
 from hybrid_moe.wrapper import KTMoEWrapper
 
 logger = logging.getLogger(__name__)
@@ -168,7 +167,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             **both_halves,
         )
         if wrapper.weight_path is not None:  # of every layer, before the first one is loaded
-            checked_layer(wrapper.weight_path, wrapper.shape, wrapper.format)
+            wrapper.checkpoint_source()
         return wrapper
 
     def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:

@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 
 from hybrid_moe.cpu_kernels.fingerprint import fingerprints
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.formats.weight_format import layer_formats
 from hybrid_moe.integrations.transformers.experts_module import (
     ExpertsSpec,
     experts_spec,
@@ -146,7 +147,7 @@ def _packed(module: torch.nn.Module, ids: torch.Tensor) -> _Packed:
     if _is_offloaded(module):
         _warn_of_offloading()
     spec = experts_spec(module)
-    layer = new_layer(spec, options)
+    layer = new_layer(spec, options, layer_formats(options.fmt))
     # Before packing: what changes meanwhile is found by the next call
     prints = _prints(weights, range(spec.num_experts), layer.pool.threads)
     fill(layer, module, spec, options.fmt)

@@ -24,7 +24,7 @@ from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import ExpertTensors, Matrix
 from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.proof import recognise_activation
-from hybrid_moe.loaders.stored import encode
+from hybrid_moe.loaders.quantize import encode
 
 MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """Attributes that Transformers' `use_experts_implementation` puts on an experts module."""

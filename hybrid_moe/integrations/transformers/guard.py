@@ -135,7 +135,9 @@ def check_checkpoint(source: Any, kwargs: Mapping[str, Any]) -> None:
         return
     try:
         with closing(Checkpoint.open(folder, variant=kwargs.get("variant"))) as checkpoint:
-            formats = {checkpoint.layer(layer).format for layer in checkpoint.layers}
+            formats = {
+                fmt for layer in checkpoint.layers for fmt in checkpoint.layer(layer).formats.each
+            }
     except (CheckpointError, OSError, NotImplementedError) as error:
         _log.debug("the experts of %s were not looked at: %s", folder, error)
         return  # what is wrong with it is for Transformers to say

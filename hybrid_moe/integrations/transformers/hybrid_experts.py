@@ -12,7 +12,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.strips import packed_nbytes
 from hybrid_moe.formats.tensors import ExpertTensors
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec, expert_tensors
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.integrations.transformers.split_experts import LayerSplit, SplitExperts
@@ -29,26 +29,28 @@ class HybridExperts(torch.nn.Module):
     Attributes:
         spec: sizes and arithmetic.
         layer: the experts; None before they are loaded.
-        fmt: their format, likewise.
+        formats: theirs, likewise.
     """
 
     def __init__(self, spec: ExpertsSpec) -> None:
         super().__init__()
         self.spec = spec
         self.layer: ExpertLayer | SplitExperts | None = None
-        self.fmt: WeightFormat | None = None
+        self.formats: LayerFormats | None = None
         self._handle = torch_op.Handle(self, _run)
 
-    def allocate(self, options: ExpertsOptions) -> ExpertLayer:
+    def allocate(self, options: ExpertsOptions, formats: LayerFormats) -> ExpertLayer:
         """An `ExpertLayer` for this module's sizes with room for every expert, kept here."""
-        layer = new_layer(self.spec, options)
-        self.layer, self.fmt = layer, options.fmt
+        layer = new_layer(self.spec, options, formats)
+        self.layer, self.formats = layer, formats
         return layer
 
-    def allocate_split(self, options: ExpertsOptions, split: LayerSplit) -> SplitExperts:
+    def allocate_split(
+        self, options: ExpertsOptions, formats: LayerFormats, split: LayerSplit
+    ) -> SplitExperts:
         """Experts of this module's sizes, in two halves that are still empty, kept here."""
-        layer = SplitExperts(self.spec, options, split)
-        self.layer, self.fmt = layer, options.fmt
+        layer = SplitExperts(self.spec, options, formats, split)
+        self.layer, self.formats = layer, formats
         return layer
 
     def unpack(self, expert: int) -> ExpertTensors:
@@ -72,14 +74,14 @@ class HybridExperts(torch.nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridExperts:
         """Packed weights never change, so a copy of the model shares them."""
         copy = HybridExperts(self.spec)
-        copy.layer, copy.fmt = self.layer, self.fmt
+        copy.layer, copy.formats = self.layer, self.formats
         return copy.train(self.training)
 
     def __getstate__(self) -> Any:
         raise TypeError(f"{self.spec.where}: experts packed by hybrid_moe cannot be pickled")
 
     def extra_repr(self) -> str:
-        s, fmt = self.spec, self.fmt.name if self.fmt else "not loaded"
+        s, fmt = self.spec, self.formats.name if self.formats else "not loaded"
         text = f"{s.num_experts} experts, hidden={s.hidden}, intermediate={s.intermediate}, {fmt}"
         if isinstance(self.layer, SplitExperts):
             text += f", {self.layer.wrapper.num_gpu_experts} of them on {self.layer.device}"
@@ -98,24 +100,25 @@ def _run(
     return run_layer(module.layer, module.spec, hidden, ids, weights)
 
 
-def new_layer(spec: ExpertsSpec, options: ExpertsOptions) -> ExpertLayer:
+def new_layer(spec: ExpertsSpec, options: ExpertsOptions, formats: LayerFormats) -> ExpertLayer:
     """An empty `ExpertLayer` for `spec`, every expert resident."""
     layer = ExpertLayer(
-        options.fmt,
+        formats,
         spec.num_experts,
         spec.hidden,
         spec.intermediate,
         pool=options.pool_config(),
         activation=spec.activation,
+        activation_bits=options.activation_bits,
         name=spec.where.partition(" ")[0],
     )
     layer.allocate(np.ones(spec.num_experts, dtype=np.bool_), biases=spec.biased)
     return layer
 
 
-def experts_nbytes(spec: ExpertsSpec, fmt: WeightFormat) -> int:
+def experts_nbytes(spec: ExpertsSpec, formats: WeightFormat | LayerFormats) -> int:
     """Bytes that the strips of a module's experts take."""
-    return spec.num_experts * packed_nbytes(fmt, spec.hidden, spec.intermediate)
+    return spec.num_experts * packed_nbytes(formats, spec.hidden, spec.intermediate)
 
 
 def fill(layer: ExpertLayer, module: torch.nn.Module, spec: ExpertsSpec, fmt: WeightFormat) -> None:
@@ -133,9 +136,9 @@ def pack_module(
     """The experts of `module`, packed; as `split` tells, if it does."""
     experts = HybridExperts(spec)
     if split is None:
-        fill(experts.allocate(options), module, spec, options.fmt)
+        fill(experts.allocate(options, layer_formats(options.fmt)), module, spec, options.fmt)
     else:
-        experts.allocate_split(options, split).load(
+        experts.allocate_split(options, layer_formats(options.fmt), split).load(
             filling.from_experts(
                 lambda expert: expert_tensors(module, spec, expert, options.fmt),
                 biases=spec.biased,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.formats.weight_format import LayerFormats
 from hybrid_moe.integrations.transformers.dense.dense_loading import CheckpointLayers
 from hybrid_moe.integrations.transformers.experts_module import (
     ExpertsSpec,
@@ -30,8 +30,11 @@ from hybrid_moe.integrations.transformers.guard import LOADS_EXPERTS
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.integrations.transformers.split_experts import LayerSplit
-from hybrid_moe.loaders import Checkpoint, LayerSource, load_layer
+from hybrid_moe.loaders import Checkpoint, ExpertSource, load_layer
+from hybrid_moe.loaders.load import Progress
+from hybrid_moe.loaders.packed_cache import PackedCache
 from hybrid_moe.runtime import filling
+from hybrid_moe.runtime.packed_layers import load_packed_layer
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +84,8 @@ def layer_index(name: str) -> int:
 
 
 def experts_source(
-    sources: Mapping[int, LayerSource], checkpoint: Checkpoint, name: str, spec: ExpertsSpec
-) -> LayerSource:
+    sources: Mapping[int, ExpertSource], checkpoint: Checkpoint, name: str, spec: ExpertsSpec
+) -> ExpertSource:
     """The checkpoint's experts for the experts module called `name`, checked against its sizes.
 
     Args:
@@ -93,46 +96,53 @@ def experts_source(
     """
     layer = layer_index(name)
     source = sources[layer] if layer in sources else checkpoint.layer(layer)
-    source = replace(source, gate_up="halves" if spec.concatenated else "interleaved")
+    source = source.told_layout("halves" if spec.concatenated else "interleaved")
     source.check_sizes(spec.num_experts, spec.hidden, spec.intermediate)
     if source.has_bias != spec.biased:
         state = "has biases, which" if source.has_bias else "lacks the biases that"
         verb = "does not take" if source.has_bias else "needs"
         raise CheckpointError(
-            f"layer {source.layer} of {source.index.path} {state} {spec.where} {verb} "
+            f"layer {source.layer} of {source.path} {state} {spec.where} {verb} "
             f"(experts as in {source.last_key})"
         )
     return source
 
 
 def load_experts(
-    source: LayerSource,
+    source: ExpertSource,
     module: HybridExperts,
     options: ExpertsOptions,
+    formats: LayerFormats,
     split: LayerSplit | None = None,
+    cache: PackedCache | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Fill an empty experts module from the checkpoint.
 
     Args:
+        formats: in which they are held.
         split: which of them go to a GPU's slots; None for none.
+        cache: where packed layers are; None for nowhere.
+        progress: see `load_layer`.
 
     Raises:
         CheckpointError: an expert is damaged.
-        ValueError: the stored weights do not become `options.method`; see `SplitExperts`.
+        ValueError: the stored weights do not become `formats`; see `SplitExperts`.
     """
-    source.check_format(options.fmt)
     E = module.spec.num_experts
     if split is not None:
-        fill = filling.from_checkpoint(source, options.fmt, torch.arange(E))
-        module.allocate_split(options, split).load(fill)
+        fill = filling.from_checkpoint(source, formats, torch.arange(E), cache, progress)
+        module.allocate_split(options, formats, split).load(fill)
+        return
+    layer, threads = module.allocate(options, formats), options.pool_config().threads
+    mapping, wanted = np.arange(E, dtype=np.int64), np.ones(E, dtype=np.bool_)
+    if cache is not None:
+        load_packed_layer(
+            cache, source, formats, mapping, wanted, layer, threads, progress=progress
+        )
         return
     load_layer(
-        source,
-        mapping=np.arange(E, dtype=np.int64),
-        wanted=np.ones(E, dtype=np.bool_),
-        sink=module.allocate(options).load,
-        fmt=options.fmt,
-        threads=options.pool_config().threads,
+        source, mapping, wanted, layer.load, formats=formats, threads=threads, progress=progress
     )
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.loading import layer_index
 from hybrid_moe.integrations.transformers.options import choose_backend
 from hybrid_moe.integrations.transformers.split_experts import LayerSplit
-from hybrid_moe.loaders import LayerSource
+from hybrid_moe.loaders import ExpertSource
 from hybrid_moe.loaders.model_config import TOP_K, ModelConfig
 from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
 from hybrid_moe.runtime.gpu_arguments import ACTIVATIONS
@@ -106,9 +106,9 @@ def split_of_model(
 
 
 def split_of_checkpoint(
-    sources: Mapping[int, LayerSource],
+    sources: Mapping[int, ExpertSource],
     config: ModelConfig,
-    fmt: WeightFormat | None,
+    formats: Mapping[int, LayerFormats],
     gpu_experts: Any,
     gpu_backend: str | None,
     kwargs: dict[str, Any],
@@ -119,7 +119,7 @@ def split_of_checkpoint(
     Args:
         sources: its layers by index.
         config: the model's, which may have fewer layers.
-        fmt: that they will be packed in; None for the one that each is stored in.
+        formats: that each will be packed in.
         gpu_experts, gpu_backend, gpu_activation: see `from_pretrained`.
         kwargs: for Transformers' `from_pretrained`. CuTe kernels bring the model to the GPU, where
             no `device_map` says otherwise.
@@ -131,7 +131,7 @@ def split_of_checkpoint(
         return None
     end = config.num_layers
     layers = [
-        _layer(layer, source.num_experts, source, fmt or source.format, source.has_bias)
+        _layer(layer, source.num_experts, source, formats[layer], source.has_bias)
         for layer, source in sorted(sources.items())
         if end is None or layer < end
     ]
@@ -157,10 +157,14 @@ def _is_wanted(gpu_experts: Any, gpu_backend: str | None, gpu_activation: str | 
 
 
 def _layer(
-    layer: int, num_experts: int, sizes: ExpertsSpec | LayerSource, fmt: WeightFormat, biased: bool
+    layer: int,
+    num_experts: int,
+    sizes: ExpertsSpec | ExpertSource,
+    formats: WeightFormat | LayerFormats,
+    biased: bool,
 ) -> LayerOfExperts:
     """What a placement asks: a slot has the strips of an expert, and its biases."""
-    nbytes = packed_nbytes(fmt, sizes.hidden, sizes.intermediate)
+    nbytes = packed_nbytes(formats, sizes.hidden, sizes.intermediate)
     if biased:
         nbytes += bias_nbytes(sizes.hidden, sizes.intermediate)
     return LayerOfExperts(layer, num_experts, nbytes)

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hybrid_moe.formats.table import BF16, chosen_format
+from hybrid_moe.formats.table import BF16, chosen_method
 from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.formats.weight_format import layer_formats
 from hybrid_moe.integrations.transformers.guard import NAME, guard
 from hybrid_moe.integrations.transformers.options import ExpertsOptions, dense_format
 from hybrid_moe.loaders.find_model import find_model
@@ -84,6 +85,7 @@ def offload(
     gpu_experts: Any = None,
     gpu_backend: str | None = None,
     gpu_activation: str | None = None,
+    cpu_activation: str | None = None,
     router: str | None = None,
     progress: bool = True,
 ) -> Model:
@@ -110,6 +112,8 @@ def offload(
         gpu_backend: what computes them: "cute", or "torch", which needs no GPU. None for "cute"
             where it can be used, else "torch" (logged once, with the reason).
         gpu_activation: "fp8" for a W8A8 prefill of these experts, see `KTMoEWrapper`; else None.
+        cpu_activation: "int8" for inputs of 8 bits where the CPU multiplies experts whose weights
+            are integers, see `KTMoEWrapper`; else None.
         router: "cute" lets routers choose experts by one kernel of ours on a GPU, and by its
             reference on a CPU; the same experts but where values tie, see `gpu_kernels.gating`.
             None for the model's own.
@@ -143,7 +147,8 @@ def offload(
     )
 
     dense_fmt = dense_format(dense)
-    options = _checked(method, threads, pools)
+    options = _checked(method, threads, pools, cpu_activation)
+    options.check_activation([layer_formats(options.fmt)])
     check_router(router)
     found = find_experts(model)
     refuse_adapters(model, found)
@@ -192,7 +197,9 @@ def from_pretrained(
     gpu_experts: Any = None,
     gpu_backend: str | None = None,
     gpu_activation: str | None = None,
+    cpu_activation: str | None = None,
     router: str | None = None,
+    cache: str | Path | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Any:
@@ -205,8 +212,9 @@ def from_pretrained(
     Args:
         directory: a checkpoint in Transformers' layout, or in its family's published one; or the
             id of one in the Hugging Face hub's cache.
-        method: weight format of the strips; None (or "STORED") for the one that the checkpoint
-            stores, layer by layer. BF16 experts are quantised while loading if it is another.
+        method: how the strips hold the weights, see `formats.table.METHODS`; "auto" (or None) for
+            what the checkpoint stores, layer by layer. BF16 experts are quantised while loading if
+            it is something else.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"; F16 and F32 are rounded and
@@ -215,7 +223,9 @@ def from_pretrained(
         gpu_experts, gpu_backend, gpu_activation: experts that are packed for a GPU, see
             `offload`. With "cute" the whole model is loaded onto the GPU, unless `device_map` says
             otherwise.
-        router: see `offload`.
+        cpu_activation, router: see `offload`.
+        cache: a directory where packed experts are kept, see `loaders.packed_cache`: what is there
+            is read as it is, and what is not is left there. None for none.
         progress: show a progress bar on stderr.
         **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...; `variant`
             and `subfolder` choose the files of experts too).
@@ -224,8 +234,9 @@ def from_pretrained(
         FileNotFoundError: no such directory, or no such profile.
         CheckpointError: the checkpoint is damaged or does not fit the model; names the tensor. Or
             a token takes more experts than there are.
-        ValueError, TypeError: unknown method, a layer whose stored weights do not become it,
-            impossible threads, no experts; GPU experts, a back end or a router as for `offload`.
+        ValueError, TypeError: unknown method, a layer whose stored weights do not become it, a
+            `cache` that cannot be used, impossible threads, no experts; GPU experts, a back end or
+            a router as for `offload`.
         NotImplementedError: an experts module computes something that this package does not, or
             with `router="cute"` a router does.
     """
@@ -250,7 +261,9 @@ def from_pretrained(
         gate_routers,
         plan_routers,
     )
+    from hybrid_moe.loaders.expert_source import held_formats
     from hybrid_moe.loaders.model_config import ModelConfig
+    from hybrid_moe.runtime.packed_layers import cache_at
 
     dense_fmt = dense_format(dense)
     check_router(router)
@@ -267,12 +280,14 @@ def from_pretrained(
     problem = checkpoint.routing_problem(stored.values(), given)
     if problem is not None:
         raise CheckpointError(problem)
-    chosen = chosen_format(method)
-    for source in stored.values():  # all of them before anything is loaded
-        source.check_format(chosen or source.format)
-    options = _checked((chosen or BF16).name, threads, pools)
+    chosen = chosen_method(method)
+    # all of them before anything is loaded
+    formats = {layer: held_formats(source, chosen) for layer, source in stored.items()}
+    options = _checked(BF16.name, threads, pools, cpu_activation)
+    options.check_activation(formats.values())
+    packed = cache_at(cache)
     split = split_of_checkpoint(
-        stored, given or checkpoint.model, chosen, gpu_experts, gpu_backend, kwargs, gpu_activation
+        stored, given or checkpoint.model, formats, gpu_experts, gpu_backend, kwargs, gpu_activation
     )
     register()
     try:
@@ -287,15 +302,15 @@ def from_pretrained(
         sources = [experts_source(stored, checkpoint, n, m.spec) for n, m in experts.items()]
         with PackingBar("Loading weights", progress) as bar:
             for source, module in zip(sources, experts.values(), strict=True):
-                bar.expect(experts_nbytes(module.spec, chosen or source.format))
+                bar.expect(experts_nbytes(module.spec, held_formats(source, chosen)))
             if layers is not None:
                 layers.load(model, {n: m.spec for n, m in experts.items()}, bar)
             for source, (name, module) in zip(sources, experts.items(), strict=True):
-                fmt, of_layer = chosen or source.format, None
+                held, of_layer = held_formats(source, chosen), None
                 if split is not None:
                     of_layer = split.of_layer(source.layer, surrounding_device(model, name))
-                load_experts(source, module, replace(options, method=fmt.name), of_layer)
-                bar.add(experts_nbytes(module.spec, fmt))
+                each = bar.each(experts_nbytes(module.spec, held))
+                load_experts(source, module, options, held, of_layer, packed, each)
         _save_from_strips(model)
         chosen_by_user = kwargs.get("attn_implementation") is not None
         _prepare_steps(model, options, attention=not chosen_by_user)
@@ -322,11 +337,13 @@ def check_directory(directory: str | Path) -> Path:
     return path
 
 
-def _checked(method: str, threads: int | None, pools: int | None) -> ExpertsOptions:
+def _checked(
+    method: str, threads: int | None, pools: int | None, cpu_activation: str | None
+) -> ExpertsOptions:
     """The options, refused here rather than after a model has been loaded."""
-    options = ExpertsOptions(method, threads, pools)
+    options = ExpertsOptions(method, threads, pools, cpu_activation)
     options.pool_config()
-    return ExpertsOptions(options.fmt.name, threads, pools)
+    return replace(options, method=options.fmt.name)
 
 
 def _save_from_strips(model: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from hybrid_moe.formats.tensors import ExpertTensors
+from hybrid_moe.formats.weight_format import LayerFormats
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.locks import ProcessLock
@@ -45,7 +46,9 @@ class SplitExperts:
         device: where these are.
     """
 
-    def __init__(self, spec: ExpertsSpec, options: ExpertsOptions, split: LayerSplit) -> None:
+    def __init__(
+        self, spec: ExpertsSpec, options: ExpertsOptions, formats: LayerFormats, split: LayerSplit
+    ) -> None:
         """Describe them.
 
         Raises:
@@ -69,12 +72,13 @@ class SplitExperts:
             gpu_experts_mask=split.mask,
             cpuinfer_threads=options.threads,
             threadpool_count=options.pools,
-            method=options.method,
+            formats=formats,
             swiglu_limit=spec.activation.limit,
             swiglu_alpha=spec.activation.alpha,
             gpu_backend=split.backend,
             gpu_device=split.device,
             gpu_activation=split.activation,
+            cpu_activation=options.cpu_activation,
         )
 
     def load(self, fill: Fill) -> None:

@@ -78,6 +78,16 @@ def _wide_dots(emit: Emit, w: Val, q: Val, split: Val, out: Val) -> None:
     emit.store(out, emit.op("wide_total", total))
 
 
+def _narrow_dots(emit: Emit, w: Val, x: Val, out: Val) -> None:
+    """A group: start, 8 narrow_dots."""
+    bias = emit.reduce("add", emit.load(x, I8, 32).sext(I32)) * -WIDE_OFFSET
+    total = emit.op("narrow_start", bias)
+    for quad in range(8):
+        weights = emit.load(w + 64 * quad, I8, 64)
+        total = emit.op("narrow_dot", total, weights, emit.load(x + 4 * quad, I32))
+    emit.store(out, total)
+
+
 def _half_to_float(emit: Emit, x: Val, out: Val) -> None:
     emit.store(out, emit.op("half_to_float", emit.load(x, I16, 16)))
 
@@ -101,6 +111,7 @@ _KERNELS: Mapping[str, tuple[Callable[..., None], int]] = {
     "lookup_low4": (_lookup_low4, 2),
     "byte_dot": (_byte_dots, 4),
     "wide_dot": (_wide_dots, 4),
+    "narrow_dot": (_narrow_dots, 3),
     "half_to_float": (_half_to_float, 2),
     "e4m3_pairs": (_e4m3_pairs, 2),
     "pair_dot": (_pair_dot, 4),
@@ -115,8 +126,9 @@ def _kernel(op: str, name: str) -> Callable[..., None]:
 
 
 def test_every_op_is_tested() -> None:
-    # tested together with byte_dot and wide_dot
+    # tested together with byte_dot, wide_dot and narrow_dot
     family = {"byte_dot_bias", "byte_dot_total", "wide_split", "wide_start", "wide_total"}
+    family.add("narrow_start")
     assert set(OPS) == set(_KERNELS) | family, "a new op needs a test here"
 
 
@@ -217,6 +229,33 @@ def test_wide_dot(name: str, seed: int, aligned: bool) -> None:
     if aligned:  # signs alike: sums near the ends, which no byte product with saturation reaches
         w = np.where(rng.random((16, 32)) < 0.8, np.where(q > 0, 127, -128), w).astype(np.int8)
     _check_wide_dots(name, _as_quads(w), q)
+
+
+def _check_narrow_dots(name: str, w: Array, x: Array) -> None:
+    out = np.zeros(16, np.int32)
+    _kernel("narrow_dot", name)(w, x, out)
+    meant: Array = OPS["narrow_start"].meaning(np.int32(0))
+    for quad in range(8):
+        meant = OPS["narrow_dot"].meaning(meant, w[quad], x[4 * quad : 4 * quad + 4])
+    assert np.array_equal(meant, w.astype(np.int64).transpose(1, 0, 2).reshape(16, 32) @ x)
+    assert np.array_equal(out, meant)
+
+
+@TierNames
+@pytest.mark.parametrize("x", [-127, -1, 0, 1, 127])
+@pytest.mark.parametrize("w", [-128, -127, 0, 127])
+def test_narrow_dot_at_the_ends_of_its_range(name: str, w: int, x: int) -> None:
+    """Two products of such bytes do not fit 16 bits."""
+    _check_narrow_dots(name, np.full((8, 16, 4), w, np.int8), np.full(32, x, np.int8))
+
+
+@TierNames
+@given(seed=st.integers(0, 2**32 - 1))
+def test_narrow_dot(name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    w = rng.integers(-128, 128, (16, 32)).astype(np.int8)
+    x = rng.integers(-127, 128, 32).astype(np.int8)
+    _check_narrow_dots(name, _as_quads(w), x)
 
 
 @TierNames

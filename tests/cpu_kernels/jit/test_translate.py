@@ -16,7 +16,6 @@ from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers import records
 from hybrid_moe.cpu_kernels.drivers.intrinsics import compare_swap, driver, load_acquire
-from hybrid_moe.cpu_kernels.drivers.pack_strips import pack_plane
 from hybrid_moe.cpu_kernels.drivers.records import Entry
 from hybrid_moe.cpu_kernels.drivers.route import append_phases, route
 from hybrid_moe.cpu_kernels.drivers.worker import copy_job
@@ -444,27 +443,6 @@ def walks() -> Callable[..., int]:
 
 
 @pytest.mark.usefixtures("_python_memory")
-@pytest.mark.parametrize("half_step", [0, 32])
-@pytest.mark.parametrize("rows", [96, 50])
-@pytest.mark.parametrize(("itemsize", "shared"), [(1, 1), (2, 1), (4, 1), (4, 128)])
-def test_packing(itemsize: int, shared: int, rows: int, half_step: int) -> None:
-    """Five units of three elements, two units a block."""
-    (code,) = compiled(pack_plane)
-    rng = np.random.default_rng(rows)
-    values = rng.integers(0, 256, (2, 96, 15 * itemsize), np.uint8)
-    strips = 96 // (32 + half_step) + 1
-    unit = 3 * itemsize * (64 if shared == 1 else 4)
-    results = []
-    for run in (code, pack_plane):
-        out = np.full((strips, 3 * (2 * unit + 64)), 0xEE, np.uint8)
-        at = [out.ctypes.data, 0, strips, out.shape[1], 5, unit, 2, 2 * unit + 64, 3, itemsize]
-        at += [values[0].ctypes.data, values[1].ctypes.data, values.strides[1], shared]
-        run(*at, half_step, rows)
-        results.append(out)
-    assert np.array_equal(*results)
-
-
-@pytest.mark.usefixtures("_python_memory")
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_routing(tokens: int) -> None:
     """The same job, as Python and as machine code: its pairs, its encoded or copied rows, and the
@@ -516,7 +494,7 @@ def test_routing(tokens: int) -> None:
 def test_every_driver_is_reached() -> None:
     """What a driver module defines is part of the compiled program, under its own name."""
     text = drivers.drivers_ir()
-    for module in ("worker", "route", "phases", "pack_strips", "host", "mailbox", "patience"):
+    for module in ("worker", "route", "phases", "publish", "host", "mailbox", "patience"):
         found = vars(importlib.import_module(f"{drivers.__name__}.{module}"))
         mine = [value for value in found.values() if isinstance(value, Driver)]
         assert mine

@@ -14,7 +14,15 @@ from hypothesis.extra import numpy as hnp
 
 from hybrid_moe.formats.integers import INT8
 from hybrid_moe.formats.mx import MXFP4
-from hybrid_moe.formats.numbers import FP16, UE8M0_NAN, bf16_to_f32, f32_to_bf16, ue8m0_to_float
+from hybrid_moe.formats.numbers import (
+    FP16,
+    UE8M0_NAN,
+    bf16_to_f32,
+    e4m3_to_float,
+    f32_to_bf16,
+    f32_to_e4m3,
+    ue8m0_to_float,
+)
 from hybrid_moe.formats.table import BF16, DENSE_FORMATS, METHODS, format_named
 from hybrid_moe.formats.weight_format import WeightFormat, unpack_bits
 
@@ -86,6 +94,20 @@ def test_low_nibble_is_the_even_input(codes: np.ndarray) -> None:
     nibbles = unpack_bits(codes, 4)
     assert np.array_equal(nibbles[..., 0::2], codes % 16)
     assert np.array_equal(nibbles[..., 1::2], codes // 16)
+
+
+def test_e4m3_is_that_of_ml_dtypes() -> None:
+    """Every byte; zeros; both sides of the middle between any two, and the middle itself."""
+    codes = np.arange(256, dtype=np.uint8)
+    values = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert same(e4m3_to_float(codes), values)
+    values = values[np.isfinite(values)]
+    ascending = np.unique(values)
+    middle = (ascending[1:] + ascending[:-1]) / 2  # exact: one bit more
+    x = np.concatenate([values, middle, np.nextafter(middle, -448), np.nextafter(middle, 448)])
+    x = np.concatenate([x, np.float32([0.0, -0.0, 2.0**-149, -(2.0**-149), 2.0**-11])])
+    oracle = x.astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
+    assert np.array_equal(f32_to_e4m3(x.astype(np.float32)), oracle.view(np.uint8))
 
 
 def nearest_codes(values: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -50,7 +50,7 @@ def test_each_layer_keeps_what_is_stored(family: str, quantized: int, tmp_path: 
     for name, module in reference.named_modules():
         if isinstance(module, HybridExperts):
             number = layer_index(name + ".")
-            formats[number] = model.get_submodule(name).fmt.name
+            formats[number] = model.get_submodule(name).formats.name
             if (
                 number == quantized
             ):  # the BF16 model with that layer quantised is what must come out

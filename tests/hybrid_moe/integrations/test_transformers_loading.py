@@ -49,7 +49,7 @@ def test_published_mxfp4_equals_quantised_bf16(family: str, tmp_path: Path) -> N
     expected = logits(load(directory, "MXFP4"), prompt())
     published = load(to_mxfp4(directory, family), None)
     assert torch.equal(logits(published, prompt()), expected)
-    assert {m.fmt and m.fmt.name for m in hybrid_experts(published)} == {"MXFP4"}
+    assert {m.formats and m.formats.name for m in hybrid_experts(published)} == {"MXFP4"}
 
 
 @FAMILY

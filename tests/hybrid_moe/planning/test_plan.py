@@ -157,7 +157,7 @@ def test_converted_experts_go_to_the_gpu_from_the_base(fake: Fake) -> None:
 
 def test_each_layer_in_its_own_format(tmp_path: Path) -> None:
     model = read_model(write_family("qwen3_moe_mixed", tmp_path).directory)
-    assert [layer.method.name for layer in model.layers] == ["MXFP4", "BF16"]
+    assert [layer.formats.name for layer in model.layers] == ["MXFP4", "BF16"]
     bits = {"MXFP4": 4.25, "BF16": 16}
     weights = EXPERTS * 3 * HIDDEN * INTERMEDIATE
     plan = make_plan(model, request(huge_pages=False, context=64))
@@ -181,7 +181,8 @@ def test_each_layer_in_its_own_format(tmp_path: Path) -> None:
     given = dict(itertools.pairwise(command.arguments))
     assert (given["--kt-method"], given["--kt-num-gpu-experts"]) == ("STORED", "0")
     # a named method converts what it can
-    assert {layer.method for layer in read_model(model.path, method="MXFP4").layers} == {MXFP4}
+    converted = read_model(model.path, method="MXFP4")
+    assert {layer.formats for layer in converted.layers} == {(MXFP4, MXFP4)}
     with pytest.raises(ValueError, match=r"layer 0 of .* MXFP4, which does not become BF16"):
         read_model(model.path, method="BF16")
 

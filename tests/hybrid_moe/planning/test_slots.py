@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hybrid_moe.formats.shares import ShareLayout, even_shares
 from hybrid_moe.formats.strips import GROUP, STRIP_ROWS, round_up, strip_layout
+from hybrid_moe.formats.weight_format import layer_formats
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.planning import Model, make_plan, read_model
 from hybrid_moe.planning.plan import GPU, Plan
@@ -46,7 +47,7 @@ def test_an_expert_takes_a_slot(slots: Model, pools: int) -> None:
         )
         for pool in range(pools)
     )
-    assert slots.layers[0].on_gpu == SlotLayout(fmt, H, I, shares).nbytes
+    assert slots.layers[0].on_gpu == SlotLayout(layer_formats(fmt), H, I, shares).nbytes
 
 
 @given(gib=st.integers(6, 40), gpus=st.integers(1, 4))

@@ -29,7 +29,7 @@ from hybrid_moe.integrations.transformers.dense.grouped import HybridGroupedLine
 from hybrid_moe.integrations.transformers.dense.hybrid_linear import HybridLinear
 from hybrid_moe.integrations.transformers.dense.mlp import HybridMLP
 from hybrid_moe.integrations.transformers.packing_bar import PackingBar
-from hybrid_moe.loaders.stored import encode, round_to_bf16
+from hybrid_moe.loaders.quantize import encode, round_to_bf16
 from hybrid_moe.parallel import for_each
 
 PART_BYTES = 2 << 20

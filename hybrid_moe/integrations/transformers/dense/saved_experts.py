@@ -130,16 +130,17 @@ class SavedExperts:
                 experts in a format that no checkpoint stores.
         """
         self.module, self._spec, self._dtype = module, module.spec, dtype
-        assert module.fmt is not None
-        self._fmt = module.fmt
+        formats = module.formats
+        assert formats is not None
+        self._fmt = formats.gate_up
+        if formats.each not in ((MXFP4,), (BF16,)):
+            raise NotImplementedError(
+                f"{module.spec.where}: experts in {formats.name} are not written, only MXFP4 and "
+                "BF16 ones are"
+            )
         self.tensors = self._found(name, given, converted)
         if self._fmt is MXFP4:
             self.tensors = self._in_mxfp4([t for t in self.tensors if t.part == "weight"])
-        elif self._fmt is not BF16:
-            raise NotImplementedError(
-                f"{module.spec.where}: experts in {self._fmt.name} are not written: no checkpoint "
-                "stores that format"
-            )
 
     @property
     def interleaved_mxfp4(self) -> bool:

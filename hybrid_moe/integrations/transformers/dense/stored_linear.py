@@ -19,8 +19,8 @@ from hybrid_moe.formats.numbers import F32, Array, f32_to_bf16, ue8m0_to_float
 from hybrid_moe.integrations.transformers.dense.packing import PART_BYTES, Weight
 from hybrid_moe.loaders import SafetensorsIndex
 from hybrid_moe.loaders.header import TensorInfo
+from hybrid_moe.loaders.quantize import to_float32
 from hybrid_moe.loaders.safetensors import ReadBuffers
-from hybrid_moe.loaders.stored import to_float32
 
 FLOATS = ("BF16", "F16", "F32")
 FP8 = "F8_E4M3"
