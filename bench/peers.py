@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 import comparison
-from comparison import FORMAT_TARGETS, INT8_ACTIVATIONS, OUR_ERROR, OURS, PEERS, TARGETS
+from comparison import FORMAT_TARGETS, OUR_ERROR, OURS, PEERS, TARGETS
 from decode.counted import counted_rate
 from decode.sweeps import Clock
 from harness import Reads, layer_parser, parse_list, time_beside_reads, weight_bytes
@@ -36,9 +36,9 @@ from peer.process import WorkerProcess
 from problem import SHAPES, Shape, batches_for, random_batches
 from rich.console import Console
 from tables import ERRORS, show
-from weights import format_of
+from weights import activation_bits, format_of, stored_method
 
-from hybrid_moe.cpu_kernels.ceilings.peaks import mac_ceiling
+from hybrid_moe.cpu_kernels.ceilings.peaks import MAC_OPS, mac_ceiling, peak_macs
 from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
 from hybrid_moe.cpu_kernels.kernels.format_kernels import has_kernels
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -214,7 +214,7 @@ def series(args: argparse.Namespace) -> dict[tuple[str, str], list[int]]:
     if args.targets or args.formats:
         wanted: dict[tuple[str, str], list[int]] = {}
         for target in FORMAT_TARGETS if args.formats else TARGETS:
-            if args.methods == ["all"] or target.method.split("+")[0] in args.methods:
+            if args.methods == ["all"] or stored_method(target.method) in args.methods:
                 wanted.setdefault((target.method, target.shape), []).append(target.tokens)
         return {key: sorted(tokens) for key, tokens in wanted.items()}
     return {(method, s.name): args.tokens for method in args.methods for s in args.shapes}
@@ -249,12 +249,15 @@ def parse_arguments() -> argparse.Namespace:
 def ceilings(method: str, pool: PoolConfig, isa: str | None) -> tuple[float, float | None]:
     """(multiply-accumulates per second of our tier's instruction, counted decode rate in GB/s);
     zero and None where our kernels do not have the format."""
-    fmt, tier = format_of(method.removesuffix(INT8_ACTIVATIONS)), choose_tier(isa)
+    fmt, bits, tier = format_of(method), activation_bits(method), choose_tier(isa)
     if not has_kernels(fmt):
         return 0.0, None
-    return mac_ceiling(fmt.name, pool, tier), counted_rate(
-        fmt, tier, Clock(tier).measure(), pool.threads
-    )
+    if bits == 8:  # one product of bytes for each of the mathematics
+        found = [peak_macs(MAC_OPS[op], pool, tier) for op in ("byte_dot", "tile_dot_bytes")]
+        peak = max(rate for rate in found if rate is not None)
+    else:
+        peak = mac_ceiling(fmt.name, pool, tier)
+    return peak, counted_rate(fmt, tier, Clock(tier).measure(), pool.threads, bits)
 
 
 def main() -> None:
