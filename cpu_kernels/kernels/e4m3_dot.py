@@ -125,6 +125,12 @@ def unpack(fmt: WeightFormat) -> KernelBody:
     return body
 
 
+def within(first: Val, count: int, begin: Val, end: Val) -> tuple[Val, Val]:
+    """Groups first..first+count-1, as far as they are groups begin..end-1."""
+    last = first + count
+    return (first < begin).select(begin, first), (end < last).select(end, last)
+
+
 class _Kernel:
     """Emits one kernel for `tokens`, in the order of panels and sums that `order` says."""
 
@@ -141,21 +147,16 @@ class _Kernel:
             self.in_registers(range(PANELS), args.begin, args.end)
         elif order.kept:
             with emit.loop(args.begin & -TURN_GROUPS, args.end, step=TURN_GROUPS) as turn:
-                begin, end = self.within(turn, TURN_GROUPS, args.begin, args.end)
+                begin, end = within(turn, TURN_GROUPS, args.begin, args.end)
                 for first in range(0, PANELS, order.kept):
                     self.in_registers(range(first, first + order.kept), begin, end)
         else:
             with emit.when(args.begin.equals(0)):
                 clear_sums(emit, args.sums, len(self.tokens))
             with emit.loop(args.begin & -self.source.span, args.end, self.source.span) as span:
-                begin, end = self.within(span, self.source.span, args.begin, args.end)
+                begin, end = within(span, self.source.span, args.begin, args.end)
                 for first in range(0, PANELS, order.together):
                     self.in_memory(range(first, first + order.together), begin, end)
-
-    def within(self, first: Val, count: int, begin: Val, end: Val) -> tuple[Val, Val]:
-        """Groups first..first+count-1, as far as they are groups begin..end-1."""
-        last = first + count
-        return (first < begin).select(begin, first), (end < last).select(end, last)
 
     def in_registers(self, panels: Sequence[int], begin: Val, end: Val) -> None:
         """Groups begin..end-1 of `panels`, the sums in registers meanwhile."""
@@ -163,7 +164,7 @@ class _Kernel:
         places = list(itertools.product(self.tokens, panels))
         total = load_sums(emit, self.args.sums, begin, places)
         with emit.loop(begin & -span, end, step=span) as first:
-            for (t, p), part in self.parts(panels, *self.within(first, span, begin, end)).items():
+            for (t, p), part in self.parts(panels, *within(first, span, begin, end)).items():
                 total[t, p].set(total[t, p].get() + part)
             emit.barrier()
         store_sums(emit, self.args.sums, total)
