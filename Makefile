@@ -19,8 +19,8 @@ PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
 HOT = $(if $(GPU_EXPERTS), --gpu-experts $(GPU_EXPERTS))$(if $(GPU_BACKEND), --gpu-backend $(GPU_BACKEND))
 
 .PHONY: demo test test-full fuzz test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install
-.PHONY: install-dev wheel bench bench-ceilings bench-dense bench-end-to-end bench-load bench-peers
-.PHONY: bench-peers-install bench-pool bench-quick bench-results clean gpu-check
+.PHONY: install-dev wheel bench bench-big bench-ceilings bench-dense bench-end-to-end bench-load bench-peers
+.PHONY: bench-formats bench-peers-install bench-pool bench-quick bench-results clean gpu-check
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -146,6 +146,13 @@ bench-end-to-end: install
 bench-load: install
 	$(BIN)/python bench/load.py
 
+# 14 GB of disk under MODELS, removed afterwards, and as much memory; the result goes to docs/results.
+bench-big: install
+	mkdir -p $(RECEIPTS)
+	$(PIP) install -q -c constraints.txt -e ".[bench]"
+	$(BIN)/python bench/big.py --directory $(MODELS) --json $(RECEIPTS)/big.json
+	$(BIN)/python bench/report.py $(RECEIPTS)/big.json
+
 bench-pool: install
 	$(BIN)/python bench/pool.py
 
@@ -156,6 +163,15 @@ bench-quick: install
 # KT_PYTHON, GGML_LIB: where kt-kernel and ggml are, if not where bench-peers-install puts them
 bench-peers: install
 	$(BIN)/python bench/peers.py --targets
+
+# Every format beside kt-kernel, ggml and torch, one token and 1024, with a core to spare and with all,
+# and its bars; FORMATS=Q4_K,FP8 for some, TIER=avx2 for another tier. Then docs/results and docs/formats.md.
+FORMATS_RECEIPT := $(RECEIPTS)/formats$(addprefix -,$(TIER)).json
+bench-formats: install
+	mkdir -p $(RECEIPTS)
+	$(BIN)/python bench/peers.py --formats $(addprefix --methods ,$(FORMATS)) $(addprefix --isa ,$(TIER)) \
+		--json $(FORMATS_RECEIPT)
+	$(if $(FORMATS)$(TIER),,$(BIN)/python bench/report.py $(FORMATS_RECEIPT) && $(BIN)/python bench/formats_table.py)
 
 # Of llama.cpp, whose sources llama-cpp-python's source distribution has, only the libraries are
 # built: five minutes on two cores, where the whole takes a quarter of an hour.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tables import Column, number, text
+from weights import INT8_ACTIVATIONS
 
 OURS = "ours"
 PEERS = ("kt-kernel", "ggml", "torch")
@@ -88,11 +89,18 @@ COLUMNS = (
     _ours("ours, ms", lambda p: f"{p['ms']:.2f}"),
     _ours("GB/s", lambda p: f"{p['weight_bytes'] / p['ms'] / 1e6:.1f}"),
     _ours("% of read", lambda p: f"{100 * read_share(p):.0f}"),
-    _ours("counted, GB/s", lambda p: f"{c:.0f}" if (c := p.get("counted_rate")) else ""),
     _ours("GMAC/s", lambda p: f"{p['macs'] / p['ms'] / 1e6:.1f}"),
     _ours("% of peak", lambda p: f"{100 * peak_share(p):.0f}"),
     *map(_beside, PEERS),
 )
+
+FORMAT_COLUMNS = (
+    *COLUMNS[:6],
+    _ours("decodes, GB/s", lambda p: f"{p['counted_rate']:.0f}" if p["counted_rate"] else ""),
+    _ours("% of both", lambda p: "" if (s := decode_share(p)) is None else f"{100 * s:.0f}"),
+    *COLUMNS[6:],
+)
+"""Of every format: the counted decode rate beside the read bandwidth, the share of the lower."""
 
 
 def side_by_side(points: Iterable[Point]) -> list[dict[str, Any]]:
@@ -169,10 +177,6 @@ TARGETS = (
 Zen 4 cores at 3.66 GHz."""
 
 
-INT8_ACTIVATIONS = "+int8"
-"""Ends the name of a method that is to round activations to 8 bits."""
-
-
 def _format(
     method: str, decode: float | None, rate: float | None, fast: bool = False
 ) -> list[Target]:
@@ -208,11 +212,11 @@ def target_for(method: str, shape: str, tokens: int) -> Target | None:
 
 VERDICTS = (
     text("target", "{layer}"),
-    number("threads", "threads"),
     number("tokens", "tokens"),
     text("measured of wanted", "{measured}"),
     Column("", lambda v: "met" if v["met"] else "**missed**"),
 )
+FORMAT_VERDICTS = (VERDICTS[0], number("threads", "threads"), *VERDICTS[1:])
 
 
 def verdicts(points: Iterable[Point]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 import comparison
-from comparison import FORMAT_TARGETS, INT8_ACTIVATIONS, OUR_ERROR, OURS, PEERS, TARGETS
+from comparison import FORMAT_TARGETS, OUR_ERROR, OURS, PEERS, TARGETS
 from decode.counted import counted_rate
 from decode.sweeps import Clock
 from harness import Reads, layer_parser, parse_list, time_beside_reads, weight_bytes
@@ -36,9 +36,9 @@ from peer.process import WorkerProcess
 from problem import SHAPES, Shape, batches_for, random_batches
 from rich.console import Console
 from tables import ERRORS, show
-from weights import format_of
+from weights import activation_bits, format_of, stored_method
 
-from hybrid_moe.cpu_kernels.ceilings.peaks import mac_ceiling
+from hybrid_moe.cpu_kernels.ceilings.peaks import MAC_OPS, mac_ceiling, peak_macs
 from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
 from hybrid_moe.cpu_kernels.kernels.format_kernels import has_kernels
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
@@ -214,7 +214,7 @@ def series(args: argparse.Namespace) -> dict[tuple[str, str], list[int]]:
     if args.targets or args.formats:
         wanted: dict[tuple[str, str], list[int]] = {}
         for target in FORMAT_TARGETS if args.formats else TARGETS:
-            if args.methods == ["all"] or target.method.split("+")[0] in args.methods:
+            if args.methods == ["all"] or stored_method(target.method) in args.methods:
                 wanted.setdefault((target.method, target.shape), []).append(target.tokens)
         return {key: sorted(tokens) for key, tokens in wanted.items()}
     return {(method, s.name): args.tokens for method in args.methods for s in args.shapes}
@@ -231,7 +231,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--isa", help="our tier, and kt-kernel's variant; default: the best")
     parser.add_argument("--libraries", type=parse_list, default=",".join(NAMES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="default: 3; of --formats 5")
     parser.add_argument("--seconds", type=float, default=0.4, help="of each library and round")
     parser.add_argument("--longest-call", type=float, default=3.0, help="skip slower points")
     parser.add_argument("--seed", type=int, default=1)
@@ -240,7 +240,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ggml-lib", help="folder with libggml-base.so and libggml-cpu.so")
     parser.add_argument("--no-accuracy", action="store_true")
     args = parser.parse_args()
-    if args.formats and "--methods" not in sys.argv:
+    args.rounds = args.rounds or (5 if args.formats else 3)
+    if (args.formats or args.targets) and "--methods" not in sys.argv:
         args.methods = ["all"]
     return args
 
@@ -248,12 +249,15 @@ def parse_arguments() -> argparse.Namespace:
 def ceilings(method: str, pool: PoolConfig, isa: str | None) -> tuple[float, float | None]:
     """(multiply-accumulates per second of our tier's instruction, counted decode rate in GB/s);
     zero and None where our kernels do not have the format."""
-    fmt, tier = format_of(method.removesuffix(INT8_ACTIVATIONS)), choose_tier(isa)
+    fmt, bits, tier = format_of(method), activation_bits(method), choose_tier(isa)
     if not has_kernels(fmt):
         return 0.0, None
-    return mac_ceiling(fmt.name, pool, tier), counted_rate(
-        fmt, tier, Clock(tier).measure(), pool.threads
-    )
+    if bits == 8:  # one product of bytes for each of the mathematics
+        found = [peak_macs(MAC_OPS[op], pool, tier) for op in ("byte_dot", "tile_dot_bytes")]
+        peak = max(rate for rate in found if rate is not None)
+    else:
+        peak = mac_ceiling(fmt.name, pool, tier)
+    return peak, counted_rate(fmt, tier, Clock(tier).measure(), pool.threads, bits)
 
 
 def main() -> None:
@@ -266,7 +270,7 @@ def main() -> None:
             place.variables["HYBRID_MOE_ISA"] = args.isa
         if args.isa == "avx2" and "kt-kernel" in libraries:
             libraries["kt-kernel"].variables["KT_KERNEL_CPU_VARIANT"] = "avx2"
-    wanted = series(args)
+    wanted, name = series(args), "formats" if args.formats else "peers"
     points: list[Point] = []
     errors: list[dict[str, Any]] = []
     if not args.no_accuracy:
@@ -288,10 +292,10 @@ def main() -> None:
             for worker in workers:
                 worker.close()
             if points:  # the series takes long: what is measured is kept if it is stopped
-                write_receipt(args.json, receipt("peers", points=rows(points), errors=errors))
+                write_receipt(args.json, receipt(name, points=rows(points), errors=errors))
     if not points:
         raise SystemExit("no library could run")
-    show_all(console, rows(points), errors)
+    show_all(console, rows(points), errors, args.formats)
 
 
 def rows(points: list[Point]) -> list[dict[str, Any]]:
@@ -299,13 +303,20 @@ def rows(points: list[Point]) -> list[dict[str, Any]]:
     return [{**asdict(p), "ms": p.ms, "read_bandwidth": p.read_bandwidth} for p in points]
 
 
-def show_all(console: Console, points: list[dict[str, Any]], errors: list[dict[str, Any]]) -> None:
-    """Print the tables."""
+def show_all(
+    console: Console,
+    points: list[dict[str, Any]],
+    errors: list[dict[str, Any]],
+    formats: bool = False,
+) -> None:
+    """Print the tables; `formats`: with what only those of every format have."""
     title = f"one call (ours is faster by), {processor()}"
-    show(console, title, comparison.COLUMNS, comparison.side_by_side(points))
+    columns = comparison.FORMAT_COLUMNS if formats else comparison.COLUMNS
+    show(console, title, columns, comparison.side_by_side(points))
     console.print("; ".join(comparison.labels(points)))
     if wanted := comparison.verdicts(points):
-        show(console, "targets", comparison.VERDICTS, wanted)
+        verdicts = comparison.FORMAT_VERDICTS if formats else comparison.VERDICTS
+        show(console, "targets", verdicts, wanted)
     if errors:
         title = "error ||y - reference|| / ||reference||, reference in float64"
         show(console, title, ERRORS, errors)

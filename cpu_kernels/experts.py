@@ -7,7 +7,7 @@ back (`vacate`, `occupy`): whoever moves one copies its ranges, and nothing is p
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -154,16 +154,47 @@ class PackedExperts:
             ValueError: a matrix has a bias, and `allocate` made no room for biases.
             RuntimeError: the layer is closed, or this is a forked child.
         """
-        arenas, table = self._arenas, self._table  # `close` makes new ones
+        self._load(
+            expert,
+            lambda: self._check_tensors(expert, tensors),
+            lambda pool, memory: self._pack_share(self._layouts[pool], memory, tensors),
+        )
+
+    def load_packed(
+        self,
+        expert: int,
+        read: Callable[[int, npt.NDArray[np.uint8]], None],
+        biased: Sequence[bool],
+    ) -> None:
+        """Load an expert that `pack` has packed before, for a layer of the same `shares`.
+
+        Args:
+            read: `read(pool, memory)` fills uint8 [nbytes], the expert's range of a pool. Where it
+                raises, the expert is not loaded.
+            biased: whether its gate, up and down have biases.
+
+        Raises:
+            IndexError, ValueError, RuntimeError: see `load`.
+        """
+        self._load(expert, lambda: self._note_biases(expert, biased), read)
+
+    def _load(
+        self,
+        expert: int,
+        check: Callable[[], None],
+        fill: Callable[[int, npt.NDArray[np.uint8]], None],
+    ) -> None:
+        """Fill the expert's ranges, and publish them when that is done."""
+        arenas, table, layouts = self._arenas, self._table, self._layouts  # `close` makes new ones
         self._check_open()
         self._check_process()
         if not 0 <= expert < self.num_experts or self._place[expert] < 0:
             raise IndexError(f"expert {expert} has no memory in this layer")
-        self._check_tensors(expert, tensors)
+        check()
         shares, ranges = table[expert], self._ranges(int(self._place[expert]), arenas)
         entries = self._entries(expert, ranges)
-        for pool, (layout, memory) in enumerate(zip(self._layouts, ranges, strict=True)):
-            self._pack_share(layout, memory, tensors)
+        for pool in range(len(layouts)):
+            fill(pool, ranges[pool])
             if pool == 0:
                 entries["gate_up"][0] = shares["gate_up"][0]
             shares[pool] = entries[pool]
@@ -192,14 +223,16 @@ class PackedExperts:
         check_matrix(tensors.gate, gate_up, I, H)
         check_matrix(tensors.up, gate_up, I, H)
         check_matrix(tensors.down, down, H, I)
-        for name in BIASED:
-            if getattr(tensors, name).bias is not None and not self._layouts[0].biases:
+        self._note_biases(expert, [getattr(tensors, name).bias is not None for name in BIASED])
+
+    def _note_biases(self, expert: int, biased: Sequence[bool]) -> None:
+        for name, has_bias in zip(BIASED, biased, strict=True):
+            if has_bias and not self._layouts[0].biases:
                 raise ValueError(
                     f"expert {expert}: {name} has a bias, but this layer was allocated without "
                     "room for biases; use allocate(resident, biases=True)"
                 )
-        for at, name in enumerate(BIASED):
-            self._biased[expert, at] |= getattr(tensors, name).bias is not None
+        self._biased[expert] |= np.asarray(biased, np.bool_)
 
     def _pack_share(
         self, layout: ShareLayout, memory: npt.NDArray[np.uint8], tensors: ExpertTensors

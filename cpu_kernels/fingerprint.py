@@ -6,6 +6,9 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from hybrid_moe.cpu_kernels import drivers
 from hybrid_moe.parallel import map_all
 
@@ -17,6 +20,13 @@ BLOCK = 1 << 20
 def _fingerprint() -> Callable[[int, int], int]:
     kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
     return kind(drivers.addresses()["fingerprint"])
+
+
+def fingerprint(memory: npt.NDArray[np.uint8]) -> int:
+    """The fingerprint of uint8 [a multiple of 8], contiguous: see `fingerprints`."""
+    if memory.nbytes % 8 or not memory.flags.c_contiguous:
+        raise ValueError("fingerprints are of whole words, one behind the other")
+    return _fingerprint()(memory.ctypes.data, memory.nbytes // 8)
 
 
 def fingerprints(spans: Sequence[tuple[int, int]], threads: int) -> list[tuple[int, ...]]:

@@ -50,6 +50,7 @@ class ExpertLayer(PackedExperts):
         *,
         pool: PoolConfig,
         activation: Activation | None = None,
+        activation_bits: int = 16,
         isa: str | Tier | None = None,
         name: str = "experts",
     ) -> None:
@@ -60,15 +61,22 @@ class ExpertLayer(PackedExperts):
             num_experts: E. hidden: H. intermediate: I; both multiples of 32.
             pool: worker threads.
             activation: clamps and alpha; plain SwiGLU by default.
+            activation_bits: of x and h as they enter products with weights that are integers: 16,
+                or 8, which is faster and less exact (docs/numerics.md).
             isa: a tier's name, to use instead of the best one.
             name: of its jobs in a trace.
 
         Raises:
-            ValueError: a size is not positive or not a multiple of 32; an unusable tier.
+            ValueError: a size is not positive or not a multiple of 32; an unusable tier; 8-bit
+                activations and weights that are no integers.
             NotImplementedError: neither x86-64 nor aarch64.
         """
         check_machine()
         super().__init__(fmt, num_experts, hidden, intermediate, pool)
+        if activation_bits != 16:
+            for held in self.formats.each:
+                format_kernels(held, activation_bits)  # or raises
+        self.activation_bits = activation_bits
         self.activation = activation or Activation()
         self.tier = isa if isinstance(isa, Tier) else choose_tier(isa)
         self.name = name
@@ -218,7 +226,9 @@ class ExpertLayer(PackedExperts):
             self._check_open()
             if self._ready_state is None:
                 self._group = self._group or group_for(self.pool)
-                gate_up, down = (kernel_set(fmt.name, self.tier) for fmt in self.formats)
+                gate_up, down = (
+                    kernel_set(fmt.name, self.tier, self.activation_bits) for fmt in self.formats
+                )
                 layouts, tables = (self.gate_up_layout, self.down_layout), self._tables
                 descriptor = describe(gate_up, down, self.num_experts, *layouts, tables)
                 descriptor.label = trace.label(self.name)

@@ -37,12 +37,12 @@ of one version and processor take a few MB, those of a GPU as much."""
 _DIGEST_BYTES = 32
 _OURS = re.compile(r"[0-9a-f]{64}\.(o|index|cubin)(\.[0-9a-f]{16}\.tmp)?")
 _LOCK = "lock"
-_TEMPORARY_S = 3600
+TEMPORARY_S = 3600
 """A temporary file so old is left from a process that was killed."""
 
-_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_CREATE_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+CREATE_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def cache_directory() -> Path:
@@ -73,7 +73,7 @@ def _tell_once(directory: str, reason: object) -> None:
         )
 
 
-def _check_private(status: os.stat_result) -> None:
+def check_private(status: os.stat_result) -> None:
     """Raise unless only this user and root can have written what has been opened."""
     if status.st_uid not in (os.geteuid(), 0):
         raise PermissionError(f"it belongs to user {status.st_uid}")
@@ -92,8 +92,8 @@ def _opened(create: bool) -> Iterator[int | None]:
         name = str(directory)
         if create:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(directory, _OPEN_DIRECTORY)
-        _check_private(os.fstat(descriptor))
+        descriptor = os.open(directory, OPEN_DIRECTORY)
+        check_private(os.fstat(descriptor))
     except (OSError, RuntimeError) as error:
         if descriptor is not None:
             os.close(descriptor)
@@ -138,11 +138,11 @@ def has_any(suffix: str) -> bool:
 
 
 def _read_file(name: str, directory: int) -> bytes:
-    with os.fdopen(os.open(name, _OPEN_FILE, dir_fd=directory), "rb") as file:
+    with os.fdopen(os.open(name, OPEN_FILE, dir_fd=directory), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise PermissionError("it is not a regular file")
-        _check_private(status)
+        check_private(status)
         if _is_writable(directory):  # mark it as used; the kernel may not, or once a day
             with suppress(PermissionError):  # root's
                 os.utime(file.fileno(), ns=(time.time_ns(), status.st_mtime_ns))
@@ -164,7 +164,7 @@ def write(name: str, payload: bytes) -> None:
         temporary = f"{name}.{secrets.token_hex(8)}.tmp"
         try:
             try:
-                new = os.open(temporary, _CREATE_FILE, 0o600, dir_fd=directory)
+                new = os.open(temporary, CREATE_FILE, 0o600, dir_fd=directory)
                 with os.fdopen(new, "wb") as file:
                     file.write(hashlib.sha256(payload).digest() + payload)
                 os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
@@ -211,7 +211,7 @@ def _evict(directory: int, newest: str) -> None:
                 continue
             if not entry.name.endswith(".tmp"):
                 used.append((status.st_atime_ns, status.st_size, entry.name))
-            elif status.st_mtime < time.time() - _TEMPORARY_S:
+            elif status.st_mtime < time.time() - TEMPORARY_S:
                 _remove(entry.name, directory)
     total = sum(size for _, size, _ in used)
     for _, size, name in sorted(used):

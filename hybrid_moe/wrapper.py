@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.formats.activation import Activation
+from hybrid_moe.formats.activation import Activation, activation_bits
 from hybrid_moe.formats.table import chosen_method
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.formats.weight_format import LayerFormats
@@ -37,6 +37,7 @@ from hybrid_moe.runtime.expert_moves import ExpertMoves
 from hybrid_moe.runtime.export import ExpertWriter
 from hybrid_moe.runtime.filling import Fill
 from hybrid_moe.runtime.hot_half import HotHalf
+from hybrid_moe.runtime.packed_layers import cache_at
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.runtime.process_wide import ProcessWide
 from hybrid_moe.runtime.runner import LayerRunner
@@ -90,8 +91,13 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         gpu_activation: "fp8" rounds the inputs of the hot experts' projections to E4M3 in batches
             of 256 tokens and more, as W8A8 does (what that costs: `SlotExperts.fp8_prefill`). It
             is no faster: these GEMMs multiply in bf16. None for bf16 always.
+        cpu_activation: "int8" rounds the inputs of products on the CPU to 8 bits for each group of
+            32, which is up to twice as fast with many tokens and less exact (docs/numerics.md); for
+            weights that are integers. None for 16 bits.
         formats: the weight formats themselves, for a layer that is loaded by `load_weights_by` and
             whose formats no method names; `method` is left out of account then.
+        cache: a directory for packed layers, see `loaders.packed_cache`: `load_weights` reads a
+            layer from there, or leaves it there for the next time. None for none.
         deferral_chain: the model that the layer belongs to: one object for all of its layers and
             no others. None: the order of construction decides, see `runtime.construction_order`;
             where that says nothing, the layer defers nothing.
@@ -146,7 +152,9 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         gpu_device: torch.device | str | int | None = None,
         elsewhere: torch.Tensor | None = None,
         gpu_activation: str | None = None,
+        cpu_activation: str | None = None,
         formats: LayerFormats | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
         arguments.refuse_unsupported(locals())
         self._method = None if formats is not None else chosen_method(method)
@@ -163,6 +171,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
             moe_intermediate_size=moe_intermediate_size,
         )
         self.weight_path = arguments.existing_path(weight_path)
+        self._cache = cache_at(cache)
         self.formats = formats or checkpoint_cache.formats_of(
             self.weight_path, self.layer_idx, self._method
         )
@@ -189,6 +198,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         self.pool = arguments.pool_config(cpuinfer_threads, threadpool_count, numa_nodes)
         self.strict = strict
         self._isa = arguments.tier_name(isa)
+        self._activation_bits = activation_bits(cpu_activation)
         self._layer = self._new_layer()  # holds no memory yet; checks sizes and isa
         self._runner: LayerRunner | None = None
         self._handle = torch_op.Handle(self, KTMoEWrapper._forward_now)
@@ -221,7 +231,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
             raise ValueError("load_weights needs the weight_path that the wrapper was made without")
         mapping = arguments.expert_map(physical_to_logical_map_cpu, self.num_experts)
         source = self.checkpoint_source()
-        self._load(filling.from_checkpoint(source, self.formats, mapping))
+        self._load(filling.from_checkpoint(source, self.formats, mapping, self._cache))
 
     def load_weights_from_tensors(
         self,
@@ -297,6 +307,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
             self.moe_intermediate_size,
             pool=self.pool,
             activation=self.activation,
+            activation_bits=self._activation_bits,
             isa=self._isa,
             name=f"experts layer {self.layer_idx}",
         )

@@ -11,14 +11,11 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from hybrid_moe.formats.mx import MXFP4
-from hybrid_moe.formats.numbers import Array
-from hybrid_moe.formats.table import format_named, method_named
-from hybrid_moe.formats.tensors import ExpertTensors, Matrix
+from hybrid_moe.formats.table import method_named
 from hybrid_moe.formats.weight_format import WeightFormat, layer_formats
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.companions import companion_files
@@ -27,9 +24,17 @@ from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.layout import gate_up_layout as layout_named
 from hybrid_moe.loaders.model_config import CONFIG_NAME
-from hybrid_moe.loaders.naming import FUSED, GPT_OSS_MXFP4, PER_EXPERT, NamingScheme
 from hybrid_moe.loaders.safetensors import ReadBuffers
 from hybrid_moe.loaders.writer import PlannedTensor, ShardedWriter
+from hybrid_moe.loaders.written import (
+    expert_pieces,
+    planned_tensors,
+    splits_biases,
+    written_format,
+    written_scheme,
+)
+from hybrid_moe.loaders.written_config import KEY as QUANTIZATION_KEY
+from hybrid_moe.loaders.written_config import quantization_config
 from hybrid_moe.parallel import for_each
 
 SHARD_BYTES = 5_000_000_000
@@ -37,7 +42,6 @@ CONFIG_KEY = "hybrid_moe"
 """Key in `config.json` that says what `convert_checkpoint` did; other tools ignore it."""
 
 _COPY_BYTES = 16 << 20
-_INT8_DTYPES = ("I8", "F16")
 Progress = Callable[[int, int], None]
 
 
@@ -50,35 +54,38 @@ def convert_checkpoint(
     threads: int = 1,
     shard_bytes: int = SHARD_BYTES,
     gate_up_layout: str | None = None,
+    group_size: int | None = None,
 ) -> None:
     """Write a checkpoint whose routed experts are quantized.
 
     Experts keep the names of their family; fused ones are written one by one under the names of
-    Qwen3-MoE, those whose gate and up alternate as the `*_blocks` and `*_scales` of gpt-oss's MXFP4
-    release. Every other tensor and file is copied, and so are layers whose experts are in that
-    format already, and draft layers. `config.json` gets the entry `"hybrid_moe": {"experts":
-    method, "group": 32}`.
+    Qwen3-MoE, but as the `*_blocks` and `*_scales` of gpt-oss's MXFP4 release where gate and up
+    alternate and the method is MXFP4 or INT8. Which tensors a format has is in `written`. Every
+    other tensor and file is copied, and so are layers whose experts are in that format already, and
+    draft layers. `config.json` gets the entry `"hybrid_moe": {"experts": format, "group": inputs
+    of a scale}` and, where it has none, the `quantization_config` by which other libraries read it.
 
     Args:
-        src: directory of a checkpoint whose experts are BF16, F16 or F32.
+        src: directory of a checkpoint whose experts are BF16, F16 or F32; or FP8, which becomes
+            AMXINT4 and AMXINT8 too.
         dst: directory to write; created, or empty.
-        method: "MXFP4" or "INT8". INT8 has the same names, codes as I8 and scales as F16.
+        method: MXFP4, FP8, FP8_PERCHANNEL, MXFP8, RAWINT4, AMXINT4, AMXINT8, MOE_INT4, MOE_INT8 or
+            INT8.
         progress: True shows a bar on stderr; a function is called with (bytes done, bytes in all).
         threads: threads that quantize.
         shard_bytes: largest size of a shard.
         gate_up_layout: "halves" or "interleaved": where gate and up lie in fused tensors, for a
             model that Transformers does not know.
+        group_size: inputs that share a scale; of RAWINT4 32 (as Kimi-K2), 64 or 128.
 
     Raises:
-        ValueError: unknown method or layout, `dst` is not empty or is `src`, or there is nothing
-            to convert (all experts are quantized already).
+        ValueError: unknown method, layout or group, `dst` is not empty or is `src`, the source is
+            GGUF, or there is nothing to convert (all experts are quantized already).
         CheckpointError: the source is damaged or has no experts, a weight is not finite, or
             nothing tells where gate and up lie.
         OSError: too little room at `dst`.
     """
-    fmt = format_named(method)
-    if fmt.scale is None:
-        raise ValueError(f'experts are converted to method="MXFP4" or "INT8", not to {fmt.name}')
+    fmt = written_format(method, group_size)
     source_path, target_path = Path(src), Path(dst)
     _check_paths(source_path, target_path)
     checkpoint = Checkpoint.open(source_path)
@@ -91,13 +98,24 @@ def convert_checkpoint(
             f"the experts of {source_path} are {fmt.name} already; there is nothing to convert"
         )
     for layer in layers:
-        held_formats(layer, method_named(method))
+        held = held_formats(layer, method_named(method))
+        if held == layer.formats:
+            raise ValueError(
+                f"layer {layer.layer} of {source_path} stores its experts as {held.name}, which "
+                f"does not become {fmt.name}"
+            )
+        for K in (layer.hidden, layer.intermediate):
+            if K % fmt.k_multiple:
+                raise ValueError(
+                    f"layer {layer.layer} of {source_path} has rows of {K} weights; of {fmt.name} "
+                    f"their length must be a multiple of {fmt.k_multiple}"
+                )
         layer.check_layout()
     companions = companion_files(source_path)
-    copied = _unchanged(checkpoint, layers)
+    copied = _unchanged(checkpoint, layers, fmt)
     planned = [PlannedTensor(tensor.key, tensor.dtype, tensor.shape) for tensor in copied]
     for layer in layers:
-        planned += _plan_layer(layer, fmt)
+        planned += planned_tensors(layer, fmt)
     target_path.mkdir(parents=True, exist_ok=True)
     total = sum(tensor.nbytes for tensor in planned)
     free = shutil.disk_usage(target_path).free
@@ -107,7 +125,8 @@ def convert_checkpoint(
         writer = ShardedWriter(target_path, planned, shard_bytes)
         try:
             _convert_tensors(checkpoint, copied, layers, fmt, writer, meter, threads)
-            _add_files(companions, writer, checkpoint, fmt)
+            config = _config(checkpoint, layers, fmt, copied)
+            _add_files(companions, writer, config)
             writer.finish()
         except BaseException:
             writer.abort()
@@ -141,7 +160,7 @@ def _convert_tensors(
         if isinstance(item, tuple):
             layer, expert = item
             tensors = layer.expert(expert, fmt, buffers.mine)
-            for key, data, at in _expert_pieces(layer, expert, tensors):
+            for key, data, at in expert_pieces(layer, fmt, expert, tensors):
                 writer.write(key, data, at)
                 meter.add(data.nbytes)
         else:
@@ -167,88 +186,20 @@ def _copy_tensor(
         meter.add(data.nbytes)
 
 
-def _unchanged(checkpoint: Checkpoint, layers: list[LayerSource]) -> list[TensorInfo]:
+def _unchanged(
+    checkpoint: Checkpoint, layers: list[LayerSource], fmt: WeightFormat
+) -> list[TensorInfo]:
     """Tensors that are copied: all but those written anew, in the order of their shards."""
     replaced = {
         tensor.key
         for layer in layers
         for stacks in layer.stacks
         for stack in stacks
-        for tensor in (stack.tensors if _splits_biases(layer) else (stack.weight,))
+        for tensor in stack.tensors
+        if tensor is not stack.bias or splits_biases(layer, fmt)
     }
+    replaced.update(key for layer in layers for key in layer.unused)
     return [tensor for key, tensor in checkpoint.index.tensors.items() if key not in replaced]
-
-
-def _written(layer: LayerSource) -> NamingScheme:
-    """The scheme in which a layer's experts are written: one whose name leaves no layout open."""
-    if layer.scheme is not FUSED:
-        return layer.scheme
-    return GPT_OSS_MXFP4 if layer.interleaved else PER_EXPERT
-
-
-def _splits_biases(layer: LayerSource) -> bool:
-    """Whether biases of all experts become one for each, as their weights do."""
-    return layer.has_bias and layer.scheme.fused and not _written(layer).fused
-
-
-def _written_keys(layer: LayerSource, expert: int, projection: str) -> tuple[str, str, str]:
-    """The keys under which codes, scales and bias are written."""
-    scheme = _written(layer)
-    stem = scheme.stem(layer.prefix, layer.layer, expert) + projection
-    return stem + scheme.weights[0], stem + scheme.scales[0], stem + scheme.bias
-
-
-def _plan_layer(layer: LayerSource, fmt: WeightFormat) -> list[PlannedTensor]:
-    scheme = _written(layer)
-    code_dtype, scale_dtype = scheme.mxfp4_dtypes if fmt is MXFP4 else _INT8_DTYPES
-    H, I = layer.hidden, layer.intermediate
-    planned: list[PlannedTensor] = []
-    projections = [(scheme.gate, I, H), (scheme.up, I, H), (scheme.down, H, I)]
-    if scheme.fused:
-        projections = [(scheme.gate, 2 * I, H), (scheme.down, H, I)]
-    for expert in range(1 if scheme.fused else layer.num_experts):
-        for projection, N, K in projections:
-            code_key, scale_key, bias_key = _written_keys(layer, expert, projection)
-            codes, scales = fmt.code_shape(N, K), (N, K // fmt.group)
-            if scheme.fused:  # gpt-oss: [E, N, K/32, 16] (INT8: 32) and [E, N, K/32]
-                blocks = (layer.num_experts, *scales, codes[1] // scales[1])
-                planned.append(PlannedTensor(code_key, code_dtype, blocks))
-                planned.append(PlannedTensor(scale_key, scale_dtype, blocks[:-1]))
-            else:
-                planned.append(PlannedTensor(code_key, code_dtype, codes))
-                planned.append(PlannedTensor(scale_key, scale_dtype, scales))
-                if _splits_biases(layer):
-                    planned.append(PlannedTensor(bias_key, "F32", (N,)))
-    return planned
-
-
-def _expert_pieces(
-    layer: LayerSource, expert: int, tensors: ExpertTensors
-) -> list[tuple[str, Array, int]]:
-    """What is written for one expert: key, values, and where in the tensor they begin (bytes)."""
-    scheme = _written(layer)
-    pieces: list[tuple[str, Array, int]] = []
-    matrices = [(scheme.gate, tensors.gate), (scheme.up, tensors.up), (scheme.down, tensors.down)]
-    if scheme.fused:
-        gate_up = _interleave(tensors.gate, tensors.up)
-        matrices = [(scheme.gate, gate_up), (scheme.down, tensors.down)]
-    for projection, matrix in matrices:
-        assert matrix.scales is not None  # the format has scales
-        code_key, scale_key, bias_key = _written_keys(layer, expert, projection)
-        if _splits_biases(layer):
-            assert matrix.bias is not None
-            pieces.append((bias_key, np.ascontiguousarray(matrix.bias), 0))
-        for key, data in ((code_key, matrix.codes), (scale_key, matrix.scales)):
-            pieces.append((key, data, expert * data.nbytes if scheme.fused else 0))
-    return pieces
-
-
-def _interleave(gate: Matrix, up: Matrix) -> Matrix:
-    """Rows of gate and up in turn, as gpt-oss stores them."""
-    assert gate.scales is not None and up.scales is not None
-    codes = np.stack([gate.codes, up.codes], axis=1).reshape(-1, gate.codes.shape[1])
-    scales = np.stack([gate.scales, up.scales], axis=1).reshape(-1, gate.scales.shape[1])
-    return Matrix(codes, scales)
 
 
 def _check_paths(src: Path, dst: Path) -> None:
@@ -266,16 +217,30 @@ def _check_paths(src: Path, dst: Path) -> None:
         raise ValueError(f"{dst} is not empty; name a new or an empty directory")
 
 
+def _config(
+    checkpoint: Checkpoint, layers: list[LayerSource], fmt: WeightFormat, kept: list[TensorInfo]
+) -> dict[str, Any] | None:
+    """What `config.json` becomes; None where there was none. A `quantization_config` that is there
+    stays: the rest of the model needs it."""
+    if not checkpoint.config:
+        return None
+    config = {**checkpoint.config, CONFIG_KEY: {"experts": fmt.name, "group": fmt.group}}
+    config.pop("transformers_weights", None)  # the weights have the usual names now
+    schemes = [written_scheme(layer, fmt) for layer in layers]
+    if QUANTIZATION_KEY not in config:
+        said = quantization_config(fmt, schemes, kept)
+        config |= {} if said is None else {QUANTIZATION_KEY: said}
+    return config
+
+
 def _add_files(
-    companions: dict[str, Path], writer: ShardedWriter, checkpoint: Checkpoint, fmt: WeightFormat
+    companions: dict[str, Path], writer: ShardedWriter, config: dict[str, Any] | None
 ) -> None:
     """Copy configuration and tokenizer. `config.json` is added last: with it, all is there."""
     for name, file in companions.items():
         if name != CONFIG_NAME:
             writer.add_file(name, file)
-    if checkpoint.config:
-        config = {**checkpoint.config, CONFIG_KEY: {"experts": fmt.name, "group": fmt.group}}
-        config.pop("transformers_weights", None)  # the weights have the usual names now
+    if config is not None:
         writer.add_file(CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
 
 

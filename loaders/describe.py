@@ -13,7 +13,7 @@ from hybrid_moe.loaders.naming import LayerKeys, NamingScheme
 from hybrid_moe.loaders.quantization import NOTHING_SAID, Quantization
 from hybrid_moe.loaders.safetensors import SafetensorsIndex
 from hybrid_moe.loaders.stacks import check_stacks, expert_shape, stem_of
-from hybrid_moe.loaders.stored import STORED, Stored, describe_dtypes, known_dtypes
+from hybrid_moe.loaders.stored import STORED, Packing, Stored, describe_dtypes, known_dtypes
 
 _UNUSED = re.compile(r"[._]input_(global_)?scale$")
 """Tensors beside an expert's weights that do not change what they mean: scales for activations that
@@ -154,22 +154,33 @@ def _stored(first: Stack, scheme: NamingScheme, quantization: Quantization) -> S
     shape = expert_shape(weight, scheme)
     experts = shape[: len(shape) - 2]
     expected: dict[tuple[int, ...], str] = {}
+    multiple = 0
+    refusals: dict[Packing, str | None] = {}
     for row in rows:
         N, K = row.sizes(shape, weight.dtype)
         shapes = [(*experts, *s) for s in row.scale_shapes(N, K)]
         if scale is not None and scale.shape not in shapes:
             expected.setdefault(shapes[0], row.format.name)
+            refusals[row.packing] = quantization.refusal(row.packing)
+        elif K % row.format.k_multiple and scale is not None:
+            multiple = row.format.k_multiple
         elif row.says(quantization):
-            refusal = None if row.packing == "rows" else quantization.refusal(row.packing)
+            refusal = quantization.refusal(row.packing)
             if refusal is not None:
                 raise CheckpointError(f"{weight.where}: {refusal}")
             return row
+    for refusal in refusals.values():
+        if refusal is not None:
+            raise CheckpointError(f"{weight.where}: {refusal}")
     assert scale is not None
+    about = f"{weight.key} is stored as {describe_dtypes(*dtypes)} of shape {scale.shape}"
+    if multiple:
+        raise CheckpointError(
+            f"{scale.where}: {about}: rows of {K} weights, whose length must be a multiple of "
+            f"{multiple}"
+        )
     words = [f"{shape} ({name})" for shape, name in expected.items()]
-    raise CheckpointError(
-        f"{scale.where}: {weight.key} is stored as {describe_dtypes(*dtypes)} of shape "
-        f"{scale.shape}, expected {' or '.join(words)}"
-    )
+    raise CheckpointError(f"{scale.where}: {about}, expected {' or '.join(words)}")
 
 
 def _unknown(first: Stack, scheme: NamingScheme) -> CheckpointError:
@@ -181,11 +192,14 @@ def _unknown(first: Stack, scheme: NamingScheme) -> CheckpointError:
             f"{stem_of(first, scheme)}{scheme.scales[0]}: this tensor is missing beside "
             f"{weight.where}: {dtype} weights need scales"
         )
-    taken = (row.takes(weight.key, dtype, scale_dtype, zeros is None) for row in STORED)
-    if any(taken):
-        what = "there are none" if zeros is None else f"{zeros.where} are not read beside them"
+    if any(row.takes(weight.key, dtype, scale_dtype, zeros is None) for row in STORED):
+        if zeros is None:
+            return CheckpointError(
+                f"{stem_of(first, scheme)}{scheme.zeros[0]}: this tensor is missing beside "
+                f"{weight.where}: these weights need zero points"
+            )
         return CheckpointError(
-            f"{weight.where}: {describe_dtypes(dtype, scale_dtype)} and zero points: {what}"
+            f"{zeros.where}: zero points beside {describe_dtypes(dtype, scale_dtype)} are not read"
         )
     return CheckpointError(
         f"{scale.where if scale else weight.where}: {weight.key} is stored as "

@@ -119,6 +119,12 @@ class LayerSource:
         return formats == self.formats and all(stored.exact for stored in self.stored)
 
     @property
+    def state(self) -> str:
+        """What tells its experts' values from those of another state of the files, or of another
+        layout of gate and up."""
+        return f"{self.index.state}, layer {self.layer} of {self.prefix!r}, {self.interleaved}"
+
+    @property
     def has_bias(self) -> bool:
         """Whether the projections have biases."""
         return self.stacks[0][0].bias is not None

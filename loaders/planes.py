@@ -74,9 +74,11 @@ def planes_of(raw: RawMatrix, stored: Stored, zeros_offset: int) -> dict[str, Ar
     if raw.scales is not None and fmt.scale is not None:
         scales = raw.scales.T if stored.inputs_first else raw.scales
         scales = _scales(raw, scales, fmt.scale)
-        if fmt.group == 0:
+        if fmt.group == 0 and fmt.scale_rows == 1:
             scales = np.broadcast_to(scales.reshape(-1, 1), (N, 1))
-        planes["scales"] = np.ascontiguousarray(scales)
+        if scales.strides[-1] != scales.itemsize:
+            scales = scales.copy(order="C")  # also where the last axis has one element
+        planes["scales"] = scales
     if raw.zeros is not None:
         if fmt.plane("minima") is None:
             _check_middle(raw, zeros_offset)

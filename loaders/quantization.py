@@ -63,8 +63,10 @@ class Quantization:
         """Why matrices packed in this way are not read; None if they are.
 
         Args:
-            packing: "gptq", "awq" or "compressed-tensors".
+            packing: see `stored.Packing`.
         """
+        if packing == "rows":
+            return None
         if self.method not in ("", packing):
             if self.method in _READ:
                 return f"the tensors are {packing}'s, but config.json says {self.method}"

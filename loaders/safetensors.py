@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,6 +22,7 @@ from hybrid_moe.formats.strips import round_up
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.files import CheckpointFiles, choose_files
 from hybrid_moe.loaders.header import TensorInfo, read_header
+from hybrid_moe.loaders.page_cache import release_pages, releases_pages
 from hybrid_moe.loaders.regular import Stamp, open_regular, stamp
 from hybrid_moe.locks import ProcessLock
 from hybrid_moe.logs import warn_once
@@ -129,6 +131,13 @@ class SafetensorsIndex:
         tensors, stale = _indexed_tensors(headers, files.weight_map, files.index)
         return cls(files.path, tensors, files, stamps, stale)
 
+    @property
+    def state(self) -> str:
+        """A text that another state of the files does not have. The folder's own stamp is left out:
+        it tells of files beside them too."""
+        files = sorted(self.stamps.items())
+        return "; ".join(f"{file}: {found}" for file, found in files if not file.is_dir())
+
     def info(self, key: str) -> TensorInfo:
         """Where `key` lies. Raises `CheckpointError` where there is no such tensor."""
         tensor = self.tensors.get(key)
@@ -195,6 +204,12 @@ class SafetensorsIndex:
                 )
             done += count
         self._check_unchanged(tensor.file, stamp(os.fstat(descriptor)))
+        if self._releases:
+            release_pages(descriptor, offset, done)
+
+    @cached_property
+    def _releases(self) -> bool:
+        return releases_pages(sum(s.nbytes for s in self.stamps.values() if s is not None))
 
     def _descriptor(self, file: Path) -> int:
         descriptor = self._descriptors.get(file)

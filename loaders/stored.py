@@ -143,9 +143,11 @@ STORED: tuple[Stored, ...] = (
     Stored(FP8, ("F8_E4M3",), ("F32", "BF16", "F16", "F8_E8M0", "U8")),
     Stored(MXFP8, ("F8_E4M3",), ("U8", "F8_E8M0")),
     Stored(FP8_PERCHANNEL, ("F8_E4M3",), _FLOATS),
+    # before groups: a row may be as long as one
+    Stored(INT4_ROW, ("I32", "U8"), ("F32",), "compressed-tensors"),
     *(Stored(f, ("I32", "U8"), ("BF16", "F32"), "compressed-tensors") for f in RAW_INT4),
     *(Stored(f, ("I32", "U8"), ("F16",), "compressed-tensors") for f in GPTQ_SYMMETRIC),
-    Stored(INT4_ROW, ("I32", "U8"), ("F32", "BF16"), "compressed-tensors"),
+    Stored(INT4_ROW, ("I32", "U8"), ("BF16",), "compressed-tensors"),
     *(Stored(f, ("I32", "U8"), _FLOATS, "compressed-tensors", True) for f in ZERO_POINTS),
     *(Stored(f, ("I32",), _FLOATS, "gptq", None) for f in GPTQ_SYMMETRIC),
     *(Stored(f, ("I32",), _FLOATS, "gptq", True) for f in (*GPTQ_FIRST, *ZERO_POINTS)),

@@ -14,7 +14,7 @@ through the layers:
 
 | where | size, relative to | source |
 |---|---|---|
-| x and h into a product | `activation_error` x max of their group of 32 | fixed point: 2^-14 |
+| x and h into a product | `activation_error` x max of their group of 32 | 2^-14; 8 bits: 1/254 |
 | each product, FP32 accumulation | (K + 2) 2^-24 x sum of |w||x|  | Higham 2002, section 3.1 |
 | h in FP32 | 2^-16 x |h| | exponential and division, a few FP32 roundings each |
 | h, once, to BF16 | 2^-8 x |h| | 8 significant bits, to nearest: half a unit in the last place |
@@ -41,6 +41,8 @@ Array = npt.NDArray[Any]
 BF16_ROUNDOFF = 2.0**-8
 FP32_ROUNDOFF = 2.0**-24
 FIXED_POINT_ERROR = 2.0**-14
+INT8_ACTIVATION_ERROR = (1 + 2.0**-12) / 254
+"""Half a step of m / 127, and what float32 loses on the way to q and back."""
 ACTIVATION_FUNCTION_ERROR = 2.0**-16
 SILU_SLOPE = 1.1  # max of the derivative of silu is 1.0998..; g * sigmoid(alpha g) has the same
 FLOOR = 2.0**-100
@@ -85,9 +87,11 @@ class _Uncertain:
         error = np.broadcast_to(maxima, (*maxima.shape[:-1], 32)).reshape(size.shape) * relative
         return _Uncertain(self.value, self.worst + error, self.variance + error**2 / 3)
 
-    def times(self, w: F64, bias: F64 | None) -> _Uncertain:
-        """self [T, K] times w [N, K], plus bias [N]."""
-        value, magnitude = self.value @ w.T, (np.abs(self.value) + self.worst) @ np.abs(w).T
+    def times(self, w: F64, bias: F64 | None, sizes: F64 | None = None) -> _Uncertain:
+        """self [T, K] times w [N, K], plus bias [N]. `sizes` [N, K] is what roundings are relative
+        to where that is more than abs(w)."""
+        size = np.abs(w) if sizes is None else sizes
+        value, magnitude = self.value @ w.T, (np.abs(self.value) + self.worst) @ size.T
         if bias is not None:
             value, magnitude = value + bias, magnitude + np.abs(bias)
         K = w.shape[1]
@@ -136,6 +140,9 @@ def evaluate(
     gate_bias: Array | None = None,
     up_bias: Array | None = None,
     down_bias: Array | None = None,
+    gate_sizes: Array | None = None,
+    up_sizes: Array | None = None,
+    down_sizes: Array | None = None,
     limit: float = 0.0,
     alpha: float = 0.0,
     skip: Array | None = None,
@@ -149,6 +156,8 @@ def evaluate(
         weights: [T, k], the exact routing weights (FP32 values).
         gate, up: [E, I, H] dequantized weights. down: [E, H, I].
         gate_bias, up_bias: [E, I]. down_bias: [E, H].
+        gate_sizes, up_sizes, down_sizes: as the weights: what the roundings of a product are
+            relative to where weights are sums whose parts are rounded apart; abs(weights) else.
         limit, alpha: options of the activation.
         skip: bool [E].
         activation_error: relative error of an activation as input of a product; 0 where the
@@ -165,10 +174,10 @@ def evaluate(
             continue
         x_e = _Uncertain(tokens.value[rows], tokens.worst[rows], tokens.variance[rows])
         x_e = x_e.fixed_point(activation_error)
-        g = x_e.times(_f64(gate[e]), _bias(gate_bias, e))
-        u = x_e.times(_f64(up[e]), _bias(up_bias, e))
+        g = x_e.times(_f64(gate[e]), _of(e, gate_bias), _of(e, gate_sizes))
+        u = x_e.times(_f64(up[e]), _of(e, up_bias), _of(e, up_sizes))
         h = _activate(g, u, limit, alpha).rounded(BF16_ROUNDOFF).fixed_point(activation_error)
-        y = h.times(_f64(down[e]), _bias(down_bias, e))
+        y = h.times(_f64(down[e]), _of(e, down_bias), _of(e, down_sizes))
         p = np.asarray(weights, np.float64)[rows, slots][:, None]
         np.add.at(value, rows, p * y.value)
         np.add.at(worst, rows, np.abs(p) * y.worst)
@@ -233,5 +242,5 @@ def _f64(x: Array) -> F64:
     return np.asarray(x, np.float64)
 
 
-def _bias(bias: Array | None, e: int) -> F64 | None:
-    return None if bias is None else _f64(bias[e])
+def _of(expert: int, arrays: Array | None) -> F64 | None:
+    return None if arrays is None else _f64(arrays[expert])

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from hybrid_moe.cpu_kernels.dsl import e4m3
 from hybrid_moe.cpu_kernels.dsl.emit import I8, I16, I32, Emit, Val, join, pieces, vector
 from hybrid_moe.cpu_kernels.dsl.ops import (
     Lowering,
@@ -39,6 +40,11 @@ def _lookup16(emit: Emit, table: tuple[int, ...], index: Val) -> Val:
     return join([emit.intrinsic(name, kind, constant, p) for p in pieces(index, index.lanes // 16)])
 
 
+def _e4m3_pairs(emit: Emit, codes: Val) -> Val:
+    """TBL gives 0 where the index is beyond its 16 bytes."""
+    return e4m3.by_nibbles(codes, lambda table, m: _lookup16(emit, table, m), lambda m: m)
+
+
 def _byte_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     """SMULL, ADDP and SADALP: weights are below 128, so they are signed bytes too, and the sum of
     two products (at most 2 * 24 * 128 in magnitude) fits 16 bits."""
@@ -53,7 +59,8 @@ def _byte_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
 
 
 def _byte_dot_sdot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
-    """SDOT does all of it: weights are below 128, so they are signed bytes too."""
+    """SDOT does all of it: weights are signed bytes, those of `byte_dot` too, as they are below
+    128."""
     kind, broadcast = vector(I32, 4), emit.broadcast(x, 4).bits(I8)
     name, count = "llvm.aarch64.neon.sdot.v4i32.v16i8", accumulator.lanes // 4
     pairs = zip(pieces(accumulator, count), pieces(w, count), strict=True)
@@ -71,11 +78,17 @@ def _wide_dot_sdot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val
 
 
 LOWERINGS: Mapping[str, Lowering] = MappingProxyType(
-    {"lookup16": _lookup16, "byte_dot": _byte_dot, "half_to_float": half_to_float_native},
+    {
+        "lookup16": _lookup16,
+        "byte_dot": _byte_dot,
+        "half_to_float": half_to_float_native,
+        "e4m3_pairs": _e4m3_pairs,
+    },
 )
 SDOT_LOWERINGS: Mapping[str, Lowering] = MappingProxyType(
     {
         "byte_dot": _byte_dot_sdot,
+        "narrow_dot": _byte_dot_sdot,
         "wide_split": wide_split_planes,
         "wide_start": _wide_start,
         "wide_dot": _wide_dot_sdot,

@@ -15,18 +15,18 @@ from types import MappingProxyType
 
 import llvmlite.binding as llvm
 
-from hybrid_moe.cpu_kernels.dsl import amx, neon
+from hybrid_moe.cpu_kernels.dsl import amx, e4m3, neon
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, Val, join, pieces, vector
 from hybrid_moe.cpu_kernels.dsl.ops import (
-    BYTE_DOT_OFFSET,
     OPS,
-    WIDE_OFFSET,
     Lowering,
     fused,
     half_to_float_native,
     unpack_pair,
+    wide_lookup_unsigned,
     wide_split_planes,
     wide_total_planes,
+    wide_weights_unsigned,
 )
 from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
 from hybrid_moe.cpu_kernels.jit.compile import Target
@@ -116,6 +116,12 @@ class _Wide:
         parts = pieces(index, index.lanes // n)
         return join([emit.intrinsic(self.pshufb, vector(I8, n), repeated, p) for p in parts])
 
+    def e4m3_pairs(self, emit: Emit, codes: Val) -> Val:
+        """PSHUFB gives 0 where the index has its top bit: 0x70 more sets it for 16 and beyond."""
+        return e4m3.by_nibbles(
+            codes, lambda table, m: self.lookup16(emit, table, m), lambda m: m + 0x70
+        )
+
     def byte_dot(self, emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
         """PMADDUBSW sums two products into 16 bits (at most 2 * 24 * 128: no saturation); the
         halves are added modulo 2^16, which is exact because the true sums fit (see ops)."""
@@ -153,13 +159,28 @@ class _Wide:
             )
         return accumulator
 
+    def narrow_dot(self, emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+        """PMADDWD as in `wide_dot`, with activations that are widened by the same shifts."""
+        n = self.bits // 16
+        words, inputs = w.bits(I16), emit.broadcast(x, n // 2).bits(I16)
+        for weights, factor in (
+            ((words << 8).sar(8), (inputs << 8).sar(8)),
+            (words.sar(8), inputs.sar(8)),
+        ):
+            parts = pieces(weights, 32 // n)
+            kind = vector(I32, n // 2)
+            accumulator = accumulator + join(
+                [emit.intrinsic(self.pmaddwd, kind, part, factor) for part in parts]
+            )
+        return accumulator
 
-def _halves_bias(emit: Emit, x: Val) -> Val:
+
+def _halves_bias(emit: Emit, x: Val, offset: int) -> Val:
     """The offset of inputs 0, 1 (mod 4) in the lower 16 bits, of inputs 2, 3 in the upper."""
     wide = x.sext(I32)
     low = emit.reduce("add", wide.shuffle([i for i in range(x.lanes) if i % 4 < 2]))
     high = emit.reduce("add", wide.shuffle([i for i in range(x.lanes) if i % 4 >= 2]))
-    return ((high * -BYTE_DOT_OFFSET) << 16) | ((low * -BYTE_DOT_OFFSET) & 0xFFFF)
+    return ((high * -offset) << 16) | ((low * -offset) & 0xFFFF)
 
 
 def _wide_start_planes(emit: Emit, bias: Val) -> Val:
@@ -168,16 +189,19 @@ def _wide_start_planes(emit: Emit, bias: Val) -> Val:
 
 
 def _wide_planes(byte_dot: Lowering) -> dict[str, Lowering]:
-    """Lowerings for tiers whose `byte_dot` sums in 32 bits: weights plus 128 are unsigned bytes."""
+    """Lowerings for tiers whose `byte_dot` sums in 32 bits and takes any unsigned byte."""
 
     def dot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val) -> Val:
-        unsigned = w + -WIDE_OFFSET
         planes = zip(accumulator.halves(), (first, second), strict=True)
-        return join([byte_dot(emit, plane, unsigned, x) for plane, x in planes])
+        return join([byte_dot(emit, plane, w, x) for plane, x in planes])
 
     return {
+        "narrow_start": lambda emit, bias: emit.broadcast(bias, 16),
+        "narrow_dot": byte_dot,
         "wide_split": wide_split_planes,
         "wide_start": _wide_start_planes,
+        "wide_weights": wide_weights_unsigned,
+        "wide_lookup": wide_lookup_unsigned,
         "wide_dot": dot,
         "wide_total": wide_total_planes,
     }
@@ -216,6 +240,19 @@ def _lookup_low4_vbmi(emit: Emit, table: tuple[int, ...], index: Val) -> Val:
     return emit.intrinsic("llvm.x86.avx512.permvar.qi.512", vector(I8, 64), repeated, index)
 
 
+def _e4m3_pairs_vbmi(emit: Emit, codes: Val) -> Val:
+    """VPERMI2B looks 128 bytes up by seven bits of the index, so the sign does not count."""
+    halves = [
+        [emit.constant(list(table[at : at + 64]), I8) for at in (0, 64)]
+        for table in (e4m3.UPPER, e4m3.LOWER)
+    ]
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    upper, lower = (
+        emit.intrinsic(name, vector(I8, 64), first, codes, second) for first, second in halves
+    )
+    return e4m3.spread(upper, lower, codes)
+
+
 def _times_power_scalef(emit: Emit, value: Val, factor: Val, exponent: Val) -> Val:
     """VSCALEFPS. Zen 4 has it beside the adders, where it leaves dot products their pipes."""
     mask, rounding = emit.splat(-1, I16), emit.splat(4, I32)  # every lane; by MXCSR
@@ -239,10 +276,16 @@ def _wide_lowerings(wide: _Wide) -> dict[str, Lowering]:
         "byte_dot_bias": _halves_bias,
         "byte_dot_total": wide.byte_dot_total,
         "wide_dot": wide.wide_dot,
+        "narrow_dot": wide.narrow_dot,
         "half_to_float": half_to_float_native,
+        "e4m3_pairs": wide.e4m3_pairs,
         "pair_dot": _pair_dot_fused,
     }
 
+
+_VBMI_LOWERINGS: Mapping[str, Lowering] = MappingProxyType(
+    {"lookup_low4": _lookup_low4_vbmi, "e4m3_pairs": _e4m3_pairs_vbmi}
+)
 
 PORTABLE = Tier("portable", frozenset(), "", vector_bits=128, registers=16, machine="")
 
@@ -325,7 +368,7 @@ AVX512_VBMI = Tier(
     "x86-64-v4",
     vector_bits=512,
     registers=32,
-    lowerings={"lookup_low4": _lookup_low4_vbmi, "times_power": _times_power_scalef},
+    lowerings={**_VBMI_LOWERINGS, "times_power": _times_power_scalef},
     extends=AVX512_BF16,
 )
 
@@ -337,7 +380,7 @@ AMX = Tier(
     "x86-64-v4",
     vector_bits=512,
     registers=32,
-    lowerings={**amx.LOWERINGS, "lookup_low4": _lookup_low4_vbmi},
+    lowerings={**amx.LOWERINGS, **_VBMI_LOWERINGS},
     flushing=frozenset({"tile_dot_pairs"}),
     extends=AVX512_BF16,
     tiles=True,

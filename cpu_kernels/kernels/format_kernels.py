@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from types import MappingProxyType
 
 from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody
 from hybrid_moe.cpu_kernels.dsl.tiles import TileConfig
-from hybrid_moe.cpu_kernels.kernels import bf16_dot, integer_dot, order, tile_dot
-from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, Encoding, integer_encoding
+from hybrid_moe.cpu_kernels.kernels import bf16_dot, e4m3_dot, integer_dot, order, tile_dot
+from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, BYTE_PAIRS, Encoding, integer_encoding
 from hybrid_moe.cpu_kernels.kernels.group_dot import group_dot
 from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.cpu_kernels.kernels.scalings import SCALINGS
-from hybrid_moe.formats.integers import INT8
-from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS
 from hybrid_moe.formats.table import BF16
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import E4M3_CODE, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class TileKernels:
 
 @dataclass(frozen=True)
 class FormatKernels:
-    """The kernels of one format.
+    """The kernels of one format, and of activations of 16 or of 8 bits.
 
     Attributes:
         encoding: of the activations.
@@ -99,62 +96,78 @@ _BF16 = FormatKernels(
 )
 
 
-def _mxfp4_tiles() -> TileKernels:
-    return TileKernels(
-        config=tile_dot.FIXED15_CONFIG,
-        dots={16: tile_dot.mxfp4_tile_dot},
-        unpack=integer_dot.unpack(MXFP4, 0),
-        from_tokens=tuning.MXFP4_BLOCKS_FROM,
-    )
-
-
-def _int8_tiles() -> TileKernels:
-    return TileKernels(
-        config=tile_dot.FIXED15_CONFIG,
-        dots={16: tile_dot.int8_tile_dot},
-        unpack=None,
-        from_tokens=tuning.INT8_BLOCKS_FROM,
-    )
-
-
-_TILES: Mapping[str, Callable[[], TileKernels]] = MappingProxyType(
-    {MXFP4.name: _mxfp4_tiles, INT8.name: _int8_tiles}
-)
-"""Formats of integer codes with kernels for a matrix unit; the others use vectors there."""
-
-
-def _integer_kernels(fmt: WeightFormat) -> FormatKernels:
-    packed = integer_dot.packed_source(fmt)
+def _integer_kernels(fmt: WeightFormat, activation_bits: int) -> FormatKernels:
+    packed = integer_dot.packed_source(fmt, activation_bits)
     looked_up = fmt.code.bits < 8
-    unpacked = integer_dot.unpacked_source(fmt) if looked_up else None
-    tiles = _TILES.get(fmt.name)
+    unpacked = integer_dot.unpacked_source(fmt, activation_bits) if looked_up else None
+    encoding = integer_dot.encoding_of(fmt, activation_bits)
+    planes = len(encoding.planes)
     return FormatKernels(
-        encoding=integer_encoding(integer_dot.encoding_of(fmt)),
-        most=order.fixed15_most,
-        order=order.fixed15_order,
+        encoding=integer_encoding(encoding),
+        most=partial(order.fixed15_most, planes=planes),
+        order=partial(order.fixed15_order, planes=planes),
         direct=partial(group_dot, packed),
         tiled=None if unpacked is None else partial(group_dot, unpacked),
         unpack=integer_dot.unpack(fmt) if looked_up else None,
         unpacked_group_bytes=0 if unpacked is None else unpacked.layout.block_bytes,
         chunk_groups=tuning.chunk_groups(packed.layout),
-        tile=None if tiles is None else tiles(),
+        tile=TileKernels(
+            config=tile_dot.integer_config(encoding),
+            dots={16: tile_dot.integer_tile_dot(fmt, activation_bits)},
+            unpack=integer_dot.unpack(fmt, 0) if looked_up else None,
+            from_tokens=tuning.MXFP4_BLOCKS_FROM if looked_up else tuning.INT8_BLOCKS_FROM,
+        ),
     )
 
 
-@lru_cache(maxsize=64)
-def format_kernels(fmt: WeightFormat) -> FormatKernels:
+def _e4m3_kernels(fmt: WeightFormat) -> FormatKernels:
+    packed, unpacked = e4m3_dot.packed_source(fmt), e4m3_dot.unpacked_source(fmt)
+    return FormatKernels(
+        encoding=BYTE_PAIRS,
+        most=order.e4m3_most,
+        order=order.e4m3_order,
+        direct=partial(e4m3_dot.e4m3_dot, packed),
+        tiled=partial(e4m3_dot.e4m3_dot, unpacked),
+        unpack=e4m3_dot.unpack(fmt),
+        unpacked_group_bytes=unpacked.layout.block_bytes,
+        chunk_groups=tuning.chunk_groups(packed.layout),
+        tile=None,
+    )
+
+
+@lru_cache(maxsize=128)
+def format_kernels(fmt: WeightFormat, activation_bits: int = 16) -> FormatKernels:
     """The kernels of a format.
 
+    Args:
+        fmt: of the weights.
+        activation_bits: of the activations as they enter the products: 16 or 8.
+
     Raises:
+        ValueError: 8 bits, and products that are not of integers.
         NotImplementedError: it has none.
     """
+    if activation_bits not in (8, 16):
+        raise ValueError(f"activations of {activation_bits} bits: must be 8 or 16")
+    if sums_integers(fmt):
+        return _integer_kernels(fmt, activation_bits)
+    if activation_bits == 8:
+        raise ValueError(
+            f"8-bit activations are for weights that are integers: those of {fmt.name} are not"
+        )
     if fmt is BF16:
         return _BF16
-    if fmt.scaling in SCALINGS and fmt.code.name != "e4m3":
-        return _integer_kernels(fmt)
+    if fmt.scaling in SCALINGS:
+        return _e4m3_kernels(fmt)
     raise NotImplementedError(f"{fmt.name} has no kernels for processors")
+
+
+def sums_integers(fmt: WeightFormat) -> bool:
+    """Whether codes are integers, so that products sum whole numbers, with the same bits on every
+    tier, and activations may have 8 bits."""
+    return fmt.scaling in SCALINGS and fmt.code is not E4M3_CODE
 
 
 def has_kernels(fmt: WeightFormat) -> bool:
     """Whether processors compute with a format."""
-    return fmt is BF16 or (fmt.scaling in SCALINGS and fmt.code.name != "e4m3")
+    return fmt is BF16 or fmt.scaling in SCALINGS

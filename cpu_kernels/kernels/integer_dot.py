@@ -2,10 +2,13 @@
 
     small   weights within -12..12 or 0..15: `byte_dot`, one accumulator for each of two planes of
             activations, q = 256 * high + low, exact = 256 * sum(w * high) + sum(w * low)
-    wide    weights of any byte: `wide_dot`, one accumulator, in whatever form the tier keeps it
+    wide    weights of any byte: `wide_dot`, one accumulator, in whatever form the tier keeps it;
+            with activations of 8 bits `narrow_dot`
 
-Small weights are made unsigned by an offset of 12, which the biases of the encoding take back;
-those within 0..15 are so already.
+8-bit activations have one plane, q = low.
+
+Weights are made unsigned by an offset, which the biases of the encoding take back. Codes that are a
+range of numbers are so as they are stored.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val
-from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
-from hybrid_moe.cpu_kernels.kernels.encode import SUMMED_GROUP, IntegerEncoding
+from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, WIDE_OFFSET
+from hybrid_moe.cpu_kernels.kernels.encode import IntegerEncoding
 from hybrid_moe.cpu_kernels.kernels.group_dot import GroupSums, Source
 from hybrid_moe.cpu_kernels.kernels.integer_codes import Decode, Weights, integer_codes
 from hybrid_moe.cpu_kernels.kernels.scalings import MINIMA, ZEROS, Scale, ScaleOf, scale_of
@@ -38,51 +41,72 @@ _PARTS = ("factor", "exponent", "zero", "minimum")
 
 
 class _Planes(GroupSums):
-    """Two accumulators [16 rows] for each token."""
+    """An accumulator [16 rows] for each plane of a token."""
 
     def __init__(self, emit: Emit, x: Sequence[Val], half: int, encoding: IntegerEncoding) -> None:
-        super().__init__(emit, x, half)
-        if encoding.offset:
-            self._high, self._low = (
-                [emit.broadcast(self.load(t, bias, I32), 16) for t in range(len(x))]
-                for bias in (self.at_high_bias, self.at_low_bias)
-            )
-        else:
-            self._high, self._low = ([emit.splat(0, I32, 16)] * len(x) for _ in range(2))
+        super().__init__(emit, x, half, encoding)
+        at = self.place
+        starts = {"high": at.high_bias, "low": at.low_bias}
+        self._sums = {
+            plane: [emit.broadcast(self.bias(t, starts[plane]), 16) for t in range(len(x))]
+            for plane in encoding.planes
+        }
 
     def add(self, weights: Weights, tokens: Sequence[int]) -> None:
         """Plane by plane."""
-        planes = ((self._high, SUMMED_GROUP.high), (self._low, SUMMED_GROUP.low))
         for quad, w in weights:
-            for sums, plane in planes:
+            for plane, sums in self._sums.items():
+                at = getattr(self.encoding.at, plane) + 4 * quad
                 for t in tokens:
-                    x = self.load(t, plane + 4 * quad, I32)
-                    sums[t] = self.emit.op("byte_dot", sums[t], w, x)
+                    sums[t] = self.emit.op("byte_dot", sums[t], w, self.load(t, at, I32))
 
     def total(self, token: int) -> Val:
-        return self.emit.op("byte_dot_total", self._high[token], self._low[token])
+        *high, low = (sums[token] for sums in self._sums.values())
+        return self.emit.op("byte_dot_total", *(high or [self.emit.splat(0, I32, 16)]), low)
 
 
 class _Wide(GroupSums):
-    """One accumulator for each token."""
+    """One accumulator for each token, in whatever form the tier keeps it."""
 
-    def __init__(self, emit: Emit, x: Sequence[Val], half: int) -> None:
-        super().__init__(emit, x, half)
-        self._sums = [
-            emit.op("wide_start", self.load(t, self.at_low_bias, I32)) for t in range(len(x))
-        ]
+    def __init__(self, emit: Emit, x: Sequence[Val], half: int, encoding: IntegerEncoding) -> None:
+        super().__init__(emit, x, half, encoding)
+        biases = [self.bias(t, self.place.low_bias) for t in range(len(x))]
+        self._sums = [emit.op("wide_start", bias) for bias in biases]
 
     def add(self, weights: Weights, tokens: Sequence[int]) -> None:
+        at = self.encoding.at
         for quad, w in weights:
             for t in tokens:
-                first, second = (
-                    self.load(t, plane + 4 * quad, I32)
-                    for plane in (SUMMED_GROUP.high, SUMMED_GROUP.low)
-                )
+                first, second = (self.load(t, plane + 4 * quad, I32) for plane in (at.high, at.low))
                 self._sums[t] = self.emit.op("wide_dot", self._sums[t], w, first, second)
 
     def total(self, token: int) -> Val:
         return self.emit.op("wide_total", self._sums[token])
+
+
+class _Narrow(GroupSums):
+    """One accumulator for each token: bytes by bytes."""
+
+    def __init__(self, emit: Emit, x: Sequence[Val], half: int, encoding: IntegerEncoding) -> None:
+        super().__init__(emit, x, half, encoding)
+        biases = [self.bias(t, self.place.low_bias) for t in range(len(x))]
+        self._sums = [emit.op("narrow_start", bias) for bias in biases]
+
+    def add(self, weights: Weights, tokens: Sequence[int]) -> None:
+        at = self.encoding.at.low
+        for quad, w in weights:
+            for t in tokens:
+                x = self.load(t, at + 4 * quad, I32)
+                self._sums[t] = self.emit.op("narrow_dot", self._sums[t], w, x)
+
+    def total(self, token: int) -> Val:
+        return self._sums[token]
+
+
+def _sums_of(encoding: IntegerEncoding) -> type[_Planes] | type[_Wide] | type[_Narrow]:
+    if not encoding.wide:
+        return _Planes
+    return _Narrow if encoding.bits == 8 else _Wide
 
 
 def strip_of(fmt: WeightFormat) -> StripLayout:
@@ -91,47 +115,46 @@ def strip_of(fmt: WeightFormat) -> StripLayout:
     return strip_layout(fmt, -(-K // fmt.k_multiple) * fmt.k_multiple)
 
 
-@lru_cache(maxsize=64)
-def encoding_of(fmt: WeightFormat) -> IntegerEncoding:
-    """How activations are encoded for a format."""
-    integers = (-128, 127) if fmt.code.values is None else fmt.code.integers
+@lru_cache(maxsize=128)
+def encoding_of(fmt: WeightFormat, activation_bits: int = 16) -> IntegerEncoding:
+    """How activations are encoded for a format, with 16 or 8 bits."""
+    integers = (-WIDE_OFFSET, WIDE_OFFSET - 1) if fmt.code.values is None else fmt.code.integers
     signed = min(integers) >= -BYTE_DOT_OFFSET and max(integers) <= BYTE_DOT_OFFSET
     small = signed or (min(integers) == 0 and max(integers) <= 15)
     return IntegerEncoding(
         wide=not small,
         code_bits=fmt.code.bits,
         halved=fmt.code.step == 0.5,
-        offset=BYTE_DOT_OFFSET if signed else 0,
+        offset=-min(integers),
         halves=2 if 0 < fmt.group < GROUP else 1,
         sums="whole" if fmt.scaling in ZEROS else "scaled" if fmt.scaling in MINIMA else "",
+        bits=activation_bits,
     )
 
 
 def _source(
-    fmt: WeightFormat,
+    encoding: IntegerEncoding,
     layout: StripLayout,
     packed: bool,
     weights: Decode,
     scale: ScaleOf,
 ) -> Source:
-    encoding = encoding_of(fmt)
+    kind = _sums_of(encoding)
 
     def sums(emit: Emit, x: Sequence[Val], half: int) -> GroupSums:
-        if encoding.wide:
-            return _Wide(emit, x, half)
-        return _Planes(emit, x, half, encoding)
+        return kind(emit, x, half, encoding)
 
     return Source(
         layout, layout.words, packed, encoding.halves, encoding.group_bytes, weights, scale, sums
     )
 
 
-@lru_cache(maxsize=64)
-def packed_source(fmt: WeightFormat) -> Source:
+@lru_cache(maxsize=128)
+def packed_source(fmt: WeightFormat, activation_bits: int = 16) -> Source:
     """A format's strips as they stream from memory."""
-    layout, encoding = strip_of(fmt), encoding_of(fmt)
-    weights = integer_codes(fmt.code, layout, encoding.offset)
-    return _source(fmt, layout, True, weights, scale_of(fmt, layout))
+    layout, encoding = strip_of(fmt), encoding_of(fmt, activation_bits)
+    weights = integer_codes(fmt.code, layout, encoding.offset, encoding.wide)
+    return _source(encoding, layout, True, weights, scale_of(fmt, layout))
 
 
 def _parts(fmt: WeightFormat) -> tuple[str, ...]:
@@ -178,11 +201,11 @@ def _quads_as_they_are(emit: Emit, codes: Val, panel: Val | int, quad: int) -> W
     return [(quad, emit.load(at, I32, 16, align=64).bits(I8))]
 
 
-@lru_cache(maxsize=64)
-def unpacked_source(fmt: WeightFormat) -> Source:
+@lru_cache(maxsize=128)
+def unpacked_source(fmt: WeightFormat, activation_bits: int = 16) -> Source:
     """Groups that `unpack` has made of the codes, in the cache."""
-    layout = unpacked_layout(fmt)
-    return _source(fmt, layout, False, _quads_as_they_are, unpacked_scale(fmt))
+    layout, encoding = unpacked_layout(fmt), encoding_of(fmt, activation_bits)
+    return _source(encoding, layout, False, _quads_as_they_are, unpacked_scale(fmt))
 
 
 def unpack(fmt: WeightFormat, offset: int | None = None) -> KernelBody:
@@ -190,11 +213,12 @@ def unpack(fmt: WeightFormat, offset: int | None = None) -> KernelBody:
 
     Args:
         fmt: of the strip.
-        offset: what is added to weights; None for that of `byte_dot`.
+        offset: what is added to weights; None for that of the encoding.
     """
     source, layout, to_layout = packed_source(fmt), strip_of(fmt), unpacked_layout(fmt)
-    added = encoding_of(fmt).offset if offset is None else offset
-    weights = integer_codes(fmt.code, layout, added)
+    encoding = encoding_of(fmt)
+    added = encoding.offset if offset is None else offset
+    weights = integer_codes(fmt.code, layout, added, encoding.wide)
 
     def body(emit: Emit, strip: Val, out: Val, begin: Val, end: Val) -> None:
         cursor = StripCursor(emit, layout, strip, begin)

@@ -85,9 +85,11 @@ def _unpacked_sizes(most: int) -> range:
     )
 
 
-def functions_of(format_name: str, tier: Tier) -> list[tuple[str, int, KernelBody]]:
+def functions_of(
+    format_name: str, tier: Tier, activation_bits: int = 16
+) -> list[tuple[str, int, KernelBody]]:
     """(name, arity, body) of every kernel of the format on the tier."""
-    kernels = format_kernels(FORMATS[format_name])
+    kernels = format_kernels(FORMATS[format_name], activation_bits)
     blocks = kernels.tile if tier.tiles else None
     registers = tier.registers, tier.registers_per_panel
     most = kernels.most(*registers)
@@ -164,11 +166,16 @@ def compile_kernels(
 
 
 @functools.lru_cache(maxsize=64)
-def kernel_set(format_name: str, tier: Tier) -> KernelSet:
-    """Compile (or fetch from the cache) and load the kernels of a format on a tier."""
-    kernels = format_kernels(FORMATS[format_name])
-    label = f"{format_name.lower()}_{tier.name}"
-    at = compile_kernels(functions_of(format_name, tier), tier, label)
+def kernel_set(format_name: str, tier: Tier, activation_bits: int = 16) -> KernelSet:
+    """Compile (or fetch from the cache) and load the kernels of a format on a tier.
+
+    Raises:
+        ValueError, NotImplementedError: as `format_kernels`.
+    """
+    kernels = format_kernels(FORMATS[format_name], activation_bits)
+    narrow = "_int8" if activation_bits == 8 else ""
+    label = f"{format_name.lower()}{narrow}_{tier.name}"
+    at = compile_kernels(functions_of(format_name, tier, activation_bits), tier, label)
     direct, tiled, tiled_from = _tilings(kernels, at)
     return KernelSet(
         direct=direct,

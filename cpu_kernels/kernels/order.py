@@ -5,8 +5,9 @@ registers. Counts below are vectors of 16 lanes; a register holds one (AVX-512),
 quarter of a vector.
 
 A kernel for T tokens keeps a float32 sum in registers for each token and panel. While it sums a
-group as integers (MXFP4, INT8), it also keeps two planes for each token and panel under way. The
-other registers hold a word of codes, the weights looked up from it, inputs and constants.
+group as integers (MXFP4, INT8), it also keeps two planes for each token and panel under way; with
+8-bit activations, one. The other registers hold a word of codes, the weights looked up from it,
+inputs and constants.
 """
 
 from __future__ import annotations
@@ -39,23 +40,25 @@ def _vectors(registers: int, per_panel: int, reserved: int) -> int:
     return (registers - reserved) // per_panel
 
 
-def fixed15_most(registers: int, per_panel: int) -> int:
-    """Tokens of the largest tile: two planes of one panel for each, beside four registers."""
-    return max(1, min(TILE_TOKENS, _vectors(registers, per_panel, 4) // 2))
+def fixed15_most(registers: int, per_panel: int, planes: int = 2) -> int:
+    """Tokens of the largest tile: the planes of one panel for each, beside four registers; with one
+    plane beside eight, since AVX2 widens weights and inputs that are bytes."""
+    reserved = 4 if planes > 1 else 8
+    return max(1, min(TILE_TOKENS, _vectors(registers, per_panel, reserved) // planes))
 
 
-def fixed15_order(tokens: int, registers: int, per_panel: int) -> Order:
+def fixed15_order(tokens: int, registers: int, per_panel: int, planes: int = 2) -> Order:
     """One word of all four panels, then the next, touches lines in strictly ascending order, and
     the processor's own prefetchers keep up (Zen 4: a prefetch instruction for each line costs 20
     to 25 %). With more tokens the planes of four panels do not fit: panels follow each other, and
     their lines need prefetch instructions. With more than four tokens not even the sums of four
     panels fit. Those kernels are bound by arithmetic, so the order of lines matters less."""
     free = _vectors(registers, per_panel, 4 * per_panel)
-    if (PANELS + 2 * PANELS) * tokens <= free:
+    if (PANELS + planes * PANELS) * tokens <= free:
         return Order(together=PANELS, kept=PANELS, prefetch=False)
-    if (PANELS + 2) * tokens <= free:
+    if (PANELS + planes) * tokens <= free:
         return Order(together=1, kept=PANELS, prefetch=True)
-    if tokens > STREAM_TOKENS and (PANELS // 2 + 2) * tokens <= free:
+    if tokens > STREAM_TOKENS and (PANELS // 2 + planes) * tokens <= free:
         return Order(together=1, kept=PANELS // 2, prefetch=True)
     return Order(together=1, kept=0, prefetch=True)
 
@@ -75,3 +78,20 @@ def bf16_order(tokens: int, registers: int, per_panel: int) -> Order:
     if PANELS * tokens <= free:
         return Order(together=PANELS, kept=PANELS, prefetch=narrow and tokens == 1)
     return Order(together=PANELS // 2, kept=0, prefetch=False)
+
+
+def e4m3_most(registers: int, per_panel: int) -> int:
+    """Tokens of the largest tile: as `bf16_most`, but a panel's parts and sums for each beside
+    what decodes a word."""
+    return bf16_most(registers, per_panel)
+
+
+def e4m3_order(tokens: int, registers: int, per_panel: int) -> Order:
+    """Sums and the parts that are added to them take a vector each. Four panels at once if all of
+    them fit; else two panels for some groups and then the other two; else one panel, whose sums go
+    to memory with each part."""
+    free = _vectors(registers, per_panel, 8)
+    for panels in (PANELS, PANELS // 2):
+        if 2 * panels * tokens <= free:
+            return Order(together=panels, kept=panels, prefetch=panels < PANELS or per_panel > 1)
+    return Order(together=1, kept=0, prefetch=True)

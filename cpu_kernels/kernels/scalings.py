@@ -129,6 +129,15 @@ def _plain(fields: Fields) -> ScaleOf:
     return lambda *where: Scale(numbers(*where))
 
 
+def _shared(fields: Fields) -> ScaleOf:
+    """A float32 for all rows of a panel."""
+
+    def scale(emit: Emit, place: Place, panel: Val | int, half: int) -> Scale:
+        return Scale(fields.shared(emit, place, panel, "scales"))
+
+    return scale
+
+
 def _with_zero(added: int) -> Callable[[Fields], ScaleOf]:
     """Zero points are nibbles, two in a byte; a code n means n - 8 here, so they are 8 less too."""
 
@@ -252,6 +261,7 @@ SCALINGS: Mapping[str, Callable[[Fields], ScaleOf]] = MappingProxyType(
         "fp16": _plain,
         "bf16": _plain,
         "float32": _plain,
+        "float32 block": _shared,
         "fp16, zero + 0": _with_zero(0),
         "fp16, zero + 1": _with_zero(1),
         "fp16, min": _with_minimum,

@@ -7,20 +7,20 @@ tile reaches no token's sums.
 
 Operands lie in memory as TILELOADD wants them:
 
-    A  activations of 16 tokens in one group, as they follow each other in a tile: 80 bytes apart
-       (MXFP4 and INT8, 32 bytes of one plane each) or 64 (BF16, the whole group)
+    A  activations of 16 tokens in one group, as they follow each other in a tile: a group's bytes
+       apart (integer codes: 32 bytes of one plane each, of 80 with 16-bit activations) or 64 (BF16,
+       the whole group)
     B  one panel in one group, 256 bytes from row to row, since a row of the strip has four panels:
-       8 rows of bytes (MXFP4: unpacked; INT8: the codes) or 16 rows of packed pairs (BF16)
+       8 rows of bytes (unpacked, or the codes of INT8) or 16 rows of packed pairs (BF16)
     C  16 tokens x 16 rows of weights: sums of BF16 256 bytes apart; integers go to scratch
 
-MXFP4 and INT8 sum a group in two integer registers, one for each plane of the activations, and
-scale them by vector: exact sums, so the bits are those of `group_dot`. BF16 sums in the order of
+Integer codes sum a group in one register for each plane of the activations, and scale these by
+vector: exact sums, so the bits are those of `group_dot`. BF16 sums in the order of
 `tile_dot_pairs`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -36,11 +36,17 @@ from hybrid_moe.cpu_kernels.dsl.tiles import (
 )
 from hybrid_moe.cpu_kernels.kernels.bf16_dot import BF16_STRIP
 from hybrid_moe.cpu_kernels.kernels.dot import DotArgs, dot_kernel
-from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, FIXED15_GROUP
+from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, IntegerEncoding
 from hybrid_moe.cpu_kernels.kernels.epilogue import clear
-from hybrid_moe.cpu_kernels.kernels.integer_dot import unpacked_layout, unpacked_scale
-from hybrid_moe.cpu_kernels.kernels.scalings import Scale, ScaleOf, scale_of
-from hybrid_moe.cpu_kernels.kernels.strip_cursor import Place
+from hybrid_moe.cpu_kernels.kernels.group_dot import scaled_sum
+from hybrid_moe.cpu_kernels.kernels.integer_dot import (
+    encoding_of,
+    strip_of,
+    unpacked_layout,
+    unpacked_scale,
+)
+from hybrid_moe.cpu_kernels.kernels.scalings import Scale, scale_of
+from hybrid_moe.cpu_kernels.kernels.strip_cursor import StripCursor
 from hybrid_moe.cpu_kernels.tuning import (
     BF16_BLOCK_AHEAD,
     BF16_CHUNK_GROUPS,
@@ -49,106 +55,123 @@ from hybrid_moe.cpu_kernels.tuning import (
     SHARE_BYTES,
     UNPACK_GROUPS,
 )
-from hybrid_moe.formats.integers import INT8
-from hybrid_moe.formats.mx import MXFP4
-from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES, StripLayout, strip_layout
+from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES
+from hybrid_moe.formats.weight_format import WeightFormat
 
 _B_STRIDE = PANELS * ROW_BYTES
 
 _WHOLE = TileShape()
-_PLANE = TileShape(ROWS, GROUP)  # 32 int8 inputs of 16 tokens
-_QUADS = TileShape(GROUP // 4, ROW_BYTES)
-FIXED15_CONFIG = TileConfig((_PLANE, _PLANE, _QUADS, _QUADS, _WHOLE, _WHOLE, _WHOLE, _WHOLE))
 BF16_CONFIG = TileConfig((_WHOLE,) * REGISTERS)
 
-_PAIR = 2  # panels of integers whose planes are in C registers at a time: 2 x 2 of them
-_PLANES = (FIXED15_GROUP.high, FIXED15_GROUP.low)
+_TOTALS = 4
+"""Registers of integer sums: a plane of a panel each."""
+_FIRST_TOTAL = REGISTERS - _TOTALS
 
 
-def _fixed15_tile_dot(
-    emit: Emit,
-    args: DotArgs,
-    layout: StripLayout,
-    share: int,
-    scale: ScaleOf,
-) -> None:
-    """Dot kernel for up to 16 tokens, from signed bytes [quad][panel][lane][4], two panels at a
-    time. `layout` is that of the weights from `args.codes` on, where group `args.begin` is. In each
-    group `share` bytes from `ahead` on are prefetched.
+def integer_config(encoding: IntegerEncoding) -> TileConfig:
+    """Registers of `integer_tile_dot`: A, a plane each; B, panels in turn; 4-7 C."""
+    planes = len(encoding.planes)
+    inputs = GROUP // encoding.halves
+    a, b = TileShape(ROWS, inputs), TileShape(inputs // 4, ROW_BYTES)
+    return TileConfig((a,) * planes + (b,) * (_FIRST_TOTAL - planes) + (_WHOLE,) * _TOTALS)
 
-    Registers: 0-1 A, a plane each; 2-3 B, a panel each; 4-7 C, [panel][plane].
+
+def integer_tile_dot(fmt: WeightFormat, activation_bits: int = 16) -> KernelBody:
+    """Dot kernel of integer codes for up to 16 tokens: from unpacked signed bytes, or from the
+    strip where its codes are signed bytes.
+
+    With two planes of activations two panels are under way, with one all four. Formats with scales
+    of 16 inputs multiply each half of a group alone, by blocks of half the depth. Meanwhile lines
+    are prefetched: of the packed codes of the next chunk, or of the strip.
     """
-    tiles = Tiles(emit, FIXED15_CONFIG)
-    totals = emit.scratch(2 * _PAIR * REGISTER_BYTES)
-    turns = (args.count + (BLOCK_TURN_TOKENS - 1)) & -BLOCK_TURN_TOKENS
-    with emit.when(args.begin.equals(0)):
-        clear(emit, args.sums, turns)
-    with emit.loop(args.begin, args.end) as group:
-        index = group - args.begin
-        weights = args.codes + index * layout.group_bytes
-        place = Place(weights, weights + layout.code_bytes, args.codes)
-        x = args.x + group * (args.count * FIXED15_GROUP.nbytes)
-        for line in range(0, share, LINE):
-            emit.prefetch(args.ahead + index * share + line)
-        for plane, offset in enumerate(_PLANES):
-            tiles.load(plane, x + offset, emit.i64(FIXED15_GROUP.nbytes))
-        for first in range(0, PANELS, _PAIR):
-            _products(tiles, weights + ROW_BYTES * first, totals)
-            scales = [scale(emit, place, panel, 0) for panel in range(first, first + _PAIR)]
-            with emit.loop(0, turns, step=BLOCK_TURN_TOKENS) as turn:
-                for token in (turn + i for i in range(BLOCK_TURN_TOKENS)):
-                    _add_scaled(
-                        emit,
-                        totals + token * ROW_BYTES,
-                        x + token * FIXED15_GROUP.nbytes,
-                        scales,
-                        args.sums + token * SUMS_BYTES + 64 * first,
-                    )
+    encoding, unpacked = encoding_of(fmt, activation_bits), fmt.code.bits < 8
+    layout = unpacked_layout(fmt) if unpacked else strip_of(fmt)
+    scale = unpacked_scale(fmt) if unpacked else scale_of(fmt, layout)
+    planes = [int(getattr(encoding.at, name)) for name in encoding.planes]
+    together = _TOTALS // len(planes)
+    share = SHARE_BYTES // UNPACK_GROUPS if unpacked else layout.block_bytes
+
+    def body(emit: Emit, args: DotArgs) -> None:
+        tiles = Tiles(emit, integer_config(encoding))
+        totals = emit.scratch(_TOTALS * REGISTER_BYTES)
+        turns = (args.count + (BLOCK_TURN_TOKENS - 1)) & -BLOCK_TURN_TOKENS
+        with emit.when(args.begin.equals(0)):
+            clear(emit, args.sums, turns)
+        first = args.begin - args.begin if unpacked else args.begin
+        cursor = StripCursor(emit, layout, args.codes, first)
+        with emit.loop(args.begin, args.end) as group:
+            place = cursor.place
+            x = args.x + group * (args.count * encoding.group_bytes)
+            ahead = place.codes + INT8_BLOCK_AHEAD
+            if unpacked:
+                ahead = args.ahead + (group - args.begin) * share
+            for line in range(0, share, LINE):
+                emit.prefetch(ahead + line)
+            for half in range(encoding.halves):
+                for n, offset in enumerate(planes):
+                    at = x + (offset + half * (GROUP // encoding.halves))
+                    tiles.load(n, at, emit.i64(encoding.group_bytes))
+                weights = place.codes + half * (layout.code_bytes // 2)
+                for panel in range(0, PANELS, together):
+                    panels = range(panel, panel + together)
+                    _products(tiles, weights, panels, len(planes), totals)
+                    scales = [scale(emit, place, p, half) for p in panels]
+                    with emit.loop(0, turns, step=BLOCK_TURN_TOKENS) as turn:
+                        for token in (turn + i for i in range(BLOCK_TURN_TOKENS)):
+                            _add_scaled(
+                                emit,
+                                totals + token * ROW_BYTES,
+                                x + token * encoding.group_bytes,
+                                scales,
+                                args.sums + token * SUMS_BYTES + 64 * panel,
+                                encoding,
+                                half,
+                            )
+            cursor.advance()
+
+    return dot_kernel(body)
 
 
-@dot_kernel
-def mxfp4_tile_dot(emit: Emit, args: DotArgs) -> None:
-    """From unpacked bytes; the packed codes of the next chunk are prefetched meanwhile."""
-    share = SHARE_BYTES // UNPACK_GROUPS
-    _fixed15_tile_dot(emit, args, unpacked_layout(MXFP4), share, unpacked_scale(MXFP4))
-
-
-@dot_kernel
-def int8_tile_dot(emit: Emit, args: DotArgs) -> None:
-    """From the codes of a strip."""
-    layout = strip_layout(INT8, GROUP)
-    first = args.codes + args.begin * layout.group_bytes
-    args = dataclasses.replace(args, codes=first, ahead=first + INT8_BLOCK_AHEAD)
-    _fixed15_tile_dot(emit, args, layout, layout.group_bytes, scale_of(INT8, layout))
-
-
-def _products(tiles: Tiles, weights: Val, totals: Val) -> None:
-    """totals [panel 2][plane 2][token 16][row 16] int32 = two panels x both planes of a group."""
+def _products(tiles: Tiles, weights: Val, panels: Sequence[int], planes: int, totals: Val) -> None:
+    """totals [panel][plane][token 16][row 16] int32 = panels x planes of a group."""
     emit = tiles.emit
-    for p in range(_PAIR):
-        tiles.load(2 + p, weights + ROW_BYTES * p, emit.i64(_B_STRIDE))
-        for plane in range(2):
-            c = 4 + 2 * p + plane
+    b_registers = range(planes, _FIRST_TOTAL)
+    for p, panel in enumerate(panels):
+        b = b_registers[p % len(b_registers)]
+        tiles.load(b, weights + ROW_BYTES * panel, emit.i64(_B_STRIDE))
+        for plane in range(planes):
+            c = _FIRST_TOTAL + planes * p + plane
             tiles.zero(c)
-            tiles.dot_bytes(c, plane, 2 + p)
-    for n in range(2 * _PAIR):
-        tiles.store(4 + n, totals + REGISTER_BYTES * n, emit.i64(ROW_BYTES))
+            tiles.dot_bytes(c, plane, b)
+    for n in range(_TOTALS):
+        tiles.store(_FIRST_TOTAL + n, totals + REGISTER_BYTES * n, emit.i64(ROW_BYTES))
 
 
-def _add_scaled(emit: Emit, totals: Val, encoded: Val, scales: Sequence[Scale], sums: Val) -> None:
-    """sums[panel] += (256 * high + low) * factor * scale of one token, for each of `scales`."""
-    factor, exponent = (
-        emit.broadcast(emit.load(encoded + offset, F32, align=4), 16)
-        for offset in (FIXED15_GROUP.factor, FIXED15_GROUP.exponent)
-    )
+def _add_scaled(
+    emit: Emit,
+    totals: Val,
+    encoded: Val,
+    scales: Sequence[Scale],
+    sums: Val,
+    encoding: IntegerEncoding,
+    half: int,
+) -> None:
+    """sums[panel] += one token's part of a group, or of a half of it, for each of `scales`."""
+
+    def field(name: str) -> Val:
+        at = encoding.places[half].sum if name == "sum" else int(getattr(encoding.at, name))
+        assert at is not None
+        return emit.broadcast(emit.load(encoded + at, F32, align=4), 16)
+
+    planes = len(encoding.planes)
     for p, scale in enumerate(scales):
-        high, low = (
-            emit.load(totals + REGISTER_BYTES * (2 * p + plane), I32, 16, align=64)
-            for plane in range(2)
+        *high, exact = (
+            emit.load(totals + REGISTER_BYTES * (planes * p + plane), I32, 16, align=64)
+            for plane in range(planes)
         )
-        exact = ((high << 8) + low).to_float()
-        product = emit.op("times_power", exact, factor, exponent)
-        product = scale.times(emit, product, by_exponent=True)
+        if high:
+            exact = (high[0] << 8) + exact
+        product = scaled_sum(emit, exact, field, scale, encoding, by_exponent=True)
         emit.store(sums + 64 * p, emit.load(sums + 64 * p, F32, 16, align=64) + product, align=64)
 
 

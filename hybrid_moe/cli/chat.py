@@ -41,6 +41,8 @@ def chat(
     pools: shared.PoolsOption = None,
     gpu_experts: o.GpuExpertsOption = None,
     gpu_backend: o.GpuBackendOption = None,
+    cpu_activation: o.CpuActivationOption = None,
+    cache: o.CacheOption = None,
     context: shared.ContextOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Length of an answer; default: what the context has.")
@@ -58,7 +60,9 @@ def chat(
     commands. Without a terminal every line of stdin is a message. Answers go to stdout, everything
     else to stderr.
     """
-    options = o.LoadOptions(method, dense, threads, pools, gpu_experts, gpu_backend)
+    options = o.LoadOptions(
+        method, dense, threads, pools, gpu_experts, gpu_backend, cpu_activation, cache
+    )
     with Steps() as steps:
         opened = o.OpenedModel.open(model, steps)
         opened.need_fast_tokenizer()

@@ -13,7 +13,12 @@ from hybrid_moe.cli.models import ModelOption
 def convert(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],
-    method: Annotated[str, typer.Option(help="Weight format of the experts.")] = "MXFP4",
+    method: Annotated[
+        str, typer.Option(help="Weight format of the experts: docs/formats.md lists them.")
+    ] = "MXFP4",
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale, of RAWINT4: 32, 64 or 128.")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that quantise; default: every core.")
     ] = None,
@@ -29,6 +34,11 @@ def convert(
 
     threads = threads or usable_cores()
     convert_checkpoint(
-        find_model(model), out, method, threads=threads, gate_up_layout=gate_up_layout
+        find_model(model),
+        out,
+        method,
+        threads=threads,
+        gate_up_layout=gate_up_layout,
+        group_size=group_size,
     )
     typer.echo(f"wrote {out}", err=True)

@@ -25,6 +25,8 @@ def generate(
     pools: shared.PoolsOption = None,
     gpu_experts: o.GpuExpertsOption = None,
     gpu_backend: o.GpuBackendOption = None,
+    cpu_activation: o.CpuActivationOption = None,
+    cache: o.CacheOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: o.SeedOption = 0,
@@ -33,7 +35,9 @@ def generate(
 
     The text goes to stdout; what is being done, and how fast it was, to stderr.
     """
-    options = o.LoadOptions(method, dense, threads, pools, gpu_experts, gpu_backend)
+    options = o.LoadOptions(
+        method, dense, threads, pools, gpu_experts, gpu_backend, cpu_activation, cache
+    )
     with Steps() as steps:
         opened = o.OpenedModel.open(model, steps)
         ids = opened.tokens(prompt)

@@ -11,7 +11,12 @@ import typer
 
 from hybrid_moe.cli import machine_options as o
 from hybrid_moe.cli.local_server import listen, require_server, serve_here
-from hybrid_moe.cli.model_options import DENSE, LoadOptions
+from hybrid_moe.cli.model_options import (
+    DENSE,
+    CacheOption,
+    CpuActivationOption,
+    LoadOptions,
+)
 from hybrid_moe.cli.models import ModelOption
 from hybrid_moe.cli.terminal import Steps
 
@@ -33,11 +38,13 @@ def serve(
     dense: o.DenseOption = DENSE,
     gpu_experts: o.GpuExpertsOption = None,
     gpu_backend: o.GpuBackendOption = None,
+    cpu_activation: CpuActivationOption = None,
     profile: o.ProfileOption = None,
     requests: o.RequestsOption = 4,
     chunk: o.ChunkOption = 2048,
     threads: o.ThreadsOption = None,
     pools: o.PoolsOption = None,
+    cache: CacheOption = None,
     ceilings: o.CeilingsOption = None,
     ram_bandwidth: o.RamBandwidthOption = None,
     gmacs: o.GmacsOption = None,
@@ -79,9 +86,15 @@ def serve(
             require_server()
             steps.begin("seeing whether the model fits")
             _check_fit(options, model)
-            load = LoadOptions(method, dense, threads, pools, gpu_experts, gpu_backend)
+            load = LoadOptions(
+                method, dense, threads, pools, gpu_experts, gpu_backend, cpu_activation, cache
+            )
             serve_here(model, load, context, grace, listener, steps)
         return
+    if cpu_activation is not None:
+        raise ValueError("--cpu-activation is for Transformers' server, which runs without a --gpu")
+    if cache is not None:
+        raise ValueError("--cache is for models that are served here, without a --gpu")
     if not dry_run:
         require_sglang()  # before headers are read and ceilings measured
     python = "python" if dry_run else sys.executable

@@ -6,6 +6,17 @@ import math
 from dataclasses import dataclass
 
 
+def activation_bits(cpu_activation: str | None) -> int:
+    """Bits of the inputs of products on processors, see `cpu_activation` of `KTMoEWrapper`.
+
+    Raises:
+        ValueError: neither None nor "int8".
+    """
+    if cpu_activation not in (None, "int8"):
+        raise ValueError(f"cpu_activation is {cpu_activation!r}, must be None or 'int8'")
+    return 16 if cpu_activation is None else 8
+
+
 @dataclass(frozen=True)
 class Activation:
     """SwiGLU and its clamped variants.

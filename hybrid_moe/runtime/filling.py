@@ -13,13 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hybrid_moe.cpu_kernels.experts import PackedExperts
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.formats.weight_format import LayerFormats
 from hybrid_moe.loaders.expert_source import ExpertSource
-from hybrid_moe.loaders.load import load_layer
+from hybrid_moe.loaders.load import Progress, load_layer
+from hybrid_moe.loaders.packed_cache import PackedCache
+from hybrid_moe.logs import warn_once
 from hybrid_moe.parallel import for_each
 from hybrid_moe.runtime.arguments import LayerShape
+from hybrid_moe.runtime.packed_layers import load_packed_layer
 from hybrid_moe.runtime.weights import Stacked, check_stacked, expert_of
 
 
@@ -41,13 +45,40 @@ Fill = Callable[[Receiver, npt.NDArray[np.bool_]], None]
 """Allocates the experts of a bool [E] in a layer that has no memory yet, and loads them."""
 
 
-def from_checkpoint(source: ExpertSource, formats: LayerFormats, mapping: torch.Tensor) -> Fill:
-    """Experts read from a checkpoint; `mapping` is int64 [E], id -> the checkpoint's expert."""
+def from_checkpoint(
+    source: ExpertSource,
+    formats: LayerFormats,
+    mapping: torch.Tensor,
+    cache: PackedCache | None = None,
+    progress: Progress | None = None,
+) -> Fill:
+    """Experts read from a checkpoint.
+
+    Args:
+        mapping: int64 [E], id -> the checkpoint's expert.
+        cache: where packed layers are; None for nowhere. Layers with slots on a GPU do without.
+        progress: see `load_layer`.
+    """
 
     def fill(layer: Receiver, wanted: npt.NDArray[np.bool_]) -> None:
         layer.allocate(wanted, biases=source.has_bias)
-        threads = layer.pool.threads
-        load_layer(source, mapping.numpy(), wanted, layer.load, formats=formats, threads=threads)
+        given, threads = mapping.numpy(), layer.pool.threads
+        if cache is not None and isinstance(layer, PackedExperts):
+            load_packed_layer(
+                cache, source, formats, given, wanted, layer, threads, progress=progress
+            )
+            return
+        if cache is not None:
+            warn_once("the packed cache is for layers on the CPU: those with GPU slots do without")
+        load_layer(
+            source,
+            given,
+            wanted,
+            layer.load,
+            formats=formats,
+            threads=threads,
+            progress=progress,
+        )
 
     return fill
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import comparison
+import numpy as np
 import pytest
-from comparison import TARGETS, Target, peak_share, read_share, target_for, verdicts
+from comparison import TARGETS, Target, decode_share, peak_share, read_share, target_for, verdicts
+from decode.counted import counted_rate
 from peer import find
 from peers import Pace, parse_arguments, series
 from tables import rows
+from weights import format_of, random_planes
 
+from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
+from hybrid_moe.cpu_kernels.kernels.format_kernels import has_kernels
+from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.tensors import Matrix, check_matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from tests.bench.receipts import peer_point
 
 
@@ -70,6 +79,53 @@ def test_series_of_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = series(parse_arguments())
     assert wanted["MXFP4", "A"] == [1, 4, 16, 64, 1024] and wanted["BF16", "A"] == [1, 1024]
     assert sum(map(len, wanted.values())) == len(TARGETS)
+
+
+def test_every_format_is_in_the_series(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At one token and at 1024; those with weights of an own kind are known to weights.py."""
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--formats"])
+    args = parse_arguments()
+    assert args.rounds >= 5
+    wanted = series(args)
+    formats = {format_of(method.split("+")[0]) for method, _ in wanted}
+    families = {fmt.scaling.split(",")[0] for fmt in FORMATS.values()} | {"fp16, min"}
+    assert {f.scaling for f in formats} | {f.scaling.split(",")[0] for f in formats} >= families
+    assert wanted["Q4_K", "A"] == [1, 1024]
+    assert wanted["AMXINT4", "A"] == [1] and wanted["AMXINT4+int8", "A"] == [1024]
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--formats", "--methods", "FP8,AMXINT8"])
+    assert {m for m, _ in series(parse_arguments())} == {"FP8", "AMXINT8", "AMXINT8+int8"}
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+def test_random_weights_are_valid_and_of_one_size(fmt: WeightFormat) -> None:
+    codes = random_planes(fmt, np.random.default_rng(0), 128, 512)
+    check_matrix(Matrix(**codes.planes, scale_rows=fmt.scale_rows), fmt, 128, 512)
+    values = codes.dequantize()
+    assert np.isfinite(values).all() and 1 / 500 < np.abs(values).mean() < 1 / 5
+    assert np.array_equal(codes.rows(128).dequantize(), values)
+
+
+def test_a_decode_share_is_of_the_lower_ceiling() -> None:
+    """20 GB/s where 25 could be read."""
+    point = peer_point("ours", [2.0], 1.0)
+    for counted, share in ((None, None), (0.0, None), (40.0, 0.8), (22.0, 20 / 22)):
+        assert decode_share({**point, "counted_rate": counted}) == (
+            None if share is None else pytest.approx(share)
+        )
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its assembly is read")
+@pytest.mark.parametrize("name", ["avx2", "avx512_vbmi"])
+def test_decode_rates_are_counted_for_every_kind_of_kernel(name: str) -> None:
+    """A format of each kind of kernel."""
+    tier = TIERS[name]
+    for kind in ("MXFP4", "BF16", "FP8", "INT8_ROW_FLOAT32", "INT4_G32_FP16_Z1", "Q6_K"):
+        if has_kernels(fmt := FORMATS[kind]):
+            counted = counted_rate(fmt, tier, 1e9, 2)
+            assert counted is not None, fmt.name
+            assert counted == pytest.approx(2 * counted_rate(fmt, tier, 1e9, 1))
+            # no core reads and decodes more than three lines of 64 bytes a cycle
+            assert 1 < counted < 2 * 3 * 64
 
 
 def test_series_of_the_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,8 @@ def test_page(tmp_path: Path) -> None:
     assert peers[5] == "80" and peers[7] == "50" and peers[9].endswith("(2.00 x)")
     assert "| MXFP4 A | 1 | read 80 % of 85 % | **missed** |" in text
     assert "| MXFP4 A | 1 | ggml 2.00 x of 1.60 x | met |" in text
+    every = rows_of(text, "### Every format")[0]
+    assert every[5:8] == ["80", "40", "80"], "of 25 GB/s to read and 40 to decode"
     assert rows_of(text, "### Fork-join")[1][4] == "", "nobody has to answer"
 
 

@@ -105,6 +105,35 @@ def _vpermb() -> str:
     return looked_up.replace("icmp slt i8 %control, 0", "icmp ult i8 %control, 0")
 
 
+def _vpermi2b() -> str:
+    """VPERMI2B: of two tables, the one that bit 6 of the index says, at index & 63."""
+    return """entry:
+  %table = alloca <128 x i8>, align 64
+  %index = alloca <64 x i8>, align 64
+  %out = alloca <64 x i8>, align 64
+  %second = getelementptr i8, ptr %table, i64 64
+  store <64 x i8> %a, ptr %table
+  store <64 x i8> %c, ptr %second
+  store <64 x i8> %b, ptr %index
+  br label %byte
+byte:
+  %i = phi i64 [ 0, %entry ], [ %next, %byte ]
+  %index_at = getelementptr i8, ptr %index, i64 %i
+  %control = load i8, ptr %index_at
+  %low = and i8 %control, 127
+  %from = zext i8 %low to i64
+  %table_at = getelementptr i8, ptr %table, i64 %from
+  %found = load i8, ptr %table_at
+  %out_at = getelementptr i8, ptr %out, i64 %i
+  store i8 %found, ptr %out_at
+  %next = add i64 %i, 1
+  %more = icmp ult i64 %next, 64
+  br i1 %more, label %byte, label %done
+done:
+  %result = load <64 x i8>, ptr %out
+  ret <64 x i8> %result"""
+
+
 def _vscalefps() -> str:
     """VSCALEFPS of every lane: a * 2^floor(b) in one rounding. In two halves, which float64's range
     holds exactly, since beyond 600 every result is zero or infinite."""
@@ -350,6 +379,10 @@ def _instructions() -> list[Instruction]:
         Instruction(
             "llvm.x86.avx512.permvar.qi.512", "vpermb", frozenset({"avx512vbmi"}), b, (b, b),
             _vpermb(),
+        ),
+        Instruction(
+            "llvm.x86.avx512.vpermi2var.qi.512", "vpermi2b", frozenset({"avx512vbmi"}), b,
+            (b, b, b), _vpermi2b(),
         ),
         Instruction(
             scalef, "vscalefps", frozenset({"avx512f"}), f, (f, f, f, "i16", "i32"), _vscalefps(),

@@ -29,6 +29,11 @@ def vpermb(table: Array, index: Array) -> Array:
     return table[index % 64]
 
 
+def vpermi2b(first: Array, index: Array, second: Array) -> Array:
+    """uint8 [64] each"""
+    return np.concatenate([first, second])[index % 128]
+
+
 def vscalefps(a: Array, b: Array, _kept: Array) -> Array:
     """float32 [n] each; the third is what lanes that a mask leaves out would keep. A NaN stays one,
     but a quiet one times 2^-inf is 0, times 2^inf infinite; 0 * 2^inf and inf * 2^-inf are NaN."""
@@ -142,6 +147,7 @@ def pair_dot_fused(accumulator: Array, w: Array, x: Array) -> Array:
 MODELS: Mapping[str, Callable[..., Array]] = {
     "vpshufb": vpshufb,
     "vpermb": vpermb,
+    "vpermi2b": vpermi2b,
     "vscalefps": vscalefps,
     "vpmaddubsw": vpmaddubsw,
     "vpmaddwd": vpmaddwd,

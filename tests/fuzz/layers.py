@@ -27,7 +27,8 @@ _PREFIXES = ("", "model.", "model.language_model.", "language_model.model.", "th
 _SIZES = (0, 1, 2, 3, 16, 31, 32, 33, 64, 96, 128, 1 << 20, 1 << 40)
 _ENDINGS = (
     ".weight", ".weight_scale", ".weight_scale_inv", ".scale", ".bias", "_bias", "_blocks",
-    "_scales", "_scale_inv", ".weight_packed", ".qweight", ".k_scale", "",
+    "_scales", "_scale_inv", ".weight_packed", ".qweight", ".k_scale", ".scales", ".qzeros",
+    ".g_idx", ".weight_scale_2", ".weight_shape", ".weight_zero_point", "",
 )  # fmt: skip
 _CONFIG_NAMES = (
     "num_experts", "num_local_experts", "n_routed_experts", "num_hidden_layers", "text_config",
@@ -38,6 +39,39 @@ _CONFIG_VALUES = (
     None, 0, 1, 2, 3, 4, -1, 10**30, 1.5, True, "x", [], [0], [0, 1, "dense"], {}, {"a": 1},
     float("inf"),
 )  # fmt: skip
+
+
+_QUANTIZED = ("fp8", "fp8 rows", "mxfp8", "nvfp4", "compressed-tensors", "gptq", "awq")
+"""How experts may be stored one by one, beside MXFP4 and floats."""
+
+
+def _planes(kind: str, N: int, K: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Suffix -> dtype and shape of a matrix that is stored so, with groups of 32."""
+    blocks = (-(-N // 128), -(-K // 128))
+    return {
+        "fp8": {".weight": ("F8_E4M3", (N, K)), ".weight_scale_inv": ("F32", blocks)},
+        "fp8 rows": {".weight": ("F8_E4M3", (N, K)), ".weight_scale": ("F32", (N, 1))},
+        "mxfp8": {".weight": ("F8_E4M3", (N, K)), ".weight_scale_inv": ("U8", (N, K // 32))},
+        "nvfp4": {
+            ".weight": ("U8", (N, K // 2)),
+            ".weight_scale": ("F8_E4M3", (N, K // 16)),
+            ".weight_scale_2": ("F32", ()),
+        },
+        "compressed-tensors": {
+            ".weight_packed": ("I32", (N, K // 8)),
+            ".weight_scale": ("BF16", (N, K // 32)),
+        },
+        "gptq": {
+            ".qweight": ("I32", (K // 8, N)),
+            ".scales": ("F16", (K // 32, N)),
+            ".qzeros": ("I32", (K // 32, N // 8)),
+        },
+        "awq": {
+            ".qweight": ("I32", (K, N // 8)),
+            ".scales": ("F16", (K // 32, N)),
+            ".qzeros": ("I32", (K // 32, N // 8)),
+        },
+    }[kind]
 
 
 @dataclass(frozen=True)
@@ -67,14 +101,21 @@ def generate(rng: Random) -> Case:
     scheme = rng.choice(SCHEMES)
     E, H, I = rng.choice((1, 2, 3)), rng.choice((32, 64, 96)), rng.choice((32, 64, 96))
     mxfp4 = rng.random() < 0.5 or scheme.weights == ("_blocks",)
+    quantized = None if scheme.fused or rng.random() < 0.4 else rng.choice(_QUANTIZED)
     biased = rng.random() < 0.3 and (scheme.fused or rng.random() < 0.3)
     prefix, layers = rng.choice(_PREFIXES), rng.choice((1, 1, 2, 3))
     tensors: dict[str, TensorInfo] = {}
     for layer in range(layers):
-        _add_layer(rng, tensors, scheme, f"{prefix}layers.{layer}.", (E, H, I), mxfp4, biased)
+        stem = f"{prefix}layers.{layer}."
+        if quantized is None:
+            _add_layer(rng, tensors, scheme, stem, (E, H, I), mxfp4, biased)
+        else:
+            _add_quantized(tensors, scheme, stem, (E, H, I), quantized)
     config: dict[str, object] = {"num_hidden_layers": layers}
     for name in rng.sample(("num_experts", "num_local_experts", "n_routed_experts"), 1):
         config[name] = E
+    if quantized in ("gptq", "awq", "compressed-tensors"):
+        config["quantization_config"] = {"quant_method": quantized, "bits": 4}
     if scheme.fused:  # whose experts say where gate and up lie
         config["model_type"] = "gpt_oss"
     damages = rng.choice((0, 0, 1, 1, 2, 3))
@@ -100,7 +141,7 @@ def check(case: Case) -> bool:
             if source.expert_nbytes > 1 << 20:
                 continue  # a damage of sizes that is consistent by chance
             fmt = source.formats.gate_up
-            tensors = source.expert(source.num_experts - 1, fmt, ReadBuffer())
+            tensors = source.expert(source.num_experts - 1, None, ReadBuffer())
             N, K = source.intermediate, source.hidden
             assert tensors.gate.codes.shape == tensors.up.codes.shape == fmt.code_shape(N, K)
             assert tensors.down.codes.shape == fmt.code_shape(K, N)
@@ -155,6 +196,20 @@ def _add_layer(
                 _add(tensors, f"{inner}{name}{scheme.bias}", "BF16", (*lead, N))
     _add(tensors, f"{stem}self_attn.q_proj.weight", "BF16", (H, H))
     _add(tensors, f"{stem}mlp.gate.weight", "BF16", (E, H))
+
+
+def _add_quantized(
+    tensors: dict[str, TensorInfo],
+    scheme: NamingScheme,
+    stem: str,
+    sizes: tuple[int, int, int],
+    kind: str,
+) -> None:
+    E, H, I = sizes
+    for expert in range(E):
+        for name, N, K in ((scheme.gate, I, H), (scheme.up, I, H), (scheme.down, H, I)):
+            for suffix, (dtype, shape) in _planes(kind, N, K).items():
+                _add(tensors, f"{stem}{scheme.block}.{expert}.{name}{suffix}", dtype, shape)
 
 
 def _damage(rng: Random, tensors: dict[str, TensorInfo]) -> None:

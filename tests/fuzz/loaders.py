@@ -12,12 +12,15 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from time import perf_counter
 
-from tests.fuzz import folders, headers, layers
+import hybrid_moe.loaders
+from tests.fuzz import folders, gguf_files, headers, layers
+from tests.fuzz.lines import LineCounter
 
 PER_FOLDER = 50
 """Inputs for each that needs files on a disk, which takes as long as all the others."""
@@ -81,9 +84,21 @@ def _check_of(number: int, rng: Random, folder: Path) -> tuple[str, Callable[[],
         return "folders", lambda: folders.check_folder(rng, folder / "folder")
     if number % PER_FOLDER == 1:
         return "JSON files", lambda: folders.check_json(rng, folder)
+    if number % 4 == 2:
+        case = gguf_files.generate(rng)
+        # the library takes as long as forty of our headers, an expert as ten
+        every = number // 4
+        return "GGUF", lambda: gguf_files.check(case, every % 32 == 0, every % 8 == 0)
     if number % 3 == 0:
         return "layers", lambda: layers.check(layers.generate(rng))
     return "headers", lambda: headers.check(headers.generate(rng))
+
+
+def parsers() -> list[Path]:
+    """The files whose lines count."""
+    loaders = Path(hybrid_moe.loaders.__file__).parent
+    names = ("header.py", "header_text.py", "gguf/gguf_header.py", "gguf/header_bytes.py")
+    return [loaders / name for name in (*names, "describe.py", "stored.py", "naming.py")]
 
 
 def main() -> None:
@@ -92,13 +107,18 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--lines", action="store_true", help="say which lines were executed (slow)")
     options = parser.parse_args()
     logging.disable()
     with tempfile.TemporaryDirectory() as folder:
-        report = run(options.first, options.inputs, options.seed, Path(folder))
+        counter = LineCounter(parsers()) if options.lines else nullcontext()
+        with counter:
+            report = run(options.first, options.inputs, options.seed, Path(folder))
     for number, kind, text in report.failures:
         print(f"--- input {number} ({kind}):\n{text}", file=sys.stderr)
     print(report)
+    if isinstance(counter, LineCounter):
+        print(counter.report())
     sys.exit(bool(report.failures))
 
 

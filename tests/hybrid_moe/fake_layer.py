@@ -73,6 +73,7 @@ class FakeExpertLayer:
         *,
         pool: Any,
         activation: Any,
+        activation_bits: int = 16,
         isa: str | None = None,
         name: str = "",
     ) -> None:
@@ -80,6 +81,7 @@ class FakeExpertLayer:
         self.E, self.H, self.I = num_experts, hidden, intermediate
         self.num_experts = num_experts
         self.pool, self.activation, self.isa = pool, activation, isa
+        self.activation_bits = activation_bits
         self.resident = np.zeros(num_experts, bool)
         self.tensors: dict[int, ExpertTensors] = {}
         self.jobs: list[FakeJob] = []

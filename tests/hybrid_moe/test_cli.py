@@ -82,6 +82,17 @@ def test_generate_says_what_it_does(checkpoint: Path) -> None:
     assert re.sub(r"\x1b\[\d*m", "", coloured.stdout) == plain.stdout
 
 
+def test_generate_keeps_packed_experts(checkpoint: Path, tmp_path: Path) -> None:
+    words = ("generate", "--model", checkpoint, "--prompt", PROMPT, "--threads", 1,
+             "--max-new-tokens", 12)  # fmt: skip
+    texts = [run(*words, *more).stdout for more in ((), *[("--cache", tmp_path / "cache")] * 2)]
+    assert texts[0] and texts == [texts[0]] * 3
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # layers
+    (tmp_path / "file").touch()
+    refused = run(*words, "--cache", tmp_path / "file")
+    assert refused.exit_code == 2 and "cannot be used" in refused.stderr
+
+
 SPLIT = ("--gpu-experts", "50%", "--gpu-backend", "torch")
 
 

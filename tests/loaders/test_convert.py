@@ -166,6 +166,9 @@ def test_convert(family: Family, fmt: WeightFormat, name: str, tmp_path: Path) -
     assert steps[-1] == (total, total)
     config = json.loads((target / "config.json").read_text())
     assert config.pop("hybrid_moe") == {"experts": fmt.name, "group": 32}
+    assert (config.pop("quantization_config", None) is not None) == (
+        fmt is MXFP4 and name in ("gpt_oss", "deepseek_v4")
+    )
     assert config == json.loads((fixture.directory / "config.json").read_text())
     files = [{file.name for file in folder.iterdir()} for folder in (target, fixture.directory)]
     assert files[0] == files[1] >= {"config.json", "model.safetensors"}

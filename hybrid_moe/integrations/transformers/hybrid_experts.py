@@ -109,6 +109,7 @@ def new_layer(spec: ExpertsSpec, options: ExpertsOptions, formats: LayerFormats)
         spec.intermediate,
         pool=options.pool_config(),
         activation=spec.activation,
+        activation_bits=options.activation_bits,
         name=spec.where.partition(" ")[0],
     )
     layer.allocate(np.ones(spec.num_experts, dtype=np.bool_), biases=spec.biased)

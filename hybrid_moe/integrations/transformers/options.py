@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from hybrid_moe.formats.activation import activation_bits
 from hybrid_moe.formats.table import DENSE_FORMATS, format_named
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.logs import warn_once
 
 if TYPE_CHECKING:
@@ -79,16 +80,32 @@ class ExpertsOptions:
         method: see `hybrid_moe.formats.table.format_named`.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
+        cpu_activation: "int8" for inputs of products in 8 bits, see `KTMoEWrapper`.
     """
 
     method: str = "BF16"
     threads: int | None = None
     pools: int | None = None
+    cpu_activation: str | None = None
 
     @property
     def fmt(self) -> WeightFormat:
         """The weight format. Raises ValueError for an unknown method."""
         return format_named(self.method)
+
+    @property
+    def activation_bits(self) -> int:
+        """Of the inputs of products. Raises ValueError for another `cpu_activation`."""
+        return activation_bits(self.cpu_activation)
+
+    def check_activation(self, formats: Iterable[LayerFormats]) -> None:
+        """Raise ValueError where weights held so take no inputs of 8 bits."""
+        if self.activation_bits == 16:
+            return
+        from hybrid_moe.cpu_kernels.kernels.format_kernels import format_kernels
+
+        for fmt in {fmt for held in formats for fmt in held.each}:
+            format_kernels(fmt, self.activation_bits)
 
     def pool_config(self) -> PoolConfig:
         """The worker pools. Raises ValueError where this machine cannot have them."""

@@ -1,8 +1,9 @@
-"""One progress bar, in packed bytes, for everything that is packed."""
+"""One progress bar for everything that is packed: bytes, GB/s and the time left."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 from tqdm import tqdm
@@ -31,6 +32,14 @@ class PackingBar:
         """So many bytes are packed."""
         with self._lock:
             self._bar.update(nbytes)
+
+    def each(self, nbytes: int) -> Callable[[int, int], None]:
+        """What adds these bytes in even parts: called with (done, total)."""
+
+        def progress(done: int, total: int) -> None:
+            self.add(nbytes * done // total - nbytes * (done - 1) // total)
+
+        return progress
 
     def __enter__(self) -> PackingBar:
         return self

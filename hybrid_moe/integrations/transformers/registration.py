@@ -8,6 +8,7 @@ Transformers' own `experts_implementation` (experts stay where they are and are 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import MethodType
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hybrid_moe.formats.table import BF16, chosen_method
 from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.formats.weight_format import layer_formats
 from hybrid_moe.integrations.transformers.guard import NAME, guard
 from hybrid_moe.integrations.transformers.options import ExpertsOptions, dense_format
 from hybrid_moe.loaders.find_model import find_model
@@ -83,6 +85,7 @@ def offload(
     gpu_experts: Any = None,
     gpu_backend: str | None = None,
     gpu_activation: str | None = None,
+    cpu_activation: str | None = None,
     router: str | None = None,
     progress: bool = True,
 ) -> Model:
@@ -109,6 +112,8 @@ def offload(
         gpu_backend: what computes them: "cute", or "torch", which needs no GPU. None for "cute"
             where it can be used, else "torch" (logged once, with the reason).
         gpu_activation: "fp8" for a W8A8 prefill of these experts, see `KTMoEWrapper`; else None.
+        cpu_activation: "int8" for inputs of 8 bits where the CPU multiplies experts whose weights
+            are integers, see `KTMoEWrapper`; else None.
         router: "cute" lets routers choose experts by one kernel of ours on a GPU, and by its
             reference on a CPU; the same experts but where values tie, see `gpu_kernels.gating`.
             None for the model's own.
@@ -142,7 +147,8 @@ def offload(
     )
 
     dense_fmt = dense_format(dense)
-    options = _checked(method, threads, pools)
+    options = _checked(method, threads, pools, cpu_activation)
+    options.check_activation([layer_formats(options.fmt)])
     check_router(router)
     found = find_experts(model)
     refuse_adapters(model, found)
@@ -191,7 +197,9 @@ def from_pretrained(
     gpu_experts: Any = None,
     gpu_backend: str | None = None,
     gpu_activation: str | None = None,
+    cpu_activation: str | None = None,
     router: str | None = None,
+    cache: str | Path | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Any:
@@ -203,7 +211,8 @@ def from_pretrained(
 
     Args:
         directory: a checkpoint in Transformers' layout, or in its family's published one; or the
-            id of one in the Hugging Face hub's cache.
+            id of one in the Hugging Face hub's cache; or a GGUF file (any one of a split model's),
+            whose configuration and other weights Transformers must know how to read.
         method: how the strips hold the weights, see `formats.table.METHODS`; "auto" (or None) for
             what the checkpoint stores, layer by layer. BF16 experts are quantised while loading if
             it is something else.
@@ -215,7 +224,9 @@ def from_pretrained(
         gpu_experts, gpu_backend, gpu_activation: experts that are packed for a GPU, see
             `offload`. With "cute" the whole model is loaded onto the GPU, unless `device_map` says
             otherwise.
-        router: see `offload`.
+        cpu_activation, router: see `offload`.
+        cache: a directory where packed experts are kept, see `loaders.packed_cache`: what is there
+            is read as it is, and what is not is left there. None for none.
         progress: show a progress bar on stderr.
         **kwargs: for Transformers' `from_pretrained` (dtype, attn_implementation, ...; `variant`
             and `subfolder` choose the files of experts too).
@@ -224,8 +235,9 @@ def from_pretrained(
         FileNotFoundError: no such directory, or no such profile.
         CheckpointError: the checkpoint is damaged or does not fit the model; names the tensor. Or
             a token takes more experts than there are.
-        ValueError, TypeError: unknown method, a layer whose stored weights do not become it,
-            impossible threads, no experts; GPU experts, a back end or a router as for `offload`.
+        ValueError, TypeError: unknown method, a layer whose stored weights do not become it, a
+            `cache` that cannot be used, impossible threads, no experts; GPU experts, a back end or
+            a router as for `offload`.
         NotImplementedError: an experts module computes something that this package does not, or
             with `router="cute"` a router does.
     """
@@ -233,13 +245,15 @@ def from_pretrained(
         open_checkpoint,
         take_subfolder,
     )
-    from hybrid_moe.integrations.transformers.dense.dense_loading import DenseOptions, dense_layers
-    from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts, experts_nbytes
-    from hybrid_moe.integrations.transformers.loading import (
-        experts_source,
-        load_experts,
-        load_skeleton,
+    from hybrid_moe.integrations.transformers.dense.dense_loading import (
+        DenseOptions,
+        dense_layers,
+        offload_dense,
     )
+    from hybrid_moe.integrations.transformers.expert_loading import ExpertsPart, load_experts
+    from hybrid_moe.integrations.transformers.gguf_model import index_of, load_gguf_skeleton
+    from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts, experts_nbytes
+    from hybrid_moe.integrations.transformers.loading import experts_source, load_skeleton
     from hybrid_moe.integrations.transformers.model_split import (
         split_of_checkpoint,
         surrounding_device,
@@ -252,6 +266,7 @@ def from_pretrained(
     )
     from hybrid_moe.loaders.expert_source import held_formats
     from hybrid_moe.loaders.model_config import ModelConfig
+    from hybrid_moe.runtime.packed_layers import cache_at
 
     dense_fmt = dense_format(dense)
     check_router(router)
@@ -271,18 +286,24 @@ def from_pretrained(
     chosen = chosen_method(method)
     # all of them before anything is loaded
     formats = {layer: held_formats(source, chosen) for layer, source in stored.items()}
-    options = _checked(BF16.name, threads, pools)
+    options = _checked(BF16.name, threads, pools, cpu_activation)
+    options.check_activation(formats.values())
+    packed = cache_at(cache)
     split = split_of_checkpoint(
         stored, given or checkpoint.model, formats, gpu_experts, gpu_backend, kwargs, gpu_activation
     )
     register()
     try:
-        layers = None
-        if dense_fmt is not None:
+        layers, gguf = None, index_of(checkpoint) is not None
+        if dense_fmt is not None and not gguf:
             layers = dense_layers(
                 checkpoint, DenseOptions(dense_fmt, options.pool_config()), kwargs
             )
-        model = load_skeleton(checkpoint, kwargs, layers)
+        model = (
+            load_gguf_skeleton(checkpoint, kwargs)
+            if gguf
+            else load_skeleton(checkpoint, kwargs, layers)
+        )
         experts = {n: m for n, m in model.named_modules() if isinstance(m, HybridExperts)}
         gate_routers(plan_routers(model, experts) if router else {})
         sources = [experts_source(stored, checkpoint, n, m.spec) for n, m in experts.items()]
@@ -291,12 +312,17 @@ def from_pretrained(
                 bar.expect(experts_nbytes(module.spec, held_formats(source, chosen)))
             if layers is not None:
                 layers.load(model, {n: m.spec for n, m in experts.items()}, bar)
+            if gguf and dense_fmt is not None and model.device.type == "cpu":
+                specs = {n: m.spec for n, m in experts.items()}
+                offload_dense(model, specs, DenseOptions(dense_fmt, options.pool_config()), bar)
+            parts = []
             for source, (name, module) in zip(sources, experts.items(), strict=True):
                 held, of_layer = held_formats(source, chosen), None
                 if split is not None:
                     of_layer = split.of_layer(source.layer, surrounding_device(model, name))
-                load_experts(source, module, options, held, of_layer)
-                bar.add(experts_nbytes(module.spec, held))
+                each = bar.each(experts_nbytes(module.spec, held))
+                parts.append(ExpertsPart(source, module, held, of_layer, each))
+            load_experts(parts, options, packed)
         _save_from_strips(model)
         chosen_by_user = kwargs.get("attn_implementation") is not None
         _prepare_steps(model, options, attention=not chosen_by_user)
@@ -306,28 +332,33 @@ def from_pretrained(
 
 
 def check_directory(directory: str | Path) -> Path:
-    """The model's folder, see `find_model`, before Transformers opens files in it.
+    """The model's folder, or GGUF file, see `find_model`, before Transformers opens files in it.
 
     Raises:
         FileNotFoundError: there is none.
         CheckpointError: it has a pipe.
     """
+    from hybrid_moe.loaders.gguf.gguf_layers import is_gguf
     from hybrid_moe.loaders.regular import check_no_pipes
 
     path = find_model(directory)
+    if path.is_file() and is_gguf(path):
+        return path
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path} is not a directory: pass the folder of a downloaded checkpoint"
+            f"{path} is not a directory: pass the folder of a downloaded checkpoint, or a GGUF file"
         )
     check_no_pipes(path)
     return path
 
 
-def _checked(method: str, threads: int | None, pools: int | None) -> ExpertsOptions:
+def _checked(
+    method: str, threads: int | None, pools: int | None, cpu_activation: str | None
+) -> ExpertsOptions:
     """The options, refused here rather than after a model has been loaded."""
-    options = ExpertsOptions(method, threads, pools)
+    options = ExpertsOptions(method, threads, pools, cpu_activation)
     options.pool_config()
-    return ExpertsOptions(options.fmt.name, threads, pools)
+    return replace(options, method=options.fmt.name)
 
 
 def _save_from_strips(model: Any) -> None:

@@ -78,6 +78,7 @@ class SplitExperts:
             gpu_backend=split.backend,
             gpu_device=split.device,
             gpu_activation=split.activation,
+            cpu_activation=options.cpu_activation,
         )
 
     def load(self, fill: Fill) -> None:

@@ -116,7 +116,7 @@ def test_a_directory_that_is_swapped_after_it_was_checked(
 ) -> None:
     """What is read and written lies in the folder that was looked at, whatever has its name now."""
     assert _answer(14) == 14
-    checked = cache._check_private
+    checked = cache.check_private
     swapped = directory.with_name("checked")
 
     def swap(status: os.stat_result) -> None:
@@ -127,7 +127,7 @@ def test_a_directory_that_is_swapped_after_it_was_checked(
             for entry in swapped.glob("*.o"):
                 (directory / entry.name).write_bytes(b"somebody else's")
 
-    monkeypatch.setattr(cache, "_check_private", swap)
+    monkeypatch.setattr(cache, "check_private", swap)
     assert _answer(14) == 14
     assert len(compilations) == 1 and swapped.exists()
 

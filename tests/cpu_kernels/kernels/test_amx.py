@@ -308,9 +308,10 @@ _TARGETS = {"tier": TIERS["amx"].target, "sapphirerapids": Target("sapphirerapid
 
 
 @functools.cache
-def _golden(format_name: str, target: str, kind: str = "") -> dict[str, list[str]]:
-    """Kernel -> its instructions, of those whose name begins with `kind`."""
-    chosen = [one for one in functions_of(format_name, TIERS["amx"]) if one[0].startswith(kind)]
+def _golden(format_name: str, target: str, kind: str = "", bits: int = 16) -> dict[str, list[str]]:
+    """Kernel -> its instructions, of those whose name begins with `kind`; activations of `bits`."""
+    functions_ = functions_of(format_name, TIERS["amx"], bits)
+    chosen = [one for one in functions_ if one[0].startswith(kind)]
     text = build_module(chosen, TIERS["amx"], "golden")
     functions: dict[str, list[str]] = {}
     for line in assembly(text, _TARGETS[target]).splitlines():
@@ -336,37 +337,55 @@ def test_assembly_configures_in_one_kernel(fmt: WeightFormat) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fmt", "kernel", "expected"),
+    ("fmt", "kernel", "bits", "expected"),
     [
         # a group: two planes meet four panels. A is loaded once, B once, C is new each time.
         (
-            "MXFP4", "block16",
+            "MXFP4", "block16", 16,
             {"tdpbssd": 2 * 4, "tileloadd": 2 + 4, "tilezero": 2 * 4, "tilestored": 2 * 4,
              "prefetcht0": 4096 // 32 // 64},
         ),
         # the same from packed codes, all of whose lines are asked for
         (
-            "INT8", "block16",
+            "INT8", "block16", 16,
             {"tdpbssd": 2 * 4, "tileloadd": 2 + 4, "tilezero": 2 * 4, "tilestored": 2 * 4,
              "prefetcht0": 34},
         ),
+        # 8-bit activations have one plane, and all four panels are under way
+        (
+            "INT8_ROW_FLOAT32", "block16", 8,
+            {"tdpbssd": 4, "tileloadd": 1 + 4, "tilezero": 4, "tilestored": 4, "prefetcht0": 32},
+        ),
+        (
+            "INT4_ROW_FLOAT32", "block16", 8,
+            {"tdpbssd": 4, "tileloadd": 1 + 4, "tilezero": 4, "tilestored": 4,
+             "prefetcht0": 4096 // 32 // 64},
+        ),
+        # halves of a group have products, and loads, of their own
+        (
+            "NVFP4", "block16", 16,
+            {"tdpbssd": 16, "tileloadd": 2 * (2 + 4), "tilezero": 16, "tilestored": 16,
+             "prefetcht0": 4096 // 32 // 64},
+        ),
         # 16 tokens meet four panels: a load of A, of each B, and of each C of earlier chunks
         (
-            "BF16", "block16",
+            "BF16", "block16", 16,
             {"tdpbf16ps": 4, "tileloadd": 1 + 4 + 4, "tilezero": 4, "tilestored": 4,
              "prefetcht0": 4096 // 64},
         ),
         # twice, two times 16 tokens meet two panels; only the first asks for lines
         (
-            "BF16", "block32",
+            "BF16", "block32", 16,
             {"tdpbf16ps": 2 * 4, "tileloadd": 2 * (2 + 2 + 4), "tilezero": 2 * 4,
              "tilestored": 2 * 4, "prefetcht0": 4096 // 64},
         ),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("target", _TARGETS)
-def test_assembly_counts(fmt: str, kernel: str, expected: dict[str, int], target: str) -> None:
-    code = _golden(fmt, target, "block")[kernel]
+def test_assembly_counts(
+    fmt: str, kernel: str, bits: int, expected: dict[str, int], target: str
+) -> None:
+    code = _golden(fmt, target, "block", bits)[kernel]
     counted = (*MNEMONICS, "prefetcht0")
     assert Counter(m for line in code if (m := line.split()[0]) in counted) == expected
     assert not [line for line in code if re.match(r"v.*\(%rsp\)", line)], (

@@ -32,7 +32,7 @@ from hybrid_moe.formats.strips import (
     SUMS_BYTES,
     strip_layout,
 )
-from hybrid_moe.formats.table import BF16, DENSE_FORMATS
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS, FORMATS
 from hybrid_moe.formats.tensors import Matrix
 from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.amx import emulator
@@ -47,6 +47,7 @@ from tests.cpu_kernels.cases import (
 )
 from tests.cpu_kernels.emulation import QUICK, RUNNABLE
 from tests.cpu_kernels.toolbox import aligned, before_a_guard, compile_kernel
+from tests.formats import random_matrix
 
 GROUPS = 35  # more than one chunk
 K = 32 * GROUPS
@@ -185,6 +186,60 @@ def _with_slack(encoded: Array) -> Array:
     tile = aligned((len(encoded) + BLOCK_SLACK,), np.uint8)
     tile[: len(encoded)] = encoded
     return tile
+
+
+BLOCK_ROWS = (
+    "INT4_ROW_FLOAT32",  # unpacked, a field of rows
+    "INT8_ROW_FLOAT32",  # codes as they are, behind fields of rows
+    "INT4_G128_FP16_Z1",  # zero points
+    "NVFP4",  # halves of a group
+    "Q2_K",  # halves with minima
+    "Q6_K",  # upper bits, whole bytes
+    "IQ4_NL",  # a table of whole bytes
+)
+
+
+@Lowered
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("name", BLOCK_ROWS)
+def test_blocks_have_the_bits_of_vectors(name: str, bits: int, lowered: str) -> None:
+    """Of every token alone, whatever lies behind the tile and however a call is cut."""
+    fmt, inputs, groups = FORMATS[name], 32 * 40, 40
+    kernels, tier = format_kernels(fmt, bits), (RUNNABLE if lowered == "emulated" else QUICK)["amx"]
+    assert kernels.tile is not None
+    rng = np.random.default_rng(4)
+    matrix = random_matrix(fmt, rng, STRIP_ROWS, inputs)
+    layout = strip_layout(fmt, inputs)
+    strip = before_a_guard(layout.nbytes)
+    pack_rows(strip.ctypes.data, range(1), layout, matrix, STRIP_ROWS)
+    size = kernels.encoding.group_bytes
+    x, rows = to_bf16(rng.standard_normal((16, inputs))), aligned((16, groups, size), np.uint8)
+    encode = compile_kernel(encode_rows(kernels.encoding), 7, tier)
+    encode(x, 2 * inputs, rows, groups * size, 16, groups, size)
+
+    order = kernels.order(1, tier.registers, tier.registers_per_panel)
+    direct = compile_kernel(kernels.direct(1, order), DOT_ARITY, tier)
+    expected = aligned((16, STRIP_ROWS), np.float32)
+    for token in range(16):
+        direct(strip, strip, rows[token], 1, expected[token], 0, groups)
+
+    block = compile_kernel(kernels.tile.dots[16], DOT_ARITY, tier)
+    enter = compile_kernel(configure(kernels.tile.config), 0, tier)
+    leave = compile_kernel(release, 0, tier)
+    unpack = kernels.tile.unpack and compile_kernel(kernels.tile.unpack, 4, tier)
+    for count, cuts in itertools.product((1, 7, 16), ([0, groups], [0, 8, 32, groups])):
+        tile = before_a_guard((groups * count + 15) * size, 0xFF)
+        tile[: groups * count * size] = rows[:count].transpose(1, 0, 2).reshape(-1)
+        sums = _sums(16)
+        for begin, end in itertools.pairwise(cuts):
+            codes = strip
+            if unpack:
+                codes = before_a_guard((end - begin) * kernels.unpacked_group_bytes)
+                unpack(strip, codes, begin, end)
+            enter()
+            block(codes, strip, tile, count, sums, begin, end)
+            leave()
+        assert np.array_equal(sums[:count].view(np.uint32), expected[:count].view(np.uint32))
 
 
 @pytest.fixture

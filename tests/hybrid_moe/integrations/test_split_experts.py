@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.weight_format import layer_formats
 from hybrid_moe.gpu_kernels import toolchain
 from hybrid_moe.gpu_kernels.toolchain import Availability
 from hybrid_moe.integrations.transformers import loading
@@ -185,7 +187,7 @@ def test_cute_kernels_need_the_layer_on_a_gpu(half: Any) -> None:
     split = LayerSplit(0, 3, torch.zeros(8, dtype=torch.bool), "cute", torch.device("cpu"))
     empty, options = HybridExperts(module.spec), ExpertsOptions("MXFP4", threads=1)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts .* is on cpu"):
-        empty.allocate_split(options, split)
+        empty.allocate_split(options, layer_formats(MXFP4), split)
     with pytest.raises(RuntimeError, match="before its experts are loaded"):
         empty(torch.zeros(1, 64).bfloat16(), torch.zeros(1, 3).long(), torch.zeros(1, 3))
 

@@ -21,7 +21,7 @@ from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix, c
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.loaders.gguf.blocks import fresh, planes_of_blocks
 from hybrid_moe.loaders.gguf.ggml_types import READ, TYPES_BY_NAME
-from hybrid_moe.loaders.gguf.header import BlockTensor
+from hybrid_moe.loaders.gguf.gguf_header import BlockTensor
 from hybrid_moe.loaders.gguf.index import GgufIndex
 from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.loaders.quantize import encode, round_to_bf16, to_float32
@@ -79,6 +79,11 @@ class GgufLayer:
     def stored_types(self) -> str:
         """ggml's names of the types of the weights, for messages."""
         return "/".join(dict.fromkeys(p.weight.dtype for p in self.projections.values()))
+
+    @property
+    def state(self) -> str:
+        """What tells its experts' values from those of another state of the files."""
+        return f"{self.index.state}, layer {self.layer}"
 
     @property
     def has_bias(self) -> bool:
