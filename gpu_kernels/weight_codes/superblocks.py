@@ -26,6 +26,7 @@ class Superblock(Scaling):
     """What all have: the integers of a group in registers, then `factors`."""
 
     ways = (False,)
+    fields_ahead = False
     numbers = 0
     """Words of integers."""
 
