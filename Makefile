@@ -19,7 +19,7 @@ PROMPT ?= Emma was surprised to see Mr. Knightley in the garden, and
 HOT = $(if $(GPU_EXPERTS), --gpu-experts $(GPU_EXPERTS))$(if $(GPU_BACKEND), --gpu-backend $(GPU_BACKEND))
 
 .PHONY: demo test test-full fuzz test-tiers test-lowest sglang test-sglang test-sglang-classes lint format install
-.PHONY: install-dev wheel bench bench-ceilings bench-dense bench-end-to-end bench-load bench-peers
+.PHONY: install-dev wheel bench bench-big bench-ceilings bench-dense bench-end-to-end bench-load bench-peers
 .PHONY: bench-formats bench-peers-install bench-pool bench-quick bench-results clean gpu-check
 
 install: $(VENV)/.installed
@@ -145,6 +145,13 @@ bench-end-to-end: install
 
 bench-load: install
 	$(BIN)/python bench/load.py
+
+# 14 GB of disk under MODELS, removed afterwards, and as much memory; the result goes to docs/results.
+bench-big: install
+	mkdir -p $(RECEIPTS)
+	$(PIP) install -q -c constraints.txt -e ".[bench]"
+	$(BIN)/python bench/big.py --directory $(MODELS) --json $(RECEIPTS)/big.json
+	$(BIN)/python bench/report.py $(RECEIPTS)/big.json
 
 bench-pool: install
 	$(BIN)/python bench/pool.py

@@ -42,11 +42,11 @@ def range_bounds(K: int) -> list[int]:
 def groups_with_room(format: str) -> int:
     """Groups of weights that `SHARE_REGISTERS` hold: a lane's part of both halves of each, fields
     included, beside the factors of its eight rows and a tile's products where those are not folded
-    into the codes."""
+    into the codes. MXFP4 has room for these, too, in its loop for wide experts; MXFP8 has not."""
     fmt = FORMATS[format]
     codes = strip_codes(fmt, strip_layout(fmt, max(GROUP, fmt.k_multiple)))
-    room = SHARE_REGISTERS - (0 if codes.ways[0] else 16)
-    return room // (2 * codes.registers)
+    apart = codes.ways == (False,) or (False in codes.ways and fmt.bits == 8)
+    return (SHARE_REGISTERS - 16 * apart) // (2 * codes.registers)
 
 
 @dataclass(frozen=True)

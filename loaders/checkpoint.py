@@ -13,6 +13,10 @@ from hybrid_moe.loaders.completeness import missing_layers
 from hybrid_moe.loaders.describe import describe_layer
 from hybrid_moe.loaders.drafts import DraftLayers
 from hybrid_moe.loaders.expert_source import ExpertSource
+from hybrid_moe.loaders.gguf.gguf_layers import GgufLayers, is_gguf
+from hybrid_moe.loaders.gguf.index import GgufIndex
+from hybrid_moe.loaders.gguf.metadata_config import config_of
+from hybrid_moe.loaders.kt_kernel import KT_KERNEL, describe_kt_layer, kt_layers
 from hybrid_moe.loaders.layout import layout_of_model
 from hybrid_moe.loaders.model_config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
 from hybrid_moe.loaders.naming import LayerKeys, find_layers
@@ -23,12 +27,12 @@ from hybrid_moe.text import format_ranges
 
 
 class Checkpoint:
-    """A directory (or file) of safetensors, seen as layers of routed experts; those of GGUF are a
-    `GgufCheckpoint`.
+    """A directory (or file) of safetensors, or a GGUF model, seen as layers of routed experts.
 
     Attributes:
         index: every tensor, experts or not.
-        config: the model's `config.json`; empty where there is none.
+        config: the model's `config.json`; without one, what a GGUF model's metadata says by its
+            names, and empty for safetensors.
         model: the same, read as Transformers reads it.
         drafts: which layers are draft layers.
         layers: numbers of the layers that have routed experts, dense layers counted, ascending;
@@ -46,7 +50,8 @@ class Checkpoint:
         self._stamps = {**(stamps or {}), **index.stamps}
         self.config = config
         self.model = ModelConfig(config, f"{CONFIG_NAME} of {index.path}")
-        self._layers = self._find_layers()
+        self._gguf = GgufLayers(index) if isinstance(index, GgufIndex) else None
+        self._layers = self._find_layers() if self._gguf is None else self._gguf.keys
         self.drafts = DraftLayers(self.model, index.tensors)
         self.layers = tuple(layer for layer in self._layers if layer not in self.drafts)
         self.expert_keys = frozenset(
@@ -76,11 +81,10 @@ class Checkpoint:
             CheckpointError: see `SafetensorsIndex.open`; or the names contradict each other; or
                 layers are missing.
         """
-        from hybrid_moe.loaders.gguf.checkpoint import GgufCheckpoint, is_gguf
-
         config, stamps = _read_config(Path(path))
         if is_gguf(Path(path)):
-            checkpoint: Checkpoint = GgufCheckpoint.open_gguf(Path(path), config, stamps)
+            opened = GgufIndex.open_gguf(Path(path))
+            checkpoint = cls(opened, config or config_of(opened.metadata), stamps)
         else:
             named = config.get("transformers_weights")
             index = SafetensorsIndex.open(path, variant=variant, named=named)
@@ -158,11 +162,15 @@ class Checkpoint:
         return None
 
     def _find_layers(self) -> dict[int, LayerKeys]:
-        """The layers that have routed experts, by number, ascending."""
-        return find_layers(self.index.tensors)
+        """The layers of safetensors that have routed experts, by number, ascending."""
+        return find_layers(self.index.tensors) or kt_layers(self.index.tensors)
 
     def _describe(self, keys: LayerKeys) -> ExpertSource:
         """The experts of a layer, checked as far as its own tensors tell."""
+        if self._gguf is not None:
+            return self._gguf.describe(keys.layer)
+        if keys.scheme is KT_KERNEL:
+            return describe_kt_layer(self.index, keys)
         return describe_layer(self.index, keys, self._ask_model, self._quantization)
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from hybrid_moe.cpu_kernels.kernels.integer_dot import strip_of
 from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.cpu_kernels.kernels.scalings import Scale, ScaleOf, scale_of
 from hybrid_moe.cpu_kernels.kernels.strip_cursor import Place, StripCursor, field_address
-from hybrid_moe.cpu_kernels.tuning import PACKED_AHEAD, SHARE_LINES, TURN_GROUPS
+from hybrid_moe.cpu_kernels.tuning import E4M3_WORDS, PACKED_AHEAD, SHARE_LINES, TURN_GROUPS
 from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES, StripField, StripLayout
 from hybrid_moe.formats.weight_format import WeightFormat
 
@@ -63,6 +63,11 @@ class Source:
     span: int
     pairs: Pairs
     scale: ScaleOf
+
+    @property
+    def word_bytes(self) -> int:
+        """From the weights of a word to those of the next."""
+        return _LINES if self.packed else 2 * _LINES
 
 
 def _decoded(emit: Emit, codes: Val, panel: int, word: int) -> list[Val]:
@@ -105,9 +110,11 @@ def unpack(fmt: WeightFormat) -> KernelBody:
         cursor = StripCursor(emit, packed.layout, strip, begin)
         with emit.loop(begin, end) as group:
             place, to = cursor.place, out + (group - begin) * unpacked.block_bytes
-            for word, panel in itertools.product(range(WORDS), range(PANELS)):
-                for i, pairs in enumerate(packed.pairs(emit, place.codes, panel, word)):
-                    emit.store(to + (_LINES * (2 * word + i) + 64 * panel), pairs, align=64)
+            with emit.loop(0, emit.i64(WORDS)) as word:
+                codes, pairs_to = place.codes + word * _LINES, to + word * (2 * _LINES)
+                for panel in range(PANELS):
+                    for i, pairs in enumerate(packed.pairs(emit, codes, panel, 0)):
+                        emit.store(pairs_to + (_LINES * i + 64 * panel), pairs, align=64)
             for panel in range(PANELS):
                 scale = packed.scale(emit, place, panel, 0)
                 for field in unpacked.fields:
@@ -197,28 +204,30 @@ class _Kernel:
     ) -> None:
         """Dot products of one group: a word of all `panels`, then the next word."""
         emit, source = self.emit, self.source
-        lines = self.wanted(codes) if panels[0] == 0 else []
-        share = -(-len(lines) // (WORDS * len(panels)))
-        for step, (word, p) in enumerate(itertools.product(range(WORDS), panels)):
-            for line in lines[share * step : share * (step + 1)]:
-                emit.prefetch(line)
-            for i, w in enumerate(source.pairs(emit, codes, p, word)):
-                for t in self.tokens:
-                    at = x + (BYTE_PAIRS.group_bytes * t + 4 * (2 * word + i))
-                    value = emit.load(at, I32, align=4)
-                    part[t, p].set(emit.op("pair_dot", part[t, p].get(), w, value))
-            emit.barrier()
+        asks = panels[0] == 0 and source.packed and self.order.prefetch
+        if panels[0] == 0 and not source.packed:
+            self.ask_next()
+        if asks and source.layout.block_groups == 1 and source.layout.field_bytes:
+            emit.prefetch(codes + (PACKED_AHEAD + source.layout.code_bytes))
+        with emit.loop(0, emit.i64(WORDS), step=E4M3_WORDS) as first:
+            at, inputs = codes + first * source.word_bytes, x + first * 8
+            for word, p in itertools.product(range(E4M3_WORDS), panels):
+                if asks:
+                    for line in range(p, PANELS, len(panels)):
+                        emit.prefetch(at + (PACKED_AHEAD + _LINES * word + LINE * line))
+                for i, w in enumerate(source.pairs(emit, at, p, word)):
+                    for t in self.tokens:
+                        offset = BYTE_PAIRS.group_bytes * t + 4 * (2 * word + i)
+                        value = emit.load(inputs + offset, I32, align=4)
+                        part[t, p].set(emit.op("pair_dot", part[t, p].get(), w, value))
+                emit.barrier()
 
-    def wanted(self, codes: Val) -> list[Val]:
-        """Lines to prefetch during a group: of the strip that is being read, or of the codes that
-        are unpacked next."""
-        layout = self.source.layout
-        if self.source.packed:
-            count = layout.block_bytes // layout.block_groups // LINE if self.order.prefetch else 0
-            return [codes + (PACKED_AHEAD + LINE * line) for line in range(count)]
+    def ask_next(self) -> None:
+        """Prefetch of the codes that are unpacked next."""
         ahead = self.ahead.get()
         self.ahead.set(ahead + SHARE_LINES * LINE)
-        return [ahead + LINE * line for line in range(SHARE_LINES)]
+        for line in range(SHARE_LINES):
+            self.emit.prefetch(ahead + LINE * line)
 
 
 def e4m3_dot(source: Source, tokens: int, order: Order) -> KernelBody:

@@ -143,7 +143,7 @@ class FoldedE4m3(Scaling):
         from cutlass import Uint32
 
         twice = of.byte(words, row) * Uint32(pairs.LOW_HALVES)
-        scale = pairs.scaled(pairs.e4m3_pair(twice, 0), pairs.power_pair(120))
+        scale = pairs.scaled(pairs.e4m3_pair(twice, 0, finite=True), pairs.power_pair(120))
         return pairs.scaled(scale, pairs.power_pair(126 - self.left))
 
 

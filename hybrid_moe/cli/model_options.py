@@ -105,8 +105,10 @@ class OpenedModel:
         import transformers
 
         from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
+        from hybrid_moe.integrations.transformers.gguf_model import read_tokenizer
         from hybrid_moe.integrations.transformers.registration import check_directory
         from hybrid_moe.loaders import inspect_checkpoint
+        from hybrid_moe.loaders.gguf.gguf_layers import is_gguf
 
         if not steps.console.is_terminal:
             transformers.utils.logging.disable_progress_bar()
@@ -116,15 +118,19 @@ class OpenedModel:
         summary = inspect_checkpoint(path)
         with blaming(f"{path} could not be loaded"):
             try:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+                tokenizer = (
+                    read_tokenizer(path)
+                    if is_gguf(path)
+                    else transformers.AutoTokenizer.from_pretrained(path)
+                )
             except (OSError, ValueError) as error:
                 raise ValueError(f"the tokenizer in {path} cannot be loaded: {error}") from error
         return cls(name, path, summary, tokenizer)
 
     @property
     def served_name(self) -> str:
-        """What requests call the model: its id, or the name of its folder."""
-        return self.path.name if Path(self.name).is_dir() else self.name
+        """What requests call the model: its id, or the name of its folder or file."""
+        return self.path.name if Path(self.name).exists() else self.name
 
     def need_fast_tokenizer(self) -> None:
         """Raise `ValueError` for a tokenizer that cannot decode token by token."""

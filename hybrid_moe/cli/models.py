@@ -10,7 +10,7 @@ import typer
 
 from hybrid_moe.cli.errors import USER_ERRORS
 
-WHAT = "a checkpoint's folder, or the id (org/name) of one in the Hugging Face cache"
+WHAT = "a checkpoint's folder, a GGUF file, or the id (org/name) of one in the Hugging Face cache"
 
 ModelOption = Annotated[str, typer.Option(help=f"The model: {WHAT}.", metavar="MODEL")]
 ModelArgument = Annotated[

@@ -9,6 +9,7 @@ compressed-tensors' `pack-quantized`; AutoGPTQ's and AutoAWQ's packing; kt-kerne
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -220,6 +221,16 @@ INT8_ROW = WeightFormat(
     encode=lambda w: _encode_int8_rows(w, "INT8_ROW_FLOAT32"),
 )
 INT4_ROW = int4_format(ROW, FP32)
+INT8_SLICE = replace(
+    INT8_ROW,
+    name="INT8_G128_FLOAT32",
+    group=128,
+    scale_plane=Plane("scales", FP32.dtype, 128),
+    encode=no_encoder("INT8_G128_FLOAT32", "INT8 is made instead"),
+    multiple=128,
+)
+INT4_SLICE = int4_format(128, FP32)
+"""Rows that kt-kernel has cut for NUMA nodes have a scale for each part, which is whole groups."""
 
 RAW_INT4 = tuple(int4_format(group, BF16_SCALE) for group in (32, 64, 128))
 GPTQ_SYMMETRIC = tuple(int4_format(group, FP16) for group in (32, 64, 128, 256, ROW))

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.loaders.gguf.header import BlockTensor, GgufHeader, read_gguf_header
+from hybrid_moe.loaders.gguf.gguf_header import BlockTensor, GgufHeader, read_gguf_header
 from hybrid_moe.loaders.gguf.header_bytes import Value
 from hybrid_moe.loaders.gguf.names import key_of
 from hybrid_moe.loaders.gguf.splits import check_split, gguf_files

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.loaders.gguf.header import GgufHeader
+from hybrid_moe.loaders.gguf.gguf_header import GgufHeader
 from hybrid_moe.loaders.regular import shortened
 
 ENDING = ".gguf"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hybrid_moe.formats.activation import Activation
+from hybrid_moe.formats.float8 import FP8
 from hybrid_moe.formats.mx import MXFP4, MXFP8
 from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.table import FORMATS as ALL
@@ -168,6 +169,19 @@ def test_weights_are_exact(fmt: WeightFormat) -> None:
         assert (np.abs(y.astype(np.float64) - expected) <= 2 * FP32_ROUNDOFF * parts.T).all()
     else:
         assert np.array_equal(y, expected)
+
+
+def test_codes_that_are_not_a_number() -> None:
+    """E4M3 has two, which make NaN of what their row gives to every token, and of nothing else."""
+    case = random_case(LayerFormats(BF16, FP8), 96, 64, tokens=4, k=1, slots=1, parts=(1,))
+    case = dataclasses.replace(case, slot_of_pair=np.zeros(4, np.int64))
+    expert = case.slots.experts[0]
+    expert.down.codes[17, 33], expert.down.codes[70, 2] = 0x7F, 0xFF
+    pack_slot(case.slots.layout, case.slots.memory[0], expert)
+    y, _ = run_down(case, to_bf16(np.random.default_rng(0).standard_normal((4, 64))), 8)
+    expected = np.zeros_like(y, np.bool_)
+    expected[:, [17, 70]] = True
+    assert np.array_equal(np.isnan(y), expected)
 
 
 @pytest.mark.parametrize("tile", [8, 64])

@@ -211,7 +211,8 @@ def from_pretrained(
 
     Args:
         directory: a checkpoint in Transformers' layout, or in its family's published one; or the
-            id of one in the Hugging Face hub's cache.
+            id of one in the Hugging Face hub's cache; or a GGUF file (any one of a split model's),
+            whose configuration and other weights Transformers must know how to read.
         method: how the strips hold the weights, see `formats.table.METHODS`; "auto" (or None) for
             what the checkpoint stores, layer by layer. BF16 experts are quantised while loading if
             it is something else.
@@ -244,13 +245,15 @@ def from_pretrained(
         open_checkpoint,
         take_subfolder,
     )
-    from hybrid_moe.integrations.transformers.dense.dense_loading import DenseOptions, dense_layers
-    from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts, experts_nbytes
-    from hybrid_moe.integrations.transformers.loading import (
-        experts_source,
-        load_experts,
-        load_skeleton,
+    from hybrid_moe.integrations.transformers.dense.dense_loading import (
+        DenseOptions,
+        dense_layers,
+        offload_dense,
     )
+    from hybrid_moe.integrations.transformers.expert_loading import ExpertsPart, load_experts
+    from hybrid_moe.integrations.transformers.gguf_model import index_of, load_gguf_skeleton
+    from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts, experts_nbytes
+    from hybrid_moe.integrations.transformers.loading import experts_source, load_skeleton
     from hybrid_moe.integrations.transformers.model_split import (
         split_of_checkpoint,
         surrounding_device,
@@ -291,12 +294,16 @@ def from_pretrained(
     )
     register()
     try:
-        layers = None
-        if dense_fmt is not None:
+        layers, gguf = None, index_of(checkpoint) is not None
+        if dense_fmt is not None and not gguf:
             layers = dense_layers(
                 checkpoint, DenseOptions(dense_fmt, options.pool_config()), kwargs
             )
-        model = load_skeleton(checkpoint, kwargs, layers)
+        model = (
+            load_gguf_skeleton(checkpoint, kwargs)
+            if gguf
+            else load_skeleton(checkpoint, kwargs, layers)
+        )
         experts = {n: m for n, m in model.named_modules() if isinstance(m, HybridExperts)}
         gate_routers(plan_routers(model, experts) if router else {})
         sources = [experts_source(stored, checkpoint, n, m.spec) for n, m in experts.items()]
@@ -305,12 +312,17 @@ def from_pretrained(
                 bar.expect(experts_nbytes(module.spec, held_formats(source, chosen)))
             if layers is not None:
                 layers.load(model, {n: m.spec for n, m in experts.items()}, bar)
+            if gguf and dense_fmt is not None and model.device.type == "cpu":
+                specs = {n: m.spec for n, m in experts.items()}
+                offload_dense(model, specs, DenseOptions(dense_fmt, options.pool_config()), bar)
+            parts = []
             for source, (name, module) in zip(sources, experts.items(), strict=True):
                 held, of_layer = held_formats(source, chosen), None
                 if split is not None:
                     of_layer = split.of_layer(source.layer, surrounding_device(model, name))
                 each = bar.each(experts_nbytes(module.spec, held))
-                load_experts(source, module, options, held, of_layer, packed, each)
+                parts.append(ExpertsPart(source, module, held, of_layer, each))
+            load_experts(parts, options, packed)
         _save_from_strips(model)
         chosen_by_user = kwargs.get("attn_implementation") is not None
         _prepare_steps(model, options, attention=not chosen_by_user)
@@ -320,18 +332,21 @@ def from_pretrained(
 
 
 def check_directory(directory: str | Path) -> Path:
-    """The model's folder, see `find_model`, before Transformers opens files in it.
+    """The model's folder, or GGUF file, see `find_model`, before Transformers opens files in it.
 
     Raises:
         FileNotFoundError: there is none.
         CheckpointError: it has a pipe.
     """
+    from hybrid_moe.loaders.gguf.gguf_layers import is_gguf
     from hybrid_moe.loaders.regular import check_no_pipes
 
     path = find_model(directory)
+    if path.is_file() and is_gguf(path):
+        return path
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path} is not a directory: pass the folder of a downloaded checkpoint"
+            f"{path} is not a directory: pass the folder of a downloaded checkpoint, or a GGUF file"
         )
     check_no_pipes(path)
     return path

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.loaders.gguf.header import read_gguf_header
+from hybrid_moe.loaders.gguf.gguf_header import read_gguf_header
 from tests.loaders.gguf.files import (
     ARRAY,
     INT8,

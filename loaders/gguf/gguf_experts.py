@@ -21,7 +21,7 @@ from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix, c
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.loaders.gguf.blocks import fresh, planes_of_blocks
 from hybrid_moe.loaders.gguf.ggml_types import READ, TYPES_BY_NAME
-from hybrid_moe.loaders.gguf.header import BlockTensor
+from hybrid_moe.loaders.gguf.gguf_header import BlockTensor
 from hybrid_moe.loaders.gguf.index import GgufIndex
 from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.loaders.quantize import encode, round_to_bf16, to_float32

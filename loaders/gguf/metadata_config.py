@@ -48,6 +48,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "expert_count": "num_experts",
         "expert_used_count": "num_experts_per_tok",
         "expert_shared_count": "n_shared_experts",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
         "leading_dense_block_count": "first_k_dense_replace",
         "nextn_predict_layers": "num_nextn_predict_layers",
         "attention.head_count": "num_attention_heads",
@@ -58,7 +59,6 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "attention.layer_norm_rms_epsilon": "rms_norm_eps",
         "attention.sliding_window": "sliding_window",
         "full_attention_interval": "full_attention_interval",
-        "rope.freq_base": "rope_theta",
         "vocab_size": "vocab_size",
     }
 )
@@ -101,7 +101,36 @@ def config_of(metadata: Mapping[str, Value]) -> dict[str, Any]:
     layers = config.get("num_hidden_layers")
     if type(drafts) is int and type(layers) is int and 0 < drafts < layers:
         config["num_hidden_layers"] = layers - drafts  # llama.cpp counts them
+    config["rope_parameters"] = rope_of(metadata)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if "vocab_size" not in config and isinstance(tokens, LeftOut):
         config["vocab_size"] = tokens.count
     return config
+
+
+_YARN: Mapping[str, str] = MappingProxyType(
+    {
+        "factor": "factor",
+        "original_context_length": "original_max_position_embeddings",
+        "yarn_beta_fast": "beta_fast",
+        "yarn_beta_slow": "beta_slow",
+    }
+)
+
+
+def rope_of(metadata: Mapping[str, Value]) -> dict[str, Any]:
+    """What the metadata says of rotary embeddings, as Transformers' `rope_parameters`."""
+    stem = f"{metadata.get(ARCHITECTURE)}.rope."
+    kind = metadata.get(f"{stem}scaling.type")
+    rope: dict[str, Any] = {"rope_type": kind if kind in ("yarn", "linear") else "default"}
+    theta = metadata.get(f"{stem}freq_base")
+    rope["rope_theta"] = theta if isinstance(theta, float) else 10000.0  # llama.cpp's default
+    if rope["rope_type"] == "default":
+        return rope
+    for key, name in _YARN.items():
+        value = metadata.get(f"{stem}scaling.{key}")
+        if type(value) in (int, float):
+            rope[name] = value
+    if metadata.get(ARCHITECTURE) == "gpt-oss":
+        rope["truncate"] = False  # as the family has it; GGUF has no key for it
+    return rope
