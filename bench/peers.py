@@ -281,9 +281,6 @@ def main() -> None:
     wanted, name = series(args), "formats" if args.formats else "peers"
     points: list[Point] = []
     errors: list[dict[str, Any]] = []
-    if not args.no_accuracy:
-        for method in dict.fromkeys(method for method, _ in wanted):
-            errors += accuracy(libraries, method, min(args.threads), console)
     for threads in args.threads:
         pool = PoolConfig(threads)
         bench = Bench(threads, args.rounds, args.seconds, args.seed, Reads(threads))
@@ -303,6 +300,10 @@ def main() -> None:
                 write_receipt(args.json, receipt(name, points=rows(points), errors=errors))
     if not points:
         raise SystemExit("no library could run")
+    if not args.no_accuracy:
+        for method in dict.fromkeys(method for method, _ in wanted):
+            errors += accuracy(libraries, method, min(args.threads), console)
+    write_receipt(args.json, receipt(name, points=rows(points), errors=errors))
     show_all(console, rows(points), errors, args.formats)
 
 
