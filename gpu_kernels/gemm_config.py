@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hybrid_moe.formats.strips import GROUP, strip_layout
 from hybrid_moe.formats.table import FORMATS
-from hybrid_moe.gpu_kernels.weight_codes.table import check_kernels, strip_codes
+from hybrid_moe.gpu_kernels.weight_codes.objects import check_kernels, strip_codes
 
 RANGE_INPUTS = 512
 """Most inputs of a K range."""

@@ -22,8 +22,8 @@ from hybrid_moe.gpu_kernels.lane_memory import (
     request,
 )
 from hybrid_moe.gpu_kernels.weight_codes.codes import Lane
+from hybrid_moe.gpu_kernels.weight_codes.objects import strip_codes
 from hybrid_moe.gpu_kernels.weight_codes.pairs import power_pair
-from hybrid_moe.gpu_kernels.weight_codes.table import strip_codes
 
 CHUNKS = 8
 """16-byte pieces of a token in a stage."""

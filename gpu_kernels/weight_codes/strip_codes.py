@@ -8,7 +8,7 @@ from hybrid_moe.formats.strips import StripLayout
 from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels.weight_codes.codes import CODES, Lane
 from hybrid_moe.gpu_kernels.weight_codes.row_factors import row_factors
-from hybrid_moe.gpu_kernels.weight_codes.scalings import FoldedE4m3, Scaling
+from hybrid_moe.gpu_kernels.weight_codes.scale_kinds import FoldedE4m3, Scaling
 
 
 class StripCodes:

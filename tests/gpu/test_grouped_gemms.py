@@ -18,7 +18,7 @@ from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_f
 from hybrid_moe.gpu_kernels import down, gate_up
 from hybrid_moe.gpu_kernels.definition import ARCHITECTURES
 from hybrid_moe.gpu_kernels.gemm_config import TOKEN_TILES, GemmConfig, gemm_config
-from hybrid_moe.gpu_kernels.weight_codes.table import FOLDED_SCALES
+from hybrid_moe.gpu_kernels.weight_codes.objects import FOLDED_SCALES
 from tests.cpu_kernels.cases import from_bf16, to_bf16
 from tests.gpu.gemm_cases import (
     BF16_NAN,
