@@ -28,6 +28,10 @@ Model = TypeVar("Model", bound="torch.nn.Module")
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_METHOD = "default"
+"""Of `from_pretrained`: MXFP4, which is what most published experts are, and where a model is GGUF
+whatever its layers are stored in."""
+
 INTERFACES = {
     "transformers.integrations.moe": "ExpertsInterface",
     "transformers.integrations.finegrained_fp8": "FP8ExpertsInterface",
@@ -195,7 +199,7 @@ def offload(
 
 def from_pretrained(
     directory: str | Path,
-    method: str | None = "MXFP4",
+    method: str | None = DEFAULT_METHOD,
     threads: int | None = None,
     pools: int | None = None,
     *,
@@ -221,7 +225,7 @@ def from_pretrained(
             whose configuration and other weights Transformers must know how to read.
         method: how the strips hold the weights, see `formats.table.METHODS`; "auto" (or None) for
             what the checkpoint stores, layer by layer. BF16 experts are quantised while loading if
-            it is something else.
+            it is something else. The default is MXFP4, and "auto" for a GGUF model.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"; F16 and F32 are rounded and
@@ -289,6 +293,9 @@ def from_pretrained(
     problem = checkpoint.routing_problem(stored.values(), given)
     if problem is not None:
         raise CheckpointError(problem)
+    gguf = index_of(checkpoint) is not None
+    if method == DEFAULT_METHOD:
+        method = AUTO if gguf else "MXFP4"
     chosen = chosen_method(method)
     # all of them before anything is loaded
     formats = {layer: held_formats(source, chosen) for layer, source in stored.items()}
@@ -300,7 +307,7 @@ def from_pretrained(
     )
     register()
     try:
-        layers, gguf = None, index_of(checkpoint) is not None
+        layers = None
         if dense_fmt is not None and not gguf:
             layers = dense_layers(
                 checkpoint, DenseOptions(dense_fmt, options.pool_config()), kwargs
