@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tables import Column, number, text
+from weights import INT8_ACTIVATIONS
 
 OURS = "ours"
 PEERS = ("kt-kernel", "ggml", "torch")
@@ -174,10 +175,6 @@ TARGETS = (
 )
 """Peaks are 150, 190, 205 and 175 of 234 * 10^9 multiply-accumulates a second, the peak of two
 Zen 4 cores at 3.66 GHz."""
-
-
-INT8_ACTIVATIONS = "+int8"
-"""Ends the name of a method that is to round activations to 8 bits."""
 
 
 def _format(

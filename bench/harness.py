@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from problem import SHAPES, SOURCES, Batch, Calls, Shape
-from weights import Codes, format_of, random_experts
+from weights import Codes, activation_bits, format_of, random_experts
 
 from hybrid_moe.cpu_kernels.ceilings.bandwidth import ReadProbe
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier
@@ -108,6 +108,7 @@ def make_layer(
         shape.intermediate,
         pool=pool,
         activation=activation,
+        activation_bits=activation_bits(method),
         isa=isa,
     )
     layer.allocate(np.ones(shape.experts, bool), biases=options)

@@ -128,10 +128,11 @@ def expert_output(x: Array, gate: Array, up: Array, down: Array) -> Array:
 
 
 def reference(experts: Sequence[Mapping[str, Array]], batch: Batch) -> Array:
-    """float64 [T, H]: plain SwiGLU experts, cyclically, of float64 matrices by name."""
+    """float64 [T, H]: plain SwiGLU experts, cyclically, of matrices by name."""
     x = bf16_values(batch.x).astype(np.float64)
     y = np.zeros_like(x)
-    for i, dense in enumerate(experts):
+    for i, expert in enumerate(experts):
+        dense = {name: matrix.astype(np.float64) for name, matrix in expert.items()}
         tokens, slots = np.nonzero(batch.ids % len(experts) == i)
         weights = batch.weights[tokens, slots, None].astype(np.float64)
         np.add.at(y, tokens, weights * expert_output(x[tokens], **dense))

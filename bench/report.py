@@ -151,6 +151,12 @@ def formats(bench: Bench) -> Iterator[str]:
         yield markdown(tables.ERRORS, bench["errors"])
 
 
+def accuracy(bench: Bench) -> Iterator[str]:
+    """Errors of every format."""
+    yield "### Errors of every format\n\n`python bench/accuracy.py`, see docs/formats.md\n"
+    yield markdown(tables.ACCURACY, bench["points"])
+
+
 def pool(bench: Bench) -> Iterator[str]:
     """Fork-join."""
     yield "### Fork-join of an empty job\n\n`python bench/pool.py`\n"
@@ -166,17 +172,36 @@ def load(bench: Bench) -> Iterator[str]:
     """Loading a checkpoint."""
     points = bench["points"]
     packed = points[0]["packed_bytes"] / 1e9
-    yield "### Loading from the page cache\n\n`python bench/load.py`\n"
+    yield "### Loading\n\n`python bench/load.py`\n"
     yield (
         f"{packed:.2f} GB of MXFP4 experts (shape A), {bench['threads']} threads, each round in a "
         'fresh process. "System hands out" is how fast another process had just been given '
         'anonymous memory, the ceiling of a first load; "again" loads once more into the memory '
-        "just given back, which leaves reading and packing.\n"
+        "just given back, which leaves reading and packing. Both read the page cache. The disk is "
+        "read in order by as many threads, its pages dropped before; what is loaded from it, or "
+        "from a packed cache on it, likewise.\n"
     )
     yield markdown(tables.LOAD, ({"round": i, **p} for i, p in enumerate(points, 1)))
     again = statistics.median(p["again_GBps"] for p in points)
     first = statistics.median(p["GBps"] for p in points)
     yield f"Medians: {first:.2f} GB/s, again {again:.2f} GB/s.\n"
+    if packing := bench.get("packing"):
+        listed = ", ".join(f"{p['format']} {p['GBps']:.1f}" for p in packing)
+        yield f"Packing alone, one thread, rows in memory, GB/s: {listed}.\n"
+
+
+def big(bench: Bench) -> Iterator[str]:
+    """A checkpoint as large as memory allows."""
+    yield "### At size\n\n`make bench-big`\n"
+    yield (
+        f"Random weights in published dimensions, {bench['threads']} threads: written, inspected, "
+        "planned, loaded from the disk in a fresh process with nothing of them in the page cache, "
+        "and run, all layers of experts in turn. The disk is what plain sequential reads get just "
+        "before and after. Memory is the most that the process held beyond its imports, beside "
+        "what `hybrid-moe plan` says of the experts. The roofline is the read bandwidth of the "
+        "same seconds over the bytes of a token's experts.\n"
+    )
+    yield markdown(tables.BIG, bench["points"])
 
 
 def quick(bench: Bench) -> Iterator[str]:
@@ -214,8 +239,10 @@ SECTIONS: Mapping[str, Callable[[Bench], Iterator[str]]] = MappingProxyType(
             gpu_check,
             peers,
             formats,
+            accuracy,
             pool,
             load,
+            big,
             steps,
             quick,
         )

@@ -183,6 +183,25 @@ LOAD = (
     number("load, GB/s", "GBps", 2),
     number("again, GB/s", "again_GBps", 2),
     number("peak memory / packed", "peak_over_packed", 3),
+    number("disk gives, GB/s", "disk_GBps", 2, optional=True),
+    number("load from it", "from_disk_GBps", 2, optional=True),
+    number("from a packed cache", "from_cache_GBps", 2, optional=True),
+)
+
+PACKING = (text("format", "{format}"), number("GB/s", "GBps", 1))
+
+BIG = (
+    text("model", "{model}"),
+    Column("experts, GB", lambda p: f"{p['expert_bytes'] / 1e9:.1f}"),
+    number("disk gives, GB/s", "disk_GBps", 2),
+    number("load, GB/s", "load_GBps", 2),
+    number("seconds", "load_s", 1),
+    number("packed / stored", "packed_over_stored", 3),
+    number("peak memory / plan", "peak_over_plan", 3),
+    number("decode, tok/s", "decode_tokens_per_s", 2),
+    percent("% of the roofline", "decode_tokens_per_s", "roofline_tokens_per_s"),
+    number("prefill, tok/s", "prefill_tokens_per_s", 1),
+    number("second start, s", "second_start_s", 1, optional=True),
 )
 
 QUICK = (
@@ -214,4 +233,12 @@ ERRORS = (
     text("method", "{method}"),
     number("inputs N(0, 1)", "normal", 4),
     number("8 channels × 40", "outliers", 4),
+)
+
+ACCURACY = (
+    text("format", "{method}"),
+    number("inputs N(0, 1)", "normal", 5),
+    number("8 channels × 40", "outliers", 5),
+    number("bf16 floor", "floor", 5),
+    number("weights", "weights", 4),
 )

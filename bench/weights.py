@@ -32,12 +32,27 @@ FORMAT_OF: Mapping[str, str] = MappingProxyType(
 several has the one that most checkpoints are in."""
 
 
+INT8_ACTIVATIONS = "+int8"
+"""Ends the name of a method whose activations are to be rounded to 8 bits."""
+
+
+def activation_bits(method: str) -> int:
+    """Bits of our activations under a method."""
+    return 8 if method.endswith(INT8_ACTIVATIONS) else 16
+
+
+def stored_method(method: str) -> str:
+    """The method without what it says of activations: how the weights are stored."""
+    return method.removesuffix(INT8_ACTIVATIONS)
+
+
 def format_of(method: str) -> WeightFormat:
     """The format that a method of the benchmarks means.
 
     Raises:
         ValueError: there is none of that name.
     """
+    method = stored_method(method)
     name = FORMAT_OF.get(method, method)
     if name not in FORMATS:
         known = ", ".join(dict.fromkeys((*FORMAT_OF, *FORMATS)))
@@ -106,6 +121,8 @@ def _numbers(
     if plane.name == "minima" and plane.dtype.kind == "f":
         size *= -_largest(fmt) / 2
     values = (size * rng.uniform(0.5, 1.5, shape)).astype(np.float32)
+    if plane.name == "factors" and plane.count == 2:  # so that minima take away the mean
+        values[:, 1::2] *= _largest(fmt) / 2
     return values.astype(plane.dtype) if plane.dtype.kind == "f" else bf16_bits(values)
 
 

@@ -39,13 +39,20 @@ MXFP4_BLOCKS_FROM = TILE_TOKENS + 1
 in docs/kernels.md). For a group of a strip T tokens take 32 cycles for decoding and 44 each
 directly, in tiles of up to 6; a block takes 40 for unpacking and the more of 12 T (vectors) and 128
 + 4 T (stores), T in fours. By count it wins from 4 on, but none has run yet: it begins where the
-direct way decodes twice (7 tokens: 372 against 200)."""
+direct way decodes twice (7 tokens: 372 against 200). So do all codes that are unpacked. With 8-bit
+activations both ways take less, decoding aside: 32 and 24 each against 40 and the more of 8 T and
+64 + 4 T; seven tokens take 232 and 136."""
 INT8_BLOCKS_FROM = TILE_TOKENS + 1
-"""Likewise, without decoding: T tokens take 17 cycles a panel directly, 68 T in all, a block the
-more of 12 T and 128 + 4 T. By count it wins from 3 on; like MXFP4, it begins where codes would be
-read twice."""
+"""Likewise, without decoding, of all codes that are bytes: T tokens take 17 cycles a panel
+directly, 68 T in all, a block the more of 12 T and 128 + 4 T. By count it wins from 3 on; like
+MXFP4, it begins where codes would be read twice."""
 BF16_BLOCKS_FROM = 1
 """Likewise: 16 cycles for 1 KiB of weights are faster than any memory."""
+E4M3_BLOCKS_FROM = 1
+"""Likewise, and not by choice: the order in which a matrix unit adds is its own, and bits must not
+depend on how many tokens there are. One token pays for unpacking, by count 60 cycles a panel for
+512 bytes of codes beside 16 of products: 17 GB/s a core at 2.5 GHz, more than a core of a processor
+with many reads when all do."""
 BLOCK_TURN_TOKENS = 4
 """Tokens per iteration of the vector loops beside a matrix unit. One token at a time, those loops
 would take longer than its products."""
@@ -68,6 +75,11 @@ def chunk_groups(layout: StripLayout) -> int:
 
 TURN_GROUPS = 16
 """Groups that two panels take before the other two follow: 17 KB, half of a first-level cache."""
+
+E4M3_WORDS = 2
+"""Words of codes, of all panels that go together, in the body of a loop: 8 of a group's are 300 to
+700 instructions a kernel, of which compiling takes three times as long and Zen 4 runs none faster.
+"""
 
 # Prefetch instructions
 

@@ -16,6 +16,7 @@ from hybrid_moe.loaders.expert_source import ExpertSource
 from hybrid_moe.loaders.gguf.gguf_layers import GgufLayers, is_gguf
 from hybrid_moe.loaders.gguf.index import GgufIndex
 from hybrid_moe.loaders.gguf.metadata_config import config_of
+from hybrid_moe.loaders.kt_kernel import KT_KERNEL, describe_kt_layer, kt_layers
 from hybrid_moe.loaders.layout import layout_of_model
 from hybrid_moe.loaders.model_config import CONFIG_NAME, NUM_EXPERTS, TOP_K, ModelConfig
 from hybrid_moe.loaders.naming import LayerKeys, find_layers
@@ -50,7 +51,7 @@ class Checkpoint:
         self.config = config
         self.model = ModelConfig(config, f"{CONFIG_NAME} of {index.path}")
         self._gguf = GgufLayers(index) if isinstance(index, GgufIndex) else None
-        self._layers = find_layers(index.tensors) if self._gguf is None else self._gguf.keys
+        self._layers = self._find_layers() if self._gguf is None else self._gguf.keys
         self.drafts = DraftLayers(self.model, index.tensors)
         self.layers = tuple(layer for layer in self._layers if layer not in self.drafts)
         self.expert_keys = frozenset(
@@ -160,10 +161,16 @@ class Checkpoint:
                 )
         return None
 
+    def _find_layers(self) -> dict[int, LayerKeys]:
+        """The layers of safetensors that have routed experts, by number, ascending."""
+        return find_layers(self.index.tensors) or kt_layers(self.index.tensors)
+
     def _describe(self, keys: LayerKeys) -> ExpertSource:
         """The experts of a layer, checked as far as its own tensors tell."""
         if self._gguf is not None:
             return self._gguf.describe(keys.layer)
+        if keys.scheme is KT_KERNEL:
+            return describe_kt_layer(self.index, keys)
         return describe_layer(self.index, keys, self._ask_model, self._quantization)
 
     def close(self) -> None:

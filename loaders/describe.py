@@ -192,11 +192,14 @@ def _unknown(first: Stack, scheme: NamingScheme) -> CheckpointError:
             f"{stem_of(first, scheme)}{scheme.scales[0]}: this tensor is missing beside "
             f"{weight.where}: {dtype} weights need scales"
         )
-    taken = (row.takes(weight.key, dtype, scale_dtype, zeros is None) for row in STORED)
-    if any(taken):
-        what = "there are none" if zeros is None else f"{zeros.where} are not read beside them"
+    if any(row.takes(weight.key, dtype, scale_dtype, zeros is None) for row in STORED):
+        if zeros is None:
+            return CheckpointError(
+                f"{stem_of(first, scheme)}{scheme.zeros[0]}: this tensor is missing beside "
+                f"{weight.where}: these weights need zero points"
+            )
         return CheckpointError(
-            f"{weight.where}: {describe_dtypes(dtype, scale_dtype)} and zero points: {what}"
+            f"{zeros.where}: zero points beside {describe_dtypes(dtype, scale_dtype)} are not read"
         )
     return CheckpointError(
         f"{scale.where if scale else weight.where}: {weight.key} is stored as "

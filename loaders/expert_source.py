@@ -8,6 +8,7 @@ from typing import Protocol
 from hybrid_moe.formats.table import Method, formats_under
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.formats.weight_format import LayerFormats
+from hybrid_moe.loaders.kt_kernel import REORDERED, KtSource
 from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.loaders.safetensors import ReadBuffer
 
@@ -123,6 +124,12 @@ def held_formats(source: ExpertSource, method: Method | None) -> LayerFormats:
         ValueError: weights stored so do not become that; the message says which methods take them.
     """
     where = f"layer {source.layer} of {source.path}"
+    if isinstance(source, KtSource) and method is not None and method.name in REORDERED:
+        raise ValueError(
+            f"{where} has kt-kernel's own matrices: those of its {method.name} are reordered by "
+            "AOCL or KML, in ways that are not published, and are not read. If they were made for "
+            f"AMX, use {method.name.replace('MOE_', 'AMX')}"
+        )
     formats = formats_under(method, source.formats, where)
     for fmt, K in ((formats.gate_up, source.hidden), (formats.down, source.intermediate)):
         if K % fmt.k_multiple:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.loaders.expert_source import ExpertSource
-from hybrid_moe.loaders.safetensors import ReadBuffers
+from hybrid_moe.loaders.safetensors import ReadBuffer, ReadBuffers
 from hybrid_moe.parallel import for_each
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,56 @@ def wanted_ids(
     return ids
 
 
+class LayerLoad:
+    """What is to be read of a layer, and who takes it.
+
+    Attributes:
+        items: (the checkpoint's expert, the ids that it has) of every expert that is wanted.
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        mapping: npt.NDArray[np.int64],
+        wanted: npt.NDArray[np.bool_],
+        sink: Callable[[int, ExpertTensors], None],
+        *,
+        formats: WeightFormat | LayerFormats,
+        progress: Progress | None = None,
+    ) -> None:
+        """Check everything that can be checked before data is read; arguments and errors as of
+        `load_layer`."""
+        ids = wanted_ids(source, mapping, wanted)
+        self._source, self._sink, self._formats = source, sink, layer_formats(formats)
+        source.check_layout()
+        _announce(source, self._formats)
+        self.items = tuple(ids.items())
+        self._counted = Counted(progress, ids)
+
+    def load(self, logical: int, ids: Sequence[int], buffer: ReadBuffer) -> None:
+        """Read an expert and hand it on, once for each of its ids."""
+        tensors = self._source.expert(logical, self._formats, buffer)
+        for physical in ids:
+            self._sink(physical, tensors)
+            self._counted.one()
+
+
+def load_layers(loads: Iterable[LayerLoad], threads: int) -> None:
+    """Load one layer after the other on the same threads: none waits at the end of a layer for
+    those that are still at its last experts. A layer is asked for when it is its turn.
+
+    Raises:
+        ValueError, CheckpointError: see `load_layer`.
+    """
+    buffers = ReadBuffers()
+
+    def load(part: tuple[LayerLoad, int, Sequence[int]]) -> None:
+        layer, logical, ids = part
+        layer.load(logical, ids, buffers.mine)
+
+    for_each(((layer, *item) for layer in loads for item in layer.items), load, threads)
+
+
 def load_layer(
     source: ExpertSource,
     mapping: npt.NDArray[np.int64],
@@ -121,20 +171,8 @@ def load_layer(
         CheckpointError: a shard is truncated, an expert's values are invalid, or nothing tells
             where gate and up lie.
     """
-    ids = wanted_ids(source, mapping, wanted)
-    held = layer_formats(formats)
-    source.check_layout()
-    _announce(source, held)
-    counted, buffers = Counted(progress, ids), ReadBuffers()
-
-    def load(item: tuple[int, list[int]]) -> None:
-        logical, physical_slots = item
-        tensors = source.expert(logical, held, buffers.mine)
-        for physical in physical_slots:
-            sink(physical, tensors)
-            counted.one()
-
-    for_each(ids.items(), load, threads)
+    layer = LayerLoad(source, mapping, wanted, sink, formats=formats, progress=progress)
+    load_layers([layer], threads)
 
 
 def _announce(source: ExpertSource, formats: LayerFormats) -> None:

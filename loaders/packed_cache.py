@@ -89,7 +89,7 @@ class PackedKey:
     ) -> PackedKey:
         """The key of a layer's experts in these formats, cut over pools so."""
         place = [
-            str(source.path),
+            str(source.path.resolve()),
             source.layer,
             [fmt.name for fmt in formats],
             [[str(share.blocks), str(share.strips), share.nbytes] for share in shares],
@@ -303,14 +303,15 @@ class PackedCache:
         Args:
             pools: bytes of each pool's range of an expert.
         """
-        with self._opened() as directory:
-            try:
-                return self._open(key, experts, pools, directory)
-            except FileNotFoundError:
-                if any(_of_place(directory, key.place)):
-                    self.refuse(key, "what is there is of another state of the checkpoint")
-            except (OSError, DamagedCacheError) as error:
-                self.refuse(key, error)
+        try:
+            with self._opened() as directory:
+                try:
+                    return self._open(key, experts, pools, directory)
+                except FileNotFoundError:
+                    if any(_of_place(directory, key.place)):
+                        self.refuse(key, "what is there is of another state of the checkpoint")
+        except (OSError, DamagedCacheError) as error:
+            self.refuse(key, error)
         return None
 
     def refuse(self, key: PackedKey, why: object) -> None:

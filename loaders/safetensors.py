@@ -133,8 +133,10 @@ class SafetensorsIndex:
 
     @property
     def state(self) -> str:
-        """A text that another state of the files does not have."""
-        return "; ".join(f"{file}: {stamp}" for file, stamp in sorted(self.stamps.items()))
+        """A text that another state of the files does not have. The folder's own stamp is left out:
+        it tells of files beside them too."""
+        files = sorted(self.stamps.items())
+        return "; ".join(f"{file}: {found}" for file, found in files if not file.is_dir())
 
     def info(self, key: str) -> TensorInfo:
         """Where `key` lies. Raises `CheckpointError` where there is no such tensor."""

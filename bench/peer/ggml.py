@@ -112,6 +112,27 @@ class _Library:
         return int(self.init(_InitParams(size, None, True)))
 
 
+def quantized_by_ggml(directory: str, type_name: str, values: Array) -> Array | None:
+    """float32 [N, K], quantized and back by the libraries of that directory; None where they have
+    no such type."""
+    if type_name not in _TYPES:
+        return None
+    g, kind = _Library(Path(directory)), _TYPES[type_name]
+    N, K = values.shape
+    rows = np.empty(N * g.row_size(kind, K), np.uint8)
+    g.quantize_chunk(kind, values.ctypes.data, rows.ctypes.data, 0, N, K, None)
+    return _dequantized(g, kind, rows, N, K)
+
+
+def _dequantized(g: _Library, kind: int, rows: Array, N: int, K: int) -> Array:
+    """Through the function of the type's table: (blocks, float32 out, count)."""
+    traits = ctypes.cast(g.get_type_traits(kind), ctypes.POINTER(_TypeTraits)).contents
+    values = np.empty((N, K), np.float32)
+    to_float = ctypes.CFUNCTYPE(None, P, P, c_int64)(traits.to_float)
+    to_float(rows.ctypes.data, values.ctypes.data, N * K)
+    return values
+
+
 class Ggml(Peer):
     def __init__(self, shape: Shape, method: str, threads: int, max_tokens: int) -> None:
         self._type_name = _NEAREST.get(method, method)
@@ -217,18 +238,12 @@ class Ggml(Peer):
     def experts(self) -> list[dict[str, Array]]:
         """What ggml made of the values that it was given."""
         return [
-            {name: self._dequantize(self._rows[name][i], *self._shape.matrices[name])
-             for name in self._rows}
+            {
+                name: _dequantized(self._g, self._type, rows[i], *self._shape.matrices[name])
+                for name, rows in self._rows.items()
+            }
             for i in range(SOURCES)
-        ]  # fmt: skip
-
-    def _dequantize(self, rows: Array, N: int, K: int) -> Array:
-        """Through the function of the type's table: (blocks, float32 out, count)."""
-        address = self._g.get_type_traits(self._type)
-        to_float = ctypes.cast(address, ctypes.POINTER(_TypeTraits)).contents.to_float
-        values = np.empty((N, K), np.float32)
-        ctypes.CFUNCTYPE(None, P, P, c_int64)(to_float)(rows.ctypes.data, values.ctypes.data, N * K)
-        return values.astype(np.float64)
+        ]
 
     def prepare(self, batches: list[Batch]) -> None:
         if self._allocator is not None:

@@ -19,7 +19,8 @@ class Ours(Peer):
 
     @property
     def label(self) -> str:
-        return f"hybrid_moe ({self._layer.tier.name})"
+        bits = "" if self._layer.activation_bits == 16 else ", int8 activations"
+        return f"hybrid_moe ({self._layer.tier.name}{bits})"
 
     def prepare(self, batches: list[Batch]) -> None:
         self._batches = batches

@@ -15,7 +15,7 @@ from problem import (
     relative_error,
     time_calls,
 )
-from weights import random_experts
+from weights import random_experts, stored_method
 
 from peer.interface import Peer
 from peer.pipe import answer_commands
@@ -40,7 +40,8 @@ class Worker:
         """Load the layer."""
         self._shape, self._method = SHAPES[shape], method
         peer = getattr(importlib.import_module(self._module), self._class_name)
-        self._peer = peer(self._shape, method, threads, max_tokens)
+        own = method if self._class_name == "Ours" else stored_method(method)
+        self._peer = peer(self._shape, own, threads, max_tokens)
         assert self._peer is not None
         return {"label": self._peer.label}
 

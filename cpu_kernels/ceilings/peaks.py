@@ -312,6 +312,27 @@ def mac_ceiling(
     return max(rates)
 
 
+def format_ceilings(ops: Mapping[str, float]) -> dict[str, float]:
+    """`mac_ceiling` of every format that multiplies with one of these ops.
+
+    Args:
+        ops: op -> its peak.
+    """
+    found: dict[str, float] = {}
+    for name, uses in USES.items():
+        rates = [ops[use.op] / use.per_product for use in uses if use.op in ops]
+        if rates:
+            found[name] = max(rates)
+    return found
+
+
+def op_peaks(pool: PoolConfig, tier: Tier | None = None, seconds: float = 0.3) -> dict[str, float]:
+    """Peak of each op that the tier has, multiply-accumulates per second."""
+    tier = tier or choose_tier()
+    found = {name: peak_macs(op, pool, tier, seconds) for name, op in MAC_OPS.items()}
+    return {name: rate for name, rate in found.items() if rate is not None}
+
+
 @dataclass(frozen=True)
 class MacCeiling:
     """Peak of one op on one tier, 10^9 multiply-accumulates per second.

@@ -70,10 +70,12 @@ def _lookup_low4(emit: Emit, table: tuple[int, ...], index: Val) -> Val:
 # byte_dot: exact integer dot products of unsigned by signed bytes, four per 32-bit lane.
 # An accumulator is 16 lanes of 32 bits in a representation that is the tier's own; it starts at
 # zero or at a bias and is read by byte_dot_total. The contract that lets a tier keep 16-bit halves:
-# at most 8 byte_dots, weights in 0..24 whose offset 12 the bias takes back, |x| <= 128, so that
-# each half's true sum is at most 8 * 2 * 12 * 128 = 24576 in magnitude.
+# at most 8 byte_dots, |x| <= 128, and weights in 0..24 that are -12..12 once the bias has taken
+# their offset back, or 0..15 without one. Then each half's true sum is at most 8 * 2 * 15 * 128 =
+# 30720 in magnitude.
 
 BYTE_DOT_OFFSET = 12
+"""The largest offset."""
 
 
 def _byte_dot_meaning(accumulator: Array, w: Array, x: Array) -> Array:
@@ -88,13 +90,13 @@ def _byte_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     return accumulator
 
 
-def _byte_dot_bias_meaning(x: Array) -> Array:
-    """x int8 [32] -> what takes the weights' offset back over these 32 inputs."""
-    return np.asarray(-BYTE_DOT_OFFSET * x.astype(np.int64).sum())
+def _byte_dot_bias_meaning(x: Array, offset: int) -> Array:
+    """x int8 [32] or [16] -> what takes the weights' offset back over these inputs."""
+    return np.asarray(-offset * x.astype(np.int64).sum())
 
 
-def _byte_dot_bias(emit: Emit, x: Val) -> Val:
-    return emit.reduce("add", x.sext(I32)) * -BYTE_DOT_OFFSET
+def _byte_dot_bias(emit: Emit, x: Val, offset: int) -> Val:
+    return emit.reduce("add", x.sext(I32)) * -offset
 
 
 def _byte_dot_total_meaning(high: Array, low: Array) -> Array:
@@ -105,18 +107,21 @@ def _byte_dot_total(emit: Emit, high: Val, low: Val) -> Val:
     return (high << 8) + low
 
 
-# wide_dot: exact integer dot products of signed bytes (weights, any byte) by integers of 15 bits
+# wide_dot: exact integer dot products of bytes (weights -128..127) by integers of 15 bits
 # (activations, |q| <= 16320), four inputs per 32-bit lane. How 32 activations lie in 64 bytes is
 # the tier's own, as is the accumulator: `wide_split` arranges them, and `wide_dot` takes 32-bit
-# words k and 8 + k of that for quad k. `wide_start` makes an accumulator from a bias, -WIDE_OFFSET
-# times the sum of q, for tiers whose weights must be unsigned; `wide_total` reads it. A total is at
-# most 32 * 128 * 16320 < 2^26 in magnitude.
+# words k and 8 + k of that for quad k. Weights come with an offset of 0 to 128 that makes them
+# unsigned; `wide_weights` or `wide_lookup` prepares them for the tier's `wide_dot`, which takes
+# them so, or signed. `wide_start` makes an accumulator from a bias, -offset times the sum of q, for
+# tiers that keep the offset; `wide_total` reads it. A total is at most 32 * 128 * 16320 < 2^26 in
+# magnitude.
 #
 # The generic arrangement is 16-bit words, inputs 0 and 2 of each quad in its first word, 1 and 3 in
 # its second. The other one that tiers use is planes: q = 256 * high + low, high bytes first. Tiers
 # with a matrix unit must use planes, since its kernels read them.
 
 WIDE_OFFSET = 128
+"""The largest offset."""
 
 
 def split_planes(q: Val) -> tuple[Val, Val]:
@@ -150,6 +155,36 @@ def _wide_start(emit: Emit, bias: Val) -> Val:
     return emit.splat(0, I32, 16)
 
 
+def _wide_weights_meaning(w: Array, offset: int) -> Array:
+    """uint8 [64], weights plus the offset -> int8 [64], the weights."""
+    weights: Array = (w - np.uint8(offset)).view(np.int8)
+    return weights
+
+
+def _wide_weights(emit: Emit, w: Val, offset: int) -> Val:
+    return w + -offset if offset else w
+
+
+def wide_weights_unsigned(emit: Emit, w: Val, offset: int) -> Val:
+    """For instructions whose weights are unsigned."""
+    return w
+
+
+def _wide_lookup_meaning(table: tuple[int, ...], offset: int, index: Array) -> Array:
+    """table of 16 weights, index as of lookup_low4 -> int8 [64]."""
+    weights: Array = np.asarray(table, np.int8)[index & 15]
+    return weights
+
+
+def _wide_lookup(emit: Emit, table: tuple[int, ...], offset: int, index: Val) -> Val:
+    return emit.op("lookup_low4", tuple(weight & 255 for weight in table), index)
+
+
+def wide_lookup_unsigned(emit: Emit, table: tuple[int, ...], offset: int, index: Val) -> Val:
+    """Likewise: the offset is in the table."""
+    return emit.op("lookup_low4", tuple((weight + offset) & 255 for weight in table), index)
+
+
 def _wide_dot_meaning(accumulator: Array, w: Array, first: Array, second: Array) -> Array:
     """int64 [16], int8 [64], int16 [2] (inputs 0, 2), int16 [2] (1, 3) -> int64 [16]."""
     q = np.array([first[0], second[0], first[1], second[1]], np.int64)
@@ -180,10 +215,10 @@ def wide_total_planes(emit: Emit, accumulator: Val) -> Val:
     return (high << 8) + low
 
 
-# narrow_dot: exact integer dot products of signed bytes (weights, any byte) by signed bytes within
-# -127..127, four inputs per 32-bit lane. The accumulator is 16 lanes of 32 bits; `narrow_start`
-# makes one from a bias, -WIDE_OFFSET times the sum of the activations, for tiers whose weights must
-# be unsigned. A total is at most 32 * 128 * 127 < 2^19 in magnitude.
+# narrow_dot: the same of bytes: weights as `wide_weights` or `wide_lookup` prepares them, signed
+# activations within -127..127, four inputs per 32-bit lane. The accumulator is 16 lanes of 32 bits;
+# `narrow_start` makes one from a bias, -offset times the sum of the activations, for tiers that
+# keep the offset. A total is at most 32 * 128 * 127 < 2^19 in magnitude.
 
 
 def _narrow_start_meaning(bias: Array) -> Array:
@@ -285,6 +320,8 @@ OPS: Mapping[str, Op] = MappingProxyType(
             Op("byte_dot_total", _byte_dot_total_meaning, _byte_dot_total),
             Op("wide_split", _wide_split_meaning, _wide_split),
             Op("wide_start", _wide_start_meaning, _wide_start),
+            Op("wide_weights", _wide_weights_meaning, _wide_weights),
+            Op("wide_lookup", _wide_lookup_meaning, _wide_lookup),
             Op("wide_dot", _wide_dot_meaning, _wide_dot),
             Op("wide_total", _wide_total_meaning, _wide_total),
             Op("narrow_start", _narrow_start_meaning, _narrow_start),

@@ -18,15 +18,15 @@ import llvmlite.binding as llvm
 from hybrid_moe.cpu_kernels.dsl import amx, e4m3, neon
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I16, I32, Emit, Val, join, pieces, vector
 from hybrid_moe.cpu_kernels.dsl.ops import (
-    BYTE_DOT_OFFSET,
     OPS,
-    WIDE_OFFSET,
     Lowering,
     fused,
     half_to_float_native,
     unpack_pair,
+    wide_lookup_unsigned,
     wide_split_planes,
     wide_total_planes,
+    wide_weights_unsigned,
 )
 from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
 from hybrid_moe.cpu_kernels.jit.compile import Target
@@ -175,12 +175,12 @@ class _Wide:
         return accumulator
 
 
-def _halves_bias(emit: Emit, x: Val) -> Val:
+def _halves_bias(emit: Emit, x: Val, offset: int) -> Val:
     """The offset of inputs 0, 1 (mod 4) in the lower 16 bits, of inputs 2, 3 in the upper."""
     wide = x.sext(I32)
     low = emit.reduce("add", wide.shuffle([i for i in range(x.lanes) if i % 4 < 2]))
     high = emit.reduce("add", wide.shuffle([i for i in range(x.lanes) if i % 4 >= 2]))
-    return ((high * -BYTE_DOT_OFFSET) << 16) | ((low * -BYTE_DOT_OFFSET) & 0xFFFF)
+    return ((high * -offset) << 16) | ((low * -offset) & 0xFFFF)
 
 
 def _wide_start_planes(emit: Emit, bias: Val) -> Val:
@@ -189,22 +189,19 @@ def _wide_start_planes(emit: Emit, bias: Val) -> Val:
 
 
 def _wide_planes(byte_dot: Lowering) -> dict[str, Lowering]:
-    """Lowerings for tiers whose `byte_dot` sums in 32 bits: weights plus 128 are unsigned bytes."""
+    """Lowerings for tiers whose `byte_dot` sums in 32 bits and takes any unsigned byte."""
 
     def dot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val) -> Val:
-        unsigned = w + -WIDE_OFFSET
         planes = zip(accumulator.halves(), (first, second), strict=True)
-        return join([byte_dot(emit, plane, unsigned, x) for plane, x in planes])
-
-    def narrow_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
-        total: Val = byte_dot(emit, accumulator, w + -WIDE_OFFSET, x)
-        return total
+        return join([byte_dot(emit, plane, w, x) for plane, x in planes])
 
     return {
         "narrow_start": lambda emit, bias: emit.broadcast(bias, 16),
-        "narrow_dot": narrow_dot,
+        "narrow_dot": byte_dot,
         "wide_split": wide_split_planes,
         "wide_start": _wide_start_planes,
+        "wide_weights": wide_weights_unsigned,
+        "wide_lookup": wide_lookup_unsigned,
         "wide_dot": dot,
         "wide_total": wide_total_planes,
     }

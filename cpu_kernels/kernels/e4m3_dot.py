@@ -29,7 +29,7 @@ from hybrid_moe.cpu_kernels.kernels.integer_dot import strip_of
 from hybrid_moe.cpu_kernels.kernels.order import Order
 from hybrid_moe.cpu_kernels.kernels.scalings import Scale, ScaleOf, scale_of
 from hybrid_moe.cpu_kernels.kernels.strip_cursor import Place, StripCursor, field_address
-from hybrid_moe.cpu_kernels.tuning import PACKED_AHEAD, SHARE_LINES, TURN_GROUPS
+from hybrid_moe.cpu_kernels.tuning import E4M3_WORDS, PACKED_AHEAD, SHARE_LINES, TURN_GROUPS
 from hybrid_moe.formats.strips import GROUP, LINE, PANELS, SUMS_BYTES, StripField, StripLayout
 from hybrid_moe.formats.weight_format import WeightFormat
 
@@ -47,7 +47,7 @@ in 32-bit lanes [16]."""
 
 
 @dataclass(frozen=True)
-class Source:
+class E4m3Source:
     """Weights as a kernel reads them.
 
     Attributes:
@@ -64,6 +64,11 @@ class Source:
     pairs: Pairs
     scale: ScaleOf
 
+    @property
+    def word_bytes(self) -> int:
+        """From the weights of a word to those of the next."""
+        return _LINES if self.packed else 2 * _LINES
+
 
 def _decoded(emit: Emit, codes: Val, panel: int, word: int) -> list[Val]:
     line = emit.load(codes + (_LINES * word + 64 * panel), I8, 64, align=64)
@@ -76,15 +81,15 @@ def _as_they_are(emit: Emit, pairs: Val, panel: int, word: int) -> list[Val]:
 
 
 @lru_cache(maxsize=8)
-def packed_source(fmt: WeightFormat) -> Source:
+def packed_source(fmt: WeightFormat) -> E4m3Source:
     """A format's strips as they stream from memory."""
     layout = strip_of(fmt)
     span = 1 if fmt.group == GROUP else SPAN_GROUPS
-    return Source(layout, True, span, _decoded, scale_of(fmt, layout))
+    return E4m3Source(layout, True, span, _decoded, scale_of(fmt, layout))
 
 
 @lru_cache(maxsize=8)
-def unpacked_source(fmt: WeightFormat) -> Source:
+def unpacked_source(fmt: WeightFormat) -> E4m3Source:
     """Groups that `unpack` has made: pairs of bf16, 4 KB, then float32 parts of scales."""
     names = ("factor", "exponent") if fmt.scaling == "ue8m0" else ("factor",)
     fields = tuple(StripField(name, 4 * 64 * i, 1, 4, False) for i, name in enumerate(names))
@@ -94,7 +99,7 @@ def unpacked_source(fmt: WeightFormat) -> Source:
         at = {field.name: field_address(place, layout, field, panel) for field in fields}
         return Scale(**{name: emit.load(at[name], F32, 16, align=64) for name in names})
 
-    return Source(layout, False, packed_source(fmt).span, _as_they_are, scale)
+    return E4m3Source(layout, False, packed_source(fmt).span, _as_they_are, scale)
 
 
 def unpack(fmt: WeightFormat) -> KernelBody:
@@ -105,9 +110,11 @@ def unpack(fmt: WeightFormat) -> KernelBody:
         cursor = StripCursor(emit, packed.layout, strip, begin)
         with emit.loop(begin, end) as group:
             place, to = cursor.place, out + (group - begin) * unpacked.block_bytes
-            for word, panel in itertools.product(range(WORDS), range(PANELS)):
-                for i, pairs in enumerate(packed.pairs(emit, place.codes, panel, word)):
-                    emit.store(to + (_LINES * (2 * word + i) + 64 * panel), pairs, align=64)
+            with emit.loop(0, emit.i64(WORDS)) as word:
+                codes, pairs_to = place.codes + word * _LINES, to + word * (2 * _LINES)
+                for panel in range(PANELS):
+                    for i, pairs in enumerate(packed.pairs(emit, codes, panel, 0)):
+                        emit.store(pairs_to + (_LINES * i + 64 * panel), pairs, align=64)
             for panel in range(PANELS):
                 scale = packed.scale(emit, place, panel, 0)
                 for field in unpacked.fields:
@@ -118,11 +125,17 @@ def unpack(fmt: WeightFormat) -> KernelBody:
     return body
 
 
+def within(first: Val, count: int, begin: Val, end: Val) -> tuple[Val, Val]:
+    """Groups first..first+count-1, as far as they are groups begin..end-1."""
+    last = first + count
+    return (first < begin).select(begin, first), (end < last).select(end, last)
+
+
 class _Kernel:
     """Emits one kernel for `tokens`, in the order of panels and sums that `order` says."""
 
     def __init__(
-        self, emit: Emit, args: DotArgs, tokens: int, source: Source, order: Order
+        self, emit: Emit, args: DotArgs, tokens: int, source: E4m3Source, order: Order
     ) -> None:
         self.emit, self.args, self.tokens = emit, args, range(tokens)
         self.source, self.order = source, order
@@ -134,21 +147,16 @@ class _Kernel:
             self.in_registers(range(PANELS), args.begin, args.end)
         elif order.kept:
             with emit.loop(args.begin & -TURN_GROUPS, args.end, step=TURN_GROUPS) as turn:
-                begin, end = self.within(turn, TURN_GROUPS, args.begin, args.end)
+                begin, end = within(turn, TURN_GROUPS, args.begin, args.end)
                 for first in range(0, PANELS, order.kept):
                     self.in_registers(range(first, first + order.kept), begin, end)
         else:
             with emit.when(args.begin.equals(0)):
                 clear_sums(emit, args.sums, len(self.tokens))
             with emit.loop(args.begin & -self.source.span, args.end, self.source.span) as span:
-                begin, end = self.within(span, self.source.span, args.begin, args.end)
+                begin, end = within(span, self.source.span, args.begin, args.end)
                 for first in range(0, PANELS, order.together):
                     self.in_memory(range(first, first + order.together), begin, end)
-
-    def within(self, first: Val, count: int, begin: Val, end: Val) -> tuple[Val, Val]:
-        """Groups first..first+count-1, as far as they are groups begin..end-1."""
-        last = first + count
-        return (first < begin).select(begin, first), (end < last).select(end, last)
 
     def in_registers(self, panels: Sequence[int], begin: Val, end: Val) -> None:
         """Groups begin..end-1 of `panels`, the sums in registers meanwhile."""
@@ -156,7 +164,7 @@ class _Kernel:
         places = list(itertools.product(self.tokens, panels))
         total = load_sums(emit, self.args.sums, begin, places)
         with emit.loop(begin & -span, end, step=span) as first:
-            for (t, p), part in self.parts(panels, *self.within(first, span, begin, end)).items():
+            for (t, p), part in self.parts(panels, *within(first, span, begin, end)).items():
                 total[t, p].set(total[t, p].get() + part)
             emit.barrier()
         store_sums(emit, self.args.sums, total)
@@ -197,30 +205,32 @@ class _Kernel:
     ) -> None:
         """Dot products of one group: a word of all `panels`, then the next word."""
         emit, source = self.emit, self.source
-        lines = self.wanted(codes) if panels[0] == 0 else []
-        share = -(-len(lines) // (WORDS * len(panels)))
-        for step, (word, p) in enumerate(itertools.product(range(WORDS), panels)):
-            for line in lines[share * step : share * (step + 1)]:
-                emit.prefetch(line)
-            for i, w in enumerate(source.pairs(emit, codes, p, word)):
-                for t in self.tokens:
-                    at = x + (BYTE_PAIRS.group_bytes * t + 4 * (2 * word + i))
-                    value = emit.load(at, I32, align=4)
-                    part[t, p].set(emit.op("pair_dot", part[t, p].get(), w, value))
-            emit.barrier()
+        asks = panels[0] == 0 and source.packed and self.order.prefetch
+        if panels[0] == 0 and not source.packed:
+            self.ask_next()
+        if asks and source.layout.block_groups == 1 and source.layout.field_bytes:
+            emit.prefetch(codes + (PACKED_AHEAD + source.layout.code_bytes))
+        with emit.loop(0, emit.i64(WORDS), step=E4M3_WORDS) as first:
+            at, inputs = codes + first * source.word_bytes, x + first * 8
+            for word, p in itertools.product(range(E4M3_WORDS), panels):
+                if asks:
+                    for line in range(p, PANELS, len(panels)):
+                        emit.prefetch(at + (PACKED_AHEAD + _LINES * word + LINE * line))
+                for i, w in enumerate(source.pairs(emit, at, p, word)):
+                    for t in self.tokens:
+                        offset = BYTE_PAIRS.group_bytes * t + 4 * (2 * word + i)
+                        value = emit.load(inputs + offset, I32, align=4)
+                        part[t, p].set(emit.op("pair_dot", part[t, p].get(), w, value))
+                emit.barrier()
 
-    def wanted(self, codes: Val) -> list[Val]:
-        """Lines to prefetch during a group: of the strip that is being read, or of the codes that
-        are unpacked next."""
-        layout = self.source.layout
-        if self.source.packed:
-            count = layout.block_bytes // layout.block_groups // LINE if self.order.prefetch else 0
-            return [codes + (PACKED_AHEAD + LINE * line) for line in range(count)]
+    def ask_next(self) -> None:
+        """Prefetch of the codes that are unpacked next."""
         ahead = self.ahead.get()
         self.ahead.set(ahead + SHARE_LINES * LINE)
-        return [ahead + LINE * line for line in range(SHARE_LINES)]
+        for line in range(SHARE_LINES):
+            self.emit.prefetch(ahead + LINE * line)
 
 
-def e4m3_dot(source: Source, tokens: int, order: Order) -> KernelBody:
+def e4m3_dot(source: E4m3Source, tokens: int, order: Order) -> KernelBody:
     """Dot kernel for T = `tokens`."""
     return dot_kernel(lambda emit, args: _Kernel(emit, args, tokens, source, order).run())

@@ -19,9 +19,12 @@ INT8 takes the same integers q, since its codes are integers too. The factor is 
 the lower bias is what undoes the offset of tiers that make the weights unsigned.
 
 Other integer codes take one of these two ways, by the size of their codes, with q in the order in
-which a kernel takes codes out of a word (`weight_format.quads`). Where weights have sub-groups of
-16 inputs, or zero points or minima of their own, a group is 96 bytes, `SummedGroup`: it has biases
-for each half, and the sums of q that meet a zero point or, times the factor, a minimum.
+which a kernel takes codes out of a word (`weight_format.quads`). Codes that are a range of numbers
+are unsigned as they are stored: their offset is minus the least of them, and without one there are
+no biases. Where weights have zero points or minima, a group also has the sum of its q, which meets
+a zero point or, times the factor, a minimum; where they have sub-groups of 16 inputs, it has biases
+and sums of each half. `IntegerEncoding.places` says where. Up to two words take the place of
+MXFP4's biases; more of them make a group of 96 bytes, `SummedGroup`.
 
 With 8-bit activations, where a user prefers speed, q = round(x * (127 / m)) for a group's largest
 magnitude m. It fits one plane, and the factor is m / 127, halved as above, no power of two. A group
@@ -38,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 
 from hybrid_moe.cpu_kernels.dsl.emit import (
@@ -69,7 +73,7 @@ class Fixed15Group(Record):
 
 
 class SummedGroup(Record):
-    """The same with biases and sums of its halves, or of all of it in the first ones."""
+    """The same with room for more biases and sums."""
 
     high = i8[GROUP]
     low = i8[GROUP]
@@ -77,10 +81,7 @@ class SummedGroup(Record):
     high_bias = i32
     low_bias = i32
     exponent = f32
-    second_high_bias = i32
-    second_low_bias = i32
-    sum = f32
-    second_sum = f32
+    more = i32[4]
 
 
 class Fixed8Group(Record):
@@ -89,19 +90,16 @@ class Fixed8Group(Record):
     low = i8[GROUP]
     factor = f32
     low_bias = i32
-    unused = i32[2]  # groups are multiples of 16 bytes
+    more = i32[2]
 
 
 class SummedFixed8Group(Record):
-    """The same with biases and sums of its halves, or of all of it in the first ones."""
+    """The same with room for more biases and sums."""
 
     low = i8[GROUP]
     factor = f32
     low_bias = i32
-    second_low_bias = i32
-    sum = f32
-    second_sum = f32
-    unused = i32[3]
+    more = i32[6]
 
 
 FIXED15_GROUP = Fixed15Group.offsets()
@@ -180,14 +178,30 @@ def _fixed8(emit: Emit, x: Val, halved: int) -> tuple[Val, Val]:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Offsets in an encoded group of what concerns one half of its inputs, or all; None: it has no
+    such thing.
+
+    Attributes:
+        high_bias, low_bias: accumulators to start from, of the higher and of the lower plane, or
+            `low_bias` alone of both.
+        sum: of q.
+    """
+
+    high_bias: int | None
+    low_bias: int | None
+    sum: int | None
+
+
+@dataclass(frozen=True)
 class IntegerEncoding:
     """How activations meet weights that are integers.
 
     Attributes:
-        wide: weights are whole bytes (`wide_dot`), else within -12..12 or 0..15 (`byte_dot`).
+        wide: weights are up to whole bytes (`wide_dot`), else within -12..12 or 0..15 (`byte_dot`).
         code_bits: of a code in its word, which gives the order of inputs.
         halved: weights are doubled, so the factor is half the step of q.
-        offset: what makes `byte_dot`'s weights unsigned, and biases take back.
+        offset: what makes weights unsigned, and biases take back.
         halves: 1, or 2 where the 16 inputs of each half of a group are summed apart.
         sums: "" for none; "whole" for the sums of q; "scaled" for these times the factor.
         bits: of activations: 16, which are kept in 15 bits, or 8.
@@ -201,22 +215,38 @@ class IntegerEncoding:
     sums: str = ""
     bits: int = 16
 
-    @property
-    def is_summed(self) -> bool:
-        """Whether a group is a `SummedGroup`."""
-        return self.halves > 1 or bool(self.sums)
+    def __post_init__(self) -> None:
+        if not 0 <= self.offset <= (WIDE_OFFSET if self.wide else BYTE_DOT_OFFSET):
+            raise ValueError(f"weights plus {self.offset} are not what the dot product takes")
 
     @property
     def at(self) -> SimpleNamespace:
-        """Byte offsets of a group's fields. A `SummedGroup` begins as a `Fixed15Group` does."""
-        if self.bits == 8:
-            return SUMMED_FIXED8_GROUP if self.is_summed else FIXED8_GROUP
-        return SUMMED_GROUP if self.is_summed else FIXED15_GROUP
+        """Byte offsets of a group's fields, but for biases and sums."""
+        return FIXED8_GROUP if self.bits == 8 else FIXED15_GROUP
+
+    @cached_property
+    def places(self) -> tuple[Places, ...]:
+        """Of the biases and sums of each half, or of all inputs."""
+        at, room = self.at, self._room
+        words = [at.low_bias, *range(room.more, room.nbytes, 4)]
+        free = iter(words if self.bits == 8 else [at.high_bias, *words])
+        biased = self.offset > 0
+        has = (biased and not self.wide and self.bits == 16, biased, bool(self.sums))
+        return tuple(
+            Places(*(next(free) if wanted else None for wanted in has)) for _ in range(self.halves)
+        )
 
     @property
+    def _room(self) -> SimpleNamespace:
+        """Of a group with all the words that any format needs."""
+        return SUMMED_FIXED8_GROUP if self.bits == 8 else SUMMED_GROUP
+
+    @cached_property
     def group_bytes(self) -> int:
         """Bytes of an encoded group."""
-        return int(self.at.nbytes)
+        used = [w for p in self.places for w in (p.high_bias, p.low_bias, p.sum) if w is not None]
+        fits = max(used, default=0) < self.at.nbytes
+        return int(self.at.nbytes if fits else self._room.nbytes)
 
     @property
     def planes(self) -> tuple[str, ...]:
@@ -243,28 +273,28 @@ class IntegerEncoding:
         else:
             for plane, name in zip(self._split(q), self.planes, strict=True):
                 emit.store(to + getattr(at, name), plane.trunc(I8), align=16)
-        for half, part in enumerate(pieces(q, self.halves)):
-            prefix = "second_" if half else ""
-            for bias, name in zip(self._biases(emit, part), self.planes, strict=True):
-                emit.store(to + getattr(at, f"{prefix}{name}_bias"), bias, align=4)
-            if self.sums:
+        for place, part in zip(self.places, pieces(q, self.halves), strict=True):
+            if place.low_bias is not None:
+                for offset, bias in self._biases(emit, part, place):
+                    emit.store(to + offset, bias, align=4)
+            if place.sum is not None:
                 total = emit.reduce("add", part).to_float()
                 value = total * factor if self.sums == "scaled" else total
-                emit.store(to + getattr(at, f"{prefix}sum"), value, align=4)
+                emit.store(to + place.sum, value, align=4)
 
     def _split(self, q: Val) -> tuple[Val, ...]:
         """q by planes."""
         return (q,) if self.bits == 8 else split_planes(q)
 
-    def _biases(self, emit: Emit, q: Val) -> tuple[Val, ...]:
-        """Accumulators to start from, one for each plane."""
-        zero = emit.splat(0, I32)
+    def _biases(self, emit: Emit, q: Val, place: Places) -> Iterator[tuple[int, Val]]:
+        """(place, accumulator to start from), of each plane, or of all in one."""
         if self.wide:
-            bias = emit.reduce("add", q) * -WIDE_OFFSET
-            return (*(zero,) * (len(self.planes) - 1), bias)
-        if not self.offset:
-            return (zero,) * len(self.planes)
-        return tuple(emit.op("byte_dot_bias", plane.trunc(I8)) for plane in self._split(q))
+            assert place.low_bias is not None
+            yield place.low_bias, emit.reduce("add", q) * -self.offset
+            return
+        offsets = [offset for offset in (place.high_bias, place.low_bias) if offset is not None]
+        for offset, plane in zip(offsets, self._split(q), strict=True):
+            yield offset, emit.op("byte_dot_bias", plane.trunc(I8), self.offset)
 
 
 def _store_bf16(emit: Emit, x: Val, to: Val) -> None:
@@ -303,7 +333,7 @@ def integer_encoding(how: IntegerEncoding) -> Encoding:
 FIXED15 = integer_encoding(
     IntegerEncoding(wide=False, code_bits=4, halved=True, offset=BYTE_DOT_OFFSET)
 )
-WIDE15 = integer_encoding(IntegerEncoding(wide=True, code_bits=8, halved=False, offset=0))
+WIDE15 = integer_encoding(IntegerEncoding(wide=True, code_bits=8, halved=False, offset=WIDE_OFFSET))
 BF16_PAIRS = Encoding(2 * GROUP, _store_bf16)
 BYTE_PAIRS = Encoding(2 * GROUP, _store_byte_pairs)
 

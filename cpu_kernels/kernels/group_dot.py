@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid_moe.cpu_kernels.dsl.emit import F32, Emit, KernelBody, Val, Var
+from hybrid_moe.cpu_kernels.dsl.emit import F32, I32, Emit, KernelBody, Val, Var
 from hybrid_moe.cpu_kernels.kernels.dot import (
     DotArgs,
     clear_sums,
@@ -49,7 +49,7 @@ class GroupSums(abc.ABC):
         """`x` has the address of each token's group; `half` is 1 for the second half of a group
         whose halves are summed apart, else 0."""
         self.emit, self.x, self.encoding = emit, x, encoding
-        self._prefix = "second_" if half else ""
+        self.place = encoding.places[half]
 
     @abc.abstractmethod
     def add(self, weights: Weights, tokens: Sequence[int]) -> None:
@@ -59,21 +59,21 @@ class GroupSums(abc.ABC):
     def total(self, token: int) -> Val:
         """The exact sum of one token, int32 [16]."""
 
+    def bias(self, token: int, offset: int | None) -> Val:
+        """Of one token, zero where there is none."""
+        return self.emit.splat(0, I32) if offset is None else self.load(token, offset, I32)
+
     def load(self, token: int, offset: int, element: Any) -> Val:
         """32 bits of a token's group."""
         return self.emit.load(self.x[token] + offset, element, align=4)
-
-    def of_half(self, token: int, name: str, element: Any) -> Val:
-        """A field that each half has."""
-        return self.load(token, getattr(self.encoding.at, self._prefix + name), element)
 
     def scaled(self, token: int, scale: Scale) -> Val:
         """The group's part of one token's result, float32 [16]."""
 
         def field(name: str) -> Val:
-            if name == "sum":
-                return self.emit.broadcast(self.of_half(token, name, F32), 16)
-            return self.emit.broadcast(self.load(token, getattr(self.encoding.at, name), F32), 16)
+            at = self.place.sum if name == "sum" else int(getattr(self.encoding.at, name))
+            assert at is not None
+            return self.emit.broadcast(self.load(token, at, F32), 16)
 
         many = len(self.x) > 1  # one token is bound by memory, so the multipliers have time for it
         return scaled_sum(self.emit, self.total(token), field, scale, self.encoding, many)
@@ -175,12 +175,14 @@ class GroupDot:
         emit, args, source = self.emit, self.args, self.source
         total = load_sums(emit, args.sums, begin, list(itertools.product(self.tokens, panels)))
         cursor, row = self.cursor(begin), emit.var(args.x + begin * self.row_bytes)
-        first = source.weights(emit, cursor.place.codes, panels[0], 0)
-        ahead = [emit.var(w) for _, w in first]
+        by_words, ahead = self.order.together == PANELS, []
+        if not by_words:
+            first = source.weights(emit, cursor.place.codes, panels[0], 0)
+            ahead = [emit.var(w) for _, w in first]
         with emit.loop(begin, end) as index:
             place, x = cursor.place, self.token_addresses(row.get())
             self.lines = self.wanted(place.codes) if panels[0] == 0 else []
-            if self.order.together == PANELS:
+            if by_words:
                 self.by_words(place, x, total)
             else:
                 after = (index + 1 < end).select(cursor.next_codes, place.codes)
@@ -192,6 +194,8 @@ class GroupDot:
     def by_words(self, place: Place, x: Sequence[Val], total: Totals) -> None:
         """A word of all panels, then the next word: lines in ascending order."""
         emit, source = self.emit, self.source
+        if source.packed:
+            self.touch_in_order(place)
         for half in range(source.halves):
             planes = [source.sums(emit, x, half) for _ in range(PANELS)]
             emit.barrier()
@@ -209,6 +213,20 @@ class GroupDot:
                 for t in self.tokens:
                     total[t, p].set(total[t, p].get() + planes[p].scaled(t, scale))
             emit.barrier()
+
+    def touch_in_order(self, place: Place) -> None:
+        """Touch lines that would else be met before lines in front of them: the fields of a block,
+        which a group needs when it has summed its codes, and in front of upper bits, which the
+        first word needs, all other words of the group."""
+        emit, layout = self.emit, self.source.layout
+        if layout.fields_first:
+            assert place.index is not None
+            with emit.when(place.index.equals(0)):
+                for line in range(0, layout.field_bytes, LINE):
+                    emit.touch(place.fields + line)
+        if layout.high_words:
+            for line in range(0, layout.high_offset, LINE):
+                emit.touch(place.codes + line)
 
     def by_panels(
         self,

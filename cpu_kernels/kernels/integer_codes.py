@@ -24,37 +24,52 @@ _LINE = 64 * PANELS
 """From one word of a panel to the next."""
 
 
-def integer_codes(code: CodeType, layout: StripLayout, offset: int) -> Decode:
-    """Weights in units of the code's step, plus `offset`, as bytes."""
+Finish = Callable[[Emit, Val], Val]
+"""Weights plus the offset -> what the dot product takes."""
+
+
+def integer_codes(code: CodeType, layout: StripLayout, offset: int, wide: bool) -> Decode:
+    """Weights in units of the code's step, plus `offset`, as bytes; with `wide`, as the tier's
+    `wide_dot` takes them."""
+
+    def finish(emit: Emit, w: Val) -> Val:
+        return emit.op("wide_weights", w, offset) if wide else w
+
     if code.values is None:
-        return _bytes(offset)
+        return _bytes(offset, finish)
     integers = code.integers
-    if code.bits == 4 and not code.high_bits:
-        return _nibbles(tuple((value + offset) & 255 for value in integers))
-    assert integers == tuple(range(integers[0], integers[0] + len(integers))), code.name
-    return _planes(code, layout, integers[0] + offset)
+    if integers == tuple(range(integers[0], integers[0] + len(integers))):
+        return _planes(code, layout, integers[0] + offset, finish)
+    assert code.bits == 4 and not code.high_bits, code.name
+    return _nibbles(integers, offset, wide)
 
 
 def _word(emit: Emit, codes: Val, panel: Val | int, word: int) -> Val:
     return emit.load(panel_address(codes, panel, 64) + _LINE * word, I32, 16, align=64)
 
 
-def _bytes(offset: int) -> Decode:
-    """Signed bytes as they are."""
-    assert not offset
+def _bytes(offset: int, finish: Finish) -> Decode:
+    """Signed bytes."""
+    added = (offset + 128) % 256 - 128  # the same byte, as a signed one
 
     def decode(emit: Emit, codes: Val, panel: Val | int, word: int) -> Weights:
-        return [(word, _word(emit, codes, panel, word).bits(I8))]
+        return [(word, finish(emit, _word(emit, codes, panel, word).bits(I8) + added))]
 
     return decode
 
 
-def _nibbles(table: tuple[int, ...]) -> Decode:
-    """Looked up: one table for any kind of nibble."""
+def _nibbles(values: tuple[int, ...], offset: int, wide: bool) -> Decode:
+    """Looked up: any 16 values."""
+    table = tuple((value + offset) & 255 for value in values)
 
     def decode(emit: Emit, codes: Val, panel: Val | int, word: int) -> Weights:
         both = _word(emit, codes, panel, word)
-        even, odd = (emit.op("lookup_low4", table, c.bits(I8)) for c in (both, both >> 4))
+        even, odd = (
+            emit.op("wide_lookup", values, offset, c.bits(I8))
+            if wide
+            else emit.op("lookup_low4", table, c.bits(I8))
+            for c in (both, both >> 4)
+        )
         return [(2 * word, even), (2 * word + 1, odd)]
 
     return decode
@@ -66,8 +81,9 @@ def _repeated(byte: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def _planes(code: CodeType, layout: StripLayout, first: int) -> Decode:
-    """Lower bits from the word, upper bits from the plane `high`, and the value of code 0 added."""
+def _planes(code: CodeType, layout: StripLayout, first: int, finish: Finish) -> Decode:
+    """A range of numbers, code 0 being `first`: lower bits from the word, upper bits from the plane
+    `high`."""
     bits, high_bits = code.bits, code.high_bits
     per_word = 8 // bits
 
@@ -84,7 +100,7 @@ def _planes(code: CodeType, layout: StripLayout, first: int) -> Decode:
                 upper = upper >> moved if moved >= 0 else upper << -moved
                 value = value | (upper & _repeated(((1 << high_bits) - 1) << bits))
             quad_bytes = value.bits(I8)
-            weights.append((quad, quad_bytes + first if first else quad_bytes))
+            weights.append((quad, finish(emit, quad_bytes + first if first else quad_bytes)))
         return weights
 
     return decode

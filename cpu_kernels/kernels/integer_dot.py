@@ -7,8 +7,8 @@
 
 8-bit activations have one plane, q = low.
 
-Small weights are made unsigned by an offset of 12, which the biases of the encoding take back;
-those within 0..15 are so already.
+Weights are made unsigned by an offset, which the biases of the encoding take back. Codes that are a
+range of numbers are so as they are stored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, KernelBody, Val
-from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET
+from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, WIDE_OFFSET
 from hybrid_moe.cpu_kernels.kernels.encode import IntegerEncoding
 from hybrid_moe.cpu_kernels.kernels.group_dot import GroupSums, Source
 from hybrid_moe.cpu_kernels.kernels.integer_codes import Decode, Weights, integer_codes
@@ -45,16 +45,12 @@ class _Planes(GroupSums):
 
     def __init__(self, emit: Emit, x: Sequence[Val], half: int, encoding: IntegerEncoding) -> None:
         super().__init__(emit, x, half, encoding)
-        tokens = range(len(x))
+        at = self.place
+        starts = {"high": at.high_bias, "low": at.low_bias}
         self._sums = {
-            plane: [
-                self._start(t, plane) if encoding.offset else emit.splat(0, I32, 16) for t in tokens
-            ]
+            plane: [emit.broadcast(self.bias(t, starts[plane]), 16) for t in range(len(x))]
             for plane in encoding.planes
         }
-
-    def _start(self, token: int, plane: str) -> Val:
-        return self.emit.broadcast(self.of_half(token, f"{plane}_bias", I32), 16)
 
     def add(self, weights: Weights, tokens: Sequence[int]) -> None:
         """Plane by plane."""
@@ -74,7 +70,7 @@ class _Wide(GroupSums):
 
     def __init__(self, emit: Emit, x: Sequence[Val], half: int, encoding: IntegerEncoding) -> None:
         super().__init__(emit, x, half, encoding)
-        biases = [self.of_half(t, "low_bias", I32) for t in range(len(x))]
+        biases = [self.bias(t, self.place.low_bias) for t in range(len(x))]
         self._sums = [emit.op("wide_start", bias) for bias in biases]
 
     def add(self, weights: Weights, tokens: Sequence[int]) -> None:
@@ -93,7 +89,7 @@ class _Narrow(GroupSums):
 
     def __init__(self, emit: Emit, x: Sequence[Val], half: int, encoding: IntegerEncoding) -> None:
         super().__init__(emit, x, half, encoding)
-        biases = [self.of_half(t, "low_bias", I32) for t in range(len(x))]
+        biases = [self.bias(t, self.place.low_bias) for t in range(len(x))]
         self._sums = [emit.op("narrow_start", bias) for bias in biases]
 
     def add(self, weights: Weights, tokens: Sequence[int]) -> None:
@@ -122,14 +118,14 @@ def strip_of(fmt: WeightFormat) -> StripLayout:
 @lru_cache(maxsize=128)
 def encoding_of(fmt: WeightFormat, activation_bits: int = 16) -> IntegerEncoding:
     """How activations are encoded for a format, with 16 or 8 bits."""
-    integers = (-128, 127) if fmt.code.values is None else fmt.code.integers
+    integers = (-WIDE_OFFSET, WIDE_OFFSET - 1) if fmt.code.values is None else fmt.code.integers
     signed = min(integers) >= -BYTE_DOT_OFFSET and max(integers) <= BYTE_DOT_OFFSET
     small = signed or (min(integers) == 0 and max(integers) <= 15)
     return IntegerEncoding(
         wide=not small,
         code_bits=fmt.code.bits,
         halved=fmt.code.step == 0.5,
-        offset=BYTE_DOT_OFFSET if signed else 0,
+        offset=-min(integers),
         halves=2 if 0 < fmt.group < GROUP else 1,
         sums="whole" if fmt.scaling in ZEROS else "scaled" if fmt.scaling in MINIMA else "",
         bits=activation_bits,
@@ -157,7 +153,7 @@ def _source(
 def packed_source(fmt: WeightFormat, activation_bits: int = 16) -> Source:
     """A format's strips as they stream from memory."""
     layout, encoding = strip_of(fmt), encoding_of(fmt, activation_bits)
-    weights = integer_codes(fmt.code, layout, encoding.offset)
+    weights = integer_codes(fmt.code, layout, encoding.offset, encoding.wide)
     return _source(encoding, layout, True, weights, scale_of(fmt, layout))
 
 
@@ -217,11 +213,12 @@ def unpack(fmt: WeightFormat, offset: int | None = None) -> KernelBody:
 
     Args:
         fmt: of the strip.
-        offset: what is added to weights; None for that of `byte_dot`.
+        offset: what is added to weights; None for that of the encoding.
     """
     source, layout, to_layout = packed_source(fmt), strip_of(fmt), unpacked_layout(fmt)
-    added = encoding_of(fmt).offset if offset is None else offset
-    weights = integer_codes(fmt.code, layout, added)
+    encoding = encoding_of(fmt)
+    added = encoding.offset if offset is None else offset
+    weights = integer_codes(fmt.code, layout, added, encoding.wide)
 
     def body(emit: Emit, strip: Val, out: Val, begin: Val, end: Val) -> None:
         cursor = StripCursor(emit, layout, strip, begin)

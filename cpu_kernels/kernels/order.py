@@ -41,8 +41,10 @@ def _vectors(registers: int, per_panel: int, reserved: int) -> int:
 
 
 def fixed15_most(registers: int, per_panel: int, planes: int = 2) -> int:
-    """Tokens of the largest tile: the planes of one panel for each, beside four registers."""
-    return max(1, min(TILE_TOKENS, _vectors(registers, per_panel, 4) // planes))
+    """Tokens of the largest tile: the planes of one panel for each, beside four registers; with one
+    plane beside eight, since AVX2 widens weights and inputs that are bytes."""
+    reserved = 4 if planes > 1 else 8
+    return max(1, min(TILE_TOKENS, _vectors(registers, per_panel, reserved) // planes))
 
 
 def fixed15_order(tokens: int, registers: int, per_panel: int, planes: int = 2) -> Order:

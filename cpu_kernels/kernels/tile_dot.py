@@ -159,9 +159,9 @@ def _add_scaled(
     """sums[panel] += one token's part of a group, or of a half of it, for each of `scales`."""
 
     def field(name: str) -> Val:
-        name = "second_sum" if name == "sum" and half else name
-        at = encoded + int(getattr(encoding.at, name))
-        return emit.broadcast(emit.load(at, F32, align=4), 16)
+        at = encoding.places[half].sum if name == "sum" else int(getattr(encoding.at, name))
+        assert at is not None
+        return emit.broadcast(emit.load(encoded + at, F32, align=4), 16)
 
     planes = len(encoding.planes)
     for p, scale in enumerate(scales):

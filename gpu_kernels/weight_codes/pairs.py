@@ -64,13 +64,22 @@ def e2m1_pair(word: Any, n: int) -> Any:
     return (moved & Uint32(_SIGNS)) | ((moved & Uint32(0x7000_7000)) >> Uint32(6))
 
 
-def e4m3_pair(word: Any, n: int) -> Any:
+def e4m3_pair(word: Any, n: int, *, finite: bool = False) -> Any:
     """Bytes n and n + 2 of a word, E4M3, times 2^-120: likewise, with four bits of exponent (bias
-    7) and three of mantissa. The two NaN bytes are taken for 480 and -480."""
+    7) and three of mantissa.
+
+    The two NaN codes have all seven bits set: one more is 0x80, and that in the upper byte of a
+    half, less itself shifted by 8, all of bf16's exponent bits. `finite`: there are none.
+    """
     from cutlass import Uint32
 
     moved = word << Uint32(8) if n == 0 else word
-    return (moved & Uint32(_SIGNS)) | ((moved & Uint32(0x7F00_7F00)) >> Uint32(4))
+    magnitudes = moved & Uint32(0x7F00_7F00)
+    pair = (moved & Uint32(_SIGNS)) | (magnitudes >> Uint32(4))
+    if finite:
+        return pair
+    nan = (magnitudes + Uint32(0x0100_0100)) & Uint32(_SIGNS)
+    return pair | (nan - (nan >> Uint32(8)))
 
 
 def int8_pair(word: Any, n: int) -> Any:

@@ -18,8 +18,10 @@ from hybrid_moe.formats.integers import (
     GPTQ_FIRST,
     GPTQ_SYMMETRIC,
     INT4_ROW,
+    INT4_SLICE,
     INT8,
     INT8_ROW,
+    INT8_SLICE,
     RAW_INT4,
     ZERO_POINTS,
 )
@@ -45,7 +47,16 @@ FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
         f.name: f
         for f in (
             *(MXFP4, INT8, BF16, NVFP4, MXFP8, FP8, FP8_PERCHANNEL),
-            *(INT8_ROW, INT4_ROW, *RAW_INT4, *GPTQ_SYMMETRIC, *GPTQ_FIRST, *ZERO_POINTS),
+            *(
+                INT8_ROW,
+                INT8_SLICE,
+                INT4_ROW,
+                INT4_SLICE,
+                *RAW_INT4,
+                *GPTQ_SYMMETRIC,
+                *GPTQ_FIRST,
+                *ZERO_POINTS,
+            ),
             *GGML,
         )
     }
@@ -93,13 +104,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("FP8_PERCHANNEL", (FP8_PERCHANNEL,), FP8_PERCHANNEL),
             Method("BF16", (BF16,), BF16),
             Method("INT8", (INT8,), INT8),
+            Method("AMXINT4", (INT4_ROW, INT4_SLICE), INT4_ROW),
+            Method("AMXINT8", (INT8_ROW, INT8_SLICE), INT8_ROW),
+            Method("MOE_INT4", (INT4_ROW,), INT4_ROW),
+            Method("MOE_INT8", (INT8_ROW,), INT8_ROW),
             Method("AWQ", ZERO_POINTS, None),
             Method("GPTQ_INT4", (*GPTQ_SYMMETRIC, *GPTQ_FIRST, *ZERO_POINTS), GPTQ_SYMMETRIC[2]),
             Method("RAWINT4", (*RAW_INT4, *GPTQ_SYMMETRIC, INT4_ROW), RAW_INT4[0]),
-            Method("AMXINT4", (INT4_ROW,), INT4_ROW),
-            Method("AMXINT8", (INT8_ROW,), INT8_ROW),
-            Method("MOE_INT4", (INT4_ROW,), INT4_ROW),
-            Method("MOE_INT8", (INT8_ROW,), INT8_ROW),
             Method("LLAMAFILE", (*GGML, GPTQ_SYMMETRIC[0], INT8, MXFP4, BF16), None),
         )
     }
@@ -191,9 +202,9 @@ def formats_under(method: Method | None, stored: LayerFormats, where: str) -> La
         return stored
     held = [method.format_for(fmt) for fmt in stored]
     if held[0] is None or held[1] is None:
+        fitting = [*methods_for([stored]), '"auto"']
         raise ValueError(
             f"{where} stores its experts as {stored.name}, which does not become {method.name}: "
-            f'use {", ".join(methods_for([stored]))} or "auto", which takes each layer as it is '
-            "stored"
+            f"use {' or '.join(fitting)}, which takes each layer as it is stored"
         )
     return LayerFormats(held[0], held[1])

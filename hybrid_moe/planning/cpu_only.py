@@ -14,6 +14,7 @@ from typing import Any
 from hybrid_moe.planning.kv_cache import KvCache, keys_seen
 from hybrid_moe.planning.machine import CpuSpeeds
 from hybrid_moe.planning.model import Model
+from hybrid_moe.planning.prediction import streaming
 from hybrid_moe.planning.terms import (
     Prediction,
     Term,
@@ -53,10 +54,10 @@ PASSES = 40
 
 def predict_decode(model: Model, cpu: CpuSpeeds, cache: KvCache) -> Prediction:
     """Speed of one token at a time, the context half full."""
-    experts = sum(layer.top_k * (layer.packed + layer.bias) for layer in model.layers)
+    experts = {layer: float(layer.top_k) for layer in model.layers}
     stream, torch = cpu.read * STREAM_SHARE, cpu.read * TORCH_SHARE
     terms = [
-        reading("experts", "experts", experts, stream),
+        streaming("experts", experts, cpu, STREAM_SHARE),
         reading("linear layers", "linear layers", model.dense.nbytes, stream),
         reading("the rest", "other weights", model.torch_read, torch),
         reading("KV cache", "a half full KV cache", cache.per_gpu() / 2, cpu.read * CACHE_SHARE),

@@ -101,13 +101,14 @@ def _gpu(nbytes: int, bandwidth: float | None) -> Gpu:
 
 
 def measure_cpu(threads: int, seconds: float = 0.3) -> CpuSpeeds:
-    """Measure this machine: about four times `seconds`, and 512 MiB of memory meanwhile."""
+    """Measure this machine: a few times `seconds`, and 512 MiB of memory meanwhile."""
     from hybrid_moe.cpu_kernels.ceilings.bandwidth import read_ceiling
-    from hybrid_moe.cpu_kernels.ceilings.peaks import USES, mac_ceiling
+    from hybrid_moe.cpu_kernels.ceilings.peaks import format_ceilings, op_peaks
     from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 
-    read = read_ceiling("all threads", PoolConfig.choose(threads), seconds)
-    macs = {name: mac_ceiling(name, threads, seconds=seconds) for name in USES}
+    pool = PoolConfig.choose(threads)
+    read = read_ceiling("all threads", pool, seconds)
+    macs = format_ceilings(op_peaks(pool, seconds=seconds))
     return CpuSpeeds(read.at_random * 1e9, macs, f"measured here with {threads} threads")
 
 
@@ -118,13 +119,17 @@ def read_receipt(file: Path) -> CpuSpeeds:
         OSError: it cannot be read.
         ValueError: it is no such receipt.
     """
+    from hybrid_moe.cpu_kernels.ceilings.peaks import format_ceilings
+
     try:
         document = json.loads(file.read_text("utf-8"))
         reads = {row["where"]: float(row["at_random"]) for row in document["reads"]}
-        macs: dict[str, float] = {}
+        ops: dict[str, float] = {}
         for row in document["peaks"]:
-            for name, rate in row["formats"].items():
-                macs[name] = max(macs.get(name, 0.0), 1e9 * float(rate))
+            ops[row["op"]] = max(ops.get(row["op"], 0.0), 1e9 * float(row["all_threads"]))
+        macs = format_ceilings(ops)
+        if "BF16" not in macs:
+            raise KeyError("peaks of byte_dot and pair_dot")
         source = f"{file.name}: {document['processor']}, {document['threads']} threads"
         return CpuSpeeds(reads["all threads"] * 1e9, macs, source)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.inspect import part_of
 from hybrid_moe.loaders.model_config import TOP_K
 from hybrid_moe.placement.profile import PlacementProfile
+from hybrid_moe.planning.kernel_shares import many_token_share, one_token_share
 from hybrid_moe.planning.linear_layers import (
     DEFAULT,
     EMBEDDINGS,
@@ -63,10 +64,23 @@ class LayerExperts:
     weights: int
 
     def rate(self, macs: Mapping[str, float]) -> float:
-        """Multiply-accumulates in a second, of those of each format: two of three are gate's and
-        up's."""
-        gate_up, down = (macs[fmt.name] for fmt in self.formats)
+        """Multiply-accumulates in a second with many tokens of an expert, out of the peaks of each
+        format."""
+        return self._mean(macs, many_token_share)
+
+    def token_rate(self, macs: Mapping[str, float]) -> float:
+        """The same with one token: as many weights are decoded in a second at most."""
+        return self._mean(macs, one_token_share)
+
+    def _mean(self, macs: Mapping[str, float], share: Callable[[WeightFormat], float]) -> float:
+        """Two of three products are gate's and up's."""
+        gate_up, down = (macs[fmt.name] * share(fmt) for fmt in self.formats)
         return gate_up if gate_up == down else 3 / (2 / gate_up + 1 / down)
+
+    def token_seconds(self, read: float, macs: Mapping[str, float]) -> float:
+        """Of one of its experts with one token: its bytes at `read` a second, or its weights at
+        `token_rate`, whichever takes longer."""
+        return max((self.packed + self.bias) / read, self.weights / self.token_rate(macs))
 
 
 @dataclass(frozen=True)

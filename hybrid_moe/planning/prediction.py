@@ -10,9 +10,11 @@ machines without a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hybrid_moe.planning.kv_cache import KvCache
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu
-from hybrid_moe.planning.model import HotExperts, Model
+from hybrid_moe.planning.model import HotExperts, LayerExperts, Model
 from hybrid_moe.planning.terms import (
     Prediction,
     Term,
@@ -42,8 +44,8 @@ def predict_decode(
     model: Model, hot: HotExperts, cpu: CpuSpeeds, gpus: tuple[Gpu, ...], cache: KvCache
 ) -> Prediction:
     """Speed of one token at a time, the context half full."""
-    cold = sum(layer.top_k * hot.cold_share(layer) * layer.packed for layer in model.layers)
-    terms = [reading("RAM bandwidth", "experts", cold, cpu.read * READ_SHARE)]
+    cold = {layer: layer.top_k * hot.cold_share(layer) for layer in model.layers}
+    terms = [streaming("RAM bandwidth", cold, cpu, READ_SHARE)]
     speed = min(gpu.bandwidth for gpu in gpus) * GPU_READ_SHARE
     read_hot = sum(
         layer.top_k * (1 - hot.cold_share(layer)) * layer.on_gpu for layer in model.layers
@@ -53,6 +55,18 @@ def predict_decode(
     terms.append(_handover(model, hot))
     seconds = rest / speed + terms[-1].seconds
     return prediction(terms, seconds + max(terms[0].seconds, read_hot / len(gpus) / speed), 1)
+
+
+def streaming(
+    name: str, experts: Mapping[LayerExperts, float], cpu: CpuSpeeds, share: float
+) -> Term:
+    """The time of one token's experts: so many of each layer, read at that share of the bandwidth,
+    or decoded where that takes longer."""
+    nbytes = sum(count * (layer.packed + layer.bias) for layer, count in experts.items())
+    seconds = sum(
+        count * layer.token_seconds(cpu.read * share, cpu.macs) for layer, count in experts.items()
+    )
+    return reading(name, "experts", nbytes, nbytes / seconds if seconds else cpu.read * share)
 
 
 def predict_prefill(

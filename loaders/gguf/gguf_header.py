@@ -34,7 +34,7 @@ import numpy as np
 from hybrid_moe.formats.strips import round_up
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.gguf.ggml_types import GGML_TYPES, REMOVED, TYPES_BY_NAME
-from hybrid_moe.loaders.gguf.header_bytes import HeaderBytes, Value
+from hybrid_moe.loaders.gguf.header_bytes import UINT32, HeaderBytes, Value
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.regular import (
     MAX_KEY_LENGTH,
@@ -52,6 +52,7 @@ MAX_AXES = 4
 ALIGNMENT = 32
 """Of the data, where `general.alignment` does not say."""
 MAX_ALIGNMENT = 1 << 20
+_ALIGNMENT_KEY = "general.alignment"
 _KEY_BYTES = (1 << 16) - 1
 _SMALLEST_VALUE = 13  # bytes: length of the key, type, a byte
 _SMALLEST_TENSOR = 24  # bytes: length of the name, number of axes, type, offset
@@ -131,7 +132,9 @@ def _parse(source: HeaderBytes) -> tuple[dict[str, Value], tuple[BlockTensor, ..
         if not key or key in metadata:
             what = "appears twice" if key else f"number {number} is empty"
             raise CheckpointError(f"{source.file}: key {shortened(key)} {what}")
-        metadata[key] = source.value(key)
+        if key == _ALIGNMENT_KEY:
+            source.check_kind(key, UINT32)
+        metadata[key] = source.value(key if len(key) < 200 else shortened(key))
     alignment = _alignment(metadata, source.file)
     stated: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for number in range(num_tensors):
@@ -171,7 +174,7 @@ def _check_version(source: HeaderBytes) -> None:
 
 
 def _alignment(metadata: Mapping[str, Value], file: Path) -> int:
-    value = metadata.get("general.alignment", ALIGNMENT)
+    value = metadata.get(_ALIGNMENT_KEY, ALIGNMENT)
     good = type(value) is int and 0 < value <= MAX_ALIGNMENT and value & (value - 1) == 0
     if not good:
         raise CheckpointError(

@@ -37,14 +37,14 @@ class LeftOut:
 
 Value: TypeAlias = int | float | bool | str | tuple[int | float | bool, ...] | LeftOut
 
-STRING, ARRAY, BOOL = 8, 9, 7
+UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 _NUMBERS: Mapping[int, tuple[str, str]] = MappingProxyType(
     {
         0: ("uint8", "B"),
         1: ("int8", "b"),
         2: ("uint16", "H"),
         3: ("int16", "h"),
-        4: ("uint32", "I"),
+        UINT32: ("uint32", "I"),
         5: ("int32", "i"),
         6: ("float32", "f"),
         BOOL: ("bool", "B"),
@@ -113,6 +113,14 @@ class HeaderBytes:
         start = self._pass(8 * axes + 12, f"entry of tensor {name}")
         *dimensions, kind, offset = struct.unpack_from(f"<{axes}QIQ", self._buffer, start)
         return tuple(reversed(dimensions)), kind, offset
+
+    def check_kind(self, key: str, wanted: int) -> None:
+        """Raise unless the value that follows is a number of that type."""
+        self._need(4, f"type of {key}")
+        kind = int.from_bytes(self._buffer[self.position : self.position + 4], "little")
+        if kind != wanted:
+            name = self._kind(key, wanted)[0]
+            raise CheckpointError(f"{self.file}: {key} is of type {kind}, must be a {name}")
 
     def value(self, key: str) -> Value:
         """The value of `key`, its type first."""

@@ -72,6 +72,10 @@ def every_bench() -> list[dict[str, Any]]:
                "outliers": 0.0024}]  # fmt: skip
     load = {"first_touch_GBps": 1.0, "GBps": 2.0, "again_GBps": 3.0, "peak_over_packed": 1.01,
             "packed_bytes": 10**9}  # fmt: skip
+    big = {"model": "gpt-oss-20b", "expert_bytes": 10**10, "disk_GBps": 2.5, "load_GBps": 2.25,
+           "load_s": 4.4, "packed_over_stored": 1.01, "peak_over_plan": 1.02,
+           "decode_tokens_per_s": 8.0, "roofline_tokens_per_s": 10.0,
+           "prefill_tokens_per_s": 50.0}  # fmt: skip
     linear = {"layer": "o", "format": "BF16", "tokens": 1, "threads": 2, "ms": 2.0,
               "weight_bandwidth": 20.0, "read_bandwidth": 25.0, "rate": 50.0, "rate_ceiling": 100.0,
               "torch_ms": 3.0, "ours_is_faster": 1.5}  # fmt: skip
@@ -81,6 +85,8 @@ def every_bench() -> list[dict[str, Any]]:
     quick = {"name": "decode", "value": 90.0, "unit": "%", "higher_is_better": True}
     step = {"part": "steps", "step": "panels", "cycles": 7.25, "GBps": 14.5, "share": 87.0}
     tile = {"part": "tiers", "tier": "amx", "instructions": 17.0}
+    precise = {"method": "Q4_K+int8", "normal": 0.0117, "outliers": 0.02, "floor": 0.0017,
+               "weights": None}  # fmt: skip
     return [
         machine("ceilings", threads=2, reads=[read], peaks=[peak], skipped={"amx": "amx-tile"}),
         machine("end_to_end", points=[model_point(), model_point(engine="llama.cpp")]),
@@ -88,9 +94,16 @@ def every_bench() -> list[dict[str, Any]]:
         machine("moe_layer", points=[layer_point(), layer_point(tokens=64)], skipped={}),
         machine("gpu_check", gpu=None, steps=[], points=[]),
         machine("peers", points=peers, errors=errors),
+        machine(
+            "accuracy",
+            isa="avx2",
+            points=[precise],
+            sizes={"hidden": 64, "intermediate": 32, "experts": 4, "top_k": 2},
+        ),
         machine("formats", points=[{**p, "counted_rate": 40.0} for p in peers], errors=errors),
         machine("pool", points=[pool_point(), pool_point(caller="caller works", signal_us=None)]),
-        machine("load", points=[load], threads=2),
+        machine("load", points=[load], packing=[{"format": "MXFP4", "GBps": 10.0}], threads=2),
+        machine("big", points=[big], threads=2),
         machine("steps", points=[step, tile], isa="avx2"),
         machine("quick", points=[quick]),
     ]

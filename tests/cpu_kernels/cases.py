@@ -157,6 +157,7 @@ class Case:
         tier: Tier | str | None = None,
         pool: PoolConfig | None = None,
         only: Sequence[int] | None = None,
+        activation_bits: int = 16,
     ) -> ExpertLayer:
         """A layer that holds the experts in `only` (all by default)."""
         layer = ExpertLayer(
@@ -166,6 +167,7 @@ class Case:
             self.I,
             pool=pool or PoolConfig(1),
             activation=self.activation,
+            activation_bits=activation_bits,
             isa=tier,
         )
         chosen = range(self.E) if only is None else only

@@ -23,7 +23,7 @@ import numpy as np
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.checkpoint import Checkpoint
 from hybrid_moe.loaders.gguf.ggml_types import GGML_TYPES, READ, TYPES_BY_NAME
-from hybrid_moe.loaders.gguf.header import GgufHeader, read_gguf_header
+from hybrid_moe.loaders.gguf.gguf_header import GgufHeader, read_gguf_header
 from hybrid_moe.loaders.gguf.header_bytes import LeftOut
 
 REASONS = {

@@ -97,7 +97,7 @@ def _check_of(number: int, rng: Random, folder: Path) -> tuple[str, Callable[[],
 def parsers() -> list[Path]:
     """The files whose lines count."""
     loaders = Path(hybrid_moe.loaders.__file__).parent
-    names = ("header.py", "header_text.py", "gguf/header.py", "gguf/header_bytes.py")
+    names = ("header.py", "header_text.py", "gguf/gguf_header.py", "gguf/header_bytes.py")
     return [loaders / name for name in (*names, "describe.py", "stored.py", "naming.py")]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hybrid_moe.formats.table import BF16
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors
 from hybrid_moe.loaders import Checkpoint, LayerSource, check_map, load_layer
 from hybrid_moe.loaders import load as load_module
+from hybrid_moe.loaders.load import LayerLoad, load_layers
 from hybrid_moe.loaders.safetensors import ReadBuffers, SafetensorsIndex
 from hybrid_moe.parallel import for_each
 from tests.families import EXPERTS, FamilyFixture
@@ -195,3 +197,56 @@ def test_threads_have_buffers_of_their_own() -> None:
     for_each(range(30), work, 3)
     assert len(buffers) == 3 and all(len(ids) == 1 for ids in buffers.values())
     assert len(set.union(*buffers.values())) == 3
+
+
+def test_layers_follow_each_other_without_a_pause(family: Family) -> None:
+    """One thread is held in the first layer's last expert until another has begun the second
+    layer; each layer is asked for when it is its turn, and counts for itself."""
+    checkpoint = Checkpoint.open(family("qwen3_moe_mxfp4").directory)
+    begun = threading.Event()
+    asked: list[int] = []
+    steps: list[tuple[int, int, int]] = []
+
+    def layers() -> Iterator[LayerLoad]:
+        for number in checkpoint.layers[:2]:
+            asked.append(number)
+            yield LayerLoad(
+                checkpoint.layer(number),
+                np.arange(EXPERTS),
+                np.ones(EXPERTS, bool),
+                functools.partial(sink, number),
+                formats=MXFP4,
+                progress=lambda done, total, number=number: steps.append((number, done, total)),
+            )
+
+    def sink(layer: int, expert: int, tensors: ExpertTensors) -> None:
+        if layer == checkpoint.layers[0]:
+            assert expert < EXPERTS - 1 or begun.wait(30)
+        else:
+            begun.set()
+
+    load_layers(layers(), 2)
+    assert asked == list(checkpoint.layers[:2])
+    for number in asked:
+        assert [s[1:] for s in steps if s[0] == number] == [
+            (done, EXPERTS) for done in range(1, EXPERTS + 1)
+        ]
+
+
+def test_an_interrupt_ends_all_layers(family: Family) -> None:
+    """No expert is begun after Ctrl-C, and no thread is at one when it arrives at the caller."""
+    source, begun, ended = source_of(family("qwen3_moe_mxfp4")), [], []
+
+    def sink(expert: int, tensors: ExpertTensors) -> None:
+        begun.append(expert)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        ended.append(expert)
+
+    def layers() -> Iterator[LayerLoad]:
+        for _ in range(50):
+            yield LayerLoad(source, np.arange(EXPERTS), np.ones(EXPERTS, bool), sink, formats=MXFP4)
+
+    with pytest.raises(KeyboardInterrupt):
+        load_layers(layers(), 2)
+    assert len(begun) == len(ended) + 1 <= 4

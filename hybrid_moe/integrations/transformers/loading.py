@@ -15,11 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.formats.weight_format import LayerFormats
 from hybrid_moe.integrations.transformers.dense.dense_loading import CheckpointLayers
 from hybrid_moe.integrations.transformers.experts_module import (
     ExpertsSpec,
@@ -28,13 +26,7 @@ from hybrid_moe.integrations.transformers.experts_module import (
 )
 from hybrid_moe.integrations.transformers.guard import LOADS_EXPERTS
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
-from hybrid_moe.integrations.transformers.options import ExpertsOptions
-from hybrid_moe.integrations.transformers.split_experts import LayerSplit
-from hybrid_moe.loaders import Checkpoint, ExpertSource, load_layer
-from hybrid_moe.loaders.load import Progress
-from hybrid_moe.loaders.packed_cache import PackedCache
-from hybrid_moe.runtime import filling
-from hybrid_moe.runtime.packed_layers import load_packed_layer
+from hybrid_moe.loaders import Checkpoint, ExpertSource
 
 logger = logging.getLogger(__name__)
 
@@ -106,44 +98,6 @@ def experts_source(
             f"(experts as in {source.last_key})"
         )
     return source
-
-
-def load_experts(
-    source: ExpertSource,
-    module: HybridExperts,
-    options: ExpertsOptions,
-    formats: LayerFormats,
-    split: LayerSplit | None = None,
-    cache: PackedCache | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Fill an empty experts module from the checkpoint.
-
-    Args:
-        formats: in which they are held.
-        split: which of them go to a GPU's slots; None for none.
-        cache: where packed layers are; None for nowhere.
-        progress: see `load_layer`.
-
-    Raises:
-        CheckpointError: an expert is damaged.
-        ValueError: the stored weights do not become `formats`; see `SplitExperts`.
-    """
-    E = module.spec.num_experts
-    if split is not None:
-        fill = filling.from_checkpoint(source, formats, torch.arange(E), cache, progress)
-        module.allocate_split(options, formats, split).load(fill)
-        return
-    layer, threads = module.allocate(options, formats), options.pool_config().threads
-    mapping, wanted = np.arange(E, dtype=np.int64), np.ones(E, dtype=np.bool_)
-    if cache is not None:
-        load_packed_layer(
-            cache, source, formats, mapping, wanted, layer, threads, progress=progress
-        )
-        return
-    load_layer(
-        source, mapping, wanted, layer.load, formats=formats, threads=threads, progress=progress
-    )
 
 
 def load_skeleton(

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hybrid_moe.formats.table import AUTO, BF16, chosen_method
+from hybrid_moe.formats.table import AS_STORED, AUTO, BF16, chosen_method
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.formats.weight_format import layer_formats
 from hybrid_moe.integrations.transformers.guard import NAME, guard
@@ -81,7 +81,7 @@ def register_or_warn() -> None:
 
 def offload(
     model: Model,
-    method: str = "MXFP4",
+    method: str | None = "MXFP4",
     threads: int | None = None,
     pools: int | None = None,
     *,
@@ -103,7 +103,7 @@ def offload(
 
     Args:
         model: a Transformers model with experts on any device (not meta).
-        method: weight format of the strips.
+        method: weight format of the strips; "auto" (or None) for the one that the model holds.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"), or "torch" to leave them
@@ -136,6 +136,7 @@ def offload(
             and a router that is not known. Nothing has been moved then.
     """
     from hybrid_moe.integrations.transformers.experts_module import (
+        common_format,
         experts_spec,
         find_experts,
         refuse_adapters,
@@ -151,10 +152,15 @@ def offload(
     )
 
     dense_fmt = dense_format(dense)
-    options = _checked(method, threads, pools, cpu_activation)
-    options.check_activation([layer_formats(options.fmt)])
+    as_held = method is None or method.upper() in (AS_STORED, AUTO)
+    options = _checked(
+        BF16.name if method is None or as_held else method, threads, pools, cpu_activation
+    )
     check_router(router)
     found = find_experts(model)
+    if as_held:
+        options = replace(options, method=common_format(found).name)
+    options.check_activation([layer_formats(options.fmt)])
     refuse_adapters(model, found)
     specs = {name: experts_spec(module, name) for name, module in found.items()}
     for name, module in found.items():
@@ -254,13 +260,10 @@ def from_pretrained(
         dense_layers,
         offload_dense,
     )
+    from hybrid_moe.integrations.transformers.expert_loading import ExpertsPart, load_experts
     from hybrid_moe.integrations.transformers.gguf_model import index_of, load_gguf_skeleton
     from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts, experts_nbytes
-    from hybrid_moe.integrations.transformers.loading import (
-        experts_source,
-        load_experts,
-        load_skeleton,
-    )
+    from hybrid_moe.integrations.transformers.loading import experts_source, load_skeleton
     from hybrid_moe.integrations.transformers.model_split import (
         split_of_checkpoint,
         surrounding_device,
@@ -325,12 +328,14 @@ def from_pretrained(
             if gguf and dense_fmt is not None and model.device.type == "cpu":
                 specs = {n: m.spec for n, m in experts.items()}
                 offload_dense(model, specs, DenseOptions(dense_fmt, options.pool_config()), bar)
+            parts = []
             for source, (name, module) in zip(sources, experts.items(), strict=True):
                 held, of_layer = held_formats(source, chosen), None
                 if split is not None:
                     of_layer = split.of_layer(source.layer, surrounding_device(model, name))
                 each = bar.each(experts_nbytes(module.spec, held))
-                load_experts(source, module, options, held, of_layer, packed, each)
+                parts.append(ExpertsPart(source, module, held, of_layer, each))
+            load_experts(parts, options, packed)
         _save_from_strips(model)
         chosen_by_user = kwargs.get("attn_implementation") is not None
         _prepare_steps(model, options, attention=not chosen_by_user)

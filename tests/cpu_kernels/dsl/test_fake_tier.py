@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from hybrid_moe.cpu_kernels.dsl.emit import F32, I8, I32, Emit, Val
-from hybrid_moe.cpu_kernels.dsl.ops import BYTE_DOT_OFFSET, OPS, Lowering, fused, unpack_pair
+from hybrid_moe.cpu_kernels.dsl.ops import OPS, Lowering, fused, unpack_pair
 from hybrid_moe.cpu_kernels.dsl.tiers import PORTABLE, Tier
 from hybrid_moe.cpu_kernels.dsl.tiles import TILE_OPS
 from hybrid_moe.cpu_kernels.kernels.order import fixed15_most
+from hybrid_moe.formats.integers import INT8
+from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.table import DENSE_FORMATS
 from hybrid_moe.formats.weight_format import WeightFormat
 from tests.cpu_kernels.cases import Case, from_bf16, random_batch
@@ -47,8 +49,8 @@ def _byte_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
     return accumulator
 
 
-def _byte_dot_bias(emit: Emit, x: Val) -> Val:
-    return emit.reduce("add", x.sext(I32)) * (4 * BYTE_DOT_OFFSET)
+def _byte_dot_bias(emit: Emit, x: Val, offset: int) -> Val:
+    return emit.reduce("add", x.sext(I32)) * (4 * offset)
 
 
 def _byte_dot_total(emit: Emit, high: Val, low: Val) -> Val:
@@ -69,6 +71,15 @@ def _wide_start(emit: Emit, bias: Val) -> Val:
     return emit.splat(0, I32, 32)
 
 
+def _wide_weights(emit: Emit, w: Val, offset: int) -> Val:
+    """Signed."""
+    return -(-w + offset)
+
+
+def _wide_lookup(emit: Emit, table: tuple[int, ...], offset: int, index: Val) -> Val:
+    return _lookup_low4(emit, tuple(weight & 255 for weight in table), index)
+
+
 def _wide_dot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val) -> Val:
     """The last product first, the low plane first."""
     w32 = w.bits(I32).concat(w.bits(I32))
@@ -81,6 +92,16 @@ def _wide_dot(emit: Emit, accumulator: Val, w: Val, first: Val, second: Val) -> 
 def _wide_total(emit: Emit, accumulator: Val) -> Val:
     low, high = accumulator.halves()
     return -(low + high * 256)
+
+
+def _narrow_start(emit: Emit, bias: Val) -> Val:
+    """Signed weights need no bias."""
+    return emit.broadcast(bias * 0, 16)
+
+
+def _narrow_dot(emit: Emit, accumulator: Val, w: Val, x: Val) -> Val:
+    """The last product first."""
+    return accumulator - _wide_dot(emit, emit.splat(0, I32, 32), w, x, x).halves()[0]
 
 
 def _half_to_float(emit: Emit, x: Val) -> Val:
@@ -127,7 +148,8 @@ _DOTS = {
     },
     ("MXFP4", True): {"byte_dot", "tile_dot_bytes", "tile_configure", "tile_release"},
     ("INT8", False): {
-        *("wide_split", "wide_start", "wide_dot", "wide_total", "half_to_float", "times_power"),
+        *("wide_split", "wide_start", "wide_weights", "wide_dot", "wide_total"),
+        *("half_to_float", "times_power"),
     },
     ("INT8", True): {
         *("wide_split", "wide_dot", "half_to_float", "tile_dot_bytes", "tile_configure"),
@@ -146,8 +168,12 @@ _LOWERINGS: dict[str, Lowering] = {
     "byte_dot_total": _byte_dot_total,
     "wide_split": _wide_split,
     "wide_start": _wide_start,
+    "wide_weights": _wide_weights,
+    "wide_lookup": _wide_lookup,
     "wide_dot": _wide_dot,
     "wide_total": _wide_total,
+    "narrow_start": _narrow_start,
+    "narrow_dot": _narrow_dot,
     "half_to_float": _half_to_float,
     "e4m3_pairs": _e4m3_pairs,
     "pair_dot": _pair_dot,
@@ -205,3 +231,16 @@ def test_a_new_tier_is_one_row(
         if fmt.name != "BF16" or not tiles:
             assert np.array_equal(out, portable.forward(*batch)), "normal numbers: the same bits"
     assert set(used) >= _DOTS[fmt.name, tiles]
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, INT8], ids=lambda f: f.name)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_new_tier_takes_activations_of_8_bits(fmt: WeightFormat, tiles: bool) -> None:
+    used: Counter[str] = Counter()
+    case = Case.random(fmt, 96, 64)
+    layers = [case.layer(tier, activation_bits=8) for tier in (_fake(64, 8, tiles, used), PORTABLE)]
+    for tokens in (1, 3, 9, 50):
+        batch = random_batch(tokens, case.H, case.E, 3)
+        out, expected = (layer.forward(*batch) for layer in layers)
+        assert np.array_equal(out, expected)
+    assert set(used) >= ({"narrow_start", "narrow_dot"} if fmt is INT8 else {"byte_dot"})

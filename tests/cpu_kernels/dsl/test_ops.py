@@ -37,6 +37,9 @@ PAIR_DOT_MODELS: Mapping[str, Callable[[Array, Array, Array], Array]] = {
 }
 """Tier -> its pair_dot bit for bit; all agree where products and sums are normal."""
 
+OFFSETS = (0, 16, WIDE_OFFSET)
+"""Of wide weights."""
+WEIGHTS = (-128, -127, -65, -3, -2, -1, 0, 1, 2, 3, 50, 64, 99, 113, 126, 127)
 TABLE = (7, 0, 255, 128, 1, 2, 3, 250, 127, 12, 200, 99, 5, 64, 31, 77)
 
 TierNames = pytest.mark.parametrize(
@@ -55,7 +58,7 @@ def _lookup_low4(emit: Emit, index: Val, out: Val) -> None:
 
 def _byte_dots(emit: Emit, w: Val, x: Val, biases: Val, out: Val) -> None:
     """One plane: bias, 8 byte_dots; as the upper plane beside itself as the lower."""
-    bias = emit.op("byte_dot_bias", emit.load(x, I8, 32))
+    bias = emit.op("byte_dot_bias", emit.load(x, I8, 32), BYTE_DOT_OFFSET)
     emit.store(biases, bias)
     total = emit.broadcast(emit.load(biases, I32), 16)
     for quad in range(8):
@@ -68,13 +71,27 @@ def _byte_dots(emit: Emit, w: Val, x: Val, biases: Val, out: Val) -> None:
 
 
 def _wide_dots(emit: Emit, w: Val, q: Val, split: Val, out: Val) -> None:
-    """A group: split, start, 8 wide_dots, total."""
+    """A group with each offset: split, start, 8 wide_dots, total."""
+    values = emit.load(q, I32, 32)
+    emit.store(split, emit.op("wide_split", values))
+    for i, offset in enumerate(OFFSETS):
+        total = emit.op("wide_start", emit.reduce("add", values) * -offset)
+        for quad in range(8):
+            first, second = (emit.load(split + (at + 4 * quad), I32) for at in (0, 32))
+            weights = emit.op("wide_weights", emit.load(w + (512 * i + 64 * quad), I8, 64), offset)
+            total = emit.op("wide_dot", total, weights, first, second)
+        emit.store(out + 64 * i, emit.op("wide_total", total))
+
+
+def _wide_lookup(emit: Emit, index: Val, q: Val, split: Val, out: Val) -> None:
+    """A group whose quads are all the same, looked up."""
     values = emit.load(q, I32, 32)
     emit.store(split, emit.op("wide_split", values))
     total = emit.op("wide_start", emit.reduce("add", values) * -WIDE_OFFSET)
+    weights = emit.op("wide_lookup", WEIGHTS, WIDE_OFFSET, emit.load(index, I8, 64))
     for quad in range(8):
         first, second = (emit.load(split + (at + 4 * quad), I32) for at in (0, 32))
-        total = emit.op("wide_dot", total, emit.load(w + 64 * quad, I8, 64), first, second)
+        total = emit.op("wide_dot", total, weights, first, second)
     emit.store(out, emit.op("wide_total", total))
 
 
@@ -83,7 +100,7 @@ def _narrow_dots(emit: Emit, w: Val, x: Val, out: Val) -> None:
     bias = emit.reduce("add", emit.load(x, I8, 32).sext(I32)) * -WIDE_OFFSET
     total = emit.op("narrow_start", bias)
     for quad in range(8):
-        weights = emit.load(w + 64 * quad, I8, 64)
+        weights = emit.op("wide_weights", emit.load(w + 64 * quad, I8, 64) + -128, WIDE_OFFSET)
         total = emit.op("narrow_dot", total, weights, emit.load(x + 4 * quad, I32))
     emit.store(out, total)
 
@@ -111,6 +128,7 @@ _KERNELS: Mapping[str, tuple[Callable[..., None], int]] = {
     "lookup_low4": (_lookup_low4, 2),
     "byte_dot": (_byte_dots, 4),
     "wide_dot": (_wide_dots, 4),
+    "wide_lookup": (_wide_lookup, 4),
     "narrow_dot": (_narrow_dots, 3),
     "half_to_float": (_half_to_float, 2),
     "e4m3_pairs": (_e4m3_pairs, 2),
@@ -127,9 +145,9 @@ def _kernel(op: str, name: str) -> Callable[..., None]:
 
 def test_every_op_is_tested() -> None:
     # tested together with byte_dot, wide_dot and narrow_dot
-    family = {"byte_dot_bias", "byte_dot_total", "wide_split", "wide_start", "wide_total"}
-    family.add("narrow_start")
-    assert set(OPS) == set(_KERNELS) | family, "a new op needs a test here"
+    family = {"byte_dot_bias", "byte_dot_total", "narrow_start"}
+    wide = {"wide_split", "wide_start", "wide_weights", "wide_total"}
+    assert set(OPS) == set(_KERNELS) | family | wide, "a new op needs a test here"
 
 
 @pytest.mark.parametrize("name", TIERS)
@@ -163,7 +181,7 @@ def test_lookup_low4(name: str) -> None:
 def _check_byte_dots(name: str, w: Array, x: Array) -> None:
     out, bias = np.zeros((3, 16), np.int32), np.zeros(1, np.int32)
     _kernel("byte_dot", name)(w, x, bias, out)
-    expected: Array = OPS["byte_dot_bias"].meaning(x) + np.zeros(16, np.int64)
+    expected: Array = OPS["byte_dot_bias"].meaning(x, BYTE_DOT_OFFSET) + np.zeros(16, np.int64)
     for quad in range(8):
         expected = OPS["byte_dot"].meaning(expected, w[quad], x[4 * quad : 4 * quad + 4])
     total = OPS["byte_dot_total"].meaning
@@ -201,34 +219,52 @@ def test_byte_dot(name: str, seed: int, sparse: bool) -> None:
     _check_byte_dots(name, _as_quads(w), x)
 
 
-def _check_wide_dots(name: str, w: Array, q: Array) -> None:
-    out, split = np.zeros(16, np.int32), np.zeros(64, np.uint8)
-    _kernel("wide_dot", name)(w, q, split, out)
-    expected = w.astype(np.int64).transpose(1, 0, 2).reshape(16, 32) @ q
-    assert np.array_equal(out, expected)
+def _check_wide_dots(name: str, u: Array, q: Array) -> None:
+    """`u` are weights plus an offset, whichever it is."""
+    # bytes beyond 127 are weights beyond a signed byte, unless the offset is 128
+    given = np.stack([u if offset == WIDE_OFFSET else u & 127 for offset in OFFSETS])
+    out, split = np.zeros((len(OFFSETS), 16), np.int32), np.zeros(64, np.uint8)
+    _kernel("wide_dot", name)(given, q, split, out)
     words = OPS["wide_split"].meaning(q).reshape(2, 8, 2)
-    meant: Array = OPS["wide_start"].meaning(np.int32(0))
-    for quad in range(8):
-        meant = OPS["wide_dot"].meaning(meant, w[quad], *words[:, quad])
-    assert np.array_equal(OPS["wide_total"].meaning(meant), expected)
+    for offset, added, row in zip(OFFSETS, given, out, strict=True):
+        plain = added.astype(np.int64) - offset
+        expected = plain.transpose(1, 0, 2).reshape(16, 32) @ q
+        assert np.array_equal(row, expected), offset
+        meant: Array = OPS["wide_start"].meaning(np.int32(0))
+        w = OPS["wide_weights"].meaning(added, offset)
+        for quad in range(8):
+            meant = OPS["wide_dot"].meaning(meant, w[quad], *words[:, quad])
+        assert np.array_equal(OPS["wide_total"].meaning(meant), expected)
 
 
 @TierNames
 @pytest.mark.parametrize("q", [-16320, -129, -128, 0, 127, 128, 16320])
-@pytest.mark.parametrize("w", [-128, -127, 0, 127])
-def test_wide_dot_at_the_ends_of_its_range(name: str, w: int, q: int) -> None:
-    _check_wide_dots(name, np.full((8, 16, 4), w, np.int8), np.full(32, q, np.int32))
+@pytest.mark.parametrize("u", [0, 1, 127, 128, 255])
+def test_wide_dot_at_the_ends_of_its_range(name: str, u: int, q: int) -> None:
+    _check_wide_dots(name, np.full((8, 16, 4), u, np.uint8), np.full(32, q, np.int32))
 
 
 @TierNames
 @given(seed=st.integers(0, 2**32 - 1), aligned=st.booleans())
 def test_wide_dot(name: str, seed: int, aligned: bool) -> None:
     rng = np.random.default_rng(seed)
-    w = rng.integers(-128, 128, (16, 32)).astype(np.int8)
+    u = rng.integers(0, 256, (16, 32), np.uint8)
     q = rng.integers(-16320, 16321, 32).astype(np.int32)
     if aligned:  # signs alike: sums near the ends, which no byte product with saturation reaches
-        w = np.where(rng.random((16, 32)) < 0.8, np.where(q > 0, 127, -128), w).astype(np.int8)
-    _check_wide_dots(name, _as_quads(w), q)
+        u = np.where(rng.random((16, 32)) < 0.8, np.where(q > 0, 255, 0), u).astype(np.uint8)
+    _check_wide_dots(name, _as_quads(u), q)
+
+
+@TierNames
+@pytest.mark.parametrize("q", [-16320, -129, 0, 127, 16320])
+def test_wide_lookup(name: str, q: int) -> None:
+    """Every byte as an index: the upper four bits do not count."""
+    for index in np.arange(256, dtype=np.uint8).reshape(4, 64):
+        out, split = np.zeros(16, np.int32), np.zeros(64, np.uint8)
+        _kernel("wide_lookup", name)(index, np.full(32, q, np.int32), split, out)
+        w = OPS["wide_lookup"].meaning(WEIGHTS, WIDE_OFFSET, index).astype(np.int64)
+        assert np.array_equal(w, np.asarray(WEIGHTS)[index % 16])
+        assert np.array_equal(out, 8 * q * w.reshape(16, 4).sum(axis=1))
 
 
 def _check_narrow_dots(name: str, w: Array, x: Array) -> None:

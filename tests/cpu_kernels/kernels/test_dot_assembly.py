@@ -44,9 +44,9 @@ X86 = [
 ]
 
 
-def _dot_kernels(fmt: str, tier: Tier) -> dict[str, list[str]]:
+def _dot_kernels(fmt: str, tier: Tier, bits: int = 16) -> dict[str, list[str]]:
     """Dot kernel -> its lines of assembly."""
-    text = assembly(build_module(functions_of(fmt, tier), tier, "dots"), tier.target)
+    text = assembly(build_module(functions_of(fmt, tier, bits), tier, "dots"), tier.target)
     parts = re.split(r"^(\w+):.*$", text, flags=re.M)
     bodies = zip(parts[1::2], parts[2::2], strict=True)
     return {n: b.splitlines() for n, b in bodies if re.fullmatch(r"(direct|tiled)\d", n)}
@@ -72,6 +72,16 @@ def test_nothing_is_spilled_in_inner_loops(fmt: str, tier: Tier) -> None:
         assert loops, name
         spilled = max(sum(bool(_SPILL.search(line)) for line in loop) for loop in loops)
         assert spilled <= TIGHT.get((tier.name, fmt, name), 0), name
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("fmt", ["INT4_G128_BF16", "INT4_ROW_FLOAT32", "INT8_ROW_FLOAT32"])
+def test_nothing_is_spilled_where_other_scales_are_multiplied(fmt: str, bits: int) -> None:
+    """Blocks, fields of rows, and activations of 8 bits, on the tier of the measured processor."""
+    for name, lines in _dot_kernels(fmt, TIERS["avx512_vbmi"], bits).items():
+        loops = _inner_loops(lines)
+        assert loops, name
+        assert not any(_SPILL.search(line) for loop in loops for line in loop), name
 
 
 def test_a_spill_is_seen() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from hybrid_moe.formats.table import FORMATS
 from hybrid_moe.planning import CpuSpeeds, Plan, Request, parse_gpus
 from hybrid_moe.planning.plan import CPU_EXPERTS
 
 GIB = 1 << 30
-CPU = CpuSpeeds(80e9, {"MXFP4": 1000e9, "BF16": 1000e9}, "as given")
+CPU = CpuSpeeds(80e9, dict.fromkeys(FORMATS, 1000e9), "as given")
 
 
 def request(*gpus: str, **changes: Any) -> Request:

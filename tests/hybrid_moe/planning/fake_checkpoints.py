@@ -166,7 +166,8 @@ def _gpt_oss(c: Config) -> Tensors:
 
 
 def _qwen3_moe(c: Config) -> Tensors:
-    """BF16 as published, or as `hybrid-moe convert` writes it where the configuration says so."""
+    """BF16 as published, or FP8 or what `hybrid-moe convert` writes where the configuration says
+    so; of FP8 only the experts."""
     H, I, E = c["hidden_size"], c["moe_intermediate_size"], c["num_experts"]
     yield from _ends(c)
     for layer in range(c["num_hidden_layers"]):
@@ -178,7 +179,10 @@ def _qwen3_moe(c: Config) -> Tensors:
         for e in range(E):
             for name, N, K in (("gate_proj", I, H), ("up_proj", I, H), ("down_proj", H, I)):
                 key = f"{stem}.mlp.experts.{e}.{name}"
-                if "hybrid_moe" in c:
+                if c.get("quantization_config"):
+                    yield f"{key}.weight", "F8_E4M3", (N, K)
+                    yield f"{key}.weight_scale_inv", "F32", (-(-N // 128), -(-K // 128))
+                elif "hybrid_moe" in c:
                     yield from _mxfp4(key, N, K, ("U8", "U8"), "weight_scale")
                 else:
                     yield f"{key}.weight", "BF16", (N, K)
@@ -206,6 +210,7 @@ def _gpt_oss_sizes(layers: int, experts: int) -> Config:
 
 
 _CONVERTED = {"hybrid_moe": {"experts": "MXFP4", "group": 32}}
+_FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 _QWEN3_30B = _QWEN3 | _sizes(
     48, hidden_size=2048, moe_intermediate_size=768, num_attention_heads=32
 )
@@ -231,6 +236,7 @@ MODELS: dict[str, FakeModel] = {
     "gpt-oss-20b": FakeModel(_GPT_OSS | _gpt_oss_sizes(24, 32), _gpt_oss),
     "Qwen3-30B-A3B": FakeModel(_QWEN3_30B, _qwen3_moe),
     "Qwen3-30B-A3B-MXFP4": FakeModel(_QWEN3_30B | _CONVERTED, _qwen3_moe),
+    "Qwen3-30B-A3B-FP8": FakeModel(_QWEN3_30B | _FP8, _qwen3_moe),
     "Qwen3-235B-A22B": FakeModel(_QWEN3_235B, _qwen3_moe),
     "Qwen3-235B-A22B-MXFP4": FakeModel(_QWEN3_235B | _CONVERTED, _qwen3_moe),
 }  # fmt: skip

@@ -52,7 +52,7 @@ def main(warm_up: Path, model: Path, method: str, huge_pages: bool) -> dict[str,
     """Load `warm_up`, then measure `model`."""
     if not huge_pages and _LIBC.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl")
-    kept = list(wrappers(warm_up, method))
+    kept = list(wrappers(warm_up, "auto"))
     gc.collect()
     before = psutil.Process().memory_info().rss
     loaded = list(wrappers(model, method))

@@ -18,12 +18,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from hybrid_moe.cpu_kernels.job import IDLE
+from hybrid_moe.cpu_kernels.kernels.format_kernels import has_kernels
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.memory import Arena
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
-from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.table import FORMATS, format_named
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.integrations.transformers.dense.hybrid_linear import HybridLinear
 from hybrid_moe.integrations.transformers.dense.mlp import HybridMLP
 from hybrid_moe.integrations.transformers.dense.packing import nbytes_of
@@ -48,23 +50,38 @@ LARGER = {
 """100 MB of MXFP4 experts. All weights are zero, which is a valid one: scales are 2^-127."""
 
 
+FORMAT = st.sampled_from([fmt for fmt in FORMATS.values() if has_kernels(fmt)])
+
+
 @given(
-    method=st.sampled_from(sorted(DENSE_FORMATS)),
-    hidden=st.integers(1, 40).map(lambda n: 32 * n),
-    intermediate=st.integers(1, 40).map(lambda n: 32 * n),
+    formats=st.builds(LayerFormats, FORMAT, FORMAT),
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     pools=st.integers(1, 2),
     biases=st.booleans(),
 )
 def test_an_expert_is_as_large_as_its_panels(
-    method: str, hidden: int, intermediate: int, pools: int, biases: bool
+    formats: LayerFormats, sizes: tuple[int, int], pools: int, biases: bool
 ) -> None:
-    fmt = DENSE_FORMATS[method]
-    layer = ExpertLayer(fmt, 1, hidden, intermediate, pool=PoolConfig(pools, pools))
+    """Of every format, and of any two."""
+    # up to 40 groups of 32 each, or of the format's own
+    hidden, intermediate = (
+        -(-32 * n // fmt.k_multiple) * fmt.k_multiple for n, fmt in zip(sizes, formats, strict=True)
+    )
+    layer = ExpertLayer(formats, 1, hidden, intermediate, pool=PoolConfig(pools, pools))
     layer.allocate(np.ones(1, bool), biases=biases)
-    predicted = packed_nbytes(fmt, hidden, intermediate)
+    predicted = packed_nbytes(formats, hidden, intermediate)
     if biases:
         predicted += bias_nbytes(hidden, intermediate)
     assert predicted == layer.nbytes == sum(layer.expert_nbytes(pool) for pool in range(pools))
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+def test_a_resident_expert_is_as_large_as_a_stored_one(fmt: WeightFormat) -> None:
+    """At most 2 % more, in the dimensions of DeepSeek-V4-Flash and of gpt-oss, where they fit."""
+    for hidden, intermediate in ((4096, 2048), (2880, 2880)):
+        if hidden % fmt.k_multiple == 0 == intermediate % fmt.k_multiple:
+            stored = 2 * fmt.nbytes(intermediate, hidden) + fmt.nbytes(hidden, intermediate)
+            assert stored <= packed_nbytes(fmt, hidden, intermediate) <= 1.02 * stored
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +113,20 @@ def test_ram_of_a_larger_checkpoint(larger: Path, huge_pages: bool) -> None:
     actual = measure(larger, "MXFP4", huge_pages)
     assert expert_ram(plan) == pytest.approx(actual["arenas"], rel=TOLERANCE)
     assert expert_ram(plan) == pytest.approx(actual["growth"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["FP8", "AMXINT4"])
+def test_ram_of_other_formats(method: str, tmp_path: Path) -> None:
+    """Held as they are stored, and quantized while they are loaded."""
+    if not has_kernels(format_named(method)):
+        pytest.skip(f"no kernels of {method}")
+    model = MODELS["Qwen3-30B-A3B-FP8" if method == "FP8" else "Qwen3-30B-A3B"]
+    sizes = {**LARGER, "num_hidden_layers": 1}
+    checkpoint = write_headers(tmp_path, model, sizes)
+    plan = make_plan(read_model(checkpoint, method=method), request(huge_pages=False))
+    assert expert_ram(plan) > 18e6
+    actual = measure(checkpoint, method, False)
+    assert expert_ram(plan) == pytest.approx(actual["arenas"], rel=TOLERANCE)
 
 
 def test_ram_of_the_small_model() -> None:

@@ -14,7 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.formats.strips import packed_nbytes
+from hybrid_moe.formats.table import FORMATS
 from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.loaders import Checkpoint, inspect_checkpoint
 from hybrid_moe.placement.profile import read_profile, write_profile
 from hybrid_moe.planning import (
@@ -28,8 +31,10 @@ from hybrid_moe.planning import (
     read_model,
     slots_of,
 )
+from hybrid_moe.planning.kernel_shares import one_token_share
 from hybrid_moe.planning.kv_cache import kind_of, sglang_cache
 from hybrid_moe.planning.machine import measure_cpu, read_receipt
+from hybrid_moe.planning.model import LayerExperts
 from hybrid_moe.planning.parts import hot_bytes
 from hybrid_moe.planning.plan import GPU, RAM
 from hybrid_moe.planning.prediction import GPU_READ_SHARE, HANDOVER_S, READ_SHARE
@@ -80,13 +85,16 @@ def test_speeds_of_a_receipt(tmp_path: Path) -> None:
             {"where": "1 thread", "at_random": 1.0}, {"where": "all threads", "at_random": 26.5}
         ],
         "peaks": [
-            {"formats": {"MXFP4": 100.0}}, {"formats": {"MXFP4": 120.0, "BF16": 70.0}},
-            {"formats": {}},
+            {"op": "byte_dot", "all_threads": 200.0}, {"op": "byte_dot", "all_threads": 240.0},
+            {"op": "pair_dot", "all_threads": 70.0}, {"op": "wide_dot", "all_threads": 110.0},
         ],
     }  # fmt: skip
     file.write_text(json.dumps(document))
     speeds = read_receipt(file)
-    assert speeds.read == 26.5e9 and speeds.macs == {"MXFP4": 120e9, "BF16": 70e9}
+    assert speeds.read == 26.5e9 and set(speeds.macs) == set(FORMATS)
+    # two byte products of each
+    assert speeds.macs["MXFP4"] == speeds.macs["INT4_ROW_FLOAT32"] == speeds.macs["Q4_K"] == 120e9
+    assert speeds.macs["BF16"] == speeds.macs["FP8"] == 70e9 and speeds.macs["INT8"] == 110e9
     assert speeds.source == "ceilings.json: P, 2 threads"
     for damage in ("{", "[]", "{}", json.dumps({**document, "reads": []})):
         file.write_text(damage)
@@ -97,6 +105,28 @@ def test_speeds_of_a_receipt(tmp_path: Path) -> None:
 def test_this_machine_can_be_measured() -> None:
     speeds = measure_cpu(1, seconds=0.02)
     assert speeds.read > 0 and all(rate > 0 for rate in speeds.macs.values())
+    assert set(speeds.macs) == set(FORMATS)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+def test_experts_stream_as_fast_as_they_are_read_or_decoded(fmt: WeightFormat) -> None:
+    """The slower of both; a prompt multiplies at least as fast as one token decodes."""
+    packed = packed_nbytes(fmt, 4096, 2048)
+    weights = 3 * 4096 * 2048
+    layer = LayerExperts(0, 64, 6, layer_formats(fmt), packed, 0, packed, weights)
+    macs = dict.fromkeys(FORMATS, 100e9)
+    assert 0.3 * 100e9 < layer.token_rate(macs) <= layer.rate(macs) <= 100e9
+    decoding = weights / layer.token_rate(macs)
+    assert layer.token_seconds(1e15, macs) == decoding
+    assert layer.token_seconds(1e6, macs) == packed / 1e6 > decoding
+
+
+def test_layers_of_two_formats_take_the_time_of_both() -> None:
+    formats = LayerFormats(FORMATS["Q4_K"], FORMATS["Q6_K"])
+    layer = LayerExperts(0, 64, 6, formats, 1, 0, 1, 3)
+    q4, q6 = (100 * one_token_share(fmt) for fmt in formats)
+    rate = layer.token_rate({"Q4_K": 100.0, "Q6_K": 100.0})
+    assert rate == pytest.approx(3 / (2 / q4 + 1 / q6)) and q6 < rate < q4
 
 
 # Models -----------------------------------------------------------------------------------------
@@ -428,7 +458,7 @@ def test_impossible_requests(
 def test_decode_on_a_gpu_is_the_sum_of_its_parts(gpt_oss: Model) -> None:
     """Recomputed from the sizes of gpt-oss-20b: 24 layers, 32 experts, top-4, H = I = 2880."""
     plan = make_plan(gpt_oss, request("14GB", num_gpu_experts=8))
-    expert = 3 * 2880 * 2880 * 4.25 / 8
+    expert = 3 * 2880 * 2880 * 4.25 / 8 + 4 * 3 * 2880  # biases are float32
     cold = 24 * 4 * (24 / 32) * expert / (80e9 * READ_SHARE)
     # weights that a token reads: all but embeddings and experts
     attention = 2 * (2 * 2880 * 4096 + 2 * 2880 * 512 + 4096 + 2 * 512 + 2880 + 64)
@@ -438,7 +468,7 @@ def test_decode_on_a_gpu_is_the_sum_of_its_parts(gpt_oss: Model) -> None:
     expected = rest / gpu + cold + 24 * HANDOVER_S
     assert 1 / plan.decode.tokens_per_second == pytest.approx(expected, rel=1e-3)
     speed = f"{80 * READ_SHARE:.1f} GB/s"
-    assert plan.decode.limit == f"RAM bandwidth: 952 MB of experts at {speed}"
+    assert plan.decode.limit == f"RAM bandwidth: 954 MB of experts at {speed}"
 
 
 def test_prefill_on_the_cpu_is_arithmetic(gpt_oss: Model) -> None:

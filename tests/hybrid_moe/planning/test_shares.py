@@ -10,7 +10,11 @@ import pytest
 
 from hybrid_moe.planning.prediction import MAC_SHARE, READ_SHARE
 
-RECEIPTS = sorted((Path(__file__).parents[3] / "docs" / "results").glob("*.json"))
+RECEIPTS = [
+    file
+    for file in sorted((Path(__file__).parents[3] / "docs" / "results").glob("*.json"))
+    if "moe_layer" in json.loads(file.read_text("utf-8"))["benches"]
+]
 
 
 def points(receipt: Path, tokens: int) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ from hybrid_moe.wrapper import KTMoEWrapper
 from tests.families import EXPERTS, write_family
 from tests.hybrid_moe.checkpoints import save
 from tests.hybrid_moe.tiny_models import build, logits, prompt
+from tests.loaders.gguf.files import expert_entries, model_file
 
 MX, BF = layer_formats(MXFP4), layer_formats(BF16)
 ALL = np.ones(EXPERTS, np.bool_)
@@ -202,6 +203,32 @@ def test_a_changed_checkpoint(
         assert load(model, directory) == direct(model)
     (after,) = files(directory)
     assert after != before and "another state" in warnings(caplog)[0]
+
+
+def test_files_beside_the_weights_change_nothing(
+    model: Path, directory: Path, reads: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    load(model, directory)
+    (model / "README.md").write_text("a note")
+    reads.clear()
+    with caplog.at_level(logging.WARNING):
+        load(model, directory)
+    assert not reads and not warnings(caplog)
+
+
+def test_a_directory_that_has_gone_bad_meanwhile(
+    model: Path, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is read from it or written to it any more; the weights come all the same."""
+    source, store = Checkpoint.open(model).layer(1), cache_at(directory)
+    assert store is not None
+    layer = empty(source, MX)
+    directory.chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        load_packed_layer(store, source, MX, IDENTITY, ALL, layer, 1)
+    assert layer.loaded.all() and files(directory) == []
+    assert all("others may write" in message for message in warnings(caplog))
+    layer.close()
 
 
 def _cut(file: Path) -> None:
@@ -380,3 +407,23 @@ def test_slots_do_without(
         wrapper.load_weights()
     wrapper.close()
     assert files(directory) == [] and "GPU slots do without" in caplog.text
+
+
+def test_two_formats_out_of_one_file(directory: Path, tmp_path: Path, reads: list[str]) -> None:
+    """Blocks of GGUF, which are taken apart on the way, and biases."""
+    file = model_file(*expert_entries(0, "Q4_K", "Q6_K", bias=True)).write(tmp_path / "m.gguf")
+    source, store = Checkpoint.open(file).layer(0), cache_at(directory)
+    assert store is not None
+    wanted, found = np.ones(source.num_experts, np.bool_), []
+    for cached in (False, True, True):
+        reads.clear()
+        layer = empty(source, source.formats, wanted)
+        mapping = np.arange(source.num_experts)
+        if cached:
+            load_packed_layer(store, source, source.formats, mapping, wanted, layer, 2)
+        else:
+            load_layer(source, mapping, wanted, layer.load, formats=source.formats)
+        biases = np.concatenate([layer.unpack(0).gate.bias, layer.unpack(2).down.bias])  # type: ignore[list-item]
+        found.append((layer.arenas[0].bytes.tobytes(), biases.tobytes()))
+        layer.close()
+    assert not reads and found[0] == found[1] == found[2]
