@@ -37,30 +37,32 @@ def planes_of_blocks(kind: GgmlType, blocks: Bytes, take: Take = fresh) -> dict[
         rows, elements = plane.shape(N, K)
         raw = take(rows * elements * plane.dtype.itemsize)
         planes[plane.name] = raw.view(plane.dtype).reshape(rows, elements)
-    _fill(kind, blocks, {name: plane.view(np.uint8) for name, plane in planes.items()})
+    count = blocks.shape[1] // kind.nbytes
+    seen = {name: plane.view(np.uint8).reshape(N, count, -1) for name, plane in planes.items()}
+    _fill(kind.name, blocks.reshape(N, count, kind.nbytes), seen)
     return planes
 
 
-def _fill(kind: GgmlType, blocks: Bytes, to: dict[str, Bytes]) -> None:
-    """Move the bits into planes, which are seen as bytes."""
+def _fill(kind: str, blocks: Bytes, to: dict[str, Bytes]) -> None:
+    """Move the bits of blocks [N, blocks, bytes] into planes, which are seen in the same way."""
     from hybrid_moe.loaders.gguf import block_loops as loops
 
-    codes, scales, size = to["codes"], to["scales"], kind.nbytes
-    match kind.name:
+    codes, scales = to["codes"], to["scales"]
+    match kind:
         case "Q4_0" | "IQ4_NL":
-            loops.nibble_blocks(blocks, size, scales, 2, codes, 2)
+            loops.scale_2_codes_2(blocks, scales, codes)
         case "MXFP4":
-            loops.nibble_blocks(blocks, size, scales, 1, codes, 1)
+            loops.scale_1_codes_1(blocks, scales, codes)
         case "Q4_1":
-            loops.nibble_blocks(blocks, size, scales, 2, codes, 4)
-            loops.minima_of_blocks(blocks, size, to["minima"])
+            loops.scale_2_codes_4(blocks, scales, codes)
+            loops.minima_of_blocks(blocks, to["minima"])
         case "Q5_0":
-            loops.nibble_blocks(blocks, size, scales, 2, codes, 6)
-            loops.fifth_bits_of_blocks(blocks, size, 2, to["high"])
+            loops.scale_2_codes_6(blocks, scales, codes)
+            loops.fifth_bits_2(blocks, to["high"])
         case "Q5_1":
-            loops.nibble_blocks(blocks, size, scales, 2, codes, 8)
-            loops.minima_of_blocks(blocks, size, to["minima"])
-            loops.fifth_bits_of_blocks(blocks, size, 4, to["high"])
+            loops.scale_2_codes_8(blocks, scales, codes)
+            loops.minima_of_blocks(blocks, to["minima"])
+            loops.fifth_bits_4(blocks, to["high"])
         case "Q8_0":
             loops.q8_0(blocks, scales, codes)
         case "Q2_K":
@@ -68,13 +70,13 @@ def _fill(kind: GgmlType, blocks: Bytes, to: dict[str, Bytes]) -> None:
         case "Q3_K":
             loops.q3_k(blocks, scales, to["factors"], codes, to["high"])
         case "Q4_K":
-            loops.q4_k(blocks, size, scales, to["factors"], codes, 16)
+            loops.q4_k(blocks, scales, to["factors"], codes)
         case "Q5_K":
-            loops.q4_k(blocks, size, scales, to["factors"], codes, 48)
+            loops.q5_k(blocks, scales, to["factors"], codes)
             loops.q5_k_high(blocks, to["high"])
         case "Q6_K":
             loops.q6_k(blocks, scales, to["factors"], codes, to["high"])
         case "IQ4_XS":
             loops.iq4_xs(blocks, scales, to["factors"], codes)
         case _:
-            raise AssertionError(kind.name)
+            raise AssertionError(kind)
