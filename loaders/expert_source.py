@@ -94,6 +94,9 @@ class ExpertSource(Protocol):
         """The same with the layout of the module that will compute the experts, which needs no
         other witness."""
 
+    def expect(self, expert: int) -> None:
+        """Let the kernel read an expert ahead."""
+
     def expert(
         self, expert: int, formats: LayerFormats | None = None, buffer: ReadBuffer | None = None
     ) -> ExpertTensors:

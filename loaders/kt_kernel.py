@@ -158,6 +158,12 @@ class KtSource:
         """Itself, likewise."""
         return self
 
+    def expect(self, expert: int) -> None:
+        """Let the kernel read an expert ahead."""
+        for parts in self.parts[expert].values():
+            for tensor in (t for part in parts for t in part):
+                self.index.expect(tensor.key)
+
     def expert(
         self,
         expert: int,

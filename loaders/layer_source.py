@@ -219,6 +219,13 @@ class LayerSource:
         """Raise `CheckpointError` where nothing tells how gate and up lie in fused tensors."""
         _ = self.interleaved
 
+    def expect(self, expert: int) -> None:
+        """Let the kernel read an expert ahead."""
+        fused = self.scheme.fused
+        for stack in self.stacks[0 if fused else expert]:
+            for tensor in stack.tensors:
+                self.index.expect(tensor.key, slice(expert, expert + 1) if fused else None)
+
     def expert(
         self,
         expert: int,

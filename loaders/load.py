@@ -119,8 +119,12 @@ class LayerLoad:
         self.items = tuple(ids.items())
         self._counted = Counted(progress, ids)
 
-    def load(self, logical: int, ids: Sequence[int], buffer: ReadBuffer) -> None:
-        """Read an expert and hand it on, once for each of its ids."""
+    def load(self, index: int, buffer: ReadBuffer, ahead: int) -> None:
+        """Read the expert of an item and hand it on, once for each of its ids. Meanwhile the kernel
+        reads that of the item `ahead` items later."""
+        logical, ids = self.items[index]
+        if index + ahead < len(self.items):
+            self._source.expect(self.items[index + ahead][0])
         tensors = self._source.expert(logical, self._formats, buffer)
         for physical in ids:
             self._sink(physical, tensors)
@@ -136,11 +140,12 @@ def load_layers(loads: Iterable[LayerLoad], threads: int) -> None:
     """
     buffers = ReadBuffers()
 
-    def load(part: tuple[LayerLoad, int, Sequence[int]]) -> None:
-        layer, logical, ids = part
-        layer.load(logical, ids, buffers.mine)
+    def load(part: tuple[LayerLoad, int]) -> None:
+        layer, index = part
+        layer.load(index, buffers.mine, threads)
 
-    for_each(((layer, *item) for layer in loads for item in layer.items), load, threads)
+    parts = ((layer, index) for layer in loads for index in range(len(layer.items)))
+    for_each(parts, load, threads)
 
 
 def load_layer(

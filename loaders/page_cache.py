@@ -36,6 +36,13 @@ def releases_pages(nbytes: int) -> bool:
     return bool(2 * nbytes > psutil.virtual_memory().available)
 
 
+def expect_pages(descriptor: int, offset: int, nbytes: int) -> None:
+    """Let the kernel read a range of a file ahead. Threads that share a descriptor make its own
+    read-ahead lose the thread: from a disk of 1.8 GB/s two of them loaded 1.1 GB/s, and with the
+    next experts asked for 1.5."""
+    os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+
 def release_pages(descriptor: int, offset: int, nbytes: int) -> None:
     """Let go of the whole pages in a range of a file; those that others have mapped stay."""
     os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)

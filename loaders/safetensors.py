@@ -22,7 +22,7 @@ from hybrid_moe.formats.strips import round_up
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders.files import CheckpointFiles, choose_files
 from hybrid_moe.loaders.header import TensorInfo, read_header
-from hybrid_moe.loaders.page_cache import release_pages, releases_pages
+from hybrid_moe.loaders.page_cache import expect_pages, release_pages, releases_pages
 from hybrid_moe.loaders.regular import Stamp, open_regular, stamp
 from hybrid_moe.locks import ProcessLock
 from hybrid_moe.logs import warn_once
@@ -164,20 +164,7 @@ class SafetensorsIndex:
             ValueError: `rows` or `out` do not fit.
         """
         tensor = self.info(key)
-        offset, nbytes, shape = tensor.offset, tensor.nbytes, tensor.raw_shape
-        if rows is not None:
-            if not shape:
-                raise ValueError(f"{tensor.where}: rows of a scalar")
-            first, last, step = rows.indices(shape[0])
-            if step != 1:
-                raise ValueError(f"{tensor.where}: rows must have step 1, not {step}")
-            count = max(0, last - first)
-            row_bytes = nbytes // shape[0] if shape[0] else 0
-            offset, nbytes, shape = (
-                offset + first * row_bytes,
-                count * row_bytes,
-                (count, *shape[1:]),
-            )
+        offset, nbytes, shape = _range_of(tensor, rows)
         if out is None:
             out = np.empty(nbytes, np.uint8)
         elif out.dtype != np.uint8 or not out.flags.c_contiguous or out.nbytes < nbytes:
@@ -185,6 +172,12 @@ class SafetensorsIndex:
         target = out.reshape(-1)[:nbytes]
         self._read_into(tensor, offset, target)
         return target.view(tensor.raw_dtype).reshape(shape)
+
+    def expect(self, key: str, rows: slice | None = None) -> None:
+        """Let the kernel read ahead what `read` will soon be asked for; errors as there."""
+        tensor = self.info(key)
+        offset, nbytes, _ = _range_of(tensor, rows)
+        expect_pages(self._descriptor(tensor.file), offset, nbytes)
 
     def close(self) -> None:
         """Close the shards. A later `read` opens them again."""
@@ -233,6 +226,25 @@ class SafetensorsIndex:
                 f"{file}: changed since its header was read; open the checkpoint again when it is "
                 "complete"
             )
+
+
+def _range_of(tensor: TensorInfo, rows: slice | None) -> tuple[int, int, tuple[int, ...]]:
+    """Offset, bytes and raw shape of rows of a tensor's first axis; None for all of it.
+
+    Raises:
+        ValueError: `rows` do not fit.
+    """
+    offset, nbytes, shape = tensor.offset, tensor.nbytes, tensor.raw_shape
+    if rows is None:
+        return offset, nbytes, shape
+    if not shape:
+        raise ValueError(f"{tensor.where}: rows of a scalar")
+    first, last, step = rows.indices(shape[0])
+    if step != 1:
+        raise ValueError(f"{tensor.where}: rows must have step 1, not {step}")
+    count = max(0, last - first)
+    row_bytes = nbytes // shape[0] if shape[0] else 0
+    return offset + first * row_bytes, count * row_bytes, (count, *shape[1:])
 
 
 def _close_all(descriptors: dict[Path, int]) -> None:

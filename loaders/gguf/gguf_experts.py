@@ -163,6 +163,11 @@ class GgufLayer:
         nothing of GGUF's."""
         return self
 
+    def expect(self, expert: int) -> None:
+        """Let the kernel read an expert ahead."""
+        for tensor in self._tensors:
+            self.index.expect(tensor.key, slice(expert, expert + 1))
+
     def expert(
         self, expert: int, formats: LayerFormats | None = None, buffer: ReadBuffer | None = None
     ) -> ExpertTensors:

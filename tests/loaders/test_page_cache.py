@@ -15,15 +15,24 @@ from hybrid_moe.loaders import Checkpoint, load_layer
 from hybrid_moe.loaders.page_cache import VARIABLE, releases_pages
 from tests.families import EXPERTS, FamilyFixture
 
+Range = tuple[int, int]
+"""Offset and bytes."""
+
 
 @pytest.fixture
-def released(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of each range that is let go of."""
-    sizes: list[int] = []
+def expected() -> list[Range]:
+    """Ranges that the kernel is to read ahead."""
+    return []
+
+
+@pytest.fixture
+def released(monkeypatch: pytest.MonkeyPatch, expected: list[Range]) -> list[Range]:
+    """Ranges that are let go of."""
+    sizes: list[Range] = []
 
     def advise(descriptor: int, offset: int, nbytes: int, advice: int) -> None:
-        assert advice == os.POSIX_FADV_DONTNEED
-        sizes.append(nbytes)
+        (sizes if advice == os.POSIX_FADV_DONTNEED else expected).append((offset, nbytes))
+        assert advice in (os.POSIX_FADV_DONTNEED, os.POSIX_FADV_WILLNEED)
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     monkeypatch.delenv(VARIABLE, raising=False)
@@ -39,13 +48,13 @@ def load(family: Callable[[str], FamilyFixture]) -> int:
 
 
 def test_the_variable_decides(
-    family: Callable[[str], FamilyFixture], released: list[int], monkeypatch: pytest.MonkeyPatch
+    family: Callable[[str], FamilyFixture], released: list[Range], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, "keep")
     load(family)
     assert released == []
     monkeypatch.setenv(VARIABLE, " Release")
-    assert load(family) == sum(released)
+    assert load(family) == sum(nbytes for _, nbytes in released)
     monkeypatch.setenv(VARIABLE, "drop")
     with pytest.raises(ValueError, match=f'{VARIABLE} must be "keep" or "release"'):
         load(family)
@@ -59,7 +68,20 @@ def test_else_the_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_small_checkpoint_stays(
-    family: Callable[[str], FamilyFixture], released: list[int]
+    family: Callable[[str], FamilyFixture], released: list[Range]
 ) -> None:
     load(family)
     assert released == []
+
+
+def test_the_next_experts_are_read_ahead(
+    family: Callable[[str], FamilyFixture],
+    released: list[Range],
+    expected: list[Range],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One thread is one expert ahead: all ranges but those of the first expert, and no others."""
+    monkeypatch.setenv(VARIABLE, "release")
+    nbytes = load(family)
+    assert sum(size for _, size in expected) == nbytes // EXPERTS * (EXPERTS - 1)
+    assert expected == released[-len(expected) :]
