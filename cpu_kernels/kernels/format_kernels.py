@@ -10,6 +10,7 @@ from hybrid_moe.cpu_kernels import tuning
 from hybrid_moe.cpu_kernels.dsl.emit import KernelBody
 from hybrid_moe.cpu_kernels.dsl.tiles import TileConfig
 from hybrid_moe.cpu_kernels.kernels import bf16_dot, e4m3_dot, integer_dot, order, tile_dot
+from hybrid_moe.cpu_kernels.kernels.e4m3_tile_dot import e4m3_tile_dot
 from hybrid_moe.cpu_kernels.kernels.encode import BF16_PAIRS, BYTE_PAIRS, Encoding, integer_encoding
 from hybrid_moe.cpu_kernels.kernels.group_dot import group_dot
 from hybrid_moe.cpu_kernels.kernels.order import Order
@@ -131,7 +132,12 @@ def _e4m3_kernels(fmt: WeightFormat) -> FormatKernels:
         unpack=e4m3_dot.unpack(fmt),
         unpacked_group_bytes=unpacked.layout.block_bytes,
         chunk_groups=tuning.chunk_groups(packed.layout),
-        tile=None,
+        tile=TileKernels(
+            config=tile_dot.BF16_CONFIG,
+            dots={m: e4m3_tile_dot(fmt, m) for m in (32, 16)},
+            unpack=e4m3_dot.unpack(fmt),
+            from_tokens=tuning.E4M3_BLOCKS_FROM,
+        ),
     )
 
 
