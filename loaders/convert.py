@@ -42,6 +42,8 @@ CONFIG_KEY = "hybrid_moe"
 """Key in `config.json` that says what `convert_checkpoint` did; other tools ignore it."""
 
 _COPY_BYTES = 16 << 20
+_FLOATS = ("BF16", "F16", "F32", "F64", "I64")
+"""Dtypes of tensors that no configuration has to explain; I64: tables of ids."""
 Progress = Callable[[int, int], None]
 
 
@@ -221,13 +223,14 @@ def _config(
     checkpoint: Checkpoint, layers: list[LayerSource], fmt: WeightFormat, kept: list[TensorInfo]
 ) -> dict[str, Any] | None:
     """What `config.json` becomes; None where there was none. A `quantization_config` that is there
-    stays: the rest of the model needs it."""
+    stays where the rest of the model needs it."""
     if not checkpoint.config:
         return None
     config = {**checkpoint.config, CONFIG_KEY: {"experts": fmt.name, "group": fmt.group}}
     config.pop("transformers_weights", None)  # the weights have the usual names now
     schemes = [written_scheme(layer, fmt) for layer in layers]
-    if QUANTIZATION_KEY not in config:
+    if QUANTIZATION_KEY not in config or all(tensor.dtype in _FLOATS for tensor in kept):
+        config.pop(QUANTIZATION_KEY, None)
         said = quantization_config(fmt, schemes, kept)
         config |= {} if said is None else {QUANTIZATION_KEY: said}
     return config

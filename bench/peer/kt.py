@@ -22,6 +22,8 @@ from weights import Codes, random_experts
 
 from peer.interface import Peer, UnavailableError
 
+_TOKENS = 64
+"""Its integer classes want room for a multiple of so many."""
 Scales = Callable[[Codes], Array | None]
 
 
@@ -113,7 +115,7 @@ class KtKernel(Peer):
         self._infer = kt_kernel_ext.CPUInfer(workers)
         config = moe.MOEConfig(shape.experts, shape.top_k, shape.hidden, shape.intermediate, 0)
         config.layer_idx, config.pool = 0, self._infer.backend_
-        config.max_len = max(max_tokens, 16)
+        config.max_len = -(-max_tokens // _TOKENS) * _TOKENS
         for name, value in how.config.items():
             setattr(config.quant_config, name, value)
         sources = random_experts(shape, method)

@@ -84,6 +84,21 @@ def test_our_loader_reads_it(family: Family, name: str, method: str, tmp_path: P
             assert (info.dtype, list(info.shape)) == (dtype, shape)
 
 
+def test_fp8_becomes_integers_of_rows(family: Family, tmp_path: Path) -> None:
+    """From its own values; nothing of FP8 stays."""
+    fp8, target = tmp_path / "fp8", tmp_path / "rows"
+    convert_checkpoint(family("qwen3_moe").directory, fp8, "FP8", progress=False)
+    convert_checkpoint(fp8, target, "AMXINT8", progress=False)
+    before, after = (Checkpoint.open(folder).layer(1) for folder in (fp8, target))
+    fmt = written_format("AMXINT8")
+    for name, w in dequantized(before, 2).items():
+        expected = fmt.dequantize(*fmt.encode(w))
+        assert np.array_equal(dequantized(after, 2)[name], expected)
+    assert not [key for key in after.index.tensors if key.endswith("weight_scale_inv")]
+    config = json.loads((target / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "int-quantized"
+
+
 def test_every_method_that_makes_weights_is_written() -> None:
     assert {*WRITTEN, "MXFP4", "INT8"} | {"MOE_INT4", "MOE_INT8"} == set(written_methods())
 
