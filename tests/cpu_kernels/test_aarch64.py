@@ -170,6 +170,11 @@ def test_portable_kernels_name_no_processor(fmt: str) -> None:
         # 16 scales of a panel, 4 at a time; q in words of 16 bits, 4 products of 4 rows each
         ("INT8", NEON, "direct1", {"mul": 4, "mla": 128 - 4, "fcvtl": 4}),
         ("INT8", NEON_DOTPROD, "direct3", {"sdot": 3 * 64, "fcvtl": 4}),
+        # E4M3, two words of two panels in a loop's body, and of the other two: three lookups a
+        # register of codes, then two pairs of products of 16 rows; no single lanes anywhere
+        ("FP8", NEON, "direct1", {"tbl": 2 * 4 * 3 * 4, "fmla": 2 * 4 * 4 * 4, "umov": 0}),
+        ("FP8", NEON, "tiled2", {"tbl": 0, "fmla": 2 * 2 * 4 * 4 * 4, "umov": 0}),
+        ("FP8", NEON, "unpack", {"tbl": 4 * 3 * 4, "umov": 0, "ins": 0}),
     ],
     ids=lambda value: value.name if isinstance(value, Tier) else None,
 )
