@@ -165,7 +165,7 @@ bench-peers: install
 	$(BIN)/python bench/peers.py --targets
 
 # Every format beside kt-kernel, ggml and torch, one token and 1024, with a core to spare and with all,
-# and its bars; FORMATS=Q4_K,FP8 for some, TIER=avx2 for another tier. Then docs/results and docs/formats.md.
+# and its bars: hours. FORMATS=Q4_K,FP8 for some, TIER=avx2 for another tier. Then docs/results and docs/formats.md.
 FORMATS_RECEIPT := $(RECEIPTS)/formats$(addprefix -,$(TIER)).json
 bench-formats: install
 	mkdir -p $(RECEIPTS)
@@ -187,6 +187,11 @@ bench-peers-install: install
 		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DLLAMA_CURL=OFF \
 		$(foreach part,COMMON TESTS TOOLS EXAMPLES SERVER,-DLLAMA_BUILD_$(part)=OFF)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(GGML)/build --target llama
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S $(GGML)/vendor/llama.cpp -B $(GGML)/build-avx2 -G Ninja \
+		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=OFF -DLLAMA_CURL=OFF \
+		$(foreach set,SSE42 AVX AVX2 FMA F16C BMI2,-DGGML_$(set)=ON) \
+		$(foreach part,COMMON TESTS TOOLS EXAMPLES SERVER,-DLLAMA_BUILD_$(part)=OFF)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(GGML)/build-avx2 --target ggml-cpu
 
 # What only a GPU can tell, within eight minutes; without one, a rehearsal. Needs no network and no pip:
 # any Python with torch, and what it lacks in a folder of unpacked wheels (bench/gpu_check/packages.py).

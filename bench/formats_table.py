@@ -27,7 +27,7 @@ from hybrid_moe.cpu_kernels.kernels.format_kernels import has_kernels
 from hybrid_moe.formats.strips import PANELS, StripField, strip_layout
 from hybrid_moe.formats.table import FORMATS, METHODS, Method
 from hybrid_moe.formats.weight_format import WeightFormat
-from hybrid_moe.gpu_kernels.weight_codes.table import has_object
+from hybrid_moe.gpu_kernels.weight_codes.objects import has_object
 from hybrid_moe.loaders.written import written_methods
 
 ROOT = Path(__file__).resolve().parent.parent

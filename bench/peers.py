@@ -30,7 +30,7 @@ from comparison import FORMAT_TARGETS, OUR_ERROR, OURS, PEERS, TARGETS
 from decode.counted import counted_rate
 from decode.sweeps import Clock
 from harness import Reads, layer_parser, parse_list, time_beside_reads, weight_bytes
-from peer.find import Place, find_ggml, find_kt, those_found
+from peer.find import Place, find_ggml, find_kt, ggml_avx2, those_found
 from peer.interface import UnavailableError
 from peer.process import WorkerProcess
 from problem import SHAPES, Shape, batches_for, random_batches
@@ -83,7 +83,7 @@ def places(args: argparse.Namespace, console: Console) -> dict[str, Place]:
     found: dict[str, Place | None] = {
         OURS: Place(sys.executable, {}),
         "torch": Place(sys.executable, {}),
-        "ggml": find_ggml(args.ggml_lib),
+        "ggml": find_ggml(args.ggml_lib or (ggml_avx2() if args.isa == "avx2" else None)),
         "kt-kernel": find_kt(args.kt_python, args.kt_path),
     }
     unknown = [name for name in args.libraries if name not in found]
@@ -213,8 +213,10 @@ def series(args: argparse.Namespace) -> dict[tuple[str, str], list[int]]:
     combination of the options."""
     if args.targets or args.formats:
         wanted: dict[tuple[str, str], list[int]] = {}
+        tokens = args.tokens if "--tokens" in sys.argv else None
         for target in FORMAT_TARGETS if args.formats else TARGETS:
-            if args.methods == ["all"] or stored_method(target.method) in args.methods:
+            named = args.methods == ["all"] or stored_method(target.method) in args.methods
+            if named and (tokens is None or target.tokens in tokens):
                 wanted.setdefault((target.method, target.shape), []).append(target.tokens)
         return {key: sorted(tokens) for key, tokens in wanted.items()}
     return {(method, s.name): args.tokens for method in args.methods for s in args.shapes}
@@ -233,7 +235,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--libraries", type=parse_list, default=",".join(NAMES))
     parser.add_argument("--rounds", type=int, help="default: 3; of --formats 5")
     parser.add_argument("--seconds", type=float, default=0.4, help="of each library and round")
-    parser.add_argument("--longest-call", type=float, default=3.0, help="skip slower points")
+    parser.add_argument(
+        "--longest-call", type=float, help="skip slower points; default: 3 s, of --formats 10"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kt-python", help="Python of an environment with kt-kernel and torch")
     parser.add_argument("--kt-path", help="folder of `pip install --target` with kt-kernel")
@@ -241,6 +245,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-accuracy", action="store_true")
     args = parser.parse_args()
     args.rounds = args.rounds or (5 if args.formats else 3)
+    args.longest_call = args.longest_call or (10.0 if args.formats else 3.0)
     if (args.formats or args.targets) and "--methods" not in sys.argv:
         args.methods = ["all"]
     return args
@@ -262,7 +267,7 @@ def ceilings(method: str, pool: PoolConfig, isa: str | None) -> tuple[float, flo
 
 def main() -> None:
     args = parse_arguments()
-    console = Console(width=140)
+    console = Console(width=180 if args.formats else 140)
     libraries = places(args, console)
     if args.isa:
         choose_tier(args.isa)
@@ -270,12 +275,12 @@ def main() -> None:
             place.variables["HYBRID_MOE_ISA"] = args.isa
         if args.isa == "avx2" and "kt-kernel" in libraries:
             libraries["kt-kernel"].variables["KT_KERNEL_CPU_VARIANT"] = "avx2"
+        if args.isa == "avx2" and "ggml" in libraries and not (args.ggml_lib or ggml_avx2()):
+            console.print("[yellow]ggml is left out:[/] it is not built for AVX2 alone")
+            del libraries["ggml"]
     wanted, name = series(args), "formats" if args.formats else "peers"
     points: list[Point] = []
     errors: list[dict[str, Any]] = []
-    if not args.no_accuracy:
-        for method in dict.fromkeys(method for method, _ in wanted):
-            errors += accuracy(libraries, method, min(args.threads), console)
     for threads in args.threads:
         pool = PoolConfig(threads)
         bench = Bench(threads, args.rounds, args.seconds, args.seed, Reads(threads))
@@ -295,6 +300,10 @@ def main() -> None:
                 write_receipt(args.json, receipt(name, points=rows(points), errors=errors))
     if not points:
         raise SystemExit("no library could run")
+    if not args.no_accuracy:
+        for method in dict.fromkeys(method for method, _ in wanted):
+            errors += accuracy(libraries, method, min(args.threads), console)
+    write_receipt(args.json, receipt(name, points=rows(points), errors=errors))
     show_all(console, rows(points), errors, args.formats)
 
 

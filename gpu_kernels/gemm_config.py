@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hybrid_moe.formats.strips import GROUP, strip_layout
 from hybrid_moe.formats.table import FORMATS
-from hybrid_moe.gpu_kernels.weight_codes.table import check_kernels, strip_codes
+from hybrid_moe.gpu_kernels.weight_codes.objects import check_kernels, strip_codes
 
 RANGE_INPUTS = 512
 """Most inputs of a K range."""
@@ -40,13 +40,17 @@ def range_bounds(K: int) -> list[int]:
 
 @functools.lru_cache(maxsize=128)
 def groups_with_room(format: str) -> int:
-    """Groups of weights that `SHARE_REGISTERS` hold: a lane's part of both halves of each, fields
-    included, beside the factors of its eight rows and a tile's products where those are not folded
-    into the codes. MXFP4 has room for these, too, in its loop for wide experts; MXFP8 has not."""
+    """Groups of weights that `SHARE_REGISTERS` hold: what a lane loads ahead for both halves of
+    each, beside what is in use: the factors of its eight rows and a tile's products, where those
+    are not folded into the codes; their offsets; upper bits being put in their places; fields that
+    are not loaded ahead. MXFP4 has room for the first in its loop for wide experts, MXFP8 has not.
+    """
     fmt = FORMATS[format]
     codes = strip_codes(fmt, strip_layout(fmt, max(GROUP, fmt.k_multiple)))
     apart = codes.ways == (False,) or (False in codes.ways and fmt.bits == 8)
-    return (SHARE_REGISTERS - 16 * apart) // (2 * codes.registers)
+    used = 16 * apart + 8 * codes.has_offsets + 16 * (fmt.code.high_bits > 0)
+    used += 0 if codes.fields_ahead else 16
+    return (SHARE_REGISTERS - used) // (2 * codes.registers)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from hybrid_moe.gpu_kernels.lane_memory import (
     request,
 )
 from hybrid_moe.gpu_kernels.weight_codes.codes import Lane
+from hybrid_moe.gpu_kernels.weight_codes.objects import strip_codes
 from hybrid_moe.gpu_kernels.weight_codes.pairs import power_pair
-from hybrid_moe.gpu_kernels.weight_codes.table import strip_codes
 
 CHUNKS = 8
 """16-byte pieces of a token in a stage."""
@@ -72,25 +72,41 @@ class GroupProducts:
         """words, uint32 [registers, half] = the lane's share of a group."""
         lane = self._lane()
         for half in range(self.config.halves):
-            first = 0
-            for address, count in self.codes.chunk(codes_at, fields_from, group, lane, half):
-                load_words(part(words[None, half], first, count), address)
-                first += count
+            codes, fields = self.codes.chunk(codes_at, fields_from, group, lane, half)
+            self._load(words[None, half], codes + fields if self.codes.fields_ahead else codes)
+            if not self.codes.fields_ahead:
+                request(fields[0][0])
+
+    @staticmethod
+    def _load(words: Any, loads: list[tuple[Any, int]]) -> None:
+        first = 0
+        for address, count in loads:
+            load_words(part(words, first, count), address)
+            first += count
 
     def request_weights(self, codes_at: Any, fields_from: Any, group: Any) -> None:
         """Have the lane's share of a group brought to L2."""
         lane = self._lane()
         for half in range(self.config.halves):
-            for address, _ in self.codes.chunk(codes_at, fields_from, group, lane, half):
+            codes, fields = self.codes.chunk(codes_at, fields_from, group, lane, half)
+            for address, _ in codes + fields:
                 request(address)
 
     def multiply(
-        self, words: Any, column: Any, sums: Any, columns: int, group: Any, folded: bool
+        self,
+        words: Any,
+        codes_at: Any,
+        fields_from: Any,
+        group: Any,
+        column: Any,
+        sums: Any,
+        columns: int,
+        folded: bool,
     ) -> None:
         """sums += a group's products.
 
         Args:
-            words: uint32 [registers, half].
+            words: uint32 [registers, half], from `load_weights`.
             column: n -> the lane's B fragments of both k-steps, uint32 [4], of column n.
             sums: float32 [4, row tile, column, half].
             columns: how many.
@@ -103,6 +119,11 @@ class GroupProducts:
         totals = self._column_sums(column, columns) if self.codes.has_offsets else None
         for half in range(self.config.halves):
             share = [words[i, half] for i in range(self.codes.registers)]
+            if not self.codes.fields_ahead:
+                _, fields = self.codes.chunk(codes_at, fields_from, group, lane, half)
+                late = registers((sum(count for _, count in fields),), Uint32)
+                self._load(late, fields)
+                share += [late[i] for i in range(sum(count for _, count in fields))]
             for tile in range(ROW_TILES):
                 for k in range(2):
                     fragment = self.codes.fragment(share, tile, k, group, lane, folded)
@@ -261,7 +282,14 @@ def split_k(config: GemmConfig) -> Any:
                     if g + d < end:
                         place = words[None, None, d]
                         products.multiply(
-                            place, lambda n, d=d: b[None, n, d], sums, columns, g + d, folded
+                            place,
+                            codes_at,
+                            fields_from,
+                            g + d,
+                            lambda n, d=d: b[None, n, d],
+                            sums,
+                            columns,
+                            folded,
                         )
                         if g + (d + depth) < end:
                             products.load_weights(place, codes_at, fields_from, g + (d + depth))
@@ -308,9 +336,10 @@ def staged(config: GemmConfig) -> Any:
         codes = products.codes
         lane_offsets = products.lane_offsets
 
-        passes = -(-columns // 4)
+        passes = 1 if columns <= 4 else columns // (4 if products.codes.group_steps == 2 else 2)
         """Times that a half strip goes through K where its factors are not folded: a group's
-        products take registers of their own, which sums and totals of 64 tokens do not leave."""
+        products take registers of their own, which sums and totals of 64 tokens do not leave; with
+        factors of 16 inputs there are twice as many."""
         copied = config.tile // rows_apart
         """Tokens of which a thread copies a chunk."""
 
@@ -420,7 +449,16 @@ def staged(config: GemmConfig) -> Any:
                             return b
 
                         place_of_weights = words[None, None, d]
-                        products.multiply(place_of_weights, column, sums, some, first + d, folded)
+                        products.multiply(
+                            place_of_weights,
+                            codes_at,
+                            fields_from,
+                            first + d,
+                            column,
+                            sums,
+                            some,
+                            folded,
+                        )
                         if first + (d + STAGE_GROUPS) < groups:
                             products.load_weights(
                                 place_of_weights, codes_at, fields_from, first + (d + STAGE_GROUPS)

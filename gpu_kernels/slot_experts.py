@@ -35,7 +35,7 @@ from hybrid_moe.gpu_kernels.pack_tokens import (
 )
 from hybrid_moe.gpu_kernels.slot_layout import SlotLayout
 from hybrid_moe.gpu_kernels.toolchain import has_pdl, prepare
-from hybrid_moe.gpu_kernels.weight_codes.table import check_kernels, needs_wide
+from hybrid_moe.gpu_kernels.weight_codes.objects import check_kernels, needs_wide
 
 Tensor = torch.Tensor
 

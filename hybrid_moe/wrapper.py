@@ -250,11 +250,12 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         """Pack the experts that this layer computes from stacked tensors, quantising floats.
 
         Args:
-            gate_proj, up_proj: float [E', I, H], or uint8 codes [E', I, H/2] for MXFP4, int8
-                [E', I, H] for INT8.
+            gate_proj, up_proj: float [E', I, H], or codes of the method's format (uint8 [E', I,
+                H/2] for MXFP4, float8_e4m3fn [E', I, H] for FP8).
             down_proj: float [E', H, I], or codes, likewise.
             physical_to_logical_map_cpu: as for `load_weights`, into the E' experts given.
-            gate_scale, up_scale, down_scale: with codes: [E', N, K/32], E8M0 (INT8: fp16).
+            gate_scale, up_scale, down_scale: with codes: theirs ([E', N, K/32] E8M0 for MXFP4), of
+                the type and shape that the format's row of `formats.table` says.
             gate_bias, up_bias: float [E', I]. down_bias: float [E', H].
 
         Raises:

@@ -12,6 +12,9 @@ from hybrid_moe.formats.weight_format import WeightFormat
 
 _CHUNK = 1 << 16
 """Weights that are quantized at a time, so that temporaries stay in the cache."""
+COMPILED_FROM = 1 << 20
+"""Weights of a matrix that is worth compiled loops: they take seconds to compile, once, and a
+model has thousands of such matrices. Smaller ones are quantized by NumPy, to the same bits."""
 
 
 def to_float32(raw: Array) -> F32:
@@ -45,17 +48,27 @@ def encode_rows(
     scales = (
         None if fmt.scale is None or scale_shape is None else np.empty(scale_shape, fmt.scale.dtype)
     )
+    quantize = _encoder(fmt, N * K)
     step = max(step, fmt.scale_rows)  # whose multiple the other one is
     rows = max(1, _CHUNK // max(1, K) // step) * step
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
-        part_codes, part_scales = fmt.encode(read(part))
+        part_codes, part_scales = quantize(read(part))
         codes[part] = part_codes
         if scales is not None:
             first = start // fmt.scale_rows
             assert part_scales is not None
             scales[first : first + len(part_scales)] = part_scales
     return codes, scales
+
+
+def _encoder(fmt: WeightFormat, weights: int) -> Callable[[F32], tuple[Array, Array | None]]:
+    """What quantizes a matrix of so many weights."""
+    if weights >= COMPILED_FROM and fmt.scale is not None:
+        from hybrid_moe.loaders.quantize_loops import ENCODERS
+
+        return ENCODERS.get(fmt.name, fmt.encode)
+    return fmt.encode
 
 
 def requantize(

@@ -49,9 +49,13 @@ def random_matrix(fmt: WeightFormat, rng: np.random.Generator, N: int, K: int) -
         elif plane.name == "minima" and plane.dtype == np.uint8:
             planes[plane.name] = rng.integers(0, 256, shape, np.uint8)
         elif plane.name == "minima":
-            planes[plane.name] = -8 * _numbers(rng, plane, shape, size)
+            minima = _numbers(rng, plane, shape, size)
+            planes[plane.name] = minima * plane.dtype.type(-largest / 2)
         elif plane.name == "factors" and plane.per == SUPER:
-            planes[plane.name] = _numbers(rng, plane, shape, size / 20)
+            factors = _numbers(rng, plane, shape, size / 20)
+            if plane.count == 2:  # minima of half the codes' range: weights have both signs
+                factors[:, 1::2] *= plane.dtype.type(largest / 2)
+            planes[plane.name] = factors
         else:
             planes[plane.name] = _numbers(rng, plane, shape, size)
     scales_rows = fmt.scale_rows

@@ -15,7 +15,7 @@ from hybrid_moe.cpu_kernels.kernels import e4m3_dot
 from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.format_kernels import format_kernels
 from hybrid_moe.cpu_kernels.kernels.order import Order
-from hybrid_moe.cpu_kernels.tuning import TURN_GROUPS
+from hybrid_moe.cpu_kernels.tuning import E4M3_WORDS, TURN_GROUPS
 from hybrid_moe.formats.strips import GROUP, PANELS, STRIP_ROWS
 from hybrid_moe.formats.weight_format import WeightFormat
 
@@ -46,16 +46,18 @@ def counted_cycles(
 
 
 def _trips(fmt: WeightFormat, order: Order) -> tuple[int, ...]:
-    """Turns of the kernel's loops: through turns of groups, spans that share a sum, groups or
-    panels."""
-    floats = fmt.code.name == "e4m3"
-    span = e4m3_dot.packed_source(fmt).span if floats else 1
+    """Turns of the kernel's loops, the outermost first: turns of groups, spans of groups that share
+    a sum, groups; then panels or, of E4M3, words."""
     groups = K // GROUP
-    if order.kept == PANELS or (floats and not order.kept):
-        return groups // span, span
-    if order.kept:
-        return groups // TURN_GROUPS, TURN_GROUPS // span, span
-    return groups, PANELS
+    if fmt.code.name == "e4m3":
+        span = e4m3_dot.packed_source(fmt).span
+        turns = (groups // TURN_GROUPS,) if order.kept not in (0, PANELS) else ()
+        spans = ((TURN_GROUPS if turns else groups) // span,)
+        inside = (span,) if span > 1 else ()
+        return *turns, *spans, *inside, e4m3_dot.WORDS // E4M3_WORDS
+    if order.kept == PANELS:
+        return groups, 1
+    return (groups // TURN_GROUPS, TURN_GROUPS) if order.kept else (groups, PANELS)
 
 
 def counted_rate(

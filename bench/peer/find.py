@@ -58,6 +58,12 @@ def find_ggml(folder: str | None) -> Place | None:
     return Place(sys.executable, {"GGML_LIB": str(Path(named).resolve())}) if named else None
 
 
+def ggml_avx2() -> str | None:
+    """ggml's libraries for processors with AVX2 and nothing wider, where they were built."""
+    libraries = INSTALLED / "ggml" / "build-avx2" / "bin"
+    return str(libraries) if libraries.is_dir() else None
+
+
 def find_llama(folder: str | None) -> Place | None:
     """llama.cpp's libraries and bindings: `folder` with `build/bin` and `llama_cpp`, an installed
     llama-cpp-python, or where `make bench-peers-install` built them; and the `gguf` package."""

@@ -47,7 +47,7 @@ in 32-bit lanes [16]."""
 
 
 @dataclass(frozen=True)
-class Source:
+class E4m3Source:
     """Weights as a kernel reads them.
 
     Attributes:
@@ -81,15 +81,15 @@ def _as_they_are(emit: Emit, pairs: Val, panel: int, word: int) -> list[Val]:
 
 
 @lru_cache(maxsize=8)
-def packed_source(fmt: WeightFormat) -> Source:
+def packed_source(fmt: WeightFormat) -> E4m3Source:
     """A format's strips as they stream from memory."""
     layout = strip_of(fmt)
     span = 1 if fmt.group == GROUP else SPAN_GROUPS
-    return Source(layout, True, span, _decoded, scale_of(fmt, layout))
+    return E4m3Source(layout, True, span, _decoded, scale_of(fmt, layout))
 
 
 @lru_cache(maxsize=8)
-def unpacked_source(fmt: WeightFormat) -> Source:
+def unpacked_source(fmt: WeightFormat) -> E4m3Source:
     """Groups that `unpack` has made: pairs of bf16, 4 KB, then float32 parts of scales."""
     names = ("factor", "exponent") if fmt.scaling == "ue8m0" else ("factor",)
     fields = tuple(StripField(name, 4 * 64 * i, 1, 4, False) for i, name in enumerate(names))
@@ -99,7 +99,7 @@ def unpacked_source(fmt: WeightFormat) -> Source:
         at = {field.name: field_address(place, layout, field, panel) for field in fields}
         return Scale(**{name: emit.load(at[name], F32, 16, align=64) for name in names})
 
-    return Source(layout, False, packed_source(fmt).span, _as_they_are, scale)
+    return E4m3Source(layout, False, packed_source(fmt).span, _as_they_are, scale)
 
 
 def unpack(fmt: WeightFormat) -> KernelBody:
@@ -135,7 +135,7 @@ class _Kernel:
     """Emits one kernel for `tokens`, in the order of panels and sums that `order` says."""
 
     def __init__(
-        self, emit: Emit, args: DotArgs, tokens: int, source: Source, order: Order
+        self, emit: Emit, args: DotArgs, tokens: int, source: E4m3Source, order: Order
     ) -> None:
         self.emit, self.args, self.tokens = emit, args, range(tokens)
         self.source, self.order = source, order
@@ -231,6 +231,6 @@ class _Kernel:
             self.emit.prefetch(ahead + LINE * line)
 
 
-def e4m3_dot(source: Source, tokens: int, order: Order) -> KernelBody:
+def e4m3_dot(source: E4m3Source, tokens: int, order: Order) -> KernelBody:
     """Dot kernel for T = `tokens`."""
     return dot_kernel(lambda emit, args: _Kernel(emit, args, tokens, source, order).run())

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from hybrid_moe.cpu_kernels.dsl.emit import F32, Emit, KernelBody, Val
 from hybrid_moe.cpu_kernels.dsl.tiles import REGISTER_BYTES, REGISTERS, ROW_BYTES, ROWS, Tiles
 from hybrid_moe.cpu_kernels.kernels.dot import DotArgs, dot_kernel
-from hybrid_moe.cpu_kernels.kernels.e4m3_dot import Source, unpacked_source, within
+from hybrid_moe.cpu_kernels.kernels.e4m3_dot import E4m3Source, unpacked_source, within
 from hybrid_moe.cpu_kernels.kernels.encode import BYTE_PAIRS
 from hybrid_moe.cpu_kernels.kernels.epilogue import clear
 from hybrid_moe.cpu_kernels.kernels.strip_cursor import Place
@@ -31,7 +31,7 @@ _B_STRIDE = PANELS * ROW_BYTES
 class _Block:
     """Emits one kernel."""
 
-    def __init__(self, emit: Emit, args: DotArgs, source: Source, blocks: int) -> None:
+    def __init__(self, emit: Emit, args: DotArgs, source: E4m3Source, blocks: int) -> None:
         self.emit, self.args, self.source, self.blocks = emit, args, source, blocks
         self.together = PANELS // blocks
         self.tiles = Tiles(emit, BF16_CONFIG)

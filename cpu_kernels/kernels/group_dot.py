@@ -197,9 +197,6 @@ class GroupDot:
         if source.packed:
             self.touch_in_order(place)
         for half in range(source.halves):
-            # a block's fields come before its codes, and one token has registers for its scales
-            early = source.layout.fields_first and source.halves == 1 and len(x) == 1
-            scales = [source.scale(emit, place, p, half) for p in range(PANELS)] if early else []
             planes = [source.sums(emit, x, half) for _ in range(PANELS)]
             emit.barrier()
             for step in source.steps_of(half):
@@ -212,7 +209,7 @@ class GroupDot:
                         emit.barrier()
                 emit.barrier()
             for p in range(PANELS):
-                scale = scales[p] if early else source.scale(emit, place, p, half)
+                scale = source.scale(emit, place, p, half)
                 for t in self.tokens:
                     total[t, p].set(total[t, p].get() + planes[p].scaled(t, scale))
             emit.barrier()

@@ -8,14 +8,17 @@ from hybrid_moe.formats.strips import StripLayout
 from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels.weight_codes.codes import CODES, Lane
 from hybrid_moe.gpu_kernels.weight_codes.row_factors import row_factors
-from hybrid_moe.gpu_kernels.weight_codes.scalings import FoldedE4m3, Scaling
+from hybrid_moe.gpu_kernels.weight_codes.scale_kinds import FoldedE4m3, Scaling
 
 
 class StripCodes:
     """What the grouped GEMMs ask. A lane's *share* is its four rows of one half of a group.
 
     Attributes:
-        registers: words of a share: codes, upper bits, fields.
+        registers: words of a share that are loaded ahead: codes, upper bits, fields.
+        fields_ahead: whether fields are among them. Those of a block of eight groups are not: a
+            lane would hold up to 16 words for each group, of lines that L1 has after the first of
+            eight. They are loaded when they are used.
         ways: `Scaling.ways`. group_steps, has_offsets: likewise.
         rows: factors of rows, or None.
     """
@@ -23,7 +26,8 @@ class StripCodes:
     def __init__(self, fmt: WeightFormat, layout: StripLayout, scaling: Scaling) -> None:
         self.layout, self.scaling = layout, scaling
         self.codes = CODES[fmt.code.name](fmt, layout)
-        self.registers = self.codes.registers + scaling.registers
+        self.fields_ahead = scaling.fields_ahead
+        self.registers = self.codes.registers + scaling.registers * self.fields_ahead
         self.ways, self.group_steps = scaling.ways, scaling.group_steps
         self.has_offsets = scaling.has_offsets
         left = scaling.left if isinstance(scaling, FoldedE4m3) else 0
@@ -41,8 +45,9 @@ class StripCodes:
 
     def chunk(
         self, codes_at: Any, fields_from: Any, group: Any, lane: Lane, half: int
-    ) -> list[tuple[Any, int]]:
-        """The loads of a share, in the order of registers: address and words of each.
+    ) -> tuple[list[tuple[Any, int]], list[tuple[Any, int]]]:
+        """The loads of a share, of codes and of fields, in the order of registers: address and
+        words of each.
 
         Args:
             codes_at: address of the lane's first codes in the strip.
@@ -61,9 +66,9 @@ class StripCodes:
             codes = codes_at + Int64(group) * Int64(layout.code_bytes)
             codes = codes + block * Int64(layout.field_bytes)
         loads = self.codes.chunk(codes, lane, half)
-        if self.scaling.registers:
-            loads += self.scaling.chunk(fields + Int64(fields_from), group, lane, half)
-        return loads
+        if not self.scaling.registers:
+            return loads, []
+        return loads, self.scaling.chunk(fields + Int64(fields_from), group, lane, half)
 
     def fragment(
         self, share: list[Any], tile: int, step: int, group: Any, lane: Lane, folded: bool

@@ -12,7 +12,7 @@ from hybrid_moe.formats.strips import StripLayout
 from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.gpu_kernels.weight_codes import fields as of
 from hybrid_moe.gpu_kernels.weight_codes.codes import Lane
-from hybrid_moe.gpu_kernels.weight_codes.scalings import Scaling
+from hybrid_moe.gpu_kernels.weight_codes.scale_kinds import Scaling
 
 
 def _shifted(word: Any, by: Any, bits: int) -> Any:
@@ -26,6 +26,7 @@ class Superblock(Scaling):
     """What all have: the integers of a group in registers, then `factors`."""
 
     ways = (False,)
+    fields_ahead = False
     numbers = 0
     """Words of integers."""
 

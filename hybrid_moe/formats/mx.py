@@ -55,6 +55,16 @@ def groups_of(w: F32, name: str, size: int) -> tuple[F32, F32]:
     return groups, maxima
 
 
+def sum_of_squares(errors: F32) -> F32:
+    """Of groups [..., size] -> [...], in an order that is the same everywhere: each 32nd element in
+    turn, then halves of the 32 sums."""
+    sums: F32 = np.square(errors).reshape(*errors.shape[:-1], -1, 32).sum(axis=-2, dtype=np.float32)
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0]
+
+
 def _encode_mxfp4(w: F32) -> tuple[Array, Array | None]:
     """MX v1.0, section 6.3: shared exponent floor(log2(max)) - 2, elements to nearest even.
 
@@ -82,7 +92,7 @@ def _round_e2m1(magnitudes: F32) -> tuple[npt.NDArray[np.uint8], F32]:
     for code, midpoint in enumerate((values[1:] + values[:-1]) / 2):
         # a tie goes to the even one of `code` and `code + 1`
         codes += (magnitudes >= midpoint) if code % 2 else (magnitudes > midpoint)
-    return codes, np.square(values[codes] - magnitudes).sum(axis=-1)
+    return codes, sum_of_squares(values[codes] - magnitudes)
 
 
 def _encode_mxfp8(w: F32) -> tuple[Array, Array | None]:

@@ -21,6 +21,8 @@ from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.loaders import Checkpoint, ExpertSource, held_formats
 from hybrid_moe.loaders.convert import CONFIG_KEY
 from hybrid_moe.loaders.drafts import DRAFT
+from hybrid_moe.loaders.gguf.ggml_types import TYPES_BY_NAME
+from hybrid_moe.loaders.gguf.gguf_header import BlockTensor
 from hybrid_moe.loaders.header import TensorInfo
 from hybrid_moe.loaders.inspect import part_of
 from hybrid_moe.loaders.model_config import TOP_K
@@ -324,7 +326,9 @@ def _is_scale(tensor: TensorInfo) -> bool:
 
 
 def _in_16_bits(tensor: TensorInfo) -> int:
-    """Bytes where 8-bit floats become BF16 and their scales disappear."""
+    """Bytes where 8-bit floats and ggml's blocks become BF16 and scales disappear."""
+    if isinstance(tensor, BlockTensor) and TYPES_BY_NAME[tensor.dtype].weights > 1:
+        return 2 * math.prod(tensor.shape)
     if tensor.dtype.startswith("F8") or tensor.dtype == "F4":
         return 0 if _is_scale(tensor) else 2 * math.prod(tensor.shape)
     return tensor.nbytes

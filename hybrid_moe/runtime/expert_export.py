@@ -27,8 +27,9 @@ class ExpertExport(LayerFacts):
             expert_id: an id of `topk_ids` whose expert is loaded here.
             w13_weight_ptrs: for each rank the address of [2 I/n, H] weights as the checkpoint
                 codes them (MXFP4: H/2 bytes a row): its rows of gate, then those of up.
-            w13_scale_ptrs: of bfloat16 [2 I/n, H/group]; zeros where the format has no scales.
-            w2_weight_ptrs, w2_scale_ptrs: of [H, I/n] and bfloat16 [H, I/n/group].
+            w13_scale_ptrs: of [2 I/n, H/group], bfloat16 where they are E8M0, else of the format's
+                own type (FP8: [2 I/n/128, H/128] float32); zeros where it has no scales.
+            w2_weight_ptrs, w2_scale_ptrs: of [H, I/n] and [H, I/n/group], likewise.
 
         The buffers are complete after `sync_write_weight_scale_to_buffer`. Nobody can check what
         lies at an address: too small a buffer is written beyond its end.
@@ -36,6 +37,7 @@ class ExpertExport(LayerFacts):
         Raises:
             RuntimeError: not loaded. IndexError: this expert is not (the mask put it on the GPU).
             TypeError, ValueError: the number of ranks, or of pointers, or a null pointer.
+            NotImplementedError: a format that has more than codes and scales.
         """
         self._loaded_runner().wait_for_moves()
         self._writer.submit(

@@ -7,9 +7,10 @@ parallel ranks, in host buffers from which it copies on:
     w13   [2 I/n, H]  the rank's rows of gate, then the same rows of up
     w2    [H, I/n]    the rank's columns of down
 
-Codes are the checkpoint's. Scales have 16 bits: those of E8M0 are bf16, which holds each power of
-two exactly: so kt-kernel hands them over, and so its callers size their buffers. fp16 scales (INT8)
-stay as they are. A format without scales has none.
+Codes are the checkpoint's. E8M0 scales become bf16, which holds each power of two exactly: so
+kt-kernel hands them over, and so its callers size their buffers. Other scales stay as they are; a
+scale for a whole row goes to each rank. A format without scales has none. Formats with more arrays
+than codes and scales (zero points, minima, upper bits) lie in other ways on GPUs, and are refused.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.formats.numbers import UE8M0, Array, f32_to_bf16
 from hybrid_moe.formats.tensors import Matrix
-from hybrid_moe.formats.weight_format import WeightFormat
+from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.parallel import map_all
 from hybrid_moe.runtime import arguments
 from hybrid_moe.runtime.arguments import LayerShape
@@ -42,7 +43,7 @@ class RankBuffers:
     w2_scale: list[int]
 
     @classmethod
-    def checked(cls, ranks: int, fmt: WeightFormat, given: dict[str, Any]) -> RankBuffers:
+    def checked(cls, ranks: int, formats: LayerFormats, given: dict[str, Any]) -> RankBuffers:
         """The four lists of pointers, one per rank.
 
         Raises:
@@ -51,6 +52,7 @@ class RankBuffers:
         """
         lists = {name: _addresses(name, pointers) for name, pointers in given.items()}
         for name, addresses in lists.items():
+            fmt = formats.gate_up if name.startswith("w13") else formats.down
             needed = name.endswith("weight_ptrs") or fmt.scale is not None
             if len(addresses) != ranks and (needed or addresses):
                 raise ValueError(
@@ -82,13 +84,16 @@ class ExpertWriter:
         """See `KTMoEWrapper.submit_write_weight_scale_to_buffer`."""
         ranks = arguments.integer("gpu_tp_count", gpu_tp_count)
         expert = arguments.integer("expert_id", expert_id)
-        fmt, I = self._layer.fmt, self._shape.moe_intermediate_size
-        if ranks < 1 or I % (ranks * fmt.k_multiple):
+        gate_up, down = formats = self._layer.formats
+        _check_planes(formats)
+        I = self._shape.moe_intermediate_size
+        multiple = max(gate_up.scale_rows, down.k_multiple, down.group)
+        if ranks < 1 or I % ranks or (ranks > 1 and I // ranks % multiple):
             raise ValueError(
                 f"gpu_tp_count is {ranks}, must cut moe_intermediate_size {I} into multiples of "
-                f"{fmt.k_multiple}"
+                f"{multiple}"
             )
-        buffers = RankBuffers.checked(ranks, fmt, pointers)
+        buffers = RankBuffers.checked(ranks, formats, pointers)
         self._layer.check_readable(expert)
         if self._order is None:
             self._order = ThreadPoolExecutor(1, thread_name_prefix="hybrid-moe-export")
@@ -114,15 +119,16 @@ class ExpertWriter:
 
     def _write(self, ranks: int, expert: int, buffers: RankBuffers) -> None:
         copy_all = partial(map_all, threads=self._layer.pool.threads)
-        tensors, fmt = self._layer.unpack(expert, copy_all), self._layer.fmt
+        tensors = self._layer.unpack(expert, copy_all)
+        gate_up, down = self._layer.formats
         I = self._shape.moe_intermediate_size // ranks
         for r in range(ranks):
             rows = slice(r * I, (r + 1) * I)
             gate, up = tensors.gate.rows(rows), tensors.up.rows(rows)
-            w2 = _columns(tensors.down, r, ranks)
-            for weight, scale, parts in (
-                (buffers.w13_weight, buffers.w13_scale, (gate, up)),
-                (buffers.w2_weight, buffers.w2_scale, (w2,)),
+            w2 = _columns(tensors.down, down, r, ranks)
+            for weight, scale, parts, fmt in (
+                (buffers.w13_weight, buffers.w13_scale, (gate, up), gate_up),
+                (buffers.w2_weight, buffers.w2_scale, (w2,), down),
             ):
                 _copy(weight[r], [part.codes for part in parts])
                 if fmt.scale is not None:
@@ -132,12 +138,28 @@ class ExpertWriter:
                     _copy(scale[r], scales)
 
 
-def _columns(matrix: Matrix, rank: int, ranks: int) -> Matrix:
+def _check_planes(formats: LayerFormats) -> None:
+    """Raise `NotImplementedError` for a format that a GPU has otherwise than checkpoints."""
+    for fmt in formats.each:
+        more = [plane.name for plane in fmt.planes if plane.name not in ("codes", "scales")]
+        if more:
+            raise NotImplementedError(
+                f"experts in {fmt.name} are not written to a GPU's buffers: beside codes and "
+                f"scales they have {' and '.join(more)}, which each GPU kernel has in its own way"
+            )
+
+
+def _columns(matrix: Matrix, fmt: WeightFormat, rank: int, ranks: int) -> Matrix:
+    """A rank's columns; a scale for all of a row is every rank's."""
+
     def part(array: Array) -> Array:
-        width = array.shape[1] // ranks
+        width = -(-array.shape[1] // ranks)
         return array[:, rank * width : (rank + 1) * width]
 
-    return Matrix(part(matrix.codes), None if matrix.scales is None else part(matrix.scales))
+    scales = matrix.scales
+    if scales is not None and fmt.group:
+        scales = part(scales)
+    return Matrix(part(matrix.codes), scales)
 
 
 def _copy(address: int, parts: list[Array]) -> None:

@@ -8,20 +8,34 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hybrid_moe.formats.integers import INT8
-from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix, check_matrix
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.runtime.arguments import LayerShape
 
 PROJECTIONS = ("gate", "up", "down")
-CODE_TYPES = {
-    MXFP4.name: (("torch.uint8", "torch.int8"), ("torch.uint8", "torch.float8_e8m0fnu")),
-    INT8.name: (("torch.int8",), ("torch.float16",)),
+_CODES = {
+    "e2m1": ("torch.uint8", "torch.int8"),
+    "int4": ("torch.uint8", "torch.int8"),
+    "int8": ("torch.int8",),
+    "e4m3": ("torch.float8_e4m3fn", "torch.uint8"),
 }
-"""Format -> dtypes of its codes and of its scales, by name: torch before 2.7 lacks one."""
+_SCALES = {
+    "ue8m0": ("torch.uint8", "torch.float8_e8m0fnu"),
+    "fp16": ("torch.float16",),
+    "bf16": ("torch.bfloat16",),
+    "float32": ("torch.float32",),
+}
+"""Dtypes of codes and of scales, by name: torch before 2.7 lacks one."""
 FLOAT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def code_types(fmt: WeightFormat) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Dtypes of codes and of scales that are taken as they are; none of formats with more arrays
+    than these two."""
+    if fmt.scale is None or any(plane.name not in ("codes", "scales") for plane in fmt.planes):
+        return (), ()
+    return _CODES[fmt.code.name], _SCALES[fmt.scale.name]
 
 
 @dataclass(frozen=True)
@@ -29,10 +43,9 @@ class Stacked:
     """One projection of all experts.
 
     Attributes:
-        weight: float [E, N, K], to be quantised; or codes of the method: uint8 (int8) for MXFP4,
-            int8 for INT8.
-        scale: [E, N, K/group] with codes (float8_e8m0fnu or uint8 for MXFP4, float16 for INT8),
-            else None.
+        weight: float [E, N, K], to be quantised; or codes of the method's format, see `code_types`
+            and `WeightFormat.code_shape`.
+        scale: with codes: theirs, see `WeightFormat.scale_shape`; else None.
         bias: float [E, N] or None.
     """
 
@@ -68,21 +81,21 @@ def check_stacked(
             if part == "bias" and tensor.dtype not in FLOAT_TYPES:
                 raise TypeError(f"{name}_bias has dtype {tensor.dtype}, must be a float type")
         weight = given.weight
-        code_types, scale_types = CODE_TYPES.get(fmt.name, ((), ()))
-        coded = str(weight.dtype) in code_types
+        codes_as, scales_as = code_types(fmt)
+        coded = str(weight.dtype) in codes_as
         if not coded and weight.dtype not in FLOAT_TYPES:
             raise TypeError(
                 f"{name}_proj has dtype {weight.dtype}, must be a float type"
-                + (f" or {_names(code_types)} {fmt.name} codes" if code_types else "")
+                + (f" or {_names(codes_as)} {fmt.name} codes" if codes_as else "")
             )
         if coded != (given.scale is not None):
             raise ValueError(
                 f"{name}_scale is {'missing' if coded else 'given'}, but {name}_proj is "
                 f"{weight.dtype}: {fmt.name} codes come with scales, floats without"
             )
-        if coded and given.scale is not None and str(given.scale.dtype) not in scale_types:
+        if coded and given.scale is not None and str(given.scale.dtype) not in scales_as:
             raise TypeError(
-                f"{name}_scale has dtype {given.scale.dtype}, must be {_names(scale_types)}"
+                f"{name}_scale has dtype {given.scale.dtype}, must be {_names(scales_as)}"
             )
         if weight.dim() != 3:
             raise ValueError(
@@ -127,7 +140,7 @@ def expert_of(
             bias = given.bias[expert].detach().to("cpu", torch.float32).numpy()
             if not np.isfinite(bias).all():
                 raise CheckpointError(f"{name}_bias[{expert}]: holds a NaN or an infinity")
-        matrix = Matrix(codes, scales, bias, where)
+        matrix = Matrix(codes, scales, bias, where, scale_rows=fmt.scale_rows)
         H, I = shape.hidden_size, shape.moe_intermediate_size
         check_matrix(matrix, fmt, *((H, I) if name == "down" else (I, H)))
         matrices[name] = matrix

@@ -24,7 +24,7 @@ from hybrid_moe.gpu_kernels.definition import KernelDefinition
 from hybrid_moe.gpu_kernels.gating import Gating
 from hybrid_moe.gpu_kernels.gemm_config import ROW_TILES, TOKEN_TILES, GemmConfig, gemm_config
 from hybrid_moe.gpu_kernels.pack_parts import PackConfig, piece_order
-from hybrid_moe.gpu_kernels.weight_codes.table import strip_codes
+from hybrid_moe.gpu_kernels.weight_codes.objects import strip_codes
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from hybrid_moe.gpu_kernels.gemm_config import (
     range_bounds,
     token_tile,
 )
-from hybrid_moe.gpu_kernels.weight_codes.table import check_kernels, needs_wide
+from hybrid_moe.gpu_kernels.weight_codes.objects import check_kernels, needs_wide
 from tests.cpu_kernels.cases import from_bf16
 from tests.gpu.gemm_cases import GPT_OSS, Case, expected_h, expected_y, random_case, tiles_of
 

@@ -205,26 +205,41 @@ def expert_tensors(
     Raises:
         NotImplementedError: the module's weights are neither floating point nor FP4.
     """
-    gate_up = _stored(module, spec, "gate_up_proj", expert, fmt)
-    down = _stored(module, spec, "down_proj", expert, fmt)
+    gate_up = _stored(module, spec, "gate_up_proj", expert)
+    down = _stored(module, spec, "down_proj", expert)
     gate, up = gate_up.matrix.split(interleaved=not spec.concatenated)
     stored = (_Stored(gate_up.fmt, gate), _Stored(gate_up.fmt, up), down)
     return ExpertTensors(*(_in_format(matrix, fmt) for matrix in stored))
 
 
+def common_format(found: Mapping[str, torch.nn.Module]) -> WeightFormat:
+    """The format in which experts modules hold their weights; wider floats are rounded to BF16.
+
+    Raises:
+        ValueError: they differ.
+    """
+    formats = {
+        MXFP4 if _parameter(module, "gate_up_proj").dtype in (torch.int8, torch.uint8) else BF16
+        for module in found.values()
+    }
+    if len(formats) > 1:
+        raise ValueError(
+            "some experts of the model are MXFP4 and some BF16: name one method for all"
+        )
+    return formats.pop()
+
+
 @dataclass(frozen=True)
 class _Stored:
-    """A matrix and the format that it is in."""
+    """A matrix and the format that it is in; None for codes that are float32 weights."""
 
-    fmt: WeightFormat
+    fmt: WeightFormat | None
     matrix: Matrix
 
 
-def _stored(
-    module: torch.nn.Module, spec: ExpertsSpec, name: str, expert: int, fmt: WeightFormat
-) -> _Stored:
+def _stored(module: torch.nn.Module, spec: ExpertsSpec, name: str, expert: int) -> _Stored:
     """One parameter of one expert as [outputs, inputs]: in the bits that the module has, or in
-    `fmt` if those are of a wider float type, so that weights are rounded once."""
+    float32 if it has another float type, so that weights are rounded once."""
     weight = _parameter(module, name)[expert].detach().cpu()
     bias = None
     if spec.biased:
@@ -240,8 +255,7 @@ def _stored(
         bits = weight.view(torch.int16).numpy().view(np.uint16)
         return _Stored(BF16, Matrix(bits, None, bias, where))
     if weight.dtype in (torch.float32, torch.float16):
-        codes, scales = encode(fmt, weight.float().contiguous().numpy())
-        return _Stored(fmt, Matrix(codes, scales, bias, where))
+        return _Stored(None, Matrix(weight.float().contiguous().numpy(), None, bias, where))
     raise NotImplementedError(f"{where}: weights of {weight.dtype} are not supported")
 
 
@@ -249,9 +263,10 @@ def _in_format(stored: _Stored, fmt: WeightFormat) -> Matrix:
     if stored.fmt is fmt:
         return stored.matrix
     m = stored.matrix
-    raw = m.codes if stored.fmt is BF16 else stored.fmt.dequantize(m.codes, m.scales)
+    plain = stored.fmt is None or stored.fmt is BF16
+    raw = m.codes if plain or stored.fmt is None else m.dequantize(stored.fmt)
     codes, scales = encode(fmt, raw)
-    return Matrix(codes, scales, m.bias, m.where)
+    return Matrix(codes, scales, m.bias, m.where, scale_rows=fmt.scale_rows)
 
 
 def _ue8m0(scale: torch.Tensor, where: str) -> Array:

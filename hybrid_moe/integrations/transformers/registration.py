@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hybrid_moe.formats.table import BF16, chosen_method
+from hybrid_moe.formats.table import AS_STORED, AUTO, BF16, chosen_method
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.formats.weight_format import layer_formats
 from hybrid_moe.integrations.transformers.guard import NAME, guard
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="torch.nn.Module")
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_METHOD = "default"
+"""Of `from_pretrained`: MXFP4, which is what most published experts are, and where a model is GGUF
+whatever its layers are stored in."""
 
 INTERFACES = {
     "transformers.integrations.moe": "ExpertsInterface",
@@ -77,7 +81,7 @@ def register_or_warn() -> None:
 
 def offload(
     model: Model,
-    method: str = "MXFP4",
+    method: str | None = "MXFP4",
     threads: int | None = None,
     pools: int | None = None,
     *,
@@ -99,7 +103,7 @@ def offload(
 
     Args:
         model: a Transformers model with experts on any device (not meta).
-        method: weight format of the strips.
+        method: weight format of the strips; "auto" (or None) for the one that the model holds.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"), or "torch" to leave them
@@ -132,6 +136,7 @@ def offload(
             and a router that is not known. Nothing has been moved then.
     """
     from hybrid_moe.integrations.transformers.experts_module import (
+        common_format,
         experts_spec,
         find_experts,
         refuse_adapters,
@@ -147,10 +152,15 @@ def offload(
     )
 
     dense_fmt = dense_format(dense)
-    options = _checked(method, threads, pools, cpu_activation)
-    options.check_activation([layer_formats(options.fmt)])
+    as_held = method is None or method.upper() in (AS_STORED, AUTO)
+    options = _checked(
+        BF16.name if method is None or as_held else method, threads, pools, cpu_activation
+    )
     check_router(router)
     found = find_experts(model)
+    if as_held:
+        options = replace(options, method=common_format(found).name)
+    options.check_activation([layer_formats(options.fmt)])
     refuse_adapters(model, found)
     specs = {name: experts_spec(module, name) for name, module in found.items()}
     for name, module in found.items():
@@ -189,7 +199,7 @@ def offload(
 
 def from_pretrained(
     directory: str | Path,
-    method: str | None = "MXFP4",
+    method: str | None = DEFAULT_METHOD,
     threads: int | None = None,
     pools: int | None = None,
     *,
@@ -215,7 +225,7 @@ def from_pretrained(
             whose configuration and other weights Transformers must know how to read.
         method: how the strips hold the weights, see `formats.table.METHODS`; "auto" (or None) for
             what the checkpoint stores, layer by layer. BF16 experts are quantised while loading if
-            it is something else.
+            it is something else. The default is MXFP4, and "auto" for a GGUF model.
         threads: worker threads over all pools; None for one per available core.
         pools: worker pools; None for one per NUMA node.
         dense: weight format of linear layers ("bf16", "int8", "mxfp4"; F16 and F32 are rounded and
@@ -283,6 +293,9 @@ def from_pretrained(
     problem = checkpoint.routing_problem(stored.values(), given)
     if problem is not None:
         raise CheckpointError(problem)
+    gguf = index_of(checkpoint) is not None
+    if method == DEFAULT_METHOD:
+        method = AUTO if gguf else "MXFP4"
     chosen = chosen_method(method)
     # all of them before anything is loaded
     formats = {layer: held_formats(source, chosen) for layer, source in stored.items()}
@@ -294,7 +307,7 @@ def from_pretrained(
     )
     register()
     try:
-        layers, gguf = None, index_of(checkpoint) is not None
+        layers = None
         if dense_fmt is not None and not gguf:
             layers = dense_layers(
                 checkpoint, DenseOptions(dense_fmt, options.pool_config()), kwargs

@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from hybrid_moe.formats.numbers import bf16_to_f32, f32_to_bf16
-from hybrid_moe.formats.table import DENSE_FORMATS
+from hybrid_moe.formats.table import BF16, DENSE_FORMATS, FORMATS
+from hybrid_moe.formats.tensors import check_matrix
+from hybrid_moe.formats.weight_format import WeightFormat
 from hybrid_moe.integrations.transformers.experts_module import (
+    common_format,
     expert_tensors,
     experts_spec,
     find_experts,
@@ -220,6 +223,36 @@ def test_changed_weights_and_options_are_packed_again() -> None:
     restored.config.hybrid_moe_options = {"method": "MXFP4", "thread": 1}
     with pytest.raises(ValueError, match=r"config\.hybrid_moe_options.*'threads'"):
         logits(restored, prompt())
+
+
+def test_weights_as_the_model_holds_them() -> None:
+    held = logits(offload_experts(build("qwen3_moe"), "auto"), prompt())
+    assert torch.equal(held, logits(offload_experts(build("qwen3_moe"), "BF16"), prompt()))
+    one, other = build("qwen3_moe"), find_experts(build("qwen3_moe"))
+    assert common_format(other) is BF16
+    first = next(iter(other.values()))
+    first.gate_up_proj = torch.nn.Parameter(
+        torch.zeros(1, 2, 2, dtype=torch.int8), requires_grad=False
+    )
+    with pytest.raises(ValueError, match="some experts of the model are MXFP4 and some BF16"):
+        common_format(other)
+    with pytest.raises(ValueError, match="unknown method 'nothing'"):
+        offload(one, "nothing")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("fmt", [FORMATS["FP8"], FORMATS["INT8_ROW_FLOAT32"]], ids=lambda f: f.name)
+def test_a_module_s_weights_in_formats_of_blocks_and_rows(
+    fmt: WeightFormat, dtype: torch.dtype
+) -> None:
+    """Gate and up are apart before they are quantized: neither shares a block with the other."""
+    module = next(iter(find_experts(build("qwen3_moe")).values())).to(dtype)
+    spec = experts_spec(module)
+    tensors = expert_tensors(module, spec, 1, fmt)
+    check_matrix(tensors.up, fmt, spec.intermediate, spec.hidden)
+    up = module.gate_up_proj[1, spec.intermediate :].detach().float().numpy()  # type: ignore[index]
+    codes, scales = fmt.encode(np.ascontiguousarray(up))
+    assert np.array_equal(tensors.up.codes, codes) and np.array_equal(tensors.up.scales, scales)
 
 
 def test_ids_beyond_the_experts_contribute_zero() -> None:

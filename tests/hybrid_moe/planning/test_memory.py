@@ -121,10 +121,10 @@ def test_ram_of_other_formats(method: str, tmp_path: Path) -> None:
     if not has_kernels(format_named(method)):
         pytest.skip(f"no kernels of {method}")
     model = MODELS["Qwen3-30B-A3B-FP8" if method == "FP8" else "Qwen3-30B-A3B"]
-    sizes = {**LARGER, "num_hidden_layers": 3}
+    sizes = {**LARGER, "num_hidden_layers": 1}
     checkpoint = write_headers(tmp_path, model, sizes)
     plan = make_plan(read_model(checkpoint, method=method), request(huge_pages=False))
-    assert expert_ram(plan) > 50e6
+    assert expert_ram(plan) > 18e6
     actual = measure(checkpoint, method, False)
     assert expert_ram(plan) == pytest.approx(actual["arenas"], rel=TOLERANCE)
 

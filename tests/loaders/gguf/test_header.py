@@ -180,7 +180,7 @@ BAD: dict[str, tuple[GgufFile | bytes, str]] = {
     "array of no type": (ONE.with_key("b", struct.pack("<IIQ", ARRAY, 99, 0)), "a value of t"),
     "alignment 0": (ONE.with_key("general.alignment", scalar(UINT32, 0)), "general.alignment is 0"),
     "alignment 48": (ONE.with_key("general.alignment", scalar(UINT32, 48)), "alignment is 48"),
-    "alignment a bool": (ONE.with_key("general.alignment", scalar(BOOL, 1)), "is of type 7, must be a"),
+    "alignment a bool": (ONE.with_key("general.alignment", scalar(BOOL, 1)), "is of type 7"),
     "alignment a byte": (
         ONE.with_key("general.alignment", scalar(UINT8, 32)), "alignment is of type 0"
     ),

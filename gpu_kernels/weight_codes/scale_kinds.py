@@ -29,12 +29,14 @@ class Scaling:
         ways: how its experts are multiplied: with all factors folded, or with those of groups in
             float32. Where there are two, an expert that is *wide* takes the second.
         registers: words of a lane's fields in half a group.
+        fields_ahead: `StripCodes.fields_ahead`.
         group_steps: k-steps with the same factor: 2, or 1.
         has_offsets: m is not zero.
     """
 
     ways: tuple[bool, ...] = (True,)
     registers = 0
+    fields_ahead = True
     group_steps = 2
     has_offsets = False
 

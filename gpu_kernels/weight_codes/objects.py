@@ -11,7 +11,7 @@ from hybrid_moe.formats.strips import StripLayout
 from hybrid_moe.formats.table import FORMATS
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.gpu_kernels.weight_codes.codes import CODES
-from hybrid_moe.gpu_kernels.weight_codes.scalings import (
+from hybrid_moe.gpu_kernels.weight_codes.scale_kinds import (
     FoldedE4m3,
     FoldedPowers,
     GroupScales,
