@@ -91,7 +91,7 @@ class Hybrid:
             mask = torch.arange(E) < HOT
             placement = ExpertPlacement(layer, half, mask, member.layer_idx)
             stacked = {name: Stacked(getattr(WEIGHTS, name)) for name in ("gate", "up", "down")}
-            filling.from_tensors(stacked, shape, MXFP4, torch.arange(E))(
+            filling.from_tensors(stacked, shape, layer_formats(MXFP4), torch.arange(E))(
                 placement, np.ones(E, bool)
             )
             placement.ready()
