@@ -71,7 +71,7 @@ def test_a_tokens_bits_depend_on_its_shape_alone(fmt: WeightFormat, tile: int) -
 
 Q4_K_M = LayerFormats(ALL["Q4_K"], ALL["Q6_K"])
 NVFP4_FP8 = LayerFormats(ALL["NVFP4"], ALL["FP8"])
-OFTEN = ("MXFP8", "INT4_G128_FP16_Z1", "INT4_ROW_FP16_Z0", "Q5_1", "Q2_K")
+OFTEN = ("MXFP8", "INT4_G128_FP16_Z1", "Q2_K")
 """With the two pairs and the rows of `test_weights_are_exact`: every code, every scaling and every
 kind of field. `-m full` has all rows."""
 
@@ -151,7 +151,7 @@ def test_one_expert_has_all_tokens_or_none() -> None:
     assert np.isnan(y).all() and report.reads["memory"].bytes == 0
 
 
-@pytest.mark.parametrize("fmt", every_row(("NVFP4", "INT8", "Q3_K", "IQ4_XS", "Q5_K")))
+@pytest.mark.parametrize("fmt", every_row(("NVFP4", "INT8", "Q3_K")))
 def test_weights_are_exact(fmt: WeightFormat) -> None:
     """Each token has one input that is 1, so that y is a column of the weights. One product with a
     factor is rounded, as dequantizing is. A weight with an offset is a product and a sum."""

@@ -48,8 +48,8 @@ EVERY_TIER = (
 the others are compared with. What tiers do with each op is tested in `test_ops`."""
 BRIEF_8 = ("INT4_G32_FP16_Z1", "INT4_ROW_FLOAT32", "NVFP4", "Q4_K")
 """Rows that meet activations of 8 bits on the best tier in a short run."""
-BETWEEN = ("_G64_", "_G256_")
-"""In names of rows that differ from those of groups of 128 by a shift: not in a short run."""
+BETWEEN = ("_G64_", "_G256_", "_Z0", "ROW_FP16")
+"""In names of rows that differ from others by a shift or a constant: not in a short run."""
 
 Case = tuple[WeightFormat, int]
 """Weights, and bits of activations."""

@@ -52,7 +52,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=torch.arange(3, 20)[None]).logits
 
 
-@pytest.mark.parametrize("dense", ["torch", "bf16"])
+@pytest.mark.parametrize("dense", [pytest.param("torch", marks=pytest.mark.full), "bf16"])
 def test_logits_are_those_of_the_checkpoint(tiny: Path, dense: str) -> None:
     """Bit for bit: the same weights, in other files and under other names."""
     torch.testing.assert_close(

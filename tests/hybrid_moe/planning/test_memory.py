@@ -115,7 +115,7 @@ def test_ram_of_a_larger_checkpoint(larger: Path, huge_pages: bool) -> None:
     assert expert_ram(plan) == pytest.approx(actual["growth"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("method", ["FP8", "AMXINT4"])
+@pytest.mark.parametrize("method", ["FP8", pytest.param("AMXINT4", marks=pytest.mark.full)])
 def test_ram_of_other_formats(method: str, tmp_path: Path) -> None:
     """Held as they are stored, and quantized while they are loaded."""
     if not has_kernels(format_named(method)):
