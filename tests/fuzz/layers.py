@@ -140,11 +140,11 @@ def check(case: Case) -> bool:
             assert all(t.key in case.tensors for s in source.stacks for p in s for t in p.tensors)
             if source.expert_nbytes > 1 << 20:
                 continue  # a damage of sizes that is consistent by chance
-            fmt = source.formats.gate_up
+            gate_up, down = source.formats  # which damage may make differ
             tensors = source.expert(source.num_experts - 1, None, ReadBuffer())
             N, K = source.intermediate, source.hidden
-            assert tensors.gate.codes.shape == tensors.up.codes.shape == fmt.code_shape(N, K)
-            assert tensors.down.codes.shape == fmt.code_shape(K, N)
+            assert tensors.gate.codes.shape == tensors.up.codes.shape == gate_up.code_shape(N, K)
+            assert tensors.down.codes.shape == down.code_shape(K, N)
             assert source.nbytes_as(MXFP4) > 0
     except CheckpointError:
         assert case.sizes is None, "a whole checkpoint was refused"
