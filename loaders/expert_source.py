@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hybrid_moe.formats.table import Method, formats_under
-from hybrid_moe.formats.tensors import ExpertTensors
+from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors
 from hybrid_moe.formats.weight_format import LayerFormats
 from hybrid_moe.loaders.kt_kernel import REORDERED, KtSource
 from hybrid_moe.loaders.layout import GateUp
@@ -72,14 +72,6 @@ class ExpertSource(Protocol):
     def nbytes_as(self, formats: LayerFormats) -> int:
         """Bytes of all the layer's experts in `formats`, packed, with float32 biases."""
 
-    def check_sizes(
-        self,
-        num_experts: int | None = None,
-        hidden: int | None = None,
-        intermediate: int | None = None,
-    ) -> None:
-        """Raise `CheckpointError` where the layer is not of the sizes that the caller expects."""
-
     def check_layout(self) -> None:
         """Raise `CheckpointError` where nothing tells how gate and up lie in fused tensors."""
 
@@ -118,6 +110,25 @@ class ExpertSource(Protocol):
             CheckpointError: a file has been truncated, a scale is invalid, or a weight that has
                 to be quantized is not finite.
         """
+
+
+def check_sizes(
+    source: ExpertSource,
+    num_experts: int | None = None,
+    hidden: int | None = None,
+    intermediate: int | None = None,
+) -> None:
+    """Raise `CheckpointError` where a layer is not of the sizes that the caller expects."""
+    for name, expected, actual in (
+        ("num_experts", num_experts, source.num_experts),
+        ("hidden_size", hidden, source.hidden),
+        ("moe_intermediate_size", intermediate, source.intermediate),
+    ):
+        if expected is not None and expected != actual:
+            raise CheckpointError(
+                f"layer {source.layer} of {source.path} has {name}={actual}, not {expected} "
+                f"(from {source.last_key})"
+            )
 
 
 def held_formats(source: ExpertSource, method: Method | None) -> LayerFormats:

@@ -129,24 +129,6 @@ class KtSource:
         """Bytes of all the layer's experts in `formats`, packed."""
         return self.num_experts * packed_nbytes(formats, self.hidden, self.intermediate)
 
-    def check_sizes(
-        self,
-        num_experts: int | None = None,
-        hidden: int | None = None,
-        intermediate: int | None = None,
-    ) -> None:
-        """Raise `CheckpointError` where the layer is not of the sizes that the caller expects."""
-        for name, expected, actual in (
-            ("num_experts", num_experts, self.num_experts),
-            ("hidden_size", hidden, self.hidden),
-            ("moe_intermediate_size", intermediate, self.intermediate),
-        ):
-            if expected is not None and expected != actual:
-                raise CheckpointError(
-                    f"layer {self.layer} of {self.path} has {name}={actual}, "
-                    f"not {expected} (from {self.last_key})"
-                )
-
     def check_layout(self) -> None:
         """Gate and up are tensors of their own."""
 

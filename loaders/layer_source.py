@@ -197,24 +197,6 @@ class LayerSource:
         bias = bias_nbytes(H, I) if self.has_bias else 0
         return self.num_experts * (packed_nbytes(formats, H, I) + bias)
 
-    def check_sizes(
-        self,
-        num_experts: int | None = None,
-        hidden: int | None = None,
-        intermediate: int | None = None,
-    ) -> None:
-        """Raise `CheckpointError` where the layer is not of the sizes that the caller expects."""
-        for name, expected, actual in (
-            ("num_experts", num_experts, self.num_experts),
-            ("hidden_size", hidden, self.hidden),
-            ("moe_intermediate_size", intermediate, self.intermediate),
-        ):
-            if expected is not None and expected != actual:
-                raise CheckpointError(
-                    f"layer {self.layer} of {self.index.path} has {name}={actual}, "
-                    f"not {expected} (from {self.last_key})"
-                )
-
     def check_layout(self) -> None:
         """Raise `CheckpointError` where nothing tells how gate and up lie in fused tensors."""
         _ = self.interleaved

@@ -21,6 +21,7 @@ from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.loaders import Checkpoint, ExpertSource, held_formats
 from hybrid_moe.loaders.convert import CONFIG_KEY
 from hybrid_moe.loaders.drafts import DRAFT
+from hybrid_moe.loaders.expert_source import check_sizes
 from hybrid_moe.loaders.gguf.ggml_types import TYPES_BY_NAME
 from hybrid_moe.loaders.gguf.gguf_header import BlockTensor
 from hybrid_moe.loaders.header import TensorInfo
@@ -275,7 +276,7 @@ def _layer(
     slots: bool,
 ) -> LayerExperts:
     H, I = source.hidden, source.intermediate
-    base.check_sizes(source.num_experts, H, I)
+    check_sizes(base, source.num_experts, H, I)
     top_k = checkpoint.model.of_layer(TOP_K, source.layer)
     if top_k is None:
         raise ValueError(

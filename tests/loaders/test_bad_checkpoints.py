@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.loaders import Checkpoint
+from hybrid_moe.loaders.expert_source import check_sizes
 from tests.families import EXPERTS, FamilyFixture, Tensors
 
 Family = Callable[[str], FamilyFixture]
@@ -199,7 +200,7 @@ def test_too_many_experts(family: Family, name: str, tmp_path: Path) -> None:
 def test_sizes_that_the_caller_expects(family: Family, sizes: tuple[int], message: str) -> None:
     source = Checkpoint.open(family("qwen3_moe").directory).layer(0)
     with pytest.raises(CheckpointError, match=message):
-        source.check_sizes(*sizes)
+        check_sizes(source, *sizes)
 
 
 def test_rows_that_are_no_multiple_of_a_group(tmp_path: Path) -> None:

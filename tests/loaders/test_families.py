@@ -13,6 +13,7 @@ import torch
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.tensors import CheckpointError, ExpertTensors, Matrix
 from hybrid_moe.loaders import Checkpoint, inspect_checkpoint
+from hybrid_moe.loaders.expert_source import check_sizes
 from hybrid_moe.loaders.naming import SCHEMES, find_layers
 from hybrid_moe.loaders.safetensors import ReadBuffer
 from tests.families import (
@@ -59,7 +60,7 @@ def test_every_expert(family: Family, name: str) -> None:
     buffer = ReadBuffer()
     for number, layer in fixture.layers.items():
         source = checkpoint.layer(number)
-        source.check_sizes(EXPERTS, HIDDEN, INTERMEDIATE)
+        check_sizes(source, EXPERTS, HIDDEN, INTERMEDIATE)
         assert source.formats.name == fixture.methods[number]
         assert source.has_bias == (layer.gate_bias is not None)
         for expert in range(EXPERTS):

@@ -27,6 +27,7 @@ from hybrid_moe.integrations.transformers.experts_module import (
 from hybrid_moe.integrations.transformers.guard import LOADS_EXPERTS
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.loaders import Checkpoint, ExpertSource
+from hybrid_moe.loaders.expert_source import check_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def experts_source(
     layer = layer_index(name)
     source = sources[layer] if layer in sources else checkpoint.layer(layer)
     source = source.told_layout("halves" if spec.concatenated else "interleaved")
-    source.check_sizes(spec.num_experts, spec.hidden, spec.intermediate)
+    check_sizes(source, spec.num_experts, spec.hidden, spec.intermediate)
     if source.has_bias != spec.biased:
         state = "has biases, which" if source.has_bias else "lacks the biases that"
         verb = "does not take" if source.has_bias else "needs"
