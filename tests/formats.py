@@ -58,5 +58,4 @@ def random_matrix(fmt: WeightFormat, rng: np.random.Generator, N: int, K: int) -
             planes[plane.name] = factors
         else:
             planes[plane.name] = _numbers(rng, plane, shape, size)
-    scales_rows = fmt.scale_rows
-    return Matrix(**planes, scale_rows=scales_rows)  # type: ignore[arg-type]
+    return Matrix(**planes, scale_rows=fmt.scale_rows)  # type: ignore[arg-type]

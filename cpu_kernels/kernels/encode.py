@@ -333,7 +333,6 @@ def integer_encoding(how: IntegerEncoding) -> Encoding:
 FIXED15 = integer_encoding(
     IntegerEncoding(wide=False, code_bits=4, halved=True, offset=BYTE_DOT_OFFSET)
 )
-WIDE15 = integer_encoding(IntegerEncoding(wide=True, code_bits=8, halved=False, offset=WIDE_OFFSET))
 BF16_PAIRS = Encoding(2 * GROUP, _store_bf16)
 BYTE_PAIRS = Encoding(2 * GROUP, _store_byte_pairs)
 

@@ -77,14 +77,9 @@ class StripCursor:
 def field_address(place: Place, layout: StripLayout, field: StripField, panel: Val | int) -> Val:
     """Where a panel's first element of a field of the place's block, or row, is."""
     base = place.strip if field in layout.row_fields else place.fields
-    return base + field.offset + panel_offset(panel, field.panel_bytes)
-
-
-def panel_offset(panel: Val | int, nbytes: int) -> Val | int:
-    """Bytes in front of a panel in an array [panel] of `nbytes` each."""
-    return panel * nbytes
+    return panel_address(base + field.offset, panel, field.panel_bytes)
 
 
 def panel_address(at: Val, panel: Val | int, nbytes: int) -> Val:
     """Where the `nbytes` of a panel begin in an array [panel]."""
-    return at + panel_offset(panel, nbytes)
+    return at + panel * nbytes

@@ -19,7 +19,6 @@ from hybrid_moe.formats.strips import LINE, STRIP_ROWS, StripLayout
 from hybrid_moe.formats.tensors import Matrix
 from hybrid_moe.locks import ProcessLock
 
-_HALF_ROWS = STRIP_ROWS // 2
 _ONE_BY_ONE = 0
 _ARITIES = {LINE: 6, NARROW: 6, _ONE_BY_ONE: 7}
 """Bytes of a row that a kernel takes at a time -> the number of its parameters."""

@@ -140,11 +140,6 @@ class StripLayout:
         """Whether a block's fields lie in front of its codes."""
         return self.block_groups > 1
 
-    @property
-    def uniform(self) -> bool:
-        """Whether a strip is nothing but equal groups, one behind the other."""
-        return self.block_groups == 1 and not self.row_fields
-
     @cached_property
     def block_bytes(self) -> int:
         """From one block to the next."""

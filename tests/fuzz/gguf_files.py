@@ -59,7 +59,6 @@ _LETTERS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
-_INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
 _NAMES = (
     "token_embd.weight", "output.weight", "blk.0.attn_q.weight", "blk.0.attn_norm.weight", "x",
     "blk.0.ffn_gate_inp.weight", "blk.1.ffn_gate_exps.weight", "blk.0.ffn_gate.0.weight", "é",
