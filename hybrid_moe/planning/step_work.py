@@ -20,9 +20,9 @@ from hybrid_moe.schedule.layer_times import (
 )
 from hybrid_moe.schedule.layer_work import (
     ExpertCount,
+    ExpertSplit,
     ExpertWork,
     GpuAmount,
-    LayerSplit,
     LayerWork,
     uniform_met,
 )
@@ -42,7 +42,7 @@ class StepWork:
     """
 
     works: tuple[LayerWork, ...]
-    splits: tuple[LayerSplit, ...]
+    splits: tuple[ExpertSplit, ...]
     rates: MachineRates
 
     def times(self) -> list[LayerTimes]:
@@ -110,13 +110,13 @@ def expert_work(
     )
 
 
-def split_of(layer: LayerExperts, hot: HotExperts, tokens: float) -> LayerSplit:
+def split_of(layer: LayerExperts, hot: HotExperts, tokens: float) -> ExpertSplit:
     """What a batch meets of a layer's experts, all of them equally likely."""
 
     def met(experts: int) -> ExpertCount:
         return uniform_met(experts, layer.num_experts, layer.top_k, tokens)
 
-    return LayerSplit(hot=met(hot.counts[layer.layer]), cpu=met(hot.cold(layer)))
+    return ExpertSplit(hot=met(hot.counts[layer.layer]), cpu=met(hot.cold(layer)))
 
 
 def gpu_layers(
