@@ -65,7 +65,7 @@ def serve(
     Without --gpu Transformers' server runs in this process. With one the SGLang server that `plan`
     chose is printed and run, and flags after -- go to SGLang.
     """
-    from hybrid_moe.planning.serving import require_sglang, server_command
+    from hybrid_moe.planning.serving import require_sglang, server_command, write_placement
 
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
@@ -102,6 +102,9 @@ def serve(
     command = server_command(plan, python, rest.args)
     for note in plan.notes:
         typer.echo(f"note: {note}", err=True)
+    written = write_placement(plan)
+    if written is not None:
+        typer.echo(f"note: placement written to {written}", err=True)
     typer.echo(command.text)
     if not dry_run:
         _become(command)

@@ -7,9 +7,11 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.integrations.sglang import gpu_backend
+from hybrid_moe.placement.profile import write_profile
 from hybrid_moe.planning.kv_cache import PAGE
 from hybrid_moe.planning.plan import GPU, Plan
 
@@ -87,6 +89,20 @@ def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()
         environment[gpu_backend.VARIABLE] = model.gpu_backend
     environment[_NUMA_BINDING] = "0"
     return ServerCommand((python, "-m", "sglang.launch_server", *words, *extra), environment)
+
+
+def write_placement(plan: Plan) -> Path | None:
+    """Write the file that the command's environment names, where the placement was made from
+    measured routing; None where there is nothing to write.
+
+    Raises:
+        OSError: its folder cannot be written.
+    """
+    if plan.request.routing is None or plan.hot.profile is None:
+        return None
+    profile = plan.hot.profile
+    write_profile(profile.path, profile.layers)
+    return profile.path
 
 
 def require_sglang() -> None:
