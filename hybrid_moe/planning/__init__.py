@@ -12,6 +12,7 @@ fitting      whether it fits, and what would make it fit
 linear_layers  layers beside the experts that are held in strips, and their bytes
 reading      bytes that a token reads on a machine without a GPU
 terms        what a predicted time consists of
+step_work    a model's steps as the timeline takes them
 prediction   tokens per second beside a GPU, and what limits them
 cpu_only     tokens per second without one
 serving      the SGLang command that carries the plan out

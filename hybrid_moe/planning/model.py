@@ -81,11 +81,6 @@ class LayerExperts:
         gate_up, down = (macs[fmt.name] * share(fmt) for fmt in self.formats)
         return gate_up if gate_up == down else 3 / (2 / gate_up + 1 / down)
 
-    def token_seconds(self, read: float, macs: Mapping[str, float]) -> float:
-        """Of one of its experts with one token: its bytes at `read` a second, or its weights at
-        `token_rate`, whichever takes longer."""
-        return max((self.packed + self.bias) / read, self.weights / self.token_rate(macs))
-
 
 @dataclass(frozen=True)
 class HotExperts:
@@ -148,6 +143,7 @@ class Model:
         layers: experts of each layer that has some.
         parts: part -> bytes, without routed experts.
         read_per_token: bytes of these that every token reads.
+        output_layer: bytes of these that are the output layer, which is not part of a layer.
         weights_per_token: weights that each token of a prompt meets: those, without the output
             layer, which only its last token needs.
         dense: linear layers that are held in strips where there is no GPU.
@@ -172,6 +168,7 @@ class Model:
     layers: tuple[LayerExperts, ...]
     parts: Mapping[str, int]
     read_per_token: int
+    output_layer: int
     weights_per_token: int
     dense: DenseLayers
     torch_bytes: int
@@ -276,6 +273,7 @@ def read_model(
         ),
         parts=dict(parts.most_common()),
         read_per_token=sum(t.nbytes for t in read),
+        output_layer=sum(t.nbytes for t in read if part[t.key] == EMBEDDINGS),
         weights_per_token=_weights(read, part),
         dense=linear,
         torch_bytes=sum(_in_16_bits(t) for key, t in kept.items() if key not in linear.keys),

@@ -15,6 +15,7 @@ from hybrid_moe.planning.linear_layers import EMBEDDINGS, DenseLayers
 from hybrid_moe.planning.model import HotExperts, Model
 from hybrid_moe.planning.plan import CPU_EXPERTS, GPU, NOWHERE, RAM, MemoryPart, Plan, Request
 from hybrid_moe.planning.prediction import predict_decode, predict_prefill
+from hybrid_moe.planning.step_work import num_layers
 from hybrid_moe.text import format_bytes
 
 _REST = "embeddings, norms, routers and what else there is"
@@ -74,7 +75,7 @@ def slots_of(model: Model, gpu_experts: Any) -> dict[int, int]:
         LayerOfExperts(layer.layer, layer.num_experts, layer.packed + layer.bias)
         for layer in model.layers
     ]
-    masks = hot_masks(gpu_experts, layers, cpu_only.num_layers(model))
+    masks = hot_masks(gpu_experts, layers, num_layers(model))
     return {layer: int(mask.sum()) for layer, mask in masks.items()}
 
 

@@ -53,12 +53,21 @@ class LayerTimes:
         return self.before + max(cpu, gpu)
 
 
+def reading_seconds(expert: ExpertWork, count: ExpertCount, rates: MachineRates) -> float:
+    """In which the CPU reads so many experts."""
+    return count.experts * expert.nbytes / rates.cpu_read
+
+
+def multiplying_seconds(expert: ExpertWork, count: ExpertCount) -> float:
+    """In which the CPU computes so many experts. The first token of each pays for decoding its
+    weights."""
+    further = max(0.0, count.pairs - count.experts) / expert.many_tokens_rate
+    return expert.weights * (count.experts / expert.one_token_rate + further)
+
+
 def cpu_seconds(expert: ExpertWork, count: ExpertCount, rates: MachineRates) -> float:
     """Of so many experts on the CPU."""
-    reading = count.experts * expert.nbytes / rates.cpu_read
-    first = count.experts / expert.one_token_rate
-    further = max(0.0, count.pairs - count.experts) / expert.many_tokens_rate
-    return max(reading, (first + further) * expert.weights)
+    return max(reading_seconds(expert, count, rates), multiplying_seconds(expert, count))
 
 
 def gpu_seconds(amount: GpuAmount, rates: MachineRates) -> float:

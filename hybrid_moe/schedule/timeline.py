@@ -81,18 +81,19 @@ def run_step(
     now = cpu_free = link_free = 0.0
     carried = 0.0  # when the sum that the last layer with experts deferred is back
     ends: list[float] = []
-    computed: list[float] = []  # by layer: when the GPU was done with what was sent
+    computed: list[float] = []  # by layer with copies: when the GPU was done with them
 
-    for number, times in enumerate(layers):
+    for times in layers:
         known = _add(spans, GPU, times.layer, "before", now, times.before)
         if times.link:
-            room = computed[number - buffers] if number >= buffers else 0.0
+            room = computed[-buffers] if len(computed) >= buffers else 0.0
             start = max(link_free, room if early else known)
             link_free = _add(spans, LINK, times.layer, "copies", start, times.link)
         gpu = _add(spans, GPU, times.layer, "beside", known, times.beside)
         arrived = link_free if times.link else 0.0
         gpu = _add(spans, GPU, times.layer, "sent", max(gpu, arrived), times.sent)
-        computed.append(gpu)
+        if times.link:
+            computed.append(gpu)
         now = gpu
         if times.routed:
             now, carried = max(now, carried), 0.0
