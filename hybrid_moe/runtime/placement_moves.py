@@ -25,6 +25,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.placement_change import AWAY, COLD, HOT, PlacementChange
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.streams import keeping
+from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, has_wide_scales
 from hybrid_moe.logs import warn_once
@@ -290,6 +291,7 @@ class ExpertPlacement:
                 else:
                     here.copy_(there, non_blocking=True)
                 self.moved_bytes += range_.nbytes
+                TOTALS.moved_bytes += range_.nbytes
                 if self._staged:
                     LOCKS.staged += range_.nbytes
 
@@ -307,6 +309,8 @@ class ExpertPlacement:
         keeping.until_idle(change, (change, self.live, self._hot.experts))
 
     def _set_mask(self, expert: int, hot: bool) -> None:
+        TOTALS.promotions += int(hot)
+        TOTALS.demotions += int(not hot)
         self._mask[expert] = hot
         self._expected[expert] = hot
         self._expected_bytes = self._expected.tobytes()
