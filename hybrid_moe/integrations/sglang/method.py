@@ -32,7 +32,13 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput, TopKOutputChecker
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import is_cuda
 
-from hybrid_moe.integrations.sglang import expert_layer, gpu_backend, gpu_experts, numa_binding
+from hybrid_moe.integrations.sglang import (
+    dynamic,
+    expert_layer,
+    gpu_backend,
+    gpu_experts,
+    numa_binding,
+)
 from hybrid_moe.integrations.sglang.expert_layer import ExpertLayerSpec, UnsupportedLayerError
 from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts, RankExperts
 from hybrid_moe.integrations.sglang.model_chain import TARGET_MODEL
@@ -57,6 +63,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     Attributes:
         gpu_backend: see `gpu_backend.chosen`; None where SGLang computes the hot experts.
+        moving: how experts change places; None where they stay.
         experts: the experts in SGLang's slots, and all others; known from `create_weights` on.
         wrapper: the others; None on ranks that have none of them.
 
@@ -68,6 +75,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.gpu_method = gpu_method
         self.kt_config = kt_config
         self.gpu_backend = gpu_backend.chosen()
+        self.moving = dynamic.chosen(self.gpu_backend)
         self.wrapper: KTMoEWrapper | None = None
         self.experts: GpuExperts
         self._spec: ExpertLayerSpec
@@ -132,6 +140,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
                     gpu_backend=self.gpu_backend,
                     gpu_device=device,
                     elsewhere=own.elsewhere,
+                    gpu_panels=None if self.moving is None else self.moving.panels,
                 )
                 self.wrapper.reserve_slots()
 
@@ -199,6 +208,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 torch.cuda.synchronize(device)  # frees what loading holds, before memory is taken
             with named_options():
                 self.wrapper.load_weights(physical_to_logical(layer, self.experts.num_experts))
+            if self.moving is not None:
+                dynamic.MOVING.join(self.wrapper, self.moving)
 
     def restore_weights_before_loading(self, layer: Any) -> None:
         """As the wrapped method does; never reached with experts on the CPU (`RELOADING`)."""
