@@ -19,6 +19,8 @@ from hybrid_moe.loaders import ExpertSource
 from hybrid_moe.loaders.model_config import TOP_K, ModelConfig
 from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
 from hybrid_moe.runtime.gpu_arguments import ACTIVATIONS
+from hybrid_moe.runtime.prefill_stream import PrefillStream
+from hybrid_moe.schedule import streamed_prefill
 
 
 class ModelSplit:
@@ -42,8 +44,11 @@ class ModelSplit:
         activation: see `LayerSplit`.
 
         Raises:
-            ValueError: the configuration does not say how many experts a token takes.
+            ValueError: the configuration does not say how many experts a token takes, or
+                `HYBRID_MOE_STREAM_PREFILL` is no size.
         """
+        self._stream_memory = streamed_prefill.stream_memory()
+        self._streams: dict[torch.device, PrefillStream] = {}
         self.backend, self._activation, self._masks = backend, activation, masks
         self._top_k: dict[int, int] = {}
         for layer in masks:
@@ -58,8 +63,22 @@ class ModelSplit:
     def of_layer(self, layer: int, device: torch.device) -> LayerSplit:
         """Of the layer with this index, on a device."""
         return LayerSplit(
-            layer, self._top_k[layer], self._masks[layer], self.backend, device, self._activation
+            layer,
+            self._top_k[layer],
+            self._masks[layer],
+            self.backend,
+            device,
+            self._activation,
+            self._prefill_stream(device),
         )
+
+    def _prefill_stream(self, device: torch.device) -> PrefillStream | None:
+        """That of the model's layers on a device."""
+        if self._stream_memory is None:
+            return None
+        if device not in self._streams:
+            self._streams[device] = streamed_prefill.new_prefill_stream(self._stream_memory)
+        return self._streams[device]
 
 
 def split_of_model(

@@ -13,6 +13,7 @@ from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.locks import ProcessLock
 from hybrid_moe.runtime.filling import Fill
+from hybrid_moe.runtime.prefill_stream import PrefillStream
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class LayerSplit:
         backend: what computes these, "cute" or "torch".
         device: where their slots are.
         activation: "fp8" for W8A8 prefill, see `KTMoEWrapper`; else None.
+        prefill_stream: likewise; None where the CPU computes all cold experts.
     """
 
     layer: int
@@ -34,6 +36,7 @@ class LayerSplit:
     backend: str
     device: torch.device
     activation: str | None = None
+    prefill_stream: PrefillStream | None = None
 
 
 class SplitExperts:
@@ -79,6 +82,7 @@ class SplitExperts:
             gpu_device=split.device,
             gpu_activation=split.activation,
             cpu_activation=options.cpu_activation,
+            prefill_stream=split.prefill_stream,
         )
 
     def load(self, fill: Fill) -> None:
