@@ -39,6 +39,7 @@ from hybrid_moe.runtime.filling import Fill
 from hybrid_moe.runtime.hot_half import HotHalf
 from hybrid_moe.runtime.packed_layers import cache_at
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
+from hybrid_moe.runtime.prefill_stream import PrefillStream, declared_stream
 from hybrid_moe.runtime.process_wide import ProcessWide
 from hybrid_moe.runtime.runner import LayerRunner
 from hybrid_moe.runtime.weights import Stacked
@@ -103,6 +104,8 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         deferral_chain: the model that the layer belongs to: one object for all of its layers and
             no others. None: the order of construction decides, see `runtime.construction_order`;
             where that says nothing, the layer defers nothing.
+        prefill_stream: with a `gpu_backend`: sends cold experts to the GPU for long batches; one
+            object for all layers of a model. None: the CPU computes them all.
 
     The remaining options are kt-kernel's for training and for files that this package does not
     write; other values than their defaults raise `ValueError`.
@@ -158,6 +161,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         cpu_activation: str | None = None,
         formats: LayerFormats | None = None,
         cache: str | os.PathLike[str] | None = None,
+        prefill_stream: PrefillStream | None = None,
     ) -> None:
         arguments.refuse_unsupported(locals())
         self._method = None if formats is not None else chosen_method(method)
@@ -196,6 +200,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
             self._mask,
             self.shape,
         )
+        self._prefill_stream = declared_stream(prefill_stream, options)
         self._hot = None
         if options is not None:
             self._hot = HotHalf(options, self.shape, self.formats, self.activation)
@@ -331,6 +336,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
                 deferred=self.max_deferred_experts_per_token,
                 strict=self.strict,
                 halves=halves,
+                prefill_stream=self._prefill_stream,
             )
         except BaseException:
             self._layer.close()

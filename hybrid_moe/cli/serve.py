@@ -39,9 +39,18 @@ def serve(
     dense: o.DenseOption = DENSE,
     gpu_experts: o.GpuExpertsOption = None,
     gpu_backend: o.GpuBackendOption = None,
+    stream_prefill: o.StreamPrefillOption = None,
     cpu_activation: CpuActivationOption = None,
     profile: o.ProfileOption = None,
     dynamic: DynamicOption = None,
+    quality: Annotated[
+        str,
+        typer.Option(
+            metavar="exact|balanced",
+            help="Decode with --gpu: balanced adds a quarter of a token's experts one layer later, "
+            "while the GPU is at attention.",
+        ),
+    ] = "exact",
     requests: o.RequestsOption = 4,
     chunk: o.ChunkOption = 2048,
     threads: o.ThreadsOption = None,
@@ -67,15 +76,20 @@ def serve(
     Without --gpu Transformers' server runs in this process. With one the SGLang server that `plan`
     chose is printed and run, and flags after -- go to SGLang.
     """
-    from hybrid_moe.planning.serving import require_sglang, server_command
+    from hybrid_moe.planning.serving import require_sglang, server_command, write_placement
+    from hybrid_moe.schedule.quality import EXACT, quality_named
 
+    quality_named(quality, "--quality ")
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
         ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense, gpu_backend,
+        stream_prefill,
     )  # fmt: skip
     if not gpu:
         if rest.args:
             raise ValueError(f"{rest.args[0]}: what follows -- is for SGLang, which needs a --gpu")
+        if quality != EXACT:
+            raise ValueError("--quality is for decode beside a GPU: add --gpu")
         if base is not None:
             raise ValueError("--base is for SGLang, which needs a --gpu")
         if dry_run:
@@ -103,10 +117,13 @@ def serve(
         require_sglang()  # before headers are read and ceilings measured
     python = "python" if dry_run else sys.executable
     plan = options.plan(model)
-    command = server_command(plan, python, rest.args)
+    command = server_command(plan, python, rest.args, quality)
     command = replace(command, environment={**command.environment, **moving})
     for note in plan.notes:
         typer.echo(f"note: {note}", err=True)
+    written = write_placement(plan)
+    if written is not None:
+        typer.echo(f"note: placement written to {written}", err=True)
     typer.echo(command.text)
     if not dry_run:
         _become(command)

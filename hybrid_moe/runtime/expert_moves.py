@@ -29,6 +29,8 @@ class ExpertMoves(LayerFacts):
         if biases is None and self.weight_path is not None:
             biases = self.checkpoint_source().has_bias
         self._hot.reserve(self._layer.shares(biases=biases is not False))
+        if self._prefill_stream is not None:
+            self._prefill_stream.reserve(self._hot)
 
     def promote(self, expert: int, cuda_stream: int | None = None) -> None:
         """Move an expert from the CPU to a free slot of the GPU, with its bit in the mask.

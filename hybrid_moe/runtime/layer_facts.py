@@ -16,6 +16,7 @@ from hybrid_moe.loaders.layout import GateUp
 from hybrid_moe.runtime import arguments, checkpoint_cache
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.hot_half import HotHalf
+from hybrid_moe.runtime.prefill_stream import PrefillStream
 from hybrid_moe.runtime.runner import LayerRunner
 
 
@@ -36,6 +37,7 @@ class LayerFacts:
     _mask: torch.Tensor
     _layer: ExpertLayer
     _hot: HotHalf | None
+    _prefill_stream: PrefillStream | None
     _runner: LayerRunner | None  # None before loading and after closing
     _closed: bool
 

@@ -95,6 +95,16 @@ class ExpertPlacement:
         here: npt.NDArray[np.bool_] = ~self._away
         return here if self._keeps else here & ~self._expected
 
+    @property
+    def hot(self) -> npt.NDArray[np.bool_]:
+        """bool [E], the experts in slots by the order of calls; not to be changed."""
+        return self._expected
+
+    @property
+    def wide(self) -> npt.NDArray[np.int32]:
+        """int32 [E], not 0 for experts that have `has_wide_scales`."""
+        return self._wide
+
     def allocate(self, wanted: npt.NDArray[np.bool_], *, biases: bool) -> None:
         """Memory for the experts of bool [E], which are all that are not elsewhere."""
         reserved = self._hot.biases

@@ -44,6 +44,7 @@ from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts, RankExperts
 from hybrid_moe.integrations.sglang.model_chain import TARGET_MODEL
 from hybrid_moe.integrations.sglang.slot_loading import physical_to_logical, slot_loader
 from hybrid_moe.integrations.sglang.step_faults import STEP_FAULTS, named_options
+from hybrid_moe.schedule.quality import deferral_depth, quality
 from hybrid_moe.wrapper import KTMoEWrapper
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,9 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self, hot: GpuExperts, any_cold: bool = True, **both_halves: Any
     ) -> KTMoEWrapper:
         config, spec = self.kt_config, self._spec
-        deferred = config.max_deferred_experts_per_token or 0
+        deferred = config.max_deferred_experts_per_token
+        if deferred is None:
+            deferred = deferral_depth(quality(), spec.top_k)
         last = config.num_layers is not None and config.layer_idx == config.num_layers - 1
         if last or not any_cold:
             deferred = 0
@@ -173,6 +176,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             swiglu_limit=spec.swiglu_limit,
             swiglu_alpha=spec.swiglu_alpha,
             deferral_chain=TARGET_MODEL.chain_of(config.layer_idx),
+            prefill_stream=TARGET_MODEL.prefill_stream() if both_halves and any_cold else None,
             **both_halves,
         )
         if wrapper.weight_path is not None:  # of every layer, before the first one is loaded

@@ -19,6 +19,8 @@ from hybrid_moe.loaders import ExpertSource
 from hybrid_moe.loaders.model_config import TOP_K, ModelConfig
 from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
 from hybrid_moe.runtime.gpu_arguments import ACTIVATIONS
+from hybrid_moe.runtime.prefill_stream import PrefillStream
+from hybrid_moe.schedule import streamed_prefill
 
 
 class ModelSplit:
@@ -43,8 +45,11 @@ class ModelSplit:
         activation, panels: see `LayerSplit`.
 
         Raises:
-            ValueError: the configuration does not say how many experts a token takes.
+            ValueError: the configuration does not say how many experts a token takes, or
+                `HYBRID_MOE_STREAM_PREFILL` is no size.
         """
+        self._stream_memory = streamed_prefill.stream_memory()
+        self._streams: dict[torch.device, PrefillStream] = {}
         self.backend, self._masks = backend, masks
         self._activation, self._panels = activation, panels
         self._top_k: dict[int, int] = {}
@@ -67,7 +72,16 @@ class ModelSplit:
             device,
             self._activation,
             self._panels,
+            self._prefill_stream(device),
         )
+
+    def _prefill_stream(self, device: torch.device) -> PrefillStream | None:
+        """That of the model's layers on a device."""
+        if self._stream_memory is None:
+            return None
+        if device not in self._streams:
+            self._streams[device] = streamed_prefill.new_prefill_stream(self._stream_memory)
+        return self._streams[device]
 
 
 def split_of_model(

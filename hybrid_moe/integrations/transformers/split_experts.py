@@ -14,6 +14,7 @@ from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.locks import ProcessLock
 from hybrid_moe.runtime.filling import Fill
+from hybrid_moe.runtime.prefill_stream import PrefillStream
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class LayerSplit:
         device: where their slots are.
         activation: "fp8" for W8A8 prefill, see `KTMoEWrapper`; else None.
         panels: "keep" keeps hot experts on the CPU too, see `KTMoEWrapper`.
+        prefill_stream: likewise; None where the CPU computes all cold experts.
     """
 
     layer: int
@@ -37,6 +39,7 @@ class LayerSplit:
     device: torch.device
     activation: str | None = None
     panels: str | None = None
+    prefill_stream: PrefillStream | None = None
 
 
 class SplitExperts:
@@ -87,6 +90,7 @@ class SplitExperts:
             gpu_activation=split.activation,
             gpu_panels=split.panels,
             cpu_activation=options.cpu_activation,
+            prefill_stream=split.prefill_stream,
         )
 
     def load(self, fill: Fill) -> None:
