@@ -88,6 +88,7 @@ class ExpertLayer(PackedExperts):
         self._group: PoolGroup | None = None
         self._job_shapes: dict[tuple[int, int, int], JobShape] = {}  # by capacity, k, out_size
         self._counters = Counters()
+        self._routed: npt.NDArray[np.int64] = np.zeros(num_experts, np.int64)
         self._latest = 0  # number of the newest pass that is no graph job
         self._live_masks: dict[int, LiveMask] = {}
 
@@ -194,6 +195,12 @@ class ExpertLayer(PackedExperts):
             (0, 0) if ready is None else (ready.descriptor.hot.value, ready.descriptor.cold.value)
         )
 
+    @property
+    def routed(self) -> npt.NDArray[np.int64]:
+        """int64 [E]: (token, expert) pairs of all routings so far, of experts that are computed
+        here and of those that the mask skips. The counters themselves, not to be written."""
+        return self._routed
+
     def job_shape(self, tokens: int, top_k: int, out_size: int = 2) -> JobShape:
         """Of a job of T tokens with k experts each, and with an output of values of so many bytes,
         see `Batch`."""
@@ -249,6 +256,7 @@ class ExpertLayer(PackedExperts):
         return {
             "parameters": self._parameters,
             "packed": self._table,
+            "routed": self._routed,
             "blocks": self._blocks,
             "strips": self._strips,
             "workers": self._workers,

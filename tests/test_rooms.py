@@ -28,6 +28,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("integrations.sglang", "integrations.transformers"),
     ("wrapper",),
     ("placement",),
+    ("schedule",),
     ("runtime",),
     ("streams",),
     (

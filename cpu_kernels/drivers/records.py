@@ -131,7 +131,7 @@ class MatrixShare(Record):
 
 
 class Layer(Record):
-    """What does not change once a layer is ready, but for the tables of experts and two counters.
+    """What does not change once a layer is ready, but for the tables of experts and some counters.
     One of experts, or a dense one: matrices that all tokens meet."""
 
     # Pairs of all launches so far: of experts that the mask puts on the GPU, and of those that are
@@ -162,6 +162,7 @@ class Layer(Record):
     parameters = i64  # float32 [3]: limit, alpha, up offset
     workers = array(i64)  # [pools]
     packed = array(inline(Expert))  # [E][pools]
+    routed = array(shared)  # [E] pairs of all routings so far, wherever the expert is; or 0
     blocks = array(i64)  # [pools + 1] first 32-row block of the intermediate of each pool
     strips = array(i64)  # [pools + 1] first strip of the hidden rows of each pool
     gate_up = inline(Products)  # of a dense layer all its matrices

@@ -51,9 +51,13 @@ def expert_state(job: Job, expert: int) -> int:
 @driver
 def count_pairs(job: Job) -> None:
     """Pairs of each expert, and of all that the mask puts on the GPU; ids out of range are
-    counted and contribute nothing."""
+    counted and contribute nothing.
+
+    What is routed to each expert is added up over calls too, wherever the expert is: of a pair, 20
+    cycles. Python reads it to see which experts are in use, also where graphs are replayed."""
     experts = job.layer.experts
     counts = job.counts
+    routed = job.layer.routed
     for e in range(experts):
         counts[e] = 0
     ignored = 0
@@ -64,6 +68,8 @@ def count_pairs(job: Job) -> None:
         if e < 0 or e >= experts:
             ignored += 1
             continue
+        if routed.address != 0:
+            fetch_add(routed[e], 1)  # nothing is handed over
         state = expert_state(job, e)
         if state == COMPUTED:
             counts[e] += 1
