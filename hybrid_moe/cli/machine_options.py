@@ -53,6 +53,14 @@ GpuBackendOption = Annotated[
         "needs no GPU. Default: with --gpu SGLang does, without it cute where it can be used.",
     ),
 ]
+StreamPrefillOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="With --gpu-backend: memory of the GPU for experts that travel there while a long "
+        "prompt is read, such as 2GiB. Default: the CPU computes them.",
+    ),
+]
 ProfileOption = Annotated[
     Path | None,
     typer.Option(
@@ -107,6 +115,7 @@ class MachineOptions:
     gpu_bandwidth: float | None
     dense: str = "bf16"
     gpu_backend: str | None = None
+    stream_prefill: str | None = None
 
     def plan(self, named: str | Path) -> Plan:
         """Plan a model, see `find_model`; measures the ceilings if none were given."""
@@ -122,6 +131,11 @@ class MachineOptions:
         if self.gpu_backend is not None and not gpus and self.gpu_experts is None:
             raise ValueError(
                 "--gpu-backend is for experts on a GPU: say which with --gpu-experts, or --gpu"
+            )
+        if self.stream_prefill is not None and (not gpus or self.gpu_backend is None):
+            raise ValueError(
+                "--stream-prefill sends experts to slots of this package on a GPU: add --gpu and "
+                "--gpu-backend cute"
             )
         backend = gpu_backend.backend_named(self.gpu_backend, "--gpu-backend ") if gpus else None
         model = planning.read_model(path, base, self.method, self.dense, backend)
@@ -142,6 +156,7 @@ class MachineOptions:
             slots=slots,
             **self._profile(),
             huge_pages=machine.huge_pages_here(),
+            stream_memory=planning.parse_size(self.stream_prefill) if self.stream_prefill else 0,
         )
         return planning.make_plan(model, request)
 

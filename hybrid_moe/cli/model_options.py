@@ -43,6 +43,13 @@ CacheOption = Annotated[
         "them as they are.",
     ),
 ]
+DynamicOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="1|BYTES[,keep]",
+        help="Experts on the GPU follow the text: at most so many bytes move in a second (1: 1GB).",
+    ),
+]
 CpuActivationOption = Annotated[
     str | None,
     typer.Option(
@@ -66,6 +73,7 @@ class LoadOptions:
     gpu_backend: str | None = None
     cpu_activation: str | None = None
     cache: Path | None = None
+    dynamic: str | None = None
 
     def workers(self) -> PoolConfig:
         """The threads that work.

@@ -30,6 +30,7 @@ def plan(
     dense: o.DenseOption = "bf16",
     gpu_experts: o.GpuExpertsOption = None,
     gpu_backend: o.GpuBackendOption = None,
+    stream_prefill: o.StreamPrefillOption = None,
     profile: o.ProfileOption = None,
     requests: o.RequestsOption = 4,
     chunk: o.ChunkOption = 2048,
@@ -48,6 +49,7 @@ def plan(
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
         ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense, gpu_backend,
+        stream_prefill,
     )  # fmt: skip
     made = options.plan(model)
     if json is not None:

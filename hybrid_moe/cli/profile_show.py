@@ -20,7 +20,7 @@ HOT_SHARES = (0.05, 0.1, 0.25, 0.5, 0.75)
 """Shares of all experts on the GPU for which the hit rate is told."""
 
 SHADES = " ░▒▓█"
-STEPS = (0.25, 0.75, 1.5, 3.0)
+STEPS = (0.5, 0.8, 1.25, 2.0)
 """Times an even share from which on an expert has the next shade."""
 
 COLOURS = ("grey50", "blue", "green", "yellow", "red")

@@ -131,6 +131,7 @@ def _gpu_parts(model: Model, request: Request, cache: KvCache) -> list[MemoryPar
         *parts,
         MemoryPart("KV cache", GPU, cache.per_gpu(gpus), cache.formula),
         MemoryPart("activations, graphs", GPU, reserve, "SGLang's own rule", assumed=True),
+        MemoryPart("streamed prefill", GPU, request.stream_memory, "as given"),
         MemoryPart("CUDA context", GPU, scratch.GPU_CONTEXT, "1 GiB", assumed=True),
         MemoryPart("buffers of the CPU experts", RAM, buffers, f"chunks of {request.chunk} tokens"),
         MemoryPart("SGLang's processes", RAM, runtime, "4 GiB and 2 GiB per GPU", assumed=True),

@@ -77,6 +77,7 @@ class Request:
         slots: experts of each layer that Transformers holds in slots and computes with torch, where
             there is no GPU; None for none.
         huge_pages: arenas get huge pages.
+        stream_memory: bytes of each GPU for experts that travel there during prefill.
     """
 
     gpus: tuple[Gpu, ...]
@@ -92,6 +93,7 @@ class Request:
     routing: MeasuredRouting | None = None
     slots: Mapping[int, int] | None = None
     huge_pages: bool = True
+    stream_memory: int = 0
 
     def __post_init__(self) -> None:
         for name in ("context", "requests", "chunk", "threads", "pools"):

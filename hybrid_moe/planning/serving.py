@@ -14,6 +14,9 @@ from hybrid_moe.integrations.sglang import gpu_backend
 from hybrid_moe.placement.profile import write_profile
 from hybrid_moe.planning.kv_cache import PAGE
 from hybrid_moe.planning.plan import GPU, Plan
+from hybrid_moe.schedule import streamed_prefill
+from hybrid_moe.schedule.quality import EXACT
+from hybrid_moe.schedule.quality import VARIABLE as QUALITY_VARIABLE
 
 INSTALL = 'pip install "hybrid-moe[sglang]"'
 
@@ -52,12 +55,18 @@ class ServerCommand:
         return " \\\n    ".join([" ".join(head), *(" ".join(option) for option in options)])
 
 
-def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()) -> ServerCommand:
+def server_command(
+    plan: Plan,
+    python: str = "python",
+    extra: Sequence[str] = (),
+    quality: str = EXACT,
+) -> ServerCommand:
     """The command for a plan that fits.
 
     Args:
         python: the interpreter that has SGLang.
         extra: further flags for SGLang, appended.
+        quality: of decode, see `schedule.quality`.
 
     Raises:
         DoesNotFitError: the plan does not fit.
@@ -87,6 +96,10 @@ def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()
     environment = {} if profile is None else {PLACEMENT_VARIABLE: str(profile.path)}
     if model.gpu_backend is not None:
         environment[gpu_backend.VARIABLE] = model.gpu_backend
+    if request.stream_memory:
+        environment[streamed_prefill.VARIABLE] = f"{-(-request.stream_memory // 1024)}KiB"
+    if quality != EXACT:
+        environment[QUALITY_VARIABLE] = quality
     environment[_NUMA_BINDING] = "0"
     return ServerCommand((python, "-m", "sglang.launch_server", *words, *extra), environment)
 

@@ -98,10 +98,9 @@ class ServerProfile:
         self._recorder.add(layer, ids)
 
     def _new_recorder(self) -> RoutingRecorder:
-        sizes = (max(each) for each in zip(*self._sizes.values(), strict=True))
-        recorder = RoutingRecorder(
-            RoutedModel(self._model_type, *sizes, layers=tuple(sorted(self._sizes)))
-        )
+        hidden, experts, top_k = map(max, zip(*self._sizes.values(), strict=True))
+        layers = tuple(sorted(self._sizes))
+        recorder = RoutingRecorder(RoutedModel(self._model_type, hidden, experts, top_k, layers))
         recorder.prepare(self._devices)
         return recorder
 
