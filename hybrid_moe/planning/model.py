@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
 from hybrid_moe.formats.table import AS_STORED, BF16, Method, chosen_method, methods_of
@@ -87,11 +90,14 @@ class HotExperts:
         counts: layer -> number of its experts on the GPU.
         rule: how they were chosen.
         profile: the profile that says which; None for the first ids.
+        use: layer -> float64 [E], the share of tokens that take each expert; None where nothing was
+            measured, and all are taken to be equally likely.
     """
 
     counts: Mapping[int, int]
     rule: str
     profile: PlacementProfile | None = None
+    use: Mapping[int, npt.NDArray[np.float64]] | None = None
 
     @cached_property
     def most(self) -> int:
@@ -102,9 +108,22 @@ class HotExperts:
         """Experts of a layer on the CPU."""
         return layer.num_experts - self.counts[layer.layer]
 
-    def cold_share(self, layer: LayerExperts) -> float:
-        """Share of a layer's experts on the CPU."""
-        return self.cold(layer) / layer.num_experts
+    def mask(self, layer: LayerExperts) -> npt.NDArray[np.bool_]:
+        """bool [E], True for a layer's experts on the GPU."""
+        mask = np.zeros(layer.num_experts, np.bool_)
+        if self.profile is None:
+            mask[: self.counts[layer.layer]] = True
+        else:
+            mask[list(self.profile.experts_of(layer.layer, layer.num_experts))] = True
+        return mask
+
+    def hit_rate(self, layers: Sequence[LayerExperts]) -> float:
+        """Share of all pairs of a token and an expert that experts on the GPU take."""
+        if self.use is None:
+            hits = [layer.top_k * self.counts[layer.layer] / layer.num_experts for layer in layers]
+        else:
+            hits = [float(self.use[layer.layer][self.mask(layer)].sum()) for layer in layers]
+        return sum(hits) / sum(layer.top_k for layer in layers)
 
 
 @dataclass(frozen=True)
