@@ -11,9 +11,9 @@ from hybrid_moe.placement.routed_costs import expected_use, layer_cost, place_by
 from hybrid_moe.placement.routing_profile import RoutedModel, RoutingProfile
 from hybrid_moe.schedule.layer_times import layer_times
 from hybrid_moe.schedule.layer_work import (
+    ExpertSplit,
     ExpertWork,
     GpuAmount,
-    ExpertSplit,
     LayerWork,
     experts_met,
 )
