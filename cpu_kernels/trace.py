@@ -2,9 +2,9 @@
 
 `HYBRID_MOE_TRACE=FILE` traces a process from its first pool to its end; `tracing(FILE)` a part of
 it. Compiled code notes spans into memory (`drivers.spans`), and `trace_file` makes events of them
-when the trace ends. Each group has room for `ROOM` spans; what comes later is not kept, which the
-file and a warning say. So neither memory (16 MiB a group) nor the file grow without end, and no
-thread waits.
+when the trace ends. What only Python knows of, copies to a GPU and decisions, `note` keeps.
+Each group has room for `ROOM` spans; what comes later is not kept, which the file and a warning
+say. So neither memory (16 MiB a group) nor the file grow without end, and no thread waits.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import logging
 import os
 import platform
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from hybrid_moe.cpu_kernels.drivers import records
 from hybrid_moe.cpu_kernels.memory import Arena
-from hybrid_moe.cpu_kernels.trace_file import GroupSpans, events
+from hybrid_moe.cpu_kernels.trace_file import GroupSpans, TraceNote, events
 from hybrid_moe.locks import ProcessLock
 
 _log = logging.getLogger(__name__)
@@ -61,6 +62,13 @@ class _Notes:
     trace: records.Trace
 
 
+class NoteSource(Protocol):
+    """Whoever knows of something late, such as when a GPU was done."""
+
+    def note_all(self) -> None:
+        """`note` all that has not been noted."""
+
+
 class _Recorder:
     """The groups of this process, and whether they are traced."""
 
@@ -68,6 +76,9 @@ class _Recorder:
         self._notes: list[_Notes] = []
         self._groups: list[records.Group] = []
         self._path: Path | None = None
+        self._python: list[TraceNote] = []
+        self._lost_notes = 0
+        self._sources: weakref.WeakSet[NoteSource] = weakref.WeakSet()
         self._begin = 0
         self._lock = ProcessLock()
         self._given = os.environ.get(VARIABLE)
@@ -96,6 +107,7 @@ class _Recorder:
     def _begin_file(self, path: Path) -> None:
         path.touch()  # a folder that cannot be written is an error now, not at the end
         self._path, self._begin = path.absolute(), time.monotonic_ns()
+        self._python, self._lost_notes = [], 0
 
     def _record(self, control: records.Group) -> None:
         """Let a group's threads write."""
@@ -114,13 +126,28 @@ class _Recorder:
         notes.trace.taken.value = 0
         control.trace.value = notes.trace.address  # last: threads may write from here on
 
-    def _is_recording(self) -> bool:
+    def is_recording(self) -> bool:
+        """Whether a trace is being written."""
         return self._path is not None
+
+    def note(self, note: TraceNote) -> None:
+        """Keep a note, unless it is of before the trace or finds no room."""
+        if self._path is not None and note.begin >= self._begin:
+            if len(self._python) < ROOM:
+                self._python.append(note)
+            else:
+                self._lost_notes += 1
+
+    def add_source(self, source: NoteSource) -> None:
+        """Ask `source` for its notes when a trace ends; it is not kept alive."""
+        self._sources.add(source)
 
     def stop(self) -> None:
         """End the trace, and write its file."""
-        if not self._is_recording():  # without the lock: at exit a thread may hold it for good
+        if not self.is_recording():  # without the lock: at exit a thread may hold it for good
             return
+        for source in list(self._sources):
+            source.note_all()
         with self._lock:
             path, self._path = self._path, None
             if path is None:
@@ -129,9 +156,9 @@ class _Recorder:
             for control in self._groups:
                 control.trace.value = 0
             groups = [self._spans(notes) for notes in self._notes]
-        lost = sum(group.lost for group in groups)
+        lost = sum(group.lost for group in groups) + self._lost_notes
         content = {
-            "traceEvents": events(groups, _labels, self._begin, end),
+            "traceEvents": events(groups, _labels, self._begin, end, self._python),
             "displayTimeUnit": "ns",
             "otherData": {"spans that found no room": lost},
         }
@@ -154,10 +181,14 @@ class _Recorder:
     def forget(self) -> None:
         """In a forked child: the parent's threads, memory and file are not the child's."""
         self._notes, self._groups, self._path, self._given = [], [], None, None
+        self._python, self._sources = [], weakref.WeakSet()
 
 
 _recorder = _Recorder()
 add_group = _recorder.add_group
+is_recording = _recorder.is_recording
+note = _recorder.note
+add_source = _recorder.add_source
 os.register_at_fork(after_in_child=_recorder.forget)
 atexit.register(_recorder.stop)  # behind `group.stop_all`, which is registered later
 

@@ -1,16 +1,18 @@
 """Spans of compiled code -> events of Chrome's trace format, which Perfetto shows.
 
 Rows of a pool group: its jobs with their phases inside, each worker's tasks, and each thread that
-calls: what it submits, its waits, and "torch", the time between them. Times are microseconds since
-the trace began.
+calls: what it submits, its waits, and "torch", the time between them. An arrow leads from each
+submission to its job, and on to the end of the wait for it: deferred experts are those whose arrow
+passes over other jobs. Rows of their own have what Python has noted (`TraceNote`): transfers,
+decisions, a GPU's parts. Times are microseconds since the trace began.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,8 +40,10 @@ BETWEEN = "torch"
 
 _ROWS = 1_000_000_000
 _GROUP_ROWS = 10_000
+_NOTE_ROWS = _ROWS - _GROUP_ROWS
 """Rows of a group have numbers from _ROWS + _GROUP_ROWS * group on, which no thread of the system
-has: its jobs, then its workers. Threads that call have their own numbers."""
+has: its jobs, then its workers. Before them are the rows of notes. Threads that call have their own
+numbers."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,32 @@ class GroupSpans:
     lost: int = 0
 
 
+@dataclass(frozen=True)
+class TraceNote:
+    """Something that no pool's thread has done.
+
+    Attributes:
+        row: the name of its row.
+        name: what it was.
+        begin, end: `time.monotonic_ns`.
+        facts: what else is to be seen of it.
+        flow: notes of one flow are joined by arrows, in the order of their times; None for none.
+    """
+
+    row: str
+    name: str
+    begin: int
+    end: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    flow: str | None = None
+
+
 def events(
-    groups: Iterable[GroupSpans], labels: Sequence[str], begin: int, end: int
+    groups: Iterable[GroupSpans],
+    labels: Sequence[str],
+    begin: int,
+    end: int,
+    notes: Sequence[TraceNote] = (),
 ) -> list[Event]:
     """Events of a trace.
 
@@ -66,6 +94,7 @@ def events(
         groups: with spans in nanoseconds.
         labels: names of jobs by `records.Layer.label`.
         begin, end: of the trace, nanoseconds.
+        notes: of Python.
     """
     made: list[Event] = [_named("process_name", 0, f"hybrid_moe {os.getpid()}")]
     callers: dict[int, list[Event]] = {}
@@ -77,6 +106,7 @@ def events(
         names = _names(group.spans, labels)
         made += _jobs(group, names, row, begin, of_group)
         made += _tasks(group, names, row, begin, of_group)
+        made += _arrows(group, names, row, begin)
         for thread, event in _calls(group, names, begin):
             callers.setdefault(thread, []).append(event)
         if group.lost:
@@ -88,7 +118,7 @@ def events(
         made.append(_named("thread_name", thread, f"caller {threads.get(thread, thread)}"))
         made += calls
         made += _between(calls, thread)
-    return made
+    return made + _noted(notes, begin)
 
 
 def _us(nanoseconds: int) -> float:
@@ -184,6 +214,55 @@ def _calls(group: GroupSpans, names: dict[int, str], start: int) -> Iterable[tup
         begin, end, kind, thread, sequence, *_ = map(int, span.tolist())
         name = f"{verbs[kind]} {_name(names, sequence)}"
         yield thread, _span(name, thread, begin - start, end - start, job=sequence)
+
+
+def _arrows(group: GroupSpans, names: dict[int, str], row: int, start: int) -> Iterable[Event]:
+    """From each submission to its job and to the end of the last wait for it."""
+    spans = group.spans
+    first: dict[int, int] = {}
+    tasks = spans[spans["kind"] == records.SPAN_TASK]
+    for sequence, begin in zip(tasks["sequence"].tolist(), tasks["begin"].tolist(), strict=True):
+        first[sequence] = min(begin, first.get(sequence, begin))
+    ends: dict[int, tuple[int, int]] = {}
+    for span in spans[spans["kind"] == records.SPAN_WAIT]:
+        sequence = int(span["sequence"])
+        ends[sequence] = max((int(span["end"]), int(span["thread"])), ends.get(sequence, (0, 0)))
+    for span in spans[spans["kind"] == records.SPAN_SUBMIT]:
+        sequence = int(span["sequence"])
+        if sequence not in first:
+            continue
+        steps = [(int(span["end"]) - 1, int(span["thread"])), (first[sequence], row)]
+        if sequence in ends:  # a GPU's stream waits without a thread
+            end, waiter = ends[sequence]
+            steps.append((end - 1, waiter))
+        flow = f"{row} {sequence}"
+        yield from _flow(_name(names, sequence), flow, [(t - start, at) for t, at in steps])
+
+
+def _flow(name: str, flow: str, steps: Sequence[tuple[int, int]]) -> Iterable[Event]:
+    """An arrow through (nanoseconds since the trace began, row), within events that are there."""
+    for at, (moment, row) in enumerate(steps):
+        phase = "s" if at == 0 else "f" if at == len(steps) - 1 else "t"
+        event = {"ph": phase, "name": name, "cat": "flow", "id": flow, "ts": _us(moment)}
+        yield {**event, **_at(row), **({"bp": "e"} if phase == "f" else {})}
+
+
+def _noted(notes: Sequence[TraceNote], start: int) -> Iterable[Event]:
+    """Rows of what Python has noted, and the arrows between."""
+    rows = {name: _NOTE_ROWS + at for at, name in enumerate(dict.fromkeys(n.row for n in notes))}
+    made = [_named("thread_name", row, name) for name, row in rows.items()]
+    flows: dict[str, list[TraceNote]] = {}
+    for note in notes:
+        begin, end = note.begin - start, note.end - start
+        made.append(_span(note.name, rows[note.row], begin, end, **note.facts))
+        if note.flow is not None:
+            flows.setdefault(note.flow, []).append(note)
+    for flow, through in flows.items():
+        if len(through) > 1:
+            through.sort(key=lambda note: note.begin)
+            steps = [(note.begin - start, rows[note.row]) for note in through]
+            made += _flow(flow, flow, steps)
+    return made
 
 
 def _between(calls: Sequence[Event], thread: int) -> list[Event]:

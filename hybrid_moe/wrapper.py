@@ -39,6 +39,7 @@ from hybrid_moe.runtime.filling import Fill
 from hybrid_moe.runtime.hot_half import HotHalf
 from hybrid_moe.runtime.packed_layers import cache_at
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
+from hybrid_moe.runtime.prefill_stream import PrefillStream, declared_stream
 from hybrid_moe.runtime.process_wide import ProcessWide
 from hybrid_moe.runtime.runner import LayerRunner
 from hybrid_moe.runtime.weights import Stacked
@@ -91,6 +92,8 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         gpu_activation: "fp8" rounds the inputs of the hot experts' projections to E4M3 in batches
             of 256 tokens and more, as W8A8 does (what that costs: `SlotExperts.fp8_prefill`). It
             is no faster: these GEMMs multiply in bf16. None for bf16 always.
+        gpu_panels: "keep" leaves experts that go to the GPU where they are on the CPU as well, so
+            that coming back copies nothing; "drop" (or None) gives their places to others.
         cpu_activation: "int8" rounds the inputs of products on the CPU to 8 bits for each group of
             32, which is up to twice as fast with many tokens and less exact (docs/numerics.md); for
             weights that are integers. None for 16 bits.
@@ -101,6 +104,8 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         deferral_chain: the model that the layer belongs to: one object for all of its layers and
             no others. None: the order of construction decides, see `runtime.construction_order`;
             where that says nothing, the layer defers nothing.
+        prefill_stream: with a `gpu_backend`: sends cold experts to the GPU for long batches; one
+            object for all layers of a model. None: the CPU computes them all.
 
     The remaining options are kt-kernel's for training and for files that this package does not
     write; other values than their defaults raise `ValueError`.
@@ -152,9 +157,11 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         gpu_device: torch.device | str | int | None = None,
         elsewhere: torch.Tensor | None = None,
         gpu_activation: str | None = None,
+        gpu_panels: str | None = None,
         cpu_activation: str | None = None,
         formats: LayerFormats | None = None,
         cache: str | os.PathLike[str] | None = None,
+        prefill_stream: PrefillStream | None = None,
     ) -> None:
         arguments.refuse_unsupported(locals())
         self._method = None if formats is not None else chosen_method(method)
@@ -189,9 +196,11 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
             gpu_device,
             elsewhere,
             gpu_activation,
+            gpu_panels,
             self._mask,
             self.shape,
         )
+        self._prefill_stream = declared_stream(prefill_stream, options)
         self._hot = None
         if options is not None:
             self._hot = HotHalf(options, self.shape, self.formats, self.activation)
@@ -327,6 +336,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
                 deferred=self.max_deferred_experts_per_token,
                 strict=self.strict,
                 halves=halves,
+                prefill_stream=self._prefill_stream,
             )
         except BaseException:
             self._layer.close()

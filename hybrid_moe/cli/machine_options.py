@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -42,7 +42,7 @@ GpuExpertsOption = Annotated[
     str | None,
     typer.Option(
         help="With --gpu: experts of each layer on it; default: as many as fit. Without: as for "
-        "`generate`, 25%, 24GB or a placement profile."
+        "`generate`, 25%, 24GB, a placement profile, or profile.json@25% by a routing profile."
     ),
 ]
 GpuBackendOption = Annotated[
@@ -53,8 +53,20 @@ GpuBackendOption = Annotated[
         "needs no GPU. Default: with --gpu SGLang does, without it cute where it can be used.",
     ),
 ]
+StreamPrefillOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="With --gpu-backend: memory of the GPU for experts that travel there while a long "
+        "prompt is read, such as 2GiB. Default: the CPU computes them.",
+    ),
+]
 ProfileOption = Annotated[
-    Path | None, typer.Option(help="Placement profile: which experts are on the GPU.")
+    Path | None,
+    typer.Option(
+        help="Which experts are on the GPU: a placement profile, or a routing profile of "
+        "`hybrid-moe profile`, of which the best placement is made."
+    ),
 ]
 RequestsOption = Annotated[int, typer.Option(min=1, help="Requests at the same time.")]
 ChunkOption = Annotated[int, typer.Option(min=1, help="Tokens that are prefilled at once.")]
@@ -103,6 +115,7 @@ class MachineOptions:
     gpu_bandwidth: float | None
     dense: str = "bf16"
     gpu_backend: str | None = None
+    stream_prefill: str | None = None
 
     def plan(self, named: str | Path) -> Plan:
         """Plan a model, see `find_model`; measures the ceilings if none were given."""
@@ -110,7 +123,6 @@ class MachineOptions:
         from hybrid_moe.cpu_kernels.pool.config import PoolConfig, default_pools
         from hybrid_moe.integrations.sglang import gpu_backend
         from hybrid_moe.loaders.find_model import find_model
-        from hybrid_moe.placement.profile import read_profile
         from hybrid_moe.planning import machine
 
         gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
@@ -119,6 +131,11 @@ class MachineOptions:
         if self.gpu_backend is not None and not gpus and self.gpu_experts is None:
             raise ValueError(
                 "--gpu-backend is for experts on a GPU: say which with --gpu-experts, or --gpu"
+            )
+        if self.stream_prefill is not None and (not gpus or self.gpu_backend is None):
+            raise ValueError(
+                "--stream-prefill sends experts to slots of this package on a GPU: add --gpu and "
+                "--gpu-backend cute"
             )
         backend = gpu_backend.backend_named(self.gpu_backend, "--gpu-backend ") if gpus else None
         model = planning.read_model(path, base, self.method, self.dense, backend)
@@ -137,10 +154,29 @@ class MachineOptions:
             cpu=self._speeds(threads),
             num_gpu_experts=count,
             slots=slots,
-            profile=read_profile(self.profile) if self.profile else None,
+            **self._profile(),
             huge_pages=machine.huge_pages_here(),
+            stream_memory=planning.parse_size(self.stream_prefill) if self.stream_prefill else 0,
         )
         return planning.make_plan(model, request)
+
+    def _profile(self) -> dict[str, Any]:
+        """Arguments of `Request` that say which experts are on the GPU.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or it is damaged.
+        """
+        from hybrid_moe.placement.profile import read_profile
+        from hybrid_moe.placement.routed_masks import is_routing_file
+        from hybrid_moe.placement.routing_profile_file import read_routing_profile
+        from hybrid_moe.planning import MeasuredRouting
+
+        if self.profile is None:
+            return {}
+        path = self.profile.expanduser()
+        if not is_routing_file(path):
+            return {"profile": read_profile(path)}
+        return {"routing": MeasuredRouting(path, read_routing_profile(path))}
 
     def _gpu_experts(self) -> int | None:
         """A number of experts of each layer, which is what SGLang takes.

@@ -30,6 +30,7 @@ def plan(
     dense: o.DenseOption = "bf16",
     gpu_experts: o.GpuExpertsOption = None,
     gpu_backend: o.GpuBackendOption = None,
+    stream_prefill: o.StreamPrefillOption = None,
     profile: o.ProfileOption = None,
     requests: o.RequestsOption = 4,
     chunk: o.ChunkOption = 2048,
@@ -48,6 +49,7 @@ def plan(
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
         ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense, gpu_backend,
+        stream_prefill,
     )  # fmt: skip
     made = options.plan(model)
     if json is not None:
@@ -93,6 +95,8 @@ def show(plan: Plan) -> None:
     grid("Memory", ("part", "place", "size", "how"), rows)
     for title, prediction in (("Decode", plan.decode), ("Prefill", plan.prefill)):
         _show_prediction(title, prediction, measured=not request.gpus)
+    if plan.curve:
+        _show_curve(plan)
     for note in plan.notes:
         typer.echo(f"note: {note}")
 
@@ -123,6 +127,34 @@ def _show_prediction(title: str, prediction: Prediction, *, measured: bool) -> N
     rows = [(term.name, _time(term.seconds, count), term.why) for term in prediction.terms]
     grid(f"{title}: {speed(prediction, measured=measured)}", _TERMS, rows)
     typer.echo(f"limit: {prediction.limit}\nwould help: {prediction.help}")
+
+
+_CURVE = (
+    "GPU memory for experts",
+    "of all",
+    "hit rate",
+    "decode",
+    "",
+    "first ids: hit rate, decode",
+)
+
+
+def _show_curve(plan: Plan) -> None:
+    """Hit rate and speed by GPU memory; the plan's own row is marked."""
+    most = max(point.tokens_per_second for point in plan.curve)
+    rows = [
+        (
+            f"{format_bytes(point.nbytes)}{' <' if point.chosen else ''}",
+            f"{100 * point.share:.0f} %",
+            f"{100 * point.hit_rate:.1f} %",
+            f"{digits(point.tokens_per_second, 2)} tok/s",
+            "█" * max(1, round(12 * point.tokens_per_second / most)),
+            f"{100 * point.first_ids_hit_rate:.1f} %, "
+            f"{digits(point.first_ids_tokens_per_second, 2)} tok/s",
+        )
+        for point in plan.curve
+    ]
+    grid("By measured routing, not measured in time; < is this plan", _CURVE, rows)
 
 
 def _time(seconds: float, count: int) -> str:

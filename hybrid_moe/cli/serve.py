@@ -15,6 +15,7 @@ from hybrid_moe.cli.model_options import (
     DENSE,
     CacheOption,
     CpuActivationOption,
+    DynamicOption,
     LoadOptions,
 )
 from hybrid_moe.cli.models import ModelOption
@@ -38,8 +39,18 @@ def serve(
     dense: o.DenseOption = DENSE,
     gpu_experts: o.GpuExpertsOption = None,
     gpu_backend: o.GpuBackendOption = None,
+    stream_prefill: o.StreamPrefillOption = None,
     cpu_activation: CpuActivationOption = None,
     profile: o.ProfileOption = None,
+    dynamic: DynamicOption = None,
+    quality: Annotated[
+        str,
+        typer.Option(
+            metavar="exact|balanced",
+            help="Decode with --gpu: balanced adds a quarter of a token's experts one layer later, "
+            "while the GPU is at attention.",
+        ),
+    ] = "exact",
     requests: o.RequestsOption = 4,
     chunk: o.ChunkOption = 2048,
     threads: o.ThreadsOption = None,
@@ -65,15 +76,20 @@ def serve(
     Without --gpu Transformers' server runs in this process. With one the SGLang server that `plan`
     chose is printed and run, and flags after -- go to SGLang.
     """
-    from hybrid_moe.planning.serving import require_sglang, server_command
+    from hybrid_moe.planning.serving import require_sglang, server_command, write_placement
+    from hybrid_moe.schedule.quality import EXACT, quality_named
 
+    quality_named(quality, "--quality ")
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
         ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense, gpu_backend,
+        stream_prefill,
     )  # fmt: skip
     if not gpu:
         if rest.args:
             raise ValueError(f"{rest.args[0]}: what follows -- is for SGLang, which needs a --gpu")
+        if quality != EXACT:
+            raise ValueError("--quality is for decode beside a GPU: add --gpu")
         if base is not None:
             raise ValueError("--base is for SGLang, which needs a --gpu")
         if dry_run:
@@ -87,21 +103,27 @@ def serve(
             steps.begin("seeing whether the model fits")
             _check_fit(options, model)
             load = LoadOptions(
-                method, dense, threads, pools, gpu_experts, gpu_backend, cpu_activation, cache
-            )
+                method, dense, threads, pools, gpu_experts, gpu_backend, cpu_activation, cache,
+                dynamic,
+            )  # fmt: skip
             serve_here(model, load, context, grace, listener, steps)
         return
     if cpu_activation is not None:
         raise ValueError("--cpu-activation is for Transformers' server, which runs without a --gpu")
     if cache is not None:
         raise ValueError("--cache is for models that are served here, without a --gpu")
+    moving = _moving(dynamic, gpu_backend)
     if not dry_run:
         require_sglang()  # before headers are read and ceilings measured
     python = "python" if dry_run else sys.executable
     plan = options.plan(model)
-    command = server_command(plan, python, rest.args)
+    command = server_command(plan, python, rest.args, quality)
+    command = replace(command, environment={**command.environment, **moving})
     for note in plan.notes:
         typer.echo(f"note: {note}", err=True)
+    written = write_placement(plan)
+    if written is not None:
+        typer.echo(f"note: placement written to {written}", err=True)
     typer.echo(command.text)
     if not dry_run:
         _become(command)
@@ -111,6 +133,25 @@ def _check_fit(options: o.MachineOptions, model: str) -> None:
     """Raise `DoesNotFitError` before minutes of loading. How fast it will be is not asked: any
     speeds do, and nothing is measured."""
     replace(options, ram_bandwidth=1.0, gmacs=1.0, ceilings=None).plan(model).check()
+
+
+def _moving(dynamic: str | None, gpu_backend: str | None) -> dict[str, str]:
+    """Variables that let experts move in SGLang.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    from hybrid_moe.integrations.sglang.gpu_backend import DYNAMIC
+    from hybrid_moe.placement.online import OnlineOptions
+
+    if dynamic is None or OnlineOptions.of(dynamic) is None:
+        return {}
+    if gpu_backend is None:
+        raise ValueError(
+            f"--dynamic {dynamic}: experts on the GPU that are SGLang's cannot move: give "
+            "--gpu-backend cute"
+        )
+    return {DYNAMIC: dynamic}
 
 
 def _become(command: ServerCommand) -> None:

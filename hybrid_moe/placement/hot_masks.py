@@ -7,8 +7,9 @@
 | bool [L, E] | those that the mask has, as of `generate_gpu_experts_masks` |
 | {0: [3, 17], 1: []} | these ids of these layers |
 | a path | those of a placement profile, see `hybrid_moe.placement.profile` |
+| "profile.json@25%", "profile.json@24GB" | by a routing profile, see `placement.routed_masks` |
 
-A share and a budget are spread evenly: as many experts in every layer, the first ids.
+A share and a budget alone are spread evenly: as many experts in every layer, the first ids.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import numpy as np
 import torch
 
 from hybrid_moe.placement.profile import PlacementProfile, read_profile
+from hybrid_moe.placement.routed_masks import is_routing_file, routed_masks
 from hybrid_moe.runtime.arguments import integer, integers
 from hybrid_moe.text import format_bytes, parse_size
 
 FORMS = (
     'a share of all experts (0.25 or "25%"), GPU memory ("24GB"), bool masks [layers, experts], '
-    "a mapping of layers to expert ids, or the path of a placement profile"
+    "a mapping of layers to expert ids, the path of a placement profile, or that of a routing "
+    'profile with a share or memory ("profile.json@25%")'
 )
 """What is right, for messages."""
 
@@ -99,11 +102,29 @@ def _of_text(
             return _of_budget(given, layers)
         if _INTEGER.fullmatch(given):
             raise _number_of_experts(given)
-    if not str(given) or not Path(given).expanduser().is_file():
+    file = Path(given).expanduser()
+    before, at, amount = os.fspath(given).rpartition("@")
+    routing = Path(before).expanduser()
+    if at and not file.is_file() and routing.is_file() and is_routing_file(routing):
+        return _of_routing(routing, amount, layers)
+    if not str(given) or not file.is_file():
         raise FileNotFoundError(
             f"gpu_experts is {os.fspath(given)!r}, which is no file; it must be {FORMS}"
         )
+    if is_routing_file(file):
+        raise ValueError(
+            f"gpu_experts is {os.fspath(given)!r}, a routing profile: say how much of the GPU the "
+            f"experts may take, {file.name}@25% of all of them or {file.name}@24GB"
+        )
     return _of_profile(read_profile(given), layers, num_layers)
+
+
+def _of_routing(
+    file: Path, amount: str, layers: Sequence[LayerOfExperts]
+) -> dict[int, torch.Tensor]:
+    nbytes = {layer.layer: layer.nbytes for layer in layers}
+    masks = routed_masks(file, amount, max(layer.num_experts for layer in layers), nbytes)
+    return {layer: torch.from_numpy(mask) for layer, mask in masks.items()}
 
 
 def _number_of_experts(given: Any) -> ValueError:

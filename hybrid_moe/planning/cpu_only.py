@@ -1,4 +1,4 @@
-"""Tokens per second without a GPU, as `generate` runs a model.
+"""Tokens per second without a GPU, as `generate` runs a model, from the timeline of a step.
 
 A token reads its experts, the linear layers and the KV cache once, and in between each layer has
 work that streams nothing. A prompt multiplies; its attention does so over the context. The shares
@@ -9,21 +9,19 @@ with two cores, by `bench/end_to_end.py`, where memory was read at 30 to 59 GB/s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hybrid_moe.planning.kv_cache import KvCache, keys_seen
 from hybrid_moe.planning.machine import CpuSpeeds
 from hybrid_moe.planning.model import Model
-from hybrid_moe.planning.prediction import streaming
-from hybrid_moe.planning.terms import (
-    Prediction,
-    Term,
-    computing,
-    each,
-    prediction,
-    reading,
-    share_met,
-)
+from hybrid_moe.planning.prediction import multiplied, streamed
+from hybrid_moe.planning.step_work import StepWork, expert_work, num_layers
+from hybrid_moe.planning.terms import Prediction, Term, computing, each, prediction, reading
+from hybrid_moe.schedule.layer_times import LayerTimes
+from hybrid_moe.schedule.layer_work import ExpertSplit, GpuAmount, LayerWork, uniform_met
+from hybrid_moe.schedule.machine_rates import MachineRates
+from hybrid_moe.schedule.timeline import run_step
 
 STREAM_SHARE = 0.95
 """Of the read bandwidth, in what the pool streams at one token: experts and linear layers."""
@@ -54,24 +52,24 @@ PASSES = 40
 
 def predict_decode(model: Model, cpu: CpuSpeeds, cache: KvCache) -> Prediction:
     """Speed of one token at a time, the context half full."""
-    experts = {layer: float(layer.top_k) for layer in model.layers}
+    step = _step_of(model, cpu, 1)
     stream, torch = cpu.read * STREAM_SHARE, cpu.read * TORCH_SHARE
-    terms = [
-        streaming("experts", experts, cpu, STREAM_SHARE),
+    rest = [
         reading("linear layers", "linear layers", model.dense.nbytes, stream),
         reading("the rest", "other weights", model.torch_read, torch),
         reading("KV cache", "a half full KV cache", cache.per_gpu() / 2, cpu.read * CACHE_SHARE),
         each("between jobs", num_layers(model), "layers", LAYER_S),
-        each("between tokens", 1, "token", TOKEN_S),
     ]
-    return prediction(terms, sum(term.seconds for term in terms), 1)
+    after = each("between tokens", 1, "token", TOKEN_S)
+    line = run_step(_one_after_another(step, model, rest), after=after.seconds)
+    return prediction([streamed("experts", step), *rest, after], line.seconds, 1)
 
 
 def predict_prefill(model: Model, cpu: CpuSpeeds, tokens: int) -> Prediction:
     """Speed of a prompt of `tokens`."""
     fmt = model.dense.fmt
     dense_rate = cpu.macs["BF16" if fmt is None else fmt.name] * MAC_SHARE
-    experts, read = _experts(model, cpu, tokens)
+    step = _step_of(model, cpu, tokens)
     dense = [
         computing(
             "linear layers, arithmetic", "linear layers", tokens * model.dense.weights, dense_rate
@@ -91,32 +89,30 @@ def predict_prefill(model: Model, cpu: CpuSpeeds, tokens: int) -> Prediction:
         reading("the rest", "activations", passes, cpu.read * TORCH_SHARE),
         each("between jobs", num_layers(model), "layers", LAYER_S),
     ]  # fmt: skip
-    seconds = max(experts.seconds, read.seconds) + max(term.seconds for term in dense)
-    terms = [experts, read, *dense, *rest]
-    return prediction(terms, seconds + sum(term.seconds for term in rest), tokens)
+    longer = max(dense, key=lambda term: term.seconds)
+    line = run_step(_one_after_another(step, model, [longer, *rest]))
+    experts = multiplied(step, "experts, arithmetic", "experts")
+    return prediction([*experts, *dense, *rest], line.seconds, tokens)
 
 
-def _experts(model: Model, cpu: CpuSpeeds, tokens: int) -> tuple[Term, Term]:
-    """Arithmetic of a prompt's experts, and reading each of them that some token takes."""
-    macs = [tokens * layer.top_k * layer.weights for layer in model.layers]
-    # of several formats the mean speed, each as long as its layers take
-    rates = [layer.rate(cpu.macs) for layer in model.layers]
-    seconds = sum(count / rate for count, rate in zip(macs, rates, strict=True))
-    touched = sum(
-        layer.num_experts * layer.packed * share_met(tokens * layer.top_k, layer.num_experts)
+def _step_of(model: Model, cpu: CpuSpeeds, tokens: int) -> StepWork:
+    """The experts, all on the CPU. Rates of a GPU are those of nothing: it gets nothing."""
+    rates = MachineRates(cpu.read * STREAM_SHARE, gpu_read=1.0, gpu_flops=1.0)
+    works = [
+        LayerWork(layer.layer, GpuAmount(), expert=expert_work(layer, cpu, MAC_SHARE))
         for layer in model.layers
-    )
-    rate = sum(macs) / seconds * MAC_SHARE
-    return (
-        computing("experts, arithmetic", "experts", sum(macs), rate),
-        reading("experts", "experts", touched, cpu.read * STREAM_SHARE),
-    )
+    ]
+    splits = [
+        ExpertSplit(cpu=uniform_met(layer.num_experts, layer.num_experts, layer.top_k, tokens))
+        for layer in model.layers
+    ]
+    return StepWork(tuple(works), tuple(splits), rates)
 
 
-def num_layers(model: Model) -> int:
-    """All layers, those without experts too."""
-    count = model.config.get("num_hidden_layers")
-    return count if isinstance(count, int) else len(model.layers)
+def _one_after_another(step: StepWork, model: Model, rest: list[Term]) -> list[LayerTimes]:
+    """Everything but the experts before them, divided evenly among the layers that have some."""
+    each_layer = sum(term.seconds for term in rest) / len(model.layers)
+    return [replace(times, before=each_layer) for times in step.times()]
 
 
 def attention_macs(config: Mapping[str, Any], tokens: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.table import BF16
+from hybrid_moe.planning.budget_curve import budget_curve
 from hybrid_moe.planning.model import Model
 from hybrid_moe.planning.parts import lay_out
 from hybrid_moe.planning.plan import CPU_EXPERTS, GPU, RAM, Plan, Request, Shortage
@@ -27,7 +28,9 @@ def make_plan(model: Model, request: Request) -> Plan:
         shortages.append(_gpu_shortage(plan))
     if plan.nbytes(RAM) > request.ram:
         shortages.append(_ram_shortage(plan))
-    return replace(plan, shortages=tuple(shortages))
+    routing = request.routing
+    curve = () if routing is None else budget_curve(plan, routing)
+    return replace(plan, shortages=tuple(shortages), curve=curve)
 
 
 def _gpu_shortage(plan: Plan) -> Shortage:
@@ -35,11 +38,11 @@ def _gpu_shortage(plan: Plan) -> Shortage:
     room, needed = request.room, plan.nbytes(GPU)
     advice = []
     if plan.hot.most:
-        bare = replace(request, num_gpu_experts=None, profile=None)
+        bare = replace(request, num_gpu_experts=None, profile=None, routing=None)
         count = lay_out(model, bare).hot.most
         if _fits_gpu(model, replace(bare, num_gpu_experts=count)):
             advice.append(f"fewer experts on the GPU ({count} per layer fit)")
-    least = replace(request, num_gpu_experts=0, profile=None)
+    least = replace(request, num_gpu_experts=0, profile=None, routing=None)
     context = _largest_context(lambda n: _fits_gpu(model, replace(least, context=n)), request)
     if context:
         advice.append(f"a smaller context (--context {context} fits)")

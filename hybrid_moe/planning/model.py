@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from hybrid_moe.formats.strips import bias_nbytes, packed_nbytes
 from hybrid_moe.formats.table import AS_STORED, BF16, Method, chosen_method, methods_of
@@ -78,11 +81,6 @@ class LayerExperts:
         gate_up, down = (macs[fmt.name] * share(fmt) for fmt in self.formats)
         return gate_up if gate_up == down else 3 / (2 / gate_up + 1 / down)
 
-    def token_seconds(self, read: float, macs: Mapping[str, float]) -> float:
-        """Of one of its experts with one token: its bytes at `read` a second, or its weights at
-        `token_rate`, whichever takes longer."""
-        return max((self.packed + self.bias) / read, self.weights / self.token_rate(macs))
-
 
 @dataclass(frozen=True)
 class HotExperts:
@@ -92,11 +90,14 @@ class HotExperts:
         counts: layer -> number of its experts on the GPU.
         rule: how they were chosen.
         profile: the profile that says which; None for the first ids.
+        use: layer -> float64 [E], the share of tokens that take each expert; None where nothing was
+            measured, and all are taken to be equally likely.
     """
 
     counts: Mapping[int, int]
     rule: str
     profile: PlacementProfile | None = None
+    use: Mapping[int, npt.NDArray[np.float64]] | None = None
 
     @cached_property
     def most(self) -> int:
@@ -107,9 +108,22 @@ class HotExperts:
         """Experts of a layer on the CPU."""
         return layer.num_experts - self.counts[layer.layer]
 
-    def cold_share(self, layer: LayerExperts) -> float:
-        """Share of a layer's experts on the CPU."""
-        return self.cold(layer) / layer.num_experts
+    def mask(self, layer: LayerExperts) -> npt.NDArray[np.bool_]:
+        """bool [E], True for a layer's experts on the GPU."""
+        mask = np.zeros(layer.num_experts, np.bool_)
+        if self.profile is None:
+            mask[: self.counts[layer.layer]] = True
+        else:
+            mask[list(self.profile.experts_of(layer.layer, layer.num_experts))] = True
+        return mask
+
+    def hit_rate(self, layers: Sequence[LayerExperts]) -> float:
+        """Share of all pairs of a token and an expert that experts on the GPU take."""
+        if self.use is None:
+            hits = [layer.top_k * self.counts[layer.layer] / layer.num_experts for layer in layers]
+        else:
+            hits = [float(self.use[layer.layer][self.mask(layer)].sum()) for layer in layers]
+        return sum(hits) / sum(layer.top_k for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,7 @@ class Model:
         layers: experts of each layer that has some.
         parts: part -> bytes, without routed experts.
         read_per_token: bytes of these that every token reads.
+        output_layer: bytes of these that are the output layer, which is not part of a layer.
         weights_per_token: weights that each token of a prompt meets: those, without the output
             layer, which only its last token needs.
         dense: linear layers that are held in strips where there is no GPU.
@@ -153,6 +168,7 @@ class Model:
     layers: tuple[LayerExperts, ...]
     parts: Mapping[str, int]
     read_per_token: int
+    output_layer: int
     weights_per_token: int
     dense: DenseLayers
     torch_bytes: int
@@ -257,6 +273,7 @@ def read_model(
         ),
         parts=dict(parts.most_common()),
         read_per_token=sum(t.nbytes for t in read),
+        output_layer=sum(t.nbytes for t in read if part[t.key] == EMBEDDINGS),
         weights_per_token=_weights(read, part),
         dense=linear,
         torch_bytes=sum(_in_16_bits(t) for key, t in kept.items() if key not in linear.keys),

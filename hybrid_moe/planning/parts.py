@@ -1,5 +1,4 @@
-"""What of a model takes memory on a machine and where, fitting or not; and which experts are on
-the GPU: as many as fit beside everything else, or those that were asked for."""
+"""What of a model takes memory on a machine and where, fitting or not."""
 
 from __future__ import annotations
 
@@ -7,17 +6,16 @@ from collections import Counter
 from typing import Any
 
 from hybrid_moe.cpu_kernels.memory import HUGE_PAGE
-from hybrid_moe.formats.table import AS_STORED
 from hybrid_moe.loaders.drafts import DRAFT
 from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
-from hybrid_moe.placement.profile import PlacementProfile
-from hybrid_moe.placement.ranks import experts_of_rank
 from hybrid_moe.planning import cpu_only, scratch
+from hybrid_moe.planning.hot_choice import choose_hot, first_ids, hot_share
 from hybrid_moe.planning.kv_cache import KvCache, kind_of, sglang_cache, transformers_cache
 from hybrid_moe.planning.linear_layers import EMBEDDINGS, DenseLayers
 from hybrid_moe.planning.model import HotExperts, Model
 from hybrid_moe.planning.plan import CPU_EXPERTS, GPU, NOWHERE, RAM, MemoryPart, Plan, Request
 from hybrid_moe.planning.prediction import predict_decode, predict_prefill
+from hybrid_moe.planning.step_work import num_layers
 from hybrid_moe.text import format_bytes
 
 _REST = "embeddings, norms, routers and what else there is"
@@ -36,7 +34,7 @@ def lay_out(model: Model, request: Request) -> Plan:
     if gpus:
         cache = sglang_cache(config, request.context, request.chunk, request.requests)
         fixed = _gpu_parts(model, request, cache)
-        hot = _choose_hot(model, request, sum(p.nbytes for p in fixed if p.place == GPU))
+        hot = choose_hot(model, request, sum(p.nbytes for p in fixed if p.place == GPU))
         share = hot_share(model, hot, len(gpus))
         name = f"routed experts, {model.gpu_format}"
         parts = [MemoryPart(name, GPU, share, _counts(hot)), *fixed]
@@ -67,73 +65,6 @@ def lay_out(model: Model, request: Request) -> Plan:
     )
 
 
-def _choose_hot(model: Model, request: Request, fixed: int) -> HotExperts:
-    """Experts on the GPU, beside `fixed` bytes on each."""
-    if request.profile is not None:
-        return of_profile(model, request.profile)
-    if request.num_gpu_experts is not None:
-        return first_ids(model, request.num_gpu_experts, "as given, the first ids of every layer")
-    if not model.hot_possible:
-        differ = "none: the layers' experts differ in format"
-        unread = "none: no checkpoint that SGLang can read them from"
-        return first_ids(model, 0, differ if model.gpu_format == AS_STORED else unread)
-    return as_many_as_fit(model, request.room - fixed, len(request.gpus))
-
-
-def hot_bytes(model: Model, hot: HotExperts) -> int:
-    """Bytes of the experts on the GPU, over all GPUs."""
-    return sum(hot.counts[layer.layer] * layer.on_gpu for layer in model.layers)
-
-
-def hot_share(model: Model, hot: HotExperts, gpus: int) -> int:
-    """Bytes of them on the fullest GPU. The serving engine cuts each expert into parts for the
-    GPUs; slots hold whole ones."""
-    if model.gpu_backend is None:
-        return -(-hot_bytes(model, hot) // gpus)
-    return max(
-        sum(
-            layer.on_gpu
-            * len(experts_of_rank(range(hot.counts[layer.layer]), layer.layer, rank, gpus))
-            for layer in model.layers
-        )
-        for rank in range(gpus)
-    )
-
-
-def first_ids(model: Model, count: int, rule: str) -> HotExperts:
-    """The first `count` experts of every layer.
-
-    Raises:
-        ValueError: more than there are, or fewer than none.
-    """
-    if not 0 <= count <= model.num_experts:
-        raise ValueError(f"{count} experts on the GPU: a layer has 0 to {model.num_experts}")
-    return HotExperts({layer.layer: min(count, layer.num_experts) for layer in model.layers}, rule)
-
-
-def of_profile(model: Model, profile: PlacementProfile) -> HotExperts:
-    """The experts that a profile names.
-
-    Raises:
-        ValueError: it lacks a layer, or names an expert that there is not.
-    """
-    counts = {
-        layer.layer: len(profile.experts_of(layer.layer, layer.num_experts))
-        for layer in model.layers
-    }
-    return HotExperts(counts, f"{profile.path.name}", profile)
-
-
-def as_many_as_fit(model: Model, room: int, gpus: int) -> HotExperts:
-    """The same number of experts in every layer, as many as `room` bytes of each GPU hold."""
-    each = sum(layer.on_gpu for layer in model.layers)
-    rule = "as many as fit, the first ids of every layer"
-    hot = first_ids(model, max(0, min(model.num_experts, room * gpus // each)), rule)
-    while hot.most and hot_share(model, hot, gpus) > room:
-        hot = first_ids(model, hot.most - 1, rule)
-    return hot
-
-
 def slots_of(model: Model, gpu_experts: Any) -> dict[int, int]:
     """How many experts of each layer are in slots, as `from_pretrained` splits them.
 
@@ -144,7 +75,7 @@ def slots_of(model: Model, gpu_experts: Any) -> dict[int, int]:
         LayerOfExperts(layer.layer, layer.num_experts, layer.packed + layer.bias)
         for layer in model.layers
     ]
-    masks = hot_masks(gpu_experts, layers, cpu_only.num_layers(model))
+    masks = hot_masks(gpu_experts, layers, num_layers(model))
     return {layer: int(mask.sum()) for layer, mask in masks.items()}
 
 
@@ -200,6 +131,7 @@ def _gpu_parts(model: Model, request: Request, cache: KvCache) -> list[MemoryPar
         *parts,
         MemoryPart("KV cache", GPU, cache.per_gpu(gpus), cache.formula),
         MemoryPart("activations, graphs", GPU, reserve, "SGLang's own rule", assumed=True),
+        MemoryPart("streamed prefill", GPU, request.stream_memory, "as given"),
         MemoryPart("CUDA context", GPU, scratch.GPU_CONTEXT, "1 GiB", assumed=True),
         MemoryPart("buffers of the CPU experts", RAM, buffers, f"chunks of {request.chunk} tokens"),
         MemoryPart("SGLang's processes", RAM, runtime, "4 GiB and 2 GiB per GPU", assumed=True),

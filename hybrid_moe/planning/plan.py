@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hybrid_moe.cpu_kernels.drivers.records import MAX_POOLS
 from hybrid_moe.placement.profile import PlacementProfile
+from hybrid_moe.placement.routing_profile import RoutingProfile
 from hybrid_moe.planning.kv_cache import KvCache
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu
 from hybrid_moe.planning.model import HotExperts, Model
@@ -24,6 +26,40 @@ class DoesNotFitError(ValueError):
 
 
 @dataclass(frozen=True)
+class MeasuredRouting:
+    """A routing profile, and the file that it is from."""
+
+    path: Path
+    profile: RoutingProfile
+
+    @property
+    def placement_path(self) -> Path:
+        """Where `serve` writes the placement that it made of it."""
+        return self.path.with_suffix(".placement.json")
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """What so much GPU memory for experts gives, over all GPUs.
+
+    Attributes:
+        nbytes: of experts. share: of the bytes of all.
+        hit_rate: share of pairs of a token and an expert that are the GPU's.
+        tokens_per_second: of one request.
+        first_ids_hit_rate, first_ids_tokens_per_second: with the first ids of every layer instead.
+        chosen: it is what the plan has.
+    """
+
+    nbytes: int
+    share: float
+    hit_rate: float
+    tokens_per_second: float
+    first_ids_hit_rate: float
+    first_ids_tokens_per_second: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class Request:
     """What is to be planned.
 
@@ -37,9 +73,11 @@ class Request:
         cpu: its ceilings.
         num_gpu_experts: experts of each layer on the GPU; None for as many as fit.
         profile: which ones; None for the first ids.
+        routing: measured routing: the experts with which a token is fastest, as many as fit.
         slots: experts of each layer that Transformers holds in slots and computes with torch, where
             there is no GPU; None for none.
         huge_pages: arenas get huge pages.
+        stream_memory: bytes of each GPU for experts that travel there during prefill.
     """
 
     gpus: tuple[Gpu, ...]
@@ -52,8 +90,10 @@ class Request:
     cpu: CpuSpeeds
     num_gpu_experts: int | None = None
     profile: PlacementProfile | None = None
+    routing: MeasuredRouting | None = None
     slots: Mapping[int, int] | None = None
     huge_pages: bool = True
+    stream_memory: int = 0
 
     def __post_init__(self) -> None:
         for name in ("context", "requests", "chunk", "threads", "pools"):
@@ -64,9 +104,10 @@ class Request:
                 f"{self.pools} pools for {self.threads} threads: every pool needs a thread, and "
                 f"at most {MAX_POOLS} pools are supported"
             )
-        if self.num_gpu_experts and self.profile is not None:
+        given = self.profile is not None or self.routing is not None
+        if self.num_gpu_experts and given:
             raise ValueError("give a number of experts for the GPU or a profile, not both")
-        if not self.gpus and (self.num_gpu_experts or self.profile is not None):
+        if not self.gpus and (self.num_gpu_experts or given):
             raise ValueError("experts on the GPU need a GPU: say which with --gpu")
 
     @property
@@ -120,6 +161,7 @@ class Plan:
         decode, prefill: predicted speed of one request.
         shortages: what does not fit; empty for a plan that can be carried out.
         notes: what the numbers do not say.
+        curve: what other amounts of GPU memory would give, where the routing was measured.
     """
 
     model: Model
@@ -131,6 +173,7 @@ class Plan:
     prefill: Prediction
     shortages: tuple[Shortage, ...]
     notes: tuple[str, ...]
+    curve: tuple[BudgetPoint, ...] = ()
 
     def nbytes(self, place: str) -> int:
         """Bytes in all at a place."""
@@ -166,4 +209,5 @@ class Plan:
             "prefill": self.prefill.to_dict(),
             "shortages": [shortage.message for shortage in self.shortages],
             "notes": list(self.notes),
+            "curve": [asdict(point) for point in self.curve],
         }

@@ -1,20 +1,18 @@
-"""Tokens per second beside a GPU: what a token reads and computes, over how fast that goes.
+"""Tokens per second beside a GPU, from the timeline of a step (`schedule.timeline`).
 
 Decode reads every active weight once for a token; prefill reads every expert once for a chunk and
-multiplies. Experts on CPU and GPU work at the same time, so the slower of the two counts. The
-shares of the ceilings that are reached are measured on the CPU (docs/results) and assumed on GPUs.
-Attention over the context is counted as reading a half full KV cache; its arithmetic is not.
-Without a profile of the routing, all experts are taken to be equally likely. `cpu_only` predicts
-machines without a GPU.
+multiplies. The shares of the ceilings that are reached are measured on the CPU (docs/results) and
+assumed on GPUs. Attention over the context is counted as reading a half full KV cache; its
+arithmetic is not. Without a profile of the routing, all experts are taken to be equally likely.
+`cpu_only` predicts machines without a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from hybrid_moe.planning.kv_cache import KvCache
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu
-from hybrid_moe.planning.model import HotExperts, LayerExperts, Model
+from hybrid_moe.planning.model import HotExperts, Model
+from hybrid_moe.planning.step_work import StepWork, expert_work, gpu_layers, split_of
 from hybrid_moe.planning.terms import (
     Prediction,
     Term,
@@ -22,8 +20,11 @@ from hybrid_moe.planning.terms import (
     each,
     prediction,
     reading,
-    share_met,
 )
+from hybrid_moe.schedule.layer_times import gpu_seconds
+from hybrid_moe.schedule.layer_work import ExpertSplit, GpuAmount
+from hybrid_moe.schedule.machine_rates import MachineRates
+from hybrid_moe.schedule.timeline import run_step
 
 READ_SHARE = 0.7
 """Of the read bandwidth, at one token: 0.73 to 1.09 in docs/results. The lowest are experts of
@@ -37,68 +38,104 @@ GPU_READ_SHARE, GPU_FLOP_SHARE = 0.75, 0.4
 
 HANDOVER_S = 100e-6
 """For each layer with experts on the CPU: the wake-up of workers that sleep while attention runs,
-and the wrapper. Measured with CPU tensors; assumed to be no more with a GPU's copies and flags."""
+and the wrapper. Measured with CPU tensors; assumed to be no more with a GPU's copies and flags, and
+half of it on the way there."""
+
+
+def rates_of(cpu: CpuSpeeds, gpus: tuple[Gpu, ...]) -> MachineRates:
+    """What a machine's kernels reach. Several GPUs read at the same time, each its part: the rate
+    of reading is that of the slowest one, the amounts are those of one."""
+    return MachineRates(
+        cpu_read=cpu.read * READ_SHARE,
+        gpu_read=min(gpu.bandwidth for gpu in gpus) * GPU_READ_SHARE,
+        gpu_flops=sum(gpu.flops for gpu in gpus) * GPU_FLOP_SHARE,
+        submit=HANDOVER_S / 2,
+        back=HANDOVER_S / 2,
+    )
+
+
+def step_of(
+    model: Model,
+    hot: HotExperts,
+    cpu: CpuSpeeds,
+    gpus: tuple[Gpu, ...],
+    tokens: int = 1,
+    cache: float = 0.0,
+) -> StepWork:
+    """A batch of `tokens`, `cache` bytes of which are read on each GPU."""
+    experts = [expert_work(layer, cpu, MAC_SHARE, len(gpus)) for layer in model.layers]
+    works = gpu_layers(model, experts, tokens, cache, len(gpus))
+    splits = {layer.layer: split_of(layer, hot, tokens) for layer in model.layers}
+    found = tuple(splits.get(work.layer, ExpertSplit()) for work in works)
+    return StepWork(works, found, rates_of(cpu, gpus))
 
 
 def predict_decode(
     model: Model, hot: HotExperts, cpu: CpuSpeeds, gpus: tuple[Gpu, ...], cache: KvCache
 ) -> Prediction:
     """Speed of one token at a time, the context half full."""
-    cold = {layer: layer.top_k * hot.cold_share(layer) for layer in model.layers}
-    terms = [streaming("RAM bandwidth", cold, cpu, READ_SHARE)]
-    speed = min(gpu.bandwidth for gpu in gpus) * GPU_READ_SHARE
-    read_hot = sum(
-        layer.top_k * (1 - hot.cold_share(layer)) * layer.on_gpu for layer in model.layers
-    )
-    rest = model.read_per_token / len(gpus) + cache.per_gpu(len(gpus)) / 2
-    terms.append(reading("GPU bandwidth", "weights and cache", rest + read_hot / len(gpus), speed))
-    terms.append(_handover(model, hot))
-    seconds = rest / speed + terms[-1].seconds
-    return prediction(terms, seconds + max(terms[0].seconds, read_hot / len(gpus) / speed), 1)
+    held = cache.per_gpu(len(gpus)) / 2
+    step = step_of(model, hot, cpu, gpus, cache=held)
+    output = GpuAmount(model.output_layer / len(gpus))
+    line = run_step(step.times(), after=gpu_seconds(output, step.rates))
+    read = model.read_per_token / len(gpus) + held + _hot_nbytes(step)
+    terms = [
+        streamed("RAM bandwidth", step),
+        reading("GPU bandwidth", "weights and cache", read, step.rates.gpu_read),
+        _handover(step),
+    ]
+    return prediction(terms, line.seconds, 1)
 
 
-def streaming(
-    name: str, experts: Mapping[LayerExperts, float], cpu: CpuSpeeds, share: float
-) -> Term:
-    """The time of one token's experts: so many of each layer, read at that share of the bandwidth,
-    or decoded where that takes longer."""
-    nbytes = sum(count * (layer.packed + layer.bias) for layer, count in experts.items())
-    seconds = sum(
-        count * layer.token_seconds(cpu.read * share, cpu.macs) for layer, count in experts.items()
+def streamed(name: str, step: StepWork) -> Term:
+    """The CPU's experts of a token: read, or decoded where that takes longer."""
+    seconds = step.cold_seconds
+    return reading(
+        name,
+        "experts",
+        step.cold_nbytes,
+        step.cold_nbytes / seconds if seconds else step.rates.cpu_read,
     )
-    return reading(name, "experts", nbytes, nbytes / seconds if seconds else cpu.read * share)
 
 
 def predict_prefill(
     model: Model, hot: HotExperts, cpu: CpuSpeeds, gpus: tuple[Gpu, ...], tokens: int
 ) -> Prediction:
     """Speed of a chunk of `tokens`."""
-    macs = {
-        layer: tokens * layer.top_k * hot.cold_share(layer) * layer.weights
-        for layer in model.layers
-    }
-    touched = sum(
-        hot.cold(layer) * layer.packed * share_met(tokens * layer.top_k, layer.num_experts)
-        for layer in model.layers
+    step = step_of(model, hot, cpu, gpus, tokens)
+    line = run_step(step.times())
+    flops = sum(work.before.flops + work.shared.flops for work in step.works)
+    flops += 2 * sum(
+        split.hot.pairs * work.expert.weights
+        for work, split in zip(step.works, step.splits, strict=True)
+        if work.expert is not None
     )
-    # of several formats the mean speed, each as long as its layers take
-    seconds = sum(n / layer.rate(cpu.macs) for layer, n in macs.items())
-    count = sum(macs.values())
-    rate = count / seconds if seconds else cpu.macs[model.formats[0].name]
-    compute = computing("CPU arithmetic", "experts", count, rate * MAC_SHARE)
-    read = reading("RAM bandwidth", "experts", touched, cpu.read * READ_SHARE)
-    cold = max(compute.seconds, read.seconds)
-    speed = sum(gpu.flops for gpu in gpus) * GPU_FLOP_SHARE
-    hot_flops = 2 * sum(
-        tokens * layer.top_k * (1 - hot.cold_share(layer)) * layer.weights for layer in model.layers
-    )
-    rest_flops = 2.0 * tokens * model.weights_per_token
-    gpu = computing("GPU arithmetic", "experts and the rest", rest_flops + hot_flops, speed, "FLOP")
-    handover = _handover(model, hot)
-    seconds = rest_flops / speed + max(cold, hot_flops / speed) + handover.seconds
-    return prediction([compute, read, gpu, handover], seconds, tokens)
+    terms = [
+        *multiplied(step, "CPU arithmetic", "RAM bandwidth"),
+        computing("GPU arithmetic", "experts and the rest", flops, step.rates.gpu_flops, "FLOP"),
+        _handover(step),
+    ]
+    return prediction(terms, line.seconds, tokens)
 
 
-def _handover(model: Model, hot: HotExperts) -> Term:
-    layers = sum(hot.cold(layer) > 0 for layer in model.layers)
-    return each("hand-over", layers, "layers", HANDOVER_S)
+def multiplied(step: StepWork, arithmetic: str, bandwidth: str) -> tuple[Term, Term]:
+    """The CPU's experts of a chunk: their arithmetic, at the mean speed of their formats, and
+    reading each that some token takes."""
+    seconds = step.multiplying
+    rate = step.cold_macs / seconds if seconds else 1.0
+    return (
+        computing(arithmetic, "experts", step.cold_macs, rate),
+        reading(bandwidth, "experts", step.cold_nbytes, step.rates.cpu_read),
+    )
+
+
+def _hot_nbytes(step: StepWork) -> float:
+    return sum(
+        split.hot.experts * work.expert.gpu_nbytes
+        for work, split in zip(step.works, step.splits, strict=True)
+        if work.expert is not None
+    )
+
+
+def _handover(step: StepWork) -> Term:
+    return each("hand-over", step.cold_layers, "layers", HANDOVER_S)

@@ -7,11 +7,16 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.integrations.sglang import gpu_backend
+from hybrid_moe.placement.profile import write_profile
 from hybrid_moe.planning.kv_cache import PAGE
 from hybrid_moe.planning.plan import GPU, Plan
+from hybrid_moe.schedule import streamed_prefill
+from hybrid_moe.schedule.quality import EXACT
+from hybrid_moe.schedule.quality import VARIABLE as QUALITY_VARIABLE
 
 INSTALL = 'pip install "hybrid-moe[sglang]"'
 
@@ -50,12 +55,18 @@ class ServerCommand:
         return " \\\n    ".join([" ".join(head), *(" ".join(option) for option in options)])
 
 
-def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()) -> ServerCommand:
+def server_command(
+    plan: Plan,
+    python: str = "python",
+    extra: Sequence[str] = (),
+    quality: str = EXACT,
+) -> ServerCommand:
     """The command for a plan that fits.
 
     Args:
         python: the interpreter that has SGLang.
         extra: further flags for SGLang, appended.
+        quality: of decode, see `schedule.quality`.
 
     Raises:
         DoesNotFitError: the plan does not fit.
@@ -85,8 +96,26 @@ def server_command(plan: Plan, python: str = "python", extra: Sequence[str] = ()
     environment = {} if profile is None else {PLACEMENT_VARIABLE: str(profile.path)}
     if model.gpu_backend is not None:
         environment[gpu_backend.VARIABLE] = model.gpu_backend
+    if request.stream_memory:
+        environment[streamed_prefill.VARIABLE] = f"{-(-request.stream_memory // 1024)}KiB"
+    if quality != EXACT:
+        environment[QUALITY_VARIABLE] = quality
     environment[_NUMA_BINDING] = "0"
     return ServerCommand((python, "-m", "sglang.launch_server", *words, *extra), environment)
+
+
+def write_placement(plan: Plan) -> Path | None:
+    """Write the file that the command's environment names, where the placement was made from
+    measured routing; None where there is nothing to write.
+
+    Raises:
+        OSError: its folder cannot be written.
+    """
+    if plan.request.routing is None or plan.hot.profile is None:
+        return None
+    profile = plan.hot.profile
+    write_profile(profile.path, profile.layers, profile.ranks)
+    return profile.path
 
 
 def require_sglang() -> None:

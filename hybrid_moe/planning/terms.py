@@ -83,11 +83,6 @@ def prediction(terms: Sequence[Term], seconds: float, tokens: int) -> Prediction
     return Prediction(tokens / seconds, kept, limit, HELP[longest.name])
 
 
-def share_met(draws: int, experts: int) -> float:
-    """Share of the experts that at least one of so many random draws meets."""
-    return 1 - (1 - 1 / experts) ** draws
-
-
 def _si(value: float, unit: str) -> str:
     """1.9e9, "B" -> "1.9 GB"; from 100 on without a fraction."""
     prefix, size = next((row for row in _PREFIXES if value >= row[1]), _PREFIXES[-1])

@@ -29,6 +29,8 @@ class ExpertMoves(LayerFacts):
         if biases is None and self.weight_path is not None:
             biases = self.checkpoint_source().has_bias
         self._hot.reserve(self._layer.shares(biases=biases is not False))
+        if self._prefill_stream is not None:
+            self._prefill_stream.reserve(self._hot)
 
     def promote(self, expert: int, cuda_stream: int | None = None) -> None:
         """Move an expert from the CPU to a free slot of the GPU, with its bit in the mask.
@@ -54,7 +56,7 @@ class ExpertMoves(LayerFacts):
 
     def demote(self, expert: int, cuda_stream: int | None = None) -> None:
         """Move an expert from the GPU to the CPU, which has room for one more than were loaded
-        there. See `promote`.
+        there; with `gpu_panels="keep"` it has all of them, and nothing is copied. See `promote`.
 
         Raises:
             IndexError, ValueError: there is no such expert, or not on the GPU.

@@ -9,7 +9,7 @@ on CUDA tensors it is queued on the caller's stream.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,7 @@ class HotHalf:
         shape: of the layer. formats: of its weights. activation: of its experts.
 
     Attributes:
+        layout: of a slot; None before `reserve`.
         experts: the slots; None before `reserve`, and where there are none.
 
     Raises:
@@ -55,6 +56,7 @@ class HotHalf:
         self.options = options
         self._shape, self._formats, self._activation = shape, formats, activation
         self._biases: bool | None = None
+        self.layout: SlotLayout | None = None
         self.experts: SlotExperts | None = None
         self._captured: weakref.finalize[Any, SlotExperts] | None = None
 
@@ -84,28 +86,50 @@ class HotHalf:
         """
         if self._biases is not None:
             return
-        layout = SlotLayout(
+        self.layout = SlotLayout(
             self._formats,
             self._shape.hidden_size,
             self._shape.moe_intermediate_size,
             tuple(shares),
         )
-        slots, device = self.options.slots, self.device
-        if slots:
-            with (
-                torch.inference_mode(False),  # else only inference mode could move experts later
-                explained(self._shape.layer_idx, device, slots * layout.nbytes),
-            ):
-                self.experts = SlotExperts(
-                    layout,
-                    self._activation,
-                    self._shape.num_experts,
-                    slots,
-                    device,
-                    self.options.backend,
-                    self.options.fp8_prefill,
-                )
-        self._biases = layout.biases
+        if self.options.slots:
+            self.experts = self.new_slots(self.options.slots)
+        self._biases = self.layout.biases
+
+    def new_slots(self, slots: int) -> SlotExperts:
+        """Slots of this layer's layout, in which no expert is.
+
+        Raises:
+            RuntimeError: the device has no room.
+        """
+        layout, device = self.layout, self.device
+        assert layout is not None
+        with (
+            torch.inference_mode(False),  # else only inference mode could move experts later
+            explained(self._shape.layer_idx, device, slots * layout.nbytes),
+        ):
+            return SlotExperts(
+                layout,
+                self._activation,
+                self._shape.num_experts,
+                slots,
+                device,
+                self.options.backend,
+                self.options.fp8_prefill,
+            )
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for layers whose experts can take turns in the same slots."""
+        options = self.options
+        return (
+            self.layout,
+            self._activation,
+            self._shape.num_experts,
+            options.device,
+            options.backend,
+            options.fp8_prefill,
+        )
 
     def release(self) -> None:
         """Free the slots, when the device is through with them. A graph that was captured finds
@@ -133,6 +157,11 @@ class HotHalf:
     def experts_per_token(self) -> int:
         """k."""
         return self._shape.num_experts_per_tok
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self._shape.num_experts
 
     @property
     def layer_idx(self) -> int:
@@ -200,6 +229,8 @@ class HotJob:
     ) -> None:
         self._half, self._stream, self._rows = half, stream, rows
         self._shape, self._device = hidden.shape, hidden.device
+        self.sent: torch.Tensor | None = None
+        """float32 [T, H]: what experts give that were sent for this batch alone."""
 
     def keep_placement(self, stream: Stream | None) -> None:
         """To be called before the placement changes in the order of `stream`: this job goes by the
@@ -220,12 +251,17 @@ class HotJob:
         with entered(stream):
             if cold is not None:  # what a layer without a back end has deferred is rounded already
                 cold = cold.float()
+            if self.sent is not None:
+                if stream is not None and self._stream is not None:
+                    self._follow(stream, self._stream, [self.sent])
+                cold = self.sent if cold is None else cold + self.sent
             if rows is None:
                 if cold is not None:
                     return cold.to(torch.bfloat16)
                 return torch.zeros(self._shape, dtype=torch.bfloat16, device=self._device)
             if stream is not None and self._stream is not None:
-                self._follow(stream, self._stream, rows)
+                parts = [rows.rows, rows.ids, rows.weights, rows.slot_of]
+                self._follow(stream, self._stream, parts)
             with explained(self._half.layer_idx, self._half.device):
                 if rows.added:
                     total = rows.rows if cold is None else rows.rows + cold
@@ -233,11 +269,11 @@ class HotJob:
                 return rows.experts.combine(rows.rows, rows.ids, rows.weights, cold, rows.slot_of)
 
     @staticmethod
-    def _follow(stream: Stream, computed_on: Stream, rows: HotRows) -> None:
+    def _follow(stream: Stream, computed_on: Stream, tensors: Sequence[torch.Tensor]) -> None:
         """Let `stream` use what another stream has computed."""
         if stream.handle == computed_on.handle:
             return
         stream.wait(computed_on.record())
-        for tensor in (rows.rows, rows.ids, rows.weights, rows.slot_of):
+        for tensor in tensors:
             if tensor.is_cuda:  # its memory must not be used again before `stream` is done
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))

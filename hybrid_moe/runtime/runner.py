@@ -14,6 +14,7 @@ from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_FAULT, IDS_PAS
 from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.streams.progress import Progress
+from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.call import check_call, is_plain, plain
@@ -21,6 +22,8 @@ from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
 from hybrid_moe.runtime.host_mask import HostMask
 from hybrid_moe.runtime.hot_half import HotHalf, HotJob
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
+from hybrid_moe.runtime.prefill_stream import PrefillStream
+from hybrid_moe.runtime.streamed_layer import StreamedBatch, StreamedLayer
 from hybrid_moe.runtime.submission import Started, Submission, discard
 from hybrid_moe.streams.faults import LayerFaults
 from hybrid_moe.streams.interface import Stream
@@ -40,6 +43,7 @@ class LayerRunner:
         strict: ids out of range are an error.
         halves: the hot half, and what says which experts are its own; None where the caller
             computes the experts that the mask skips. With it, jobs leave their sums unrounded.
+        prefill_stream: sends experts to the GPU for long batches; with `halves` only.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class LayerRunner:
         deferred: int,
         strict: bool,
         halves: tuple[HotHalf, ExpertPlacement] | None = None,
+        prefill_stream: PrefillStream | None = None,
     ) -> None:
         self._layer, self._shape, self._chain = layer, shape, chain
         self._deferred, self._strict = deferred, strict
@@ -63,6 +68,9 @@ class LayerRunner:
         self._halves = halves
         self._out_type = torch.bfloat16 if halves is None else torch.float32
         self._stager = Stager(layer, mask, out_type=self._out_type)
+        self._streamed: StreamedLayer | None = None
+        if prefill_stream is not None and halves is not None and self._has_experts:
+            self._streamed = StreamedLayer(prefill_stream, layer, *halves, shape)
         self._hot_pairs = 0  # of runs in which the CPU had no part
         self._faults = LayerFaults(layer, shape.layer_idx, strict=strict)
         self._submission: Submission | None = None
@@ -111,12 +119,19 @@ class LayerRunner:
         job: Started | None = None
         hot: HotJob | None = None
         fault: Exception | None = None
+        batch: StreamedBatch | None = None
         try:
             stream = self._stream(hidden, cuda_stream)
             if stream is None and not as_it_is:
                 hidden, ids, weights = plain(hidden, ids, weights)
 
-            if stream is None:
+            streamed = self._streamed
+            if streamed is not None and streamed.wants(hidden.shape[0], stream):
+                if stream is not None:
+                    self._follow_latest(stream)
+                batch = streamed.begin(stream, ids)
+                job, hot, fault = self._start_streamed(batch, stream, hidden, ids, weights)
+            elif stream is None:
                 job, fault = self._start_all(hidden, ids, weights)
                 if halves is not None:
                     hot = halves[0].start(None, hidden, ids, weights, unchanged=unchanged)
@@ -129,9 +144,13 @@ class LayerRunner:
                 start = partial(halves[0].start, stream, hidden, ids, weights, unchanged=unchanged)
                 job = self._start_on(stream, hidden, ids, weights, lambda: started.append(start()))
                 hot = started[0]
-            self._submission = Submission(hidden.shape, hidden.device, job, incoming, fault, hot)
+            self._submission = Submission(
+                hidden.shape, hidden.device, job, incoming, fault, hot, batch
+            )
         except BaseException:
             discard(job, self.layer_idx)
+            if batch is not None:
+                batch.sent.drop()
             self._give_up(incoming)
             raise
 
@@ -183,6 +202,11 @@ class LayerRunner:
         hot, cold = self._layer.pairs
         return hot + self._hot_pairs, cold
 
+    def _count_hot(self, pairs: int) -> None:
+        """Count pairs of a run in which the CPU has no part."""
+        self._hot_pairs += pairs
+        TOTALS.hot_pairs += pairs
+
     def move(self, expert: int, hot: bool, cuda_stream: int | None) -> None:
         """Promote an expert to the hot half or demote it, in the order of calls."""
         if self._halves is None:
@@ -193,6 +217,8 @@ class LayerRunner:
         experts = half.experts
         stream = None if experts is None else self._stream(experts.memory, cuda_stream)
         move = placement.promote if hot else placement.demote
+        if self._streamed is not None:
+            self._streamed.forget(expert)
         if stream is not None and self._latest_stream is None:
             self._latest_stream = stream  # the next call, or move, on another one waits for it
         latest = self._latest_stream
@@ -226,6 +252,8 @@ class LayerRunner:
             self._layer.wait_all()
         else:
             self._stager.settle(stream)
+            if self._streamed is not None:
+                self._streamed.stager.settle(stream)
         if self._submission is not None and self._submission.hot is not None:
             self._submission.hot.keep_placement(stream)
 
@@ -244,6 +272,8 @@ class LayerRunner:
         self.drop()
         self._seen_mask = self._mask
         self._stager.close()
+        if self._streamed is not None:
+            self._streamed.close()
 
     def take_error(self) -> Exception | None:
         """What workers have met in runs that have ended since the last call; never waits."""
@@ -269,6 +299,52 @@ class LayerRunner:
         """The ids that run now, and those that run later."""
         protected = self._shape.num_experts_per_tok - self._deferred
         return split_deferred(ids, weights, protected, self._shape.num_experts)
+
+    def _start_streamed(
+        self,
+        batch: StreamedBatch,
+        stream: Stream | None,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> tuple[Started, HotJob, Exception | None]:
+        """Start a long batch in three parts: the CPU's experts, those in slots, and those that are
+        sent. None is deferred: nearly every expert is protected by some token. What is wrong with
+        the ids of plain tensors comes back, for the sync."""
+        assert self._halves is not None and self._streamed is not None
+        half, sent, fault = self._halves[0], batch.sent, None
+        job: Started
+        if stream is None:
+            self._mask.look()
+            job = self._start(hidden, ids, weights, batch.skip)
+            if job.ignored or job.missing >= 0:
+                fault = self._faults.count(job.ignored, job.missing)
+            batch.queue_ahead()  # the host computes the rest now
+            begin = sent.watch.now()
+            hot = half.start(None, hidden, ids, weights)
+        else:
+            self._raise_reported(stream)
+            begin, started = sent.watch.now(), list[HotJob]()
+            with stream:
+                job = self._streamed.stager.submit(
+                    stream,
+                    hidden,
+                    ids,
+                    weights,
+                    ignored_ids=IDS_FAULT if self._strict else IDS_COUNT,
+                    beside=lambda: started.append(half.start(stream, hidden, ids, weights)),
+                )
+            self._seen_mask = job.graph_job.progress
+            hot = started[0]
+        try:
+            sent.note_gpu(begin)
+            hot.sent = sent.compute(stream, hidden, ids, weights)
+            if stream is not None:
+                batch.queue_ahead()  # copies that the driver must help with wait for the host
+        except BaseException:
+            discard(job, self.layer_idx)
+            raise
+        return job, hot, fault
 
     # CPU tensors --------------------------------------------------------------------------------
 
@@ -300,13 +376,17 @@ class LayerRunner:
         return job, fault
 
     def _start(
-        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        skip: int | None = None,
     ) -> Job[torch.Tensor]:
-        """Start the experts of plain tensors."""
+        """Start the experts of plain tensors that the mask at `skip` leaves, or the live one."""
         tokens, out_type = ids.size(0), self._out_type
         if not self._has_experts:
             known = ids[(ids >= 0) & (ids < self._shape.num_experts)]
-            self._hot_pairs += self._mask.hot(known)
+            self._count_hot(self._mask.hot(known))
             zeros = torch.zeros_like(hidden, dtype=out_type)
             missing = self._mask.missing(known)
             return Job(None, zeros, tokens, ids.numel() - known.numel(), missing)
@@ -318,7 +398,7 @@ class LayerRunner:
                 hidden.data_ptr(),
                 ids.data_ptr(),
                 weights.data_ptr(),
-                self._mask.address,
+                self._mask.address if skip is None else skip,
                 out.data_ptr(),
                 out.element_size(),
             ),
@@ -362,7 +442,7 @@ class LayerRunner:
                 if not later:
                     if start_hot is not None:
                         start_hot()
-                    self._hot_pairs += ids.numel()  # nobody here knows which are out of range
+                    self._count_hot(ids.numel())  # nobody here knows which are out of range
                 return StreamZeros(hidden, self._out_type)
             beside = None if later else start_hot
             job = self._stager.submit(

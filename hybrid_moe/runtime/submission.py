@@ -9,6 +9,7 @@ import torch
 
 from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.runtime.hot_half import HotJob
+from hybrid_moe.runtime.streamed_layer import StreamedBatch
 from hybrid_moe.streams.interface import Stream
 from hybrid_moe.streams.staging import StreamJob, StreamZeros
 
@@ -65,9 +66,10 @@ class Submission:
         hot: those on the GPU, where the layer has both halves.
         incoming: what the layer before has deferred.
         fault: what sync will raise.
+        streamed: how long it takes, where experts were sent for it.
     """
 
-    __slots__ = ("device", "fault", "hot", "incoming", "job", "shape")
+    __slots__ = ("device", "fault", "hot", "incoming", "job", "shape", "streamed")
 
     shape: torch.Size
     device: torch.device
@@ -75,10 +77,19 @@ class Submission:
     incoming: Started | None
     fault: Exception | None
     hot: HotJob | None
+    streamed: StreamedBatch | None
 
     def result(self, stream: Stream | None) -> torch.Tensor:
         """The output, with what came in from the layer before; or the fault is raised."""
-        hot = self.hot
+        hot, streamed = self.hot, self.streamed
+        if streamed is None:
+            return self._result(hot, stream)
+        streamed.waiting(self.job.done if isinstance(self.job, Job) else None, stream)
+        output = self._result(hot, stream)
+        streamed.over(stream)
+        return output
+
+    def _result(self, hot: HotJob | None, stream: Stream | None) -> torch.Tensor:
         output = result_of(self.job, stream) if hot is None else cold_part(self.job, stream)
         if (fault := self.fault) is not None:
             # a new one: its traceback would lead back to one that is kept here, and keep us

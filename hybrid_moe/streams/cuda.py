@@ -190,11 +190,26 @@ class CudaStream:
         with self:
             target.add_(other)
 
-    def record(self) -> torch.cuda.Event:
+    def record(self, *, timed: bool = False) -> torch.cuda.Event:
         """The point that the stream has reached when all work queued so far is done."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return event
+
+    def passed(self, event: Event) -> bool:
+        """Whether `event` has been reached."""
+        assert isinstance(event, torch.cuda.Event)
+        return bool(event.query())
+
+    def seconds_between(self, begin: Event, end: Event) -> float:
+        """From one timed event to another."""
+        assert isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def host_wait(self, event: Event) -> None:
+        """Return when `event` has been reached."""
+        assert isinstance(event, torch.cuda.Event)
+        event.synchronize()
 
     def wait(self, event: Event) -> None:
         """Let what follows wait for `event`."""

@@ -55,8 +55,18 @@ class Stream(AbstractContextManager[None], Protocol):
     def add(self, target: torch.Tensor, other: torch.Tensor) -> None:
         """`target += other` on device tensors."""
 
-    def record(self) -> Event:
-        """The point that the stream has reached when all work queued so far is done."""
+    def record(self, *, timed: bool = False) -> Event:
+        """The point that the stream has reached when all work queued so far is done. `timed`: its
+        time is noted, for `seconds_between`; not under capture."""
+
+    def passed(self, event: Event) -> bool:
+        """Whether `event` has been reached."""
+
+    def seconds_between(self, begin: Event, end: Event) -> float:
+        """From one timed event to another, both of which have been reached."""
+
+    def host_wait(self, event: Event) -> None:
+        """Return when `event` has been reached. Not under capture."""
 
     def wait(self, event: Event) -> None:
         """Let what follows wait for `event`, of this stream's device."""

@@ -56,6 +56,10 @@ class Event:
     graph: Graph | None = None
     nodes: frozenset[Node] = frozenset()
     reached: bool = False
+    at: int = 0  # how many things had happened when it was reached
+
+    def reach(self, now: int) -> None:
+        self.reached, self.at = True, now
 
 
 @dataclass(eq=False)
@@ -178,6 +182,7 @@ class Device:
         self._mode = _QueuedOperators(self)
         self._queues: dict[int, deque[tuple[str, Step, tuple[int, ...]]]] = {}
         self._streams = 0
+        self.happened = 0
 
     def stream(self, handle: int | None = None) -> EmulatedStream:
         """A new stream."""
@@ -209,6 +214,7 @@ class Device:
     def step(self) -> bool:
         """Let one thing happen, if anything can."""
         self.before_step()
+        self.happened += 1
         choices: list[tuple[float, Callable[[], bool]]] = [
             (1.0, lambda queue=queue: self._advance(queue))  # type: ignore[misc]
             for queue in self._queues.values()
@@ -332,13 +338,27 @@ class EmulatedStream:
 
         self.push(name, lambda: step, addresses)
 
-    def record(self) -> Event:
+    def record(self, *, timed: bool = False) -> Event:
         graph = self.graph
         if graph is not None:
+            assert not timed
             return Event(graph, self.tail)
         event = Event()
-        self.queue("record", lambda: setattr(event, "reached", True))
+        self.queue("record", lambda: event.reach(self.gpu.happened))
         return event
+
+    def passed(self, event: Event) -> bool:
+        return event.reached
+
+    def seconds_between(self, begin: Event, end: Event) -> float:
+        assert begin.reached and end.reached
+        return (end.at - begin.at) * 1e-6
+
+    def host_wait(self, event: Event) -> None:
+        with _disable_current_modes():
+            while not event.reached:
+                if not self.gpu.step():
+                    raise DeadlockError("the host waits for what can never run")
 
     def wait(self, event: Event) -> None:
         graph = self.graph

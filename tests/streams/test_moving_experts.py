@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.runtime.gpu_arguments import HotOptions
 from hybrid_moe.runtime.hot_half import HotHalf
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
+from hybrid_moe.runtime.prefill_stream import PrefillStream
 from hybrid_moe.runtime.runner import LayerRunner
 from hybrid_moe.runtime.weights import Stacked
 from hybrid_moe.streams.buffers import BufferPool, Mailboxes
@@ -56,6 +57,20 @@ class QueuedSlots(SlotExperts):
     def rows(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return self._queued((ids.numel(), H), torch.float32, super().rows, x, ids)
 
+    def sums(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        as_queued = self.slot_of, self.wide
+        compute = super().sums
+
+        def sums(*of: torch.Tensor) -> torch.Tensor:
+            now = self.slot_of, self.wide
+            self.slot_of, self.wide = as_queued
+            try:
+                return compute(*of)
+            finally:
+                self.slot_of, self.wide = now
+
+        return self._queued((len(ids), H), torch.float32, sums, x, ids, weights)
+
     def combine(self, y: torch.Tensor, *rest: Any) -> torch.Tensor:
         return self._queued((len(y) // K, H), torch.bfloat16, super().combine, y, *rest)
 
@@ -69,7 +84,14 @@ class QueuedSlots(SlotExperts):
 class Hybrid:
     """Two layers with both halves on emulated streams."""
 
-    def __init__(self, seed: int, *, flags: bool, deferred: int) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        flags: bool,
+        deferred: int,
+        prefill: Callable[[Device], PrefillStream] | None = None,
+    ) -> None:
         self.rng, self.group, self.watcher = random.Random(seed), ManualGroup(), ManualWatcher()
         self.gpu = Device(self.rng, would_block=self.group.would_block, has_flags=flags)
         workers, watcher = HASTE[seed % len(HASTE)]
@@ -79,6 +101,7 @@ class Hybrid:
         QueuedSlots.gpu = self.gpu
         pool = BufferPool(Mailboxes(lambda: self.watcher))
         chain, self.members = DeferralChain(), [Layer(i, hidden_size=H) for i in range(2)]
+        prefill_stream = None if prefill is None else prefill(self.gpu)
         self.placements: list[ExpertPlacement] = []
         self.runners: list[LayerRunner] = []
         for member in self.members:
@@ -104,8 +127,11 @@ class Hybrid:
                 deferred=deferred,
                 strict=False,
                 halves=(half, placement),
+                prefill_stream=prefill_stream,
             )
             runner._stager = Stager(layer, placement.live, pool, torch.float32)
+            if (streamed := runner._streamed) is not None:
+                streamed.stager = Stager(layer, streamed.skip, pool, torch.float32)
             runner._stream = lambda tensor, handle: self.on
             self.placements.append(placement)
             self.runners.append(runner)

@@ -10,14 +10,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from hybrid_moe.placement.profile import read_profile
 from hybrid_moe.placement.ranks import experts_of_rank
+from hybrid_moe.placement.routed_masks import is_routing_file, placement_of_number
 
 PROFILE = "HYBRID_MOE_PLACEMENT"
-"""Environment variable: a placement profile, see `hybrid_moe.placement.profile`."""
+"""Environment variable: a placement profile (`hybrid_moe.placement.profile`), or a routing profile
+(`hybrid_moe.placement.routing_profile`)."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,12 @@ class GpuExperts:
     Attributes:
         num_experts: routed experts E.
         hot: ids of the experts on the GPU, ascending; the place of an id is its slot.
+        by_rank: those of each of several GPUs, where a profile says it.
     """
 
     num_experts: int
     hot: tuple[int, ...]
+    by_rank: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def count(self) -> int:
@@ -86,8 +91,21 @@ class RankExperts:
 
     @classmethod
     def of(cls, hot: GpuExperts, layer_idx: int, rank: int, ranks: int) -> RankExperts:
-        """The share of `rank` in the layer's hot experts."""
-        own = GpuExperts(hot.num_experts, experts_of_rank(hot.hot, layer_idx, rank, ranks))
+        """The share of `rank` in the layer's hot experts.
+
+        Raises:
+            ValueError: the placement was made for another number of GPUs.
+        """
+        if hot.by_rank is None or ranks == 1:
+            ids = experts_of_rank(hot.hot, layer_idx, rank, ranks)
+        elif len(hot.by_rank) == ranks:
+            ids = hot.by_rank[rank]
+        else:
+            raise ValueError(
+                f"the placement of layer {layer_idx} is for {len(hot.by_rank)} GPUs, but there are "
+                f"{ranks}: make it again with `hybrid-moe serve --profile`"
+            )
+        own = GpuExperts(hot.num_experts, ids)
         others = ~own.mask if rank else hot.mask & ~own.mask
         return cls(own, others)
 
@@ -110,15 +128,21 @@ def choose(
 ) -> GpuExperts:
     """The hot experts of a layer: the profile's, or the first `num_gpu_experts` (None for none).
 
+    With a routing profile `num_gpu_experts` is how many a layer has on average: as much memory, for
+    the most used experts of the whole model.
+
     Raises:
         ValueError: a number outside 0..E, or a profile that is damaged or does not fit.
         FileNotFoundError: the profile does not exist.
     """
     path = environ.get(PROFILE)
-    if path:
-        profile = read_profile(path)
-        return GpuExperts(num_experts, profile.experts_of(layer_idx, num_experts))
     count = 0 if num_gpu_experts is None else num_gpu_experts
+    if path:
+        file = Path(path).expanduser()
+        routed = file.is_file() and is_routing_file(file)
+        profile = placement_of_number(file, count) if routed else read_profile(path)
+        experts = profile.experts_of(layer_idx, num_experts)
+        return GpuExperts(num_experts, experts, profile.ranks.get(layer_idx))
     if not 0 <= count <= num_experts:
         raise ValueError(
             f"--kt-num-gpu-experts is {count}, must be between 0 and the {num_experts} experts of "

@@ -19,6 +19,8 @@ from hybrid_moe.loaders import ExpertSource
 from hybrid_moe.loaders.model_config import TOP_K, ModelConfig
 from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
 from hybrid_moe.runtime.gpu_arguments import ACTIVATIONS
+from hybrid_moe.runtime.prefill_stream import PrefillStream
+from hybrid_moe.schedule import streamed_prefill
 
 
 class ModelSplit:
@@ -34,17 +36,22 @@ class ModelSplit:
         masks: Mapping[int, torch.Tensor],
         config: ModelConfig,
         activation: str | None = None,
+        panels: str | None = None,
     ) -> None:
         """Args:
         backend: see above.
         masks: layer -> bool [E], True for hot experts.
         config: the model's.
-        activation: see `LayerSplit`.
+        activation, panels: see `LayerSplit`.
 
         Raises:
-            ValueError: the configuration does not say how many experts a token takes.
+            ValueError: the configuration does not say how many experts a token takes, or
+                `HYBRID_MOE_STREAM_PREFILL` is no size.
         """
-        self.backend, self._activation, self._masks = backend, activation, masks
+        self._stream_memory = streamed_prefill.stream_memory()
+        self._streams: dict[torch.device, PrefillStream] = {}
+        self.backend, self._masks = backend, masks
+        self._activation, self._panels = activation, panels
         self._top_k: dict[int, int] = {}
         for layer in masks:
             top_k = config.of_layer(TOP_K, layer)
@@ -58,8 +65,23 @@ class ModelSplit:
     def of_layer(self, layer: int, device: torch.device) -> LayerSplit:
         """Of the layer with this index, on a device."""
         return LayerSplit(
-            layer, self._top_k[layer], self._masks[layer], self.backend, device, self._activation
+            layer,
+            self._top_k[layer],
+            self._masks[layer],
+            self.backend,
+            device,
+            self._activation,
+            self._panels,
+            self._prefill_stream(device),
         )
+
+    def _prefill_stream(self, device: torch.device) -> PrefillStream | None:
+        """That of the model's layers on a device."""
+        if self._stream_memory is None:
+            return None
+        if device not in self._streams:
+            self._streams[device] = streamed_prefill.new_prefill_stream(self._stream_memory)
+        return self._streams[device]
 
 
 def split_of_model(
@@ -70,6 +92,7 @@ def split_of_model(
     gpu_experts: Any,
     gpu_backend: str | None,
     gpu_activation: str | None = None,
+    panels: str | None = None,
 ) -> dict[str, LayerSplit]:
     """How the layers of a loaded model are split, by the names of their experts modules; their
     slots are where they are now. Empty where `gpu_experts` is None.
@@ -79,6 +102,7 @@ def split_of_model(
         found, specs: its experts modules and their sizes, by name.
         fmt: that they will be packed in.
         gpu_experts, gpu_backend, gpu_activation: see `offload`.
+        panels: see `LayerSplit`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: see `offload`.
@@ -101,7 +125,8 @@ def split_of_model(
     config = ModelConfig({} if own is None else own.to_dict(), "the configuration")
     masks = hot_masks(gpu_experts, layers, config.num_layers)
     on_gpu = all(device.type == "cuda" for device in devices.values())
-    split = ModelSplit(choose_backend(gpu_backend, on_gpu), masks, config, gpu_activation)
+    backend = choose_backend(gpu_backend, on_gpu)
+    split = ModelSplit(backend, masks, config, gpu_activation, panels)
     return {name: split.of_layer(layer, devices[name]) for layer, name in names.items()}
 
 
@@ -113,6 +138,7 @@ def split_of_checkpoint(
     gpu_backend: str | None,
     kwargs: dict[str, Any],
     gpu_activation: str | None = None,
+    panels: str | None = None,
 ) -> ModelSplit | None:
     """How the layers of a checkpoint are split; None where `gpu_experts` is.
 
@@ -123,6 +149,7 @@ def split_of_checkpoint(
         gpu_experts, gpu_backend, gpu_activation: see `from_pretrained`.
         kwargs: for Transformers' `from_pretrained`. CuTe kernels bring the model to the GPU, where
             no `device_map` says otherwise.
+        panels: see `LayerSplit`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: see `from_pretrained`.
@@ -139,7 +166,7 @@ def split_of_checkpoint(
         return None  # a model without experts, which is refused when it is built
     masks = hot_masks(gpu_experts, layers, end)
     backend = choose_backend(gpu_backend, _on_gpu(kwargs))
-    split = ModelSplit(backend, masks, config, gpu_activation)
+    split = ModelSplit(backend, masks, config, gpu_activation, panels)
     if split.backend == "cute" and kwargs.get("device_map") is None:
         kwargs["device_map"] = "cuda"
     return split

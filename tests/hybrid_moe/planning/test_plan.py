@@ -31,11 +31,11 @@ from hybrid_moe.planning import (
     read_model,
     slots_of,
 )
+from hybrid_moe.planning.hot_choice import hot_bytes
 from hybrid_moe.planning.kernel_shares import one_token_share
 from hybrid_moe.planning.kv_cache import kind_of, sglang_cache
 from hybrid_moe.planning.machine import measure_cpu, read_receipt
 from hybrid_moe.planning.model import LayerExperts
-from hybrid_moe.planning.parts import hot_bytes
 from hybrid_moe.planning.plan import GPU, RAM
 from hybrid_moe.planning.prediction import GPU_READ_SHARE, HANDOVER_S, READ_SHARE
 from hybrid_moe.planning.serving import server_command

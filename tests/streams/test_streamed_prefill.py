@@ -1,0 +1,144 @@
+"""Experts travel to an emulated GPU for one batch, while others compute, in any order that the
+streams leave open. Experts are their signatures: a slot that is overwritten too early, an expert
+that both halves compute, or one that neither does, gives another sum."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid_moe.runtime.prefill_loads import PrefillLoad, PrefillTimes, SendChoice
+from hybrid_moe.runtime.prefill_stream import PrefillStream
+from hybrid_moe.streams.link import StreamLink
+from tests.hybrid_moe.cases import E
+from tests.streams.emulation import Device
+from tests.streams.test_moving_experts import SEEDS, Hybrid, queued
+
+__all__ = ["queued"]  # a fixture
+
+
+class AnyPlanner:
+    """Chooses at random."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.sent = self.noted = self.carried = 0
+
+    def choose(self, now: PrefillLoad, following: PrefillLoad | None, queued: float) -> SendChoice:
+        assert (np.diff(now.cold) <= 0).all() and (now.cold > 0).all()
+        late = self.rng.randint(0, min(len(now.cold), now.room))
+        ahead = 0
+        if following is not None:
+            ahead = self.rng.randint(0, min(len(following.cold), following.room))
+        self.sent += late + ahead
+        return SendChoice(late, ahead)
+
+    def note(self, times: PrefillTimes) -> None:
+        assert times.cpu is not None and times.cpu >= 0
+        self.noted += 1
+
+    def note_link(self, nbytes: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.carried += nbytes
+
+
+def streamed(seed: int, flags: bool, deferred: int = 0, slots: int = 5) -> Hybrid:
+    """Batches of two tokens and more are streamed."""
+    planner = AnyPlanner(random.Random(seed))
+
+    def prefill(gpu: Device) -> PrefillStream:
+        return PrefillStream(planner, slots, tokens=2, link=StreamLink(gpu.stream()))
+
+    model = Hybrid(seed, flags=flags, deferred=deferred, prefill=prefill)
+    for runner in model.runners:
+        assert runner._streamed is not None
+    return model
+
+
+def owner(model: Hybrid) -> PrefillStream:
+    layer = model.runners[0]._streamed
+    assert layer is not None
+    return layer._owner
+
+
+@pytest.mark.parametrize("deferred", [0, 1])
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_order(seed: int, flags: bool, deferred: int) -> None:
+    """Long batches, decode steps, replays of a graph, and experts that move between all of them."""
+    model = streamed(seed, flags, deferred)
+    rng = model.rng
+    model.step(3, 0)
+    graph = model.capture(1)
+    for step in range(1, 8):
+        if rng.random() < 0.7:
+            model.step(rng.choice((1, 2, 5, 9)), step)
+        else:
+            model.replay(graph, step)
+        for _ in range(rng.randrange(3)):
+            model.move()
+        model.pause()
+    model.verify()
+    stream = owner(model)
+    stream.learn()
+    planner = stream.planner
+    assert isinstance(planner, AnyPlanner)
+    assert planner.sent > 0 and planner.noted > 0
+    assert planner.carried == stream.sent_bytes > 0
+    stream.reclaim(())
+    for slots in stream._transient.values():
+        assert slots.free == slots.count
+
+
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
+def test_a_streamed_submission_that_is_dropped(flags: bool) -> None:
+    """Its slots and its buffers come back, and what follows is right."""
+    from tests.hybrid_moe.signatures import signature_batch
+
+    model = streamed(3, flags)
+    model.dropped, runner = True, model.runners[0]
+    for seed in range(4):
+        runner.submit(*signature_batch(4, seed).args, 0)
+        runner.drop()
+        model.pause()
+    model.gpu.run()
+    model.step(4, 9)
+    model.verify()
+    stream = owner(model)
+    stream.reclaim(())
+    assert all(slots.free == slots.count for slots in stream._transient.values())
+
+
+def test_no_streaming_under_capture() -> None:
+    """Nobody may wait for the routing there: the graph has the CPU's experts as ever."""
+    model = streamed(4, flags=True)
+    model.step(4, 0)
+    before = owner(model).sent_bytes
+    graph = model.capture(4)
+    assert owner(model).sent_bytes == before
+    model.replay(graph, 1)
+    model.step(4, 2)
+    model.verify()
+
+
+def test_experts_that_no_token_takes_stay() -> None:
+    """All of them are cold; ids name three."""
+    model = streamed(5, flags=True, slots=E)
+    stream = owner(model)
+    planner = stream.planner
+    assert isinstance(planner, AnyPlanner)
+    planner.choose = lambda now, following, queued: SendChoice(min(len(now.cold), now.room))  # type: ignore[method-assign]
+    given = torch.zeros(4, 64, dtype=torch.bfloat16)
+    given[:, 0] = 1
+    ids = torch.tensor([[3, 4, -1]] * 3 + [[7, 4, E + 3]])
+    model.runners[0].submit(given, ids, torch.ones(4, 3), 0)
+    out = model.runners[0].sync(given, 0)
+    model.gpu.run()
+    layer = model.runners[0]._layer
+    assert stream.sent_bytes == 3 * layer.expert_nbytes(0)
+    expected = torch.zeros(4, E)
+    expected[:3, 3] = expected[:, 4] = expected[3, 7] = 1
+    assert torch.equal(out, expected.repeat(1, 64 // E).to(torch.bfloat16))
