@@ -14,7 +14,7 @@ from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.loading import layer_index
 from hybrid_moe.integrations.transformers.options import choose_backend
-from hybrid_moe.integrations.transformers.split_experts import LayerSplit
+from hybrid_moe.integrations.transformers.split_experts import SplitSpec
 from hybrid_moe.loaders import ExpertSource
 from hybrid_moe.loaders.model_config import TOP_K, ModelConfig
 from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
@@ -41,7 +41,7 @@ class ModelSplit:
         backend: see above.
         masks: layer -> bool [E], True for hot experts.
         config: the model's.
-        activation: see `LayerSplit`.
+        activation: see `SplitSpec`.
 
         Raises:
             ValueError: the configuration does not say how many experts a token takes, or
@@ -60,9 +60,9 @@ class ModelSplit:
                 )
             self._top_k[layer] = top_k
 
-    def of_layer(self, layer: int, device: torch.device) -> LayerSplit:
+    def of_layer(self, layer: int, device: torch.device) -> SplitSpec:
         """Of the layer with this index, on a device."""
-        return LayerSplit(
+        return SplitSpec(
             layer,
             self._top_k[layer],
             self._masks[layer],
@@ -89,7 +89,7 @@ def split_of_model(
     gpu_experts: Any,
     gpu_backend: str | None,
     gpu_activation: str | None = None,
-) -> dict[str, LayerSplit]:
+) -> dict[str, SplitSpec]:
     """How the layers of a loaded model are split, by the names of their experts modules; their
     slots are where they are now. Empty where `gpu_experts` is None.
 

@@ -17,7 +17,7 @@ from hybrid_moe.runtime.prefill_stream import PrefillStream
 
 
 @dataclass(frozen=True)
-class LayerSplit:
+class SplitSpec:
     """How one layer is split.
 
     Attributes:
@@ -50,7 +50,7 @@ class SplitExperts:
     """
 
     def __init__(
-        self, spec: ExpertsSpec, options: ExpertsOptions, formats: LayerFormats, split: LayerSplit
+        self, spec: ExpertsSpec, options: ExpertsOptions, formats: LayerFormats, split: SplitSpec
     ) -> None:
         """Describe them.
 
