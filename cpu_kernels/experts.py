@@ -332,6 +332,13 @@ class PackedExperts:
         self._place[expert] = -1
         return PlacementChange(self._table, expert, entries, live, state, self._owned)
 
+    def restate(self, expert: int, live: int, state: int) -> PlacementChange:
+        """Let the mask say something else of an expert that keeps its place; arguments and result
+        as for `vacate`."""
+        self._check_open()
+        entries = self._entries(expert, self.ranges_of(expert))
+        return PlacementChange(self._table, expert, entries, live, state, self._owned)
+
     @property
     def _owned(self) -> tuple[object, ...]:
         """What must not be freed while anything is to be copied or changed."""

@@ -28,6 +28,7 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, group_for
 from hybrid_moe.cpu_kernels.streams.graph_job import Counters, GraphJob, LiveMask, Report
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
+from hybrid_moe.cpu_kernels.use_counts import watch_layer
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
@@ -87,6 +88,7 @@ class ExpertLayer(PackedExperts):
         self._group: PoolGroup | None = None
         self._job_shapes: dict[tuple[int, int, int], JobShape] = {}  # by capacity, k, out_size
         self._counters = Counters()
+        self._routed: npt.NDArray[np.int64] = np.zeros(num_experts, np.int64)
         self._latest = 0  # number of the newest pass that is no graph job
         self._live_masks: dict[int, LiveMask] = {}
 
@@ -193,6 +195,12 @@ class ExpertLayer(PackedExperts):
             (0, 0) if ready is None else (ready.descriptor.hot.value, ready.descriptor.cold.value)
         )
 
+    @property
+    def routed(self) -> npt.NDArray[np.int64]:
+        """int64 [E]: (token, expert) pairs of all routings so far, of experts that are computed
+        here and of those that the mask skips. The counters themselves, not to be written."""
+        return self._routed
+
     def job_shape(self, tokens: int, top_k: int, out_size: int = 2) -> JobShape:
         """Of a job of T tokens with k experts each, and with an output of values of so many bytes,
         see `Batch`."""
@@ -232,12 +240,14 @@ class ExpertLayer(PackedExperts):
                 layouts, tables = (self.gate_up_layout, self.down_layout), self._tables
                 descriptor = describe(gate_up, down, self.num_experts, *layouts, tables)
                 descriptor.label = trace.label(self.name)
-                self._ready_state = ReadyLayer(
+                ready = self._ready_state = ReadyLayer(
                     self._group,
                     descriptor,
                     descriptor.address,
                     (*tables.values(), self._no_bias, self._arenas),
                 )
+                nbytes = sum(self.expert_nbytes(pool) for pool in range(self.pool.pools))
+                watch_layer(self.name, nbytes, descriptor, ready)
             return self._ready_state
 
     @property
@@ -246,6 +256,7 @@ class ExpertLayer(PackedExperts):
         return {
             "parameters": self._parameters,
             "packed": self._table,
+            "routed": self._routed,
             "blocks": self._blocks,
             "strips": self._strips,
             "workers": self._workers,

@@ -92,6 +92,8 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         gpu_activation: "fp8" rounds the inputs of the hot experts' projections to E4M3 in batches
             of 256 tokens and more, as W8A8 does (what that costs: `SlotExperts.fp8_prefill`). It
             is no faster: these GEMMs multiply in bf16. None for bf16 always.
+        gpu_panels: "keep" leaves experts that go to the GPU where they are on the CPU as well, so
+            that coming back copies nothing; "drop" (or None) gives their places to others.
         cpu_activation: "int8" rounds the inputs of products on the CPU to 8 bits for each group of
             32, which is up to twice as fast with many tokens and less exact (docs/numerics.md); for
             weights that are integers. None for 16 bits.
@@ -155,6 +157,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         gpu_device: torch.device | str | int | None = None,
         elsewhere: torch.Tensor | None = None,
         gpu_activation: str | None = None,
+        gpu_panels: str | None = None,
         cpu_activation: str | None = None,
         formats: LayerFormats | None = None,
         cache: str | os.PathLike[str] | None = None,
@@ -193,6 +196,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
             gpu_device,
             elsewhere,
             gpu_activation,
+            gpu_panels,
             self._mask,
             self.shape,
         )

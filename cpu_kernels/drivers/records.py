@@ -131,13 +131,19 @@ class MatrixShare(Record):
 
 
 class Layer(Record):
-    """What does not change once a layer is ready, but for the tables of experts and two counters.
+    """What does not change once a layer is ready, but for the tables of experts and some counters.
     One of experts, or a dense one: matrices that all tokens meet."""
 
     # Pairs of all launches so far: of experts that the mask puts on the GPU, and of those that are
     # computed here. Written at every launch, so away from what all workers read.
     hot = shared_line
     cold = shared_line
+    # Of an expert layer likewise, for `use_counts`: launches, their tokens, and the experts that
+    # they read, each once however many tokens use it. Of every layer: how long the pool was at it.
+    launches = shared_line
+    tokens = shared_line
+    read_experts = shared_line
+    busy_ns = shared_line
     label = i64  # what a trace calls its jobs, see `trace.label`
     experts = i64  # 0: a dense layer
     hidden = i64
@@ -156,6 +162,7 @@ class Layer(Record):
     parameters = i64  # float32 [3]: limit, alpha, up offset
     workers = array(i64)  # [pools]
     packed = array(inline(Expert))  # [E][pools]
+    routed = array(shared)  # [E] pairs of all routings so far, wherever the expert is; or 0
     blocks = array(i64)  # [pools + 1] first 32-row block of the intermediate of each pool
     strips = array(i64)  # [pools + 1] first strip of the hidden rows of each pool
     gate_up = inline(Products)  # of a dense layer all its matrices
@@ -266,6 +273,7 @@ class Entry(Record):
 
     sequence = shared
     phase_count = shared
+    begun = shared  # when it was published, nanoseconds of CLOCK_MONOTONIC
     task_ns = shared  # what the largest task takes a slow thread, see `patience`
     job = inline(Job)
     phases = inline(Phase)[MAX_PHASES]  # the last one writes the output
@@ -296,6 +304,9 @@ class Group(Record):
     timeout_ns = i64  # of one wait of a caller,
     timeout = i64[2]  # and the same as a struct timespec
     trace = shared  # address of a `Trace`, or 0: nobody traces
+    ended = (
+        shared_line  # when the newest job that is complete ended; its one writer is who ended it
+    )
     ring = inline(Entry)[RING]
 
 

@@ -51,9 +51,13 @@ def expert_state(job: Job, expert: int) -> int:
 @driver
 def count_pairs(job: Job) -> None:
     """Pairs of each expert, and of all that the mask puts on the GPU; ids out of range are
-    counted and contribute nothing."""
+    counted and contribute nothing.
+
+    What is routed to each expert is added up over calls too, wherever the expert is: of a pair, 20
+    cycles. Python reads it to see which experts are in use, also where graphs are replayed."""
     experts = job.layer.experts
     counts = job.counts
+    routed = job.layer.routed
     for e in range(experts):
         counts[e] = 0
     ignored = 0
@@ -64,6 +68,8 @@ def count_pairs(job: Job) -> None:
         if e < 0 or e >= experts:
             ignored += 1
             continue
+        if routed.address != 0:
+            fetch_add(routed[e], 1)  # nothing is handed over
         state = expert_state(job, e)
         if state == COMPUTED:
             counts[e] += 1
@@ -210,8 +216,11 @@ def append_expert_phases(entry: Entry) -> None:
     job = entry.job
     layer = job.layer
     active, pairs, workers = job.active, job.pairs, layer.workers
-    fetch_add(layer.hot, job.hot)  # for Python's hit rates; nothing is handed over
+    fetch_add(layer.hot, job.hot)  # for Python's figures; nothing is handed over
     fetch_add(layer.cold, pairs)
+    fetch_add(layer.launches, 1)
+    fetch_add(layer.tokens, job.tokens)
+    fetch_add(layer.read_experts, active)
     if active == 0:
         units = ceil_div(job.out_size * job.tokens * layer.hidden, SUMS_BYTES)
         # a task even where there are no tokens: the last one to end is what completes a job

@@ -27,7 +27,7 @@ from hybrid_moe.locks import ProcessLock
 
 logger = logging.getLogger(__name__)
 
-ABI = 5
+ABI = 6
 """Raise when the meaning of an address or descriptor that compiled code sees changes."""
 
 try:

@@ -24,7 +24,8 @@ GpuExpertsOption = Annotated[
     str | None,
     typer.Option(
         metavar="SHARE|MEMORY|PROFILE",
-        help="Experts for a GPU: 25%, as many as fit into 24GB, or a placement profile.",
+        help="Experts for a GPU: 25%, as many as fit into 24GB, a placement profile, or by a "
+        "routing profile: profile.json@25%.",
     ),
 ]
 GpuBackendOption = Annotated[
@@ -40,6 +41,13 @@ CacheOption = Annotated[
         metavar="DIR",
         help="Folder that keeps the packed experts, as large as the model's: the next start reads "
         "them as they are.",
+    ),
+]
+DynamicOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="1|BYTES[,keep]",
+        help="Experts on the GPU follow the text: at most so many bytes move in a second (1: 1GB).",
     ),
 ]
 CpuActivationOption = Annotated[
@@ -65,6 +73,7 @@ class LoadOptions:
     gpu_backend: str | None = None
     cpu_activation: str | None = None
     cache: Path | None = None
+    dynamic: str | None = None
 
     def workers(self) -> PoolConfig:
         """The threads that work.

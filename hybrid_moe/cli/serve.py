@@ -15,6 +15,7 @@ from hybrid_moe.cli.model_options import (
     DENSE,
     CacheOption,
     CpuActivationOption,
+    DynamicOption,
     LoadOptions,
 )
 from hybrid_moe.cli.models import ModelOption
@@ -41,6 +42,7 @@ def serve(
     stream_prefill: o.StreamPrefillOption = None,
     cpu_activation: CpuActivationOption = None,
     profile: o.ProfileOption = None,
+    dynamic: DynamicOption = None,
     quality: Annotated[
         str,
         typer.Option(
@@ -101,19 +103,22 @@ def serve(
             steps.begin("seeing whether the model fits")
             _check_fit(options, model)
             load = LoadOptions(
-                method, dense, threads, pools, gpu_experts, gpu_backend, cpu_activation, cache
-            )
+                method, dense, threads, pools, gpu_experts, gpu_backend, cpu_activation, cache,
+                dynamic,
+            )  # fmt: skip
             serve_here(model, load, context, grace, listener, steps)
         return
     if cpu_activation is not None:
         raise ValueError("--cpu-activation is for Transformers' server, which runs without a --gpu")
     if cache is not None:
         raise ValueError("--cache is for models that are served here, without a --gpu")
+    moving = _moving(dynamic, gpu_backend)
     if not dry_run:
         require_sglang()  # before headers are read and ceilings measured
     python = "python" if dry_run else sys.executable
     plan = options.plan(model)
     command = server_command(plan, python, rest.args, quality)
+    command = replace(command, environment={**command.environment, **moving})
     for note in plan.notes:
         typer.echo(f"note: {note}", err=True)
     written = write_placement(plan)
@@ -128,6 +133,25 @@ def _check_fit(options: o.MachineOptions, model: str) -> None:
     """Raise `DoesNotFitError` before minutes of loading. How fast it will be is not asked: any
     speeds do, and nothing is measured."""
     replace(options, ram_bandwidth=1.0, gmacs=1.0, ceilings=None).plan(model).check()
+
+
+def _moving(dynamic: str | None, gpu_backend: str | None) -> dict[str, str]:
+    """Variables that let experts move in SGLang.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    from hybrid_moe.integrations.sglang.gpu_backend import DYNAMIC
+    from hybrid_moe.placement.online import OnlineOptions
+
+    if dynamic is None or OnlineOptions.of(dynamic) is None:
+        return {}
+    if gpu_backend is None:
+        raise ValueError(
+            f"--dynamic {dynamic}: experts on the GPU that are SGLang's cannot move: give "
+            "--gpu-backend cute"
+        )
+    return {DYNAMIC: dynamic}
 
 
 def _become(command: ServerCommand) -> None:

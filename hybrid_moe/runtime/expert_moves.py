@@ -56,7 +56,7 @@ class ExpertMoves(LayerFacts):
 
     def demote(self, expert: int, cuda_stream: int | None = None) -> None:
         """Move an expert from the GPU to the CPU, which has room for one more than were loaded
-        there. See `promote`.
+        there; with `gpu_panels="keep"` it has all of them, and nothing is copied. See `promote`.
 
         Raises:
             IndexError, ValueError: there is no such expert, or not on the GPU.

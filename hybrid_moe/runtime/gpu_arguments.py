@@ -14,6 +14,7 @@ from hybrid_moe.runtime.arguments import LayerShape, check_mask, integer
 
 BACKENDS = ("cute", "torch")
 ACTIVATIONS = (None, "fp8")
+PANELS = (None, "drop", "keep")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class HotOptions:
         device: where.
         elsewhere: bool [E] on the CPU: experts that neither half computes.
         fp8_prefill: see `SlotExperts`.
+        keep_panels: the CPU keeps the bytes of experts on the GPU.
     """
 
     backend: str
@@ -33,6 +35,7 @@ class HotOptions:
     device: torch.device
     elsewhere: torch.Tensor
     fp8_prefill: bool
+    keep_panels: bool = False
 
 
 def hot_options(
@@ -41,11 +44,12 @@ def hot_options(
     device: Any,
     elsewhere: Any,
     activation: Any,
+    panels: Any,
     mask: torch.Tensor,
     shape: LayerShape,
 ) -> HotOptions | None:
-    """What `gpu_backend`, `gpu_slots`, `gpu_device`, `elsewhere` and `gpu_activation` say; None
-    without a back end.
+    """What `gpu_backend`, `gpu_slots`, `gpu_device`, `elsewhere`, `gpu_activation` and `gpu_panels`
+    say; None without a back end.
 
     Args:
         mask: bool [E], the experts that are hot to begin with.
@@ -60,6 +64,7 @@ def hot_options(
             "gpu_device": device,
             "elsewhere": elsewhere,
             "gpu_activation": activation,
+            "gpu_panels": panels,
         }
         for name, value in given.items():
             if value is not None:
@@ -71,6 +76,8 @@ def hot_options(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"gpu_activation is {activation!r}, must be None or 'fp8'")
+    if panels not in PANELS:
+        raise ValueError(f"gpu_panels is {panels!r}, must be 'drop' (or None) or 'keep'")
     _check_sizes(shape)
     hot = int(mask.sum())
     count = hot if slots is None else integer("gpu_slots", slots)
@@ -85,6 +92,7 @@ def hot_options(
         _device(backend, device),
         _elsewhere(elsewhere, mask, shape.num_experts),
         fp8_prefill=activation is not None,
+        keep_panels=panels == "keep",
     )
 
 

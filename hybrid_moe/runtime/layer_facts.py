@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
@@ -134,6 +136,35 @@ class LayerFacts:
         routed them. Where the CPU has no expert at all, its part is not run: then ids out of range
         count, and replays of graphs do not."""
         return (0, 0) if self._runner is None else self._runner.pairs
+
+    @property
+    def routed(self) -> npt.NDArray[np.int64]:
+        """int64 [E]: (token, expert) pairs of each expert in all calls so far, wherever the expert
+        is; the counters themselves, which grow as calls are routed (replays of graphs too), and are
+        not to be written. Where the CPU has no expert at all nothing is counted."""
+        return self._layer.routed
+
+    @property
+    def elsewhere(self) -> torch.Tensor:
+        """bool [E] on the CPU, a copy: experts that neither half computes."""
+        if self._hot is None:
+            return self._mask.clone()
+        return self._hot.options.elsewhere.clone()
+
+    @property
+    def gpu_slots(self) -> int:
+        """Experts for which the GPU has room; 0 without a `gpu_backend`."""
+        return 0 if self._hot is None else self._hot.options.slots
+
+    @property
+    def keeps_panels(self) -> bool:
+        """Whether the CPU keeps experts that are on the GPU, so that demotions copy nothing."""
+        return self._hot is not None and self._hot.options.keep_panels
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of one expert in a slot, which a promotion copies; 0 where nothing is reserved."""
+        return 0 if self._hot is None else self._hot.nbytes // max(1, self._hot.options.slots)
 
     @property
     def nbytes(self) -> int:

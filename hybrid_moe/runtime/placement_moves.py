@@ -3,7 +3,8 @@
     panels (arenas, one range a pool)  ──promote──►  slot (the same ranges, one after another)
                                        ◄──demote───
 
-Both sides hold the same bytes, so a move is a copy of whole ranges. Every submission works on the
+Both sides hold the same bytes, so a move is a copy of whole ranges; where the CPU keeps the panels
+of hot experts too, a demotion copies nothing. Every submission works on the
 placement as it was: a move comes behind the layer's jobs under way (on CPU tensors the caller waits
 for them, on CUDA tensors the stream does), and what tells the halves which experts are theirs
 changes behind the copy: `slot_of` on the device, and the live mask and table of the CPU's jobs.
@@ -25,6 +26,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.placement_change import AWAY, COLD, HOT, PlacementChange
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.streams import keeping
+from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, has_wide_scales
 from hybrid_moe.logs import warn_once
@@ -58,6 +60,7 @@ class ExpertPlacement:
         self, layer: ExpertLayer, hot: HotHalf, mask: torch.Tensor, layer_idx: int
     ) -> None:
         self._layer, self._hot, self._mask, self._layer_idx = layer, hot, mask, layer_idx
+        self._keeps = hot.options.keep_panels
         is_hot, away = mask.numpy().copy(), hot.options.elsewhere.numpy()
         _check_placement(is_hot, away, hot.options.slots, layer_idx)
         self._expected = is_hot
@@ -90,8 +93,8 @@ class ExpertPlacement:
     def cold(self) -> npt.NDArray[np.bool_]:
         """bool [E], the experts that are loaded on the CPU. Where it has none it has no place for
         any: then none comes later."""
-        cold: npt.NDArray[np.bool_] = ~self._expected & ~self._away
-        return cold
+        here: npt.NDArray[np.bool_] = ~self._away
+        return here if self._keeps else here & ~self._expected
 
     @property
     def hot(self) -> npt.NDArray[np.bool_]:
@@ -112,9 +115,9 @@ class ExpertPlacement:
                 "without room for them: reserve_slots(biases=True)"
             )
         room = biases if reserved is None else reserved
-        cold = wanted & ~self._expected
+        cold = wanted if self._keeps else wanted & ~self._expected
         # one place more: a full set of slots can swap an expert, first down, then up
-        spare = int(self._hot.options.slots > 0 and cold.any())
+        spare = int(self._hot.options.slots > 0 and cold.any() and not self._keeps)
         self._hot.reserve(self._layer.shares(biases=room))
         self._layer.allocate(cold, biases=room, spare=spare)
 
@@ -122,9 +125,11 @@ class ExpertPlacement:
         """Pack an expert to where it belongs. Thread-safe for different experts."""
         self._wide[expert] = has_wide_scales(self._layer.formats, tensors)
         slots, slot = self._hot.experts, int(self._slot[expert])
-        if slot < 0 or slots is None:
+        if slot < 0 or slots is None or self._keeps:
             self._layer.load(expert, tensors)
-        elif slots.memory.device.type == "cpu":
+        if slot < 0 or slots is None:
+            return
+        if slots.memory.device.type == "cpu":
             self._pack(expert, tensors, slots, slots.memory[slot])
         else:
             try:
@@ -205,7 +210,7 @@ class ExpertPlacement:
             ValueError: it is on the GPU already, or elsewhere. RuntimeError: no slot is free.
         """
         self._check_whole()
-        if not self._layer.has_place(expert):
+        if self._slot[expert] >= 0 or not self._layer.has_place(expert):
             raise ValueError(self._not_there(expert, "promote", "on the CPU"))
         slots = self._hot.experts
         if slots is None or not self._free_slots:
@@ -222,7 +227,8 @@ class ExpertPlacement:
             slots.slot_of[expert : expert + 1].fill_(slot)
         self._moving = expert
         self._slot[expert] = self._free_slots.pop()
-        self._apply(self._layer.vacate(expert, self._live_byte(expert), HOT), stream)
+        leave = self._layer.restate if self._keeps else self._layer.vacate
+        self._apply(leave(expert, self._live_byte(expert), HOT), stream)
         self._set_mask(expert, True)
         self._moving = -1
 
@@ -239,7 +245,7 @@ class ExpertPlacement:
         slots, slot = self._hot.experts, int(self._slot[expert])
         if slots is None or slot < 0:
             raise ValueError(self._not_there(expert, "demote", "on the GPU"))
-        if not self._layer.free_places:
+        if not self._layer.free_places and not self._keeps:
             raise RuntimeError(
                 f"layer {self._layer_idx}: no place on the CPU is free for expert {expert}: "
                 "promote another one first (a layer has one place to spare, and none if it was "
@@ -247,6 +253,23 @@ class ExpertPlacement:
             )
         self.check_stream(stream)
         settle(stream)
+        if self._keeps:
+            change = self._layer.restate(expert, self._live_byte(expert), COLD)
+            with entered(stream):
+                slots.slot_of[expert : expert + 1].fill_(-1)
+        else:
+            change = self._bring_back(slots, slot, expert, stream)
+        self._moving = expert
+        self._slot[expert] = -1
+        self._free_slots.append(slot)
+        self._apply(change, stream)
+        self._set_mask(expert, False)
+        self._moving = -1
+
+    def _bring_back(
+        self, slots: SlotExperts, slot: int, expert: int, stream: Stream | None
+    ) -> PlacementChange:
+        """Copy an expert from its slot into a free place."""
         change = self._layer.occupy(expert, self._live_byte(expert))
         try:
             with entered(stream):
@@ -255,12 +278,7 @@ class ExpertPlacement:
         except BaseException:  # it stays where it is
             self._layer.vacate(expert, self._live_byte(expert), HOT)
             raise
-        self._moving = expert
-        self._slot[expert] = -1
-        self._free_slots.append(slot)
-        self._apply(change, stream)
-        self._set_mask(expert, False)
-        self._moving = -1
+        return change
 
     def wait(self) -> None:
         """Return when every move so far is over, copies and all."""
@@ -300,6 +318,7 @@ class ExpertPlacement:
                 else:
                     here.copy_(there, non_blocking=True)
                 self.moved_bytes += range_.nbytes
+                TOTALS.moved_bytes += range_.nbytes
                 if self._staged:
                     LOCKS.staged += range_.nbytes
 
@@ -317,6 +336,8 @@ class ExpertPlacement:
         keeping.until_idle(change, (change, self.live, self._hot.experts))
 
     def _set_mask(self, expert: int, hot: bool) -> None:
+        TOTALS.promotions += int(hot)
+        TOTALS.demotions += int(not hot)
         self._mask[expert] = hot
         self._expected[expert] = hot
         self._expected_bytes = self._expected.tobytes()

@@ -47,6 +47,11 @@ PROMPTS = (
     "There was no being displeased with such an encourager, for his admiration made him discern a "
     "likeness before it was possible.",
 )
+CODE_PROMPTS = (
+    "def forward(self, x): return [f(x[i], i) for i in range(len(x))] #",
+    "for (k, v) in self._d.items(): print(k, '=', v[0] + 1, end=';') #",
+    "import os, sys; assert sys.argv[1:] == ['-x', '--yes'], os.environ['PATH'] #",
+)
 LOAD_REQUESTS, LOAD_CLIENTS, LOAD_TOKENS = 300, 32, 6
 
 
@@ -59,6 +64,7 @@ class Placement:
         quantized: SGLang loads the MXFP4 checkpoint, in which it has no use for an expert.
         backend: who computes them, as `HYBRID_MOE_GPU` says; None for SGLang.
         ranks: of tensor parallelism.
+        dynamic: experts move, as `HYBRID_MOE_DYNAMIC` says; these are the first ones.
     """
 
     name: str
@@ -67,6 +73,7 @@ class Placement:
     quantized: bool = False
     backend: str | None = None
     ranks: int = 1
+    dynamic: str | None = None
 
 
 def first(count: int) -> dict[int, list[int]]:
@@ -83,6 +90,8 @@ PLACEMENTS = (
     Placement("all", first(EXPERTS)),
     Placement("both halves", SOME_OR_ALL, profile=True, quantized=True, backend="torch"),
     Placement("two ranks", SOME_OR_ALL, profile=True, quantized=True, backend="torch", ranks=2),
+    Placement("dynamic", first(4), quantized=True, backend="torch", dynamic="1GB"),
+    Placement("dynamic, kept", first(4), quantized=True, backend="torch", dynamic="1GB,keep"),
 )
 
 
@@ -112,6 +121,8 @@ class KtServer(Server):
             options["--kt-num-gpu-experts"] = len(placement.hot[0])
         if placement.backend is not None:
             environment["HYBRID_MOE_GPU"] = placement.backend
+        if placement.dynamic is not None:
+            environment["HYBRID_MOE_DYNAMIC"] = placement.dynamic
         if placement.ranks > 1:
             options["--tp-size"] = self.ranks
             cores = sorted(os.sched_getaffinity(0))
@@ -199,6 +210,7 @@ def assert_counted(placement: Placement, counted: dict[str, int], fed: int) -> N
     layers_with_cold = sum(len(ids) < EXPERTS for ids in placement.hot.values())
     assert (counted["cold"] > 0) == (counted["calls"] > 0) == (layers_with_cold > 0)
     assert (counted["hot"] > 0) == any(placement.hot.values())
+    assert placement.dynamic is not None or not counted["moved"]
 
 
 def test_greedy_tokens_are_those_without_kt(
@@ -216,7 +228,7 @@ def test_greedy_tokens_are_those_without_kt(
 def test_load_loses_nothing(served: tuple[Placement, KtServer]) -> None:
     placement, server = served
     before = server.counted()
-    prompts = [f"{PROMPTS[i % len(PROMPTS)]} {i}" for i in range(LOAD_REQUESTS)]
+    prompts = [f"{_prompt(i)} {i}" for i in range(LOAD_REQUESTS)]
     answers = server.complete_all(prompts, LOAD_TOKENS, clients=LOAD_CLIENTS)
     assert [len(a.tokens) for a in answers] == [LOAD_TOKENS] * LOAD_REQUESTS
     assert {a.finish for a in answers} == {"length"}
@@ -224,6 +236,13 @@ def test_load_loses_nothing(served: tuple[Placement, KtServer]) -> None:
     grown = {name: after[name] - before[name] for name in after}
     print(f"\n{placement.name}: {LOAD_REQUESTS} requests, {grown}")
     assert_counted(placement, grown, fed=LOAD_REQUESTS * LOAD_TOKENS)
+    assert placement.dynamic is None or grown["moved"] > LAYERS
+
+
+def _prompt(number: int) -> str:
+    """Another topic in the second half of the load."""
+    prompts = PROMPTS if number < LOAD_REQUESTS // 2 else CODE_PROMPTS
+    return prompts[number % len(prompts)]
 
 
 def test_a_fault_fails_its_requests_and_the_server_survives(

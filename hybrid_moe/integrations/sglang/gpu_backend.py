@@ -8,6 +8,9 @@ from collections.abc import Mapping
 VARIABLE = "HYBRID_MOE_GPU"
 """Environment variable: who computes the experts on the GPU; without it, SGLang."""
 
+DYNAMIC = "HYBRID_MOE_DYNAMIC"
+"""Environment variable: experts change places between steps, see `dynamic`."""
+
 BACKENDS = {"cute": "this package's kernels", "torch": "their references, in torch"}
 """What the variable may be -> what computes then."""
 

@@ -32,12 +32,20 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput, TopKOutputChecker
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import is_cuda
 
-from hybrid_moe.integrations.sglang import expert_layer, gpu_backend, gpu_experts, numa_binding
+from hybrid_moe.integrations.sglang import (
+    dynamic,
+    expert_layer,
+    gpu_backend,
+    gpu_experts,
+    numa_binding,
+)
 from hybrid_moe.integrations.sglang.expert_layer import ExpertLayerSpec, UnsupportedLayerError
 from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts, RankExperts
 from hybrid_moe.integrations.sglang.model_chain import TARGET_MODEL
+from hybrid_moe.integrations.sglang.server_profile import chosen as chosen_profile
 from hybrid_moe.integrations.sglang.slot_loading import physical_to_logical, slot_loader
 from hybrid_moe.integrations.sglang.step_faults import STEP_FAULTS, named_options
+from hybrid_moe.runtime.torch_op import untraced
 from hybrid_moe.schedule.quality import deferral_depth, quality
 from hybrid_moe.wrapper import KTMoEWrapper
 
@@ -58,6 +66,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     Attributes:
         gpu_backend: see `gpu_backend.chosen`; None where SGLang computes the hot experts.
+        moving: how experts change places; None where they stay.
         experts: the experts in SGLang's slots, and all others; known from `create_weights` on.
         wrapper: the others; None on ranks that have none of them.
 
@@ -69,11 +78,13 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.gpu_method = gpu_method
         self.kt_config = kt_config
         self.gpu_backend = gpu_backend.chosen()
+        self.moving = dynamic.chosen(self.gpu_backend)
         self.wrapper: KTMoEWrapper | None = None
         self.experts: GpuExperts
         self._spec: ExpertLayerSpec
         self._table: torch.Tensor
         self._factor = 1.0
+        self._profile = chosen_profile()
 
     # Building and loading -----------------------------------------------------------------------
 
@@ -133,6 +144,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
                     gpu_backend=self.gpu_backend,
                     gpu_device=device,
                     elsewhere=own.elsewhere,
+                    gpu_panels=None if self.moving is None else self.moving.panels,
                 )
                 self.wrapper.reserve_slots()
 
@@ -198,11 +210,18 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             self.gpu_method.process_weights_after_loading(layer)
         device = next(layer.parameters()).device
         self._table = self.experts.slot_table(device)
+        if layer.is_draft or layer.moe_tp_rank:
+            self._profile = None
+        elif self._profile is not None:
+            weights = self.kt_config.weight_path
+            self._profile.join(layer, self.experts.num_experts, device, weights)
         if self.wrapper is not None:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # frees what loading holds, before memory is taken
             with named_options():
                 self.wrapper.load_weights(physical_to_logical(layer, self.experts.num_experts))
+            if self.moving is not None:
+                dynamic.MOVING.join(self.wrapper, self.moving)
 
     def restore_weights_before_loading(self, layer: Any) -> None:
         """As the wrapped method does; never reached with experts on the CPU (`RELOADING`)."""
@@ -223,6 +242,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         and their sum."""
         dispatch_output = with_standard_routing(dispatch_output)
         x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
+        if self._profile is not None:
+            untraced(self._profile.add)(layer.layer_id, topk.topk_ids)
         running = self.submit(x, topk)
         try:
             hot = self._hot_output(layer, dispatch_output)

@@ -137,14 +137,16 @@ def install() -> None:
     there are experts on the CPU, by then SGLang has applied the hooks of its plugins."""
     from sglang.srt.managers.scheduler import Scheduler
 
-    _before(Scheduler, "run_batch", STEP_FAULTS.before_step)
-    _before(Scheduler, "process_batch_result", STEP_FAULTS.before_results)
+    before(Scheduler, "run_batch", STEP_FAULTS.before_step)
+    before(Scheduler, "process_batch_result", STEP_FAULTS.before_results)
 
 
-def _before(owner: type, name: str, first: Callable[..., None]) -> None:
-    """Let the method `name` call `first` with its own arguments before it does its work."""
+def before(owner: type, name: str, first: Callable[..., None]) -> None:
+    """Let the method `name` call `first` with its own arguments before it does its work; once,
+    however often it is asked to."""
     original = getattr(owner, name)
-    if getattr(original, "_hybrid_moe", None) is not None:
+    already: tuple[Callable[..., None], ...] = getattr(original, "_hybrid_moe", ())
+    if first in already:
         return
 
     @functools.wraps(original)
@@ -152,5 +154,5 @@ def _before(owner: type, name: str, first: Callable[..., None]) -> None:
         first(*args, **kwargs)
         return original(*args, **kwargs)
 
-    method._hybrid_moe = first  # type: ignore[attr-defined]
+    method._hybrid_moe = (*already, first)  # type: ignore[attr-defined]
     setattr(owner, name, method)

@@ -10,6 +10,7 @@ import torch
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.formats.strips import packed_nbytes
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
@@ -195,6 +196,7 @@ def _compute(
     job = layer.start(Batch(ids.shape[0], ids.shape[1], *at), out)
     if job.missing >= 0:
         raise RuntimeError(f"a token is routed to expert {job.missing}, which is not loaded")
+    TOTALS.ignored_ids += job.ignored
     y = job.wait()
     return y if x is hidden else y.to(hidden.device, hidden.dtype)
 

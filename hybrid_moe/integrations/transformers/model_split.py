@@ -36,12 +36,13 @@ class ModelSplit:
         masks: Mapping[int, torch.Tensor],
         config: ModelConfig,
         activation: str | None = None,
+        panels: str | None = None,
     ) -> None:
         """Args:
         backend: see above.
         masks: layer -> bool [E], True for hot experts.
         config: the model's.
-        activation: see `SplitSpec`.
+        activation, panels: see `SplitSpec`.
 
         Raises:
             ValueError: the configuration does not say how many experts a token takes, or
@@ -49,7 +50,8 @@ class ModelSplit:
         """
         self._stream_memory = streamed_prefill.stream_memory()
         self._streams: dict[torch.device, PrefillStream] = {}
-        self.backend, self._activation, self._masks = backend, activation, masks
+        self.backend, self._masks = backend, masks
+        self._activation, self._panels = activation, panels
         self._top_k: dict[int, int] = {}
         for layer in masks:
             top_k = config.of_layer(TOP_K, layer)
@@ -69,6 +71,7 @@ class ModelSplit:
             self.backend,
             device,
             self._activation,
+            self._panels,
             self._prefill_stream(device),
         )
 
@@ -89,6 +92,7 @@ def split_of_model(
     gpu_experts: Any,
     gpu_backend: str | None,
     gpu_activation: str | None = None,
+    panels: str | None = None,
 ) -> dict[str, SplitSpec]:
     """How the layers of a loaded model are split, by the names of their experts modules; their
     slots are where they are now. Empty where `gpu_experts` is None.
@@ -98,6 +102,7 @@ def split_of_model(
         found, specs: its experts modules and their sizes, by name.
         fmt: that they will be packed in.
         gpu_experts, gpu_backend, gpu_activation: see `offload`.
+        panels: see `SplitSpec`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: see `offload`.
@@ -120,7 +125,8 @@ def split_of_model(
     config = ModelConfig({} if own is None else own.to_dict(), "the configuration")
     masks = hot_masks(gpu_experts, layers, config.num_layers)
     on_gpu = all(device.type == "cuda" for device in devices.values())
-    split = ModelSplit(choose_backend(gpu_backend, on_gpu), masks, config, gpu_activation)
+    backend = choose_backend(gpu_backend, on_gpu)
+    split = ModelSplit(backend, masks, config, gpu_activation, panels)
     return {name: split.of_layer(layer, devices[name]) for layer, name in names.items()}
 
 
@@ -132,6 +138,7 @@ def split_of_checkpoint(
     gpu_backend: str | None,
     kwargs: dict[str, Any],
     gpu_activation: str | None = None,
+    panels: str | None = None,
 ) -> ModelSplit | None:
     """How the layers of a checkpoint are split; None where `gpu_experts` is.
 
@@ -142,6 +149,7 @@ def split_of_checkpoint(
         gpu_experts, gpu_backend, gpu_activation: see `from_pretrained`.
         kwargs: for Transformers' `from_pretrained`. CuTe kernels bring the model to the GPU, where
             no `device_map` says otherwise.
+        panels: see `SplitSpec`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: see `from_pretrained`.
@@ -158,7 +166,7 @@ def split_of_checkpoint(
         return None  # a model without experts, which is refused when it is built
     masks = hot_masks(gpu_experts, layers, end)
     backend = choose_backend(gpu_backend, _on_gpu(kwargs))
-    split = ModelSplit(backend, masks, config, gpu_activation)
+    split = ModelSplit(backend, masks, config, gpu_activation, panels)
     if split.backend == "cute" and kwargs.get("device_map") is None:
         kwargs["device_map"] = "cuda"
     return split

@@ -91,6 +91,7 @@ def offload(
     gpu_activation: str | None = None,
     cpu_activation: str | None = None,
     router: str | None = None,
+    dynamic: Any = False,
     progress: bool = True,
 ) -> Model:
     """Move the routed experts and the linear layers of a loaded model into packed strips.
@@ -111,8 +112,9 @@ def offload(
         gpu_experts: experts that are packed into slots of the device where their layer is, and
             computed there, while the CPU computes the others: a share of all experts (0.25 or
             "25%"), GPU memory ("24GB": as many as it holds), bool masks [layers, experts] as of
-            `generate_gpu_experts_masks`, a mapping of layers to expert ids, or the path of a
-            placement profile. None for none.
+            `generate_gpu_experts_masks`, a mapping of layers to expert ids, the path of a placement
+            profile, or that of a routing profile with an amount ("profile.json@25%"). None for
+            none.
         gpu_backend: what computes them: "cute", or "torch", which needs no GPU. None for "cute"
             where it can be used, else "torch" (logged once, with the reason).
         gpu_activation: "fp8" for a W8A8 prefill of these experts, see `KTMoEWrapper`; else None.
@@ -121,6 +123,10 @@ def offload(
         router: "cute" lets routers choose experts by one kernel of ours on a GPU, and by its
             reference on a CPU; the same experts but where values tie, see `gpu_kernels.gating`.
             None for the model's own.
+        dynamic: True lets experts change places between steps, so that those which the text uses
+            are on the GPU: as many as `gpu_experts` put there. "2GB" is how much may move in a
+            second, "keep" leaves them in the CPU's memory as well ("2GB,keep"), see
+            `placement.online.OnlineOptions`. `transformers.moving.online_report` tells what it did.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -144,6 +150,7 @@ def offload(
     from hybrid_moe.integrations.transformers.hybrid_experts import experts_nbytes, pack_module
     from hybrid_moe.integrations.transformers.loading import replace_module
     from hybrid_moe.integrations.transformers.model_split import split_of_model
+    from hybrid_moe.integrations.transformers.moving import let_experts_move, moving_options
     from hybrid_moe.integrations.transformers.packing_bar import PackingBar
     from hybrid_moe.integrations.transformers.step.router_gating import (
         check_router,
@@ -152,6 +159,7 @@ def offload(
     )
 
     dense_fmt = dense_format(dense)
+    moving = moving_options(dynamic, gpu_experts)
     as_held = method is None or method.upper() in (AS_STORED, AUTO)
     options = _checked(
         BF16.name if method is None or as_held else method, threads, pools, cpu_activation
@@ -169,8 +177,9 @@ def offload(
                 f"{specs[name].where} is on the meta device: it has no weights to move"
             )
     routers = plan_routers(model, found) if router else {}
+    panels = None if moving is None else moving.panels
     splits = split_of_model(
-        model, found, specs, options.fmt, gpu_experts, gpu_backend, gpu_activation
+        model, found, specs, options.fmt, gpu_experts, gpu_backend, gpu_activation, panels
     )
     if any(split.device.type != "cpu" for split in splits.values()):
         dense_fmt = None  # a GPU that gets experts keeps what it has, which every token needs
@@ -188,6 +197,8 @@ def offload(
 
             offload_dense(model, specs, DenseOptions(dense_fmt, options.pool_config()), bar)
     gate_routers(routers)
+    if moving is not None:
+        let_experts_move(model, moving)
     register()
     select = getattr(model, "set_experts_implementation", None)
     if select is not None:
@@ -209,6 +220,7 @@ def from_pretrained(
     gpu_activation: str | None = None,
     cpu_activation: str | None = None,
     router: str | None = None,
+    dynamic: Any = False,
     cache: str | Path | None = None,
     progress: bool = True,
     **kwargs: Any,
@@ -234,7 +246,7 @@ def from_pretrained(
         gpu_experts, gpu_backend, gpu_activation: experts that are packed for a GPU, see
             `offload`. With "cute" the whole model is loaded onto the GPU, unless `device_map` says
             otherwise.
-        cpu_activation, router: see `offload`.
+        cpu_activation, router, dynamic: see `offload`.
         cache: a directory where packed experts are kept, see `loaders.packed_cache`: what is there
             is read as it is, and what is not is left there. None for none.
         progress: show a progress bar on stderr.
@@ -268,6 +280,7 @@ def from_pretrained(
         split_of_checkpoint,
         surrounding_device,
     )
+    from hybrid_moe.integrations.transformers.moving import let_experts_move, moving_options
     from hybrid_moe.integrations.transformers.packing_bar import PackingBar
     from hybrid_moe.integrations.transformers.step.router_gating import (
         check_router,
@@ -279,6 +292,8 @@ def from_pretrained(
     from hybrid_moe.runtime.packed_layers import cache_at
 
     dense_fmt = dense_format(dense)
+    moving = moving_options(dynamic, gpu_experts)
+    panels = None if moving is None else moving.panels
     check_router(router)
     path = check_directory(take_subfolder(directory, kwargs))
     if "experts_implementation" in kwargs:
@@ -303,8 +318,9 @@ def from_pretrained(
     options.check_activation(formats.values())
     packed = cache_at(cache)
     split = split_of_checkpoint(
-        stored, given or checkpoint.model, formats, gpu_experts, gpu_backend, kwargs, gpu_activation
-    )
+        stored, given or checkpoint.model, formats, gpu_experts, gpu_backend, kwargs,
+        gpu_activation, panels,
+    )  # fmt: skip
     register()
     try:
         layers = None
@@ -336,6 +352,8 @@ def from_pretrained(
                 each = bar.each(experts_nbytes(module.spec, held))
                 parts.append(ExpertsPart(source, module, held, of_layer, each))
             load_experts(parts, options, packed)
+        if moving is not None:
+            let_experts_move(model, moving)
         _save_from_strips(model)
         chosen_by_user = kwargs.get("attn_implementation") is not None
         _prepare_steps(model, options, attention=not chosen_by_user)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ class SplitSpec:
         backend: what computes these, "cute" or "torch".
         device: where their slots are.
         activation: "fp8" for W8A8 prefill, see `KTMoEWrapper`; else None.
+        panels: "keep" keeps hot experts on the CPU too, see `KTMoEWrapper`.
         prefill_stream: likewise; None where the CPU computes all cold experts.
     """
 
@@ -36,6 +38,7 @@ class SplitSpec:
     backend: str
     device: torch.device
     activation: str | None = None
+    panels: str | None = None
     prefill_stream: PrefillStream | None = None
 
 
@@ -47,7 +50,11 @@ class SplitExperts:
         wrapper: holds both halves.
         backend: what computes the hot ones.
         device: where these are.
+        before_step: called before each batch, on the device's current stream; of a model's first
+            layer, where its experts move.
     """
+
+    before_step: Callable[[], object] | None = None
 
     def __init__(
         self, spec: ExpertsSpec, options: ExpertsOptions, formats: LayerFormats, split: SplitSpec
@@ -81,6 +88,7 @@ class SplitExperts:
             gpu_backend=split.backend,
             gpu_device=split.device,
             gpu_activation=split.activation,
+            gpu_panels=split.panels,
             cpu_activation=options.cpu_activation,
             prefill_stream=split.prefill_stream,
         )
@@ -117,12 +125,23 @@ class SplitExperts:
         weights = weights.detach().to(self.device, torch.float32)
         if missing:  # -1 is no expert
             ids, weights = pad(ids, (0, missing), value=-1), pad(weights, (0, missing))
-        stream = None
-        if x.is_cuda:
-            stream = torch.cuda.current_stream(x.device).cuda_stream
+        if self.before_step is not None:
+            self.before_step()
         with self._lock:
-            y = wrapper.forward(x, ids, weights, stream)
+            y = wrapper.forward(x, ids, weights, self.stream)
         return y.to(hidden.device, hidden.dtype).reshape(hidden.shape)
+
+    @property
+    def lock(self) -> ProcessLock:
+        """Whoever calls the wrapper has it."""
+        return self._lock
+
+    @property
+    def stream(self) -> int | None:
+        """The device's current stream, as the wrapper takes it."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.current_stream(self.device).cuda_stream
 
     @property
     def pairs(self) -> tuple[int, int]:

@@ -230,6 +230,30 @@ def test_serve_that_streams_and_defers(fake: Fake) -> None:
     assert hot(result.stdout) < hot(run("serve", *words).stdout)
 
 
+def test_experts_that_move(fake: Fake) -> None:
+    """A variable of the server, which needs experts that are ours."""
+    model = (
+        "serve",
+        "--model",
+        fake("Qwen3-30B-A3B-MXFP4"),
+        "--gpu",
+        "16GB",
+        "--dry-run",
+        *MACHINE,
+    )
+    result = run(*model, "--gpu-backend", "cute", "--dynamic", "2GB,keep")
+    assert result.exit_code == 0, result.output
+    assert "HYBRID_MOE_DYNAMIC=2GB,keep " in result.stdout.splitlines()[0]
+    for words, message in (
+        (("--dynamic", "1"), "--dynamic 1: experts on the GPU that are SGLang's cannot move"),
+        (("--gpu-backend", "cute", "--dynamic", "fast"), "dynamic is 'fast', must be True or"),
+    ):
+        refused = run(*model, *words)
+        assert refused.exit_code == 2 and message in " ".join(refused.stderr.split())
+    for off in ("0", ""):
+        assert "DYNAMIC" not in run(*model, "--dynamic", off).stdout
+
+
 def test_serve_without_a_gpu_measures_nothing(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hybrid_moe.planning.machine.measure_cpu", None)
     result = run("serve", "--model", fake("gpt-oss-20b"), "--ram", "64GB", "--port", 1, "--dry-run")

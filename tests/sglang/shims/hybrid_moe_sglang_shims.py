@@ -35,6 +35,9 @@ HOT = "HYBRID_MOE_TEST_HOT"
 FAULT = "HYBRID_MOE_TEST_FAULT"
 """Environment variable: a file; when it appears, the next sync of a layer fails."""
 
+DYNAMIC = "HYBRID_MOE_DYNAMIC"
+"""The package's own variable: experts move, and the list of hot ones follows the masks."""
+
 NAMES = (
     "calls",  # of a layer with cold experts
     "chosen",  # pairs that routers chose there
@@ -42,6 +45,7 @@ NAMES = (
     "worked",  # pairs that workers finished
     "hot",  # pairs that SGLang's own experts got, or with HYBRID_MOE_GPU our slots
     "wrong",  # calls whose pairs per expert were not what the router chose
+    "moved",  # experts that came to the GPU
 )
 
 KT_METHOD = "hybrid_moe.integrations.sglang.method.KTEPWrapperMethod"
@@ -128,6 +132,7 @@ class PairCount:
     def __init__(self, path: str, hot: dict[int, list[int]]) -> None:
         self.hot = hot
         self._path = path
+        self._dynamic = DYNAMIC in os.environ
         self._worked: list[npt.NDArray[np.int64]] = []
 
     @functools.cached_property
@@ -140,6 +145,8 @@ class PairCount:
     def around_apply(
         self, original: Callable[..., Any], method: Any, layer: Any, dispatch_output: Any
     ) -> Any:
+        if self._dynamic:
+            self._follow(layer.layer_id, method.wrapper)
         hot = self.hot[layer.layer_id]
         chosen = pairs_per_expert(dispatch_output.topk_output.topk_ids, layer.num_experts)
         cold = chosen.copy()
@@ -158,6 +165,12 @@ class PairCount:
         self.counters.add("hot", pairs_in_slots(method) - in_slots)
         self.counters.add("wrong", int(not np.array_equal(cold, worked)))
         return output
+
+    def _follow(self, layer: int, wrapper: Any) -> None:
+        """Experts that have changed places since the layer's latest call are expected there."""
+        now: list[int] = wrapper.gpu_experts_mask.nonzero().flatten().tolist()
+        self.counters.add("moved", len(set(now) - set(self.hot[layer])))
+        self.hot[layer] = now
 
     def before_native(self, layer: Any, x: Any, topk_output: Any, config: Any) -> None:
         self.counters.add("hot", int((topk_output[1] >= 0).sum()))
