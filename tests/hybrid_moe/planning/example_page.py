@@ -47,9 +47,9 @@ without one they have two: shares of the ceilings are those of a whole model tha
 
 ROUTING = """\
 With a routing profile ([placement.md](placement.md)) there is a table of what other amounts of GPU
-memory would give. This one is of `examples/tiny_moe/model` and its profile of *Persuasion*. Its experts
-are so small that hand-overs are nearly all of a token, and so whole layers go to the GPU, as soon as
-one fits:
+memory would give. This one is of `examples/tiny_moe/model` and its profile of *Persuasion*. Its
+experts are so small that hand-overs are nearly all of a token: whole layers go to the GPU once
+they fit.
 """
 
 
@@ -62,7 +62,7 @@ def run(command: str, *, after: str = "") -> str:
         raise RuntimeError(f"{command}: {result.output}") from result.exception
     shown = command.removesuffix(" --dry-run")
     printed = result.stdout[result.stdout.index(after) :]
-    lines = [f"$ hybrid-moe {shown}", *["..."][: len(after)]]
+    lines = [f"$ hybrid-moe {shown}", *(["..."] if after else [])]
     lines += [line.rstrip() for line in printed.splitlines()]
     return "\n".join(["```text", *lines, "```", ""])
 
