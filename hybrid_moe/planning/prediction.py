@@ -22,7 +22,7 @@ from hybrid_moe.planning.terms import (
     reading,
 )
 from hybrid_moe.schedule.layer_times import gpu_seconds
-from hybrid_moe.schedule.layer_work import GpuAmount, LayerSplit
+from hybrid_moe.schedule.layer_work import ExpertSplit, GpuAmount
 from hybrid_moe.schedule.machine_rates import MachineRates
 from hybrid_moe.schedule.timeline import run_step
 
@@ -66,7 +66,7 @@ def step_of(
     experts = [expert_work(layer, cpu, MAC_SHARE, len(gpus)) for layer in model.layers]
     works = gpu_layers(model, experts, tokens, cache, len(gpus))
     splits = {layer.layer: split_of(layer, hot, tokens) for layer in model.layers}
-    found = tuple(splits.get(work.layer, LayerSplit()) for work in works)
+    found = tuple(splits.get(work.layer, ExpertSplit()) for work in works)
     return StepWork(works, found, rates_of(cpu, gpus))
 
 
