@@ -63,7 +63,7 @@ class ExpertPlacement:
         self._keeps = hot.options.keep_panels
         is_hot, away = mask.numpy().copy(), hot.options.elsewhere.numpy()
         _check_placement(is_hot, away, hot.options.slots, layer_idx)
-        self._expected = is_hot
+        self._expected: npt.NDArray[np.bool_] = is_hot
         self._expected_bytes = is_hot.tobytes()
         self._away = away
         self._slot: npt.NDArray[np.int32] = np.full(len(is_hot), -1, np.int32)

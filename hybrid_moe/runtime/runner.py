@@ -129,8 +129,14 @@ class LayerRunner:
             if streamed is not None and streamed.wants(hidden.shape[0], stream):
                 if stream is not None:
                     self._follow_latest(stream)
-                batch = streamed.begin(stream, ids)
-                job, hot, fault = self._start_streamed(batch, stream, hidden, ids, weights)
+                with streamed.turn:
+                    batch = streamed.begin(stream, ids)
+                    try:
+                        started = self._start_streamed(batch, stream, hidden, ids, weights)
+                    except BaseException:
+                        batch.sent.drop()
+                        raise
+                job, hot, fault = started
             elif stream is None:
                 job, fault = self._start_all(hidden, ids, weights)
                 if halves is not None:
@@ -149,8 +155,6 @@ class LayerRunner:
             )
         except BaseException:
             discard(job, self.layer_idx)
-            if batch is not None:
-                batch.sent.drop()
             self._give_up(incoming)
             raise
 

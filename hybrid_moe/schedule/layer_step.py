@@ -95,7 +95,10 @@ def advance(state: Any, layer: Any, part: Any) -> Any:
     carried = 0.0
     first, later = max(part[0], part[1]), max(part[2], part[3])
     if copies > 0 and layer[6] < 1:
+        both = first + later
+        both = min(both / layer[6], both + (1 - layer[6]) * copies)
         first = min(first / layer[6], first + (1 - layer[6]) * copies)
+        later = both - first
     if first > 0 or later > 0:
         cpu_free = max(known + layer[2], cpu_free) + first
         if first > 0:

@@ -123,6 +123,8 @@ def layer_times(work: LayerWork, split: ExpertSplit, rates: MachineRates) -> Lay
         return LayerTimes(work.layer, before, shared, routed=False)
     expert = work.expert
     link = link_seconds(expert, split.sent.experts, rates)
+    now, later = (cpu_seconds(expert, count, rates) for count in (split.cpu, split.deferred))
+    cpu = stretched(now, link, rates)
     on_cpu = split.cpu.experts + split.deferred.experts > 0
     return LayerTimes(
         layer=work.layer,
@@ -131,7 +133,7 @@ def layer_times(work: LayerWork, split: ExpertSplit, rates: MachineRates) -> Lay
         link=link,
         sent=gpu_expert_seconds(expert, split.sent, rates),
         submit=rates.submit if on_cpu else 0.0,
-        cpu=stretched(cpu_seconds(expert, split.cpu, rates), link, rates),
-        deferred=cpu_seconds(expert, split.deferred, rates),
+        cpu=cpu,
+        deferred=stretched(now + later, link, rates) - cpu,
         back=rates.back if on_cpu else 0.0,
     )

@@ -16,7 +16,7 @@ from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec, expert_tensors
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
-from hybrid_moe.integrations.transformers.split_experts import LayerSplit, SplitExperts
+from hybrid_moe.integrations.transformers.split_experts import SplitExperts, SplitSpec
 from hybrid_moe.parallel import for_each
 from hybrid_moe.runtime import filling, torch_op
 
@@ -47,7 +47,7 @@ class HybridExperts(torch.nn.Module):
         return layer
 
     def allocate_split(
-        self, options: ExpertsOptions, formats: LayerFormats, split: LayerSplit
+        self, options: ExpertsOptions, formats: LayerFormats, split: SplitSpec
     ) -> SplitExperts:
         """Experts of this module's sizes, in two halves that are still empty, kept here."""
         layer = SplitExperts(self.spec, options, formats, split)
@@ -132,7 +132,7 @@ def fill(layer: ExpertLayer, module: torch.nn.Module, spec: ExpertsSpec, fmt: We
 
 
 def pack_module(
-    module: torch.nn.Module, spec: ExpertsSpec, options: ExpertsOptions, split: LayerSplit | None
+    module: torch.nn.Module, spec: ExpertsSpec, options: ExpertsOptions, split: SplitSpec | None
 ) -> HybridExperts:
     """The experts of `module`, packed; as `split` tells, if it does."""
     experts = HybridExperts(spec)

@@ -61,6 +61,7 @@ def of_choice(demand: LayerDemand, choice: LayerChoice) -> tuple[int, ...]:
     return tuple(place[expert] for expert in demand.experts.tolist())
 
 
+@settings(max_examples=50)
 @given(st.lists(demands(), min_size=1, max_size=4), machines(), st.data())
 def test_compiled_layers_are_those_of_the_timeline(
     found: list[LayerDemand], rates: MachineRates, data: st.DataObject
@@ -86,7 +87,7 @@ def test_compiled_layers_are_those_of_the_timeline(
     assert np.array_equal(state, plain)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     st.lists(demands(2, 2), min_size=3, max_size=3)
     | st.lists(demands(3, 2), min_size=1, max_size=2),
@@ -103,7 +104,7 @@ def test_the_optimum_is_the_best_of_all_choices(
     assert shortest_step(works, found, rates) == pytest.approx(best)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(demands(5, 4), machines())
 def test_a_single_layer_is_decided_as_well_as_possible(
     demand: LayerDemand, rates: MachineRates
