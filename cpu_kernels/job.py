@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import Generic, NamedTuple, TypeVar
 
 from hybrid_moe.cpu_kernels import tuning
@@ -12,6 +13,7 @@ from hybrid_moe.cpu_kernels.drivers import records
 from hybrid_moe.cpu_kernels.kernels.encode import BLOCK_SLACK
 from hybrid_moe.cpu_kernels.memory import Workspace
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup
+from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.formats.strips import MOST_BLOCK_TOKENS, STRIP_ROWS, SUMS_BYTES, round_up
 
 Output = TypeVar("Output")
@@ -269,7 +271,10 @@ class Job(Generic[Output]):
         at a time; a second call returns at once."""
         if self._running is not None:
             group, sequence, memory = self._running
+            begin = perf_counter_ns()
             group.wait(sequence)
+            TOTALS.waits += 1
+            TOTALS.waited_ns += perf_counter_ns() - begin
             self._running = None
             IDLE.give_back(memory)
         return self._output

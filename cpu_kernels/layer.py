@@ -28,6 +28,7 @@ from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.pool.group import PoolGroup, group_for
 from hybrid_moe.cpu_kernels.streams.graph_job import Counters, GraphJob, LiveMask, Report
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
+from hybrid_moe.cpu_kernels.use_counts import watch_layer
 from hybrid_moe.formats.activation import Activation
 from hybrid_moe.formats.numbers import Array
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
@@ -239,12 +240,14 @@ class ExpertLayer(PackedExperts):
                 layouts, tables = (self.gate_up_layout, self.down_layout), self._tables
                 descriptor = describe(gate_up, down, self.num_experts, *layouts, tables)
                 descriptor.label = trace.label(self.name)
-                self._ready_state = ReadyLayer(
+                ready = self._ready_state = ReadyLayer(
                     self._group,
                     descriptor,
                     descriptor.address,
                     (*tables.values(), self._no_bias, self._arenas),
                 )
+                nbytes = sum(self.expert_nbytes(pool) for pool in range(self.pool.pools))
+                watch_layer(self.name, nbytes, descriptor, ready)
             return self._ready_state
 
     @property

@@ -247,7 +247,7 @@ def _flow(name: str, flow: str, steps: Sequence[tuple[int, int]]) -> Iterable[Ev
         yield {**event, **_at(row), **({"bp": "e"} if phase == "f" else {})}
 
 
-def _noted(notes: Sequence[TraceNote], start: int) -> Iterable[Event]:
+def _noted(notes: Sequence[TraceNote], start: int) -> list[Event]:
     """Rows of what Python has noted, and the arrows between."""
     rows = {name: _NOTE_ROWS + at for at, name in enumerate(dict.fromkeys(n.row for n in notes))}
     made = [_named("thread_name", row, name) for name, row in rows.items()]

@@ -17,6 +17,7 @@ _LAZY = {
     "DeferralChain": "hybrid_moe.runtime.deferral",
     "KTMoEWrapper": "hybrid_moe.wrapper",
     "check_errors": "hybrid_moe.streams.faults",
+    "metrics": "hybrid_moe.runtime.metrics",
     "generate_gpu_experts_masks": "hybrid_moe.placement.strategies",
     "from_pretrained": "hybrid_moe.integrations.transformers.registration",
     "offload": "hybrid_moe.integrations.transformers.registration",
@@ -30,6 +31,7 @@ __all__ = [
     "check_errors",
     "from_pretrained",
     "generate_gpu_experts_masks",
+    "metrics",
     "offload",
     "register",
 ]
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from hybrid_moe.integrations.transformers.registration import from_pretrained, offload, register
     from hybrid_moe.placement.strategies import generate_gpu_experts_masks
     from hybrid_moe.runtime.deferral import DeferralChain
+    from hybrid_moe.runtime.metrics import metrics
     from hybrid_moe.streams.faults import check_errors
     from hybrid_moe.wrapper import KTMoEWrapper
 

@@ -62,7 +62,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "cpu_kernels.row_functions",
         "cpu_kernels.batch",
     ),
-    ("cpu_kernels.trace",),
+    ("cpu_kernels.trace", "cpu_kernels.use_counts"),
     ("cpu_kernels.memory", "cpu_kernels.kernels", "cpu_kernels.trace_file"),
     ("cpu_kernels.drivers", "cpu_kernels.dsl"),
     ("cpu_kernels.jit", "cpu_kernels.tuning"),

@@ -69,6 +69,7 @@ def steps(points: Path, results: Path) -> Sequence[Step]:
         Step("measure: kernels", _module("bench.gpu_check.kernels", *bench, "--seconds",
              "110" if gpu else "60"), 150),
         Step("measure: hybrid layer", _module("bench.gpu_check.hybrid", *bench), 60),
+        Step("measure: streamed prefill", _module("bench.gpu_check.streamed", *bench), 60),
         Step("tests/streams/test_cuda.py", _tests("tests/streams/test_cuda.py"), 60,
              tests or no_gpu),
         Step("conformance: graphs", _tests("tests/conformance/test_graphs.py", "--on-device",

@@ -92,6 +92,14 @@ def sections(points: list[Point], level: str = "##") -> Iterator[str]:
         yield f"{level} Moving an expert\n"
         rates = [(name, shown(p[key], "{:.1f} GB/s", 1e-9)) for name, key in MOVES]
         yield table(("what", "rate"), [*rates, ("issuing it", shown(p["issue_us"], "{:.0f} µs"))])
+    for p in of(points, "streamed"):
+        yield f"{level} Streamed prefill\n"
+        rows = [
+            (f"all {p['layers']} layers, {p['tokens']} tokens, all on the CPU", shown(p["cpu_ms"])),
+            ("the same, experts sent to the GPU meanwhile", shown(p["ms"])),
+            ("of each layer sent, GB", shown(p["sent_bytes"], "{:.2f}", 1e-9)),
+        ]
+        yield table(("what", "ms"), rows)
 
 
 MOVES = (
@@ -137,6 +145,8 @@ def summary(outcomes: Sequence[Outcome], points: list[Point]) -> Iterator[tuple[
     launches = next(iter(of(points, "launches")), {})
     yield "four kernels without work, graph", "", shown(launches.get("graph_us"), "{:.1f} µs")
     yield "the same from Python", "", shown(launches.get("host_us"), "{:.1f} µs")
+    streamed = next(iter(of(points, "streamed")), {})
+    yield "streamed prefill beside the CPU alone", "", shown(streamed.get("faster"), "{:.2f} ×")
     moves = next(iter(of(points, "moves")), {})
     yield "promotion", "", shown(moves.get("rate"), "{:.1f} GB/s", 1e-9)
 

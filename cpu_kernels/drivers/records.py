@@ -138,6 +138,12 @@ class Layer(Record):
     # computed here. Written at every launch, so away from what all workers read.
     hot = shared_line
     cold = shared_line
+    # Of an expert layer likewise, for `use_counts`: launches, their tokens, and the experts that
+    # they read, each once however many tokens use it. Of every layer: how long the pool was at it.
+    launches = shared_line
+    tokens = shared_line
+    read_experts = shared_line
+    busy_ns = shared_line
     label = i64  # what a trace calls its jobs, see `trace.label`
     experts = i64  # 0: a dense layer
     hidden = i64
@@ -267,6 +273,7 @@ class Entry(Record):
 
     sequence = shared
     phase_count = shared
+    begun = shared  # when it was published, nanoseconds of CLOCK_MONOTONIC
     task_ns = shared  # what the largest task takes a slow thread, see `patience`
     job = inline(Job)
     phases = inline(Phase)[MAX_PHASES]  # the last one writes the output
@@ -297,6 +304,9 @@ class Group(Record):
     timeout_ns = i64  # of one wait of a caller,
     timeout = i64[2]  # and the same as a struct timespec
     trace = shared  # address of a `Trace`, or 0: nobody traces
+    ended = (
+        shared_line  # when the newest job that is complete ended; its one writer is who ended it
+    )
     ring = inline(Entry)[RING]
 
 

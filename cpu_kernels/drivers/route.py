@@ -216,8 +216,11 @@ def append_expert_phases(entry: Entry) -> None:
     job = entry.job
     layer = job.layer
     active, pairs, workers = job.active, job.pairs, layer.workers
-    fetch_add(layer.hot, job.hot)  # for Python's hit rates; nothing is handed over
+    fetch_add(layer.hot, job.hot)  # for Python's figures; nothing is handed over
     fetch_add(layer.cold, pairs)
+    fetch_add(layer.launches, 1)
+    fetch_add(layer.tokens, job.tokens)
+    fetch_add(layer.read_experts, active)
     if active == 0:
         units = ceil_div(job.out_size * job.tokens * layer.hidden, SUMS_BYTES)
         # a task even where there are no tokens: the last one to end is what completes a job

@@ -155,6 +155,18 @@ def complete(group: Group, sequence: int) -> None:
 
 
 @driver
+def count_time(group: Group, entry: Entry) -> None:
+    """Add to the job's layer how long the pool was at it: since it was published, or since the job
+    before it ended. For who has counted the job's last task and has not completed it yet, so
+    nothing of it can go; jobs end one after the other, and so do these calls."""
+    now = nanoseconds()
+    begun = max(load_acquire(entry.begun), load_acquire(group.ended))
+    store_release(group.ended, now)  # for the next job's, whose workers acquire `completed`
+    if entry.job.attention.address == 0:  # whose jobs are no layer's
+        fetch_add(entry.job.layer.busy_ns, now - begun)
+
+
+@driver
 def end_phase(group: Group, sequence: int, is_last: int) -> None:
     """What whoever has counted the last task of a phase does next. The entry may hold a later job
     by now, so this reads nothing of it."""
@@ -212,6 +224,8 @@ def take_tasks(
             end_span(group, begin, SPAN_TASK, worker, sequence, detail, 0)
         # its release half publishes what the task wrote, to the acquire of `phase_is_done`
         if fetch_add(phase.done, 1) + 1 == total:
+            if index == last:
+                count_time(group, entry)
             end_phase(group, sequence, 1 if index == last else 0)
 
 
@@ -391,6 +405,7 @@ def open_entry(entry: Entry, sequence: int) -> None:
 def publish(group: Group, entry: Entry) -> None:
     """Hand a prepared job of the ring to the workers. The caller holds the ring's lock."""
     sequence = load_acquire(entry.sequence)
+    store_release(entry.begun, nanoseconds())
     for index in range(load_acquire(entry.phase_count)):
         phase = entry.phases[index]
         # pairs with the acquire of `phase_is_done`: who reads the new count reads the new sequence

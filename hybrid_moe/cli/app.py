@@ -14,6 +14,7 @@ from hybrid_moe.cli.errors import readable, settings
 from hybrid_moe.cli.generate import generate
 from hybrid_moe.cli.inspect import inspect
 from hybrid_moe.cli.plan import plan
+from hybrid_moe.cli.profile import profile
 from hybrid_moe.cli.serve import CONTEXT_SETTINGS, serve
 from hybrid_moe.cli.terminal import make_output_safe
 
@@ -28,6 +29,7 @@ for command in (generate, chat, convert, inspect, plan, doctor):
     app.command()(readable(command))
 app.command(context_settings=CONTEXT_SETTINGS)(readable(serve))
 app.add_typer(bench, name="bench")
+app.add_typer(profile, name="profile")
 
 
 def _show_version(wanted: bool) -> None:

@@ -27,6 +27,7 @@ EXTRAS = {
     "fastapi": "serve",
     "uvicorn": "serve",
     "openai": "serve",
+    "matplotlib": "plot",
 }
 """Module -> the extra of this package that installs it."""
 

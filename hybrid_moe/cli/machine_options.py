@@ -42,7 +42,7 @@ GpuExpertsOption = Annotated[
     str | None,
     typer.Option(
         help="With --gpu: experts of each layer on it; default: as many as fit. Without: as for "
-        "`generate`, 25%, 24GB or a placement profile."
+        "`generate`, 25%, 24GB, a placement profile, or profile.json@25% by a routing profile."
     ),
 ]
 GpuBackendOption = Annotated[

@@ -24,7 +24,8 @@ GpuExpertsOption = Annotated[
     str | None,
     typer.Option(
         metavar="SHARE|MEMORY|PROFILE",
-        help="Experts for a GPU: 25%, as many as fit into 24GB, or a placement profile.",
+        help="Experts for a GPU: 25%, as many as fit into 24GB, a placement profile, or by a "
+        "routing profile: profile.json@25%.",
     ),
 ]
 GpuBackendOption = Annotated[

@@ -20,6 +20,7 @@ GPU becomes fuller: one token's experts work at the same time only on different 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,38 @@ def rebalance_experts(
     return ReplicaPlacement(physical, places, counts, num_gpus)
 
 
+def divide_experts(
+    use: F64, experts: Sequence[int], sizes: Sequence[int], together: Any = None
+) -> tuple[tuple[int, ...], ...]:
+    """Some experts of one layer on GPUs, without replicas.
+
+    Args:
+        use: [E], load of each expert of the layer.
+        experts: ids of those that are divided.
+        sizes: how many each GPU gets, len(experts) in all.
+        together: [E, E], how many tokens use both of two experts; None if nobody knows.
+
+    Returns:
+        The ids of each GPU, ascending.
+    """
+    from hybrid_moe.placement.packing_loops import balance, deal, spread
+
+    ids = np.array(sorted(experts), np.int64)
+    if int(sum(sizes)) != len(ids):
+        raise ValueError(f"{len(ids)} experts cannot be divided into {list(sizes)}")
+    loads, each = np.array(use, np.float64)[ids], np.arange(len(ids))
+    pack = deal(loads, np.array(sizes, np.int64))
+    balance(loads, each, pack, len(sizes), KICKS)
+    if together is not None:
+        beside = np.array(together, np.float64)[np.ix_(ids, ids)]
+        spread(loads, beside, each, pack, len(sizes))
+    return tuple(tuple(ids[pack == gpu].tolist()) for gpu in range(len(sizes)))
+
+
+def _even(items: int, packs: int) -> I64:
+    return np.full(packs, items // packs, np.int64)
+
+
 def _pack_layer(
     loads: F64, replicas: int, groups: int, nodes: int, gpus: int, together: F64 | None
 ) -> I64:
@@ -116,7 +149,7 @@ def _pack_layer(
     from hybrid_moe.placement.packing_loops import balance, deal
 
     of_group = loads.reshape(groups, -1).sum(1)
-    greedy = deal(of_group, nodes)
+    greedy = deal(of_group, _even(groups, nodes))
     balanced = greedy.copy()
     balance(of_group, np.arange(groups), balanced, nodes, KICKS)
     # the fullest GPU may be lighter under either: nodes that are balanced best are not it always
@@ -143,7 +176,7 @@ def _pack_nodes(
         own = loads[ids]
         expert = replicate(own, replicas // nodes)
         share = own / np.bincount(expert, minlength=len(own))
-        pack = deal(share[expert], gpus // nodes)
+        pack = deal(share[expert], _even(len(expert), gpus // nodes))
         fullest = max(fullest, balance(own, expert, pack, gpus // nodes, KICKS))
         if together is not None:
             beside = together[np.ix_(ids, ids)].copy()

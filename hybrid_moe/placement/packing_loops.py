@@ -1,7 +1,7 @@
 """The loops of balanced packing, compiled by numba at their first call: importing this module
 imports numba. `hybrid_moe.placement.balanced_packing` says what is packed and why.
 
-Everything here is about one node: E experts with loads, R replicas of them, G packs (GPUs) of R / G
+Everything here is about one node: E experts with loads, R replicas of them, packs (GPUs) of so many
 replicas each. A replica has its expert's load divided by the number of its replicas.
 """
 
@@ -30,16 +30,16 @@ def _compiled(function: _Loop) -> _Loop:
 
 
 @_compiled
-def deal(weights: F64, packs: int) -> I64:
-    """The pack of each of n weights, n / packs in each: the largest first, each to the lightest
-    pack that has room (Graham's LPT rule with equal numbers, as DeepSeek's EPLB packs)."""
-    n = weights.shape[0]
-    of = np.empty(n, np.int64)
+def deal(weights: F64, sizes: I64) -> I64:
+    """The pack of each of n weights, `sizes` in each, n in all: the largest first, each to the
+    lightest pack that has room (Graham's LPT rule with given numbers, as DeepSeek's EPLB packs)."""
+    packs = sizes.shape[0]
+    of = np.empty(weights.shape[0], np.int64)
     loads, items = np.zeros(packs), np.zeros(packs, np.int64)
     for item in np.argsort(-weights, kind="mergesort"):
         best = -1
         for pack in range(packs):
-            if items[pack] < n // packs and (best < 0 or loads[pack] < loads[best]):
+            if items[pack] < sizes[pack] and (best < 0 or loads[pack] < loads[best]):
                 best = pack
         of[item] = best
         loads[best] += weights[item]
@@ -65,8 +65,8 @@ def replicate(loads: F64, replicas: int) -> I64:
 def balance(loads: F64, expert: I64, pack: I64, packs: int, kicks: int) -> float:
     """Make the heaviest pack lighter, in place, and say its load.
 
-    Exchanges replicas of the heaviest pack with lighter ones, and gives one of its experts a
-    replica more where another has one to spare, as long as either helps; then starts again from the
+    Exchanges replicas of the heaviest pack with lighter ones, and gives one expert a replica more
+    where another has one to spare, as long as either helps; then starts again from the
     best with a few random exchanges, `kicks` times. It ends where no pack is heavier than the mean.
 
     Args:
@@ -149,8 +149,8 @@ def _exchange(share: F64, expert: I64, pack: I64, sums: F64, heaviest: int) -> b
 def _give(
     loads: F64, expert: I64, pack: I64, packs: int, heaviest_load: float, heaviest: int
 ) -> bool:
-    """Turn a replica of an expert that has several into one of an expert of the heaviest pack,
-    where the heaviest pack of all is then lighter; the best such change."""
+    """Turn a replica of an expert that has several into one of another expert, where the heaviest
+    pack of all is then lighter; the best change in which the heaviest pack has one of the two."""
     R = expert.shape[0]
     count = np.zeros(loads.shape[0], np.int64)
     for e in expert:
@@ -161,7 +161,7 @@ def _give(
             continue
         old = expert[b]
         for a in range(R):
-            if pack[a] != heaviest or expert[a] == old:
+            if (pack[a] != heaviest and pack[b] != heaviest) or expert[a] == old:
                 continue
             expert[b] = expert[a]
             load = _sums(_shares(loads, expert), expert, pack, packs).max()

@@ -3,6 +3,9 @@
     {"0": [3, 17, 60], "1": [], "2": [0, 1, 2, 3]}
 
 Keys are layer indices as the checkpoint counts them (dense layers included), values are expert ids.
+Where several GPUs hold whole experts, a layer may say which holds which, a list for each GPU:
+
+    {"0": [[3, 60], [17]], "1": [[], []], "2": [[0, 1], [2, 3]]}
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlacementProfile:
-    """Experts on the GPU by layer; `path` is for messages."""
+    """Experts on the GPU by layer.
+
+    Attributes:
+        path: for messages.
+        layers: layer -> ids, ascending.
+        ranks: layer -> ids of each of several GPUs, where the profile divides them.
+    """
 
     path: Path
     layers: Mapping[int, tuple[int, ...]]
+    ranks: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     def experts_of(self, layer_idx: int, num_experts: int) -> tuple[int, ...]:
         """Ids of a layer's experts on the GPU, ascending.
@@ -66,12 +76,27 @@ def _read(file: Path, modified: int) -> PlacementProfile:
     if not isinstance(data, dict):
         raise ValueError(f"{file} must be a table of layers, not {type(data).__name__}")
     layers = {_layer(file, key): _experts(file, key, value) for key, value in data.items()}
-    return PlacementProfile(file, layers)
+    ranks = {
+        int(key): tuple(_experts(file, key, ids) for ids in value)
+        for key, value in data.items()
+        if _is_divided(value)
+    }
+    return PlacementProfile(file, layers, ranks)
 
 
-def write_profile(path: str | os.PathLike[str], layers: Mapping[int, Sequence[int]]) -> None:
-    """Write a profile: experts on the GPU by layer index."""
-    table = {str(layer): sorted(map(int, layers[layer])) for layer in sorted(layers)}
+def write_profile(
+    path: str | os.PathLike[str],
+    layers: Mapping[int, Sequence[int]],
+    ranks: Mapping[int, Sequence[Sequence[int]]] | None = None,
+) -> None:
+    """Write a profile: experts on the GPU by layer index, and of these layers of which `ranks` says
+    it those of each GPU."""
+    table: dict[str, list[Any]] = {}
+    for layer in sorted(layers):
+        if ranks and layer in ranks:
+            table[str(layer)] = [sorted(map(int, ids)) for ids in ranks[layer]]
+        else:
+            table[str(layer)] = sorted(map(int, layers[layer]))
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(ids)}" for key, ids in table.items())
     Path(path).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
@@ -93,7 +118,14 @@ def _layer(file: Path, key: str) -> int:
     return int(key)
 
 
+def _is_divided(value: Any) -> bool:
+    """A list for each GPU, not of experts."""
+    return isinstance(value, list) and bool(value) and all(isinstance(v, list) for v in value)
+
+
 def _experts(file: Path, key: str, value: Any) -> tuple[int, ...]:
+    if _is_divided(value):
+        value = [expert for ids in value for expert in ids]
     if not isinstance(value, list):
         raise ValueError(f"{file}: layer {key} must have a list of expert ids, not {value!r}")
     for expert in value:

@@ -33,7 +33,7 @@ class RoutedModel:
     Formats of weights are not part of it: a quantised model routes nearly as its origin does.
 
     Attributes:
-        model_type: as in `config.json`; empty where the source does not say.
+        model_type: as in `config.json`, for people: engines give one family several names.
         hidden_size: H; 0 where the source does not say.
         num_experts: routed experts E of each layer.
         top_k: experts of a token, k.
@@ -49,7 +49,7 @@ class RoutedModel:
     def differences(self, other: RoutedModel) -> list[str]:
         """What differs in `other`, in words; what either does not know is not compared."""
         found = []
-        for name in ("model_type", "hidden_size", "num_experts", "top_k", "layers"):
+        for name in ("hidden_size", "num_experts", "top_k", "layers"):
             mine, its = getattr(self, name), getattr(other, name)
             if mine and its and mine != its:
                 found.append(f"{name} is {_shown(mine)}, not {_shown(its)}")
@@ -145,7 +145,7 @@ class RoutingProfile:
         return np.where(of > 0, share, 1 / self.shape[1])
 
     def use(self, phase: str | None = None) -> npt.NDArray[np.float64]:
-        """float64 [L, E]: the share of tokens that use an expert, k times its share of the pairs."""
+        """float64 [L, E]: the share of tokens that use an expert, k times its share of pairs."""
         return self.shares(phase) * self.model.top_k
 
     def check(self, model: RoutedModel, where: str) -> None:
@@ -187,9 +187,9 @@ def together(profiles: Sequence[RoutingProfile]) -> RoutingProfile:
     if all(p.pairs is not None for p in profiles):
         found = [p.pairs for p in profiles if p.pairs is not None]
         pairs = np.sum(found, axis=0)
-        of = [np.maximum(p.sum((1, 2)), 1) / np.maximum(q.pairs_kept, 1e-9)
-              for p, q in zip(found, profiles, strict=True)]  # fmt: skip
-        kept = np.minimum(np.maximum(pairs.sum((1, 2)), 1) / np.sum(of, axis=0), 1.0)
+        shares = [np.maximum(p.pairs_kept, 1e-9) for p in profiles]
+        every = np.sum([p.sum((1, 2)) / s for p, s in zip(found, shares, strict=True)], axis=0)
+        kept = np.where(every > 0, pairs.sum((1, 2)) / np.maximum(every, 1e-9), 1.0)
     told = all(len(p.window_tokens) for p in profiles)
     windows, tokens = first.windows[:0], first.window_tokens[:0]
     if told:

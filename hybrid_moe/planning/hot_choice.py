@@ -4,11 +4,13 @@ many first ids as fit."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid_moe.formats.table import AS_STORED
+from hybrid_moe.placement.balanced_packing import divide_experts
 from hybrid_moe.placement.cost_placement import CostPlacement, LayerCost, place_by_cost
 from hybrid_moe.placement.profile import PlacementProfile
 from hybrid_moe.placement.ranks import experts_of_rank
@@ -107,8 +109,21 @@ def best_by_cost(model: Model, request: Request, routing: MeasuredRouting, room:
         hot = placed(place_by_cost(costs, budget), routing, use)
         over = hot_share(model, hot, gpus) - max(0, room)
         if over <= 0 or not hot.most:
-            return hot
+            return hot if model.gpu_backend is None else _divided(hot, routing, gpus)
         budget = min(budget, hot_bytes(model, hot)) - over  # whole experts, unevenly divided
+
+
+def _divided(hot: HotExperts, routing: MeasuredRouting, gpus: int) -> HotExperts:
+    """Whole experts on several GPUs: each layer's divided by use, as many on each as they would be
+    without a profile."""
+    if gpus == 1 or hot.profile is None or hot.use is None:
+        return hot
+    pairs, ranks = routing.profile.pairs, {}
+    for row, (layer, experts) in enumerate(hot.profile.layers.items()):
+        sizes = [len(experts_of_rank(experts, layer, rank, gpus)) for rank in range(gpus)]
+        together = None if pairs is None else pairs[row]
+        ranks[layer] = divide_experts(hot.use[layer], experts, sizes, together)
+    return replace(hot, profile=replace(hot.profile, ranks=ranks))
 
 
 def costs_of(

@@ -114,7 +114,7 @@ def write_placement(plan: Plan) -> Path | None:
     if plan.request.routing is None or plan.hot.profile is None:
         return None
     profile = plan.hot.profile
-    write_profile(profile.path, profile.layers)
+    write_profile(profile.path, profile.layers, profile.ranks)
     return profile.path
 
 

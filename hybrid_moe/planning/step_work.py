@@ -24,6 +24,7 @@ from hybrid_moe.schedule.layer_work import (
     GpuAmount,
     LayerSplit,
     LayerWork,
+    experts_met,
     uniform_met,
 )
 from hybrid_moe.schedule.machine_rates import MachineRates
@@ -111,7 +112,10 @@ def expert_work(
 
 
 def split_of(layer: LayerExperts, hot: HotExperts, tokens: float) -> LayerSplit:
-    """What a batch meets of a layer's experts, all of them equally likely."""
+    """What a batch meets of a layer's experts: as measured, or all of them equally likely."""
+    if hot.use is not None:
+        use, mask = hot.use[layer.layer], hot.mask(layer)
+        return LayerSplit(hot=experts_met(use, tokens, mask), cpu=experts_met(use, tokens, ~mask))
 
     def met(experts: int) -> ExpertCount:
         return uniform_met(experts, layer.num_experts, layer.top_k, tokens)

@@ -26,6 +26,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.placement_change import AWAY, COLD, HOT, PlacementChange
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
 from hybrid_moe.cpu_kernels.streams import keeping
+from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts, has_wide_scales
 from hybrid_moe.logs import warn_once
@@ -62,7 +63,7 @@ class ExpertPlacement:
         self._keeps = hot.options.keep_panels
         is_hot, away = mask.numpy().copy(), hot.options.elsewhere.numpy()
         _check_placement(is_hot, away, hot.options.slots, layer_idx)
-        self._expected = is_hot
+        self._expected: npt.NDArray[np.bool_] = is_hot
         self._expected_bytes = is_hot.tobytes()
         self._away = away
         self._slot: npt.NDArray[np.int32] = np.full(len(is_hot), -1, np.int32)
@@ -322,6 +323,7 @@ class ExpertPlacement:
                 else:
                     here.copy_(there, non_blocking=True)
                 self.moved_bytes += range_.nbytes
+                TOTALS.moved_bytes += range_.nbytes
                 if self._staged:
                     LOCKS.staged += range_.nbytes
 
@@ -339,6 +341,8 @@ class ExpertPlacement:
         keeping.until_idle(change, (change, self.live, self._hot.experts))
 
     def _set_mask(self, expert: int, hot: bool) -> None:
+        TOTALS.promotions += int(hot)
+        TOTALS.demotions += int(not hot)
         self._mask[expert] = hot
         self._expected[expert] = hot
         self._expected_bytes = self._expected.tobytes()

@@ -96,6 +96,8 @@ class PrefillStream:
         self._last: tuple[int, Any] | None = None
         """Of the latest streamed batch: its layer, and when that was over."""
         self._lock = ProcessLock()
+        self.turn = ProcessLock()
+        """Held by whoever decides, sends or computes."""
         self._told: dict[Transfer, TraceNote] = {}
         """Notes of copies that wait for their times, while a trace is written."""
         self._anchor: Anchor | None = None
@@ -210,7 +212,10 @@ class PrefillStream:
                 if told is not None and (span := transfer.span(self._anchor)) is not None:
                     trace.note(replace(told, begin=span[0], end=span[1]))
 
-    note_all = learn  # when a trace ends
+    def note_all(self) -> None:
+        """`learn`, when a trace ends."""
+        with self.turn:
+            self.learn()
 
     def tell(self, transfer: Transfer, name: str, flow: str) -> None:
         """While a trace is written: what `transfer` is, for when its times are known."""

@@ -14,6 +14,7 @@ from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_FAULT, IDS_PAS
 from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.streams.progress import Progress
+from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.call import check_call, is_plain, plain
@@ -128,8 +129,14 @@ class LayerRunner:
             if streamed is not None and streamed.wants(hidden.shape[0], stream):
                 if stream is not None:
                     self._follow_latest(stream)
-                batch = streamed.begin(stream, ids)
-                job, hot, fault = self._start_streamed(batch, stream, hidden, ids, weights)
+                with streamed.turn:
+                    batch = streamed.begin(stream, ids)
+                    try:
+                        started = self._start_streamed(batch, stream, hidden, ids, weights)
+                    except BaseException:
+                        batch.sent.drop()
+                        raise
+                job, hot, fault = started
             elif stream is None:
                 job, fault = self._start_all(hidden, ids, weights)
                 if halves is not None:
@@ -148,8 +155,6 @@ class LayerRunner:
             )
         except BaseException:
             discard(job, self.layer_idx)
-            if batch is not None:
-                batch.sent.drop()
             self._give_up(incoming)
             raise
 
@@ -200,6 +205,11 @@ class LayerRunner:
         """(Token, expert) pairs so far: on the GPU, and on the CPU."""
         hot, cold = self._layer.pairs
         return hot + self._hot_pairs, cold
+
+    def _count_hot(self, pairs: int) -> None:
+        """Count pairs of a run in which the CPU has no part."""
+        self._hot_pairs += pairs
+        TOTALS.hot_pairs += pairs
 
     def move(self, expert: int, hot: bool, cuda_stream: int | None) -> None:
         """Promote an expert to the hot half or demote it, in the order of calls."""
@@ -380,7 +390,7 @@ class LayerRunner:
         tokens, out_type = ids.size(0), self._out_type
         if not self._has_experts:
             known = ids[(ids >= 0) & (ids < self._shape.num_experts)]
-            self._hot_pairs += self._mask.hot(known)
+            self._count_hot(self._mask.hot(known))
             zeros = torch.zeros_like(hidden, dtype=out_type)
             missing = self._mask.missing(known)
             return Job(None, zeros, tokens, ids.numel() - known.numel(), missing)
@@ -436,7 +446,7 @@ class LayerRunner:
                 if not later:
                     if start_hot is not None:
                         start_hot()
-                    self._hot_pairs += ids.numel()  # nobody here knows which are out of range
+                    self._count_hot(ids.numel())  # nobody here knows which are out of range
                 return StreamZeros(hidden, self._out_type)
             beside = None if later else start_hot
             job = self._stager.submit(

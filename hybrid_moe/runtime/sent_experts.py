@@ -173,7 +173,10 @@ class SentExperts:
         """Note what the GPU did, of a batch that is over, and how long its sum took."""
         layer, watch = self.load.layer, self.watch
         rest = len(self.load.cold) - self.sent
-        spans = [(self.submitted, self._over, "layers", f"layer {layer}: {rest} on the CPU", None)]
+        whole = f"layer {layer}: {rest} on the CPU"
+        spans: list[tuple[Any, Any, str, str, str | None]] = [
+            (self.submitted, self._over, "layers", whole, None)
+        ]
         for begin, end, flow in self._gpu:
             name = "in slots" if flow is None else "sent"
             spans.append((begin, end, "GPU", f"layer {layer}: experts {name}", flow))

@@ -15,6 +15,7 @@ from hybrid_moe.cpu_kernels import trace
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.placement_change import AWAY, COLD, HOT
 from hybrid_moe.cpu_kernels.trace_file import TraceNote
+from hybrid_moe.locks import ProcessLock
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.hot_half import HotHalf
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
@@ -69,6 +70,12 @@ class StreamedLayer:
         """Of the layer in the model."""
         return self._shape.layer_idx
 
+    @property
+    def turn(self) -> ProcessLock:
+        """To be held from `begin` until the batch's experts are computed: prompts of several
+        threads share slots and link."""
+        return self._owner.turn
+
     def wants(self, tokens: int, stream: Stream | None) -> bool:
         """Whether a batch of so many tokens is streamed. Nothing is under capture, where nobody
         can wait for the routing."""
@@ -87,7 +94,7 @@ class StreamedLayer:
         watch = Stopwatch(stream)
         counts = self._count(stream, ids)
         self._seen = tokens, counts
-        cold = self._placement.cold
+        cold = self._cold
         used = cold & (counts > 0)
         waves = [(wave, {e: s for e, s in wave.slot_of.items() if used[e]}) for wave in self._ahead]
         self._ahead.clear()
@@ -141,22 +148,23 @@ class StreamedLayer:
     def expected(self, tokens: int) -> PrefillLoad:
         """What a batch of so many tokens will find here, by the latest one."""
         counts, known = self._expected(tokens), self._known
-        cold = counts[_most_first(counts, self._placement.cold & ~known)]
+        cold = counts[_most_first(counts, self._cold & ~known)]
         on_gpu = counts[(self._placement.hot | known) & (counts > 0)]
         return self._load(cold, on_gpu, max(0, self._slots.count // 2 - len(self._ahead_slots)))
 
     def send_ahead(self, count: int) -> None:
         """Send the experts with most pairs to expect, for the next batch."""
         tokens = self._owner.tokens if self._seen is None else self._seen[0]
-        order = _most_first(self._expected(tokens), self._placement.cold & ~self._known)
+        order = _most_first(self._expected(tokens), self._cold & ~self._known)
         chosen = order[: min(count, self._slots.free)]
         if len(chosen):
             self._ahead.append(self._send(chosen, "ahead")[0])
 
     def forget(self, expert: int) -> None:
         """The expert moves: a copy that is on its way may be of something else."""
-        for wave in self._ahead:
-            wave.slot_of.pop(expert, None)
+        with self.turn:
+            for wave in self._ahead:
+                wave.slot_of.pop(expert, None)
 
     def give_back_ahead(self) -> None:
         """Free the slots of what came ahead."""
@@ -165,11 +173,12 @@ class StreamedLayer:
 
     def close(self) -> None:
         """Leave; nothing is copied out of the layer's memory any more."""
-        self.give_back_ahead()
-        self._send_ahead = None
-        self.stager.close()
-        self._owner.leave(self)
-        self._owner.close_link()
+        with self.turn:
+            self.give_back_ahead()
+            self._send_ahead = None
+            self.stager.close()
+            self._owner.leave(self)
+            self._owner.close_link()
 
     def _count(self, stream: Stream | None, ids: torch.Tensor) -> Counts:
         """Pairs of each expert: int64 [E]."""
@@ -220,6 +229,12 @@ class StreamedLayer:
         before, counts = self._seen
         scaled: Counts = np.rint(counts * (tokens / max(1, before))).astype(np.int64)
         return scaled
+
+    @property
+    def _cold(self) -> npt.NDArray[np.bool_]:
+        """bool [E]: experts in the CPU's memory alone, by the order of calls."""
+        cold: npt.NDArray[np.bool_] = self._placement.cold & ~self._placement.hot
+        return cold
 
     @property
     def _known(self) -> npt.NDArray[np.bool_]:

@@ -86,7 +86,7 @@ class PrefillPlanner:
             if then is None:
                 return end, 0
             arrival = behind + this.link(late) - end - self.before
-            ahead = then.best(arrival)
+            ahead = then.best(arrival, now.room - late)
             return end + then.end(ahead, arrival), ahead
 
         tried: dict[int, tuple[float, int]] = {}
@@ -184,9 +184,10 @@ class LayerCurve:
         """Seconds until both parts are there."""
         return max(self.cpu(sent), self.other(sent, behind))
 
-    def best(self, behind: float) -> int:
-        """The number to send for which `end` is least: one part falls with it, the other grows."""
-        low, high = 0, min(len(self._load.cold), self._load.room)
+    def best(self, behind: float, room: int) -> int:
+        """The number to send, `room` at most, for which `end` is least: one part falls with it, the
+        other grows."""
+        low, high = 0, min(len(self._load.cold), self._load.room, room)
         while low < high:  # the first number at which the GPU's part is the later one
             middle = (low + high) // 2
             if self.other(middle, behind) >= self.cpu(middle):

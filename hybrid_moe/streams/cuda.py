@@ -199,7 +199,7 @@ class CudaStream:
     def passed(self, event: Event) -> bool:
         """Whether `event` has been reached."""
         assert isinstance(event, torch.cuda.Event)
-        return bool(event.query())
+        return bool(event.query())  # type: ignore[no-untyped-call]
 
     def seconds_between(self, begin: Event, end: Event) -> float:
         """From one timed event to another."""

@@ -11,6 +11,7 @@ import weakref
 
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.streams.graph_job import closed_runs, faults
+from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.locks import ProcessLock
 
 
@@ -40,6 +41,7 @@ class LayerFaults:
             missing: an expert that a token is routed to and that is nowhere, or -1.
         """
         self.ignored_ids += ignored
+        TOTALS.ignored_ids += ignored
         if ignored and self._strict:
             return self._out_of_range(ignored)
         return None if missing < 0 else self.not_loaded(missing)
@@ -49,6 +51,7 @@ class LayerFaults:
         not wait for; never waits."""
         report = self._layer.report()
         self.ignored_ids += report.ignored
+        TOTALS.ignored_ids += report.ignored
         if report.error is not None:
             return RuntimeError(f"layer {self.layer_idx}: {report.error}")
         if report.missing:

@@ -79,6 +79,7 @@ def test_the_short_table() -> None:
         _kernel("triton gate_up + down", 1, 30.0), _kernel("torch gate_up + down", 1, None),
         _kernel("gate_up", 4096, 800.0, 0.5),
         {"bench": "hybrid", "ratio": 1.05}, {"bench": "hybrid", "ratio": None},
+        {"bench": "streamed", "faster": 1.9},
     ]  # fmt: skip
     table = {what: measured for what, _, measured in report.summary([], points)}
     assert table["ceiling: copy"] == "3000 GB/s"
@@ -88,6 +89,7 @@ def test_the_short_table() -> None:
     assert table["decode beside cuBLAS"] == report.NOT_MEASURED
     assert table["prefill, 4096 tokens, MXFP4"].startswith("50 %")
     assert table["hybrid layer / longer half"] == "1.05 at most"
+    assert table["streamed prefill beside the CPU alone"] == "1.90 ×"
 
 
 def test_without_a_gpu_nothing_is_measured_and_every_row_is_there() -> None:

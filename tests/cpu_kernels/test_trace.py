@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hybrid_moe.cpu_kernels.dense import DenseLayer
 from hybrid_moe.cpu_kernels.drivers import records, spans, worker
 from hybrid_moe.cpu_kernels.matrix import PackedMatrix
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.cpu_kernels.trace_file import BETWEEN, GroupSpans, events
+from hybrid_moe.cpu_kernels.trace_file import BETWEEN, GroupSpans, TraceNote, events
 from hybrid_moe.formats.mx import MXFP4
 from tests.cpu_kernels.cases import Case, random_batch, random_matrix
 from tests.cpu_kernels.pool.test_phases import published
@@ -163,6 +164,52 @@ def test_workers_have_rows_of_their_own(traced: list[Event]) -> None:
     workers = [name for name in _rows(traced) if name.startswith("worker")]
     groups = {name.partition(" of ")[2] for name in workers}
     assert len(groups) == len(POOLS) and len(workers) <= sum(p.threads for p in POOLS.values())
+
+
+def test_arrows_lead_from_submit_to_job_to_wait(traced: list[Event]) -> None:
+    """One for each job; every step lies within the event that it belongs to."""
+    rows = _rows(traced)
+    numbers = {e["tid"]: e["args"]["name"] for e in traced if e["name"] == "thread_name"}
+    flows: dict[str, list[Event]] = {}
+    for event in traced:
+        if event["ph"] in "stf":
+            flows.setdefault(event["id"], []).append(event)
+    assert len(flows) == len(POOLS) * 2 * JOBS * len(TOKENS)
+    for steps in flows.values():
+        assert [step["ph"] for step in steps] == ["s", "t", "f"]
+        assert steps[0]["ts"] <= steps[2]["ts"] and steps[1]["ts"] <= steps[2]["ts"]
+        for step, what in zip(steps, ("submit ", "", "wait for "), strict=True):
+            name = what + step["name"]
+            assert any(
+                event["name"] == name and event["ts"] - TOUCHING <= step["ts"] <= _end(event)
+                for event in rows[numbers[step["tid"]]]
+            ), (name, step)
+
+
+def test_notes_of_python(tmp_path: Path) -> None:
+    """They have rows of their own, and arrows between those of one flow; what began before the
+    trace is left out, and whoever knows something late is asked at the end."""
+
+    class Late:
+        def note_all(self) -> None:
+            now = time.monotonic_ns()
+            trace.note(TraceNote("late", "layer 1", now - 10, now, {}, "wave 1"))
+
+    late = Late()
+    trace.add_source(late)
+    before = time.monotonic_ns()
+    assert not trace.is_recording()
+    trace.note(TraceNote("lost", "outside", before, before))
+    with trace.tracing(tmp_path / "notes.json"):
+        assert trace.is_recording()
+        now = time.monotonic_ns()
+        trace.note(TraceNote("link", "copies", now, now + 1000, {"bytes": 3}, "wave 1"))
+        trace.note(TraceNote("lost", "too early", before, now))
+    found = json.loads((tmp_path / "notes.json").read_text())["traceEvents"]
+    rows = _rows(found)
+    assert {name: len(row) for name, row in rows.items()} == {"link": 1, "late": 1}
+    assert rows["link"][0]["args"] == {"bytes": 3} and rows["link"][0]["dur"] == 1
+    assert [e["ph"] for e in found if e["ph"] in "stf"] == ["s", "f"]
 
 
 def test_what_finds_no_room_is_counted(

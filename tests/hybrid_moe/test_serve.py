@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -201,6 +203,11 @@ def test_what_is_served(client: openai.OpenAI) -> None:
     assert (model.id, model.owned_by, model.max_model_len) == ("tiny", "hybrid_moe", CONTEXT)  # type: ignore[attr-defined]
     root = str(client.base_url).removesuffix("v1/")
     assert client.get(f"{root}health", cast_to=object) == {"status": "ok"}
+    samples = urllib.request.urlopen(f"{root}metrics", timeout=60)
+    assert samples.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    counted = re.findall(r'^hybrid_moe_cold_pairs_total{layer="(.+)"} (\d+)$',
+                         samples.read().decode(), re.M)  # fmt: skip
+    assert len(counted) > 1 and all(int(count) > 0 for _, count in counted)
     for path in ("/reset", "/load_model", "/v1/systemone", "/v1/audio/transcriptions", "/docs"):
         with pytest.raises(openai.NotFoundError, match=f"there is no {path} here"):
             client.post(f"{root}{path[1:]}", cast_to=object, body={})

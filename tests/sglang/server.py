@@ -67,12 +67,14 @@ class Server:
         options: added to `OPTIONS`, by name.
         environment: added to the process's own, None removes.
         log: file for what it prints.
+        switches: options without a value, added to `SWITCHES`.
     """
 
     model: Path
     options: Mapping[str, str | int]
     environment: Mapping[str, str]
     log: Path
+    switches: Sequence[str] = ()
     port: int = field(default_factory=lambda: free_port())
     _process: subprocess.Popen[bytes] | None = None
 
@@ -92,7 +94,8 @@ class Server:
         """Start it and return when it answers."""
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model)]
         options = {**OPTIONS, "--port": self.port, **self.options}
-        command += [str(word) for option in options.items() for word in option] + [*SWITCHES]
+        command += [str(word) for option in options.items() for word in option]
+        command += [*SWITCHES, *self.switches]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HYBRID_MOE_")}
         if "HYBRID_MOE_CACHE_DIR" in os.environ:
             environment["HYBRID_MOE_CACHE_DIR"] = os.environ["HYBRID_MOE_CACHE_DIR"]

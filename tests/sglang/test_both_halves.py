@@ -97,6 +97,41 @@ def test_ranks_give_parts_of_one_sum(
     assert (slots, cold) == (int((chosen < hot).sum()), int((chosen >= hot).sum()))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_long_prompts_are_streamed(
+    qwen: FamilyFixture, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """With memory for it: on the first rank, which has the cold experts."""
+    monkeypatch.setenv("HYBRID_MOE_STREAM_PREFILL", "1MiB")
+    batch = Batch.random(qwen, 300)
+    parts = through_ranks(qwen, 1, ranks, batch)
+    assert_close(torch.stack([part for _, part in parts]).sum(dim=0), batch, qwen)
+    for rank, (layer, _) in enumerate(parts):
+        wrapper = layer.quant_method.wrapper
+        if wrapper is not None:
+            assert (wrapper._prefill_stream is not None) == (rank == 0)
+    stream = parts[0][0].quant_method.wrapper._prefill_stream
+    stream.learn()
+    assert stream.planner.cpu, "the planner has learned from the batch"
+
+
+def test_quality_is_the_default_of_deferral(
+    qwen: FamilyFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where SGLang's own option says nothing."""
+    for value, given, share in (
+        ("balanced", None, 1 / 4),
+        ("balanced", 1, None),
+        ("exact", None, 0),
+    ):
+        monkeypatch.setenv("HYBRID_MOE_QUALITY", value)
+        options = {} if given is None else {"kt_max_deferred_experts_per_token": given}
+        with server_options(qwen, gpu_experts=1, **options):
+            wrapper = new_layer(qwen).quant_method.wrapper
+        expected = given if share is None else int(share * wrapper.num_experts_per_tok)
+        assert wrapper.max_deferred_experts_per_token == expected
+
+
 def test_only_the_first_rank_has_the_workers(qwen: FamilyFixture) -> None:
     """SGLang may have bound the others to a part of the machine, which has not so many cores."""
     for rank in (0, 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from hybrid_moe.integrations.sglang.model_chain import TargetModel
 from tests.hybrid_moe.members import Layer
 
@@ -34,3 +36,16 @@ def test_a_model_that_is_built_anew_has_a_chain_of_its_own() -> None:
     newest = build(target, 0, 2)
     assert target.chain_of(3).after(0) == 2 and len(newest) == 2
     assert first.after(0) == 1
+
+
+def test_a_model_has_one_stream_of_prompts() -> None:
+    target, environment = TargetModel(), {"HYBRID_MOE_STREAM_PREFILL": "1GiB"}
+    target.chain_of(0)
+    assert target.prefill_stream({}) is None
+    first = target.prefill_stream(environment)
+    target.chain_of(1)
+    assert first is not None and target.prefill_stream(environment) is first
+    target.chain_of(0)  # a model that is built anew
+    assert target.prefill_stream(environment) is not first
+    with pytest.raises(ValueError, match='HYBRID_MOE_STREAM_PREFILL: size "much"'):
+        target.prefill_stream({"HYBRID_MOE_STREAM_PREFILL": "much"})

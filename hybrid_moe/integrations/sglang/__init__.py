@@ -9,6 +9,8 @@ SGLang calls `register` (entry point group `sglang.srt.plugins`) in each of its 
     gpu_backend     who computes the experts on the GPU: SGLang's kernels or this package's
     gpu_experts     which experts of a layer are hot, their slots on the GPU, and each rank's share
     slot_loading    SGLang's weight loaders, for experts that live in slots
+    server_metrics  this package's counts at SGLang's /metrics
+    server_profile  HYBRID_MOE_PROFILE: which experts a running server uses, in a file
     dynamic         experts change places between steps
     step_faults     a fault fails the requests of its step, not the server, where that can go on
     expert_layer    what SGLang says about a layer, in `KTMoEWrapper`'s terms, or why not

@@ -239,6 +239,11 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         f"{_SCHEDULER}.run_batch", "steps and their numbers", uses("forward_ct", "forward_iter")
     ),
     Requirement(
+        "sglang.srt.model_executor.model_runner:ModelRunner.forward",
+        "telling prefill from decode",
+        called_with("forward_batch"),
+    ),
+    Requirement(
         "sglang.srt.managers.schedule_batch:ScheduleBatch",
         "the requests of a step",
         has_fields("reqs", "forward_iter"),

@@ -30,10 +30,12 @@ class GpuExperts:
     Attributes:
         num_experts: routed experts E.
         hot: ids of the experts on the GPU, ascending; the place of an id is its slot.
+        by_rank: those of each of several GPUs, where a profile says it.
     """
 
     num_experts: int
     hot: tuple[int, ...]
+    by_rank: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def count(self) -> int:
@@ -89,8 +91,21 @@ class RankExperts:
 
     @classmethod
     def of(cls, hot: GpuExperts, layer_idx: int, rank: int, ranks: int) -> RankExperts:
-        """The share of `rank` in the layer's hot experts."""
-        own = GpuExperts(hot.num_experts, experts_of_rank(hot.hot, layer_idx, rank, ranks))
+        """The share of `rank` in the layer's hot experts.
+
+        Raises:
+            ValueError: the placement was made for another number of GPUs.
+        """
+        if hot.by_rank is None or ranks == 1:
+            ids = experts_of_rank(hot.hot, layer_idx, rank, ranks)
+        elif len(hot.by_rank) == ranks:
+            ids = hot.by_rank[rank]
+        else:
+            raise ValueError(
+                f"the placement of layer {layer_idx} is for {len(hot.by_rank)} GPUs, but there are "
+                f"{ranks}: make it again with `hybrid-moe serve --profile`"
+            )
+        own = GpuExperts(hot.num_experts, ids)
         others = ~own.mask if rank else hot.mask & ~own.mask
         return cls(own, others)
 
@@ -126,7 +141,8 @@ def choose(
         file = Path(path).expanduser()
         routed = file.is_file() and is_routing_file(file)
         profile = placement_of_number(file, count) if routed else read_profile(path)
-        return GpuExperts(num_experts, profile.experts_of(layer_idx, num_experts))
+        experts = profile.experts_of(layer_idx, num_experts)
+        return GpuExperts(num_experts, experts, profile.ranks.get(layer_idx))
     if not 0 <= count <= num_experts:
         raise ValueError(
             f"--kt-num-gpu-experts is {count}, must be between 0 and the {num_experts} experts of "

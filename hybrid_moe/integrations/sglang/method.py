@@ -42,8 +42,10 @@ from hybrid_moe.integrations.sglang import (
 from hybrid_moe.integrations.sglang.expert_layer import ExpertLayerSpec, UnsupportedLayerError
 from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts, RankExperts
 from hybrid_moe.integrations.sglang.model_chain import TARGET_MODEL
+from hybrid_moe.integrations.sglang.server_profile import chosen as chosen_profile
 from hybrid_moe.integrations.sglang.slot_loading import physical_to_logical, slot_loader
 from hybrid_moe.integrations.sglang.step_faults import STEP_FAULTS, named_options
+from hybrid_moe.runtime.torch_op import untraced
 from hybrid_moe.schedule.quality import deferral_depth, quality
 from hybrid_moe.wrapper import KTMoEWrapper
 
@@ -82,6 +84,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self._spec: ExpertLayerSpec
         self._table: torch.Tensor
         self._factor = 1.0
+        self._profile = chosen_profile()
 
     # Building and loading -----------------------------------------------------------------------
 
@@ -207,6 +210,11 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             self.gpu_method.process_weights_after_loading(layer)
         device = next(layer.parameters()).device
         self._table = self.experts.slot_table(device)
+        if layer.is_draft or layer.moe_tp_rank:
+            self._profile = None
+        elif self._profile is not None:
+            weights = self.kt_config.weight_path
+            self._profile.join(layer, self.experts.num_experts, device, weights)
         if self.wrapper is not None:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # frees what loading holds, before memory is taken
@@ -234,6 +242,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
         and their sum."""
         dispatch_output = with_standard_routing(dispatch_output)
         x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
+        if self._profile is not None:
+            untraced(self._profile.add)(layer.layer_id, topk.topk_ids)
         running = self.submit(x, topk)
         try:
             hot = self._hot_output(layer, dispatch_output)

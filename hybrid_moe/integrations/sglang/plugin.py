@@ -125,11 +125,14 @@ def take_over(decision: Decision) -> type:
 
 
 def _install() -> type:
-    from hybrid_moe.integrations.sglang import step_faults
+    from hybrid_moe.integrations.sglang import server_metrics, server_profile, step_faults
     from hybrid_moe.integrations.sglang.method import KTEPWrapperMethod
     from hybrid_moe.wrapper import KTMoEWrapper
 
     step_faults.install()
+    server_metrics.start()
+    if (profile := server_profile.chosen()) is not None:
+        server_profile.install(profile)
     for name in (contract.KT_MODULE, contract.GRAPH_MODULE):
         module = importlib.import_module(name)
         _set(module, KTMoEWrapper=KTMoEWrapper, KTRANSFORMERS_AVAILABLE=True)

@@ -12,7 +12,7 @@ import torch
 from hybrid_moe.formats.weight_format import LayerFormats
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
-from hybrid_moe.integrations.transformers.split_experts import LayerSplit
+from hybrid_moe.integrations.transformers.split_experts import SplitSpec
 from hybrid_moe.loaders import ExpertSource
 from hybrid_moe.loaders.load import LayerLoad, Progress, load_layers
 from hybrid_moe.loaders.packed_cache import PackedCache
@@ -35,7 +35,7 @@ class ExpertsPart:
     source: ExpertSource
     module: HybridExperts
     formats: LayerFormats
-    split: LayerSplit | None = None
+    split: SplitSpec | None = None
     progress: Progress | None = None
 
     @property

@@ -10,12 +10,13 @@ import torch
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
+from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.formats.strips import packed_nbytes
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec, expert_tensors
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
-from hybrid_moe.integrations.transformers.split_experts import LayerSplit, SplitExperts
+from hybrid_moe.integrations.transformers.split_experts import SplitExperts, SplitSpec
 from hybrid_moe.parallel import for_each
 from hybrid_moe.runtime import filling, torch_op
 
@@ -46,7 +47,7 @@ class HybridExperts(torch.nn.Module):
         return layer
 
     def allocate_split(
-        self, options: ExpertsOptions, formats: LayerFormats, split: LayerSplit
+        self, options: ExpertsOptions, formats: LayerFormats, split: SplitSpec
     ) -> SplitExperts:
         """Experts of this module's sizes, in two halves that are still empty, kept here."""
         layer = SplitExperts(self.spec, options, formats, split)
@@ -131,7 +132,7 @@ def fill(layer: ExpertLayer, module: torch.nn.Module, spec: ExpertsSpec, fmt: We
 
 
 def pack_module(
-    module: torch.nn.Module, spec: ExpertsSpec, options: ExpertsOptions, split: LayerSplit | None
+    module: torch.nn.Module, spec: ExpertsSpec, options: ExpertsOptions, split: SplitSpec | None
 ) -> HybridExperts:
     """The experts of `module`, packed; as `split` tells, if it does."""
     experts = HybridExperts(spec)
@@ -195,6 +196,7 @@ def _compute(
     job = layer.start(Batch(ids.shape[0], ids.shape[1], *at), out)
     if job.missing >= 0:
         raise RuntimeError(f"a token is routed to expert {job.missing}, which is not loaded")
+    TOTALS.ignored_ids += job.ignored
     y = job.wait()
     return y if x is hidden else y.to(hidden.device, hidden.dtype)
 

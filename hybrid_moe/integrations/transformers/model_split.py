@@ -14,7 +14,7 @@ from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.loading import layer_index
 from hybrid_moe.integrations.transformers.options import choose_backend
-from hybrid_moe.integrations.transformers.split_experts import LayerSplit
+from hybrid_moe.integrations.transformers.split_experts import SplitSpec
 from hybrid_moe.loaders import ExpertSource
 from hybrid_moe.loaders.model_config import TOP_K, ModelConfig
 from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
@@ -42,7 +42,7 @@ class ModelSplit:
         backend: see above.
         masks: layer -> bool [E], True for hot experts.
         config: the model's.
-        activation, panels: see `LayerSplit`.
+        activation, panels: see `SplitSpec`.
 
         Raises:
             ValueError: the configuration does not say how many experts a token takes, or
@@ -62,9 +62,9 @@ class ModelSplit:
                 )
             self._top_k[layer] = top_k
 
-    def of_layer(self, layer: int, device: torch.device) -> LayerSplit:
+    def of_layer(self, layer: int, device: torch.device) -> SplitSpec:
         """Of the layer with this index, on a device."""
-        return LayerSplit(
+        return SplitSpec(
             layer,
             self._top_k[layer],
             self._masks[layer],
@@ -93,7 +93,7 @@ def split_of_model(
     gpu_backend: str | None,
     gpu_activation: str | None = None,
     panels: str | None = None,
-) -> dict[str, LayerSplit]:
+) -> dict[str, SplitSpec]:
     """How the layers of a loaded model are split, by the names of their experts modules; their
     slots are where they are now. Empty where `gpu_experts` is None.
 
@@ -102,7 +102,7 @@ def split_of_model(
         found, specs: its experts modules and their sizes, by name.
         fmt: that they will be packed in.
         gpu_experts, gpu_backend, gpu_activation: see `offload`.
-        panels: see `LayerSplit`.
+        panels: see `SplitSpec`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: see `offload`.
@@ -149,7 +149,7 @@ def split_of_checkpoint(
         gpu_experts, gpu_backend, gpu_activation: see `from_pretrained`.
         kwargs: for Transformers' `from_pretrained`. CuTe kernels bring the model to the GPU, where
             no `device_map` says otherwise.
-        panels: see `LayerSplit`.
+        panels: see `SplitSpec`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: see `from_pretrained`.

@@ -112,8 +112,9 @@ def offload(
         gpu_experts: experts that are packed into slots of the device where their layer is, and
             computed there, while the CPU computes the others: a share of all experts (0.25 or
             "25%"), GPU memory ("24GB": as many as it holds), bool masks [layers, experts] as of
-            `generate_gpu_experts_masks`, a mapping of layers to expert ids, or the path of a
-            placement profile. None for none.
+            `generate_gpu_experts_masks`, a mapping of layers to expert ids, the path of a placement
+            profile, or that of a routing profile with an amount ("profile.json@25%"). None for
+            none.
         gpu_backend: what computes them: "cute", or "torch", which needs no GPU. None for "cute"
             where it can be used, else "torch" (logged once, with the reason).
         gpu_activation: "fp8" for a W8A8 prefill of these experts, see `KTMoEWrapper`; else None.

@@ -18,7 +18,7 @@ from hybrid_moe.runtime.prefill_stream import PrefillStream
 
 
 @dataclass(frozen=True)
-class LayerSplit:
+class SplitSpec:
     """How one layer is split.
 
     Attributes:
@@ -57,7 +57,7 @@ class SplitExperts:
     before_step: Callable[[], object] | None = None
 
     def __init__(
-        self, spec: ExpertsSpec, options: ExpertsOptions, formats: LayerFormats, split: LayerSplit
+        self, spec: ExpertsSpec, options: ExpertsOptions, formats: LayerFormats, split: SplitSpec
     ) -> None:
         """Describe them.
 

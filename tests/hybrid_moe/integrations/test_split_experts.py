@@ -22,7 +22,7 @@ from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.model_split import ModelSplit, surrounding_device
 from hybrid_moe.integrations.transformers.options import ExpertsOptions, choose_backend
 from hybrid_moe.integrations.transformers.registration import from_pretrained, offload
-from hybrid_moe.integrations.transformers.split_experts import LayerSplit, SplitExperts
+from hybrid_moe.integrations.transformers.split_experts import SplitExperts, SplitSpec
 from hybrid_moe.loaders.layer_source import LayerSource
 from hybrid_moe.loaders.model_config import ModelConfig
 from hybrid_moe.placement.profile import write_profile
@@ -184,7 +184,7 @@ def test_cute_kernels_bring_the_model_to_the_gpu(
 
 def test_cute_kernels_need_the_layer_on_a_gpu(half: Any) -> None:
     module = next(hybrid_experts(half))
-    split = LayerSplit(0, 3, torch.zeros(8, dtype=torch.bool), "cute", torch.device("cpu"))
+    split = SplitSpec(0, 3, torch.zeros(8, dtype=torch.bool), "cute", torch.device("cpu"))
     empty, options = HybridExperts(module.spec), ExpertsOptions("MXFP4", threads=1)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts .* is on cpu"):
         empty.allocate_split(options, layer_formats(MXFP4), split)

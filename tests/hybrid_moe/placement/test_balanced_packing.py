@@ -11,7 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_moe.placement.balanced_packing import ReplicaPlacement, rebalance_experts
+from hybrid_moe.placement.balanced_packing import (
+    ReplicaPlacement,
+    divide_experts,
+    rebalance_experts,
+)
 
 F64 = npt.NDArray[np.float64]
 
@@ -184,6 +188,20 @@ def test_keeping_apart_costs_no_balance(seed: int) -> None:
     assert aware.gpu_loads(loads).max() <= blind.gpu_loads(loads).max() * (1 + 1e-9)
     np.fill_diagonal(together, loads[0])
     assert within_gpus(aware, together) <= within_gpus(blind, together) * (1 + 1e-9)
+
+
+def test_experts_without_replicas() -> None:
+    """Some of a layer's, in unequal numbers; 1 and 4 always work together."""
+    use = np.array([5.0, 4.0, 9.0, 3.0, 4.0, 1.0])
+    ranks = divide_experts(use, [4, 0, 3, 1], [2, 2])
+    assert sorted(use[list(ids)].sum() for ids in ranks) == [8, 8]
+    together = np.zeros((6, 6))
+    together[1, 4] = together[4, 1] = 3
+    ranks = divide_experts(np.full(6, 2.0), [0, 1, 4], [2, 1], together)
+    assert ranks in (((0, 1), (4,)), ((0, 4), (1,)))
+    assert divide_experts(use, [], [0, 0]) == ((), ())
+    with pytest.raises(ValueError, match=r"1 experts cannot be divided into \[1, 1\]"):
+        divide_experts(use, [2], [1, 1])
 
 
 def test_idle_experts_and_layers() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_moe.integrations.sglang.gpu_experts import PROFILE, choose
+from hybrid_moe.integrations.sglang.gpu_experts import PROFILE, RankExperts, choose
 from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
 from hybrid_moe.placement.profile import write_profile
 from hybrid_moe.placement.routing_profile_file import write_routing_profile
@@ -89,3 +89,16 @@ def test_sglang_takes_a_number_for_each_layer_on_average(file: Path) -> None:
         choose(1, 16, 17, environment)
     with pytest.raises(ValueError, match="has no layer 3"):
         choose(3, 16, 4, environment)
+
+
+def test_sglang_divides_experts_as_a_placement_says(tmp_path: Path) -> None:
+    path = tmp_path / "hot.json"
+    write_profile(path, {0: [5, 1, 7], 1: [2]}, {0: [[7], [5, 1]]})
+    hot = choose(0, 16, None, {PROFILE: str(path)})
+    assert hot.hot == (1, 5, 7)
+    assert [RankExperts.of(hot, 0, rank, 2).hot.hot for rank in range(2)] == [(7,), (1, 5)]
+    assert RankExperts.of(hot, 0, 0, 1).hot.hot == (1, 5, 7)
+    plain = choose(1, 16, None, {PROFILE: str(path)})
+    assert {RankExperts.of(plain, 1, rank, 2).hot.hot for rank in range(2)} == {(2,), ()}
+    with pytest.raises(ValueError, match="layer 0 is for 2 GPUs, but there are 3"):
+        RankExperts.of(hot, 0, 0, 3)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_moe.placement.profile import read_profile
+from hybrid_moe.placement.ranks import experts_of_rank
 from hybrid_moe.placement.routing_profile_file import write_routing_profile
 from hybrid_moe.planning import MeasuredRouting, Model, Plan, make_plan, read_model
 from hybrid_moe.planning.hot_choice import costs_of, first_ids
@@ -98,6 +99,19 @@ def test_slots_on_several_gpus(fake: Fake, routing: MeasuredRouting) -> None:
     model = read_model(fake("gpt-oss-20b"), gpu_backend="cute")
     plan = make_plan(model, request("3x6GB", routing=routing))
     assert not plan.shortages and plan.hot.most > 0
+    assert plan.hot.profile is not None and plan.hot.use is not None
+    fullest, dealt = 0.0, 0.0
+    for layer, experts in plan.hot.profile.layers.items():
+        ranks = plan.hot.profile.ranks[layer]
+        assert sorted(expert for ids in ranks for expert in ids) == list(experts)
+        by_id = [experts_of_rank(experts, layer, rank, 3) for rank in range(3)]
+        assert list(map(len, ranks)) == list(map(len, by_id))
+        use = plan.hot.use[layer]
+        fullest += max(use[list(ids)].sum() for ids in ranks)
+        dealt += max(use[list(ids)].sum() for ids in by_id)
+    assert fullest < 0.9 * dealt
+    written = write_placement(plan)
+    assert written is not None and read_profile(written).ranks == plan.hot.profile.ranks
 
 
 def test_too_little_memory_for_any_expert(gpt_oss: Model, routing: MeasuredRouting) -> None:

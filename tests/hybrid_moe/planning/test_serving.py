@@ -21,6 +21,7 @@ from hybrid_moe.placement.profile import read_profile, write_profile
 from hybrid_moe.planning import DoesNotFitError, Model, make_plan, read_model
 from hybrid_moe.planning.plan import GPU
 from hybrid_moe.planning.serving import ServerCommand, server_command
+from hybrid_moe.schedule import streamed_prefill
 from tests.hybrid_moe.planning.cases import GIB, request
 from tests.hybrid_moe.planning.conftest import Fake
 
@@ -187,6 +188,10 @@ def test_serve_prints_the_command(fake: Fake) -> None:
         (("--gpu-experts", "25%", "--gpu", "24GB", *MACHINE), "it is a number of experts of each"),
         (("--gpu-backend", "cute"), "--gpu-backend is for experts on a GPU"),
         (("--gpu", "16GB", "--gpu-backend", "cuda"), "--gpu-backend cuda: choose cute ("),
+        (("--gpu", "16GB", "--stream-prefill", "1GiB"), "add --gpu and --gpu-backend cute"),
+        (("--stream-prefill", "1GiB"), "add --gpu and --gpu-backend cute"),
+        (("--gpu", "16GB", "--quality", "fine"), "--quality fine: must be exact or balanced"),
+        (("--quality", "balanced"), "--quality is for decode beside a GPU"),
     ],
 )
 def test_serve_refuses(fake: Fake, words: tuple[str, ...], message: str) -> None:
@@ -202,6 +207,27 @@ def test_serve_with_experts_of_our_own(fake: Fake) -> None:
     assert result.stdout.startswith("HYBRID_MOE_GPU=cute SGLANG_AUTO_NUMA_BIND=0 python -m ")
     assert "--moe-runner-backend triton" in result.stdout  # what SGLang finds there is not MXFP4
     assert "--kt-num-gpu-experts 0" not in result.stdout
+
+
+def test_serve_that_streams_and_defers(fake: Fake) -> None:
+    """Both go through the environment, and the plan has room for the experts on their way."""
+    words = ("--model", fake("Qwen3-30B-A3B-MXFP4"), "--gpu", "16GB", "--gpu-backend", "cute",
+             "--dry-run", *MACHINE)  # fmt: skip
+    result = run("serve", *words, "--stream-prefill", "3GiB", "--quality", "balanced")
+    assert result.exit_code == 0, result.output
+    environment = dict(word.split("=", 1) for word in result.stdout.split(" python")[0].split())
+    assert environment == {
+        "HYBRID_MOE_GPU": "cute",
+        "HYBRID_MOE_STREAM_PREFILL": "3145728KiB",
+        "HYBRID_MOE_QUALITY": "balanced",
+        "SGLANG_AUTO_NUMA_BIND": "0",
+    }
+    assert streamed_prefill.stream_memory(environment) == 3 * GIB
+
+    def hot(text: str) -> int:
+        return int(re.search(r"--kt-num-gpu-experts (\d+)", text)[1])  # type: ignore[index]
+
+    assert hot(result.stdout) < hot(run("serve", *words).stdout)
 
 
 def test_experts_that_move(fake: Fake) -> None:

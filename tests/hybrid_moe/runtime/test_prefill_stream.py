@@ -118,6 +118,41 @@ def test_every_pair_runs_once(deferred: int) -> None:
         w.close()
 
 
+def test_panels_that_are_kept() -> None:
+    """An expert in a slot is on the CPU too: it is neither sent nor computed twice."""
+    planner = GivenPlanner((E, 0), (E, 0))
+    stream = PrefillStream(planner, slots=E, tokens=2)
+    (w,) = layers(stream, 1, gpu_panels="keep")
+    for seed in range(2):
+        batch = signature_batch(9, seed)
+        assert torch.equal(w.forward(*batch.args), signatures(batch))
+        assert planner.loads[-1].on_gpu.experts == 1 + seed
+        if seed == 0:
+            w.promote(3)
+
+
+def test_prompts_of_several_threads() -> None:
+    """Two threads, each in a layer of its own at times, share slots and link."""
+    planner = GivenPlanner(*((seed % 4, seed % 3) for seed in range(400)))
+    stream = PrefillStream(planner, slots=5, tokens=2)
+    model = layers(stream)
+    wrong: list[str] = []
+
+    def work(w: KTMoEWrapper, first: int) -> None:
+        for seed in range(first, first + 40):
+            batch = signature_batch(6, seed)
+            if not torch.equal(w.forward(*batch.args), signatures(batch)):
+                wrong.append(f"layer {w.layer_idx}, batch {seed}")
+
+    threads = [threading.Thread(target=work, args=(w, 1000 * at)) for at, w in enumerate(model)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(planner.loads) == 80
+
+
 OTHERS = (FORMATS["MXFP4"], FORMATS["BF16"], FORMATS["INT4_G32_BF16"])
 
 

@@ -100,7 +100,7 @@ def test_no_other_number_is_better(
     best = min(
         total(late, ahead)
         for late in range(min(len(now), room) + 1)
-        for ahead in range(min(len(then_list), room) + 1)
+        for ahead in range(min(len(then_list), room, max(0, room - late)) + 1)
     )
     assert total(choice.late, choice.ahead) <= 1.01 * best + 1e-9
 

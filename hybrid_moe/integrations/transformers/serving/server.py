@@ -19,7 +19,7 @@ from typing import Any
 
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -39,10 +39,21 @@ from hybrid_moe.integrations.transformers.serving.request_checks import (
     check_request,
     set_effort,
 )
+from hybrid_moe.runtime.metrics import metrics
 
-ROUTES = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health"}
-"""Those of Transformers' server that make sense for one language model: none that loads or unloads
-a model."""
+METRICS = "/metrics"
+"""What the experts have done so far, for Prometheus."""
+
+ROUTES = {
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/models",
+    "/health",
+    METRICS,
+}
+"""Those of Transformers' server that make sense for one language model, none that loads or unloads
+a model; and ours."""
 
 LARGEST_BODY = 64 << 20
 """Bytes of a request: far more than the text of a million tokens."""
@@ -65,10 +76,15 @@ def make_app(name: str, model: Any, tokenizer: Any, queue: AnswerQueue) -> Any:
         systemone_handler=None,
         generation_state=state,
     )
+    app.add_api_route(METRICS, _metrics, methods=["GET"])
     app.add_exception_handler(HTTPException, _refusal)
     app.add_exception_handler(RequestValidationError, _no_json)
     app.add_exception_handler(GenerationFailedError, _failure)
     return _Connections(app)
+
+
+async def _metrics() -> PlainTextResponse:
+    return PlainTextResponse(metrics().prometheus(), media_type="text/plain; version=0.0.4")
 
 
 class _OneModel(ModelManager):  # type: ignore[misc]
