@@ -24,7 +24,7 @@ CHUNKS = (512, 1024, 2048, 4096, 8192, 16384)
 """Tokens of a chunk that `best_chunk` tries."""
 
 WORTH = 0.97
-"""Of the fastest prefill: the smallest chunk that reaches it is taken, for it leaves most memory."""
+"""Of the fastest prefill: the smallest chunk that reaches it is taken, for it leaves memory."""
 
 
 def streamed_step(step: StepWork, memory: int) -> tuple[StepWork, StepTimeline]:
