@@ -232,8 +232,8 @@ def test_experts_follow_the_topic(panels: str) -> None:
     places = [layer._layer.free_places for layer in layers]
     memory = [(layer.nbytes, layer.gpu_nbytes) for layer in layers]
     counted, hits = 0, list[float]()
-    for step in range(240):
-        topic = [[0, 1, 2], [5, 6, 7], [2, 3, 6]][step // 40 % 3]
+    for step in range(120):
+        topic = [[0, 1, 2], [5, 6, 7], [2, 3, 6]][step // 20 % 3]
         before = [layer.pairs for layer in layers]
         for layer in layers:
             batch = of_topic(signature_batch(6, step), topic)
@@ -247,8 +247,8 @@ def test_experts_follow_the_topic(panels: str) -> None:
     report = placed.report()
     assert report.pairs == counted == sum(sum(layer.pairs) for layer in layers)
     assert report.hot_pairs == sum(layer.pairs[0] for layer in layers)
-    for start in range(0, 240, 40):
-        assert np.mean(hits[start + 20 : start + 40]) > 0.85
+    for start in range(0, 120, 20):
+        assert np.mean(hits[start + 10 : start + 20]) > 0.85
     assert report.swaps >= 5 * 2 and report.returns == 0
     assert [layer._layer.free_places for layer in layers] == places
     assert [(layer.nbytes, layer.gpu_nbytes) for layer in layers] == memory
@@ -259,14 +259,14 @@ def test_experts_follow_the_topic(panels: str) -> None:
     assert copied == report.moved_bytes
 
 
-MANY = ("_G64_", "_G256_", "_Z0", "ROW_FP16")
-"""In names of rows that differ from others by a shift or a constant: not in a short run."""
+BRIEF = ("MXFP4", "BF16", "NVFP4", "INT4_G32_FP16_Z1", "INT8_ROW_FLOAT32", "Q4_K", "FP8")
+"""In a short run: one row of each kind of planes."""
 
 
 @pytest.mark.parametrize(
     "fmt",
     [
-        pytest.param(fmt, id=name, marks=pytest.mark.full if any(m in name for m in MANY) else [])
+        pytest.param(fmt, id=name, marks=[] if name in BRIEF else pytest.mark.full)
         for name, fmt in FORMATS.items()
         if has_kernels(fmt)
     ],

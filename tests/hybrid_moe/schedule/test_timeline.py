@@ -188,7 +188,7 @@ def test_copies_take_bandwidth_from_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("cpu_read", 0.0), ("gpu_read", -1.0), ("memory", float("nan")), ("link", -1.0),
-     ("submit", float("inf")), ("step", -1e-9)],
+     ("submit", float("inf")), ("back", -1e-9)],
 )  # fmt: skip
 def test_rates_are_checked(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}, must be"):
