@@ -27,6 +27,7 @@ from harness import (
 from problem import Shape, batches_for, random_batches, time_calls
 from rich.console import Console
 from tables import MOE_LAYER, OTHERS, show
+from weights import format_of
 
 from hybrid_moe.cpu_kernels.ceilings.peaks import mac_ceiling, usable_tiers
 from hybrid_moe.cpu_kernels.dsl.tiers import Tier, choose_tier
@@ -90,7 +91,7 @@ def main() -> None:
     points = []
     for threads, tier, method in itertools.product(args.threads, tiers, args.methods):
         pool, reads = PoolConfig(threads), Reads(threads)
-        peak = mac_ceiling(method, pool, tier)
+        peak = mac_ceiling(format_of(method).name, pool, tier)
         for shape in args.shapes:
             layer = make_layer(shape, method, pool, tier)  # one is in memory at a time
             for tokens in args.tokens:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from hybrid_moe.schedule.layer_times import layer_times
 from hybrid_moe.schedule.layer_work import (
+    ExpertSplit,
     ExpertWork,
     GpuAmount,
-    LayerSplit,
     LayerWork,
     uniform_met,
 )
@@ -189,11 +189,11 @@ def predicted(row: Published, constants: Constants) -> float:
     expert = ExpertWork(nbytes, nbytes / row.gpus, shape.expert, 1e15, 1e15)
     before = GpuAmount(shape.rest * row.bits / 8 / row.gpus / shape.layers)
     hot = shape.num_experts * row.hot
-    split = LayerSplit(
+    split = ExpertSplit(
         hot=uniform_met(hot, shape.num_experts, top_k, 1),
         cpu=uniform_met(shape.num_experts - hot, shape.num_experts, top_k, 1),
     )
-    dense = layer_times(LayerWork(0, before), LayerSplit(), rates)
+    dense = layer_times(LayerWork(0, before), ExpertSplit(), rates)
     sparse = layer_times(LayerWork(0, before, expert=expert), split, rates)
     # nothing is deferred, so layers add up
     return 1 / (

@@ -195,6 +195,7 @@ def prefill(
                 seconds.append(time.monotonic() - begin)
         sent = 0.0
         if stream is not None:
+            stream.note_all()  # of the last layer, for a trace
             sent = stream.sent_bytes / NBYTES / layers / (chunks + 1)
         for w in model:
             w.close()

@@ -79,9 +79,13 @@ class ThrottledMachine:
         flat = flat[chosen[flat]]
         return ExpertCount(len(np.unique(flat)), len(flat))
 
+    def cpu(self, count: ExpertCount) -> float:
+        """Seconds of so many experts on the CPU."""
+        return cpu_seconds(self.expert, count, self.rates) if count.experts else 0.0
+
     def submit(self, count: ExpertCount, name: str) -> float:
         """The CPU gets so many experts: when it will have computed them."""
-        seconds = cpu_seconds(self.expert, count, self.rates) if count.experts else 0.0
+        seconds = self.cpu(count)
         began = max(time.monotonic(), self.cpu_free)
         self.cpu_free = began + seconds
         self.note("CPU", seconds)
@@ -172,12 +176,20 @@ class ThrottledLayer(ExpertLayer):
     """Experts of the emulated CPU."""
 
     machine: ThrottledMachine
+    _emulated = (0, 0.0)
+
+    @property
+    def busy(self) -> tuple[int, int]:
+        return self._emulated[0], round(1e9 * self._emulated[1])
 
     def start(self, batch: Batch, output: Any) -> Job[Any]:
         tokens, k = batch.tokens, batch.top_k
         ids = _view(batch.ids, np.int64, tokens * k)
         skip = _view(batch.skip, np.uint8, self.num_experts).copy()
-        ends = self.machine.submit(self.machine.count(ids, skip == 0), self.name)
+        count = self.machine.count(ids, skip == 0)
+        ends = self.machine.submit(count, self.name)
+        jobs, seconds = self._emulated
+        self._emulated = jobs + 1, seconds + self.machine.cpu(count)
         return ThrottledJob(super().start(batch, output), ends)
 
 

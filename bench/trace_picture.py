@@ -42,6 +42,15 @@ def layer_of(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def short(name: str) -> str:
+    """An event's name, as a bar has room for it: its layer first."""
+    match = re.fullmatch(r"(?:(.*) of )?layer (\d+)(?:: (.*))?", name)
+    if match is None:
+        return name
+    what = (match[1] or match[3] or "").removeprefix("experts ")
+    return f"{match[2]}: {what}" if what else match[2]
+
+
 def arrows_of(events: list[Event]) -> list[list[Event]]:
     """The steps of each arrow, in order."""
     flows: dict[str, list[Event]] = defaultdict(list)
@@ -71,22 +80,22 @@ def draw(events: list[Event], rows: list[str], begin: float, end: float) -> Any:
                 continue
             layer = layer_of(event["name"])
             colour = "lightgrey" if layer is None else COLOURS[layer % len(COLOURS)]
-            left, right = max(first, begin), min(last, end)
+            left, right = max(first, begin) - begin, min(last, end) - begin
             axes.barh(at, right - left, left=left, height=0.6, color=colour, edgecolor="white")
-            if right - left > (end - begin) / 25:
-                text = re.sub(r".*layer (\d+):? ?", r"\1: ", event["name"]).rstrip(": ")
+            text, room = short(event["name"]), (right - left) / (end - begin)
+            if room > 0.009 * len(text):
                 axes.text((left + right) / 2, at, text, ha="center", va="center", fontsize=6)
     for steps in arrows_of(events):
         inside = [s for s in steps if s["tid"] in height and begin <= s["ts"] / 1e3 <= end]
         for one, other in itertools.pairwise(inside):
             axes.annotate(
                 "",
-                (other["ts"] / 1e3, height[other["tid"]]),
-                (one["ts"] / 1e3, height[one["tid"]]),
+                (other["ts"] / 1e3 - begin, height[other["tid"]]),
+                (one["ts"] / 1e3 - begin, height[one["tid"]]),
                 arrowprops={"arrowstyle": "->", "lw": 0.6, "color": "dimgrey"},
             )
     axes.set_yticks([-at for at in range(len(rows))], [r.partition(",")[0] for r in rows])
-    axes.set_xlim(begin, end)
+    axes.set_xlim(0, end - begin)
     axes.set_xlabel("ms")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -201,6 +201,15 @@ class ExpertLayer(PackedExperts):
         here and of those that the mask skips. The counters themselves, not to be written."""
         return self._routed
 
+    @property
+    def busy(self) -> tuple[int, int]:
+        """Jobs of all passes so far that have begun, and nanoseconds that the pool was at those
+        that have ended."""
+        ready = self._ready_state
+        if ready is None:
+            return 0, 0
+        return ready.descriptor.launches.value, ready.descriptor.busy_ns.value
+
     def job_shape(self, tokens: int, top_k: int, out_size: int = 2) -> JobShape:
         """Of a job of T tokens with k experts each, and with an output of values of so many bytes,
         see `Batch`."""

@@ -45,7 +45,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 
     def tier(item: pytest.Item) -> object:
-        return getattr(item, "callspec", None) and item.callspec.params.get("name")
+        if (spec := getattr(item, "callspec", None)) is None:
+            return None
+        return spec.params.get("name", getattr(spec.params.get("tier"), "name", None))
 
     others = [item for item in items if tier(item) in TIERS and tier(item) != isa]
     config.hook.pytest_deselected(items=others)

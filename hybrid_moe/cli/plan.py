@@ -129,14 +129,7 @@ def _show_prediction(title: str, prediction: Prediction, *, measured: bool) -> N
     typer.echo(f"limit: {prediction.limit}\nwould help: {prediction.help}")
 
 
-_CURVE = (
-    "GPU memory for experts",
-    "of all",
-    "hit rate",
-    "decode",
-    "",
-    "first ids: hit rate, decode",
-)
+_CURVE = ("experts", "of all", "hits", "decode", "", "first ids: hits", "decode")
 
 
 def _show_curve(plan: Plan) -> None:
@@ -148,13 +141,14 @@ def _show_curve(plan: Plan) -> None:
             f"{100 * point.share:.0f} %",
             f"{100 * point.hit_rate:.1f} %",
             f"{digits(point.tokens_per_second, 2)} tok/s",
-            "█" * max(1, round(12 * point.tokens_per_second / most)),
-            f"{100 * point.first_ids_hit_rate:.1f} %, "
+            "█" * round(8 * point.tokens_per_second / most),
+            f"{100 * point.first_ids_hit_rate:.1f} %",
             f"{digits(point.first_ids_tokens_per_second, 2)} tok/s",
         )
         for point in plan.curve
     ]
-    grid("By measured routing, not measured in time; < is this plan", _CURVE, rows)
+    grid("GPU memory for experts, by measured routing; < is this plan", _CURVE, rows)
+    typer.echo("hits: pairs of token and expert on the GPU; speeds are computed, not measured")
 
 
 def _time(seconds: float, count: int) -> str:

@@ -130,12 +130,16 @@ def divide_experts(
     if int(sum(sizes)) != len(ids):
         raise ValueError(f"{len(ids)} experts cannot be divided into {list(sizes)}")
     loads, each = np.array(use, np.float64)[ids], np.arange(len(ids))
-    pack = deal(loads, np.array(sizes, np.int64))
+    pack = deal(loads, _descending(loads), np.array(sizes, np.int64))
     balance(loads, each, pack, len(sizes), KICKS)
     if together is not None:
         beside = np.array(together, np.float64)[np.ix_(ids, ids)]
         spread(loads, beside, each, pack, len(sizes))
     return tuple(tuple(ids[pack == gpu].tolist()) for gpu in range(len(sizes)))
+
+
+def _descending(weights: F64) -> I64:
+    return np.argsort(-weights, kind="stable")
 
 
 def _even(items: int, packs: int) -> I64:
@@ -149,7 +153,7 @@ def _pack_layer(
     from hybrid_moe.placement.packing_loops import balance, deal
 
     of_group = loads.reshape(groups, -1).sum(1)
-    greedy = deal(of_group, _even(groups, nodes))
+    greedy = deal(of_group, _descending(of_group), _even(groups, nodes))
     balanced = greedy.copy()
     balance(of_group, np.arange(groups), balanced, nodes, KICKS)
     # the fullest GPU may be lighter under either: nodes that are balanced best are not it always
@@ -176,7 +180,8 @@ def _pack_nodes(
         own = loads[ids]
         expert = replicate(own, replicas // nodes)
         share = own / np.bincount(expert, minlength=len(own))
-        pack = deal(share[expert], _even(len(expert), gpus // nodes))
+        weights = share[expert]
+        pack = deal(weights, _descending(weights), _even(len(expert), gpus // nodes))
         fullest = max(fullest, balance(own, expert, pack, gpus // nodes, KICKS))
         if together is not None:
             beside = together[np.ix_(ids, ids)].copy()

@@ -2,7 +2,8 @@
 imports numba.
 
 Two of them: what the best set of so many hot experts costs a layer, and how a budget is divided
-among layers. `hybrid_moe.placement.cost_placement` says what is minimised.
+among layers. `hybrid_moe.placement.cost_placement` says what is minimised. Sums are written out:
+NumPy's functions over arrays would take numba several times as long to compile.
 """
 
 from __future__ import annotations
@@ -43,14 +44,17 @@ def every_set(cold: F64, hot: F64, handover: float, beside: float, best: F64, se
         handover, beside: see `LayerCost`.
         best: [E + 1], written. sets: [E + 1, E], written.
     """
-    E = cold.shape[1]
-    # of each set by its bits: an expert less than the set without its lowest, or one more
-    left, taken = np.zeros((cold.shape[0], 1 << E)), np.zeros((hot.shape[0], 1 << E))
+    E, cpus, gpus = cold.shape[1], cold.shape[0], hot.shape[0]
+    # sums of the experts outside and inside of each set: one expert apart from those of the set
+    # without its lowest
+    sums = np.zeros((1 << E, cpus + gpus))
     size = np.zeros(1 << E, np.int64)
     chosen = np.zeros(E + 1, np.int64)
-    for part in range(cold.shape[0]):
-        left[part, 0] = cold[part].sum()
-    best[:] = np.inf
+    for part in range(cpus):
+        for e in range(E):
+            sums[0, part] += cold[part, e]
+    for n in range(E + 1):
+        best[n] = np.inf
     for mask in range(1 << E):
         if mask:
             lowest = 0
@@ -58,14 +62,17 @@ def every_set(cold: F64, hot: F64, handover: float, beside: float, best: F64, se
                 lowest += 1
             rest = mask & (mask - 1)
             size[mask] = size[rest] + 1
-            for part in range(cold.shape[0]):
-                left[part, mask] = left[part, rest] - cold[part, lowest]
-            for part in range(hot.shape[0]):
-                taken[part, mask] = taken[part, rest] + hot[part, lowest]
+            for part in range(cpus):
+                sums[mask, part] = sums[rest, part] - cold[part, lowest]
+            for part in range(gpus):
+                sums[mask, cpus + part] = sums[rest, cpus + part] + hot[part, lowest]
         n = size[mask]
-        value = beside + taken[:, mask].max()
+        value = beside
+        for part in range(gpus):
+            value = max(value, beside + sums[mask, cpus + part])
         if n < E:
-            value = max(value, handover + left[:, mask].max())
+            for part in range(cpus):
+                value = max(value, handover + sums[mask, part])
         if value < best[n]:
             best[n], chosen[n] = value, mask
     for n in range(E + 1):
@@ -79,102 +86,71 @@ def every_set(cold: F64, hot: F64, handover: float, beside: float, best: F64, se
 def sorted_sets(
     cold: F64, hot: F64, handover: float, beside: float, best: F64, sets: Bool, bound: F64
 ) -> None:
-    """Good sets of at most n hot experts, and what no set of so many can be below.
+    """Good sets of at most n hot experts, n = 1..E - 1.
 
     While the CPU is the slower half, the n most used experts are the best set: nothing takes more
     from it. Where the GPU becomes the slower half, less would be better than they are: then experts
     are taken as long as each makes the layer faster, beginning at one place of the order after the
     other, until the bound is near.
 
-    Args: as `every_set`, experts in descending order of use.
-        bound: [E + 1], written.
+    Args: as `every_set`, experts in descending order of use; best[0] is known.
+        bound: [E], what no set of n is below.
     """
+    parts = cold.shape[0] + hot.shape[0]
     E = cold.shape[1]
-    _bound(cold, hot, handover, beside, bound)
-    sets[:, :] = False
-    for n in range(E):
-        if n:
-            best[n] = best[n - 1]
-            sets[n, :] = sets[n - 1, :]
-        else:
-            best[0] = np.inf
-        for start in range(min(STARTS, E)):
-            if best[n] <= bound[n] * (1 + NEAR) and n:
+    sums, tried = np.zeros(parts), np.zeros(parts)
+    found = np.zeros(E, np.bool_)
+    for n in range(1, E):
+        best[n] = best[n - 1]
+        for e in range(E):
+            sets[n, e] = sets[n - 1, e]
+        for attempt in range(2 * min(STARTS, E)):
+            if best[n] <= bound[n] * (1 + NEAR):
                 break
-            for greedy in range(2):
-                _take(cold, hot, handover, beside, start, n, greedy == 1, best, sets)
-            if not n:
-                break
-    best[E] = bound[E]
-    sets[E, :] = True
-    if best[E - 1] <= best[E]:
-        best[E] = best[E - 1]
-        sets[E, :] = sets[E - 1, :]
-    bound[E] = min(bound[E - 1], bound[E])
-
-
-@_compiled
-def _bound(cold: F64, hot: F64, handover: float, beside: float, bound: F64) -> None:
-    """Of n < E hot experts at most, by each part of the CPU's time with each of the GPU's: experts
-    that take x seconds of the one give `ratio` x to the other at least, with `ratio` the least
-    hot[e] / cold[e]; and n of them take at most what the n largest do. bound[E]: all of them."""
-    E = cold.shape[1]
-    bound[:] = 0.0
-    for c in range(cold.shape[0]):
-        largest = np.sort(cold[c])[::-1]
-        whole = handover + largest.sum()
-        for g in range(hot.shape[0]):
-            bound[E] = max(bound[E], beside + hot[g].sum())
-            ratio = np.inf
+            # all from the start on, then each of them that makes the layer faster
+            start, greedy = attempt // 2, attempt % 2 == 1
+            value = _add(cold, hot, handover, beside, sums, -1, sums)
+            count = 0
             for e in range(E):
-                if cold[c, e] > 0:
-                    ratio = min(ratio, hot[g, e] / cold[c, e])
-            if ratio == np.inf:
-                ratio = 0.0
-            level = (whole - beside) / (1 + ratio)  # the x at which both take as long
-            most = 0.0
-            for n in range(E):
-                if n:
-                    most += largest[n - 1]
-                x = min(max(level, 0.0), most)
-                bound[n] = max(bound[n], whole - x, beside + ratio * x)
+                found[e] = False
+            for e in range(start, E):
+                if count == n:
+                    break
+                with_it = _add(cold, hot, handover, beside, sums, e, tried)
+                if greedy and with_it >= value:
+                    continue
+                for part in range(parts):
+                    sums[part] = tried[part]
+                value = with_it
+                found[e] = True
+                count += 1
+            if value < best[n]:
+                best[n] = value
+                for e in range(E):
+                    sets[n, e] = found[e]
 
 
 @_compiled
-def _take(
-    cold: F64,
-    hot: F64,
-    handover: float,
-    beside: float,
-    start: int,
-    n: int,
-    greedy: bool,
-    best: F64,
-    sets: Bool,
-) -> None:
-    """Experts from `start` on, `n` of them at most: all, or if `greedy` each that makes the layer
-    faster. The set is kept if it is the best."""
-    cpu, gpu = np.zeros(cold.shape[0]), np.zeros(hot.shape[0])
-    for part in range(cold.shape[0]):
-        cpu[part] = cold[part].sum()
-    value, count = max(handover + cpu.max(), beside), 0
-    found = np.zeros(cold.shape[1], np.bool_)
-    for e in range(start, cold.shape[1]):
-        if count == n:
-            break
-        cpu -= cold[:, e]
-        gpu += hot[:, e]
-        with_it = max(handover + cpu.max(), beside + gpu.max())
-        if greedy and with_it >= value:
-            cpu += cold[:, e]
-            gpu -= hot[:, e]
+def _add(
+    cold: F64, hot: F64, handover: float, beside: float, sums: F64, expert: int, to: F64
+) -> float:
+    """Seconds of a layer with one more hot expert, and its sums [parts] in `to`; -1 begins with
+    none."""
+    cpus, cpu, gpu = cold.shape[0], 0.0, 0.0
+    for part in range(cpus):
+        if expert < 0:
+            total = 0.0
+            for e in range(cold.shape[1]):
+                total += cold[part, e]
         else:
-            value = with_it
-            found[e] = True
-            count += 1
-    if value < best[n]:
-        best[n] = value
-        sets[n, :] = found
+            total = sums[part] - cold[part, expert]
+        to[part] = total
+        cpu = max(cpu, total)
+    for part in range(hot.shape[0]):
+        total = 0.0 if expert < 0 else sums[cpus + part] + hot[part, expert]
+        to[cpus + part] = total
+        gpu = max(gpu, total)
+    return max(handover + cpu, beside + gpu)
 
 
 @_compiled
@@ -194,9 +170,10 @@ def divide(values: F64, weights: I64, counts: I64, choice: I64) -> F64:
         [U + 1] sums.
     """
     L, U = values.shape[0], choice.shape[1] - 1
-    before, now = np.zeros(U + 1), np.empty(U + 1)
+    before, now = np.zeros(U + 1), np.zeros(U + 1)
     for layer in range(L):
-        now[:] = np.inf
+        for u in range(U + 1):
+            now[u] = np.inf
         least = np.inf
         for n in range(counts[layer] + 1):
             value, weight = values[layer, n], weights[layer, n]

@@ -72,8 +72,8 @@ class LayerCost:
             )
         if not self.cold.size or not self.hot.size:
             raise ValueError(f"layer {self.layer} has no experts, or their times no parts")
-        times = (*self.cold.flat, *self.hot.flat, self.handover, self.beside)
-        if not all(math.isfinite(t) and t >= 0 for t in times):
+        times = np.concatenate([self.cold.ravel(), self.hot.ravel(), [self.handover, self.beside]])
+        if not (np.isfinite(times).all() and (times >= 0).all()):
             raise ValueError(f"layer {self.layer}: times must be finite and not below 0")
         if self.nbytes < 1:
             raise ValueError(f"layer {self.layer}: an expert of {self.nbytes} bytes, must be 1")
@@ -232,14 +232,40 @@ def _curve(cost: LayerCost) -> _Curve:
 
     E = cost.num_experts
     order = np.argsort(-cost.cold.sum(0), kind="stable")
-    best, bound = np.empty(E + 1), np.empty(E + 1)
-    sets = np.empty((E + 1, E), np.bool_)
-    times = cost.cold[:, order], cost.hot[:, order], cost.handover, cost.beside
+    cold, hot = cost.cold[:, order], cost.hot[:, order]
+    best, sets = np.empty(E + 1), np.zeros((E + 1, E), np.bool_)
     if E <= ENUMERATED:
-        every_set(*times, best, sets)
+        every_set(cold, hot, cost.handover, cost.beside, best, sets)
         bound = best
     else:
-        sorted_sets(*times, best, sets, bound)
+        nothing = np.zeros(E, np.bool_)
+        best[0], best[E] = cost.seconds(nothing), cost.seconds(~nothing)
+        below = _bounds(cost)
+        sorted_sets(cold, hot, cost.handover, cost.beside, best, sets, below)
+        sets[E] = True
+        bound = np.append(below, min(below[-1], best[E]))
+        if best[E - 1] <= best[E]:
+            best[E], sets[E] = best[E - 1], sets[E - 1]
     by_id = np.empty_like(sets)
     by_id[:, order] = sets
     return _Curve(best, bound, by_id)
+
+
+def _bounds(cost: LayerCost) -> F64:
+    """float64 [E], below which no n hot experts are, n = 0..E - 1.
+
+    Of each part of the CPU's time with each of the GPU's: experts that take x seconds of the one
+    give `ratio` x to the other at least, where `ratio` is the least hot[e] / cold[e]; and n of them
+    take at most what the n largest do. The best x is where both halves take as long, or that most.
+    """
+    E = cost.num_experts
+    bound = np.zeros(E)
+    for cold in cost.cold:
+        most = np.concatenate([[0.0], np.cumsum(np.sort(cold)[::-1])])[:E]
+        whole = cost.handover + float(cold.sum())
+        for hot in cost.hot:
+            used = cold > 1e-200  # less is nothing, and what is divided by it no number
+            ratio = float((hot[used] / cold[used]).min()) if used.any() else 0.0
+            x = np.minimum(max((whole - cost.beside) / (1 + ratio), 0.0), most)
+            bound = np.maximum(bound, np.maximum(whole - x, cost.beside + ratio * x))
+    return bound

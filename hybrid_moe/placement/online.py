@@ -310,7 +310,7 @@ class OnlinePlacement:
             swaps=self._swaps,
             returns=self._returns,
             moved_bytes=self._moved_bytes,
-            gained_bytes=round(gained),
+            gained_bytes=round(float(gained)),
             read_bandwidth=self.options.read_bandwidth or metrics().bandwidth,
         )
 

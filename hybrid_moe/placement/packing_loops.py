@@ -30,13 +30,14 @@ def _compiled(function: _Loop) -> _Loop:
 
 
 @_compiled
-def deal(weights: F64, sizes: I64) -> I64:
-    """The pack of each of n weights, `sizes` in each, n in all: the largest first, each to the
-    lightest pack that has room (Graham's LPT rule with given numbers, as DeepSeek's EPLB packs)."""
+def deal(weights: F64, order: I64, sizes: I64) -> I64:
+    """The pack of each of n weights, `sizes` in each, n in all: in `order`, the largest first, each
+    to the lightest pack that has room (Graham's LPT rule with given numbers, as DeepSeek's EPLB
+    packs)."""
     packs = sizes.shape[0]
-    of = np.empty(weights.shape[0], np.int64)
+    of = np.zeros(weights.shape[0], np.int64)
     loads, items = np.zeros(packs), np.zeros(packs, np.int64)
-    for item in np.argsort(-weights, kind="mergesort"):
+    for item in order:
         best = -1
         for pack in range(packs):
             if items[pack] < sizes[pack] and (best < 0 or loads[pack] < loads[best]):
@@ -52,10 +53,15 @@ def replicate(loads: F64, replicas: int) -> I64:
     """Expert of each of R replicas: one of each, and the others one by one to the expert whose
     replicas have the most load. No division into replicas has a smaller largest load."""
     E = loads.shape[0]
-    expert = np.arange(replicas)
-    count = np.ones(E)
-    for replica in range(E, replicas):
-        most = np.argmax(loads / count)
+    expert = np.zeros(replicas, np.int64)
+    count = np.zeros(E)
+    for replica in range(replicas):
+        most = replica
+        if replica >= E:
+            most = 0
+            for e in range(1, E):
+                if loads[e] / count[e] > loads[most] / count[most]:
+                    most = e
         expert[replica] = most
         count[most] += 1
     return expert
@@ -66,61 +72,69 @@ def balance(loads: F64, expert: I64, pack: I64, packs: int, kicks: int) -> float
     """Make the heaviest pack lighter, in place, and say its load.
 
     Exchanges replicas of the heaviest pack with lighter ones, and gives one expert a replica more
-    where another has one to spare, as long as either helps; then starts again from the
-    best with a few random exchanges, `kicks` times. It ends where no pack is heavier than the mean.
+    where another has one to spare, as long as either helps; then starts again from the best with a
+    few random exchanges, `kicks` times. It ends where no pack is heavier than the mean.
 
     Args:
         loads: [E]. expert, pack: [R], rewritten.
     """
-    np.random.seed(7)  # numba's own generator; the same placement at each call
     R = expert.shape[0]
-    least = loads.sum() / packs
+    least, state = 0.0, 7  # the same exchanges at each call
+    for load in loads:
+        least += load / packs
     best = _descend(loads, expert, pack, packs)
-    tried_expert, tried_pack = expert.copy(), pack.copy()
+    tried_expert, tried_pack = np.zeros(R, np.int64), np.zeros(R, np.int64)
     for _ in range(kicks):
         if best * LESS <= least or packs == R:
             break
-        tried_expert[:] = expert
-        tried_pack[:] = pack
+        for replica in range(R):
+            tried_expert[replica], tried_pack[replica] = expert[replica], pack[replica]
         for _exchange in range(3):
-            a, b = np.random.randint(R), np.random.randint(R)
+            # a linear congruential generator: Park and Miller, Communications of the ACM 31 (1988)
+            state = state * 48271 % 2147483647
+            a = state % R
+            state = state * 48271 % 2147483647
+            b = state % R
             tried_pack[a], tried_pack[b] = tried_pack[b], tried_pack[a]
         found = _descend(loads, tried_expert, tried_pack, packs)
         if found < best * LESS:
             best = found
-            expert[:] = tried_expert
-            pack[:] = tried_pack
+            for replica in range(R):
+                expert[replica], pack[replica] = tried_expert[replica], tried_pack[replica]
     return best
 
 
 @_compiled
 def _descend(loads: F64, expert: I64, pack: I64, packs: int) -> float:
     """Exchange and replicate until neither helps; the heaviest pack's load."""
+    share, sums = np.zeros(loads.shape[0]), np.zeros(packs)
     while True:
-        share = _shares(loads, expert)
-        sums = _sums(share, expert, pack, packs)
-        heaviest = int(np.argmax(sums))
+        heaviest = _weigh(loads, expert, pack, share, sums)
         if _exchange(share, expert, pack, sums, heaviest):
             continue
-        if not _give(loads, expert, pack, packs, sums[heaviest], heaviest):
-            return float(sums[heaviest])
+        load: float = sums[heaviest]
+        if not _give(loads, expert, pack, share, sums, heaviest):
+            return load
 
 
 @_compiled
-def _shares(loads: F64, expert: I64) -> F64:
-    """Load of a replica of each expert."""
-    count = np.zeros(loads.shape[0])
+def _weigh(loads: F64, expert: I64, pack: I64, share: F64, sums: F64) -> int:
+    """Write the load of a replica of each expert, and that of each pack; the heaviest pack."""
+    for e in range(share.shape[0]):
+        share[e] = 0
     for e in expert:
-        count[e] += 1
-    return loads / np.maximum(count, 1)
-
-
-@_compiled
-def _sums(share: F64, expert: I64, pack: I64, packs: int) -> F64:
-    sums = np.zeros(packs)
+        share[e] += 1
+    for e in range(share.shape[0]):
+        share[e] = loads[e] / max(share[e], 1.0)
+    for p in range(sums.shape[0]):
+        sums[p] = 0
     for replica in range(expert.shape[0]):
         sums[pack[replica]] += share[expert[replica]]
-    return sums
+    heaviest = 0
+    for p in range(sums.shape[0]):
+        if sums[p] > sums[heaviest]:
+            heaviest = p
+    return heaviest
 
 
 @_compiled
@@ -146,16 +160,15 @@ def _exchange(share: F64, expert: I64, pack: I64, sums: F64, heaviest: int) -> b
 
 
 @_compiled
-def _give(
-    loads: F64, expert: I64, pack: I64, packs: int, heaviest_load: float, heaviest: int
-) -> bool:
+def _give(loads: F64, expert: I64, pack: I64, share: F64, sums: F64, heaviest: int) -> bool:
     """Turn a replica of an expert that has several into one of another expert, where the heaviest
-    pack of all is then lighter; the best change in which the heaviest pack has one of the two."""
+    pack of all is then lighter; the best change in which the heaviest pack has one of the two.
+    `share` and `sums` are written over."""
     R = expert.shape[0]
     count = np.zeros(loads.shape[0], np.int64)
     for e in expert:
         count[e] += 1
-    least, gives, takes = heaviest_load * LESS, -1, -1
+    least, gives, takes = sums[heaviest] * LESS, -1, -1
     for b in range(R):
         if count[expert[b]] < 2:
             continue
@@ -164,7 +177,7 @@ def _give(
             if (pack[a] != heaviest and pack[b] != heaviest) or expert[a] == old:
                 continue
             expert[b] = expert[a]
-            load = _sums(_shares(loads, expert), expert, pack, packs).max()
+            load = sums[_weigh(loads, expert, pack, share, sums)]
             expert[b] = old
             if load < least:
                 least, gives, takes = load, b, a
@@ -185,9 +198,8 @@ def spread(loads: F64, together: F64, expert: I64, pack: I64, packs: int) -> Non
             expert in one pack cost.
     """
     R = expert.shape[0]
-    share = _shares(loads, expert)
-    sums = _sums(share, expert, pack, packs)
-    limit = sums.max() / LESS
+    share, sums = np.zeros(loads.shape[0]), np.zeros(packs)
+    limit = sums[_weigh(loads, expert, pack, share, sums)] / LESS
     # of each replica with each pack's others
     with_pack = np.zeros((R, packs))
     for a in range(R):
@@ -227,4 +239,5 @@ def _beside(loads: F64, share: F64, together: F64, e: int, f: int) -> float:
     """Tokens that use one replica of e and one of f: each token takes any of an expert's."""
     if loads[e] == 0 or loads[f] == 0:
         return 0.0
-    return float(together[e, f] * (share[e] / loads[e]) * (share[f] / loads[f]))
+    tokens: float = together[e, f] * (share[e] / loads[e]) * (share[f] / loads[f])
+    return tokens

@@ -26,6 +26,13 @@ MAX_WINDOWS = 16
 """More are merged, two into one: a profile of a day has the resolution of a profile of an hour."""
 
 
+def shares_of(counts: Counts) -> npt.NDArray[np.float64]:
+    """float64 [..., E]: counts [..., E] over the sum of their row; 1 / E where that is 0."""
+    of = counts.sum(-1, keepdims=True)
+    share: npt.NDArray[np.float64] = counts / np.maximum(of, 1)
+    return np.where(of > 0, share, 1 / counts.shape[-1])
+
+
 @dataclass(frozen=True)
 class RoutedModel:
     """What a profile says about the model that it was measured on.
@@ -126,12 +133,14 @@ class RoutingProfile:
     @property
     def prefill(self) -> Counts:
         """[L, E]."""
-        return self.by_phase[0]
+        prefill: Counts = self.by_phase[0]
+        return prefill
 
     @property
     def decode(self) -> Counts:
         """[L, E]."""
-        return self.by_phase[1]
+        decode: Counts = self.by_phase[1]
+        return decode
 
     def shares(self, phase: str | None = None) -> npt.NDArray[np.float64]:
         """float64 [L, E]: each expert's share of its layer's pairs; 1 / E in a layer without any.
@@ -140,9 +149,7 @@ class RoutingProfile:
             phase: one of `PHASES`; None for all together.
         """
         counts = self.counts if phase is None else self.by_phase[PHASES.index(phase)]
-        of = counts.sum(1, keepdims=True)
-        share = counts / np.maximum(of, 1)
-        return np.where(of > 0, share, 1 / self.shape[1])
+        return shares_of(counts)
 
     def use(self, phase: str | None = None) -> npt.NDArray[np.float64]:
         """float64 [L, E]: the share of tokens that use an expert, k times its share of pairs."""

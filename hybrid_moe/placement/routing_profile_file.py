@@ -99,8 +99,8 @@ def to_json(profile: RoutingProfile) -> str:
             rows = ",\n    ".join(json.dumps(row) for row in counts.tolist())
             parts[phase] = f'{{"tokens": {tokens}, "counts": [\n    {rows}]}}'
     if profile.pairs is not None:
-        rows = zip(profile.pairs, profile.pairs_kept, strict=True)
-        layers = ",\n    ".join(json.dumps(_pairs_of_layer(*row)) for row in rows)
+        pairs = zip(profile.pairs, profile.pairs_kept, strict=True)
+        layers = ",\n    ".join(json.dumps(_pairs_of_layer(*layer)) for layer in pairs)
         parts["pairs"] = f"[\n    {layers}]"
     if len(profile.window_tokens):
         windows = {"tokens": profile.window_tokens.tolist(), "counts": packed(profile.windows)}

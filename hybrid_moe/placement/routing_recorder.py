@@ -75,7 +75,7 @@ class LayerCounts:
         """[E, E] tokens that chose both, 0 on the diagonal."""
         if self._pairs is None:
             raise RuntimeError("this layer does not count pairs of experts")
-        pairs = self._pairs.cpu().numpy()[: self._E, : self._E].copy()
+        pairs: Counts = self._pairs.cpu().numpy()[: self._E, : self._E].copy()
         np.fill_diagonal(pairs, 0)
         return pairs
 

@@ -8,19 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.placement.routing_profile import Counts, RoutingProfile
+from hybrid_moe.placement.routing_profile import Counts, RoutingProfile, shares_of
 
 Floats = npt.NDArray[np.float64]
 
 LEAST_EXPECTED = 5.0
 """Tokens that a pair must be expected to share before its affinity is looked at: below, chance
 decides (the usual rule of chi-squared tests)."""
-
-
-def shares_of(counts: Counts) -> Floats:
-    """float64 [..., E]: counts [..., E] over the sum of their row; 1 / E where that is 0."""
-    of = counts.sum(-1, keepdims=True)
-    return np.where(of > 0, counts / np.maximum(of, 1), 1 / counts.shape[-1])
 
 
 def entropy_bits(counts: Counts) -> Floats:

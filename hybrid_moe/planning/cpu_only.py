@@ -19,7 +19,7 @@ from hybrid_moe.planning.prediction import multiplied, streamed
 from hybrid_moe.planning.step_work import StepWork, expert_work, num_layers
 from hybrid_moe.planning.terms import Prediction, Term, computing, each, prediction, reading
 from hybrid_moe.schedule.layer_times import LayerTimes
-from hybrid_moe.schedule.layer_work import GpuAmount, LayerSplit, LayerWork, uniform_met
+from hybrid_moe.schedule.layer_work import ExpertSplit, GpuAmount, LayerWork, uniform_met
 from hybrid_moe.schedule.machine_rates import MachineRates
 from hybrid_moe.schedule.timeline import run_step
 
@@ -103,7 +103,7 @@ def _step_of(model: Model, cpu: CpuSpeeds, tokens: int) -> StepWork:
         for layer in model.layers
     ]
     splits = [
-        LayerSplit(cpu=uniform_met(layer.num_experts, layer.num_experts, layer.top_k, tokens))
+        ExpertSplit(cpu=uniform_met(layer.num_experts, layer.num_experts, layer.top_k, tokens))
         for layer in model.layers
     ]
     return StepWork(tuple(works), tuple(splits), rates)

@@ -22,7 +22,7 @@ from hybrid_moe.planning.terms import (
     reading,
 )
 from hybrid_moe.schedule.layer_times import gpu_seconds
-from hybrid_moe.schedule.layer_work import GpuAmount, LayerSplit
+from hybrid_moe.schedule.layer_work import ExpertSplit, GpuAmount
 from hybrid_moe.schedule.machine_rates import MachineRates
 from hybrid_moe.schedule.timeline import run_step
 
@@ -66,7 +66,7 @@ def step_of(
     experts = [expert_work(layer, cpu, MAC_SHARE, len(gpus)) for layer in model.layers]
     works = gpu_layers(model, experts, tokens, cache, len(gpus))
     splits = {layer.layer: split_of(layer, hot, tokens) for layer in model.layers}
-    found = tuple(splits.get(work.layer, LayerSplit()) for work in works)
+    found = tuple(splits.get(work.layer, ExpertSplit()) for work in works)
     return StepWork(works, found, rates_of(cpu, gpus))
 
 
@@ -76,8 +76,7 @@ def predict_decode(
     """Speed of one token at a time, the context half full."""
     held = cache.per_gpu(len(gpus)) / 2
     step = step_of(model, hot, cpu, gpus, cache=held)
-    output = GpuAmount(model.output_layer / len(gpus))
-    line = run_step(step.times(), after=gpu_seconds(output, step.rates))
+    line = run_step(step.times(), after=output_seconds(model, len(gpus), step.rates))
     read = model.read_per_token / len(gpus) + held + _hot_nbytes(step)
     terms = [
         streamed("RAM bandwidth", step),
@@ -85,6 +84,11 @@ def predict_decode(
         _handover(step),
     ]
     return prediction(terms, line.seconds, 1)
+
+
+def output_seconds(model: Model, num_gpus: int, rates: MachineRates) -> float:
+    """Of the output layer, behind the last one."""
+    return gpu_seconds(GpuAmount(model.output_layer / num_gpus), rates)
 
 
 def streamed(name: str, step: StepWork) -> Term:

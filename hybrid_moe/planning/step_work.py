@@ -20,9 +20,9 @@ from hybrid_moe.schedule.layer_times import (
 )
 from hybrid_moe.schedule.layer_work import (
     ExpertCount,
+    ExpertSplit,
     ExpertWork,
     GpuAmount,
-    LayerSplit,
     LayerWork,
     experts_met,
     uniform_met,
@@ -43,7 +43,7 @@ class StepWork:
     """
 
     works: tuple[LayerWork, ...]
-    splits: tuple[LayerSplit, ...]
+    splits: tuple[ExpertSplit, ...]
     rates: MachineRates
 
     def times(self) -> list[LayerTimes]:
@@ -111,16 +111,16 @@ def expert_work(
     )
 
 
-def split_of(layer: LayerExperts, hot: HotExperts, tokens: float) -> LayerSplit:
+def split_of(layer: LayerExperts, hot: HotExperts, tokens: float) -> ExpertSplit:
     """What a batch meets of a layer's experts: as measured, or all of them equally likely."""
     if hot.use is not None:
         use, mask = hot.use[layer.layer], hot.mask(layer)
-        return LayerSplit(hot=experts_met(use, tokens, mask), cpu=experts_met(use, tokens, ~mask))
+        return ExpertSplit(hot=experts_met(use, tokens, mask), cpu=experts_met(use, tokens, ~mask))
 
     def met(experts: int) -> ExpertCount:
         return uniform_met(experts, layer.num_experts, layer.top_k, tokens)
 
-    return LayerSplit(hot=met(hot.counts[layer.layer]), cpu=met(hot.cold(layer)))
+    return ExpertSplit(hot=met(hot.counts[layer.layer]), cpu=met(hot.cold(layer)))
 
 
 def gpu_layers(

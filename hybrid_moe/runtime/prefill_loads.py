@@ -47,8 +47,7 @@ class PrefillTimes:
     Attributes:
         load: with what. sent: of `load.cold`, the first so many went to the GPU.
         before: seconds from the sum of the layer before to this submission; None: not known.
-        cpu: seconds of the CPU's part, hand-over included. cpu_at_most: no more than that, since
-            the other half was the later one.
+        cpu: seconds that the pool was at the CPU's part, without hand-over; None: not known.
         gpu: seconds of the GPU's experts, without waiting for the link.
     """
 
@@ -56,7 +55,6 @@ class PrefillTimes:
     sent: int
     before: float | None
     cpu: float | None
-    cpu_at_most: bool
     gpu: float | None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,6 @@ from hybrid_moe.runtime.prefill_loads import PrefillLoad, PrefillTimes
 from hybrid_moe.runtime.transient_slots import TransientSlots, Wave
 from hybrid_moe.streams.interface import Stream
 from hybrid_moe.streams.link import Anchor
-
-WAITED = 0.02
-"""Of the CPU's time: a stream that waited less for it was the later half itself."""
 
 
 class Stopwatch:
@@ -68,6 +66,8 @@ class SentExperts:
         slots: where the experts are.
         waves: each with the slots of the experts that the batch uses.
         wide: int32 [E], see `SlotExperts.wide`.
+        jobs: that the CPU's part is made of.
+        busy: see `ExpertLayer.busy`.
     """
 
     load: PrefillLoad
@@ -77,10 +77,11 @@ class SentExperts:
     slots: TransientSlots
     waves: list[tuple[Wave, dict[int, int]]]
     wide: npt.NDArray[np.int32]
+    jobs: int
+    busy: Callable[[], tuple[int, int]]
     submitted: Any = None
+    _busy_before: tuple[int, int] = (0, 0)
     _gpu: list[tuple[Any, Any, str | None]] = field(default_factory=list)
-    _waiting: Any = None
-    _done_early: bool | None = None
     _over: Any = None
 
     def compute(
@@ -141,13 +142,12 @@ class SentExperts:
         """The GPU has been at the layer's experts since `begin`."""
         self._gpu.append((begin, self.watch.now(), None))
 
-    def note_waiting(self, done: bool | None, stream: Stream | None) -> None:
-        """The wait for the CPU's part begins, which is `done` or not; None: nobody here knows."""
-        self._done_early = done
-        self._waiting = self.watch.now(stream)
+    def note_submitted(self) -> None:
+        """All is decided: the halves begin. No job of the layer is under way."""
+        self._busy_before, self.submitted = self.busy(), self.watch.now()
 
     def note_over(self, stream: Stream | None) -> Any:
-        """The wait has ended: the moment."""
+        """The layer's sum is there: the moment."""
         self._over = self.watch.now(stream)
         return self._over
 
@@ -156,16 +156,14 @@ class SentExperts:
         watch, over = self.watch, self._over
         if over is None or not watch.over(over):
             return None
-        cpu = watch.seconds(self.submitted, over)
-        early = self._done_early
-        if early is None:
-            early = watch.seconds(self._waiting, over) < WAITED * cpu
+        (first, busy_before), (last, busy) = self._busy_before, self.busy()
+        # other batches of the layer, such as a step of decode, may have come since
+        alone = last - first == self.jobs
         return PrefillTimes(
             self.load,
             self.sent,
             None if self.before is None else watch.seconds(self.before, self.submitted),
-            cpu,
-            early,
+            (busy - busy_before) / 1e9 if alone else None,
             sum(watch.seconds(begin, end) for begin, end, _ in self._gpu),
         )
 

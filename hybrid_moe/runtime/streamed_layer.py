@@ -15,6 +15,7 @@ from hybrid_moe.cpu_kernels import trace
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.placement_change import AWAY, COLD, HOT
 from hybrid_moe.cpu_kernels.trace_file import TraceNote
+from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
 from hybrid_moe.locks import ProcessLock
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.hot_half import HotHalf
@@ -115,7 +116,7 @@ class StreamedLayer:
             self._trace_choice(begin, load, choice)
         sent = SentExperts(
             load, now, watch, owner.end_before(self.index), self._slots, waves,
-            self._placement.wide,
+            self._placement.wide, 1 if stream else -(-tokens // MAX_TOKENS_PER_JOB), self._busy,
         )  # fmt: skip
         try:
             if now:
@@ -131,7 +132,7 @@ class StreamedLayer:
         self._send_ahead = None
         if following is not None and ahead:
             self._send_ahead = lambda: following.send_ahead(ahead)
-        sent.submitted = watch.now()
+        sent.note_submitted()
         owner.began(sent)
         return StreamedBatch(self, sent)
 
@@ -230,6 +231,9 @@ class StreamedLayer:
         scaled: Counts = np.rint(counts * (tokens / max(1, before))).astype(np.int64)
         return scaled
 
+    def _busy(self) -> tuple[int, int]:
+        return self._layer.busy
+
     @property
     def _cold(self) -> npt.NDArray[np.bool_]:
         """bool [E]: experts in the CPU's memory alone, by the order of calls."""
@@ -275,10 +279,6 @@ class StreamedBatch:
     def __init__(self, layer: StreamedLayer, sent: SentExperts) -> None:
         self._layer, self.sent = layer, sent
         self.skip = layer.skip.data_ptr()
-
-    def waiting(self, done: bool | None, stream: Stream | None) -> None:
-        """The wait for the CPU's part begins, which is `done` or not; None: nobody here knows."""
-        self.sent.note_waiting(done, stream)
 
     def over(self, stream: Stream | None) -> None:
         """The layer's sum is there, in the order of `stream`."""

@@ -84,7 +84,6 @@ class Submission:
         hot, streamed = self.hot, self.streamed
         if streamed is None:
             return self._result(hot, stream)
-        streamed.waiting(self.job.done if isinstance(self.job, Job) else None, stream)
         output = self._result(hot, stream)
         streamed.over(stream)
         return output

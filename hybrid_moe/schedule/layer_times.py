@@ -12,7 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hybrid_moe.schedule.layer_work import ExpertCount, ExpertWork, GpuAmount, LayerSplit, LayerWork
+from hybrid_moe.schedule.layer_work import (
+    ExpertCount,
+    ExpertSplit,
+    ExpertWork,
+    GpuAmount,
+    LayerWork,
+)
 from hybrid_moe.schedule.machine_rates import MachineRates
 
 
@@ -103,7 +109,7 @@ def stretched(cpu: float, link: float, rates: MachineRates) -> float:
     return min(cpu / left, cpu + (1 - left) * link)
 
 
-def layer_times(work: LayerWork, split: LayerSplit, rates: MachineRates) -> LayerTimes:
+def layer_times(work: LayerWork, split: ExpertSplit, rates: MachineRates) -> LayerTimes:
     """The parts of `work` where its experts are split so.
 
     Raises:
@@ -111,12 +117,14 @@ def layer_times(work: LayerWork, split: LayerSplit, rates: MachineRates) -> Laye
     """
     before = rates.launch + gpu_seconds(work.before, rates)
     if work.expert is None:
-        if split != LayerSplit():
+        if split != ExpertSplit():
             raise ValueError(f"layer {work.layer} has no experts that could be computed: {split}")
         shared = gpu_seconds(work.shared, rates)
         return LayerTimes(work.layer, before, shared, routed=False)
     expert = work.expert
     link = link_seconds(expert, split.sent.experts, rates)
+    now, later = (cpu_seconds(expert, count, rates) for count in (split.cpu, split.deferred))
+    cpu = stretched(now, link, rates)
     on_cpu = split.cpu.experts + split.deferred.experts > 0
     return LayerTimes(
         layer=work.layer,
@@ -125,7 +133,7 @@ def layer_times(work: LayerWork, split: LayerSplit, rates: MachineRates) -> Laye
         link=link,
         sent=gpu_expert_seconds(expert, split.sent, rates),
         submit=rates.submit if on_cpu else 0.0,
-        cpu=stretched(cpu_seconds(expert, split.cpu, rates), link, rates),
-        deferred=cpu_seconds(expert, split.deferred, rates),
+        cpu=cpu,
+        deferred=stretched(now + later, link, rates) - cpu,
         back=rates.back if on_cpu else 0.0,
     )

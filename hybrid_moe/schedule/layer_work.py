@@ -71,7 +71,7 @@ class ExpertCount:
 
 
 @dataclass(frozen=True)
-class LayerSplit:
+class ExpertSplit:
     """Where the routed experts of a layer are computed in a step; each pair is in one of them.
 
     Attributes:
@@ -108,3 +108,19 @@ def uniform_met(experts: float, num_experts: int, top_k: float, tokens: float) -
     """The same where all of a layer's `num_experts` are equally likely, of `experts` of them."""
     share = top_k / num_experts
     return ExpertCount(experts * (1 - (1 - share) ** tokens), experts * share * tokens)
+
+
+def uniform_deferred(
+    experts: float, num_experts: int, top_k: int, tokens: float, depth: int
+) -> ExpertCount:
+    """What is deferred of so many of a layer's experts, all equally likely, where each token defers
+    the `depth` of its `top_k` that it weights least.
+
+    An expert is deferred where no token needs it now: with p = k / E and q = p (k - depth) / k it
+    is met by none that needs it with (1 - q)^B, and by none at all with (1 - p)^B.
+    """
+    p = top_k / num_experts
+    needed = p * max(0, top_k - depth) / top_k
+    free = (1 - needed) ** tokens
+    pairs = tokens * (p - needed) * (1 - needed) ** (tokens - 1)
+    return ExpertCount(experts * (free - (1 - p) ** tokens), experts * pairs)

@@ -23,7 +23,6 @@ class MachineRates:
         back: from the last worker's end until the GPU goes on with the sum.
         transfer: of each layer's copies, until the first byte moves.
         launch: of the GPU for each layer, beside what it reads and computes.
-        step: of each step, beside its layers: choice of the next token, the engine's loop.
 
     Raises:
         ValueError: a rate that is not positive, or a cost that is negative or not finite.
@@ -38,7 +37,6 @@ class MachineRates:
     back: float = 0.0
     transfer: float = 0.0
     launch: float = 0.0
-    step: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -115,10 +115,8 @@ class PrefillPlanner:
             self.before += weight * (times.before - self.before)
             self._before_known = True
         if times.cpu is not None and (alone := curve.cpu_alone(sent)) > 0:
-            ratio = max(1e-9, times.cpu - self.rates.submit - self.rates.back) / alone
             factor = self.cpu.setdefault(load.formats, LearnedFactor())
-            if not times.cpu_at_most or ratio < factor.value:
-                factor.learn(ratio)
+            factor.learn(max(1e-9, times.cpu / alone))
         if times.gpu and (alone := curve.gpu_alone(sent)) > 0:
             self.gpu.learn(times.gpu / alone)
 

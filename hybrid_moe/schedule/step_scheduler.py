@@ -2,8 +2,7 @@
 
 For each cold expert that the batch meets: the CPU computes it now, or its weights are copied and
 the GPU computes it, or the CPU computes it later, for the sum of the next layer. The routing of
-later layers is not known yet, so they are taken to be like they have been: means of what was
-decided for them before, which decay.
+later layers is not known yet, so they are taken to be like in the last steps.
 """
 
 from __future__ import annotations
@@ -14,9 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.schedule.choice_search import compiled_search, orders
+from hybrid_moe.schedule.choice_search import (
+    COUNT,
+    DEFERRABLE,
+    WAS_DEFERRED,
+    WAS_SENT,
+    compiled_search,
+    orders,
+)
 from hybrid_moe.schedule.layer_demand import LayerDemand
-from hybrid_moe.schedule.layer_step import compiled_advance, constants_of, costs_of
+from hybrid_moe.schedule.layer_step import START, Floats, compiled_advance, constants_of, costs_of
 from hybrid_moe.schedule.layer_work import LayerWork
 from hybrid_moe.schedule.machine_rates import MachineRates
 
@@ -24,8 +30,9 @@ AHEAD = 2
 """Layers behind the one that is decided. What it defers ends in the first; what that must defer in
 turn, in the second."""
 
-DECAY = 0.1
-"""Of the means, for each step: ten tokens are remembered, the length of a phrase."""
+REMEMBERED = 5
+"""Steps: the one that is decided, and those before it, which its later layers are taken to be
+like."""
 
 Ids = tuple[int, ...]
 
@@ -91,16 +98,16 @@ class StepScheduler:
         self.works, self.rates, self.max_deferred = tuple(works), rates, max_deferred
         self._send = send and rates.link > 0
         self._search, self._advance = compiled_search(), compiled_advance()
-        self._usual_layer = np.zeros((len(works), 7))
-        self._usual_part = np.zeros((len(works), 7))
-        self._seen = np.zeros(len(works), np.int64)
-        self._state = np.zeros(4)
+        self._layers = np.zeros((REMEMBERED, len(works), 7))
+        self._asked = np.zeros((REMEMBERED, len(works), 8))
+        self._steps = 0
+        self._state = START
         self._next = 0
 
     @property
     def seconds(self) -> float:
         """Of the step so far, by the model."""
-        return float(self._state[0])
+        return self._state[0]
 
     def decide(self, demand: LayerDemand, work: LayerWork | None = None) -> LayerChoice:
         """The choice for the next layer; after the last one comes the first of the next step.
@@ -111,7 +118,7 @@ class StepScheduler:
         """
         place = self._next
         if place == 0:
-            self._state = np.zeros(4)
+            self._state = START
         work = work or self.works[place]
         last = place == len(self.works) - 1
         layer = constants_of(work, demand, self.rates)
@@ -123,11 +130,10 @@ class StepScheduler:
             can_send=self._send,
             can_defer=self.max_deferred > 0 and not last,
         )
-        ahead, usual = self._behind(place, layer, costs)
-        nothing = np.zeros(0, np.int64)
-        args = (self._state, layer, costs)
-        *_, plain = self._search(*args, nothing, nothing, ahead, usual)
-        sent, deferred, best = self._search(*args, send, defer, ahead, usual)
+        ahead, asked = self._behind(place, layer, demand, costs)
+        sent, deferred, best, plain = self._search(
+            self._state, layer, costs, send, defer, ahead, asked, self._send
+        )
         is_sent = np.zeros(len(costs), bool)
         is_sent[send[:sent]] = True
         is_later = np.zeros(len(costs), bool)
@@ -140,41 +146,48 @@ class StepScheduler:
             _ids(demand, ~(is_sent | is_later)),
             _ids(demand, is_sent),
             _ids(demand, is_later),
-            float(after[0] - self._state[0]),
-            float(alone[0] - self._state[0]),
+            after[0] - self._state[0],
+            alone[0] - self._state[0],
             float(plain - best),
         )
-        self._remember(place, layer, _part(costs, is_sent, is_later))
+        row = self._steps % REMEMBERED
+        self._layers[row, place] = layer
+        self._asked[row, place] = _asked(demand, costs, sent, deferred)
+        self._steps += last
         self._state, self._next = after, 0 if last else place + 1
         return choice
 
     def _behind(
-        self, place: int, layer: npt.NDArray[np.float64], costs: npt.NDArray[np.float64]
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """The layers after `place` as they usually are: one that was not met yet is like this one,
-        with all on the CPU."""
+        self, place: int, layer: Floats, demand: LayerDemand, costs: Floats
+    ) -> tuple[Floats, Floats]:
+        """The layers after `place` as they were in the last steps; in the first step like this one,
+        with all on the CPU. The last one defers nothing."""
         end = min(place + 1 + AHEAD, len(self.works))
-        ahead = self._usual_layer[place + 1 : end].copy()
-        usual = self._usual_part[place + 1 : end].copy()
-        no = np.zeros(len(costs), bool)
-        for row in np.flatnonzero(self._seen[place + 1 : end] == 0):
-            ahead[row], usual[row] = layer, _part(costs, no, no)
-        return ahead, usual
+        known = [n for n in range(self._steps - REMEMBERED + 1, self._steps) if n >= 0]
+        rows = [n % REMEMBERED for n in known]
+        ahead, asked = self._layers[rows, place + 1 : end], self._asked[rows, place + 1 : end]
+        if not rows:
+            ahead = np.tile(layer, (1, end - place - 1, 1))
+            asked = np.tile(_asked(demand, costs, 0, 0), (1, end - place - 1, 1))
+        if end == len(self.works):
+            asked[:, -1:, DEFERRABLE] = asked[:, -1:, WAS_DEFERRED] = 0
+        return ahead, asked
 
-    def _remember(
-        self, place: int, layer: npt.NDArray[np.float64], part: npt.NDArray[np.float64]
-    ) -> None:
-        share = max(DECAY, 1 / (1 + self._seen[place]))
-        self._usual_layer[place] = (1 - share) * self._usual_layer[place] + share * layer
-        self._usual_part[place] = (1 - share) * self._usual_part[place] + share * part
-        self._seen[place] += 1
+
+def _asked(demand: LayerDemand, costs: Floats, sent: int, deferred: int) -> Floats:
+    """What `choice_search` calls what a layer asked for."""
+    asked = np.zeros(8)
+    asked[COUNT], asked[DEFERRABLE] = len(costs), demand.deferrable.sum()
+    asked[WAS_SENT], asked[WAS_DEFERRED] = sent, deferred
+    asked[4:] = costs.mean(0) if len(costs) else 0.0
+    return asked
 
 
 def _part(
-    costs: npt.NDArray[np.float64],
+    costs: Floats,
     sent: npt.NDArray[np.bool_],
     later: npt.NDArray[np.bool_],
-) -> npt.NDArray[np.float64]:
+) -> Floats:
     """What `layer_step` calls a part."""
     now = costs[~(sent | later), :2].sum(0)
     return np.concatenate(

@@ -30,6 +30,14 @@ def test_rows_and_arrows() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["GPU", "link"]
     assert len(axes.patches) == 3
     assert trace_picture.layer_of("attention of layer 12") == 12
+    for name, text in (
+        ("attention of layer 12", "12: attention"),
+        ("layer 3: experts sent", "3: sent"),
+        ("16 experts of layer 2", "2: 16 experts"),
+        ("layer 1", "1"),
+        ("torch", "torch"),
+    ):
+        assert trace_picture.short(name) == text
 
 
 def test_a_row_that_is_not_there() -> None:

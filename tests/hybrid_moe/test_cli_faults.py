@@ -234,16 +234,16 @@ def named_in_chinese(model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return shutil.copytree(model, tmp_path_factory.mktemp("names") / "模型-é")
 
 
-@pytest.mark.parametrize("command", LIGHT)
-@pytest.mark.parametrize(
-    ("env", "shown"),
-    [
-        ({"PYTHONIOENCODING": "ascii"}, b"\\u6a21\\u578b-\\xe9"),
-        ({"PYTHONIOENCODING": "latin-1", "TERM": "dumb"}, b"\\u6a21\\u578b-\xe9"),
-        ({"PYTHONIOENCODING": "ascii:strict", "NO_COLOR": "1"}, b"\\u6a21\\u578b-\\xe9"),
-        ({"PYTHONUTF8": "1"}, "模型-é".encode()),
-    ],
+ENCODINGS = (
+    ({"PYTHONIOENCODING": "ascii"}, b"\\u6a21\\u578b-\\xe9"),
+    ({"PYTHONIOENCODING": "latin-1", "TERM": "dumb"}, b"\\u6a21\\u578b-\xe9"),
+    ({"PYTHONIOENCODING": "ascii:strict", "NO_COLOR": "1"}, b"\\u6a21\\u578b-\\xe9"),
+    ({"PYTHONUTF8": "1"}, "模型-é".encode()),
 )
+
+
+@pytest.mark.parametrize("command", LIGHT)
+@pytest.mark.parametrize(("env", "shown"), ENCODINGS)
 def test_an_encoding_that_cannot_say_it(
     command: str, env: dict[str, str], shown: bytes, named_in_chinese: Path
 ) -> None:
@@ -251,6 +251,12 @@ def test_an_encoding_that_cannot_say_it(
     done = subprocess.run(words, env=_plain(COLUMNS="500", **env), capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout and (command == "doctor" or shown in done.stdout)
+
+
+@pytest.mark.parametrize(("env", "shown"), ENCODINGS)
+def test_an_error_that_the_encoding_cannot_say(
+    env: dict[str, str], shown: bytes, named_in_chinese: Path
+) -> None:
     absent = subprocess.run(
         [*MAIN, "inspect", str(named_in_chinese / "x")], env=_plain(**env), capture_output=True
     )

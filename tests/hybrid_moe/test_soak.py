@@ -102,8 +102,15 @@ assert max(map(len, memory._live)) < NBYTES, "a layer stays"
 
 
 @pytest.mark.parametrize("how", ["close", "drop"])
-@pytest.mark.parametrize("threads", range(1, min(2, usable_cores()) + 1))
-@pytest.mark.parametrize("level", ["layers", "wrappers"])
+@pytest.mark.parametrize(
+    ("level", "threads"),
+    [
+        ("layers", 1),
+        ("wrappers", min(2, usable_cores())),
+        pytest.param("layers", min(2, usable_cores()), marks=pytest.mark.full),
+        pytest.param("wrappers", 1, marks=pytest.mark.full),
+    ],
+)
 def test_models_come_and_go(level: str, threads: int, how: str) -> None:
     """Used in all ways, closed or only dropped, with a job that nobody has waited for."""
     code = _PRELUDE + {"layers": _LAYERS, "wrappers": _WRAPPERS}[level] + _REST

@@ -19,7 +19,7 @@ from hybrid_moe.cpu_kernels.streams.graph_job import GraphJob
 from hybrid_moe.streams.staging import MOST_JOBS
 from tests.streams.model import E, H, Inputs, K, Model, layers, make_layers
 
-SIZES = 4 * MOST_JOBS
+SIZES = 2 * MOST_JOBS
 
 
 def calls_of(function: Callable[[], object]) -> int:

@@ -119,6 +119,26 @@ def test_never_worse_than_the_published_rule(
         assert fullest[layer] >= loads[layer].sum() / gpus * (1 - 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("case", "theirs", "ours"),
+    [
+        ((256, 288, 1, 1, 32), 1.0035, 1.0003),
+        ((256, 288, 8, 4, 32), 1.0455, 1.0413),
+        ((64, 80, 8, 2, 8), 1.0300, 1.0118),
+    ],
+)
+def test_the_table_of_the_documents(
+    case: tuple[int, int, int, int, int], theirs: float, ours: float
+) -> None:
+    """docs/placement.md: the fullest GPU over the mean."""
+    loads = np.random.default_rng(0).gamma(0.8, 100, (10, case[0]))
+    mean = loads.sum(1) / case[4]
+    published = np.array([published_layer(row, *case[1:])[1] for row in loads])
+    found = rebalance_experts(loads, *case[1:])
+    assert (published / mean).mean() == pytest.approx(theirs, abs=6e-5)
+    assert found.imbalance(loads).mean() == pytest.approx(ours, abs=6e-5)
+
+
 def best_packing(loads: F64, replicas: int, gpus: int) -> float:
     """The lightest fullest GPU over all replicas and packings."""
     E, best = len(loads), np.inf

@@ -60,7 +60,7 @@ def optimum(costs: list[LayerCost], budget: int) -> float:
     return float(seconds[nbytes <= budget].min())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(small_models())
 def test_nothing_is_faster(case: tuple[list[LayerCost], int]) -> None:
     costs, budget = case
@@ -88,7 +88,7 @@ def test_coarse_units_stay_within_budget_and_bound(
     assert placed.seconds >= best * (1 - 1e-12) - 1e-15
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(small_models())
 def test_sorted_sets_keep_their_bound(case: tuple[list[LayerCost], int]) -> None:
     """The way of large layers, on layers whose sets can all be tried."""

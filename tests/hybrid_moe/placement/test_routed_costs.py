@@ -11,9 +11,9 @@ from hybrid_moe.placement.routed_costs import expected_use, layer_cost, place_by
 from hybrid_moe.placement.routing_profile import RoutedModel, RoutingProfile
 from hybrid_moe.schedule.layer_times import layer_times
 from hybrid_moe.schedule.layer_work import (
+    ExpertSplit,
     ExpertWork,
     GpuAmount,
-    LayerSplit,
     LayerWork,
     experts_met,
 )
@@ -31,7 +31,7 @@ def test_a_set_costs_what_the_timeline_says(seed: int, tokens: int, share: float
     use = np.minimum(use, 1)
     hot = random.random(16) < share
     work = LayerWork(3, GpuAmount(1e6, 1e9), GpuAmount(20e6, 1e8), EXPERT)
-    split = LayerSplit(hot=experts_met(use, tokens, hot), cpu=experts_met(use, tokens, ~hot))
+    split = ExpertSplit(hot=experts_met(use, tokens, hot), cpu=experts_met(use, tokens, ~hot))
     times = layer_times(work, split, RATES)
     cost = layer_cost(work, use, 1, RATES, tokens)
     if split.cpu.experts:

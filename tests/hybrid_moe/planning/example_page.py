@@ -18,11 +18,16 @@ from hybrid_moe.cli import app
 from hybrid_moe.planning import machine
 from tests.hybrid_moe.planning.fake_checkpoints import MODELS, write_headers
 
-PAGE = Path(__file__).parents[3] / "docs" / "plan.md"
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "plan.md"
+EXAMPLE = ROOT / "examples" / "tiny_moe"
 MODEL = "gpt-oss-120b"
 MACHINE = "--gpu 24GB --ram 96GB --context 32768"
 SMALLER = "gpt-oss-20b"
 WITHOUT_GPU = "--ram 24GB --context 8192"
+MEASURED = "--gpu 12GB --ram 64GB --gpu-backend cute --profile persuasion.json"
+"""The small model of this repository, whose routing was measured."""
+
 CPU = "--threads 16 --pools 1 --ram-bandwidth 80 --gmacs 1000"
 """The processor; the page says what it is."""
 
@@ -40,15 +45,25 @@ without one they have two: shares of the ceilings are those of a whole model tha
 [sglang.md](sglang.md#what-a-plan-consists-of) says where each line comes from.
 """
 
+ROUTING = """\
+With a routing profile ([placement.md](placement.md)) there is a table of what other amounts of GPU
+memory would give. This one is of `examples/tiny_moe/model` and its profile of *Persuasion*. Its
+experts are so small that hand-overs are nearly all of a token: whole layers go to the GPU once
+they fit.
+"""
 
-def run(command: str) -> str:
-    """A `hybrid-moe` command and its output, as a block of Markdown."""
+
+def run(command: str, *, after: str = "") -> str:
+    """A `hybrid-moe` command and its output, or what begins with `after`, as a block of
+    Markdown."""
     arguments = shlex.split(f"{command} {CPU}")
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "96"})
     if result.exit_code:
         raise RuntimeError(f"{command}: {result.output}") from result.exception
     shown = command.removesuffix(" --dry-run")
-    lines = [f"$ hybrid-moe {shown}", *(line.rstrip() for line in result.stdout.splitlines())]
+    printed = result.stdout[result.stdout.index(after) :]
+    lines = [f"$ hybrid-moe {shown}", *(["..."] if after else [])]
+    lines += [line.rstrip() for line in printed.splitlines()]
     return "\n".join(["```text", *lines, "```", ""])
 
 
@@ -58,17 +73,21 @@ def page() -> str:
     with tempfile.TemporaryDirectory() as folder:
         for name in (MODEL, SMALLER):
             write_headers(Path(folder) / name, MODELS[name])
+        for name in ("model", "profiles/persuasion.json"):
+            (Path(folder) / Path(name).name).symlink_to(EXAMPLE / name)
         os.chdir(folder)
         try:
             with patch.object(machine, "huge_pages_here", lambda: True):
                 plan = run(f"plan {MODEL} {MACHINE}")
                 serve = run(f"serve --model {MODEL} {MACHINE} --dry-run")
                 alone = run(f"plan {SMALLER} {WITHOUT_GPU}")
+                measured = run(f"plan model {MEASURED}", after="GPU memory for experts")
         finally:
             os.chdir(before)
     return (
         f"{HEAD}\n{plan}\nWhat `serve` starts then:\n\n{serve}"
         f"\nA smaller model without a GPU, as `generate` runs it:\n\n{alone}"
+        f"\n{ROUTING}\n{measured}"
     )
 
 

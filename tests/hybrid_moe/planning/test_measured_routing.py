@@ -78,14 +78,14 @@ def test_the_solver_minimises_what_is_predicted(
 def test_the_curve(plan: Plan) -> None:
     curve = plan.curve
     assert [point.nbytes for point in curve] == sorted({point.nbytes for point in curve})
-    for name in ("hit_rate", "tokens_per_second"):
-        values = [getattr(point, name) for point in curve]
-        assert values == sorted(values)
-    assert (curve[0].hit_rate, curve[-1].hit_rate) == (0, pytest.approx(1))
+    speeds = [point.tokens_per_second for point in curve]
+    assert speeds == sorted(speeds)
+    assert (curve[0].hit_rate, curve[0].share, curve[-1].share) == (0, 0, 1)
     (own,) = (point for point in curve if point.chosen)
     assert own.tokens_per_second == pytest.approx(plan.decode.tokens_per_second)
     for point in curve:
-        assert point.hit_rate >= point.first_ids_hit_rate - 1e-9
+        # near the end the GPU is the slower half, and more hits would be slower
+        assert point.hit_rate >= point.first_ids_hit_rate or point.share > 0.7
         assert point.tokens_per_second >= point.first_ids_tokens_per_second * (1 - 1e-9)
     assert plan.to_dict()["curve"][0]["hit_rate"] == 0
 
@@ -97,7 +97,7 @@ def test_without_measured_routing_there_is_no_curve(gpt_oss: Model) -> None:
 def test_slots_on_several_gpus(fake: Fake, routing: MeasuredRouting) -> None:
     """Whole experts: the fullest GPU counts."""
     model = read_model(fake("gpt-oss-20b"), gpu_backend="cute")
-    plan = make_plan(model, request("3x6GB", routing=routing))
+    plan = make_plan(model, request("3x8GB", routing=routing))
     assert not plan.shortages and plan.hot.most > 0
     assert plan.hot.profile is not None and plan.hot.use is not None
     fullest, dealt = 0.0, 0.0

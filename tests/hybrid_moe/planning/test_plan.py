@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.formats.strips import packed_nbytes
-from hybrid_moe.formats.table import FORMATS
+from hybrid_moe.formats.table import BF16, FORMATS
 from hybrid_moe.formats.tensors import CheckpointError
 from hybrid_moe.formats.weight_format import LayerFormats, WeightFormat, layer_formats
 from hybrid_moe.loaders import Checkpoint, inspect_checkpoint
 from hybrid_moe.placement.profile import read_profile, write_profile
 from hybrid_moe.planning import (
+    CpuSpeeds,
     DoesNotFitError,
     Model,
     Plan,
@@ -39,6 +40,10 @@ from hybrid_moe.planning.model import LayerExperts
 from hybrid_moe.planning.plan import GPU, RAM
 from hybrid_moe.planning.prediction import GPU_READ_SHARE, HANDOVER_S, READ_SHARE
 from hybrid_moe.planning.serving import server_command
+from hybrid_moe.planning.step_work import expert_work
+from hybrid_moe.schedule.layer_times import cpu_seconds
+from hybrid_moe.schedule.layer_work import ExpertCount
+from hybrid_moe.schedule.machine_rates import MachineRates
 from hybrid_moe.text import format_bytes
 from tests.families import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, write_family
 from tests.hybrid_moe.planning.cases import CPU, GIB, expert_ram, request
@@ -117,8 +122,12 @@ def test_experts_stream_as_fast_as_they_are_read_or_decoded(fmt: WeightFormat) -
     macs = dict.fromkeys(FORMATS, 100e9)
     assert 0.3 * 100e9 < layer.token_rate(macs) <= layer.rate(macs) <= 100e9
     decoding = weights / layer.token_rate(macs)
-    assert layer.token_seconds(1e15, macs) == decoding
-    assert layer.token_seconds(1e6, macs) == packed / 1e6 > decoding
+    expert = expert_work(layer, CpuSpeeds(1.0, macs, ""), 0.5)
+    one, two = ExpertCount(1, 1), ExpertCount(1, 2)
+    assert cpu_seconds(expert, one, MachineRates(1e15, 1, 1)) == pytest.approx(decoding)
+    assert cpu_seconds(expert, one, MachineRates(1e6, 1, 1)) == packed / 1e6 > decoding
+    more = weights / (layer.rate(macs) * 0.5)
+    assert cpu_seconds(expert, two, MachineRates(1e15, 1, 1)) == pytest.approx(decoding + more)
 
 
 def test_layers_of_two_formats_take_the_time_of_both() -> None:
@@ -205,7 +214,11 @@ def test_each_layer_in_its_own_format(tmp_path: Path) -> None:
     prefill = make_plan(model, request(cpu=slow, chunk=32)).prefill
     macs = 32 * TOP_K * 3 * HIDDEN * INTERMEDIATE
     term = next(t for t in prefill.terms if t.name == "experts, arithmetic")
-    assert term.seconds == pytest.approx((macs / 1000e9 + macs / 250e9) / cpu_only.MAC_SHARE)
+    # the first token of an expert pays for decoding its weights
+    first = EXPERTS * (1 - (1 - TOP_K / EXPERTS) ** 32) * 3 * HIDDEN * INTERMEDIATE
+    decoding = first / (1000e9 * one_token_share(MXFP4)) + first / (250e9 * one_token_share(BF16))
+    rest = (macs - first) / 1000e9 + (macs - first) / 250e9
+    assert term.seconds == pytest.approx(decoding + rest / cpu_only.MAC_SHARE)
     # what a server is told, and that it reads no experts for a GPU
     command = server_command(make_plan(model, request("8GB", context=64)))
     given = dict(itertools.pairwise(command.arguments))
@@ -473,9 +486,10 @@ def test_decode_on_a_gpu_is_the_sum_of_its_parts(gpt_oss: Model) -> None:
 
 def test_prefill_on_the_cpu_is_arithmetic(gpt_oss: Model) -> None:
     plan = make_plan(gpt_oss, request())
-    macs = 2048 * 24 * 4 * 3 * 2880 * 2880
     term = next(t for t in plan.prefill.terms if t.name == "experts, arithmetic")
-    assert term.seconds == pytest.approx(macs / (1000e9 * cpu_only.MAC_SHARE))
+    first = 24 * 32 / one_token_share(MXFP4)  # of each expert a token, which decodes it
+    rest = (2048 * 24 * 4 - 24 * 32) / cpu_only.MAC_SHARE
+    assert term.seconds == pytest.approx((first + rest) * 3 * 2880 * 2880 / 1000e9)
     assert plan.prefill.limit.startswith("experts, arithmetic")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 from hybrid_moe.planning.prediction import MAC_SHARE, READ_SHARE
 
 RECEIPTS = [
@@ -18,16 +19,17 @@ RECEIPTS = [
 
 
 def points(receipt: Path, tokens: int) -> list[dict[str, Any]]:
-    """One MoE layer on all threads in the processor's own tier, which is the last it has."""
-    benches = json.loads(receipt.read_text("utf-8"))["benches"]
-    ceilings = benches["ceilings"]
-    own, threads = ceilings["peaks"][-1]["tier"], ceilings["threads"]
+    """One MoE layer on all threads in the processor's own tier, the best of those measured."""
+    measured = json.loads(receipt.read_text("utf-8"))["benches"]["moe_layer"]["points"]
+    order = list(TIERS)
+    own = max((point["isa"] for point in measured), key=order.index)
+    threads = max(point["threads"] for point in measured)
     found = [
         point
-        for point in benches["moe_layer"]["points"]
+        for point in measured
         if (point["tokens"], point["threads"], point["isa"]) == (tokens, threads, own)
     ]
-    assert {point["method"] for point in found} == {"BF16", "MXFP4"}
+    assert found
     return found
 
 

@@ -321,6 +321,34 @@ def test_bad_experts_are_refused(name: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", READ)
+def test_bad_experts_of_every_type(kind: str, tmp_path: Path) -> None:
+    """A tensor that is missing, has other sizes or another type, or ends early."""
+    whole = expert_entries(0, kind, kind)
+    content = model_file(*whole).content()
+    other = "Q5_1" if kind != "Q5_1" else "Q5_0"
+    for place, good in enumerate(whole):
+        experts, rows, inputs = good.shape
+        changed = [
+            entry(good.name, (experts, rows // 2, inputs), kind),
+            entry(good.name, (experts - 1, rows, inputs), kind),
+            entry(good.name, (rows, inputs), kind),
+            entry(good.name, (experts, rows, 2 * inputs), kind),
+        ]
+        if "down" not in good.name:  # which may differ in type
+            changed.append(entry(good.name, good.shape, other))
+        for replacement in ([], *([e] for e in changed)):
+            entries = [*whole[:place], *replacement, *whole[place + 1 :]]
+            path = model_file(*entries).write(tmp_path / "model.gguf")
+            with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_\w+_exps\.weight") as caught:
+                Checkpoint.open(path).layer(0)
+            assert str(path) in str(caught.value)
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(content[:-33])  # 32 may be padding
+    with pytest.raises(CheckpointError, match=r"ffn_down_exps\.weight"):
+        Checkpoint.open(path)
+
+
 def test_experts_in_tensors_of_their_own(tmp_path: Path) -> None:
     """Mixtral's first files; llama.cpp reads them no longer either."""
     old = entry("blk.0.ffn_gate.3.weight", (I_, H_), "Q4_K")
