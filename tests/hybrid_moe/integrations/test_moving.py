@@ -58,16 +58,26 @@ def logs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits.float().log_softmax(-1)
 
 
+def differing(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Share of the tokens of which a likely logit is further off than `TIE`. Where the router's
+    choice hangs on the last bit, one of four experts is another one: with any other placement too,
+    for the halves round apart. A wrong weight would change nearly all tokens."""
+    pairs = zip(found, expected, strict=True)
+    off = [(((a - b).abs() * (b > -8)).amax(-1) >= TIE).flatten() for a, b in pairs]
+    return float(torch.cat(off).float().mean())
+
+
 @pytest.mark.parametrize("dynamic", [True, "4GB,keep"])
 def test_experts_move_and_the_model_says_the_same(
     dynamic: Any, parts: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(online, "LOOK_SECONDS", 0.0)
-    static, moving = load(), load(dynamic=dynamic)
-    for ids in parts:
-        expected, found = logs(static, ids), logs(moving, ids)
-        likely = expected > -8
-        assert (found - expected)[likely].abs().max() < TIE
+    static, moving, other = load(), load(dynamic=dynamic), load(gpu_experts=0.75)
+    expected = [logs(static, ids) for ids in parts]
+    found = [logs(moving, ids) for ids in parts]
+    usual = differing([logs(other, ids) for ids in parts], expected)
+    assert usual < 0.03
+    assert differing(found, expected) <= 2 * usual + 0.01
     report, stays = online_report(moving), hit_rates(static)
     moves = hit_rates(moving)
     assert report is not None and online_report(static) is None
@@ -87,8 +97,7 @@ def test_threads_share_a_model(parts: list[torch.Tensor], monkeypatch: pytest.Mo
     expected = [logs(model, ids) for ids in parts]
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda ids: logs(model, ids), parts[::-1] * 2))
-    for one, other in zip(found, (expected[::-1] * 2), strict=True):
-        assert (one - other)[other > -8].abs().max() < TIE
+    assert differing(found, expected[::-1] * 2) < 0.03
     report, moves = online_report(model), hit_rates(model)
     assert report is not None and moves is not None and report.swaps > 8
     assert sum(pairs for _, pairs in moves.layers.values()) == 3 * LAYERS * TOP_K * sum(
