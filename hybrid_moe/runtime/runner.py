@@ -132,11 +132,11 @@ class LayerRunner:
                 with streamed.turn:
                     batch = streamed.begin(stream, ids)
                     try:
-                        started = self._start_streamed(batch, stream, hidden, ids, weights)
+                        parts = self._start_streamed(batch, stream, hidden, ids, weights)
                     except BaseException:
                         batch.sent.drop()
                         raise
-                job, hot, fault = started
+                job, hot, fault = parts
             elif stream is None:
                 job, fault = self._start_all(hidden, ids, weights)
                 if halves is not None:
