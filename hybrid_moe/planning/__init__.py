@@ -15,6 +15,7 @@ terms        what a predicted time consists of
 step_work    a model's steps as the timeline takes them
 prediction   tokens per second beside a GPU, and what limits them
 cpu_only     tokens per second without one
+decode_depth   how many experts of a token a server defers
 serving      the SGLang command that carries the plan out
 """
 

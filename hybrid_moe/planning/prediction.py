@@ -77,8 +77,7 @@ def predict_decode(
     """Speed of one token at a time, the context half full."""
     held = cache.per_gpu(len(gpus)) / 2
     step = step_of(model, hot, cpu, gpus, cache=held)
-    output = GpuAmount(model.output_layer / len(gpus))
-    line = run_step(step.times(), after=gpu_seconds(output, step.rates))
+    line = run_step(step.times(), after=output_seconds(model, len(gpus), step.rates))
     read = model.read_per_token / len(gpus) + held + _hot_nbytes(step)
     terms = [
         streamed("RAM bandwidth", step),
@@ -86,6 +85,11 @@ def predict_decode(
         _handover(step),
     ]
     return prediction(terms, line.seconds, 1)
+
+
+def output_seconds(model: Model, num_gpus: int, rates: MachineRates) -> float:
+    """Of the output layer, behind the last one."""
+    return gpu_seconds(GpuAmount(model.output_layer / num_gpus), rates)
 
 
 def streamed(name: str, step: StepWork) -> Term:

@@ -12,6 +12,7 @@ from pathlib import Path
 from hybrid_moe.formats.mx import MXFP4
 from hybrid_moe.integrations.sglang import gpu_backend
 from hybrid_moe.placement.profile import write_profile
+from hybrid_moe.planning.decode_depth import decode_depth
 from hybrid_moe.planning.kv_cache import PAGE
 from hybrid_moe.planning.plan import GPU, Plan
 from hybrid_moe.schedule import streamed_prefill
@@ -66,7 +67,8 @@ def server_command(
     Args:
         python: the interpreter that has SGLang.
         extra: further flags for SGLang, appended.
-        quality: of decode, see `schedule.quality`.
+        quality: of decode, see `schedule.quality`: no more experts are deferred than make a token
+            faster by the timeline, unless `extra` says how many.
 
     Raises:
         DoesNotFitError: the plan does not fit.
@@ -92,6 +94,7 @@ def server_command(
     words = [word for name, value in flags for word in (name, str(value))]
     words.append("--disable-shared-experts-fusion")
     words += _gpu_flags(plan)
+    words += _deferral_flags(plan, quality, extra)
     profile = plan.hot.profile
     environment = {} if profile is None else {PLACEMENT_VARIABLE: str(profile.path)}
     if model.gpu_backend is not None:
@@ -144,6 +147,15 @@ def _gpu_flags(plan: Plan) -> list[str]:
     if plan.cache.window_ratio is not None:
         words += ["--swa-full-tokens-ratio", f"{plan.cache.window_ratio:.3f}"]
     return words
+
+
+_DEFERRED = "--kt-max-deferred-experts-per-token"
+
+
+def _deferral_flags(plan: Plan, quality: str, extra: Sequence[str]) -> list[str]:
+    if quality == EXACT or any(word.partition("=")[0] == _DEFERRED for word in extra):
+        return []
+    return [_DEFERRED, str(decode_depth(plan, quality).depth)]
 
 
 def _check_extra(extra: Sequence[str]) -> None:

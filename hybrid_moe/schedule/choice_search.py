@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.schedule.layer_step import compiled_advance
+from hybrid_moe.schedule.layer_step import compiled_advance, loop
 
 LEAST_GAIN = 1e-3
 """Of the time until the end of what is looked at: less than this, no expert more is deferred."""
@@ -30,19 +30,17 @@ COUNT, DEFERRABLE, WAS_SENT, WAS_DEFERRED = range(4)
 """Places in what a layer asked for, before the four costs of a mean expert: cold experts that were
 met, those of them that could be deferred, and how many were sent and deferred."""
 
-Search = Callable[..., tuple[int, int, float]]
+Search = Callable[..., tuple[int, int, float, float]]
 
 
 @cache
 def compiled_search() -> Search:
-    """(state [4], layer [7], costs [m, 4], send order [s], defer order [d], layers behind in some
+    """(state, layer [7], costs [m, 4], send order [s], defer order [d], layers behind in some
     steps [n, h, 7], what they asked for [n, h, 8], whether they may send) -> experts sent, experts
-    deferred, mean seconds of the step after all that."""
-    from numba import njit
-
+    deferred, mean seconds of the step after all that, and where none is sent or deferred."""
     advance = compiled_advance()
 
-    @njit(nogil=True, cache=False)  # type: ignore[misc]
+    @loop
     def part_of(asked: Any, sent: float, deferred: float) -> Any:
         part = np.empty(7)
         now = asked[0] - sent - deferred
@@ -51,7 +49,7 @@ def compiled_search() -> Search:
         part[4], part[5], part[6] = sent, sent * asked[6], sent * asked[7]
         return part
 
-    @njit(nogil=True, cache=False)  # type: ignore[misc]
+    @loop
     def worth(after: Any, ahead: Any, asked: Any, can_send: bool) -> float:
         """When the layers behind are over, the first of them adapting."""
         if ahead.shape[1] == 0:
@@ -73,11 +71,11 @@ def compiled_search() -> Search:
             total += best
         return total / len(ahead)
 
-    @njit(nogil=True, cache=False)  # type: ignore[misc]
+    @loop
     def search(
         state: Any, layer: Any, costs: Any, send: Any, defer: Any, ahead: Any, asked: Any,
         can_send: bool,
-    ) -> tuple[int, int, float]:  # fmt: skip
+    ) -> tuple[int, int, float, float]:  # fmt: skip
         m = costs.shape[0]
         is_sent = np.zeros(m, np.bool_)
         part = np.zeros(7)
@@ -85,6 +83,7 @@ def compiled_search() -> Search:
             part[0] += costs[e, 0]
             part[1] += costs[e, 1]
         best_sent, best_deferred, best, start = 0, 0, np.inf, state[0]
+        plain = np.inf
         for sent in range(len(send) + 1):
             if sent:
                 e = send[sent - 1]
@@ -100,6 +99,8 @@ def compiled_search() -> Search:
                 if sent + deferred == m:  # what is left of the sums is rounding
                     tried[0] = tried[1] = 0.0
                 found = worth(advance(state, layer, tried), ahead, asked, can_send)
+                if sent + deferred == 0:
+                    plain = found
                 if found - start < (best - start) * (1 - LEAST_GAIN):
                     best_sent, best_deferred, best = sent, deferred, found
                 while place < len(defer) and is_sent[defer[place]]:
@@ -113,7 +114,7 @@ def compiled_search() -> Search:
                 tried[1] -= costs[e, 1]
                 tried[2] += costs[e, 0]
                 tried[3] += costs[e, 1]
-        return best_sent, best_deferred, best
+        return best_sent, best_deferred, best, plain
 
     found: Search = search
     return found

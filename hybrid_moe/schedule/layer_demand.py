@@ -60,7 +60,7 @@ def demand_of(
     (E,), k = resident.shape, chosen.shape[1]
     valid = (chosen >= 0) & (chosen < E)
     tokens = np.bincount(chosen[valid], minlength=E)
-    weight = np.bincount(chosen[valid], score[valid], minlength=E)
+    weight = np.bincount(chosen[valid], score[valid], minlength=E).astype(np.float64)
     needed = np.ones(E, bool)
     if max_deferred:
         order = np.argsort(np.where(valid, -score, np.inf), axis=1, kind="stable")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from hybrid_moe.schedule.layer_work import ExpertWork, LayerWork
 from hybrid_moe.schedule.machine_rates import MachineRates
 
 Floats = npt.NDArray[np.float64]
+State = tuple[float, float, float, float]
+START: State = (0.0, 0.0, 0.0, 0.0)
 
 BEFORE, BESIDE, SUBMIT, BACK, TRANSFER, LINK, LEFT = range(7)
 """Places in a layer's constants."""
@@ -70,21 +72,26 @@ def _expert(work: LayerWork) -> ExpertWork:
     return work.expert
 
 
-Advance = Callable[[Floats, Floats, Floats], Floats]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def loop(function: F) -> F:
+    """`numba.njit(nogil=True)`, typed; numba is imported here, when the first one is needed."""
+    from numba import njit
+
+    compiled: F = njit(nogil=True, cache=False)(function)
+    return compiled
 
 
 @cache
-def compiled_advance() -> Advance:
-    """(state [4], layer [7], part [7]) -> the state after the layer, its sum complete at [0]."""
-    from numba import njit
-
-    function: Advance = njit(nogil=True, cache=False)(advance)
-    return function
+def compiled_advance() -> Callable[[State, Floats, Floats], State]:
+    """(state, layer [7], part [7]) -> the state after the layer, its sum complete at the first."""
+    return loop(advance)
 
 
-def advance(state: Any, layer: Any, part: Any) -> Any:
+def advance(state: State, layer: Floats, part: Floats) -> State:
     """See `compiled_advance`."""
-    now, cpu_free, link_free, carried = state[0], state[1], state[2], state[3]
+    now, cpu_free, link_free, carried = state
     known = now + layer[0]
     gpu, copies = known + layer[1], 0.0
     if part[4] > 0:
@@ -106,4 +113,4 @@ def advance(state: Any, layer: Any, part: Any) -> Any:
         if later > 0:
             cpu_free += later
             carried = cpu_free + layer[3]
-    return np.array([end, cpu_free, link_free, carried])
+    return end, cpu_free, link_free, carried

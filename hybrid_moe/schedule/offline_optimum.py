@@ -12,17 +12,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hybrid_moe.schedule.layer_demand import LayerDemand
-from hybrid_moe.schedule.layer_step import compiled_advance, constants_of, costs_of
+from hybrid_moe.schedule.layer_step import Floats, compiled_advance, constants_of, costs_of, loop
 from hybrid_moe.schedule.layer_work import LayerWork
 from hybrid_moe.schedule.machine_rates import MachineRates
-
-Floats = npt.NDArray[np.float64]
 
 MOST_PARTS = 200_000
 """Choices of one layer: more are refused, before they are made."""
@@ -94,26 +90,24 @@ def parts_of(
 @cache
 def _compiled_extend() -> Callable[[Floats, Floats, Floats], Floats]:
     """(states [s, 4], layer [7], parts [n, 7]) -> the states after it that matter."""
-    from numba import njit
-
     advance = compiled_advance()
 
-    @njit(nogil=True, cache=False)  # type: ignore[misc]
-    def extend(states: Any, layer: Any, parts: Any) -> Any:
+    @loop
+    def extend(states: Floats, layer: Floats, parts: Floats) -> Floats:
         kept = np.empty((64, 4))
         count = 0
         for s in range(len(states)):
+            state = (states[s, 0], states[s, 1], states[s, 2], states[s, 3])
             for p in range(len(parts)):
-                new = advance(states[s], layer, parts[p])
-                for i in range(1, 4):  # times that have passed are all alike
-                    new[i] = max(new[i], new[0]) if i < 3 else new[i]
+                end, cpu, link, carried = advance(state, layer, parts[p])
+                cpu, link = max(cpu, end), max(link, end)  # times that have passed are all alike
                 worse = False
                 for k in range(count):
                     if (
-                        kept[k, 0] <= new[0]
-                        and kept[k, 1] <= new[1]
-                        and kept[k, 2] <= new[2]
-                        and kept[k, 3] <= new[3]
+                        kept[k, 0] <= end
+                        and kept[k, 1] <= cpu
+                        and kept[k, 2] <= link
+                        and kept[k, 3] <= carried
                     ):
                         worse = True
                         break
@@ -121,22 +115,27 @@ def _compiled_extend() -> Callable[[Floats, Floats, Floats], Floats]:
                     continue
                 place = 0
                 for k in range(count):  # those that the new one is nowhere behind go
-                    if not (
-                        new[0] <= kept[k, 0]
-                        and new[1] <= kept[k, 1]
-                        and new[2] <= kept[k, 2]
-                        and new[3] <= kept[k, 3]
+                    if (
+                        kept[k, 0] < end
+                        or kept[k, 1] < cpu
+                        or kept[k, 2] < link
+                        or kept[k, 3] < carried
                     ):
-                        kept[place] = kept[k]
+                        for column in range(4):
+                            kept[place, column] = kept[k, column]
                         place += 1
                 count = place
                 if count == len(kept):
                     more = np.empty((2 * count, 4))
-                    more[:count] = kept
+                    for k in range(count):
+                        for column in range(4):
+                            more[k, column] = kept[k, column]
                     kept = more
-                kept[count] = new
+                kept[count, 0], kept[count, 1] = end, cpu
+                kept[count, 2], kept[count, 3] = link, carried
                 count += 1
-        return kept[:count]
+        found = np.empty((count, 4))
+        found[:] = kept[:count]
+        return found
 
-    found: Callable[[Floats, Floats, Floats], Floats] = extend
-    return found
+    return extend

@@ -22,7 +22,7 @@ from hybrid_moe.schedule.choice_search import (
     orders,
 )
 from hybrid_moe.schedule.layer_demand import LayerDemand
-from hybrid_moe.schedule.layer_step import Floats, compiled_advance, constants_of, costs_of
+from hybrid_moe.schedule.layer_step import START, Floats, compiled_advance, constants_of, costs_of
 from hybrid_moe.schedule.layer_work import LayerWork
 from hybrid_moe.schedule.machine_rates import MachineRates
 
@@ -101,13 +101,13 @@ class StepScheduler:
         self._layers = np.zeros((REMEMBERED, len(works), 7))
         self._asked = np.zeros((REMEMBERED, len(works), 8))
         self._steps = 0
-        self._state = np.zeros(4)
+        self._state = START
         self._next = 0
 
     @property
     def seconds(self) -> float:
         """Of the step so far, by the model."""
-        return float(self._state[0])
+        return self._state[0]
 
     def decide(self, demand: LayerDemand, work: LayerWork | None = None) -> LayerChoice:
         """The choice for the next layer; after the last one comes the first of the next step.
@@ -118,7 +118,7 @@ class StepScheduler:
         """
         place = self._next
         if place == 0:
-            self._state = np.zeros(4)
+            self._state = START
         work = work or self.works[place]
         last = place == len(self.works) - 1
         layer = constants_of(work, demand, self.rates)
@@ -131,10 +131,9 @@ class StepScheduler:
             can_defer=self.max_deferred > 0 and not last,
         )
         ahead, asked = self._behind(place, layer, demand, costs)
-        nothing = np.zeros(0, np.int64)
-        args = (self._state, layer, costs)
-        *_, plain = self._search(*args, nothing, nothing, ahead, asked, self._send)
-        sent, deferred, best = self._search(*args, send, defer, ahead, asked, self._send)
+        sent, deferred, best, plain = self._search(
+            self._state, layer, costs, send, defer, ahead, asked, self._send
+        )
         is_sent = np.zeros(len(costs), bool)
         is_sent[send[:sent]] = True
         is_later = np.zeros(len(costs), bool)
@@ -147,8 +146,8 @@ class StepScheduler:
             _ids(demand, ~(is_sent | is_later)),
             _ids(demand, is_sent),
             _ids(demand, is_later),
-            float(after[0] - self._state[0]),
-            float(alone[0] - self._state[0]),
+            after[0] - self._state[0],
+            alone[0] - self._state[0],
             float(plain - best),
         )
         row = self._steps % REMEMBERED

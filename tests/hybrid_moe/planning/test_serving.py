@@ -223,6 +223,12 @@ def test_serve_that_streams_and_defers(fake: Fake) -> None:
         "SGLANG_AUTO_NUMA_BIND": "0",
     }
     assert streamed_prefill.stream_memory(environment) == 3 * GIB
+    deferred = "--kt-max-deferred-experts-per-token"
+    # 16 cores beside a GPU of 448 GB/s: attention hides at least one of eight experts
+    assert re.search(rf"{deferred} [12]\s", result.stdout)
+    given = run("serve", *words, "--quality", "balanced", "--", deferred, "1")
+    assert given.stdout.count(deferred) == 1 and f"{deferred} 1" in given.stdout
+    assert deferred not in run("serve", *words).stdout
 
     def hot(text: str) -> int:
         return int(re.search(r"--kt-num-gpu-experts (\d+)", text)[1])  # type: ignore[index]

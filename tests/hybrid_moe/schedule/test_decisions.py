@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_moe.schedule.layer_demand import LayerDemand
-from hybrid_moe.schedule.layer_step import advance, compiled_advance, constants_of, costs_of
+from hybrid_moe.schedule.layer_step import START, advance, compiled_advance, constants_of, costs_of
 from hybrid_moe.schedule.layer_times import LayerTimes, layer_times
 from hybrid_moe.schedule.layer_work import ExpertCount, ExpertSplit, LayerWork
 from hybrid_moe.schedule.machine_rates import MachineRates
@@ -71,8 +71,7 @@ def test_compiled_layers_are_those_of_the_timeline(
         data.draw(st.sampled_from(wheres(d, rates, last=n == len(found) - 1)))
         for n, d in enumerate(found)
     )
-    state = np.zeros(4)
-    plain = np.zeros(4)
+    state = plain = START
     for one, demand, where in zip(works, found, chosen, strict=True):
         costs = costs_of(one, demand.tokens, rates)
         at = np.array(where, int)
@@ -84,7 +83,7 @@ def test_compiled_layers_are_those_of_the_timeline(
         state, plain = compiled_advance()(state, layer, part), advance(plain, layer, part)
     line = run_step(times(works, found, rates, chosen))
     assert state[0] == pytest.approx(line.seconds)
-    assert np.array_equal(state, plain)
+    assert state == plain
 
 
 @settings(max_examples=12)
