@@ -361,7 +361,7 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         if wanted.any():
             fill(placement, wanted)
         placement.ready()
-        return placement.live, placement.cold, (hot, placement)
+        return placement.live, placement.resident, (hot, placement)
 
     # Running ------------------------------------------------------------------------------------
 

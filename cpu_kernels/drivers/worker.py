@@ -162,7 +162,7 @@ def count_time(group: Group, entry: Entry) -> None:
     now = nanoseconds()
     begun = max(load_acquire(entry.begun), load_acquire(group.ended))
     store_release(group.ended, now)  # for the next job's, whose workers acquire `completed`
-    if entry.job.attention.address == 0:  # whose jobs are no layer's
+    if entry.job.layer.address != 0:  # a job may be no layer's
         fetch_add(entry.job.layer.busy_ns, now - begun)
 
 

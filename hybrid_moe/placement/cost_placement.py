@@ -72,8 +72,8 @@ class LayerCost:
             )
         if not self.cold.size or not self.hot.size:
             raise ValueError(f"layer {self.layer} has no experts, or their times no parts")
-        times = (*self.cold.flat, *self.hot.flat, self.handover, self.beside)
-        if not all(math.isfinite(t) and t >= 0 for t in times):
+        times = np.concatenate([self.cold.ravel(), self.hot.ravel(), [self.handover, self.beside]])
+        if not (np.isfinite(times).all() and (times >= 0).all()):
             raise ValueError(f"layer {self.layer}: times must be finite and not below 0")
         if self.nbytes < 1:
             raise ValueError(f"layer {self.layer}: an expert of {self.nbytes} bytes, must be 1")

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from hybrid_moe.logs import warn_once
+from hybrid_moe.runtime.metrics import metrics
 from hybrid_moe.text import format_bytes, parse_size
 
 logger = logging.getLogger(__name__)
@@ -98,18 +99,20 @@ class OnlineOptions:
         bytes_per_second: of the link between CPU and GPU that swaps may use.
         half_life_pairs: see `HALF_LIFE_PAIRS`.
         margin: see `MARGIN`.
+        payback_pairs: see `PAYBACK_PAIRS`.
         keep_panels: experts on the GPU stay in the CPU's memory too: a swap copies half as much,
             and the CPU's memory is taken for all experts.
         read_bandwidth: bytes per second at which the CPU reads cold experts, for the report of the
-            time that was gained; None where nobody has measured it.
+            time that was gained; None for what this process has reached so far.
 
     Raises:
-        ValueError: a number that is not positive, or a margin outside 0..1.
+        ValueError: a number that is not positive, a margin outside 0..1, a negative payback.
     """
 
     bytes_per_second: float = LINK_BYTES
     half_life_pairs: float = HALF_LIFE_PAIRS
     margin: float = MARGIN
+    payback_pairs: float = PAYBACK_PAIRS
     keep_panels: bool = False
     read_bandwidth: float | None = None
 
@@ -120,6 +123,8 @@ class OnlineOptions:
                 raise ValueError(f"{name} is {value!r}, must be above 0")
         if not 0 <= self.margin < 1:
             raise ValueError(f"margin is {self.margin!r}, must be from 0 to below 1")
+        if not self.payback_pairs >= 0:
+            raise ValueError(f"payback_pairs is {self.payback_pairs!r}, must be 0 or more")
 
     @classmethod
     def of(cls, given: Any) -> OnlineOptions | None:
@@ -181,7 +186,7 @@ class OnlineReport:
             two half-lives before: oscillation, if there is any.
         moved_bytes: copied by both directions.
         gained_bytes: of experts that the CPU had not to read, beside the placement of the start.
-        read_bandwidth: see `OnlineOptions`.
+        read_bandwidth: see `OnlineOptions`; None before the CPU has computed anything.
     """
 
     tokens: int
@@ -201,7 +206,7 @@ class OnlineReport:
 
     @property
     def gained_seconds(self) -> float | None:
-        """Of reading by the CPU; None where its bandwidth is not known."""
+        """Of reading by the CPU; None where its bandwidth is not known yet."""
         return None if self.read_bandwidth is None else self.gained_bytes / self.read_bandwidth
 
     def summary(self) -> str:
@@ -305,8 +310,8 @@ class OnlinePlacement:
             swaps=self._swaps,
             returns=self._returns,
             moved_bytes=self._moved_bytes,
-            gained_bytes=round(gained),
-            read_bandwidth=self.options.read_bandwidth,
+            gained_bytes=round(float(gained)),
+            read_bandwidth=self.options.read_bandwidth or metrics().bandwidth,
         )
 
     def _look(self) -> int:
@@ -335,7 +340,7 @@ class OnlinePlacement:
             self._copies,
             self._allowance,
             self.options.margin,
-            PAYBACK_PAIRS * (1 + self._copies),
+            self.options.payback_pairs * (1 + self._copies),
             self._swaps_table,
         )
         return int((self._swaps_table[:, 0] >= 0).sum())

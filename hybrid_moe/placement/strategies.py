@@ -95,6 +95,8 @@ def place_experts(
     | random | any experts, the same at each call |
     | frequency | the most used experts, see `generate_gpu_experts_masks` |
 
+    Strategy cost, which needs sizes and speeds, is `hybrid_moe.placement.cost_placement`.
+
     Args:
         strategy: its name.
         num_layers: layers of the model, dense ones counted.
@@ -126,6 +128,11 @@ def place_experts(
         if value < least:
             raise ValueError(f"{name} is {value}, must be {least} or more")
     names = ("frequency", *STRATEGIES)
+    if strategy == "cost":
+        raise ValueError(
+            'strategy "cost" needs sizes and speeds: call '
+            "hybrid_moe.placement.cost_placement.place_by_cost, or `hybrid-moe plan --profile`"
+        )
     if strategy not in names:
         raise ValueError(f"unknown strategy {strategy!r}: there are {', '.join(sorted(names))}")
     if (activation_freq is not None) != (strategy == "frequency"):

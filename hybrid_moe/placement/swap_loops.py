@@ -12,10 +12,14 @@ times the rate, so the result does not depend on how often somebody looks; a pro
 counts as one half-life, lest it drown what has been decoded.
 
 **Noise.** Of pairs that come by chance, a sum u has variance u (1 + q) / 2, where q is what is left
-of a pair of the beginning (a Poisson process through an exponential kernel). The largest of n
-differences between equals is off by up to about sqrt(2 ln n) standard deviations. So the best cold
-expert replaces the worst hot one only where they differ by more than any of the C * H pairs of a
-layer does by chance at any of `PERIODS` times: experts that are used alike stay where they are.
+of a pair of the beginning (a Poisson process through an exponential kernel). How much of the spread
+of a layer's sums that explains says how far they are to be believed:
+
+* All of it: the experts may be equal. Of C cold and H hot ones, one of the C * H differences is off
+  by sqrt(2 ln(C H)) standard deviations now and then. Only one that chance gives once in `PERIODS`
+  half-lives counts, and so equal experts stay where they are.
+* Little of it: the experts do differ, and the one that looks better probably is. One standard
+  deviation is enough, `PROBABLY`.
 """
 
 from __future__ import annotations
@@ -40,8 +44,14 @@ FAST, SLOW = 0, 1
 
 LN2 = math.log(2)
 
-PERIODS = 256
-"""Half-lives in which one layer may swap once although nothing has changed."""
+PERIODS = 64
+"""Half-lives in which a layer of equal experts may swap two of them by mistake."""
+
+PROBABLY = 1.0
+"""Standard deviations by which an expert of a layer whose experts differ must look better."""
+
+UNSURE = 3.0
+"""Standard deviations of the spread of equal experts that are taken for chance."""
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
@@ -106,6 +116,32 @@ def observe(
 
 
 @_compiled
+def _deviations(sums: Floats, states: States, left: float, pairs: int) -> float:
+    """By how many standard deviations two experts of a layer must differ.
+
+    Args:
+        sums: [E] of one average.
+        states: [E].
+        left: what is left of a pair of the beginning.
+        pairs: C * H.
+    """
+    count = 0
+    mean = spread = 0.0
+    for e in range(len(sums)):
+        if states[e] != FIXED:
+            count += 1
+            mean += sums[e]
+    mean /= count
+    for e in range(len(sums)):
+        if states[e] != FIXED:
+            spread += (sums[e] - mean) ** 2 / count
+    chance = mean * (1 + left) / 2 * (1 + UNSURE * math.sqrt(2 / count))
+    explained = min(1.0, chance / spread) if spread > 0 else 1.0
+    equals = math.sqrt(2 * math.log(pairs * PERIODS))
+    return PROBABLY + explained * max(0.0, equals - PROBABLY)
+
+
+@_compiled
 def _best_of_layer(
     layer: int,
     use: Floats,
@@ -151,8 +187,10 @@ def _best_of_layer(
             if scale == SLOW and use[FAST, layer, up] <= use[FAST, layer, down]:
                 continue  # it was so; lately it is not
         life = half_life[scale, layer]
-        variance = (above + below) * (1 + 0.5 ** (now / life)) / 2
-        by_chance = math.sqrt(2 * math.log(colds * max(hots, 1) * PERIODS) * variance)
+        left = 0.5 ** (now / life)
+        pairs = colds * max(hots, 1)
+        by_chance = _deviations(use[scale, layer], state[layer], left, pairs)
+        by_chance *= math.sqrt((above + below) * (1 + left) / 2)
         if (above - below) <= max(by_chance, margin * above, payback / LN2):
             continue
         gain = (above - below) * LN2 / life

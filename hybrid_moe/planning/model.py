@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class HotExperts:
     counts: Mapping[int, int]
     rule: str
     profile: PlacementProfile | None = None
-    use: Mapping[int, npt.NDArray[np.float64]] | None = None
+    use: Mapping[int, npt.NDArray[np.float64]] | None = field(default=None, compare=False)
 
     @cached_property
     def most(self) -> int:

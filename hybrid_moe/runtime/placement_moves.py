@@ -91,10 +91,15 @@ class ExpertPlacement:
 
     @property
     def cold(self) -> npt.NDArray[np.bool_]:
-        """bool [E], the experts that are loaded on the CPU. Where it has none it has no place for
-        any: then none comes later."""
-        here: npt.NDArray[np.bool_] = ~self._away
-        return here if self._keeps else here & ~self._expected
+        """bool [E], the experts that the CPU computes by the order of calls."""
+        cold: npt.NDArray[np.bool_] = ~self._expected & ~self._away
+        return cold
+
+    @property
+    def resident(self) -> npt.NDArray[np.bool_]:
+        """bool [E], the experts that the CPU has in its memory. Where it has none it has no place
+        for any: then none comes later."""
+        return ~self._away if self._keeps else self.cold
 
     @property
     def hot(self) -> npt.NDArray[np.bool_]:

@@ -132,11 +132,10 @@ class LayerRunner:
                 with streamed.turn:
                     batch = streamed.begin(stream, ids)
                     try:
-                        parts = self._start_streamed(batch, stream, hidden, ids, weights)
+                        job, hot, fault = self._start_streamed(batch, stream, hidden, ids, weights)
                     except BaseException:
                         batch.sent.drop()
                         raise
-                job, hot, fault = parts
             elif stream is None:
                 job, fault = self._start_all(hidden, ids, weights)
                 if halves is not None:

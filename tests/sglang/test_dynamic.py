@@ -57,7 +57,7 @@ def test_experts_move_before_steps(
 ) -> None:
     layers = [layer(1), layer(0)]
     for each in layers:
-        moving.join(each, OnlineOptions(half_life_pairs=2))
+        moving.join(each, OnlineOptions(half_life_pairs=2, payback_pairs=0))
     assert moving.checked == [dynamic.REQUIREMENTS, "installed"]  # type: ignore[attr-defined]
     assert moving.report() is None
     with caplog.at_level(logging.INFO):

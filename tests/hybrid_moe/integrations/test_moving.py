@@ -83,7 +83,7 @@ def test_experts_move_and_the_model_says_the_same(
 def test_threads_share_a_model(parts: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each may be in the middle of a step while another begins one and moves experts."""
     monkeypatch.setattr(online, "LOOK_SECONDS", 0.0)
-    model = load(dynamic=OnlineOptions(half_life_pairs=4))
+    model = load(dynamic=OnlineOptions(half_life_pairs=4, payback_pairs=0))
     expected = [logs(model, ids) for ids in parts]
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda ids: logs(model, ids), parts[::-1] * 2))

@@ -69,7 +69,7 @@ class CountedLayer:
 
 
 def made(layers: list[CountedLayer], clock: Clock, **options: Any) -> OnlinePlacement:
-    given: dict[str, Any] = {"half_life_pairs": 4, **options}
+    given: dict[str, Any] = {"half_life_pairs": 4, "payback_pairs": 0, **options}
     return OnlinePlacement(layers, OnlineOptions(**given), clock)
 
 
@@ -90,7 +90,7 @@ def test_nothing_moves_without_traffic_and_all_of_it_in_time() -> None:
     assert report.pairs == 40 * 80 and report.first_pairs == 0
     assert report.gained_bytes == 10 * report.hot_pairs > 0
     assert report.tokens == 40 * 40
-    assert 0.8 < report.hit_rate < 1 and report.gained_seconds is None
+    assert 0.8 < report.hit_rate < 1
     assert "2 came to the GPU, 0 of them back" in report.summary()
     timed = made([layer], clock, read_bandwidth=5.0).report()
     assert timed.gained_seconds == 0 and "0.0 s of the CPU's reading" in timed.summary()
@@ -206,6 +206,8 @@ def test_no_options() -> None:
             OnlineOptions(**{name: -1})
     with pytest.raises(ValueError, match="margin is 1"):
         OnlineOptions(margin=1)
+    with pytest.raises(ValueError, match="payback_pairs is -2"):
+        OnlineOptions(payback_pairs=-2)
 
 
 # Real layers ------------------------------------------------------------------------------------
@@ -227,13 +229,15 @@ def of_topic(batch: Batch, topic: list[int]) -> Batch:
 def test_experts_follow_the_topic(panels: str) -> None:
     """Exact at every step, and soon on the GPU; nothing leaks, however often it happens."""
     clock, layers = Clock(), [hybrid(SIGNATURES, layer_idx=i, gpu_panels=panels) for i in range(2)]
-    options = OnlineOptions(half_life_pairs=2, bytes_per_second=1e6, keep_panels=panels == "keep")
+    options = OnlineOptions(
+        half_life_pairs=2, payback_pairs=0, bytes_per_second=1e6, keep_panels=panels == "keep"
+    )
     placed = OnlinePlacement(layers, options, clock)
     places = [layer._layer.free_places for layer in layers]
     memory = [(layer.nbytes, layer.gpu_nbytes) for layer in layers]
     counted, hits = 0, list[float]()
-    for step in range(240):
-        topic = [[0, 1, 2], [5, 6, 7], [2, 3, 6]][step // 40 % 3]
+    for step in range(120):
+        topic = [[0, 1, 2], [5, 6, 7], [2, 3, 6]][step // 20 % 3]
         before = [layer.pairs for layer in layers]
         for layer in layers:
             batch = of_topic(signature_batch(6, step), topic)
@@ -247,8 +251,8 @@ def test_experts_follow_the_topic(panels: str) -> None:
     report = placed.report()
     assert report.pairs == counted == sum(sum(layer.pairs) for layer in layers)
     assert report.hot_pairs == sum(layer.pairs[0] for layer in layers)
-    for start in range(0, 240, 40):
-        assert np.mean(hits[start + 20 : start + 40]) > 0.85
+    for start in range(0, 120, 20):
+        assert np.mean(hits[start + 10 : start + 20]) > 0.85
     assert report.swaps >= 5 * 2 and report.returns == 0
     assert [layer._layer.free_places for layer in layers] == places
     assert [(layer.nbytes, layer.gpu_nbytes) for layer in layers] == memory
@@ -259,14 +263,14 @@ def test_experts_follow_the_topic(panels: str) -> None:
     assert copied == report.moved_bytes
 
 
-MANY = ("_G64_", "_G256_", "_Z0", "ROW_FP16")
-"""In names of rows that differ from others by a shift or a constant: not in a short run."""
+BRIEF = ("MXFP4", "BF16", "NVFP4", "INT4_G32_FP16_Z1", "INT8_ROW_FLOAT32", "Q4_K", "FP8")
+"""In a short run: one row of each kind of planes."""
 
 
 @pytest.mark.parametrize(
     "fmt",
     [
-        pytest.param(fmt, id=name, marks=pytest.mark.full if any(m in name for m in MANY) else [])
+        pytest.param(fmt, id=name, marks=[] if name in BRIEF else pytest.mark.full)
         for name, fmt in FORMATS.items()
         if has_kernels(fmt)
     ],

@@ -124,6 +124,7 @@ def test_random_placement_is_the_same_at_each_call_and_that_of_sglang_kt() -> No
     ("arguments", "options", "error", "message"),
     [
         (("best", 2, 4, 1), {}, ValueError, "unknown strategy 'best': there are frequency, "),
+        (("cost", 2, 4, 1), {}, ValueError, "needs sizes and speeds: call .*place_by_cost"),
         (("frequency", 2, 4, 1), {}, ValueError, "activation_freq is missing"),
         (("uniform", 2, 4, 1), {"activation_freq": torch.ones(2, 4)}, ValueError, "is given"),
         (("frequency", 2, 4, 1), {"activation_freq": torch.ones(3, 4)}, ValueError, r"\(3, 4\)"),

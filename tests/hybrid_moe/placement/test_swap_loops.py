@@ -137,8 +137,12 @@ def expected_swap(given: State, at: int, margin: float, payback: float) -> Any:
         down = -1 if free else min(leaving, key=lambda e: (use[e], e))
         below = 0.0 if free else use[down]
         left = 2.0 ** (-given.clock[at] / given.half_life[scale, at])
-        variance = (use[up] + below) * (1 + left) / 2
-        noise = math.sqrt(2 * math.log(len(cold) * max(1, len(hot)) * 256) * variance)
+        sums = use[[*hot, *cold]]
+        chance = sums.mean() * (1 + left) / 2 * (1 + 3 * math.sqrt(2 / len(sums)))
+        explained = min(1.0, chance / sums.var()) if sums.var() > 0 else 1.0
+        equals = math.sqrt(2 * math.log(len(cold) * max(1, len(hot)) * 64))
+        noise = 1 + explained * max(0.0, equals - 1)
+        noise *= math.sqrt((use[up] + below) * (1 + left) / 2)
         if scale == SLOW and not free and given.use[FAST, at, up] <= given.use[FAST, at, down]:
             continue
         if use[up] - below > max(noise, margin * use[up], payback / math.log(2)):
@@ -210,18 +214,19 @@ def test_a_free_slot_needs_nobody_to_leave() -> None:
 
 @pytest.mark.parametrize(("E", "k", "hot"), [(16, 4, 4), (64, 6, 8), (256, 8, 32)])
 def test_equal_experts_stay_where_they_are(E: int, k: int, hot: int) -> None:
-    """Whatever chance says, over two hundred half-lives of eight looks each."""
+    """Two hundred half-lives of eight looks each, in which chance gives two layers 6 swaps."""
     rng, life = np.random.default_rng(E), 64 * E / k
     given = State(2, E, k, hot, life=life)
     swaps = 0
     for _ in range(1600):
         given.look(rng.poisson(life / 8 * k / E, size=(2, E)))
         swaps += len(given.plan(payback=8.0))
-    assert swaps <= 2
+    assert swaps <= 12
 
 
 def test_what_is_used_most_comes_and_stays() -> None:
-    """Popular experts are hot soon, and nothing moves any more however long it goes on."""
+    """Popular experts are hot soon, and hardly anything moves any more: those at the edge, which
+    differ by a tenth, perhaps once in ten half-lives."""
     rng, shares = np.random.default_rng(1), 1.0 / (1 + np.arange(32.0))
     order = np.stack([rng.permutation(32) for _ in range(3)])
     weights = np.stack([shares[np.argsort(row)] for row in order])
@@ -234,7 +239,7 @@ def test_what_is_used_most_comes_and_stays() -> None:
     for chosen, row in zip(hot, order, strict=True):
         assert set(row[:5]) <= chosen, "the clear favourites"
         assert len(chosen & set(row[:8])) >= 7
-    assert sum(moves[200:]) <= 2 and sum(moves) >= 3 * 5
+    assert sum(moves[200:]) <= 3 * 25 / 10 and sum(moves) >= 3 * 5
 
 
 @settings(max_examples=30)
