@@ -76,6 +76,7 @@ def serve(
     Without --gpu Transformers' server runs in this process. With one the SGLang server that `plan`
     chose is printed and run, and flags after -- go to SGLang.
     """
+    from hybrid_moe.planning.draft_steps import draft_notes
     from hybrid_moe.planning.serving import require_sglang, server_command, write_placement
     from hybrid_moe.schedule.quality import EXACT, quality_named
 
@@ -119,7 +120,7 @@ def serve(
     plan = options.plan(model)
     command = server_command(plan, python, rest.args, quality)
     command = replace(command, environment={**command.environment, **moving})
-    for note in plan.notes:
+    for note in (*plan.notes, *draft_notes(plan, rest.args)):
         typer.echo(f"note: {note}", err=True)
     written = write_placement(plan)
     if written is not None:
