@@ -19,8 +19,8 @@ from tests.hybrid_moe.tiny_models import build
 MODEL = Path(__file__).parents[3] / "examples" / "tiny_moe" / "model"
 LAYERS, TOP_K = 4, 4
 TIE = 0.5
-"""Nats between the best two tokens, above which two BF16 computations of this model agree on the best
-one: experts on the GPU round at other places than those on the CPU."""
+"""Nats between the best two tokens, above which two BF16 computations of this model agree on the
+best one: experts on the GPU round at other places than those on the CPU."""
 
 NOVEL = (
     "Emma was surprised to see Mr. Knightley in the garden, and could not but wonder whether he "
