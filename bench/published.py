@@ -138,7 +138,9 @@ SYSTEMS: tuple[Published, ...] = (
         )
     ),
 )  # fmt: skip
-"""Experts on the GPU are none where a page does not say; Qwen3-Next's are its column "uniform"."""
+"""Experts on the GPU are none where a page does not say; Qwen3-Next's are its column "uniform".
+Channels are all that the processors have, at the speed that a page gives (the 6454S's of Qwen3-Next
+at their fastest)."""
 
 LEFT_OUT: tuple[tuple[str, str], ...] = (
     ("OSDI 2026 (arXiv 2606.10493), V3, 28 and 21.5 tok/s", "the machine's memory"),

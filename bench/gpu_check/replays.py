@@ -97,7 +97,10 @@ def main() -> None:
     parser.add_argument("--moves", type=int, default=1000)
     args = parser.parse_args()
     model = replace(MODELS[2].small(), hidden=512, intermediate=256, experts=32, top_k=4)
+    from bench.gpu_check import counts  # which needs this module
+
     found = [check(model, tokens, args.moves // 2) for tokens in (1, 5)]
+    found += [counts.check(model, tokens, 16) for tokens in (1, 5)]
     print("; ".join(found) + ("" if on_gpu() else " (rehearsed without graphs)"))
 
 

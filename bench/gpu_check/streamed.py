@@ -36,6 +36,7 @@ def layers(model: Model, backend: str, stream: PrefillStream | None) -> list[KTM
             swiglu_limit=model.activation.limit, swiglu_alpha=model.activation.alpha,
             gpu_backend=backend, gpu_device=device(), gpu_slots=0, prefill_stream=stream,
         )  # fmt: skip
+        torch.manual_seed(index)  # the same weights, streamed and not
         wrapper.load_weights_from_tensors(**random_weights(model, 2))
         made.append(wrapper)
     return made

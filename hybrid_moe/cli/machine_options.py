@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,7 +69,13 @@ ProfileOption = Annotated[
     ),
 ]
 RequestsOption = Annotated[int, typer.Option(min=1, help="Requests at the same time.")]
-ChunkOption = Annotated[int, typer.Option(min=1, help="Tokens that are prefilled at once.")]
+ChunkOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Tokens that are prefilled at once; 0: what makes prefill fastest, within memory.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; default: one per available core.")
 ]
@@ -124,6 +130,7 @@ class MachineOptions:
         from hybrid_moe.integrations.sglang import gpu_backend
         from hybrid_moe.loaders.find_model import find_model
         from hybrid_moe.planning import machine
+        from hybrid_moe.planning.streaming import best_chunk
 
         gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
         path, base = find_model(named), find_model(self.base) if self.base else None
@@ -148,7 +155,7 @@ class MachineOptions:
             ram=planning.parse_size(self.ram) if self.ram else machine.memory_of_this_machine(),
             context=self.context or min(model.max_context or 32768, 32768),
             requests=self.requests if gpus else 1,
-            chunk=self.chunk,
+            chunk=self.chunk or 1,
             threads=threads,
             pools=self.pools or default_pools(threads),
             cpu=self._speeds(threads),
@@ -158,7 +165,11 @@ class MachineOptions:
             huge_pages=machine.huge_pages_here(),
             stream_memory=planning.parse_size(self.stream_prefill) if self.stream_prefill else 0,
         )
-        return planning.make_plan(model, request)
+        if self.chunk:
+            return planning.make_plan(model, request)
+        return best_chunk(
+            lambda chunk: planning.make_plan(model, replace(request, chunk=chunk)), request.context
+        )
 
     def _profile(self) -> dict[str, Any]:
         """Arguments of `Request` that say which experts are on the GPU.

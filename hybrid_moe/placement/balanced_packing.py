@@ -133,7 +133,7 @@ def divide_experts(
     pack = deal(loads, _descending(loads), np.array(sizes, np.int64))
     balance(loads, each, pack, len(sizes), KICKS)
     if together is not None:
-        beside = np.array(together, np.float64)[np.ix_(ids, ids)]
+        beside = np.ascontiguousarray(np.array(together, np.float64)[np.ix_(ids, ids)])
         spread(loads, beside, each, pack, len(sizes))
     return tuple(tuple(ids[pack == gpu].tolist()) for gpu in range(len(sizes)))
 
@@ -184,7 +184,7 @@ def _pack_nodes(
         pack = deal(weights, _descending(weights), _even(len(expert), gpus // nodes))
         fullest = max(fullest, balance(own, expert, pack, gpus // nodes, KICKS))
         if together is not None:
-            beside = together[np.ix_(ids, ids)].copy()
+            beside = np.ascontiguousarray(together[np.ix_(ids, ids)])
             np.fill_diagonal(beside, own)
             spread(own, beside, expert, pack, gpus // nodes)
         rows.append(ids[expert[np.argsort(pack, kind="stable")]])

@@ -232,7 +232,8 @@ def _curve(cost: LayerCost) -> _Curve:
 
     E = cost.num_experts
     order = np.argsort(-cost.cold.sum(0), kind="stable")
-    cold, hot = cost.cold[:, order], cost.hot[:, order]
+    # in one order of memory: numba compiles its loops again for each
+    cold, hot = (np.ascontiguousarray(times[:, order]) for times in (cost.cold, cost.hot))
     best, sets = np.empty(E + 1), np.zeros((E + 1, E), np.bool_)
     if E <= ENUMERATED:
         every_set(cold, hot, cost.handover, cost.beside, best, sets)

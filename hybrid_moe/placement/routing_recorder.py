@@ -7,9 +7,9 @@ Counting is a few operations of torch on the device of the ids, of fixed shapes:
 them, and a CUDA graph that captures them counts at each replay. The phase is a word on the device
 too, written in the order of the stream, so one captured graph serves both phases.
 
-Co-activation is a product of matrices: U [tokens, E] is 1 where a token chose an expert, and
-U^T U [e, f] is the number of tokens that chose both. Its float32 sums are exact up to 2^24 tokens
-in one call.
+Co-activation of many tokens is a product of matrices: U [tokens, E] is 1 where a token chose an
+expert, and U^T U [e, f] is the number of tokens that chose both. Its float32 sums are exact up to
+2^24 tokens in one call. Of few tokens each of their k x k pairs is added by itself.
 """
 
 from __future__ import annotations
@@ -57,14 +57,19 @@ class LayerCounts:
             phase: int64 [1] on the same device, an index of `PHASES`.
         """
         E, ids = self._E, ids.detach().to(torch.int64)
-        ids = ids.masked_fill((ids < 0) | (ids >= E), E)  # a place of its own, never read
+        known = (ids >= 0) & (ids < E)
+        ids = ids.masked_fill(~known, E)  # a place of its own, never read
         each = ids.flatten()
         self._counts.scatter_add_(0, each + phase * (E + 1), torch.ones_like(each))
+        self._tokens.scatter_add_(0, phase, known.any(1).sum(0, keepdim=True))
+        if self._pairs is None:
+            return
+        if ids.numel() * ids.shape[1] <= E:  # decode: less to add than the table is long
+            both = (ids[:, :, None] * (E + 1) + ids[:, None, :]).flatten()
+            self._pairs.view(-1).scatter_add_(0, both, torch.ones_like(both))
+            return
         used = torch.zeros((len(ids), E + 1), device=ids.device).scatter_(1, ids, 1.0)
-        real = used[:, :E].amax(1).sum(0, keepdim=True).to(torch.int64)
-        self._tokens.scatter_add_(0, phase, real)
-        if self._pairs is not None:
-            self._pairs += (used.t() @ used).to(torch.int64)
+        self._pairs += (used.t() @ used).to(torch.int64)
 
     def read(self) -> tuple[Counts, Counts]:
         """([3, E] pairs of token and expert, [3] tokens) so far, when the device has got there."""

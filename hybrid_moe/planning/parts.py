@@ -40,7 +40,7 @@ def lay_out(model: Model, request: Request) -> Plan:
         parts = [MemoryPart(name, GPU, share, _counts(hot)), *fixed]
         tokens = min(request.chunk, request.context)
         decode = predict_decode(model, hot, cpu, gpus, cache)
-        prefill = predict_prefill(model, hot, cpu, gpus, tokens)
+        prefill = predict_prefill(model, hot, cpu, gpus, tokens, request.stream_memory)
     else:
         cache = transformers_cache(config, request.context)
         hot = (

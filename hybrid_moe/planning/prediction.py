@@ -13,6 +13,7 @@ from hybrid_moe.planning.kv_cache import KvCache
 from hybrid_moe.planning.machine import CpuSpeeds, Gpu
 from hybrid_moe.planning.model import HotExperts, Model
 from hybrid_moe.planning.step_work import StepWork, expert_work, gpu_layers, split_of
+from hybrid_moe.planning.streaming import LINK, streamed_step
 from hybrid_moe.planning.terms import (
     Prediction,
     Term,
@@ -103,20 +104,29 @@ def streamed(name: str, step: StepWork) -> Term:
 
 
 def predict_prefill(
-    model: Model, hot: HotExperts, cpu: CpuSpeeds, gpus: tuple[Gpu, ...], tokens: int
+    model: Model,
+    hot: HotExperts,
+    cpu: CpuSpeeds,
+    gpus: tuple[Gpu, ...],
+    tokens: int,
+    stream_memory: int = 0,
 ) -> Prediction:
-    """Speed of a chunk of `tokens`."""
+    """Speed of a chunk of `tokens`; with memory of each GPU for experts that travel meanwhile."""
     step = step_of(model, hot, cpu, gpus, tokens)
-    line = run_step(step.times())
+    if stream_memory:
+        step, line = streamed_step(step, stream_memory)
+    else:
+        line = run_step(step.times())
     flops = sum(work.before.flops + work.shared.flops for work in step.works)
     flops += 2 * sum(
-        split.hot.pairs * work.expert.weights
+        (split.hot.pairs + split.sent.pairs) * work.expert.weights
         for work, split in zip(step.works, step.splits, strict=True)
         if work.expert is not None
     )
     terms = [
         *multiplied(step, "CPU arithmetic", "RAM bandwidth"),
         computing("GPU arithmetic", "experts and the rest", flops, step.rates.gpu_flops, "FLOP"),
+        reading("link", "experts", step.sent_nbytes, LINK),
         _handover(step),
     ]
     return prediction(terms, line.seconds, tokens)

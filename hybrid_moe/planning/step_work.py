@@ -67,6 +67,12 @@ class StepWork:
         return sum(count.experts * expert.nbytes for expert, count in self._cold)
 
     @property
+    def sent_nbytes(self) -> float:
+        """Bytes of experts that are copied to the GPU."""
+        pairs = zip(self.works, self.splits, strict=True)
+        return sum(s.sent.experts * w.expert.nbytes for w, s in pairs if w.expert is not None)
+
+    @property
     def cold_macs(self) -> float:
         """Multiply-accumulates of the CPU's experts."""
         return sum(count.pairs * expert.weights for expert, count in self._cold)

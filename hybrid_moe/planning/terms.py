@@ -15,6 +15,7 @@ HELP = {
     "CPU arithmetic": "more cores, or a processor with AVX-512 or AMX; more experts on the GPU",
     "GPU bandwidth": "a GPU with faster memory, or more GPUs",
     "GPU arithmetic": "a faster GPU, or more GPUs",
+    "link": "a faster slot for the GPU, or more experts that stay on it",
     "hand-over": "all experts of a layer on the GPU: this is the price of each layer on the CPU",
     "experts": "faster memory or more memory channels; a GPU with some of the experts",
     "experts, arithmetic": "more cores, or a processor with AVX-512 or AMX",

@@ -50,7 +50,8 @@ def shortest_step(
         parts = parts_of(
             work, demand, rates, send=send and rates.link > 0, defer=defer and not last
         )
-        states = extend(states, constants_of(work, demand, rates), parts)
+        kept, count = extend(states, constants_of(work, demand, rates), parts)
+        states = kept[:count]
     return float(states[:, 0].min())
 
 
@@ -88,12 +89,13 @@ def parts_of(
 
 
 @cache
-def _compiled_extend() -> Callable[[Floats, Floats, Floats], Floats]:
-    """(states [s, 4], layer [7], parts [n, 7]) -> the states after it that matter."""
+def _compiled_extend() -> Callable[[Floats, Floats, Floats], tuple[Floats, int]]:
+    """(states [s, 4], layer [7], parts [n, 7]) -> the states after it that matter, in the first so
+    many rows."""
     advance = compiled_advance()
 
     @loop
-    def extend(states: Floats, layer: Floats, parts: Floats) -> Floats:
+    def extend(states: Floats, layer: Floats, parts: Floats) -> tuple[Floats, int]:
         kept = np.empty((64, 4))
         count = 0
         for s in range(len(states)):
@@ -134,8 +136,6 @@ def _compiled_extend() -> Callable[[Floats, Floats, Floats], Floats]:
                 kept[count, 0], kept[count, 1] = end, cpu
                 kept[count, 2], kept[count, 3] = link, carried
                 count += 1
-        found = np.empty((count, 4))
-        found[:] = kept[:count]
-        return found
+        return kept, count
 
     return extend

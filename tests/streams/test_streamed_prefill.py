@@ -14,6 +14,7 @@ from hybrid_moe.runtime.prefill_loads import PrefillLoad, PrefillTimes, SendChoi
 from hybrid_moe.runtime.prefill_stream import PrefillStream
 from hybrid_moe.streams.link import StreamLink
 from tests.hybrid_moe.cases import E
+from tests.hybrid_moe.signatures import signature_batch, signatures
 from tests.streams.emulation import Device
 from tests.streams.test_moving_experts import SEEDS, Hybrid, queued
 
@@ -97,8 +98,6 @@ def test_any_order(seed: int, flags: bool, deferred: int) -> None:
 @pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
 def test_a_streamed_submission_that_is_dropped(flags: bool) -> None:
     """Its slots and its buffers come back, and what follows is right."""
-    from tests.hybrid_moe.signatures import signature_batch
-
     model = streamed(3, flags)
     model.dropped, runner = True, model.runners[0]
     for seed in range(4):
@@ -111,6 +110,27 @@ def test_a_streamed_submission_that_is_dropped(flags: bool) -> None:
     stream = owner(model)
     stream.reclaim(())
     assert all(slots.free == slots.count for slots in stream._transient.values())
+
+
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
+def test_a_place_is_not_overwritten_under_a_streamed_job(flags: bool) -> None:
+    """The workers begin when the stream cannot get further without them: a job has expert 7 in the
+    place into which expert 0 is copied behind it."""
+    model = streamed(0, flags)
+    stream, runner, given = owner(model), model.runners[0], signature_batch(3, 0)
+    stream.planner.choose = lambda now, following, queued: SendChoice(0)  # type: ignore[method-assign]
+    given.ids[:, 0] = 7
+    model.gpu.agents = [(1.0, model.watcher.look)]
+    runner.submit(*(t.clone() for t in given.args), 0)
+    place = int(runner._layer._place[7])
+    runner.move(7, True, 0)
+    runner.move(0, False, 0)
+    assert runner._layer._place[0] == place
+    model.gpu.run_some(10_000)
+    out = runner.sync(given.hidden, 0)
+    model.gpu.agents.append((1.0, model.group.work))
+    model.gpu.run()
+    assert torch.equal(out, signatures(given))
 
 
 def test_no_streaming_under_capture() -> None:

@@ -18,9 +18,9 @@ from tests.hybrid_moe.tiny_models import build
 
 MODEL = Path(__file__).parents[3] / "examples" / "tiny_moe" / "model"
 LAYERS, TOP_K = 4, 4
-TIE = 0.5
-"""Nats between the best two tokens, above which two BF16 computations of this model agree on the
-best one: experts on the GPU round at other places than those on the CPU."""
+TIE = 0.2
+"""Nats. By so much the logits of two BF16 computations of this model may differ, see
+tests/sglang/test_server.py."""
 
 NOVEL = (
     "Emma was surprised to see Mr. Knightley in the garden, and could not but wonder whether he "
@@ -58,14 +58,13 @@ def logs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits.float().log_softmax(-1)
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Up to ties the same best tokens, and the same likely ones within what rounding does: another
-    expert in place of one that is lost moves them by more than that on average."""
-    best = expected.topk(2)
-    clear = best.values[..., 0] - best.values[..., 1] > TIE
-    assert clear.float().mean() > 0.3
-    assert torch.equal(found.argmax(-1)[clear], best.indices[..., 0][clear])
-    assert (found - expected)[expected > -5].abs().mean() < 0.03
+def differing(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Share of the tokens of which a likely logit is further off than `TIE`. Where the router's
+    choice hangs on the last bit, one of four experts is another one: with any other placement too,
+    for the halves round apart. A wrong weight would change nearly all tokens."""
+    pairs = zip(found, expected, strict=True)
+    off = [(((a - b).abs() * (b > -8)).amax(-1) >= TIE).flatten() for a, b in pairs]
+    return float(torch.cat(off).float().mean())
 
 
 @pytest.mark.parametrize("dynamic", [True, pytest.param("4GB,keep", marks=pytest.mark.full)])
@@ -73,10 +72,12 @@ def test_experts_move_and_the_model_says_the_same(
     dynamic: Any, parts: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(online, "LOOK_SECONDS", 0.0)
-    static, moving = load(), load(dynamic=dynamic)
-    for ids in parts:
-        expected, found = logs(static, ids), logs(moving, ids)
-        assert_same(found, expected)
+    static, moving, other = load(), load(dynamic=dynamic), load(gpu_experts=0.75)
+    expected = [logs(static, ids) for ids in parts]
+    found = [logs(moving, ids) for ids in parts]
+    usual = differing([logs(other, ids) for ids in parts], expected)
+    assert usual < 0.03
+    assert differing(found, expected) <= 2 * usual + 0.01
     report, stays = online_report(moving), hit_rates(static)
     moves = hit_rates(moving)
     assert report is not None and online_report(static) is None
@@ -97,8 +98,7 @@ def test_threads_share_a_model(parts: list[torch.Tensor], monkeypatch: pytest.Mo
     expected = [logs(model, ids) for ids in parts]
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda ids: logs(model, ids), parts[::-1] * 2))
-    for one, other in zip(found, (expected[::-1] * 2), strict=True):
-        assert_same(one, other)
+    assert differing(found, expected[::-1] * 2) < 0.03
     report, moves = online_report(model), hit_rates(model)
     assert report is not None and moves is not None and report.swaps > 8
     assert sum(pairs for _, pairs in moves.layers.values()) == 3 * LAYERS * TOP_K * sum(

@@ -98,7 +98,7 @@ def test_the_published_example() -> None:
             assert {e // 3 for e in own} == {g for g in range(4) if 3 * g in own}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(
@@ -196,7 +196,7 @@ def test_experts_of_one_token_are_kept_apart() -> None:
     assert within_gpus(aware, together) == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_keeping_apart_costs_no_balance(seed: int) -> None:
     random = np.random.default_rng(seed)

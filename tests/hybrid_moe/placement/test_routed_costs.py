@@ -23,7 +23,7 @@ EXPERT = ExpertWork(13e6, 12e6, 25e6, one_token_rate=1e11, many_tokens_rate=4e11
 RATES = MachineRates(80e9, 700e9, 30e12, submit=50e-6, back=40e-6, launch=5e-6)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 64), st.floats(0, 1))
 def test_a_set_costs_what_the_timeline_says(seed: int, tokens: int, share: float) -> None:
     random = np.random.default_rng(seed)

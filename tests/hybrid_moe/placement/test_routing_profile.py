@@ -89,6 +89,24 @@ def test_what_is_counted(given: Steps) -> None:
     assert profile.window_tokens.sum() == profile.tokens.sum()
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+def test_few_and_many_tokens_of_many_experts(tokens: int) -> None:
+    """Pairs of few tokens are added one by one, those of many by a product of matrices."""
+    E, k = 64, 4
+    ids = torch.stack([torch.randperm(E)[:k] for _ in range(tokens)])
+    ids[0, 1] = -1
+    recorder = RoutingRecorder(RoutedModel("", 0, E, k, (0,)))
+    recorder.add(0, ids)
+    recorder.add(0, ids)
+    profile = recorder.profile()
+    assert profile.pairs is not None
+    expected = np.zeros((E, E), np.int64)
+    for token in ids.tolist():
+        for e, f in itertools.permutations([e for e in token if e >= 0], 2):
+            expected[e, f] += 2
+    np.testing.assert_array_equal(profile.pairs[0], expected)
+
+
 def test_windows_are_in_the_order_of_time_and_few() -> None:
     recorder = RoutingRecorder(MODEL, window_tokens=8)
     for step in range(3 * MAX_WINDOWS):

@@ -34,8 +34,7 @@ def test_uniform_experts_are_counted(tokens: int) -> None:
     assert (again.experts, again.pairs) == pytest.approx((met, pairs))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize(("tokens", "depth"), [(1, 1), (2, 0), (2, 1), (2, 2), (3, 1)])
 def test_deferred_experts_are_counted(tokens: int, depth: int) -> None:
     """The same, each token weighting its experts in every order, as `demand_of` splits them."""
     ordered = list(itertools.permutations(range(E), K))
