@@ -8,7 +8,7 @@ chose: an array uint8 [tokens, layers, k] for each text. `topics` replays one te
 token by token, with a quarter of the experts on the GPU: those that were best for the text before.
 Shown are the hit rates of
 
-    stays    the placement of the text before, which does not move
+    stays    the placement at the change of topic, if it does not move
     online   `OnlinePlacement` from there on
     optimum  the best that does not move, chosen knowing the tokens that are counted
 
@@ -113,6 +113,7 @@ def after_change(
             online.step()
 
     replay(before)
+    begun = online.report()
     layouts = np.stack([layer.gpu_experts_mask.numpy() for layer in layers])
     replay(after[:SETTLED])
     settling = online.report()
@@ -127,9 +128,9 @@ def after_change(
         stays=hit_rate(rest, layouts),
         online=hits / rest.size,
         optimum=hit_rate(rest, best(rest, hot)),
-        swaps=settling.swaps,
+        swaps=settling.swaps - begun.swaps,
         swaps_settled=end.swaps - settling.swaps,
-        returns=end.returns,
+        returns=end.returns - begun.returns,
     )
 
 

@@ -49,6 +49,7 @@ class Totals:
         waited_ns: how long.
         promotions, demotions: experts that moved to a GPU, and back.
         moved_bytes: of them.
+        sent_bytes: of experts that travelled to a GPU for one batch of a prompt.
         ignored_ids: ids out of range.
     """
 
@@ -58,6 +59,7 @@ class Totals:
     promotions: int = 0
     demotions: int = 0
     moved_bytes: int = 0
+    sent_bytes: int = 0
     ignored_ids: int = 0
 
 

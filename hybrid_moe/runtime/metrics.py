@@ -46,6 +46,7 @@ class Metrics:
             taken (`check_errors`, or the next call of the layer).
         faults: runs of CUDA tensors' jobs that went wrong, and runs of `strict` layers with ids out
             of range.
+        sent_bytes: of experts that travelled to a GPU for one batch of a prompt.
     """
 
     layers: Mapping[str, LayerUse]
@@ -57,6 +58,7 @@ class Metrics:
     moved_bytes: int
     ignored_ids: int
     faults: int
+    sent_bytes: int = 0
 
     @property
     def total(self) -> LayerUse:
@@ -151,6 +153,7 @@ class Metrics:
             ("promotions_total", "experts that moved to a GPU", self.promotions),
             ("demotions_total", "experts that moved back", self.demotions),
             ("moved_bytes_total", "bytes of experts that moved", self.moved_bytes),
+            ("sent_bytes_total", "bytes of experts sent for a batch", self.sent_bytes),
             ("ignored_ids_total", "ids out of range", self.ignored_ids),
             ("faults_total", "runs that went wrong", self.faults),
         ):  # fmt: skip
@@ -188,6 +191,7 @@ def metrics() -> Metrics:
         promotions=totals.promotions,
         demotions=totals.demotions,
         moved_bytes=totals.moved_bytes,
+        sent_bytes=totals.sent_bytes,
         ignored_ids=totals.ignored_ids,
         faults=faults(),
     )

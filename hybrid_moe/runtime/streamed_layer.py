@@ -16,6 +16,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.placement_change import AWAY, COLD, HOT
 from hybrid_moe.cpu_kernels.trace_file import TraceNote
 from hybrid_moe.cpu_kernels.tuning import MAX_TOKENS_PER_JOB
+from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.locks import ProcessLock
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.hot_half import HotHalf
@@ -218,7 +219,9 @@ class StreamedLayer:
             for e in experts
         }
         wave = self._slots.send(self._owner.link(self._device), ranges)
-        self._owner.sent_bytes += len(ranges) * self._nbytes
+        nbytes = len(ranges) * self._nbytes
+        self._owner.sent_bytes += nbytes
+        TOTALS.sent_bytes += nbytes
         name = f"layer {self.index}: {len(ranges)} {when}"
         self._owner.tell(wave.transfer, name, wave.flow)
         return wave, dict(wave.slot_of)

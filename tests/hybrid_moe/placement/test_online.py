@@ -115,7 +115,7 @@ def test_a_step_looks_now_and_then() -> None:
 def test_no_span_of_time_moves_more_than_its_bytes(
     rate: float, steps: list[tuple[float, int]], keep: bool
 ) -> None:
-    """Beside what may be due at once: a fiftieth... of a second's bytes, or one swap."""
+    """Beside what may be due at once: some of a second's bytes, or one swap."""
     clock, layers = Clock(), [CountedLayer(nbytes=10), CountedLayer(nbytes=35)]
     for layer in layers:
         layer.keeps_panels = keep

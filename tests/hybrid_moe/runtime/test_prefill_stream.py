@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hybrid_moe
 from hybrid_moe.cpu_kernels.pool.topology import usable_cores
 from hybrid_moe.formats.table import FORMATS
 from hybrid_moe.formats.weight_format import LayerFormats, layer_formats
@@ -170,12 +171,13 @@ def test_result(formats: Any, pools: int) -> None:
     weights = Weights.random(bias=True)
     pooled = {"cpuinfer_threads": pools, "threadpool_count": pools}
     (w,) = layers(stream, 1, weights, formats=held, **pooled)
-    batch = Batch.random(40)
+    batch, before = Batch.random(40), hybrid_moe.metrics()
     out = w.forward(*batch.args)
     expected = weights.expected(batch, held, activation_error=error)
     assert_within(out.double().numpy(), expected)
     nbytes = sum(w._layer.expert_nbytes(pool) for pool in range(pools))
     assert stream.sent_bytes == (E - 1) * nbytes
+    assert (hybrid_moe.metrics() - before).sent_bytes == stream.sent_bytes
     assert stream.nbytes == E * nbytes
     assert w.pairs == (int((batch.ids >= 0).sum()), 0)
 
