@@ -72,8 +72,9 @@ TIER_TESTS := $(addprefix tests/cpu_kernels/,dsl/test_tiers.py kernels/test_kern
 	$(addprefix tests/hybrid_moe/integrations/,step/test_router.py step/test_rotary.py) \
 	tests/bench/test_steps.py tests/conformance tests/examples tests/streams/test_hand_over.py
 # As many tiers at a time as there are cores: a process for each costs less than several for one.
+# KINDS=1 leaves out tiers that differ from others in single ops.
 test-tiers: install-dev
-	$(BIN)/python -m tests.isa | xargs -n 1 -P $$(nproc) \
+	$(BIN)/python -m tests.isa $(if $(KINDS),--kinds) | xargs -n 1 -P $$(nproc) \
 		sh -c 'echo "tier $$0"; exec $(BIN)/python -m pytest --isa $$0 $(TIER_TESTS)'
 
 test-lowest:

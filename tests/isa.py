@@ -1,6 +1,7 @@
 """Other processors than this one: `pytest --isa TIER` runs tests as on a machine of that tier.
 
-    python -m tests.isa     # the tiers that `make test-tiers` runs besides this machine's own
+    python -m tests.isa            # the tiers that `make test-tiers` runs besides this machine's
+    python -m tests.isa --kinds    # one of each kind
 
 A tier that this processor can run is the most capable that the tests see: the features beyond it
 are hidden, and HYBRID_MOE_ISA names it for the processes that tests start. Any other tier runs with
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 
 from hybrid_moe.cpu_kernels.dsl import tiers
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, TierReport, available_tiers, choose_tier
@@ -26,6 +28,12 @@ def others() -> list[str]:
     usable = [report.tier.name for report in available_tiers() if report.usable]
     best = choose_tier().name
     return [name for name in usable if name != best] + [n for n in EMULATED if n not in usable]
+
+
+def kinds() -> list[str]:
+    """Of these, one of each kind of arithmetic: no vectors, bytes summed in 16 bits, `EMULATED`. The
+    others differ from them in single ops, which `tests/cpu_kernels/dsl` has on every tier."""
+    return [name for name in others() if name in ("portable", "avx2", *EMULATED)]
 
 
 def simulate(name: str) -> None:
@@ -54,4 +62,4 @@ def simulate(name: str) -> None:
 
 
 if __name__ == "__main__":
-    print(*others())
+    print(*(kinds() if "--kinds" in sys.argv else others()))
