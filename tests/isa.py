@@ -31,8 +31,8 @@ def others() -> list[str]:
 
 
 def kinds() -> list[str]:
-    """Of these, one of each kind of arithmetic: no vectors, bytes summed in 16 bits, `EMULATED`. The
-    others differ from them in single ops, which `tests/cpu_kernels/dsl` has on every tier."""
+    """Of these, one of each kind of arithmetic: no vectors, bytes summed in 16 bits, `EMULATED`.
+    Others differ from them in single ops, which `tests/cpu_kernels/dsl` has on every tier."""
     return [name for name in others() if name in ("portable", "avx2", *EMULATED)]
 
 
