@@ -94,7 +94,7 @@ def sequential_read(directory: Path, threads: int, most: int = 4 << 30) -> float
     drop_from_cache(directory)
     pieces = [
         (file, at) for file in files_of(directory) for at in range(0, file.stat().st_size, _PIECE)
-    ][: most // _PIECE]
+    ][: -(-most // _PIECE)]
     share = -(-len(pieces) // threads)
 
     def read(thread: int) -> int:
