@@ -58,16 +58,16 @@ def server_options(
 
 
 def new_layer(fixture: FamilyFixture, **options: Any) -> Any:
-    """A `FusedMoE` for layer `LAYER` of the checkpoint."""
-    return fused_moe.FusedMoE(
-        num_experts=fixture.num_experts,
-        hidden_size=fixture.hidden,
-        intermediate_size=fixture.intermediate,
-        layer_id=LAYER,
-        top_k=2,
-        params_dtype=torch.bfloat16,
-        **options,
-    )
+    """A `FusedMoE` for layer `LAYER` of the checkpoint; `options` go before these."""
+    usual: dict[str, Any] = {
+        "num_experts": fixture.num_experts,
+        "hidden_size": fixture.hidden,
+        "intermediate_size": fixture.intermediate,
+        "layer_id": LAYER,
+        "top_k": 2,
+        "params_dtype": torch.bfloat16,
+    }
+    return fused_moe.FusedMoE(**{**usual, **options})
 
 
 def gpt_oss_layer(fixture: FamilyFixture) -> Any:
