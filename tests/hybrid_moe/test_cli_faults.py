@@ -242,8 +242,11 @@ ENCODINGS = (
 )
 
 
-@pytest.mark.parametrize("command", LIGHT)
-@pytest.mark.parametrize(("env", "shown"), ENCODINGS)
+@pytest.mark.parametrize(
+    ("command", "env", "shown"),
+    [("inspect", *encoding) for encoding in ENCODINGS]
+    + [(command, *ENCODINGS[0]) for command in LIGHT if command != "inspect"],
+)
 def test_an_encoding_that_cannot_say_it(
     command: str, env: dict[str, str], shown: bytes, named_in_chinese: Path
 ) -> None:
