@@ -14,9 +14,9 @@ from hybrid_moe.runtime.prefill_loads import PrefillLoad, PrefillTimes, SendChoi
 from hybrid_moe.runtime.prefill_stream import PrefillStream
 from hybrid_moe.streams.link import StreamLink
 from tests.hybrid_moe.cases import E
-from tests.hybrid_moe.signatures import signature_batch, signatures
+from tests.hybrid_moe.signatures import signature_batch
 from tests.streams.emulation import Device
-from tests.streams.test_moving_experts import SEEDS, Hybrid, queued
+from tests.streams.test_moving_experts import SEEDS, Hybrid, check_a_place_is_kept, queued
 
 __all__ = ["queued"]  # a fixture
 
@@ -117,20 +117,8 @@ def test_a_place_is_not_overwritten_under_a_streamed_job(flags: bool) -> None:
     """The workers begin when the stream cannot get further without them: a job has expert 7 in the
     place into which expert 0 is copied behind it."""
     model = streamed(0, flags)
-    stream, runner, given = owner(model), model.runners[0], signature_batch(3, 0)
-    stream.planner.choose = lambda now, following, queued: SendChoice(0)  # type: ignore[method-assign]
-    given.ids[:, 0] = 7
-    model.gpu.agents = [(1.0, model.watcher.look)]
-    runner.submit(*(t.clone() for t in given.args), 0)
-    place = int(runner._layer._place[7])
-    runner.move(7, True, 0)
-    runner.move(0, False, 0)
-    assert runner._layer._place[0] == place
-    model.gpu.run_some(10_000)
-    out = runner.sync(given.hidden, 0)
-    model.gpu.agents.append((1.0, model.group.work))
-    model.gpu.run()
-    assert torch.equal(out, signatures(given))
+    owner(model).planner.choose = lambda now, following, queued: SendChoice(0)  # type: ignore[method-assign]
+    check_a_place_is_kept(model)
 
 
 def test_no_streaming_under_capture() -> None:
