@@ -9,17 +9,9 @@ within `LEAST_GAIN` of the best.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from hybrid_moe.schedule.layer_times import LayerTimes, layer_times
-from hybrid_moe.schedule.layer_work import (
-    ExpertCount,
-    ExpertSplit,
-    LayerWork,
-    uniform_deferred,
-    uniform_met,
-)
-from hybrid_moe.schedule.machine_rates import MachineRates
+from hybrid_moe.schedule.layer_times import LayerTimes
 from hybrid_moe.schedule.timeline import run_step
 
 LEAST_GAIN = 0.01
@@ -60,31 +52,3 @@ def choose_depth(
     best = min(seconds)
     depth = next(d for d, s in enumerate(seconds) if s <= best * (1 + LEAST_GAIN))
     return DepthChoice(depth, seconds)
-
-
-def uniform_times(
-    works: Sequence[LayerWork],
-    rates: MachineRates,
-    *,
-    num_experts: int,
-    hot: int,
-    top_k: int,
-    tokens: int,
-    depth: int,
-) -> list[LayerTimes]:
-    """Layers of a batch whose experts are all equally likely, `hot` of each on the GPU."""
-    cold = num_experts - hot
-    met = uniform_met(cold, num_experts, top_k, tokens)
-    later = uniform_deferred(cold, num_experts, top_k, tokens, depth)
-    now = ExpertCount(met.experts - later.experts, met.pairs - later.pairs)
-    split = ExpertSplit(hot=uniform_met(hot, num_experts, top_k, tokens), cpu=now, deferred=later)
-    last = max((place for place, work in enumerate(works) if work.expert is not None), default=-1)
-    times = []
-    for place, work in enumerate(works):
-        if work.expert is None:
-            times.append(layer_times(work, ExpertSplit(), rates))
-        elif place == last:
-            times.append(layer_times(work, replace(split, cpu=met, deferred=ExpertCount()), rates))
-        else:
-            times.append(layer_times(work, split, rates))
-    return times

@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 
-from hybrid_moe.schedule.deferral_depth import choose_depth, uniform_times
-from hybrid_moe.schedule.layer_times import LayerTimes
-from hybrid_moe.schedule.layer_work import GpuAmount, LayerWork
+from hybrid_moe.schedule.deferral_depth import choose_depth
+from hybrid_moe.schedule.layer_times import LayerTimes, layer_times
+from hybrid_moe.schedule.layer_work import (
+    ExpertCount,
+    ExpertSplit,
+    GpuAmount,
+    LayerWork,
+    uniform_deferred,
+    uniform_met,
+)
 from hybrid_moe.schedule.machine_rates import MachineRates
 from tests.hybrid_moe.schedule.cases import EXPERT, work
 
 EACH = EXPERT.nbytes / 50e9
 """Seconds of one expert."""
+
+
+def uniform_times(
+    works: Sequence[LayerWork],
+    rates: MachineRates,
+    *,
+    num_experts: int,
+    hot: int,
+    top_k: int,
+    tokens: int,
+    depth: int,
+) -> list[LayerTimes]:
+    """Layers of a batch whose experts are all equally likely, `hot` of each on the GPU."""
+    cold = num_experts - hot
+    met = uniform_met(cold, num_experts, top_k, tokens)
+    later = uniform_deferred(cold, num_experts, top_k, tokens, depth)
+    now = ExpertCount(met.experts - later.experts, met.pairs - later.pairs)
+    split = ExpertSplit(hot=uniform_met(hot, num_experts, top_k, tokens), cpu=now, deferred=later)
+    last = max((place for place, each in enumerate(works) if each.expert is not None), default=-1)
+    times = []
+    for place, each in enumerate(works):
+        if each.expert is None:
+            times.append(layer_times(each, ExpertSplit(), rates))
+        elif place == last:
+            times.append(layer_times(each, replace(split, cpu=met, deferred=ExpertCount()), rates))
+        else:
+            times.append(layer_times(each, split, rates))
+    return times
 
 
 def at(depth: int, layers: int, tokens: int, attention: float) -> list[LayerTimes]:
