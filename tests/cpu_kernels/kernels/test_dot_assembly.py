@@ -18,9 +18,15 @@ _JUMP = re.compile(r"^\tj\w+\s+(\.\w+)$")
 _SPILL = re.compile(r"%[xyz]mm\d+, -?\d*\(%r[sb]p\)$")
 
 TIGHT: Mapping[tuple[str, str, str], int] = {
+    # lines in order, so planes of four panels: 16 registers and eight of sums, of which 16 exist
+    ("avx2", "MXFP4", "direct1"): 61,
+    ("avx2", "INT8", "direct1"): 9,
+    ("avx2_vnni", "MXFP4", "direct1"): 108,
+    ("avx2_vnni", "INT8", "direct1"): 72,
     # 12 half panels of planes, of codes even and odd two each: all 16 registers before any product
-    ("avx2", "MXFP4", "direct3"): 18,
-    ("avx2_vnni", "MXFP4", "direct3"): 12,
+    ("avx2", "MXFP4", "direct3"): 25,
+    ("avx2_vnni", "MXFP4", "direct3"): 18,
+    ("avx2_vnni", "INT8", "direct3"): 12,
     # a mask before each lookup, two multiplications more a dot product
     ("avx512", "MXFP4", "direct2"): 2,
     ("avx512", "MXFP4", "direct4"): 6,

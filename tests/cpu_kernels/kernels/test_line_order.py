@@ -9,7 +9,7 @@ import pytest
 from llvmlite import ir
 
 from hybrid_moe.cpu_kernels.dsl.emit import I64, Emit, Val
-from hybrid_moe.cpu_kernels.dsl.tiers import AVX512_VBMI
+from hybrid_moe.cpu_kernels.dsl.tiers import AVX2, AVX512_VBMI, Tier
 from hybrid_moe.cpu_kernels.kernels import integer_dot, order
 from hybrid_moe.cpu_kernels.kernels.dot import DOT_ARITY
 from hybrid_moe.cpu_kernels.kernels.format_kernels import sums_integers
@@ -38,8 +38,8 @@ def _offset(address: Any) -> tuple[Any, int]:
 class _Recorder(Emit):
     """Emits as `Emit` does, and notes which vectors are loaded at a cursor's addresses."""
 
-    def __init__(self, builder: ir.IRBuilder) -> None:
-        super().__init__(builder, AVX512_VBMI)
+    def __init__(self, builder: ir.IRBuilder, tier: Tier) -> None:
+        super().__init__(builder, tier)
         self.met: Met = {}
 
     def load(self, address: Val, element: ir.Type, lanes: int = 1, align: int = 1) -> Val:
@@ -50,13 +50,13 @@ class _Recorder(Emit):
         return super().load(address, element, lanes, align)
 
 
-def _lines(fmt: WeightFormat, tokens: int) -> list[list[int]]:
+def _lines(fmt: WeightFormat, tokens: int, tier: Tier) -> list[list[int]]:
     """Lines of a block's fields, if they lie in front of its codes, and of a group's codes, each in
     the order in which a kernel first meets them."""
     kind = ir.FunctionType(ir.VoidType(), [I64] * DOT_ARITY)
     function = ir.Function(ir.Module(), kind, "kernel")
-    emit = _Recorder(ir.IRBuilder(function.append_basic_block("entry")))
-    how = order.fixed15_order(tokens, AVX512_VBMI.registers, AVX512_VBMI.registers_per_panel)
+    emit = _Recorder(ir.IRBuilder(function.append_basic_block("entry")), tier)
+    how = order.fixed15_order(tokens, tier.registers, tier.registers_per_panel)
     assert not how.prefetch, "it has prefetch instructions"
     body = group_dot(integer_dot.packed_source(fmt), tokens, how)
     body(emit, *[Val(emit, argument) for argument in function.args])
@@ -69,14 +69,18 @@ def _lines(fmt: WeightFormat, tokens: int) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(
+    ("tier", "tokens"),
+    [(AVX2, 1), (AVX512_VBMI, 1), (AVX512_VBMI, 2)],
+    ids=lambda value: getattr(value, "name", value),
+)
 @pytest.mark.parametrize(
     "fmt", [f for f in FORMATS.values() if sums_integers(f)], ids=lambda fmt: fmt.name
 )
-def test_lines_are_met_in_ascending_order(fmt: WeightFormat, tokens: int) -> None:
+def test_lines_are_met_in_ascending_order(fmt: WeightFormat, tier: Tier, tokens: int) -> None:
     """All of them: fields in front of a block's codes before these, upper bits behind the rest."""
     layout = integer_dot.strip_of(fmt)
-    *fields, codes = _lines(fmt, tokens)
+    *fields, codes = _lines(fmt, tokens, tier)
     assert codes == list(range(layout.code_bytes // LINE))
     expected = [list(range(layout.field_bytes // LINE))] if layout.fields_first else []
     assert fields == expected
