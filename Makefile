@@ -167,12 +167,13 @@ bench-peers: install
 
 # Every format beside kt-kernel, ggml and torch, one token and 1024, with a core to spare and with all,
 # and its bars: hours. FORMATS=Q4_K,FP8 for some, TIER=avx2 for another tier. Then docs/results and docs/formats.md.
+# THREADS=1: with so many threads only.
 FORMATS_RECEIPT := $(RECEIPTS)/formats$(addprefix -,$(TIER)).json
 bench-formats: install
 	mkdir -p $(RECEIPTS)
-	$(BIN)/python bench/peers.py --formats $(addprefix --methods ,$(FORMATS)) $(addprefix --isa ,$(TIER)) \
+	$(BIN)/python bench/peers.py --formats $(addprefix --methods ,$(FORMATS)) $(addprefix --isa ,$(TIER)) $(addprefix --threads ,$(THREADS)) \
 		--json $(FORMATS_RECEIPT)
-	$(if $(FORMATS)$(TIER),,$(BIN)/python bench/report.py $(FORMATS_RECEIPT) && $(BIN)/python bench/formats_table.py)
+	$(if $(FORMATS),,$(BIN)/python bench/report.py $(FORMATS_RECEIPT) && $(BIN)/python bench/formats_table.py)
 
 # Of llama.cpp, whose sources llama-cpp-python's source distribution has, only the libraries are
 # built: five minutes on two cores, where the whole takes a quarter of an hour.

@@ -177,12 +177,16 @@ TARGETS = (
 Zen 4 cores at 3.66 GHz."""
 
 
+MANY, NARROW_MANY = 1024, 128
+"""Tokens of a format's second point; on AVX2, where peers take ten seconds for 1024, fewer."""
+
+
 def _format(
     method: str, decode: float | None, rate: float | None, fast: bool = False
 ) -> list[Target]:
     """One token and 1024 of a format on shape A; `fast`: the latter with int8 activations."""
     many = method + (INT8_ACTIVATIONS if fast else "")
-    return [Target(method, "A", 1, decode=decode), Target(many, "A", 1024, rate=rate)]
+    return [Target(method, "A", 1, decode=decode), Target(many, "A", MANY, rate=rate)]
 
 
 FORMAT_TARGETS = (
@@ -203,10 +207,20 @@ FORMAT_TARGETS = (
 """Every format; rates are of two Zen 4 cores. Those without a figure are only compared."""
 
 
-def target_for(method: str, shape: str, tokens: int) -> Target | None:
-    """The target of a point, or None."""
+NARROW_TARGETS = tuple(
+    Target(
+        t.method, t.shape, tokens,
+        faster={"kt-kernel": 1.3, "ggml": 1.0},
+    )
+    for t in FORMAT_TARGETS if t.tokens == 1 for tokens in (1, NARROW_MANY)
+)  # fmt: skip
+"""Every format on AVX2, with activations of 16 bits."""
+
+
+def target_for(method: str, shape: str, tokens: int, narrow: bool = False) -> Target | None:
+    """The target of a point, or None; `narrow`: on AVX2."""
     wanted = (method, shape, tokens)
-    every = (*TARGETS, *FORMAT_TARGETS)
+    every = NARROW_TARGETS if narrow else (*TARGETS, *FORMAT_TARGETS)
     return next((t for t in every if (t.method, t.shape, t.tokens) == wanted), None)
 
 
@@ -219,14 +233,14 @@ VERDICTS = (
 FORMAT_VERDICTS = (VERDICTS[0], number("threads", "threads"), *VERDICTS[1:])
 
 
-def verdicts(points: Iterable[Point]) -> list[dict[str, Any]]:
+def verdicts(points: Iterable[Point], narrow: bool = False) -> list[dict[str, Any]]:
     """Rows of `VERDICTS`: each part of every target that was measured, with the most threads of any
-    point; shares of `decode` with any number of threads."""
+    point; shares of `decode` with any number of threads. `narrow`: on AVX2."""
     groups = by_point(points)
     most = max((threads for *_, threads in groups), default=0)
     found = []
     for (method, shape, tokens, threads), libraries in groups.items():
-        target = target_for(method, shape, tokens)
+        target = target_for(method, shape, tokens, narrow)
         ours = libraries.get(OURS)
         if target is None or ours is None:
             continue

@@ -19,7 +19,7 @@ from typing import Any
 
 import comparison
 import tables
-from comparison import OURS, PEERS, by_point, decode_share, read_share
+from comparison import MANY, NARROW_MANY, OURS, PEERS, by_point, decode_share, read_share
 from tables import Column, markdown, text
 from weights import INT8_ACTIVATIONS, format_of
 
@@ -86,6 +86,14 @@ of two ceilings of the same seconds: the read bandwidth, and the rate at which t
 instructions decode the format, counted from their assembly. 1024 tokens: 10^9 products added up in
 a second. Under a peer's name: how many times as long it takes on the same experts and threads, so
 that below 1 we lose. kt-kernel runs only where a core is spare. `make bench-formats` measures it.
+
+"""
+
+NARROW_HEAD = """
+### With AVX2 alone
+
+The same on a processor that has more but was used without it, by all of them: `make bench-formats
+TIER=avx2`.
 
 """
 
@@ -209,9 +217,23 @@ def speed(folder: Path) -> Iterator[str]:
         yield NOT_MEASURED
         return
     points = document["benches"]["formats"]["points"]
+    yield from _speed_table(document, points, MANY)
+    missing = [name for name in METHODS if not any(format_of_is(p, name) for p in points)]
+    if missing:
+        yield f"\nNot measured: {', '.join(missing)}.\n"
+    if narrow := newest("formats_avx2", folder):
+        yield NARROW_HEAD
+        points = narrow["benches"]["formats_avx2"]["points"]
+        yield from _speed_table(narrow, points, NARROW_MANY)
+
+
+def _speed_table(
+    document: Mapping[str, Any], points: list[dict[str, Any]], many: int
+) -> Iterator[str]:
+    """`many`: tokens of the second point."""
     labels = "; ".join(comparison.labels(points))
     yield f"{_where(document)}. {labels}.\n\n"
-    rows = list(_speed_rows(points))
+    rows = list(_speed_rows(points, many))
     columns = (
         text("method", "{method}"),
         text("threads", "{threads}"),
@@ -220,13 +242,10 @@ def speed(folder: Path) -> Iterator[str]:
         text("of decode, GB/s", "{counted}"),
         text("% of the lower", "{share}"),
         *(Column(f"{peer}", lambda r, peer=peer: r["one"].get(peer, "")) for peer in PEERS),
-        text("1024 tokens, GMAC/s", "{rate}"),
+        text(f"{many} tokens, GMAC/s", "{rate}"),
         *(Column(f"{peer}", lambda r, peer=peer: r["many"].get(peer, "")) for peer in PEERS),
     )
     yield markdown(columns, rows)
-    missing = [name for name in METHODS if not any(format_of_is(p, name) for p in points)]
-    if missing:
-        yield f"\nNot measured: {', '.join(missing)}.\n"
 
 
 def format_of_is(point: Mapping[str, Any], method: str) -> bool:
@@ -234,12 +253,12 @@ def format_of_is(point: Mapping[str, Any], method: str) -> bool:
     return format_of(point["method"]) in METHODS[method].formats
 
 
-def _speed_rows(points: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _speed_rows(points: list[dict[str, Any]], tokens: int) -> Iterator[dict[str, Any]]:
     groups = by_point(points)
     keys = dict.fromkeys((method, shape, threads) for method, shape, _, threads in groups)
     for method, shape, threads in keys:
         one = groups.get((method, shape, 1, threads), {})
-        many = groups.get((method, shape, 1024, threads), {})
+        many = groups.get((method, shape, tokens, threads), {})
         mine, most = one.get(OURS), many.get(OURS)
         share = None if mine is None else decode_share(mine) or read_share(mine)
         yield {

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 import comparison
-from comparison import FORMAT_TARGETS, OUR_ERROR, OURS, PEERS, TARGETS
+from comparison import FORMAT_TARGETS, NARROW_TARGETS, OUR_ERROR, OURS, PEERS, TARGETS
 from decode.counted import counted_rate
 from decode.sweeps import Clock
 from harness import Reads, layer_parser, parse_list, time_beside_reads, weight_bytes
@@ -214,7 +214,8 @@ def series(args: argparse.Namespace) -> dict[tuple[str, str], list[int]]:
     if args.targets or args.formats:
         wanted: dict[tuple[str, str], list[int]] = {}
         tokens = args.tokens if "--tokens" in sys.argv else None
-        for target in FORMAT_TARGETS if args.formats else TARGETS:
+        formats = NARROW_TARGETS if args.isa == "avx2" else FORMAT_TARGETS
+        for target in formats if args.formats else TARGETS:
             named = args.methods == ["all"] or stored_method(target.method) in args.methods
             if named and (tokens is None or target.tokens in tokens):
                 wanted.setdefault((target.method, target.shape), []).append(target.tokens)
@@ -279,6 +280,8 @@ def main() -> None:
             console.print("[yellow]ggml is left out:[/] it is not built for AVX2 alone")
             del libraries["ggml"]
     wanted, name = series(args), "formats" if args.formats else "peers"
+    if args.isa:  # another tier than this processor's best is another benchmark
+        name = f"{name}_{args.isa}"
     points: list[Point] = []
     errors: list[dict[str, Any]] = []
     for threads in args.threads:
@@ -304,7 +307,7 @@ def main() -> None:
         for method in dict.fromkeys(method for method, _ in wanted):
             errors += accuracy(libraries, method, min(args.threads), console)
     write_receipt(args.json, receipt(name, points=rows(points), errors=errors))
-    show_all(console, rows(points), errors, args.formats)
+    show_all(console, rows(points), errors, args.formats, narrow=args.isa == "avx2")
 
 
 def rows(points: list[Point]) -> list[dict[str, Any]]:
@@ -317,13 +320,14 @@ def show_all(
     points: list[dict[str, Any]],
     errors: list[dict[str, Any]],
     formats: bool = False,
+    narrow: bool = False,
 ) -> None:
-    """Print the tables; `formats`: with what only those of every format have."""
+    """Print the tables; `formats`: with what only those of every format have; `narrow`: of AVX2."""
     title = f"one call (ours is faster by), {processor()}"
     columns = comparison.FORMAT_COLUMNS if formats else comparison.COLUMNS
     show(console, title, columns, comparison.side_by_side(points))
     console.print("; ".join(comparison.labels(points)))
-    if wanted := comparison.verdicts(points):
+    if wanted := comparison.verdicts(points, narrow):
         verdicts = comparison.FORMAT_VERDICTS if formats else comparison.VERDICTS
         show(console, "targets", verdicts, wanted)
     if errors:

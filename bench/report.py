@@ -133,10 +133,16 @@ def peers(bench: Bench) -> Iterator[str]:
         yield markdown(tables.ERRORS, bench["errors"])
 
 
-def formats(bench: Bench) -> Iterator[str]:
-    """Every format beside its peers, and its bars."""
+def formats_avx2(bench: Bench) -> Iterator[str]:
+    """Every format on AVX2 alone, beside its peers, which have no more either."""
+    return formats(bench, tier="avx2")
+
+
+def formats(bench: Bench, tier: str | None = None) -> Iterator[str]:
+    """Every format beside its peers, and its bars; `tier`: on another than the best."""
     points = bench["points"]
-    yield "### Every format\n\n`make bench-formats`\n"
+    where, option = (f" on {tier}", f" TIER={tier}") if tier else ("", "")
+    yield f"### Every format{where}\n\n`make bench-formats{option}`\n"
     yield (
         'As beside other libraries, one table for all formats. "Decodes" is the rate at which the '
         "tier's instructions decode the format for one token, counted from their assembly; the "
@@ -145,7 +151,7 @@ def formats(bench: Bench) -> Iterator[str]:
         f"{'; '.join(comparison.labels(points))}.\n"
     )
     yield markdown(comparison.FORMAT_COLUMNS, comparison.side_by_side(points))
-    if wanted := comparison.verdicts(points):
+    if wanted := comparison.verdicts(points, narrow=tier == "avx2"):
         yield markdown(comparison.FORMAT_VERDICTS, wanted)
     if bench["errors"]:
         yield markdown(tables.ERRORS, bench["errors"])
@@ -239,6 +245,7 @@ SECTIONS: Mapping[str, Callable[[Bench], Iterator[str]]] = MappingProxyType(
             gpu_check,
             peers,
             formats,
+            formats_avx2,
             accuracy,
             pool,
             load,

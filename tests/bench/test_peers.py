@@ -74,6 +74,13 @@ def test_each_point_has_one_target() -> None:
     assert target_for("MXFP4", "A", 5) is None
 
 
+def test_bars_of_avx2_are_ratios() -> None:
+    target = target_for("Q4_K", "A", 1, narrow=True)
+    assert target is not None
+    met = dict(target.verdicts(0.1, 0.1, {"ggml": 1.01, "kt-kernel": 1.29}, decode=0.1))
+    assert sorted(met.values()) == [False, True] and target_for("Q4_K", "A", 1024, True) is None
+
+
 def test_series_of_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["peers.py", "--targets"])
     wanted = series(parse_arguments())

@@ -75,6 +75,9 @@ def test_page(tmp_path: Path) -> None:
     assert "| MXFP4 A | 1 | ggml 2.00 x of 1.60 x | met |" in text
     every = rows_of(text, "### Every format")[0]
     assert every[5:8] == ["80", "40", "80"], "of 25 GB/s to read and 40 to decode"
+    narrow = rows_of(text, "### Every format on avx2")[0]
+    assert narrow[5:8] == ["80", "30", "80"], "of 25 GB/s to read and 30 to decode"
+    assert "| MXFP4 A | 2 | 1 | ggml 2.00 x of 1.00 x | met |" in text, "a bar of AVX2"
     assert rows_of(text, "### Fork-join")[1][4] == "", "nobody has to answer"
 
 
