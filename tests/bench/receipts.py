@@ -101,9 +101,7 @@ def every_bench() -> list[dict[str, Any]]:
             sizes={"hidden": 64, "intermediate": 32, "experts": 4, "top_k": 2},
         ),
         machine("formats", points=[{**p, "counted_rate": 40.0} for p in peers], errors=errors),
-        machine(
-            "formats_avx2", points=[{**p, "counted_rate": 30.0} for p in peers], errors=errors
-        ),
+        machine("formats_avx2", points=[{**p, "counted_rate": 30.0} for p in peers], errors=errors),
         machine("pool", points=[pool_point(), pool_point(caller="caller works", signal_us=None)]),
         machine("load", points=[load], packing=[{"format": "MXFP4", "GBps": 10.0}], threads=2),
         machine("big", points=[big], threads=2),
