@@ -74,11 +74,18 @@ TIER_TESTS := $(addprefix tests/cpu_kernels/,dsl/test_tiers.py kernels/test_kern
 # As many tiers at a time as there are cores: a process for each costs less than several for one.
 # KINDS=1 leaves out tiers that differ from others in single ops.
 test-tiers: install-dev
-	$(BIN)/python -m tests.isa $(if $(KINDS),--kinds) | xargs -n 1 -P $$(nproc) \
-		sh -c 'echo "tier $$0"; exec $(BIN)/python -m pytest --isa $$0 $(TIER_TESTS)'
+	$(MAKE) --no-print-directory -j $$(nproc) --output-sync \
+		$(addprefix test-tier-,$(shell $(BIN)/python -m tests.isa $(if $(KINDS),--kinds)))
+
+test-tier-%:
+	$(BIN)/python -m pytest --isa $* $(TIER_TESTS)
 
 test-lowest:
 	PYTHON=$(PYTHON) .ci/lowest
+
+# its parts, which need not wait for each other once `.ci/lowest install` has run
+test-lowest-%:
+	PYTHON=$(PYTHON) .ci/lowest $*
 
 # SGLang without its dependencies, which are kernels for GPUs; tests/sglang has what it needs.
 SGLANG_VENV ?= .venv-sglang

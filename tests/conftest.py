@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -35,23 +36,35 @@ def pytest_configure(config: pytest.Config) -> None:
         simulate(name)
 
 
+def _tier(item: pytest.Item) -> Any:
+    """Name of the tier that a test is parametrized over; of another thing, or None, elsewhere."""
+    if (spec := getattr(item, "callspec", None)) is None:
+        return None
+    return spec.params.get("name", getattr(spec.params.get("tier"), "name", None))
+
+
+def _runs_elsewhere(item: pytest.Item) -> bool:
+    """Whether another tier has the same kernels for the test's format."""
+    if (tier := _tier(item)) is None or "fmt" not in item.callspec.params:  # type: ignore[attr-defined]
+        return False
+    from tests.isa import repeats
+
+    return repeats(item.callspec.params["fmt"], tier)  # type: ignore[attr-defined]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What has the mark `full` runs where that is asked for; with --isa, what is parametrized over
-    tiers runs for that one."""
+    """What has the mark `full`, and what another tier's test proves, runs where that is asked for;
+    with --isa, what is parametrized over tiers runs for that one."""
+    isa = config.getoption("isa")
     if not os.environ.get("HYBRID_MOE_TEST_FULL"):
         for item in items:
-            if item.get_closest_marker("full"):
+            if item.get_closest_marker("full") or (not isa and _runs_elsewhere(item)):
                 item.add_marker(pytest.mark.skip(reason="make test-full"))
-    if not (isa := config.getoption("isa")):
+    if not isa:
         return
     from hybrid_moe.cpu_kernels.dsl.tiers import TIERS
 
-    def tier(item: pytest.Item) -> object:
-        if (spec := getattr(item, "callspec", None)) is None:
-            return None
-        return spec.params.get("name", getattr(spec.params.get("tier"), "name", None))
-
-    others = [item for item in items if tier(item) in TIERS and tier(item) != isa]
+    others = [item for item in items if _tier(item) in TIERS and _tier(item) != isa]
     config.hook.pytest_deselected(items=others)
     dropped = set(others)
     items[:] = [item for item in items if item not in dropped]

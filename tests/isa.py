@@ -17,6 +17,9 @@ import sys
 
 from hybrid_moe.cpu_kernels.dsl import tiers
 from hybrid_moe.cpu_kernels.dsl.tiers import TIERS, TierReport, available_tiers, choose_tier
+from hybrid_moe.cpu_kernels.kernels.format_kernels import sums_integers
+from hybrid_moe.formats.table import BF16
+from hybrid_moe.formats.weight_format import WeightFormat
 
 EMULATED = ("avx512_bf16", "amx")
 """Tiers of kinds that differ in what tests see: a dot product that flushes subnormals, a matrix
@@ -34,6 +37,21 @@ def kinds() -> list[str]:
     """Of these, one of each kind of arithmetic: no vectors, bytes summed in 16 bits, `EMULATED`.
     Others differ from them in single ops, which `tests/cpu_kernels/dsl` has on every tier."""
     return [name for name in others() if name in ("portable", "avx2", *EMULATED)]
+
+
+def repeats(fmt: object, name: object) -> bool:
+    """Whether a format's kernels on a tier are line for line those of the tier that it extends, as
+    it lowers none of their ops in another way (`test_isa` holds that against the kernels)."""
+    tier = TIERS.get(name) if isinstance(name, str) else None
+    below = tier.extends if tier else None
+    if not isinstance(fmt, WeightFormat) or tier is None or below is None or tier.tiles:
+        return False
+    if (tier.vector_bits, tier.registers) != (below.vector_bits, below.registers):
+        return False
+    of_pairs = {"pair_dot"}
+    if fmt is BF16:
+        return of_pairs.isdisjoint(tier.lowerings)
+    return sums_integers(fmt) and of_pairs.issuperset(tier.lowerings)
 
 
 def simulate(name: str) -> None:

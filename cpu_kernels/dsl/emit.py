@@ -8,6 +8,7 @@ becomes instructions is the tier's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +25,24 @@ F32 = ir.FloatType()
 Operand = Union["Val", int, float]
 
 
+@functools.lru_cache(maxsize=256)
 def vector(element: ir.Type, lanes: int) -> ir.Type:
     """Type of a vector; one lane is the scalar type itself."""
     return ir.VectorType(element, lanes) if lanes > 1 else element
+
+
+@functools.lru_cache(maxsize=4096)
+def _constant(kind: ir.Type, spelled: str, value: Any) -> ir.Constant:
+    return ir.Constant(kind, value)
+
+
+def constant(kind: ir.Type, value: Any) -> ir.Constant:
+    """A number (in every lane), a tuple of one for each lane, or `ir.Undefined`, as an operand.
+
+    Operands of 16 to 64 lanes are most of a module's text, and the same few again and again, so
+    modules share them. 0.0 and -0.0 are equal; what tells them apart is how they are spelled.
+    """
+    return _constant(kind, repr(value), value)
 
 
 @dataclass(frozen=True)
@@ -137,8 +153,8 @@ class Val:
 
     def shuffle(self, indices: Sequence[int], other: Val | None = None) -> Val:
         """Lanes `indices` of (self, other)."""
-        mask = ir.Constant(ir.VectorType(I32, len(indices)), list(indices))
-        second = other.ir if other is not None else ir.Constant(self.ir.type, ir.Undefined)
+        mask = constant(ir.VectorType(I32, len(indices)), tuple(indices))
+        second = other.ir if other is not None else constant(self.ir.type, ir.Undefined)
         return Val(self.emit, self.emit.builder.shuffle_vector(self.ir, second, mask))
 
     def halves(self) -> tuple[Val, Val]:
@@ -194,19 +210,17 @@ class Emit:
 
     def splat(self, value: float, element: ir.Type, lanes: int = 1) -> Val:
         """A constant in every lane."""
-        kind = vector(element, lanes)
-        return Val(self, ir.Constant(kind, [value] * lanes if lanes > 1 else value))
+        return Val(self, constant(vector(element, lanes), value))
 
     def constant(self, values: Sequence[int], element: ir.Type) -> Val:
-        return Val(self, ir.Constant(ir.VectorType(element, len(values)), list(values)))
+        return Val(self, constant(ir.VectorType(element, len(values)), tuple(values)))
 
     def broadcast(self, scalar: Val, lanes: int) -> Val:
         """A scalar in every lane."""
         if scalar.lanes == lanes:
             return scalar
-        kind = ir.VectorType(scalar.element, lanes)
-        empty = ir.Constant(kind, ir.Undefined)
-        first = self.builder.insert_element(empty, scalar.ir, ir.Constant(I32, 0))
+        empty = constant(vector(scalar.element, lanes), ir.Undefined)
+        first = self.builder.insert_element(empty, scalar.ir, constant(I32, 0))
         return Val(self, first).shuffle([0] * lanes)
 
     def match(self, left: Val, right: Operand) -> tuple[Val, Val]:
@@ -241,7 +255,7 @@ class Emit:
         """Hint that the cache line at `address` is read soon: to all cache levels, or with locality
         2 to all but the first."""
         pointer = self.builder.inttoptr(address.ir, ir.PointerType())
-        hint = [ir.Constant(I32, n) for n in (0, locality, 1)]  # read, keep, data cache
+        hint = [constant(I32, n) for n in (0, locality, 1)]  # read, keep, data cache
         kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), I32, I32, I32])
         self.call("llvm.prefetch.p0", kind, [pointer, *hint])
 

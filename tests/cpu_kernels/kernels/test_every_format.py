@@ -146,17 +146,24 @@ def batch_of(tokens: int, H: int) -> tuple[Array, Array, Array]:
     return x, ids, weights
 
 
-@functools.lru_cache(maxsize=64)
-def _expected(case: Case, shape: str, tokens: int) -> Evaluation:
-    fmt, bits = case
-    formats, H, _ = shapes_of(fmt)[shape]
-    x, ids, weights = batch_of(tokens, H)
+@functools.lru_cache(maxsize=4)
+def _dequantized(fmt: WeightFormat, shape: str) -> dict[str, Array]:
+    """The weights of all experts as float64, and `sizes` of them."""
+    formats, _, _ = shapes_of(fmt)[shape]
     parts: dict[str, Array] = {}
     for name in ("gate", "up", "down"):
         of = formats.down if name == "down" else formats.gate_up
         matrices = [getattr(expert, name) for expert in _experts(fmt, shape)]
         parts[name] = np.stack([of.exact(m.planes) for m in matrices])
         parts[f"{name}_sizes"] = np.stack([sizes(of, m) for m in matrices])
+    return parts
+
+
+@functools.lru_cache(maxsize=64)
+def _expected(case: Case, shape: str, tokens: int) -> Evaluation:
+    fmt, bits = case
+    x, ids, weights = batch_of(tokens, shapes_of(fmt)[shape][1])
+    parts = _dequantized(fmt, shape)
     error = 0.0
     if sums_integers(fmt):
         error = FIXED_POINT_ERROR if bits == 16 else INT8_ACTIVATION_ERROR

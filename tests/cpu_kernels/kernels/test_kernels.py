@@ -166,6 +166,7 @@ def _decode_rows(fmt: WeightFormat, name: str, rows: Array) -> tuple[Array, Arra
 
 @TierNames
 @Fixed15
+@settings(max_examples=25)  # of nine groups each
 @given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0, 3, 12, 40]))
 def test_encoding_keeps_its_bounds(fmt: WeightFormat, name: str, seed: int, spread: int) -> None:
     """Off by at most 2^(e - 14) where the maximum is in [2^e, 2^(e+1)); exact near the maximum."""
