@@ -109,8 +109,6 @@ def serve(
             )  # fmt: skip
             serve_here(model, load, context, grace, listener, steps)
         return
-    if cpu_activation is not None:
-        raise ValueError("--cpu-activation is for Transformers' server, which runs without a --gpu")
     if cache is not None:
         raise ValueError("--cache is for models that are served here, without a --gpu")
     moving = _moving(dynamic, gpu_backend)
@@ -118,7 +116,7 @@ def serve(
         require_sglang()  # before headers are read and ceilings measured
     python = "python" if dry_run else sys.executable
     plan = options.plan(model)
-    command = server_command(plan, python, rest.args, quality)
+    command = server_command(plan, python, rest.args, quality, cpu_activation)
     command = replace(command, environment={**command.environment, **moving})
     for note in (*plan.notes, *draft_notes(plan, rest.args)):
         typer.echo(f"note: {note}", err=True)

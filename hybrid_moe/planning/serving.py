@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hybrid_moe.cpu_kernels.kernels.format_kernels import format_kernels
+from hybrid_moe.formats.activation import activation_bits
 from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.integrations.sglang import cpu_activation as activations
 from hybrid_moe.integrations.sglang import gpu_backend
 from hybrid_moe.placement.profile import write_profile
 from hybrid_moe.planning.decode_depth import decode_depth
@@ -61,6 +64,7 @@ def server_command(
     python: str = "python",
     extra: Sequence[str] = (),
     quality: str = EXACT,
+    cpu_activation: str | None = None,
 ) -> ServerCommand:
     """The command for a plan that fits.
 
@@ -69,15 +73,18 @@ def server_command(
         extra: further flags for SGLang, appended.
         quality: of decode, see `schedule.quality`: no more experts are deferred than make a token
             faster by the timeline, unless `extra` says how many.
+        cpu_activation: "int8" for inputs of 8 bits on the CPU, see `KTMoEWrapper`.
 
     Raises:
         DoesNotFitError: the plan does not fit.
-        ValueError: the plan has no GPU, or `extra` has a flag that the plan decides.
+        ValueError: the plan has no GPU, `extra` has a flag that the plan decides, or the model's
+            experts take no inputs of 8 bits.
     """
     if not plan.request.gpus:
         raise ValueError("without a GPU Transformers' server runs, and no SGLang")
     plan.check()
     _check_extra(extra)
+    _check_activation(plan, cpu_activation)
     model, request = plan.model, plan.request
     flags = [
         ("--model-path", str(model.base)),
@@ -103,6 +110,8 @@ def server_command(
         environment[streamed_prefill.VARIABLE] = f"{-(-request.stream_memory // 1024)}KiB"
     if quality != EXACT:
         environment[QUALITY_VARIABLE] = quality
+    if cpu_activation is not None:
+        environment[activations.VARIABLE] = cpu_activation
     environment[_NUMA_BINDING] = "0"
     return ServerCommand((python, "-m", "sglang.launch_server", *words, *extra), environment)
 
@@ -156,6 +165,14 @@ def _deferral_flags(plan: Plan, quality: str, extra: Sequence[str]) -> list[str]
     if quality == EXACT or any(word.partition("=")[0] == _DEFERRED for word in extra):
         return []
     return [_DEFERRED, str(decode_depth(plan, quality).depth)]
+
+
+def _check_activation(plan: Plan, cpu_activation: str | None) -> None:
+    bits = activation_bits(cpu_activation)
+    if bits == 16:
+        return
+    for fmt in {fmt for layer in plan.model.layers for fmt in layer.formats.each}:
+        format_kernels(fmt, bits)
 
 
 def _check_extra(extra: Sequence[str]) -> None:

@@ -192,6 +192,7 @@ def test_serve_prints_the_command(fake: Fake) -> None:
         (("--stream-prefill", "1GiB"), "add --gpu and --gpu-backend cute"),
         (("--gpu", "16GB", "--quality", "fine"), "--quality fine: must be exact or balanced"),
         (("--quality", "balanced"), "--quality is for decode beside a GPU"),
+        (("--gpu", "16GB", "--cpu-activation", "int4"), "cpu_activation is 'int4', must be None"),
     ],
 )
 def test_serve_refuses(fake: Fake, words: tuple[str, ...], message: str) -> None:
@@ -207,6 +208,16 @@ def test_serve_with_experts_of_our_own(fake: Fake) -> None:
     assert result.stdout.startswith("HYBRID_MOE_GPU=cute SGLANG_AUTO_NUMA_BIND=0 python -m ")
     assert "--moe-runner-backend triton" in result.stdout  # what SGLang finds there is not MXFP4
     assert "--kt-num-gpu-experts 0" not in result.stdout
+
+
+def test_serve_with_inputs_of_8_bits(fake: Fake) -> None:
+    """A variable of the server; experts that take no such inputs are refused before it starts."""
+    words = ("--gpu", "16GB", "--dry-run", "--cpu-activation", "int8", *MACHINE)
+    result = run("serve", "--model", fake("gpt-oss-20b"), *words)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("HYBRID_MOE_CPU_ACTIVATION=int8 SGLANG_AUTO_NUMA_BIND=0 ")
+    refused = run("serve", "--model", fake("Qwen3-30B-A3B"), "--ram", "96GB", *words)
+    assert refused.exit_code == 2 and "those of BF16 are not" in refused.stderr
 
 
 def test_serve_that_streams_and_defers(fake: Fake) -> None:
