@@ -15,6 +15,7 @@ from hybrid_moe.cli.model_options import (
     DENSE,
     CacheOption,
     CpuActivationOption,
+    DraftOption,
     DynamicOption,
     LoadOptions,
 )
@@ -56,6 +57,7 @@ def serve(
     threads: o.ThreadsOption = None,
     pools: o.PoolsOption = None,
     cache: CacheOption = None,
+    draft: DraftOption = None,
     ceilings: o.CeilingsOption = None,
     ram_bandwidth: o.RamBandwidthOption = None,
     gmacs: o.GmacsOption = None,
@@ -107,10 +109,15 @@ def serve(
                 method, dense, threads, pools, gpu_experts, gpu_backend, cpu_activation, cache,
                 dynamic,
             )  # fmt: skip
-            serve_here(model, load, context, grace, listener, steps)
+            serve_here(model, load, draft, context, grace, listener, steps)
         return
     if cache is not None:
         raise ValueError("--cache is for models that are served here, without a --gpu")
+    if draft is not None:
+        raise ValueError(
+            "--draft is for models that are served here, without a --gpu; SGLang has flags of its "
+            "own, which go after --: --speculative-algorithm, --speculative-draft-model-path"
+        )
     moving = _moving(dynamic, gpu_backend)
     if not dry_run:
         require_sglang()  # before headers are read and ceilings measured

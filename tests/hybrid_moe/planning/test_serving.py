@@ -191,6 +191,7 @@ def test_serve_prints_the_command(fake: Fake) -> None:
         (("--gpu", "16GB", "--stream-prefill", "1GiB"), "add --gpu and --gpu-backend cute"),
         (("--stream-prefill", "1GiB"), "add --gpu and --gpu-backend cute"),
         (("--gpu", "16GB", "--quality", "fine"), "--quality fine: must be exact or balanced"),
+        (("--gpu", "16GB", "--draft", "prompt"), "SGLang has flags of its own, which go after --"),
         (("--quality", "balanced"), "--quality is for decode beside a GPU"),
         (("--gpu", "16GB", "--cpu-activation", "int4"), "cpu_activation is 'int4', must be None"),
     ],
