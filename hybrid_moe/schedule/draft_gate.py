@@ -116,7 +116,7 @@ class DraftGate:
         """Take in a step.
 
         Args:
-            drafted: its draft's length.
+            drafted: tokens that its draft was asked for. Those that did not come count as wrong.
             accepted: how many of these were right.
             seconds: of the step with its draft, if it was measured.
 

@@ -26,13 +26,11 @@ class MeasuredGate:
 
     Attributes:
         max_draft: the longest draft.
-        steps, drafted, accepted: so far, and the tokens that were drafted and right in them.
         gate: None until enough has been measured.
     """
 
     def __init__(self, ratio: Callable[[int], float], draft_ratio: float, max_draft: int) -> None:
         self.max_draft = max_draft
-        self.steps = self.drafted = self.accepted = 0
         self.gate: DraftGate | None = None
         self._ratio, self._draft_ratio = ratio, draft_ratio
         self._first: list[float] = []
@@ -50,9 +48,6 @@ class MeasuredGate:
             self._first.append(seconds)
             if len(self._first) == FIRST_MEASURED:
                 self.gate = self._gate(median(self._first))
-        self.steps += 1
-        self.drafted += drafted
-        self.accepted += accepted
 
     def _gate(self, plain: float) -> DraftGate:
         return DraftGate(

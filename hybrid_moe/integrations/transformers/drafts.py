@@ -16,7 +16,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,12 +38,6 @@ _LENGTHS = {
 """Generators that draft tokens of the model's own vocabulary one after the other -> their attribute
 that says how many. Others (heads that draft several at once, other tokenizers) draft as they do."""
 
-_GATES: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, MeasuredGate]] = (
-    weakref.WeakKeyDictionary()
-)
-"""Model -> what drafts for it (itself, where the prompt does) -> the gate of these drafts, which
-knows from one answer to the next what a step takes."""
-
 
 @dataclass(frozen=True)
 class DraftCounts:
@@ -54,6 +48,11 @@ class DraftCounts:
     drafted: int = 0
     accepted: int = 0
 
+    def __add__(self, more: DraftCounts) -> DraftCounts:
+        return DraftCounts(
+            self.steps + more.steps, self.drafted + more.drafted, self.accepted + more.accepted
+        )
+
     def __sub__(self, before: DraftCounts) -> DraftCounts:
         """What has come since."""
         return DraftCounts(
@@ -63,13 +62,28 @@ class DraftCounts:
         )
 
 
+@dataclass
+class DraftRecord:
+    """What is known of some drafts from one answer to the next: what a step takes, and the tokens
+    of all."""
+
+    gate: MeasuredGate
+    counts: DraftCounts = field(default_factory=DraftCounts)
+
+
+_RECORDS: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, DraftRecord]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Model -> what drafts for it; itself, where the prompt does."""
+
+
 class GatedDrafts(CandidateGenerator):  # type: ignore[misc]
     """Another generator's candidates, as many as the gate allows.
 
     Args:
         drafts: the other one.
         length: name of its attribute that says how many tokens it drafts.
-        gate: of these drafts.
+        record: of these drafts.
         clock: seconds since any time.
     """
 
@@ -77,12 +91,12 @@ class GatedDrafts(CandidateGenerator):  # type: ignore[misc]
         self,
         drafts: Any,
         length: str,
-        gate: MeasuredGate,
+        record: DraftRecord,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._drafts, self._length, self._gate, self._clock = drafts, length, gate, clock
+        self._drafts, self._length, self._record, self._clock = drafts, length, record, clock
         self._began: float | None = None
-        self._drafted = 0
+        self._asked = self._drafted = 0
         self._has_read = type(drafts) is PromptLookupCandidateGenerator
         self._prompt = True
 
@@ -91,12 +105,12 @@ class GatedDrafts(CandidateGenerator):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The tokens so far with a draft behind them, and its logits; none with the prompt."""
         self._began, self._drafted = self._clock(), 0
-        length = 0 if self._prompt else self._gate.length
-        if not length:
+        self._asked = 0 if self._prompt else self._record.gate.length
+        if not self._asked:
             return input_ids, None
         if not self._has_read:
             _lengthen(self._drafts.assistant_kwargs, input_ids.shape[1])
-        setattr(self._drafts, self._length, length)
+        setattr(self._drafts, self._length, self._asked)
         candidates, logits = self._drafts.get_candidates(input_ids, **kwargs)
         self._drafted = candidates.shape[1] - input_ids.shape[1]
         return candidates, logits
@@ -110,11 +124,12 @@ class GatedDrafts(CandidateGenerator):  # type: ignore[misc]
         if self._prompt:
             self._prompt = False
             return
-        if self._drafted:
+        if self._asked:
             self._drafts.update_candidate_strategy(input_ids, scores, num_matches)
             if not self._has_read:
                 self._has_read, seconds = True, None
-        self._gate.note(self._drafted, int(num_matches), seconds)
+        self._record.gate.note(self._asked, int(num_matches), seconds)
+        self._record.counts += DraftCounts(1, self._drafted, int(num_matches))
 
 
 def _lengthen(inputs: dict[str, Any], tokens: int) -> None:
@@ -141,8 +156,8 @@ def draft_counts(model: Any, draft: Any = None) -> DraftCounts:
     Args:
         draft: the model that drafts; None for drafts from the prompt.
     """
-    gate = _GATES.get(model, {}).get(model if draft is None else draft)
-    return DraftCounts() if gate is None else DraftCounts(gate.steps, gate.drafted, gate.accepted)
+    record = _RECORDS.get(model, {}).get(model if draft is None else draft)
+    return DraftCounts() if record is None else record.counts
 
 
 def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -152,16 +167,17 @@ def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
     if name is None:
         return drafts
     drafter = getattr(drafts, "assistant_model", self)
-    return GatedDrafts(drafts, name, _gate_of(self, drafter, int(getattr(drafts, name))))
+    return GatedDrafts(drafts, name, _record_of(self, drafter, int(getattr(drafts, name))))
 
 
-def _gate_of(model: Any, drafter: Any, longest: int) -> MeasuredGate:
-    gates = _GATES.setdefault(model, weakref.WeakKeyDictionary())
-    gate = gates.get(drafter)
-    if gate is None or gate.max_draft != longest:
+def _record_of(model: Any, drafter: Any, longest: int) -> DraftRecord:
+    records = _RECORDS.setdefault(model, weakref.WeakKeyDictionary())
+    record = records.get(drafter)
+    if record is None or record.gate.max_draft != longest:
         steps = [step_seconds(model, tokens) for tokens in range(1, longest + 2)]
         draft = 0.0 if drafter is model else step_seconds(drafter, 1)
         ratios = [seconds / steps[0] for seconds in steps]
         gate = MeasuredGate(lambda tokens: ratios[tokens - 1], draft / steps[0], longest)
-        gates[drafter] = gate
-    return gate
+        counts = DraftCounts() if record is None else record.counts
+        record = records[drafter] = DraftRecord(gate, counts)
+    return record

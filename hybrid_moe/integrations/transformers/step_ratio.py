@@ -64,8 +64,8 @@ def _layer_times(
     assert formats is not None
     nbytes, count = packed_nbytes(formats, spec.hidden, spec.intermediate), spec.num_experts
     expert = ExpertWork(nbytes, nbytes, 3 * spec.hidden * spec.intermediate, *ASSUMED_MACS)
-    split = isinstance(module.layer, SplitExperts)
-    hot = module.layer.wrapper.num_gpu_experts if split else 0
+    layer = module.layer
+    hot = layer.wrapper.num_gpu_experts if isinstance(layer, SplitExperts) else 0
     # where nothing says how many experts a token takes, one: n tokens then meet nearly n
     k = config.of_layer(TOP_K, number) or 1
     met = ExpertSplit(

@@ -11,11 +11,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.candidate_generator import (
+    CandidateGenerator,
+    PromptLookupCandidateGenerator,
+)
 
 from hybrid_moe.integrations.transformers import drafts
 from hybrid_moe.integrations.transformers.draft_model import load_draft
-from hybrid_moe.integrations.transformers.drafts import DraftCounts, GatedDrafts, draft_counts
+from hybrid_moe.integrations.transformers.drafts import (
+    DraftCounts,
+    DraftRecord,
+    GatedDrafts,
+    draft_counts,
+)
 from hybrid_moe.integrations.transformers.registration import from_pretrained, offload
 from hybrid_moe.integrations.transformers.serving.answers import FROM_PROMPT, Answerer
 from hybrid_moe.integrations.transformers.step_ratio import dense_nbytes, step_seconds
@@ -65,7 +73,7 @@ def ids() -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """What other tests have measured; and every step takes one second, drafts nothing."""
-    monkeypatch.setattr(drafts, "_GATES", type(drafts._GATES)())
+    monkeypatch.setattr(drafts, "_RECORDS", type(drafts._RECORDS)())
     clock = Clock(1.0)
     monkeypatch.setattr(GatedDrafts.__init__, "__defaults__", (clock,))
 
@@ -109,18 +117,18 @@ def test_what_drafts_have_measured_stays_for_the_next_answer(
     model: Any, draft: Any, ids: torch.Tensor
 ) -> None:
     generate(model, ids, assistant_model=draft)
-    (gate,) = drafts._GATES[model].values()
+    (record,) = drafts._RECORDS[model].values()
     before = draft_counts(model, draft)
     generate(model, ids, assistant_model=draft)
-    assert list(drafts._GATES[model].values()) == [gate]
+    assert list(drafts._RECORDS[model].values()) == [record]
     since = draft_counts(model, draft) - before
     assert since.steps + since.accepted == TOKENS - 1
     assert draft_counts(model) == DraftCounts()
     draft.generation_config.num_assistant_tokens = 3
     generate(model, ids, assistant_model=draft)
     draft.generation_config.num_assistant_tokens = 4
-    (other,) = drafts._GATES[model].values()
-    assert other is not gate and other.max_draft == 3
+    (other,) = drafts._RECORDS[model].values()
+    assert other is not record and other.gate.max_draft == 3
 
 
 class Wrong(CandidateGenerator):  # type: ignore[misc]
@@ -158,7 +166,7 @@ def test_a_gate_stops_an_adversary(
     monkeypatch.setattr(gate, "note", by_fake_times)
     monkeypatch.setattr(type(model), "_get_candidate_generator", lambda self, **kwargs: adversary)
     monkeypatch.setattr(drafts, "_LENGTHS", {Wrong: "num_assistant_tokens"})
-    monkeypatch.setattr(drafts, "_gate_of", lambda *args: gate)
+    monkeypatch.setattr(drafts, "_record_of", lambda *args: DraftRecord(gate))
     assert generate(model, ids, assistant_model=draft) == plain
     assert len(noted) == TOKENS - 1 and len(adversary.asked) == sum(map(bool, noted))
     lost = sum(took[drafted] - 1 for drafted in noted)
@@ -175,14 +183,15 @@ def test_the_draft_s_reading_of_the_prompt_is_no_step(ids: torch.Tensor) -> None
     inner.assistant_kwargs = {
         "attention_mask": torch.ones_like(ids), "position_ids": ids, "token_type_ids": None
     }  # fmt: skip
-    gated = GatedDrafts(inner, "num_assistant_tokens", gate, Clock(50, 1, 1, 1, 100, 3))
+    record = DraftRecord(gate)
+    gated = GatedDrafts(inner, "num_assistant_tokens", record, Clock(50, 1, 1, 1, 100, 3))
     step = ids
     for _ in range(6):
         gated.get_candidates(step)
         step = torch.cat([step, step[:, :1]], dim=1)
         gated.update_candidate_strategy(step, torch.zeros(1, 3, 9), 0)
     assert gate.gate is not None
-    assert (gate.gate.seconds(0), gate.steps, gate.drafted) == (1, 5, 4)
+    assert gate.gate.seconds(0) == 1 and record.counts == DraftCounts(5, 4, 0)
     assert gate.gate.seconds(2) == (1 + 3) / 2
     # when it was asked first, four tokens had come behind the prompt
     assert inner.assistant_kwargs["attention_mask"].shape[1] == ids.shape[1] + 4
@@ -204,6 +213,21 @@ def test_how_much_longer_steps_are(model: Any, draft: Any) -> None:
     assert dense_nbytes(model) == pytest.approx(4 * layer + 2 * 256 * 3072, rel=0.01)
     assert dense_nbytes(draft) == pytest.approx(layer + 2 * 256 * 3072, rel=0.01)
     assert step_seconds(draft, 1) < times[0] / 2
+
+
+def test_what_was_asked_for_and_did_not_come_was_wrong() -> None:
+    """Looking for it has taken its time: no step without a draft is as long."""
+    gate = MeasuredGate(lambda tokens: 1.0, 0.0, 2)
+    lookup = PromptLookupCandidateGenerator(num_output_tokens=2, max_length=100)
+    gated = GatedDrafts(lookup, "num_output_tokens", DraftRecord(gate), Clock(9, 1, 1, 1, 3))
+    step = torch.arange(9)[None]
+    for _ in range(5):
+        candidates, _ = gated.get_candidates(step)
+        assert torch.equal(candidates, step), "no token was there before"
+        step = torch.cat([step, step[:, -1:] + 1], dim=1)
+        gated.update_candidate_strategy(step, torch.zeros(1, 1, 9), 0)
+    assert gate.gate is not None and gate.gate.acceptance < 0.7
+    assert (gate.gate.seconds(0), gate.gate.seconds(2)) == (1, (1 + 3) / 2)
 
 
 # Answers ----------------------------------------------------------------------------------------

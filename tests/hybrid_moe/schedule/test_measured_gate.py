@@ -34,7 +34,6 @@ def test_nothing_is_drafted_before_a_step_has_been_measured() -> None:
     gate = MeasuredGate(lambda tokens: 1.0, 0.0, 4)
     _, _, lengths = run(gate, lambda drafted: 0.02, FIRST_MEASURED + 1, 1.0)
     assert lengths == [0] * FIRST_MEASURED + [4]
-    assert (gate.steps, gate.drafted, gate.accepted) == (FIRST_MEASURED + 1, 4, 4)
 
 
 def test_one_slow_step_in_the_beginning_does_not_count() -> None:
