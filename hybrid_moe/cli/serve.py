@@ -52,8 +52,9 @@ def serve(
             "while the GPU is at attention.",
         ),
     ] = "exact",
-    requests: o.RequestsOption = 4,
-    chunk: o.ChunkOption = 2048,
+    requests: o.RequestsOption = None,
+    request_speed: o.RequestSpeedOption = None,
+    chunk: o.ChunkOption = o.DEFAULT_CHUNK,
     threads: o.ThreadsOption = None,
     pools: o.PoolsOption = None,
     cache: CacheOption = None,
@@ -78,6 +79,7 @@ def serve(
     Without --gpu Transformers' server runs in this process. With one the SGLang server that `plan`
     chose is printed and run, and flags after -- go to SGLang.
     """
+    from hybrid_moe.planning.admission import admission_note
     from hybrid_moe.planning.draft_steps import draft_notes
     from hybrid_moe.planning.serving import require_sglang, server_command, write_placement
     from hybrid_moe.schedule.quality import EXACT, quality_named
@@ -86,7 +88,7 @@ def serve(
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
         ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense, gpu_backend,
-        stream_prefill,
+        stream_prefill, request_speed,
     )  # fmt: skip
     if not gpu:
         if rest.args:
@@ -125,7 +127,7 @@ def serve(
     plan = options.plan(model)
     command = server_command(plan, python, rest.args, quality, cpu_activation)
     command = replace(command, environment={**command.environment, **moving})
-    for note in (*plan.notes, *draft_notes(plan, rest.args)):
+    for note in (*plan.notes, admission_note(plan), *draft_notes(plan, rest.args)):
         typer.echo(f"note: {note}", err=True)
     written = write_placement(plan)
     if written is not None:

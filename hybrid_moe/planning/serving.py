@@ -16,6 +16,7 @@ from hybrid_moe.integrations.sglang import cpu_activation as activations
 from hybrid_moe.integrations.sglang import gpu_backend
 from hybrid_moe.placement.profile import write_profile
 from hybrid_moe.planning.decode_depth import decode_depth
+from hybrid_moe.planning.draft_steps import draft_flags
 from hybrid_moe.planning.kv_cache import PAGE
 from hybrid_moe.planning.plan import GPU, Plan
 from hybrid_moe.schedule import streamed_prefill
@@ -101,7 +102,9 @@ def server_command(
     words = [word for name, value in flags for word in (name, str(value))]
     words.append("--disable-shared-experts-fusion")
     words += _gpu_flags(plan)
+    words += _graph_flags(plan, extra)
     words += _deferral_flags(plan, quality, extra)
+    words += draft_flags(plan, extra)
     profile = plan.hot.profile
     environment = {} if profile is None else {PLACEMENT_VARIABLE: str(profile.path)}
     if model.gpu_backend is not None:
@@ -156,6 +159,18 @@ def _gpu_flags(plan: Plan) -> list[str]:
     if plan.cache.window_ratio is not None:
         words += ["--swa-full-tokens-ratio", f"{plan.cache.window_ratio:.3f}"]
     return words
+
+
+_GRAPHS = "--cuda-graph-max-bs-decode"
+
+
+def _graph_flags(plan: Plan, extra: Sequence[str]) -> list[str]:
+    """Graphs for steps of as many requests as run. SGLang's own number goes by the GPU's memory:
+    with fewer graphs the largest batches would launch kernel by kernel, with more they would take
+    memory that the plan has given to experts."""
+    if plan.model.gpu_backend == "torch" or any("cuda-graph" in word for word in extra):
+        return []
+    return [_GRAPHS, str(plan.request.requests)]
 
 
 _DEFERRED = "--kt-max-deferred-experts-per-token"

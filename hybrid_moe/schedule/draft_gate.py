@@ -40,7 +40,8 @@ PLAIN_AFTER = 64
 DECAY = 0.05
 """Of acceptance and of measured times, for each step; of the first measurements more."""
 
-_FIRST_GUESS = 0.7
+FIRST_GUESS = 0.7
+"""Of acceptance, before any draft was checked."""
 
 
 class DraftGate:
@@ -70,7 +71,7 @@ class DraftGate:
         self._seconds = [step_seconds(1 + n) + n * draft_seconds for n in range(max_draft + 1)]
         if min(self._seconds) <= 0:
             raise ValueError(f"a step takes {min(self._seconds)} s, must be above 0")
-        self.acceptance = _FIRST_GUESS
+        self.acceptance = FIRST_GUESS
         self.balance = FIRST_STEPS * self._seconds[0]
         self._measured = [0] * (max_draft + 1)
         self._with = self._without = 0

@@ -29,6 +29,7 @@ MACHINE = ("--ram-bandwidth", "80", "--gmacs", "1000", "--threads", "16", "--poo
 EVERYWHERE = {
     "--kt-method": "MXFP4", "--kt-cpuinfer": "16", "--kt-threadpool-count": "1",
     "--context-length": "8192", "--max-total-tokens": "8192", "--max-running-requests": "4",
+    "--cuda-graph-max-bs-decode": "4",
     "--chunked-prefill-size": "2048", "--disable-shared-experts-fusion": "",
 }  # fmt: skip
 
