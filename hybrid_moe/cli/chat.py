@@ -19,7 +19,7 @@ from hybrid_moe.cli.models import ModelOption
 from hybrid_moe.cli.terminal import Steps, text_writer
 
 if TYPE_CHECKING:
-    from hybrid_moe.integrations.transformers.serving.answers import Answer
+    from hybrid_moe.integrations.transformers.serving.answers import Answer, Answerer
 
 COMMANDS = {
     "/help": "show this",
@@ -43,6 +43,7 @@ def chat(
     gpu_backend: o.GpuBackendOption = None,
     cpu_activation: o.CpuActivationOption = None,
     cache: o.CacheOption = None,
+    draft: o.DraftOption = None,
     context: shared.ContextOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Length of an answer; default: what the context has.")
@@ -68,7 +69,10 @@ def chat(
         opened.need_fast_tokenizer()
         conversation = Conversation(opened.tokenizer, system, opened.context(context))
         loaded = opened.load(options, steps)
+        drafts = opened.load_draft(draft, loaded, options, steps)
         import torch
+
+        from hybrid_moe.integrations.transformers.serving.answers import Answerer
 
         torch.manual_seed(seed)
         if not conversation.has_template:
@@ -78,7 +82,8 @@ def chat(
                 "yellow",
             )
         steps.say(f"context {conversation.context} tokens; /help shows the commands", "dim")
-        turns = _Turns(loaded, conversation, opened.tokenizer, steps, temperature, max_new_tokens)
+        answerer = Answerer(loaded, drafts)
+        turns = _Turns(answerer, conversation, opened.tokenizer, steps, temperature, max_new_tokens)
         with _interrupts() as pressed:
             for message in _messages(steps):
                 if message.strip() == "/exit":
@@ -111,14 +116,14 @@ class _Turns:
     """
 
     def __init__(
-        self, model: Any, conversation: Conversation, tokenizer: Any, steps: Steps,
+        self, answerer: Answerer, conversation: Conversation, tokenizer: Any, steps: Steps,
         temperature: float | None, most: int | None,
     ) -> None:  # fmt: skip
         from hybrid_moe.integrations.transformers.hit_rates import hit_rates
-        from hybrid_moe.integrations.transformers.serving.answers import Answerer
         from hybrid_moe.integrations.transformers.serving.reply_format import response_template
 
-        self._answerer, self._conversation = Answerer(model), conversation
+        model = answerer.model
+        self._answerer, self._conversation = answerer, conversation
         self._tokenizer, self._steps = tokenizer, steps
         self._temperature, self._most = temperature, most
         self._template = response_template(tokenizer, model.config.model_type)

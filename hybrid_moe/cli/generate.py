@@ -27,6 +27,7 @@ def generate(
     gpu_backend: o.GpuBackendOption = None,
     cpu_activation: o.CpuActivationOption = None,
     cache: o.CacheOption = None,
+    draft: o.DraftOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: o.SeedOption = 0,
@@ -46,6 +47,7 @@ def generate(
             steps.begin("measuring the memory")
             bandwidth = measure_bandwidth(options.workers())
         loaded = opened.load(options, steps)
+        drafts = opened.load_draft(draft, loaded, options, steps)
         import torch
 
         from hybrid_moe.cpu_kernels.pool.group import group_for
@@ -67,7 +69,7 @@ def generate(
             writer.put(torch.tensor([token]))
 
         with clock.on(group_for(options.workers())):
-            answer = Answerer(loaded).answer(
+            answer = Answerer(loaded, drafts).answer(
                 ids, o.sampling(loaded, max_new_tokens, temperature), on_token
             )
         writer.end()
@@ -92,4 +94,7 @@ def speeds(answer: Answer) -> str:
     text = f"prefill {read} tokens, {answer.prefill_speed:.1f} tok/s"
     if answer.decode_speed is not None:
         text += f"; decode {len(answer.times) - 1} tokens, {answer.decode_speed:.1f} tok/s"
+    if answer.drafts is not None:
+        drafts = answer.drafts
+        text += f", {drafts.accepted} of {drafts.drafted} drafted ones right"
     return text

@@ -42,12 +42,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve_here(
-    model: str, options: o.LoadOptions, context: int | None, grace: float,
+    model: str, options: o.LoadOptions, draft: str | None, context: int | None, grace: float,
     listener: socket.socket, steps: Steps,
 ) -> None:  # fmt: skip
     """Load a model and serve it until SIGINT or SIGTERM.
 
     Args:
+        draft: what drafts tokens, see `OpenedModel.load_draft`.
         grace: seconds that answers then have to be completed.
 
     Raises:
@@ -57,6 +58,7 @@ def serve_here(
     longest = opened.context(context)
     opened.need_fast_tokenizer()
     loaded = opened.load(options, steps)
+    drafts = opened.load_draft(draft, loaded, options, steps)
     import transformers
 
     from hybrid_moe.integrations.transformers.serving.answer_queue import AnswerQueue
@@ -70,7 +72,7 @@ def serve_here(
         steps.say(f"{request_id}: {speeds(answer)}{cut}", "dim")
 
     name = opened.served_name
-    queue = AnswerQueue(Answerer(loaded), longest, report)
+    queue = AnswerQueue(Answerer(loaded, drafts), longest, report)
     if not opened.tokenizer.chat_template:
         steps.say("the tokenizer has no chat template: only /v1/completions", "yellow")
     server = _server(make_app(name, loaded, opened.tokenizer, queue), queue, grace)

@@ -68,7 +68,21 @@ ProfileOption = Annotated[
         "`hybrid-moe profile`, of which the best placement is made."
     ),
 ]
-RequestsOption = Annotated[int, typer.Option(min=1, help="Requests at the same time.")]
+RequestsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Requests at the same time; default: as many as leave each 5 tokens a second, or half "
+        "of its speed alone.",
+    ),
+]
+RequestSpeedOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        help="Tokens a second that each request has at least: so many run at the same time.",
+    ),
+]
 ChunkOption = Annotated[
     int,
     typer.Option(
@@ -76,6 +90,7 @@ ChunkOption = Annotated[
         help="Tokens that are prefilled at once; 0: what makes prefill fastest, within memory.",
     ),
 ]
+DEFAULT_CHUNK = 2048
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; default: one per available core.")
 ]
@@ -111,7 +126,7 @@ class MachineOptions:
     method: str | None
     gpu_experts: str | None
     profile: Path | None
-    requests: int
+    requests: int | None
     chunk: int
     threads: int | None
     pools: int | None
@@ -122,6 +137,7 @@ class MachineOptions:
     dense: str = "bf16"
     gpu_backend: str | None = None
     stream_prefill: str | None = None
+    request_speed: float | None = None
 
     def plan(self, named: str | Path) -> Plan:
         """Plan a model, see `find_model`; measures the ceilings if none were given."""
@@ -130,6 +146,8 @@ class MachineOptions:
         from hybrid_moe.integrations.sglang import gpu_backend
         from hybrid_moe.loaders.find_model import find_model
         from hybrid_moe.planning import machine
+        from hybrid_moe.planning.admission import requests_with
+        from hybrid_moe.planning.parts import lay_out
         from hybrid_moe.planning.streaming import best_chunk
 
         gpus = planning.parse_gpus(self.gpu or (), self.gpu_bandwidth)
@@ -138,6 +156,11 @@ class MachineOptions:
         if self.gpu_backend is not None and not gpus and self.gpu_experts is None:
             raise ValueError(
                 "--gpu-backend is for experts on a GPU: say which with --gpu-experts, or --gpu"
+            )
+        if self.request_speed is not None and (self.requests is not None or not gpus):
+            raise ValueError(
+                "--request-speed says how many requests run at the same time on a --gpu: leave out "
+                "--requests"
             )
         if self.stream_prefill is not None and (not gpus or self.gpu_backend is None):
             raise ValueError(
@@ -154,8 +177,8 @@ class MachineOptions:
             gpus=gpus,
             ram=planning.parse_size(self.ram) if self.ram else machine.memory_of_this_machine(),
             context=self.context or min(model.max_context or 32768, 32768),
-            requests=self.requests if gpus else 1,
-            chunk=self.chunk or 1,
+            requests=(self.requests or 1) if gpus else 1,
+            chunk=self.chunk or DEFAULT_CHUNK,
             threads=threads,
             pools=self.pools or default_pools(threads),
             cpu=self._speeds(threads),
@@ -165,6 +188,11 @@ class MachineOptions:
             huge_pages=machine.huge_pages_here(),
             stream_memory=planning.parse_size(self.stream_prefill) if self.stream_prefill else 0,
         )
+        if gpus and self.requests is None:
+            count = requests_with(
+                lambda count: lay_out(model, replace(request, requests=count)), self.request_speed
+            )
+            request = replace(request, requests=count)
         if self.chunk:
             return planning.make_plan(model, request)
         return best_chunk(

@@ -57,6 +57,14 @@ CpuActivationOption = Annotated[
         help="Multiply experts of integer weights by inputs of 8 bits: faster prompts, less exact.",
     ),
 ]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL|prompt",
+        help="What drafts tokens, as many at a time as pay: a smaller model with the same "
+        "tokenizer, or the prompt, where the last words were before. The text stays the same.",
+    ),
+]
 LONGEST_CONTEXT = 32768
 """Tokens, where nobody asks for another context: longer prompts take a CPU many minutes."""
 
@@ -194,6 +202,24 @@ class OpenedModel:
             f"{self._headline(model, options.workers())}; ready in {steps.seconds:.1f} s", "bold"
         )
         return model
+
+    def load_draft(self, name: str | None, model: Any, options: LoadOptions, steps: Steps) -> Any:
+        """What drafts tokens for `model`, as `Answerer` takes it; None for nothing.
+
+        Raises:
+            FileNotFoundError, ValueError, CheckpointError, NotImplementedError: see
+                `draft_model.load_draft`.
+        """
+        from hybrid_moe.integrations.transformers.draft_model import load_draft
+        from hybrid_moe.integrations.transformers.serving.answers import FROM_PROMPT
+
+        if name is None or name == FROM_PROMPT:
+            return name
+        with blaming(f"the draft {name} could not be loaded"):
+            steps.begin("loading the draft", spin=False)
+            draft = load_draft(name, model, options.threads, options.pools, options.dense)
+        steps.end()
+        return draft
 
     def context(self, asked: int | None) -> int:
         """Tokens that a prompt and its answer may have together.

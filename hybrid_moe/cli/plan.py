@@ -32,8 +32,9 @@ def plan(
     gpu_backend: o.GpuBackendOption = None,
     stream_prefill: o.StreamPrefillOption = None,
     profile: o.ProfileOption = None,
-    requests: o.RequestsOption = 4,
-    chunk: o.ChunkOption = 2048,
+    requests: o.RequestsOption = None,
+    request_speed: o.RequestSpeedOption = None,
+    chunk: o.ChunkOption = o.DEFAULT_CHUNK,
     threads: o.ThreadsOption = None,
     pools: o.PoolsOption = None,
     ceilings: o.CeilingsOption = None,
@@ -49,7 +50,7 @@ def plan(
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
         ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense, gpu_backend,
-        stream_prefill,
+        stream_prefill, request_speed,
     )  # fmt: skip
     made = options.plan(model)
     if json is not None:
@@ -60,6 +61,7 @@ def plan(
 
 def show(plan: Plan) -> None:
     """Print a plan."""
+    from hybrid_moe.planning.admission import admission_note
     from hybrid_moe.planning.plan import GPU, RAM
 
     model, request = plan.model, plan.request
@@ -97,7 +99,7 @@ def show(plan: Plan) -> None:
         _show_prediction(title, prediction, measured=not request.gpus)
     if plan.curve:
         _show_curve(plan)
-    for note in plan.notes:
+    for note in (*plan.notes, *([admission_note(plan)] if request.gpus else [])):
         typer.echo(f"note: {note}")
 
 

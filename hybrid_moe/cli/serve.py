@@ -15,6 +15,7 @@ from hybrid_moe.cli.model_options import (
     DENSE,
     CacheOption,
     CpuActivationOption,
+    DraftOption,
     DynamicOption,
     LoadOptions,
 )
@@ -51,11 +52,13 @@ def serve(
             "while the GPU is at attention.",
         ),
     ] = "exact",
-    requests: o.RequestsOption = 4,
-    chunk: o.ChunkOption = 2048,
+    requests: o.RequestsOption = None,
+    request_speed: o.RequestSpeedOption = None,
+    chunk: o.ChunkOption = o.DEFAULT_CHUNK,
     threads: o.ThreadsOption = None,
     pools: o.PoolsOption = None,
     cache: CacheOption = None,
+    draft: DraftOption = None,
     ceilings: o.CeilingsOption = None,
     ram_bandwidth: o.RamBandwidthOption = None,
     gmacs: o.GmacsOption = None,
@@ -76,6 +79,7 @@ def serve(
     Without --gpu Transformers' server runs in this process. With one the SGLang server that `plan`
     chose is printed and run, and flags after -- go to SGLang.
     """
+    from hybrid_moe.planning.admission import admission_note
     from hybrid_moe.planning.draft_steps import draft_notes
     from hybrid_moe.planning.serving import require_sglang, server_command, write_placement
     from hybrid_moe.schedule.quality import EXACT, quality_named
@@ -84,7 +88,7 @@ def serve(
     options = o.MachineOptions(
         gpu, ram, context, base, method, gpu_experts, profile, requests, chunk, threads, pools,
         ceilings, ram_bandwidth, gmacs, gpu_bandwidth, dense, gpu_backend,
-        stream_prefill,
+        stream_prefill, request_speed,
     )  # fmt: skip
     if not gpu:
         if rest.args:
@@ -107,20 +111,23 @@ def serve(
                 method, dense, threads, pools, gpu_experts, gpu_backend, cpu_activation, cache,
                 dynamic,
             )  # fmt: skip
-            serve_here(model, load, context, grace, listener, steps)
+            serve_here(model, load, draft, context, grace, listener, steps)
         return
-    if cpu_activation is not None:
-        raise ValueError("--cpu-activation is for Transformers' server, which runs without a --gpu")
     if cache is not None:
         raise ValueError("--cache is for models that are served here, without a --gpu")
+    if draft is not None:
+        raise ValueError(
+            "--draft is for models that are served here, without a --gpu; SGLang has flags of its "
+            "own, which go after --: --speculative-algorithm, --speculative-draft-model-path"
+        )
     moving = _moving(dynamic, gpu_backend)
     if not dry_run:
         require_sglang()  # before headers are read and ceilings measured
     python = "python" if dry_run else sys.executable
     plan = options.plan(model)
-    command = server_command(plan, python, rest.args, quality)
+    command = server_command(plan, python, rest.args, quality, cpu_activation)
     command = replace(command, environment={**command.environment, **moving})
-    for note in (*plan.notes, *draft_notes(plan, rest.args)):
+    for note in (*plan.notes, admission_note(plan), *draft_notes(plan, rest.args)):
         typer.echo(f"note: {note}", err=True)
     written = write_placement(plan)
     if written is not None:

@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hybrid_moe.cpu_kernels.kernels.format_kernels import format_kernels
+from hybrid_moe.formats.activation import activation_bits
 from hybrid_moe.formats.mx import MXFP4
+from hybrid_moe.integrations.sglang import cpu_activation as activations
 from hybrid_moe.integrations.sglang import gpu_backend
 from hybrid_moe.placement.profile import write_profile
 from hybrid_moe.planning.decode_depth import decode_depth
+from hybrid_moe.planning.draft_steps import draft_flags
 from hybrid_moe.planning.kv_cache import PAGE
 from hybrid_moe.planning.plan import GPU, Plan
 from hybrid_moe.schedule import streamed_prefill
@@ -61,6 +65,7 @@ def server_command(
     python: str = "python",
     extra: Sequence[str] = (),
     quality: str = EXACT,
+    cpu_activation: str | None = None,
 ) -> ServerCommand:
     """The command for a plan that fits.
 
@@ -69,15 +74,18 @@ def server_command(
         extra: further flags for SGLang, appended.
         quality: of decode, see `schedule.quality`: no more experts are deferred than make a token
             faster by the timeline, unless `extra` says how many.
+        cpu_activation: "int8" for inputs of 8 bits on the CPU, see `KTMoEWrapper`.
 
     Raises:
         DoesNotFitError: the plan does not fit.
-        ValueError: the plan has no GPU, or `extra` has a flag that the plan decides.
+        ValueError: the plan has no GPU, `extra` has a flag that the plan decides, or the model's
+            experts take no inputs of 8 bits.
     """
     if not plan.request.gpus:
         raise ValueError("without a GPU Transformers' server runs, and no SGLang")
     plan.check()
     _check_extra(extra)
+    _check_activation(plan, cpu_activation)
     model, request = plan.model, plan.request
     flags = [
         ("--model-path", str(model.base)),
@@ -94,7 +102,9 @@ def server_command(
     words = [word for name, value in flags for word in (name, str(value))]
     words.append("--disable-shared-experts-fusion")
     words += _gpu_flags(plan)
+    words += _graph_flags(plan, extra)
     words += _deferral_flags(plan, quality, extra)
+    words += draft_flags(plan, extra)
     profile = plan.hot.profile
     environment = {} if profile is None else {PLACEMENT_VARIABLE: str(profile.path)}
     if model.gpu_backend is not None:
@@ -103,6 +113,8 @@ def server_command(
         environment[streamed_prefill.VARIABLE] = f"{-(-request.stream_memory // 1024)}KiB"
     if quality != EXACT:
         environment[QUALITY_VARIABLE] = quality
+    if cpu_activation is not None:
+        environment[activations.VARIABLE] = cpu_activation
     environment[_NUMA_BINDING] = "0"
     return ServerCommand((python, "-m", "sglang.launch_server", *words, *extra), environment)
 
@@ -149,6 +161,18 @@ def _gpu_flags(plan: Plan) -> list[str]:
     return words
 
 
+_GRAPHS = "--cuda-graph-max-bs-decode"
+
+
+def _graph_flags(plan: Plan, extra: Sequence[str]) -> list[str]:
+    """Graphs for steps of as many requests as run. SGLang's own number goes by the GPU's memory:
+    with fewer graphs the largest batches would launch kernel by kernel, with more they would take
+    memory that the plan has given to experts."""
+    if plan.model.gpu_backend == "torch" or any("cuda-graph" in word for word in extra):
+        return []
+    return [_GRAPHS, str(plan.request.requests)]
+
+
 _DEFERRED = "--kt-max-deferred-experts-per-token"
 
 
@@ -156,6 +180,14 @@ def _deferral_flags(plan: Plan, quality: str, extra: Sequence[str]) -> list[str]
     if quality == EXACT or any(word.partition("=")[0] == _DEFERRED for word in extra):
         return []
     return [_DEFERRED, str(decode_depth(plan, quality).depth)]
+
+
+def _check_activation(plan: Plan, cpu_activation: str | None) -> None:
+    bits = activation_bits(cpu_activation)
+    if bits == 16:
+        return
+    for fmt in {fmt for layer in plan.model.layers for fmt in layer.formats.each}:
+        format_kernels(fmt, bits)
 
 
 def _check_extra(extra: Sequence[str]) -> None:

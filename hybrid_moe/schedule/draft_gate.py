@@ -10,7 +10,11 @@ of its time; each step with one pays in what it saved, or takes out what it lost
 lose more than there is does not happen. So all steps together take no more than 1 + `BUDGET` times
 what they would have taken without drafts, and `FIRST_STEPS`, however acceptance turns out: as far
 as a step takes what steps of its length have taken. From the same account one token is drafted now
-and then where drafts look useless, to see whether they still are.
+and then where drafts look useless, to see whether they still are; and where every step drafts, one
+now and then does not, to see what they save.
+
+What is predicted counts as one measurement, and every measured step as another, until the average
+has `DECAY` of the last one. Lengths that have not been tried keep their ratio to the one that was.
 """
 
 from __future__ import annotations
@@ -30,10 +34,14 @@ FIRST_STEPS = 4
 PROBE_AFTER = 32
 """Steps without a draft, until one is tried although it looks useless."""
 
-DECAY = 0.05
-"""Of acceptance and of measured times, for each step."""
+PLAIN_AFTER = 64
+"""Steps with a draft, until one has none although they pay."""
 
-_FIRST_GUESS = 0.7
+DECAY = 0.05
+"""Of acceptance and of measured times, for each step; of the first measurements more."""
+
+FIRST_GUESS = 0.7
+"""Of acceptance, before any draft was checked."""
 
 
 class DraftGate:
@@ -63,9 +71,15 @@ class DraftGate:
         self._seconds = [step_seconds(1 + n) + n * draft_seconds for n in range(max_draft + 1)]
         if min(self._seconds) <= 0:
             raise ValueError(f"a step takes {min(self._seconds)} s, must be above 0")
-        self.acceptance = _FIRST_GUESS
+        self.acceptance = FIRST_GUESS
         self.balance = FIRST_STEPS * self._seconds[0]
-        self._without = 0
+        self._measured = [0] * (max_draft + 1)
+        self._with = self._without = 0
+
+    @property
+    def max_draft(self) -> int:
+        """The longest draft."""
+        return len(self._seconds) - 1
 
     def seconds(self, length: int) -> float:
         """Of a step with so many drafted tokens: predicted, then measured."""
@@ -78,6 +92,8 @@ class DraftGate:
     @property
     def length(self) -> int:
         """Tokens to draft in the next step."""
+        if self._with >= PLAIN_AFTER:
+            return 0
         best = self._best()
         while best and self._could_lose(best) > self.balance:
             best -= 1
@@ -85,8 +101,12 @@ class DraftGate:
 
     def _best(self) -> int:
         """The most tokens per second; where that is none, 1 now and then."""
-        best = max(range(len(self._seconds)), key=lambda n: (self.tokens(n) / self._seconds[n], -n))
-        probes = self._without >= PROBE_AFTER and len(self._seconds) > 1
+        best, speed, tokens, chance = 0, 0.0, 0.0, 1.0
+        for n, seconds in enumerate(self._seconds):
+            tokens, chance = tokens + chance, chance * self.acceptance
+            if tokens / seconds > speed:
+                best, speed = n, tokens / seconds
+        probes = self._without >= PROBE_AFTER and self.max_draft > 0
         return 1 if not best and probes else best
 
     def _could_lose(self, length: int) -> float:
@@ -97,7 +117,7 @@ class DraftGate:
         """Take in a step.
 
         Args:
-            drafted: its draft's length.
+            drafted: tokens that its draft was asked for. Those that did not come count as wrong.
             accepted: how many of these were right.
             seconds: of the step with its draft, if it was measured.
 
@@ -107,14 +127,23 @@ class DraftGate:
         if not 0 <= accepted <= drafted < len(self._seconds):
             raise ValueError(
                 f"{accepted} of {drafted} drafted tokens were accepted: must be 0 to {drafted}, "
-                f"and a draft has at most {len(self._seconds) - 1}"
+                f"and a draft has at most {self.max_draft}"
             )
         plain = self._seconds[0]
         took = self._seconds[drafted] if seconds is None else seconds
         self.balance += BUDGET * plain if not drafted else plain * (1 + accepted) - took
         self.balance = min(self.balance, MOST_SAVED * plain)
-        self._without = 0 if drafted else self._without + 1
+        self._with, self._without = (self._with + 1, 0) if drafted else (0, self._without + 1)
         if seconds is not None:
-            self._seconds[drafted] += DECAY * (seconds - self._seconds[drafted])
+            self._measure(drafted, seconds)
         for place in range(min(accepted + 1, drafted)):
             self.acceptance += DECAY * ((place < accepted) - self.acceptance)
+
+    def _measure(self, length: int, seconds: float) -> None:
+        """Take in what a step took."""
+        before, weight = self._seconds[length], max(DECAY, 1 / (2 + self._measured[length]))
+        self._seconds[length] += weight * (seconds - before)
+        self._measured[length] += 1
+        for other, times in enumerate(self._measured):
+            if not times and other:
+                self._seconds[other] *= self._seconds[length] / before

@@ -120,6 +120,17 @@ def test_each_line_of_a_pipe_is_a_message(tiny: Path) -> None:
     assert "no chat template" not in result.stderr
 
 
+def test_drafts_from_what_was_said(tiny: Path) -> None:
+    """The answer is what it is without them; a summary tells what they have done."""
+    words = ("chat", "--model", tiny, "--threads", 1, "--max-new-tokens", 40, "--temperature", 0)
+    plain = run(*words, input="Emma was Emma was\n")
+    result = run(*words, "--draft", "prompt", input="Emma was Emma was\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == plain.stdout
+    assert re.search(r"tok/s, \d+ of \d+ drafted ones right; context", result.stderr)
+    assert "drafted" not in plain.stderr
+
+
 def test_answers_say_how_many_experts_were_in_slots(tiny: Path) -> None:
     """Of each answer alone."""
     result = run("chat", "--model", tiny, "--threads", 1, "--max-new-tokens", 3, "--gpu-experts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from hybrid_moe.cli.errors import explain
 from hybrid_moe.cpu_kernels.ceilings import bandwidth
 from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
 from hybrid_moe.formats.tensors import CheckpointError
+from hybrid_moe.integrations.transformers.drafts import GatedDrafts
 from hybrid_moe.integrations.transformers.registration import from_pretrained
 from hybrid_moe.text import format_bytes, format_ranges
 from tests.families import write_family
@@ -25,6 +27,8 @@ from tests.hybrid_moe.checkpoints import edit_tensors, save
 from tests.hybrid_moe.command import CHARACTERS, PROMPT, run, write_model
 from tests.hybrid_moe.tiny_models import build, greedy
 from tests.machines import Machine
+
+SMALL = Path(__file__).parents[2] / "examples" / "tiny_moe" / "model"
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +65,35 @@ def test_generate_streams_the_greedy_text(checkpoint: Path, method: str | None) 
     assert f"prefill {len(PROMPT)} tokens" in result.stderr
     assert "decode 11 tokens" in result.stderr and "tok/s" in result.stderr
     assert re.search(r"decode at .+ of the roofline \(0\.\d+ MB a token at \d", result.stderr)
+
+
+@pytest.mark.parametrize("kind", ["model", "prompt"])
+def test_generate_with_drafts(checkpoint: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text. A draft that is the model itself is always right, but does not pay: it is
+    tried after 32 steps. Every step takes one second here."""
+    seconds = itertools.count()
+    monkeypatch.setattr(GatedDrafts.__init__, "__defaults__", (lambda: float(next(seconds)),))
+    words = ("generate", "--model", checkpoint, "--prompt", PROMPT, "--threads", 1,
+             "--max-new-tokens", 48)  # fmt: skip
+    plain = run(*words)
+    result = run(*words, "--draft", checkpoint if kind == "model" else "prompt")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == plain.stdout and "drafted" not in plain.stderr
+    counts = re.search(r"decode 47 tokens, .+, (\d+) of (\d+) drafted ones right", result.stderr)
+    assert counts is not None, result.stderr
+    if kind == "model":
+        assert int(counts[1]) == int(counts[2]) > 0
+
+
+def test_a_draft_that_cannot_be_one(checkpoint: Path, tmp_path: Path) -> None:
+    words = ("generate", "--model", checkpoint, "--prompt", PROMPT, "--threads", 1)
+    for draft, message in (
+        (tmp_path, "no *.safetensors file"),
+        (SMALL, "a draft needs the same tokenizer"),
+    ):
+        result = run(*words, "--draft", draft)
+        assert result.exit_code == 2 and result.stdout == ""
+        assert message in " ".join(result.stderr.split())
 
 
 def test_generate_says_what_it_does(checkpoint: Path) -> None:

@@ -319,7 +319,7 @@ def test_an_error_while_it_is_reported_is_told(
 
 def test_sigterm_ends_it_cleanly(directory: Path, expected: Expected) -> None:
     """Who still waits is told, in a stream and else; nobody gets half an answer for a whole one."""
-    server = ServeProcess(directory, "--grace", "0")
+    server = ServeProcess(directory, "--grace", "0", "--draft", "prompt")
     client = client_of(server.url)
     assert ask(client, PROMPTS[3], "chat") == expected.chat(PROMPTS[3], TOKENS)
     long: dict[str, Any] = {"model": "tiny", "prompt": "Emma", "max_tokens": 1000}

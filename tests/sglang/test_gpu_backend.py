@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_moe.integrations.sglang import gpu_backend
+from hybrid_moe.integrations.sglang import cpu_activation, gpu_backend
 from hybrid_moe.integrations.sglang.gpu_experts import GpuExperts, RankExperts
 from hybrid_moe.integrations.sglang.step_faults import StepFaults, named_options
 from hybrid_moe.placement.ranks import experts_of_rank
@@ -36,6 +36,13 @@ def test_they_are_the_wrappers() -> None:
 def test_an_unknown_back_end_is_refused_with_the_choices(value: str) -> None:
     with pytest.raises(ValueError, match=f"HYBRID_MOE_GPU={value}: choose cute .*, torch .*leave"):
         gpu_backend.chosen({gpu_backend.VARIABLE: value})
+
+
+def test_inputs_of_8_bits_are_asked_for_by_name() -> None:
+    assert cpu_activation.chosen({}) is cpu_activation.chosen({cpu_activation.VARIABLE: ""}) is None
+    assert cpu_activation.chosen({cpu_activation.VARIABLE: "int8"}) == "int8"
+    with pytest.raises(ValueError, match="HYBRID_MOE_CPU_ACTIVATION: cpu_activation is 'fp8', "):
+        cpu_activation.chosen({cpu_activation.VARIABLE: "fp8"})
 
 
 @given(st.sets(st.integers(0, E - 1)), st.integers(0, 60), st.integers(1, 8))

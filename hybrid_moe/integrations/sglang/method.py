@@ -33,6 +33,7 @@ from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import is_cuda
 
 from hybrid_moe.integrations.sglang import (
+    cpu_activation,
     dynamic,
     expert_layer,
     gpu_backend,
@@ -178,6 +179,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]
             method=config.method,
             swiglu_limit=spec.swiglu_limit,
             swiglu_alpha=spec.swiglu_alpha,
+            cpu_activation=cpu_activation.chosen() if any_cold else None,
             deferral_chain=TARGET_MODEL.chain_of(config.layer_idx),
             prefill_stream=TARGET_MODEL.prefill_stream() if both_halves and any_cold else None,
             **both_halves,

@@ -29,6 +29,7 @@ MACHINE = ("--ram-bandwidth", "80", "--gmacs", "1000", "--threads", "16", "--poo
 EVERYWHERE = {
     "--kt-method": "MXFP4", "--kt-cpuinfer": "16", "--kt-threadpool-count": "1",
     "--context-length": "8192", "--max-total-tokens": "8192", "--max-running-requests": "4",
+    "--cuda-graph-max-bs-decode": "4",
     "--chunked-prefill-size": "2048", "--disable-shared-experts-fusion": "",
 }  # fmt: skip
 
@@ -191,7 +192,9 @@ def test_serve_prints_the_command(fake: Fake) -> None:
         (("--gpu", "16GB", "--stream-prefill", "1GiB"), "add --gpu and --gpu-backend cute"),
         (("--stream-prefill", "1GiB"), "add --gpu and --gpu-backend cute"),
         (("--gpu", "16GB", "--quality", "fine"), "--quality fine: must be exact or balanced"),
+        (("--gpu", "16GB", "--draft", "prompt"), "SGLang has flags of its own, which go after --"),
         (("--quality", "balanced"), "--quality is for decode beside a GPU"),
+        (("--gpu", "16GB", "--cpu-activation", "int4"), "cpu_activation is 'int4', must be None"),
     ],
 )
 def test_serve_refuses(fake: Fake, words: tuple[str, ...], message: str) -> None:
@@ -207,6 +210,16 @@ def test_serve_with_experts_of_our_own(fake: Fake) -> None:
     assert result.stdout.startswith("HYBRID_MOE_GPU=cute SGLANG_AUTO_NUMA_BIND=0 python -m ")
     assert "--moe-runner-backend triton" in result.stdout  # what SGLang finds there is not MXFP4
     assert "--kt-num-gpu-experts 0" not in result.stdout
+
+
+def test_serve_with_inputs_of_8_bits(fake: Fake) -> None:
+    """A variable of the server; experts that take no such inputs are refused before it starts."""
+    words = ("--gpu", "16GB", "--dry-run", "--cpu-activation", "int8", *MACHINE)
+    result = run("serve", "--model", fake("gpt-oss-20b"), *words)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("HYBRID_MOE_CPU_ACTIVATION=int8 SGLANG_AUTO_NUMA_BIND=0 ")
+    refused = run("serve", "--model", fake("Qwen3-30B-A3B"), "--ram", "96GB", *words)
+    assert refused.exit_code == 2 and "those of BF16 are not" in refused.stderr
 
 
 def test_serve_that_streams_and_defers(fake: Fake) -> None:

@@ -19,10 +19,17 @@ from typing import Any
 
 import torch
 
+from hybrid_moe.integrations.transformers.drafts import DraftCounts, draft_counts
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.step.growing_cache import growing_cache
 
 logger = logging.getLogger(__name__)
+
+FROM_PROMPT = "prompt"
+"""The draft that is what followed the last words where they were before."""
+
+LOOKED_UP = 10
+"""Tokens that such a draft has at most: Transformers' own default."""
 
 LEAST_REUSED = 32
 """Tokens: below, reading them again costs less than one token of the answer does, and an answer
@@ -43,6 +50,7 @@ class Answer:
         reused: tokens of the prompt that were in the cache.
         times: seconds since the start at which each token was there; the first ends the prefill.
         end: why it ended: "stop" (the model or `on_token` said so), "length", "cancelled".
+        drafts: what they have done; None where nothing drafts.
     """
 
     tokens: tuple[int, ...]
@@ -50,6 +58,7 @@ class Answer:
     reused: int
     times: tuple[float, ...]
     end: str
+    drafts: DraftCounts | None = None
 
     @property
     def prefill_speed(self) -> float:
@@ -58,8 +67,8 @@ class Answer:
 
     @property
     def decode_speed(self) -> float | None:
-        """Tokens per second after the first one; None where there is no second."""
-        if len(self.times) < 2:
+        """Tokens per second after the first one; None where no other step gave one."""
+        if self.times[-1] == self.times[0]:
             return None
         return (len(self.times) - 1) / (self.times[-1] - self.times[0])
 
@@ -69,12 +78,14 @@ class Answerer:
 
     Args:
         model: a Transformers causal language model.
+        draft: drafts tokens for it: another model, see `draft_model.load_draft`, or `FROM_PROMPT`.
 
     Not for several threads at once.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, draft: Any = None) -> None:
         self.model = model
+        self._draft = draft
         self._cache: Any = None
         self._cached: list[int] = []  # tokens whose keys and values it holds
 
@@ -104,29 +115,46 @@ class Answerer:
         self._cache, self._cached = None, []  # whatever happens now, it is no longer as it was
         if cache is None:
             cache = _new_cache(self.model)
-        watch = _Watch(on_token, cancelled, cache)
+        watch = _Watch(len(prompt), on_token, cancelled, cache)
         config = copy.copy(config)
         config.return_dict_in_generate = True  # with the cache
         config.cache_implementation = None
         ids = torch.tensor([list(prompt)], device=self.model.device)
         kept = {} if cache is None else {"past_key_values": cache}
         del cache
+        before = self._counts()
+        if self._draft == FROM_PROMPT:
+            config.prompt_lookup_num_tokens = LOOKED_UP
         with torch.inference_mode(), _interruptible(self.model, cancelled):
             found = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
                 stopping_criteria=[watch],
+                assistant_model=self._drafting_model,
                 **kept,
             )
-        tokens = found.sequences[0].tolist()
-        self._keep(getattr(found, "past_key_values", None), tokens)
+        read = found.sequences[0].tolist()
+        self._keep(getattr(found, "past_key_values", None), read)
+        tokens = read[: len(prompt) + len(watch.times)]  # a draft may go on behind the end
         end = "length" if len(watch.times) >= config.max_new_tokens else "stop"
         if cancelled.is_set():
             end = "cancelled"
         elif watch.stopped or _is_end(tokens[-1], config):
             end = "stop"
-        return Answer(tuple(tokens[len(ids[0]) :]), len(ids[0]), reused, tuple(watch.times), end)
+        answered, drafts = tuple(tokens[len(prompt) :]), self._counts() - before
+        return Answer(
+            answered, len(prompt), reused, tuple(watch.times), end,
+            None if self._draft is None else drafts,
+        )  # fmt: skip
+
+    @property
+    def _drafting_model(self) -> Any:
+        return None if self._draft == FROM_PROMPT else self._draft
+
+    def _counts(self) -> DraftCounts:
+        """What drafts have done so far."""
+        return draft_counts(self.model, self._drafting_model)
 
     def forget(self) -> None:
         """Free the cache."""
@@ -152,27 +180,37 @@ class Answerer:
 
 
 class _Watch:
-    """A stopping criterion of `generate`, which calls it with all tokens after each new one."""
+    """A stopping criterion of `generate`, which calls it with all tokens after each step.
+
+    Attributes:
+        times: seconds since the start at which each token of the answer was there.
+        stopped: `on_token` has ended the answer with the last of them.
+    """
 
     def __init__(
         self,
+        prompt: int,
         on_token: Callable[[int], bool | None] | None,
         cancelled: threading.Event,
         cache: Any,
     ) -> None:
         self._on_token = on_token
         self._cancelled = cancelled
-        self._cache = cache
+        self._cache, self._prompt = cache, prompt
         self._start = perf_counter()
         self.times: list[float] = []
         self.stopped = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.times.append(perf_counter() - self._start)
-        if len(self.times) == 1:
+        now = perf_counter() - self._start
+        if not self.times:
             _record(self._cache)
-        if self._on_token is not None and self._on_token(int(input_ids[0, -1])):
-            self.stopped = True
+        for token in input_ids[0, self._prompt + len(self.times) :].tolist():
+            self.times.append(now)
+            if self._on_token is not None and self._on_token(token):
+                self.stopped = True
+            if self.stopped or self._cancelled.is_set():
+                break
         ended = self.stopped or self._cancelled.is_set()
         return torch.tensor([ended], device=input_ids.device)
 

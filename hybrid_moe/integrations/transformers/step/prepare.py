@@ -7,6 +7,7 @@ import logging
 import torch
 
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
+from hybrid_moe.integrations.transformers.drafts import gate_drafts
 from hybrid_moe.integrations.transformers.step.attention import use_attention
 from hybrid_moe.integrations.transformers.step.growing_cache import use_cache
 from hybrid_moe.integrations.transformers.step.norm import replace_norms
@@ -21,7 +22,8 @@ def prepare_steps(
     model: torch.nn.Module, pool: PoolConfig | None = None, *, attention: bool = True
 ) -> None:
     """Let attention of few tokens and its cache be the pool's, and norms, rotary positions and
-    routers' logits of few tokens run compiled; torch's threads make room in decode steps.
+    routers' logits of few tokens run compiled; torch's threads make room in decode steps, and
+    drafts are as long as pays.
 
     The model's classes and parameters stay as they are, and all results but those of attention to
     the bit. Idempotent; weights may be loaded later.
@@ -34,6 +36,7 @@ def prepare_steps(
     if attention:
         use_attention(model, pool)
     use_cache(model)
+    gate_drafts(model)
     norms, rotary = replace_norms(model), replace_rotary(model)
     routers = replace_router_logits(model)
     scope_threads(model, pool)
