@@ -72,6 +72,11 @@ class RoutingTrace:
     num_experts: int
     agreed: np.ndarray
 
+    def part(self, tokens: slice) -> RoutingTrace:
+        """Some of the tokens."""
+        ids, weights, agreed = (field[tokens] for field in (self.ids, self.weights, self.agreed))
+        return RoutingTrace(ids, weights, self.num_experts, agreed)
+
     def hot(self, share: float) -> np.ndarray:
         """bool [L, E]: the most used experts of each layer."""
         mask = np.zeros((self.ids.shape[1], self.num_experts), bool)
@@ -93,33 +98,46 @@ class RoutingTrace:
             ]
 
 
+def load_trace(file: Path) -> RoutingTrace:
+    """Of a file of `save_trace`."""
+    with np.load(file, allow_pickle=False) as stored:
+        return RoutingTrace(
+            stored["ids"].astype(np.int64),
+            stored["weights"].astype(np.float64),
+            int(stored["experts"]),
+            stored["agreed"],
+        )
+
+
+def save_trace(file: Path, trace: RoutingTrace) -> None:
+    """In few bytes: up to 256 experts, weights rounded to 16 bits."""
+    np.savez_compressed(
+        file, ids=trace.ids.astype(np.uint8), weights=trace.weights.astype(np.float16),
+        experts=trace.num_experts, agreed=trace.agreed,
+    )  # fmt: skip
+
+
 def read_trace(name: str) -> RoutingTrace:
     """A recorded trace."""
-    with np.load(TRACES / f"{name}.npz", allow_pickle=False) as file:
-        return RoutingTrace(
-            file["ids"].astype(np.int64),
-            file["weights"].astype(np.float64),
-            int(file["experts"]),
-            file["agreed"],
-        )
+    return load_trace(TRACES / f"{name}.npz")
 
 
 def regret(
     trace: RoutingTrace,
+    hot: np.ndarray,
     rates: MachineRates,
     *,
     batch: int = 1,
-    hot: float = 0.25,
     max_deferred: int = 0,
     most: int | None = None,
 ) -> tuple[float, float]:
-    """(Decided over best, all on the CPU over best), less 1: sums over steps, `most` at most."""
+    """(Decided over best, all on the CPU over best), less 1: sums over steps, `most` at most, with
+    the experts of bool [L, E] on the GPU."""
     layers = works(trace.ids.shape[1])
     scheduler = StepScheduler(layers, rates, max_deferred=max_deferred)
     plain = StepScheduler(layers, rates, send=False)
     decided = best = cpu = 0.0
-    mask = trace.hot(hot)
-    for number, demands in enumerate(trace.steps(batch, mask, max_deferred)):
+    for number, demands in enumerate(trace.steps(batch, hot, max_deferred)):
         if number == most:
             break
         for demand in demands:
@@ -131,47 +149,53 @@ def regret(
     return decided / best - 1, cpu / best - 1
 
 
-def _run(model: Any, tokens: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """(ids [T, k], weights [T, k]) of each layer, and where a draft agrees [T]."""
+def run(model: Any, tokens: Any) -> RoutingTrace:
+    """What the routers choose for int64 [1, T]; a draft is of the first layer alone."""
+    import torch
+
     found: list[tuple[Any, Any]] = []
     gates = [module for name, module in model.named_modules() if name.endswith(".mlp.gate")]
     hooks = [
         gate.register_forward_hook(lambda _module, _args, out: found.append((out[2], out[1])))
         for gate in gates
     ]
-    output = model(tokens, output_hidden_states=True)
+    with torch.inference_mode():
+        output = model(tokens, output_hidden_states=True)
+        draft = model.lm_head(model.model.norm(output.hidden_states[1]))
     for hook in hooks:
         hook.remove()
-    draft = model.lm_head(model.model.norm(output.hidden_states[1]))
-    return found, (draft.argmax(-1) == output.logits.argmax(-1))[0]
+    agreed = (draft.argmax(-1) == output.logits.argmax(-1))[0]
+    ids = torch.stack([chosen for chosen, _ in found], 1)
+    weights = torch.stack([score for _, score in found], 1).float()
+    return RoutingTrace(ids.numpy(), weights.numpy(), model.config.num_experts, agreed.numpy())
 
 
-def record() -> None:
-    """Run the small model over `TEXTS`, and write what its routers chose."""
-    import torch
+def model_and_tokenizer() -> tuple[Any, Any]:
+    """The small model, and its tokenizer."""
     from transformers import AutoTokenizer
 
     import hybrid_moe
 
     folder = ROOT / "examples" / "tiny_moe" / "model"
     model: Any = hybrid_moe.from_pretrained(folder, method="MXFP4", progress=False).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def record() -> None:
+    """Run the small model over `TEXTS`, and write what its routers chose."""
+    import torch
+
+    model, tokenizer = model_and_tokenizer()
     TRACES.mkdir(exist_ok=True)
     for name, file in tqdm(TEXTS.items()):
         text = "It was a truth" if file is None else (ROOT / file).read_text("utf-8")
         tokens = tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
-        with torch.inference_mode():
-            if file is None:
-                torch.manual_seed(0)
-                length = {"max_length": TOKENS, "min_length": TOKENS}
+        if file is None:
+            torch.manual_seed(0)
+            length = {"max_length": TOKENS, "min_length": TOKENS}
+            with torch.inference_mode():
                 tokens = model.generate(tokens, do_sample=True, top_k=40, **length)
-            routed, agreed = _run(model, tokens)
-        ids = torch.stack([chosen for chosen, _ in routed], 1).numpy().astype(np.uint8)
-        weights = torch.stack([score for _, score in routed], 1).float().numpy()
-        np.savez_compressed(
-            TRACES / f"{name}.npz", ids=ids, weights=weights.astype(np.float16),
-            experts=model.config.num_experts, agreed=agreed.numpy(),
-        )  # fmt: skip
+        save_trace(TRACES / f"{name}.npz", run(model, tokens))
 
 
 def main() -> None:
@@ -189,7 +213,8 @@ def main() -> None:
         for name in TEXTS
     ]
     for machine, batch, depth, name in tqdm(cases):
-        found = regret(read_trace(name), MACHINES[machine], batch=batch, max_deferred=depth)
+        trace = read_trace(name)
+        found = regret(trace, trace.hot(0.25), MACHINES[machine], batch=batch, max_deferred=depth)
         table.add_row(machine, f"{batch}", f"{depth}", name, *(f"{value:.1%}" for value in found))
     Console().print(table)
 

@@ -2,18 +2,21 @@
 
     python bench/throttled.py --json FILE
 
-`throttled_machine` says what is real and what is not. Two scenarios:
+`throttled_machine` says what is real and what is not. Three scenarios:
 
     prefill   chunks of a prompt at the balanced point, where the CPU alone and the link alone would
               take equally long: all experts on the CPU, all sent, and streamed by the planner
     decode    one token at a time, attention 30 % of a step, with and without 2 deferred experts
+    moves     experts promoted and demoted one by one, as large as those of prefill
 
-The ideal is the timeline's (`run_step`), with the best number of experts sent for each layer.
+The ideal is the timeline's (`run_step`), with the best number of experts sent for each layer; of a
+move it is its bytes over the link.
 """
 
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +26,7 @@ import torch
 from harness import parser
 from rich.console import Console
 from rich.table import Table
-from throttled_machine import ThrottledLink, ThrottledMachine, attend, throttled_wrapper
+from throttled_machine import ThrottledLink, ThrottledMachine, attend, throttled_wrapper, until
 from tqdm import trange
 
 from hybrid_moe.cpu_kernels.trace import tracing
@@ -93,6 +96,22 @@ class DecodePoint:
     def share(self) -> float:
         """Of the ideal's gain that is reached, as a speed."""
         return self.ideal / self.scheduled
+
+
+@dataclass(frozen=True)
+class MovePoint:
+    """So many experts moved in a row. Seconds of each until all are there, median; and those of its
+    bytes over the link."""
+
+    move: str
+    experts: int
+    seconds: float
+    ideal: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over ideal."""
+        return self.seconds / self.ideal
 
 
 class SendAll:
@@ -317,8 +336,43 @@ def _steps(
     return min(seconds)
 
 
-def show_points(prefills: Sequence[PrefillPoint], decodes: Sequence[DecodePoint]) -> None:
-    """Tables of both."""
+def moves(layer_s: float, rounds: int) -> list[MovePoint]:
+    """Experts of a layer come to the GPU and go back: each alone, and half of them in a row.
+
+    Args:
+        layer_s: see `balanced_machine`.
+    """
+    machine = balanced_machine(layer_s, 1)
+    ideal, found = NBYTES / machine.rates.link, list[MovePoint]()
+    with machine.emulated():
+        layer = throttled_wrapper(
+            machine,
+            layer_idx=0,
+            gpu_backend="torch",
+            gpu_device="cpu",
+            gpu_slots=E // 2,
+            **sizes(K),
+        )
+        layer.load_weights_from_tensors(*weights())
+        for count in (1, E // 2):
+            taken: dict[str, list[float]] = {"promote": [], "demote": []}
+            for _ in range(rounds * E // 2 // count):
+                for move, seconds in taken.items():
+                    begin = time.monotonic()
+                    for expert in range(count):
+                        getattr(layer, move)(expert)
+                    until(machine.link_free)
+                    seconds.append((time.monotonic() - begin) / count)
+            for move, seconds in taken.items():
+                found.append(MovePoint(move, count, statistics.median(seconds), ideal))
+        layer.close()
+    return found
+
+
+def show_points(
+    prefills: Sequence[PrefillPoint], decodes: Sequence[DecodePoint], moved: Sequence[MovePoint]
+) -> None:
+    """Tables of all."""
     console = Console(width=110)
     table = Table("prefill", "ms a chunk", "ideal", "ratio", "experts sent of a layer")
     for p in prefills:
@@ -332,6 +386,11 @@ def show_points(prefills: Sequence[PrefillPoint], decodes: Sequence[DecodePoint]
         ideal = d.plain_ideal / d.ideal
         row = (f"{1e3 * d.plain:.1f}", f"{1e3 * d.scheduled:.1f}", f"{d.faster:.2f}")
         table.add_row(f"top {d.top_k}", *row, f"{ideal:.2f}", f"{d.share:.3f}")
+    console.print(table)
+    table = Table("move", "in a row", "ms an expert", "its bytes over the link", "ratio")
+    for m in moved:
+        row = (f"{1e3 * m.seconds:.3f}", f"{1e3 * m.ideal:.3f}", f"{m.ratio:.3f}")
+        table.add_row(m.move, f"{m.experts}", *row)
     console.print(table)
 
 
@@ -374,11 +433,13 @@ def main() -> None:
         )
         for k in (2, 4, 6, 8)
     ]
-    show_points(prefills, decodes)
+    moved = moves(layer_s, args.chunks)
+    show_points(prefills, decodes, moved)
     if args.json:
         points = {
             "prefill": [asdict(p) for p in prefills],
             "decode": [asdict(d) for d in decodes],
+            "moves": [asdict(m) for m in moved],
         }
         write_receipt(args.json, receipt("throttled", **points))
 

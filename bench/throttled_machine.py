@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from hybrid_moe import wrapper
 from hybrid_moe.cpu_kernels import trace
 from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.job import Job
@@ -26,6 +27,7 @@ from hybrid_moe.cpu_kernels.layer import ExpertLayer
 from hybrid_moe.cpu_kernels.trace_file import TraceNote
 from hybrid_moe.gpu_kernels.slot_experts import SlotExperts
 from hybrid_moe.runtime import hot_half
+from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.schedule.layer_times import cpu_seconds, gpu_expert_seconds
 from hybrid_moe.schedule.layer_work import ExpertCount, ExpertWork
 from hybrid_moe.schedule.machine_rates import MachineRates
@@ -36,7 +38,7 @@ from hybrid_moe.wrapper import KTMoEWrapper
 def attend(seconds: float, layer: int) -> None:
     """The GPU, that is the calling thread, is at the attention and the router of a layer."""
     begin = time.monotonic()
-    time.sleep(seconds)
+    until(begin + seconds)
     _trace("GPU", f"attention of layer {layer}", begin, time.monotonic())
 
 
@@ -45,10 +47,16 @@ def _trace(row: str, name: str, begin: float, end: float) -> None:
     trace.note(TraceNote(row, name, round(begin * 1e9), round(end * 1e9)))
 
 
+AWAKE = 0.5e-3
+"""Seconds. A thread that sleeps wakes 0.1 to 0.2 ms late on an idle machine: the end of every wait
+is spent awake. No machine that is emulated would have lost that."""
+
+
 def until(moment: float) -> None:
-    """Sleep until `time.monotonic()` is `moment`."""
+    """Return when `time.monotonic()` is `moment`."""
     while (left := moment - time.monotonic()) > 0:
-        time.sleep(left)
+        if left > AWAKE:
+            time.sleep(left - AWAKE)
 
 
 @dataclass
@@ -60,12 +68,14 @@ class ThrottledMachine:
         expert: with the bytes and weights of the layers that really compute.
         exact: the GPU's results are right; else they are zeros.
         cpu_free: when the CPU is through with its jobs, in `time.monotonic`.
+        link_free: when the link is through with its copies.
     """
 
     rates: MachineRates
     expert: ExpertWork
     exact: bool = False
     cpu_free: float = 0.0
+    link_free: float = 0.0
     spent: dict[str, float] = field(default_factory=dict)
 
     def note(self, lane: str, seconds: float) -> None:
@@ -83,10 +93,10 @@ class ThrottledMachine:
         """Seconds of so many experts on the CPU."""
         return cpu_seconds(self.expert, count, self.rates) if count.experts else 0.0
 
-    def submit(self, count: ExpertCount, name: str) -> float:
-        """The CPU gets so many experts: when it will have computed them."""
+    def submit(self, moment: float, count: ExpertCount, name: str) -> float:
+        """The CPU got so many experts at a moment: when it will have computed them."""
         seconds = self.cpu(count)
-        began = max(time.monotonic(), self.cpu_free)
+        began = max(moment, self.cpu_free)
         self.cpu_free = began + seconds
         self.note("CPU", seconds)
         if seconds:
@@ -100,14 +110,27 @@ class ThrottledMachine:
             self.note("GPU", seconds)
             until(began + seconds)
 
+    def carry(self, moment: float, nbytes: int) -> float:
+        """The link got so many bytes at a moment: when they will be there."""
+        seconds = nbytes / self.rates.link
+        self.note("link", seconds)
+        self.link_free = max(moment, self.link_free) + seconds
+        return self.link_free
+
     @contextmanager
     def emulated(self) -> Iterator[None]:
-        """Within, slots are on this machine."""
+        """Within, slots are on this machine, and experts move over its link."""
 
         class Slots(ThrottledSlots):
             machine = self
 
-        with mock.patch.object(hot_half, "SlotExperts", Slots):
+        class Placement(ThrottledPlacement):
+            machine = self
+
+        with (
+            mock.patch.object(hot_half, "SlotExperts", Slots),
+            mock.patch.object(wrapper, "ExpertPlacement", Placement),
+        ):
             yield
 
 
@@ -148,9 +171,18 @@ class ThrottledLink(HostLink):
     def carry(self, copies: Copies) -> None:
         began = time.monotonic()
         super().carry(copies)
-        seconds = sum(source.numel() for _, source in copies) / self._machine.rates.link
-        self._machine.note("link", seconds)
-        until(began + seconds)
+        until(self._machine.carry(began, sum(source.numel() for _, source in copies)))
+
+
+class ThrottledPlacement(ExpertPlacement):
+    """Experts that move over the emulated link. As on a GPU, whoever moves one does not wait."""
+
+    machine: ThrottledMachine
+
+    def _copy(self, slots: SlotExperts, slot: int, expert: int, *, to_slot: bool) -> None:
+        began, before = time.monotonic(), self.moved_bytes
+        super()._copy(slots, slot, expert, to_slot=to_slot)
+        self.machine.carry(began, self.moved_bytes - before)
 
 
 class ThrottledJob(Job[Any]):
@@ -183,11 +215,12 @@ class ThrottledLayer(ExpertLayer):
         return self._emulated[0], round(1e9 * self._emulated[1])
 
     def start(self, batch: Batch, output: Any) -> Job[Any]:
+        submitted = time.monotonic()  # what is counted here to emulate it takes no time there
         tokens, k = batch.tokens, batch.top_k
         ids = _view(batch.ids, np.int64, tokens * k)
         skip = _view(batch.skip, np.uint8, self.num_experts).copy()
         count = self.machine.count(ids, skip == 0)
-        ends = self.machine.submit(count, self.name)
+        ends = self.machine.submit(submitted, count, self.name)
         jobs, seconds = self._emulated
         self._emulated = jobs + 1, seconds + self.machine.cpu(count)
         return ThrottledJob(super().start(batch, output), ends)

@@ -59,6 +59,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "gpu_kernels.slot_layout",
         "gpu_kernels.fragments",
         "cpu_kernels.pool",
+        "cpu_kernels.routing_split",
         "cpu_kernels.row_functions",
         "cpu_kernels.batch",
     ),

@@ -31,6 +31,7 @@ _ENTRIES = {
     "fingerprint": "hash_memory",
     "publish_word": "publish",
     "apply_move": "move_expert",
+    "split_routing": "split_routing",
 }
 """Driver that Python calls -> its module here."""
 

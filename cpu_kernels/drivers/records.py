@@ -119,6 +119,20 @@ class Move(Record):
     applied = shared
 
 
+class Split(Record):
+    """A batch's routing, cut into the experts that run now and those that run later."""
+
+    tokens = i64
+    ids = array(i64)  # [T][k]
+    scores = array(f32)  # [T][k]
+    now = array(i64)  # [T][k]: ids, and -1 elsewhere
+    later = array(i64)  # [T][k]
+    top_k = i64
+    experts = i64
+    protected = i64  # slots of a token that must run now
+    protects = array(u8)  # [experts], scratch
+
+
 class MatrixShare(Record):
     """A pool's share of a dense layer's matrix, some of its strips."""
 

@@ -109,7 +109,8 @@ class ExpertWriter:
 
     def wait(self) -> None:
         """Wait for all that was submitted; `sync` says how it ended."""
-        wait(self._pending)
+        if self._pending:
+            wait(self._pending)
 
     def close(self) -> None:
         """Wait, and end the thread."""

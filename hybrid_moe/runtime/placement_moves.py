@@ -59,9 +59,10 @@ class ExpertPlacement:
     def __init__(
         self, layer: ExpertLayer, hot: HotHalf, mask: torch.Tensor, layer_idx: int
     ) -> None:
-        self._layer, self._hot, self._mask, self._layer_idx = layer, hot, mask, layer_idx
+        self._layer, self._hot, self._layer_idx = layer, hot, layer_idx
+        self._mask: npt.NDArray[np.bool_] = mask.numpy()  # shares its memory
         self._keeps = hot.options.keep_panels
-        is_hot, away = mask.numpy().copy(), hot.options.elsewhere.numpy()
+        is_hot, away = self._mask.copy(), hot.options.elsewhere.numpy()
         _check_placement(is_hot, away, hot.options.slots, layer_idx)
         self._expected: npt.NDArray[np.bool_] = is_hot
         self._expected_bytes = is_hot.tobytes()
@@ -188,9 +189,9 @@ class ExpertPlacement:
     def check_mask(self) -> None:
         """Raise `RuntimeError`, naming an expert, if the caller's mask is not the placement."""
         self._check_whole()
-        if self._mask.numpy().tobytes() == self._expected_bytes:
+        if self._mask.tobytes() == self._expected_bytes:
             return
-        expert = int(np.flatnonzero(self._mask.numpy() != self._expected)[0])
+        expert = int(np.flatnonzero(self._mask != self._expected)[0])
         value = bool(self._mask[expert])
         where = "has no slot on the GPU" if value else "has no panels on the CPU"
         move = "promote" if value else "demote"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_FAULT, IDS_PASS
 from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
+from hybrid_moe.cpu_kernels.routing_split import RoutingSplit
 from hybrid_moe.cpu_kernels.streams.progress import Progress
 from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.formats.tensors import ExpertTensors
@@ -61,6 +62,7 @@ class LayerRunner:
     ) -> None:
         self._layer, self._shape, self._chain = layer, shape, chain
         self._deferred, self._strict = deferred, strict
+        self._protected = shape.num_experts_per_tok - deferred
         self._has_experts = bool(resident.any())
         # with both halves no expert is ever nowhere: it comes to the CPU before its mask is 0
         self._mask = HostMask(mask, resident if halves is None else np.ones_like(resident))
@@ -298,10 +300,10 @@ class LayerRunner:
             self._chain.log_last(self.layer_idx)
         return following
 
-    def _split(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ids that run now, and those that run later."""
-        protected = self._shape.num_experts_per_tok - self._deferred
-        return split_deferred(ids, weights, protected, self._shape.num_experts)
+    @cached_property
+    def _routing_split(self) -> RoutingSplit:
+        shape = self._shape
+        return RoutingSplit(shape.num_experts, shape.num_experts_per_tok, self._protected)
 
     def _start_streamed(
         self,
@@ -364,10 +366,12 @@ class LayerRunner:
             if job.ignored or job.missing >= 0:
                 return job, self._faults.count(job.ignored, job.missing)
             return job, None
-        now, later = self._split(ids, weights)
+        now, later = torch.empty_like(ids), torch.empty_like(ids)
+        addresses = (tensor.data_ptr() for tensor in (ids, weights, now, later))
+        ignored = self._routing_split(ids.size(0), *addresses)
         job = self._start(hidden, now, weights)
         try:
-            fault = self._faults.count(_out_of_range(ids, self._shape.num_experts), job.missing)
+            fault = self._faults.count(ignored, job.missing)
             if fault is None:
                 deferred = self._start(hidden, later, weights)
                 fault = self._faults.count(0, deferred.missing)
@@ -458,7 +462,8 @@ class LayerRunner:
             following = self._following() if self._deferred else None
             if following is None or self._chain is None:
                 return start(ids, False)
-            now, deferred = self._split(ids, weights)
+            experts = self._shape.num_experts
+            now, deferred = split_deferred(ids, weights, self._protected, experts)
             job = start(now, False)
             try:
                 self._chain.carry(self.layer_idx, following, start(deferred, True))
@@ -472,8 +477,3 @@ class LayerRunner:
         capture, which has nothing to do with them."""
         if not stream.capturing() and (error := self.take_error()) is not None:
             raise error
-
-
-def _out_of_range(ids: torch.Tensor, experts: int) -> int:
-    """How many ids are."""
-    return int(((ids < 0) | (ids >= experts)).sum())

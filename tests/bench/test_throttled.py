@@ -46,6 +46,22 @@ def test_what_it_computes_is_real() -> None:
     assert machine.spent["CPU"] > 0 and machine.spent["GPU"] > 0
 
 
+def test_a_move_is_its_bytes_over_the_link() -> None:
+    """Once, in either direction."""
+    machine = throttled.balanced_machine(1e-4, 1)
+    with machine.emulated():
+        layer = throttled_wrapper(
+            machine, layer_idx=0, gpu_backend="torch", gpu_device="cpu", gpu_slots=3,
+            **throttled.sizes(throttled.K),
+        )  # fmt: skip
+        layer.load_weights_from_tensors(*throttled.weights())
+        for count, move in enumerate((layer.promote, layer.promote, layer.demote), 1):
+            move(count // 2)
+            seconds = throttled.NBYTES / machine.rates.link
+            assert machine.spent["link"] == pytest.approx(count * seconds)
+    assert layer.gpu_experts_mask.nonzero().flatten().tolist() == [0]
+
+
 def test_ideals() -> None:
     """At the balanced point all on the CPU and all sent take equally long but for attention, which
     only copies go on under; half of the experts sent is nearly twice as fast."""
@@ -75,3 +91,6 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object
         per_layer = max(1 - 0.7 * share, 0.7)
         assert d["ideal"] <= d["plain_ideal"]
         assert d["ideal"] / d["plain_ideal"] == pytest.approx(per_layer, abs=0.15)
+    assert [(m["move"], m["experts"]) for m in found["moves"]] == [
+        (move, experts) for experts in (1, throttled.E // 2) for move in ("promote", "demote")
+    ]

@@ -4,6 +4,7 @@ description, and against every packing there is."""
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from hybrid_moe.placement.balanced_packing import (
     divide_experts,
     rebalance_experts,
 )
+from hybrid_moe.placement.routing_profile_file import read_routing_profile
 
 F64 = npt.NDArray[np.float64]
 
@@ -117,6 +119,23 @@ def test_never_worse_than_the_published_rule(
         theirs = published_layer(loads[layer], replicas, groups, nodes, gpus)[1]
         assert fullest[layer] <= theirs * (1 + 1e-9)
         assert fullest[layer] >= loads[layer].sum() / gpus * (1 - 1e-9)
+
+
+PROFILES = sorted((Path(__file__).parents[3] / "examples" / "tiny_moe" / "profiles").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(("replicas", "groups", "nodes"), [(20, 1, 1), (24, 4, 2), (16, 4, 2)])
+def test_never_worse_than_the_published_rule_on_measured_routing(
+    file: Path, replicas: int, groups: int, nodes: int
+) -> None:
+    profile = read_routing_profile(file)
+    counts = profile.counts.astype(float)
+    placed = rebalance_experts(counts, replicas, groups, nodes, 4, profile.pairs)
+    fullest = placed.gpu_loads(counts).max(1)
+    for layer, row in enumerate(counts):
+        theirs = published_layer(row, replicas, groups, nodes, 4)[1]
+        assert fullest[layer] <= theirs * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(

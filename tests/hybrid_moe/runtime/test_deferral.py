@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -10,17 +11,37 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybrid_moe.cpu_kernels.routing_split import RoutingSplit
 from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
 from tests.hybrid_moe.members import Layer
 
 E = 6
+SCORES = st.sampled_from([-3e38, -0.75, -0.25, -0.0, 0.0, 1e-40, 0.25, 0.75, 3e38])
+"""Ties among them too."""
+
+
+def by_torch(ids: torch.Tensor, scores: torch.Tensor, protected_k: int) -> list[torch.Tensor]:
+    now, later = split_deferred(ids, scores, protected_k, E)
+    assert now.dtype == later.dtype == ids.dtype
+    return [now, later]
+
+
+def compiled(ids: torch.Tensor, scores: torch.Tensor, protected_k: int) -> list[torch.Tensor]:
+    """What a layer on CPU tensors does."""
+    ids = ids.to(torch.int64)
+    split = [torch.full_like(ids, -7) for _ in range(2)]
+    cut = RoutingSplit(E, ids.shape[1], protected_k)
+    for _ in range(2):  # what the first batch protects is forgotten
+        ignored = cut(len(ids), *(tensor.data_ptr() for tensor in (ids, scores, *split)))
+        assert ignored == sum(not 0 <= e < E for e in ids.flatten().tolist())
+    return split
 
 
 @st.composite
 def routings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, k = draw(st.integers(0, 4)), draw(st.integers(1, 4))
     ids = [[draw(st.integers(-2, E + 1)) for _ in range(k)] for _ in range(tokens)]
-    scores = [[draw(st.integers(0, 3)) / 4 for _ in range(k)] for _ in range(tokens)]
+    scores = [[draw(SCORES) for _ in range(k)] for _ in range(tokens)]
     dtype = draw(st.sampled_from([torch.int32, torch.int64]))
     return (
         torch.tensor(ids, dtype=dtype).reshape(tokens, k),
@@ -28,13 +49,15 @@ def routings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+@pytest.mark.parametrize("split", [by_torch, compiled])
 @given(routings(), st.integers(-1, 5))
 def test_split_follows_its_definition(
-    routing: tuple[torch.Tensor, torch.Tensor], protected_k: int
+    split: Callable[..., list[torch.Tensor]],
+    routing: tuple[torch.Tensor, torch.Tensor],
+    protected_k: int,
 ) -> None:
     ids, scores = routing
-    now, later = split_deferred(ids, scores, protected_k, E)
-    assert now.dtype == later.dtype == ids.dtype
+    now, later = split(ids, scores, protected_k)
     protected = set()
     for row, score in zip(ids.tolist(), scores.tolist(), strict=True):
         valid = [slot for slot, expert in enumerate(row) if 0 <= expert < E]
