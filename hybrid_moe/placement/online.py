@@ -360,7 +360,7 @@ class OnlinePlacement:
             swap(down, up)
         except RuntimeError as error:
             self._give_up(error)
-            raise
+            return False
         self._state[at, down], self._state[at, up] = loops.COLD, loops.HOT
         rest = self._tokens[at] + self._half_life[loops.FAST, at]
         self._rest_until[at, [down, up]] = rest
@@ -419,8 +419,7 @@ class OnlinePlacement:
         return int((self._swaps_table[:, 0] >= 0).sum())
 
     def _swap(self, count: int, cuda_stream: int | None) -> int:
-        """Carry the planned swaps out. Where one fails, nothing moves any more: its layer says at
-        its next call whether it is whole."""
+        """Carry the planned swaps out, until one fails."""
         moves = 0
         try:
             for at, down, up in self._swaps_table[:count].tolist():
@@ -448,6 +447,7 @@ class OnlinePlacement:
         self._returns += bool(since < 2 * self._half_life[0, at])
 
     def _give_up(self, error: RuntimeError) -> None:
+        """Nothing moves any more; a layer says at its next call whether it is whole."""
         self.active = False
         warn_once(f"experts stay where they are from now on, since a move failed: {error}")
 

@@ -171,6 +171,7 @@ class StreamedLayer:
             self._placement.promote(up, stream, settle)
 
         stay = owner.stays(self.index, choice.sent, swap)
+        self._placement.check_mask()  # whole, and the caller's
         TOTALS.stays += len(stay)
         put_off = int(counts[list(choice.deferred)].sum())
         TOTALS.deferred_pairs += put_off
