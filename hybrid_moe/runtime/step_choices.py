@@ -59,6 +59,9 @@ class StepPlanner(Protocol):
     def choose(self, load: PrefillLoad, routing: StepRouting) -> StepChoice:
         """Decide; `load.room` experts may be sent."""
 
+    def spent(self, tokens: int, seconds: float) -> None:
+        """The host was so long at the latest choice, for so many tokens, and at carrying it out."""
+
     def note(self, times: PrefillTimes) -> None:
         """Learn from a layer that is over."""
 

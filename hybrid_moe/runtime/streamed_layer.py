@@ -160,6 +160,7 @@ class StreamedLayer:
         owner.reclaim(())  # a prompt that waits for these has been given up
         watch = Stopwatch(stream)
         chosen, scores = self._reader.read(stream, ids, weights)
+        known = time.monotonic()
         self._anchor()
         counts, cold, room = pairs_of(chosen, self._shape.num_experts), self._cold, self._slots.free
         load = self._load(counts[_most_first(counts, cold)], self._hot_counts(counts), room)
@@ -186,7 +187,9 @@ class StreamedLayer:
         load = self._load(counts[order], self._hot_counts(counts), room)
         jobs = 2 if choice.deferred else 1
         sent = self._sent_experts(load, len(travel), owner.steps, watch, [], jobs)
-        return self._started(sent, travel, choice.deferred)
+        batch = self._started(sent, travel, choice.deferred)
+        owner.steps.spent(len(ids), time.monotonic() - known)
+        return batch
 
     def _sent_experts(
         self,

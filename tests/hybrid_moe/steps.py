@@ -37,6 +37,9 @@ class AnySteps:
         self.deferred += len(later)
         return LayerChoice(load.layer, tuple(now), tuple(sent), tuple(later), 0.0, 0.0, 0.0)
 
+    def spent(self, tokens: int, seconds: float) -> None:
+        assert tokens > 0 and seconds > 0
+
     def note(self, times: PrefillTimes) -> None:
         assert times.cpu is None or times.cpu >= 0
         self.noted += 1

@@ -75,6 +75,7 @@ def test_batches_of_other_sizes_have_courses_of_their_own() -> None:
     steps = planner(MachineRates(cpu_read=1e15, gpu_read=1e15, gpu_flops=1e18, link=1e6))
     assert steps.asks(7, 1)
     assert not decide(steps, [1, 2, 3]).sent
+    steps.spent(1, 1e-4)
     assert not steps.asks(7, 1)
     assert steps.asks(7, 2) and steps.asks(7, 40)
 
