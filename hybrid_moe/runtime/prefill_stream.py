@@ -37,7 +37,7 @@ from hybrid_moe.runtime.gpu_arguments import BACKENDS, HotOptions
 from hybrid_moe.runtime.hot_half import HotHalf
 from hybrid_moe.runtime.prefill_loads import PrefillLoad, SendPlanner
 from hybrid_moe.runtime.sent_experts import SentExperts
-from hybrid_moe.runtime.step_choices import StepPlanner
+from hybrid_moe.runtime.step_choices import BatchPlanner
 from hybrid_moe.runtime.transient_slots import TransientSlots
 from hybrid_moe.streams.interface import Event
 from hybrid_moe.streams.link import Anchor, Link, Transfer, link_to
@@ -94,7 +94,7 @@ class PrefillStream:
         link: Link | None = None,
         *,
         memory: int | None = None,
-        steps: StepPlanner | None = None,
+        steps: BatchPlanner | None = None,
     ) -> None:
         if (slots is None) == (memory is None):
             raise ValueError("give slots or memory for streamed prefill, one of the two")

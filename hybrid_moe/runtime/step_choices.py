@@ -49,7 +49,7 @@ class StepChoice(Protocol):
         """One line for the trace."""
 
 
-class StepPlanner(Protocol):
+class BatchPlanner(Protocol):
     """Decides for short batches. `schedule.step_planner` has one."""
 
     def asks(self, layer: int, tokens: int) -> bool:

@@ -66,11 +66,11 @@ class StepPlanner(LearnedRates):
         self._courses: dict[int, StepCourse] = {}
 
     def asks(self, layer: int, tokens: int) -> bool:
-        """See `runtime.step_choices.StepPlanner.asks`."""
+        """See `runtime.step_choices.BatchPlanner.asks`."""
         return self._course(tokens).asks(layer)
 
     def choose(self, load: PrefillLoad, routing: StepRouting) -> LayerChoice:
-        """See `runtime.step_choices.StepPlanner.choose`."""
+        """See `runtime.step_choices.BatchPlanner.choose`."""
         course = self._course(len(routing.ids))
         rates, work = self._now(load)
         scheduler = course.scheduler
@@ -85,7 +85,7 @@ class StepPlanner(LearnedRates):
         return choice
 
     def spent(self, tokens: int, seconds: float) -> None:
-        """See `runtime.step_choices.StepPlanner.spent`."""
+        """See `runtime.step_choices.BatchPlanner.spent`."""
         self._course(tokens).took += seconds
 
     def _course(self, tokens: int) -> StepCourse:
