@@ -49,7 +49,9 @@ class Totals:
         waited_ns: how long.
         promotions, demotions: experts that moved to a GPU, and back.
         moved_bytes: of them.
-        sent_bytes: of experts that travelled to a GPU for one batch of a prompt.
+        sent_experts, sent_bytes: that travelled to a GPU for one batch.
+        stays: experts that came for a batch and took a place that lasts.
+        deferred_pairs: pairs that the decision about a batch put off until the next layer.
         ignored_ids: ids out of range.
     """
 
@@ -59,7 +61,10 @@ class Totals:
     promotions: int = 0
     demotions: int = 0
     moved_bytes: int = 0
+    sent_experts: int = 0
     sent_bytes: int = 0
+    stays: int = 0
+    deferred_pairs: int = 0
     ignored_ids: int = 0
 
 

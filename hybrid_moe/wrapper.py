@@ -104,8 +104,8 @@ class KTMoEWrapper(ExpertMoves, ExpertExport, ProcessWide):
         deferral_chain: the model that the layer belongs to: one object for all of its layers and
             no others. None: the order of construction decides, see `runtime.construction_order`;
             where that says nothing, the layer defers nothing.
-        prefill_stream: with a `gpu_backend`: sends cold experts to the GPU for long batches; one
-            object for all layers of a model. None: the CPU computes them all.
+        prefill_stream: with a `gpu_backend`: sends cold experts to the GPU for a batch; one object
+            for all layers of a model. None: the CPU computes them all.
 
     The remaining options are kt-kernel's for training and for files that this package does not
     write; other values than their defaults raise `ValueError`.

@@ -58,7 +58,8 @@ StreamPrefillOption = Annotated[
     typer.Option(
         metavar="SIZE",
         help="With --gpu-backend: memory of the GPU for experts that travel there while a long "
-        "prompt is read, such as 2GiB. Default: the CPU computes them.",
+        "prompt is read, and in decode without graphs where that pays, such as 2GiB. Default: the "
+        "CPU computes them.",
     ),
 ]
 ProfileOption = Annotated[

@@ -6,6 +6,9 @@
 What has been routed is read where it is counted, so nothing is asked of a GPU and replays of graphs
 count. What a swap is worth, and why nothing swaps back and forth, is in `swap_loops`. Moves are the
 layers' own and exact at every instant (`runtime.placement_moves`); here is only when and which.
+
+Experts that are due to be sent to a layer for one batch (`runtime.prefill_stream`) are asked about
+as well: their copy is paid for, so that one which is used enough comes to stay.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hybrid_moe.locks import ProcessLock
 from hybrid_moe.logs import warn_once
 from hybrid_moe.runtime.metrics import metrics
+from hybrid_moe.runtime.prefill_stream import PrefillStream, Swap
+from hybrid_moe.schedule.staying import staying
 from hybrid_moe.text import format_bytes, parse_size
 
 logger = logging.getLogger(__name__)
@@ -86,6 +92,9 @@ class MovableLayer(Protocol):
 
     @property
     def keeps_panels(self) -> bool: ...
+
+    @property
+    def prefill_stream(self) -> PrefillStream | None: ...
 
     def promote(self, expert: int, cuda_stream: int | None = None) -> None: ...
 
@@ -185,6 +194,7 @@ class OnlineReport:
         first_pairs: that would have been hot if nothing had moved.
         swaps: experts that came to the GPU. returns: those of them that had left it in the last
             two half-lives before: oscillation, if there is any.
+        stays: of `swaps`, experts that were due to be sent for a batch, and came to stay.
         moved_bytes: copied by both directions.
         gained_bytes: of experts that the CPU had not to read, beside the placement of the start.
         read_bandwidth: see `OnlineOptions`; None before the CPU has computed anything.
@@ -199,6 +209,7 @@ class OnlineReport:
     moved_bytes: int
     gained_bytes: int
     read_bandwidth: float | None = None
+    stays: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -224,7 +235,7 @@ class OnlineReport:
 
 
 class OnlinePlacement:
-    """See the module. One thread at a time.
+    """See the module. Any thread; where two come at once, the later one moves nothing.
 
     Args:
         layers: of one model, loaded. Those without a GPU half, without a slot or without an expert
@@ -271,13 +282,17 @@ class OnlinePlacement:
         self._left_at = np.full((L, E), -np.inf)
         self._pairs = np.zeros((L, 3), np.int64)
         self._swaps_table = np.full((MOST_SWAPS, 3), -1, np.int64)
-        self._swaps = self._returns = self._moved_bytes = 0
+        self._swaps = self._returns = self._stays = self._moved_bytes = 0
+        self._turn = ProcessLock()
         most = float(self._nbytes.max(initial=0.0)) * (1 + self._copies)
         self._burst = max(BURST_SECONDS * self.options.bytes_per_second, most)
         self._allowance, self._filled_at = self._burst, clock()
         self._next_look = self._filled_at
         if self.active:
             swap_loops.prepare()  # else the first step would wait for it
+        for layer in self._layers:
+            if layer.prefill_stream is not None:
+                layer.prefill_stream.let_stay(self.stay)
 
     def step(self, cuda_stream: int | None = None) -> int:
         """To be called between two steps of the model: look at what was routed, if it is time to,
@@ -290,14 +305,70 @@ class OnlinePlacement:
             Experts that were moved, up or down.
         """
         now = self._clock()
-        if now < self._next_look or not self.active:
+        if now < self._next_look or not self.active or not self._turn.acquire(timeout=0):
             return 0
-        self._next_look = now + LOOK_SECONDS
-        self._allowance = min(
-            self._burst, self._allowance + (now - self._filled_at) * self.options.bytes_per_second
-        )
-        self._filled_at = now
-        return self._swap(self._look(), cuda_stream)
+        try:
+            self._next_look = now + LOOK_SECONDS
+            self._fill(now)
+            return self._swap(self._look(), cuda_stream)
+        finally:
+            self._turn.release()
+
+    def stay(self, layer_idx: int, sent: Sequence[int], swap: Swap) -> tuple[int, ...]:
+        """Let some of the experts that are due to be sent to a layer for one batch come to stay:
+        those that are used more than the least used ones there, beyond `schedule.staying`'s margin
+        and what chance explains. Of the budget they take what the others' way back takes.
+
+        Args:
+            sent: cold experts.
+            swap: swaps two experts of the layer now.
+
+        Returns:
+            Those that have come.
+        """
+        at = next((n for n, layer in enumerate(self._layers) if layer.layer_idx == layer_idx), -1)
+        if at < 0 or not self.active or not self._turn.acquire(timeout=0):
+            return ()
+        try:
+            self._fill(self._clock())
+            pairs = self._worth(at, sent)
+            return tuple(up for down, up in pairs if self._let_in(at, down, up, swap))
+        finally:
+            self._turn.release()
+
+    def _worth(self, at: int, sent: Sequence[int]) -> list[tuple[int, int]]:
+        """(Expert that goes, expert that stays) of a layer, by the fast average."""
+        loops = self._loops
+        use, state, now = self._use[loops.FAST, at], self._state[at], float(self._tokens[at])
+        life = float(self._half_life[loops.FAST, at])
+        rested = self._rest_until[at] <= now
+        found = []
+        for up, down in staying([e for e in sent if rested[e]], use, (state == loops.HOT) & rested):
+            above, below = float(use[up]), float(use[down])
+            chance = loops.by_chance(use, state, life, now, above, below)
+            payback = self.options.payback_pairs * self._copies / loops.LN2
+            if above - below > max(chance, payback):
+                found.append((down, up))
+        return found
+
+    def _let_in(self, at: int, down: int, up: int, swap: Swap) -> bool:
+        """Swap two experts, if the budget has room."""
+        loops, cost = self._loops, round(float(self._nbytes[at]) * self._copies)
+        if not self.active or cost > self._allowance:
+            return False
+        try:
+            swap(down, up)
+        except RuntimeError as error:
+            self._give_up(error)
+            return False
+        self._state[at, down], self._state[at, up] = loops.COLD, loops.HOT
+        rest = self._tokens[at] + self._half_life[loops.FAST, at]
+        self._rest_until[at, [down, up]] = rest
+        self._spend(cost)
+        self._moved_bytes += int(self._nbytes[at])
+        self._arrived(at, down, up)
+        self._stays += 1
+        return True
 
     def report(self) -> OnlineReport:
         """What has been done so far, and gained as of the last look."""
@@ -313,6 +384,7 @@ class OnlinePlacement:
             moved_bytes=self._moved_bytes,
             gained_bytes=round(float(gained)),
             read_bandwidth=self.options.read_bandwidth or metrics().bandwidth,
+            stays=self._stays,
         )
 
     def _look(self) -> int:
@@ -347,29 +419,42 @@ class OnlinePlacement:
         return int((self._swaps_table[:, 0] >= 0).sum())
 
     def _swap(self, count: int, cuda_stream: int | None) -> int:
-        """Carry the planned swaps out. Where one fails, nothing moves any more: its layer says at
-        its next call whether it is whole."""
+        """Carry the planned swaps out, until one fails."""
         moves = 0
         try:
             for at, down, up in self._swaps_table[:count].tolist():
                 layer, nbytes = self._layers[at], int(self._nbytes[at])
                 if down >= 0:
                     layer.demote(down, cuda_stream)
-                    self._left_at[at, down] = self._tokens[at]
                     self._spend(round(nbytes * self._copies))
                     moves += 1
                 layer.promote(up, cuda_stream)
                 self._spend(nbytes)
-                self._swaps += 1
-                since = self._tokens[at] - self._left_at[at, up]
-                self._returns += bool(since < 2 * self._half_life[0, at])
+                self._arrived(at, down, up)
                 moves += 1
         except RuntimeError as error:
-            self.active = False
-            warn_once(f"experts stay where they are from now on, since a move failed: {error}")
+            self._give_up(error)
         if moves:
             logger.debug("%s", self.report().summary())
         return moves
+
+    def _arrived(self, at: int, down: int, up: int) -> None:
+        """Count a swap; `down` is -1 where a slot was free."""
+        if down >= 0:
+            self._left_at[at, down] = self._tokens[at]
+        self._swaps += 1
+        since = self._tokens[at] - self._left_at[at, up]
+        self._returns += bool(since < 2 * self._half_life[0, at])
+
+    def _give_up(self, error: RuntimeError) -> None:
+        """Nothing moves any more; a layer says at its next call whether it is whole."""
+        self.active = False
+        warn_once(f"experts stay where they are from now on, since a move failed: {error}")
+
+    def _fill(self, now: float) -> None:
+        """The budget grows with time."""
+        grown = self._allowance + (now - self._filled_at) * self.options.bytes_per_second
+        self._allowance, self._filled_at = min(self._burst, grown), now
 
     def _spend(self, nbytes: int) -> None:
         self._allowance -= nbytes

@@ -142,6 +142,27 @@ def _deviations(sums: Floats, states: States, left: float, pairs: int) -> float:
 
 
 @_compiled
+def by_chance(
+    sums: Floats, states: States, life: float, now: float, above: float, below: float
+) -> float:
+    """By how much the sums `above` and `below` of a cold and a hot expert may differ by chance.
+
+    Args:
+        sums, states: [E] of one average of a layer.
+        life: its half-life. now: the layer's clock.
+    """
+    colds = hots = 0
+    for e in range(len(states)):
+        if states[e] == COLD:
+            colds += 1
+        elif states[e] == HOT:
+            hots += 1
+    left = 0.5 ** (now / life)
+    deviations = _deviations(sums, states, left, colds * max(hots, 1))
+    return deviations * math.sqrt((above + below) * (1 + left) / 2)
+
+
+@_compiled
 def _best_of_layer(
     layer: int,
     use: Floats,
@@ -157,12 +178,6 @@ def _best_of_layer(
     """The swap of a layer that gains most: pairs a token that the GPU takes over from the CPU, 0 if
     there is none. `choice[layer]` becomes (down, up), down -1 where a slot is free."""
     experts = state.shape[1]
-    colds = hots = 0
-    for e in range(experts):
-        if state[layer, e] == COLD:
-            colds += 1
-        elif state[layer, e] == HOT:
-            hots += 1
     best = 0.0
     for scale in range(2):
         up = down = -1
@@ -187,11 +202,8 @@ def _best_of_layer(
             if scale == SLOW and use[FAST, layer, up] <= use[FAST, layer, down]:
                 continue  # it was so; lately it is not
         life = half_life[scale, layer]
-        left = 0.5 ** (now / life)
-        pairs = colds * max(hots, 1)
-        by_chance = _deviations(use[scale, layer], state[layer], left, pairs)
-        by_chance *= math.sqrt((above + below) * (1 + left) / 2)
-        if (above - below) <= max(by_chance, margin * above, payback / LN2):
+        chance = by_chance(use[scale, layer], state[layer], life, now, above, below)
+        if (above - below) <= max(chance, margin * above, payback / LN2):
             continue
         gain = (above - below) * LN2 / life
         if gain > best:

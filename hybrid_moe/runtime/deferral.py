@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,6 +61,13 @@ def split_deferred(
     protected.scatter_(0, expert.gather(1, top).flatten(), True)
     now = protected[expert]
     return torch.where(now & valid, ids, none), torch.where(~now & valid, ids, none)
+
+
+def split_off(ids: torch.Tensor, later: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`split_deferred` where it is known which experts run later: their pairs go, and no others."""
+    is_later = torch.isin(ids, torch.tensor(later, dtype=ids.dtype, device=ids.device))
+    none = torch.full_like(ids, -1)
+    return torch.where(is_later, none, ids), torch.where(is_later, ids, none)
 
 
 class ChainedLayer(Protocol):

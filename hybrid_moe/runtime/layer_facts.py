@@ -162,6 +162,11 @@ class LayerFacts:
         return self._hot is not None and self._hot.options.keep_panels
 
     @property
+    def prefill_stream(self) -> PrefillStream | None:
+        """What sends experts to the GPU for a batch; None without."""
+        return self._prefill_stream
+
+    @property
     def slot_nbytes(self) -> int:
         """Bytes of one expert in a slot, which a promotion copies; 0 where nothing is reserved."""
         return 0 if self._hot is None else self._hot.nbytes // max(1, self._hot.options.slots)

@@ -46,7 +46,10 @@ class Metrics:
             taken (`check_errors`, or the next call of the layer).
         faults: runs of CUDA tensors' jobs that went wrong, and runs of `strict` layers with ids out
             of range.
-        sent_bytes: of experts that travelled to a GPU for one batch of a prompt.
+        sent_experts, sent_bytes: that travelled to a GPU for one batch.
+        stays: experts that came for a batch and took a place that lasts; promotions too.
+        deferred_pairs: pairs of token and expert that the decision about a batch put off until the
+            next layer. A depth that is given, as in graphs, is not counted.
     """
 
     layers: Mapping[str, LayerUse]
@@ -58,7 +61,10 @@ class Metrics:
     moved_bytes: int
     ignored_ids: int
     faults: int
+    sent_experts: int = 0
     sent_bytes: int = 0
+    stays: int = 0
+    deferred_pairs: int = 0
 
     @property
     def total(self) -> LayerUse:
@@ -153,7 +159,10 @@ class Metrics:
             ("promotions_total", "experts that moved to a GPU", self.promotions),
             ("demotions_total", "experts that moved back", self.demotions),
             ("moved_bytes_total", "bytes of experts that moved", self.moved_bytes),
+            ("sent_experts_total", "experts sent for a batch", self.sent_experts),
             ("sent_bytes_total", "bytes of experts sent for a batch", self.sent_bytes),
+            ("stays_total", "experts that came for a batch and stayed", self.stays),
+            ("deferred_pairs_total", "pairs that were decided to be put off", self.deferred_pairs),
             ("ignored_ids_total", "ids out of range", self.ignored_ids),
             ("faults_total", "runs that went wrong", self.faults),
         ):  # fmt: skip
@@ -191,7 +200,10 @@ def metrics() -> Metrics:
         promotions=totals.promotions,
         demotions=totals.demotions,
         moved_bytes=totals.moved_bytes,
+        sent_experts=totals.sent_experts,
         sent_bytes=totals.sent_bytes,
+        stays=totals.stays,
+        deferred_pairs=totals.deferred_pairs,
         ignored_ids=totals.ignored_ids,
         faults=faults(),
     )

@@ -39,6 +39,11 @@ class PrefillLoad:
     on_gpu: PairCount
     room: int
 
+    def split(self, sent: int) -> tuple[PairCount, PairCount]:
+        """The first `sent` cold experts, and the others."""
+        first, rest = self.cold[:sent], self.cold[sent:]
+        return PairCount(len(first), int(first.sum())), PairCount(len(rest), int(rest.sum()))
+
 
 @dataclass(frozen=True, eq=False)
 class PrefillTimes:

@@ -13,6 +13,9 @@ is never sent late, and one that came ahead in vain is not computed.
 A batch goes by one mask: the CPU skips what the GPU has in slots, for good or for this batch. So
 each pair runs once, wherever its expert is. Which half computes a pair depends on what was measured
 before, and the last bits of a sum with it.
+
+Short batches, such as steps of decode, send experts through the same slots, where `steps` says so:
+late only, since one step says little about which experts the next one takes.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -34,6 +37,7 @@ from hybrid_moe.runtime.gpu_arguments import BACKENDS, HotOptions
 from hybrid_moe.runtime.hot_half import HotHalf
 from hybrid_moe.runtime.prefill_loads import PrefillLoad, SendPlanner
 from hybrid_moe.runtime.sent_experts import SentExperts
+from hybrid_moe.runtime.step_choices import BatchPlanner
 from hybrid_moe.runtime.transient_slots import TransientSlots
 from hybrid_moe.streams.interface import Event
 from hybrid_moe.streams.link import Anchor, Link, Transfer, link_to
@@ -56,6 +60,14 @@ class StreamMember(Protocol):
         """Free the slots of what came ahead."""
 
 
+Swap = Callable[[int, int], None]
+"""(Expert that goes down, expert that comes up): the two change places now."""
+
+LetStay = Callable[[int, tuple[int, ...], Swap], tuple[int, ...]]
+"""(Index of a layer, experts that are to be sent there for a batch, what swaps two of the layer) ->
+those of the experts that have been swapped in, to stay."""
+
+
 class PrefillStream:
     """Of the layers of one model on one device: `KTMoEWrapper(prefill_stream=...)` of each.
 
@@ -67,6 +79,7 @@ class PrefillStream:
         tokens: batches of so many tokens and more are streamed, each on its own merits: the planner
             may send none.
         link: the way to the device's memory; None for the device's own.
+        steps: decides for shorter batches; None: the CPU computes all of their cold experts.
 
     Raises:
         ValueError: fewer than 2 slots, tokens that are not positive, or not one of `slots` and
@@ -81,6 +94,7 @@ class PrefillStream:
         link: Link | None = None,
         *,
         memory: int | None = None,
+        steps: BatchPlanner | None = None,
     ) -> None:
         if (slots is None) == (memory is None):
             raise ValueError("give slots or memory for streamed prefill, one of the two")
@@ -89,6 +103,8 @@ class PrefillStream:
         if tokens < 1:
             raise ValueError(f"tokens is {tokens}, must be at least 1")
         self.planner, self._slots, self._memory, self.tokens = planner, slots, memory, tokens
+        self.steps = steps
+        self._stays: weakref.WeakMethod[LetStay] | None = None
         self._link = link
         self._layers: dict[int, weakref.ref[StreamMember]] = {}
         self._transient: dict[Hashable, TransientSlots] = {}
@@ -162,6 +178,21 @@ class PrefillStream:
             if other is not None and other() is layer:
                 del self._layers[layer.index]
 
+    def place_of(self, index: int) -> tuple[int, int]:
+        """(How many layers are called before this one, how many there are)."""
+        living = [i for i, layer in list(self._layers.items()) if layer() is not None]
+        return sum(i < index for i in living), len(living)
+
+    def let_stay(self, stays: LetStay) -> None:
+        """Ask this method from now on, as long as its object lives, which experts stay that are to
+        be sent for a short batch."""
+        self._stays = weakref.WeakMethod(stays)
+
+    def stays(self, layer: int, sent: tuple[int, ...], swap: Swap) -> tuple[int, ...]:
+        """See `LetStay`."""
+        stays = None if self._stays is None else self._stays()
+        return () if stays is None or not sent else stays(layer, sent, swap)
+
     def after(self, index: int) -> StreamMember | None:
         """The layer that is called after this one; None behind the last."""
         later = sorted(i for i in self._layers if i > index)
@@ -193,14 +224,14 @@ class PrefillStream:
         return moment if following is not None and following.index == layer else None
 
     def learn(self) -> None:
-        """Tell the planner of what is over. Those that were dropped never are: they give way."""
+        """Tell the planners of what is over. Those that were dropped never are: they give way."""
         while self._under_way:
             times = self._under_way[0].times()
             if times is None and len(self._under_way) <= 2 * len(self._layers):
                 break
             sent = self._under_way.popleft()
             if times is not None:
-                self.planner.note(times)
+                sent.planner.note(times)
                 if trace.is_recording():
                     sent.trace(self._anchor)
         if self._link is None:
@@ -209,6 +240,8 @@ class PrefillStream:
             told = self._told.pop(transfer, None)
             if (seconds := transfer.seconds) is not None and transfer.nbytes:
                 self.planner.note_link(transfer.nbytes, seconds)
+                if self.steps is not None:
+                    self.steps.note_link(transfer.nbytes, seconds)
                 if told is not None and (span := transfer.span(self._anchor)) is not None:
                     trace.note(replace(told, begin=span[0], end=span[1]))
 

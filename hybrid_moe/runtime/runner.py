@@ -19,9 +19,9 @@ from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.call import check_call, is_plain, plain
-from hybrid_moe.runtime.deferral import DeferralChain, split_deferred
+from hybrid_moe.runtime.deferral import DeferralChain, split_deferred, split_off
 from hybrid_moe.runtime.host_mask import HostMask
-from hybrid_moe.runtime.hot_half import HotHalf, HotJob
+from hybrid_moe.runtime.hot_half import HotHalf, HotJob, entered
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.runtime.prefill_stream import PrefillStream
 from hybrid_moe.runtime.streamed_layer import StreamedBatch, StreamedLayer
@@ -29,6 +29,9 @@ from hybrid_moe.runtime.submission import Started, Submission, discard
 from hybrid_moe.streams.faults import LayerFaults
 from hybrid_moe.streams.interface import Stream
 from hybrid_moe.streams.staging import Stager, StreamJob, StreamZeros
+
+Parts = tuple[torch.Tensor, torch.Tensor | None]
+"""Ids that run now and ids that run later, each [T, k]; None: all run now."""
 
 
 class LayerRunner:
@@ -44,7 +47,7 @@ class LayerRunner:
         strict: ids out of range are an error.
         halves: the hot half, and what says which experts are its own; None where the caller
             computes the experts that the mask skips. With it, jobs leave their sums unrounded.
-        prefill_stream: sends experts to the GPU for long batches; with `halves` only.
+        prefill_stream: sends experts to the GPU for a batch; with `halves` only.
     """
 
     def __init__(
@@ -132,7 +135,8 @@ class LayerRunner:
                 if stream is not None:
                     self._follow_latest(stream)
                 with streamed.turn:
-                    batch = streamed.begin(stream, ids)
+                    later = 0 if self._following() is None else self._deferred
+                    batch = streamed.begin(stream, ids, weights, later, self._settle)
                     try:
                         job, hot, fault = self._start_streamed(batch, stream, hidden, ids, weights)
                     except BaseException:
@@ -292,7 +296,7 @@ class LayerRunner:
 
     def _following(self) -> int | None:
         """The layer that deferred experts go to; None if this one defers nothing."""
-        if self._chain is None:
+        if not self._deferred or self._chain is None:
             return None
         following = self._chain.after(self.layer_idx)
         if following is None and not self._logged_last:
@@ -305,6 +309,28 @@ class LayerRunner:
         shape = self._shape
         return RoutingSplit(shape.num_experts, shape.num_experts_per_tok, self._protected)
 
+    def _carry(self, job: Started) -> None:
+        """Leave what is deferred to the following layer."""
+        following = self._following()
+        assert following is not None and self._chain is not None
+        self._chain.carry(self.layer_idx, following, job)
+
+    def _split(self, ids: torch.Tensor, weights: torch.Tensor) -> Parts:
+        """The ids that run now, and those that run later; None where nothing is deferred."""
+        if self._following() is None:
+            return ids, None
+        return split_deferred(ids, weights, self._protected, self._shape.num_experts)
+
+    def _split_plain(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[Parts, int]:
+        """`_split` of plain tensors; and, where something is deferred, how many ids are out of
+        range."""
+        if self._following() is None:
+            return (ids, None), 0
+        now, later = torch.empty_like(ids), torch.empty_like(ids)
+        addresses = (tensor.data_ptr() for tensor in (ids, weights, now, later))
+        ignored = self._routing_split(ids.size(0), *addresses)
+        return (now, later), ignored
+
     def _start_streamed(
         self,
         batch: StreamedBatch,
@@ -313,33 +339,33 @@ class LayerRunner:
         ids: torch.Tensor,
         weights: torch.Tensor,
     ) -> tuple[Started, HotJob, Exception | None]:
-        """Start a long batch in three parts: the CPU's experts, those in slots, and those that are
-        sent. None is deferred: nearly every expert is protected by some token. What is wrong with
-        the ids of plain tensors comes back, for the sync."""
+        """Start a batch in three parts: the CPU's experts, those in slots, and those that are sent.
+        What is wrong with the ids of plain tensors comes back, for the sync."""
         assert self._halves is not None and self._streamed is not None
         half, sent, fault = self._halves[0], batch.sent, None
+        parts: Parts = ids, None
+        if batch.deferred:
+            with entered(stream):
+                parts = split_off(ids, batch.deferred)
         job: Started
         if stream is None:
             self._mask.look()
-            job = self._start(hidden, ids, weights, batch.skip)
-            if job.ignored or job.missing >= 0:
-                fault = self._faults.count(job.ignored, job.missing)
+            ignored = _out_of_range(ids, self._shape.num_experts) if batch.deferred else 0
+            job, fault = self._start_parts(hidden, parts, weights, ignored, batch.skip)
             batch.queue_ahead()  # the host computes the rest now
             begin = sent.watch.now()
             hot = half.start(None, hidden, ids, weights)
         else:
             self._raise_reported(stream)
+            ignored = self._ignored(later=bool(batch.deferred))
             begin, started = sent.watch.now(), list[HotJob]()
+
+            def start_hot() -> None:
+                started.append(half.start(stream, hidden, ids, weights))
+
             with stream:
-                job = self._streamed.stager.submit(
-                    stream,
-                    hidden,
-                    ids,
-                    weights,
-                    ignored_ids=IDS_FAULT if self._strict else IDS_COUNT,
-                    beside=lambda: started.append(half.start(stream, hidden, ids, weights)),
-                )
-            self._seen_mask = job.graph_job.progress
+                stager = self._streamed.stager
+                job = self._queue(stager, stream, hidden, parts, weights, ignored, start_hot)
             hot = started[0]
         try:
             sent.note_gpu(begin)
@@ -360,23 +386,33 @@ class LayerRunner:
         wrong with the ids comes back, for the sync."""
         self._mask.look()
         self._seen_mask = self._mask
-        following = self._following() if self._deferred else None
-        if following is None:
-            job = self._start(hidden, ids, weights)
+        parts, ignored = self._split_plain(ids, weights)
+        return self._start_parts(hidden, parts, weights, ignored)
+
+    def _start_parts(
+        self,
+        hidden: torch.Tensor,
+        parts: Parts,
+        weights: torch.Tensor,
+        ignored: int,
+        skip: int | None = None,
+    ) -> tuple[Job[torch.Tensor], Exception | None]:
+        """Start the ids of plain tensors, those that run later as a job of their own; see `_start`.
+        `ignored`: ids of both that are out of range, which neither has. What is wrong with them
+        comes back, for the sync."""
+        now, later = parts
+        job = self._start(hidden, now, weights, skip)
+        if later is None:
             if job.ignored or job.missing >= 0:
                 return job, self._faults.count(job.ignored, job.missing)
             return job, None
-        now, later = torch.empty_like(ids), torch.empty_like(ids)
-        addresses = (tensor.data_ptr() for tensor in (ids, weights, now, later))
-        ignored = self._routing_split(ids.size(0), *addresses)
-        job = self._start(hidden, now, weights)
         try:
             fault = self._faults.count(ignored, job.missing)
             if fault is None:
-                deferred = self._start(hidden, later, weights)
+                deferred = self._start(hidden, later, weights, skip)
                 fault = self._faults.count(0, deferred.missing)
-                if fault is None and self._chain is not None:
-                    self._chain.carry(self.layer_idx, following, deferred)
+                if fault is None:
+                    self._carry(deferred)
         except BaseException:
             discard(job, self.layer_idx)
             raise
@@ -436,44 +472,61 @@ class LayerRunner:
         self._mask.look()
         if self._mask.nowhere >= 0:  # nobody here knows whether the ids name it
             raise self._faults.not_loaded(self._mask.nowhere)
-        if self._has_experts and self._strict and self._deferred:
+        ignored = self._ignored(later=self._deferred > 0 and self._has_experts)
+        self._raise_reported(stream)
+        with stream:
+            if self._has_experts:
+                parts = self._split(ids, weights)
+                return self._queue(self._stager, stream, hidden, parts, weights, ignored, start_hot)
+            if start_hot is not None:
+                start_hot()
+            self._count_hot(ids.numel())  # nobody here knows which are out of range
+            return StreamZeros(hidden, self._out_type)
+
+    def _queue(
+        self,
+        stager: Stager,
+        stream: Stream,
+        hidden: torch.Tensor,
+        parts: Parts,
+        weights: torch.Tensor,
+        ignored: int,
+        beside: Callable[[], None] | None,
+    ) -> StreamJob:
+        """Queue the ids, those that run later as a job of their own; the rest as for
+        `Stager.submit`."""
+        now, later = parts
+        job = stager.submit(stream, hidden, now, weights, ignored_ids=ignored, beside=beside)
+        self._seen_mask = job.graph_job.progress
+        if later is None:
+            return job
+        try:
+            deferred = stager.submit(stream, hidden, later, weights, ignored_ids=ignored, join=True)
+            self._seen_mask = deferred.graph_job.progress
+            self._carry(deferred)
+        except BaseException:
+            job.discard()
+            raise
+        return job
+
+    def _ignored(self, *, later: bool) -> int:
+        """What ids out of range mean to a job on CUDA tensors; `later`: it may be one of two."""
+        if not later:
+            return IDS_FAULT if self._strict else IDS_COUNT
+        if self._strict:
             raise ValueError(
                 "strict=True cannot tell ids out of range from deferred ones on CUDA tensors: "
                 "set max_deferred_experts_per_token=0"
             )
-        self._raise_reported(stream)
-        ignored = IDS_PASS if self._deferred else IDS_FAULT if self._strict else IDS_COUNT
-
-        def start(ids: torch.Tensor, later: bool) -> StreamJob | StreamZeros:
-            if not self._has_experts:
-                if not later:
-                    if start_hot is not None:
-                        start_hot()
-                    self._count_hot(ids.numel())  # nobody here knows which are out of range
-                return StreamZeros(hidden, self._out_type)
-            beside = None if later else start_hot
-            job = self._stager.submit(
-                stream, hidden, ids, weights, ignored_ids=ignored, join=later, beside=beside
-            )
-            self._seen_mask = job.graph_job.progress
-            return job
-
-        with stream:
-            following = self._following() if self._deferred else None
-            if following is None or self._chain is None:
-                return start(ids, False)
-            experts = self._shape.num_experts
-            now, deferred = split_deferred(ids, weights, self._protected, experts)
-            job = start(now, False)
-            try:
-                self._chain.carry(self.layer_idx, following, start(deferred, True))
-            except BaseException:
-                job.discard()
-                raise
-            return job
+        return IDS_PASS
 
     def _raise_reported(self, stream: Stream) -> None:
         """Raise what workers have reported about runs that the host did not wait for. Not during a
         capture, which has nothing to do with them."""
         if not stream.capturing() and (error := self.take_error()) is not None:
             raise error
+
+
+def _out_of_range(ids: torch.Tensor, experts: int) -> int:
+    """How many ids are."""
+    return int(((ids < 0) | (ids >= experts)).sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,12 +55,20 @@ class Stopwatch:
         return anchor[1] + round(1e9 * self._stream.seconds_between(anchor[0], moment))
 
 
+class Learner(Protocol):
+    """A planner, as far as it learns."""
+
+    def note(self, times: PrefillTimes) -> None:
+        """Of a batch that is over."""
+
+
 @dataclass(eq=False)
 class SentExperts:
     """See the module.
 
     Attributes:
-        load: what the planner was told. sent: what it answered.
+        load: what the planner was told. sent: of its cold experts, the first so many were sent.
+        planner: learns from the batch.
         watch: of the batch's stream.
         before: when the layer before was over, by a watch of the same kind; None: not known.
         slots: where the experts are.
@@ -72,6 +80,7 @@ class SentExperts:
 
     load: PrefillLoad
     sent: int
+    planner: Learner
     watch: Stopwatch
     before: Any
     slots: TransientSlots

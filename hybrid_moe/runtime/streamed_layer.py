@@ -23,13 +23,13 @@ from hybrid_moe.runtime.hot_half import HotHalf
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.runtime.prefill_loads import PairCount, PrefillLoad, SendChoice
 from hybrid_moe.runtime.prefill_stream import PrefillStream
-from hybrid_moe.runtime.sent_experts import SentExperts, Stopwatch
+from hybrid_moe.runtime.routing_reader import Counts, RoutingReader, pairs_of
+from hybrid_moe.runtime.sent_experts import Learner, SentExperts, Stopwatch
+from hybrid_moe.runtime.step_choices import StepRouting
 from hybrid_moe.runtime.transient_slots import TransientSlots, Wave
 from hybrid_moe.streams.buffers import BUFFERS, BufferPool
 from hybrid_moe.streams.interface import Stream
 from hybrid_moe.streams.staging import Stager
-
-Counts = npt.NDArray[np.int64]
 
 
 class StreamedLayer:
@@ -61,7 +61,7 @@ class StreamedLayer:
         self._ahead: list[Wave] = []  # the same object always
         weakref.finalize(self, _give_back, self._slots, self._ahead).atexit = False
         self._seen: tuple[int, Counts] | None = None
-        self._pinned: torch.Tensor | None = None
+        self._reader = RoutingReader(shape.num_experts, shape.num_experts_per_tok)
         self._send_ahead: Callable[[], None] | None = None
         formats = layer.formats
         self._formats = formats.gate_up.name, formats.down.name
@@ -79,28 +79,50 @@ class StreamedLayer:
         return self._owner.turn
 
     def wants(self, tokens: int, stream: Stream | None) -> bool:
-        """Whether a batch of so many tokens is streamed. Nothing is under capture, where nobody
-        can wait for the routing."""
-        return tokens >= self._owner.tokens and (stream is None or not stream.capturing())
+        """Whether it is decided for a batch of so many tokens where its experts are computed.
+        Nothing is under capture, where nobody can wait for the routing."""
+        owner = self._owner
+        if tokens < owner.tokens:
+            steps = owner.steps
+            if steps is None or not tokens or not steps.asks(self._shape.layer_idx, tokens):
+                return False
+        return stream is None or not stream.capturing()
 
-    def begin(self, stream: Stream | None, ids: torch.Tensor) -> StreamedBatch:
+    def begin(
+        self,
+        stream: Stream | None,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        most_deferred: int,
+        settle: Callable[[Stream | None], None],
+    ) -> StreamedBatch:
         """Decide where the experts of a batch are computed, and send those that go late; the
         calling thread waits for the routing. `skip` is set.
 
         Args:
             stream: that of the batch; None on CPU tensors.
-            ids: integer [T, k].
+            ids: integer [T, k]. weights: float [T, k].
+            most_deferred: experts of a token that may be computed one layer later.
+            settle: see `ExpertPlacement.promote`.
         """
+        if len(ids) >= self._owner.tokens:
+            return self._begin_prompt(stream, ids)
+        return self._begin_step(stream, ids, weights, most_deferred, settle)
+
+    def _begin_prompt(self, stream: Stream | None, ids: torch.Tensor) -> StreamedBatch:
+        """How many travel late, and how many ahead for the next layer, says the planner of prompts.
+        None is deferred: nearly every expert is protected by some token."""
         owner, tokens, begin = self._owner, len(ids), time.monotonic_ns()
         owner.learn()
         watch = Stopwatch(stream)
-        counts = self._count(stream, ids)
+        counts = self._reader.count(stream, ids)
+        self._anchor()
         self._seen = tokens, counts
         cold = self._cold
         used = cold & (counts > 0)
         waves = [(wave, {e: s for e, s in wave.slot_of.items() if used[e]}) for wave in self._ahead]
         self._ahead.clear()
-        here = np.array([e for _, slot_of in waves for e in slot_of], np.int64)
+        here = [e for _, slot_of in waves for e in slot_of]
         for wave, slot_of in waves:
             owner.unused_bytes += (len(wave.slots) - len(slot_of)) * self._nbytes
         following = owner.after(self.index)
@@ -115,27 +137,92 @@ class StreamedLayer:
         now, ahead, _ = choice
         if trace.is_recording():
             self._trace_choice(begin, load, choice)
-        sent = SentExperts(
-            load, now, watch, owner.end_before(self.index), self._slots, waves,
-            self._placement.wide, 1 if stream else -(-tokens // MAX_TOKENS_PER_JOB), self._busy,
-        )  # fmt: skip
-        try:
-            if now:
-                waves.append(self._send(order[:now], "late"))
-        except BaseException:
-            sent.drop()
-            raise
-        for _, slot_of in waves:
-            here = np.concatenate([here, np.array(list(slot_of), np.int64)])
-        skip = self.skip.numpy()
-        skip[:] = np.where(self._placement.hot, HOT, np.where(cold, COLD, AWAY))
-        skip[here] = HOT
         self._send_ahead = None
         if following is not None and ahead:
             self._send_ahead = lambda: following.send_ahead(ahead)
+        jobs = 1 if stream else -(-tokens // MAX_TOKENS_PER_JOB)
+        sent = self._sent_experts(load, now, owner.planner, watch, waves, jobs)
+        return self._started(sent, order[:now])
+
+    def _begin_step(
+        self,
+        stream: Stream | None,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        most_deferred: int,
+        settle: Callable[[Stream | None], None],
+    ) -> StreamedBatch:
+        """Which experts travel, to stay or for this batch alone, and which the CPU computes one
+        layer later, says the planner of steps."""
+        owner, begin = self._owner, time.monotonic_ns()
+        assert owner.steps is not None
+        owner.learn()
+        owner.reclaim(())  # a prompt that waits for these has been given up
+        watch = Stopwatch(stream)
+        chosen, scores = self._reader.read(stream, ids, weights)
+        known = time.monotonic()
+        self._anchor()
+        counts, cold, room = pairs_of(chosen, self._shape.num_experts), self._cold, self._slots.free
+        load = self._load(counts[_most_first(counts, cold)], self._hot_counts(counts), room)
+        routing = StepRouting(chosen, scores, ~cold, most_deferred, *owner.place_of(self.index))
+        choice = owner.steps.choose(load, routing)
+
+        def swap(down: int, up: int) -> None:
+            self._placement.demote(down, stream, settle)
+            self._placement.promote(up, stream, settle)
+
+        stay = owner.stays(self.index, choice.sent, swap)
+        self._placement.check_mask()  # whole, and the caller's
+        TOTALS.stays += len(stay)
+        put_off = int(counts[list(choice.deferred)].sum())
+        TOTALS.deferred_pairs += put_off
+        travel = np.array([e for e in choice.sent if e not in stay], np.int64)
+        if trace.is_recording():
+            facts = {"sent": list(choice.sent), "to stay": list(stay), "pairs put off": put_off}
+            now = time.monotonic_ns()
+            trace.note(TraceNote("decisions", choice.explain(), begin, now, facts))
+        rest = self._cold
+        rest[travel] = False
+        order = np.concatenate([travel, _most_first(counts, rest)])
+        load = self._load(counts[order], self._hot_counts(counts), room)
+        jobs = 2 if choice.deferred else 1
+        sent = self._sent_experts(load, len(travel), owner.steps, watch, [], jobs)
+        batch = self._started(sent, travel, choice.deferred)
+        owner.steps.spent(len(ids), time.monotonic() - known)
+        return batch
+
+    def _sent_experts(
+        self,
+        load: PrefillLoad,
+        sent: int,
+        planner: Learner,
+        watch: Stopwatch,
+        waves: list[tuple[Wave, dict[int, int]]],
+        jobs: int,
+    ) -> SentExperts:
+        before = self._owner.end_before(self.index)
+        return SentExperts(
+            load, sent, planner, watch, before, self._slots, waves, self._placement.wide, jobs,
+            self._busy,
+        )  # fmt: skip
+
+    def _started(
+        self, sent: SentExperts, late: npt.NDArray[np.int64], deferred: tuple[int, ...] = ()
+    ) -> StreamedBatch:
+        """All is decided: send the experts that go late, and set `skip`."""
+        if len(late):
+            try:
+                sent.waves.append(self._send(late, "late"))
+            except BaseException:
+                sent.drop()
+                raise
+        skip = self.skip.numpy()
+        skip[:] = np.where(self._placement.hot, HOT, np.where(self._cold, COLD, AWAY))
+        for _, slot_of in sent.waves:
+            skip[list(slot_of)] = HOT
         sent.note_submitted()
-        owner.began(sent)
-        return StreamedBatch(self, sent)
+        self._owner.began(sent)
+        return StreamedBatch(self, sent, deferred)
 
     def queue_ahead(self) -> None:
         """Send what the planner has chosen for the next layer."""
@@ -182,25 +269,6 @@ class StreamedLayer:
             self._owner.leave(self)
             self._owner.close_link()
 
-    def _count(self, stream: Stream | None, ids: torch.Tensor) -> Counts:
-        """Pairs of each expert: int64 [E]."""
-        experts = self._shape.num_experts
-        if stream is None:
-            flat = ids.numpy().reshape(-1)
-            return np.bincount(flat[(flat >= 0) & (flat < experts)], minlength=experts)
-        if self._pinned is None:
-            self._pinned = stream.pinned((experts + 1,), torch.int64)
-        with stream:
-            known = torch.where((ids >= 0) & (ids < experts), ids, experts).to(torch.int64)
-            found = torch.zeros(experts + 1, dtype=torch.int64, device=ids.device)
-            found.scatter_add_(0, known.flatten(), torch.ones_like(known.flatten()))
-            stream.to_host(self._pinned, found)
-            counted = stream.record(timed=True)
-        stream.host_wait(counted)
-        self._owner.anchored(counted)
-        counts: Counts = self._pinned.numpy()[:experts].copy()
-        return counts
-
     def _trace_choice(self, begin: int, load: PrefillLoad, choice: SendChoice) -> None:
         """A note of what was decided, and why."""
         name = f"layer {self.index}: {choice.late} late, {choice.ahead} ahead"
@@ -220,6 +288,7 @@ class StreamedLayer:
         }
         wave = self._slots.send(self._owner.link(self._device), ranges)
         nbytes = len(ranges) * self._nbytes
+        TOTALS.sent_experts += len(ranges)
         self._owner.sent_bytes += nbytes
         TOTALS.sent_bytes += nbytes
         name = f"layer {self.index}: {len(ranges)} {when}"
@@ -233,6 +302,16 @@ class StreamedLayer:
         before, counts = self._seen
         scaled: Counts = np.rint(counts * (tokens / max(1, before))).astype(np.int64)
         return scaled
+
+    def _anchor(self) -> None:
+        """The host has just seen the routing."""
+        if self._reader.read_at is not None:
+            self._owner.anchored(self._reader.read_at)
+
+    def _hot_counts(self, counts: Counts) -> Counts:
+        """Those of the used experts in slots."""
+        hot: Counts = counts[(counts > 0) & self._placement.hot]
+        return hot
 
     def _busy(self) -> tuple[int, int]:
         return self._layer.busy
@@ -277,10 +356,11 @@ class StreamedBatch:
     Attributes:
         skip: address of what the CPU's part goes by, uint8 [E].
         sent: those experts.
+        deferred: experts that the CPU computes for the next layer's sum.
     """
 
-    def __init__(self, layer: StreamedLayer, sent: SentExperts) -> None:
-        self._layer, self.sent = layer, sent
+    def __init__(self, layer: StreamedLayer, sent: SentExperts, deferred: tuple[int, ...]) -> None:
+        self._layer, self.sent, self.deferred = layer, sent, deferred
         self.skip = layer.skip.data_ptr()
 
     def over(self, stream: Stream | None) -> None:

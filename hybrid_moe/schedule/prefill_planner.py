@@ -10,68 +10,23 @@ layer begins when the link is free, so that its arrival counts from there; a lat
 layer makes all of them later. Both numbers are chosen together: the sum of the two layers' times is
 least. A steady state follows from that by itself: a layer whose link is behind sends less.
 
-Seconds are those of the timeline (`layer_times`), times factors that are learned from the layers
-before: of the CPU for each format, of the GPU, and of the link.
+Seconds are those of `learned_rates`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_moe.runtime.prefill_loads import PairCount, PrefillLoad, PrefillTimes, SendChoice
-from hybrid_moe.schedule.layer_times import cpu_seconds, gpu_expert_seconds
-from hybrid_moe.schedule.layer_work import ExpertCount, ExpertWork
-from hybrid_moe.schedule.machine_rates import MachineRates
-
-LEARNING = 0.3
-"""Weight of the latest layer in what is learned: three layers are two thirds of it."""
+from hybrid_moe.runtime.prefill_loads import PairCount, PrefillLoad, SendChoice
+from hybrid_moe.schedule.learned_rates import LearnedRates
 
 _TRIED = 9
 """Numbers of late experts that are tried at first, and again around the best of them."""
 
 
-@dataclass
-class LearnedFactor:
-    """Measured over predicted seconds, an exponential mean of their logarithms."""
-
-    value: float = 1.0
-    known: bool = False
-
-    def learn(self, ratio: float) -> None:
-        """Take in a measurement; the first one stands alone."""
-        weight = LEARNING if self.known else 1.0
-        self.value *= (ratio / self.value) ** weight
-        self.known = True
-
-
-@dataclass
-class PrefillPlanner:
-    """Chooses how many experts are sent. See the module.
-
-    Attributes:
-        rates: of the machine; `link` is not 0.
-        one_token_rate, many_tokens_rate: multiply-accumulates of the CPU, see `ExpertWork`.
-
-    Raises:
-        ValueError: there is no link.
-    """
-
-    rates: MachineRates
-    one_token_rate: float
-    many_tokens_rate: float
-    before: float = 0.0
-    """Seconds of the GPU from one layer's sum to the next one's routing."""
-    cpu: dict[tuple[str, str], LearnedFactor] = field(default_factory=dict)
-    gpu: LearnedFactor = field(default_factory=LearnedFactor)
-    link: LearnedFactor = field(default_factory=LearnedFactor)
-    _before_known: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.rates.link:
-            raise ValueError("streamed prefill needs a link: its rate is 0")
+class PrefillPlanner(LearnedRates):
+    """Chooses how many experts are sent. See the module."""
 
     def choose(self, now: PrefillLoad, following: PrefillLoad | None, queued: float) -> SendChoice:
         """See `SendPlanner.choose`."""
@@ -106,35 +61,6 @@ class PrefillPlanner:
                 return SendChoice(best, tried[best][1], why)
             low, high = max(0, best - step), min(most, best + step)
 
-    def note(self, times: PrefillTimes) -> None:
-        """See `SendPlanner.note`."""
-        load, sent = times.load, times.sent
-        curve = LayerCurve(self, load)
-        if times.before is not None:
-            weight = LEARNING if self._before_known else 1.0
-            self.before += weight * (times.before - self.before)
-            self._before_known = True
-        if times.cpu is not None and (alone := curve.cpu_alone(sent)) > 0:
-            factor = self.cpu.setdefault(load.formats, LearnedFactor())
-            factor.learn(max(1e-9, times.cpu / alone))
-        if times.gpu and (alone := curve.gpu_alone(sent)) > 0:
-            self.gpu.learn(times.gpu / alone)
-
-    def note_link(self, nbytes: int, seconds: float) -> None:
-        """See `SendPlanner.note_link`."""
-        if seconds > 0:
-            self.link.learn(seconds * self.rates.link / nbytes)
-
-    def link_seconds(self, nbytes: float) -> float:
-        """Of copying so many bytes."""
-        return nbytes / self.rates.link * self.link.value
-
-    def work(self, load: PrefillLoad) -> ExpertWork:
-        """One expert, in the timeline's terms."""
-        return ExpertWork(
-            load.nbytes, load.nbytes, load.weights, self.one_token_rate, self.many_tokens_rate
-        )
-
 
 class LayerCurve:
     """A layer's times over the number of experts that are sent.
@@ -144,29 +70,20 @@ class LayerCurve:
         load: of the layer.
     """
 
-    def __init__(self, planner: PrefillPlanner, load: PrefillLoad) -> None:
-        self._planner, self._load, self._work = planner, load, planner.work(load)
+    def __init__(self, planner: LearnedRates, load: PrefillLoad) -> None:
+        self._planner, self._load = planner, load
         # pairs of the first n experts
         self._pairs: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(load.cold)])
-        known = planner.cpu.get(load.formats)
-        self._cpu_factor = 1.0 if known is None else known.value
+        self._cpu_factor = planner.cpu_factor(load.formats)
 
     def link(self, sent: int) -> float:
         """Seconds of the copies."""
         return self._planner.link_seconds(sent * self._load.nbytes)
 
-    def cpu_alone(self, sent: int) -> float:
-        """Predicted seconds of the CPU's experts, nothing learned and nothing handed over."""
-        rest = ExpertCount(len(self._load.cold) - sent, float(self._pairs[-1] - self._pairs[sent]))
-        return cpu_seconds(self._work, rest, self._planner.rates) if rest.experts else 0.0
-
-    def gpu_alone(self, sent: int) -> float:
-        """Predicted seconds of all experts of the GPU, nothing learned."""
-        return self._gpu(self._load.on_gpu, 1) + self._gpu(self._of(sent), 1)
-
     def cpu(self, sent: int) -> float:
         """Seconds of the CPU's part."""
-        alone = self.cpu_alone(sent)
+        rest = PairCount(len(self._load.cold) - sent, float(self._pairs[-1] - self._pairs[sent]))
+        alone = self._planner.cpu_alone(self._load, rest)
         if not alone:
             return 0.0
         rates = self._planner.rates
@@ -200,6 +117,4 @@ class LayerCurve:
         return PairCount(sent, float(self._pairs[sent]))
 
     def _gpu(self, count: PairCount, factor: float) -> float:
-        if not count.experts:
-            return 0.0
-        return factor * gpu_expert_seconds(self._work, ExpertCount(*count), self._planner.rates)
+        return factor * self._planner.gpu_alone(self._load, count)

@@ -71,7 +71,11 @@ class LayerChoice:
 
 class StepScheduler:
     """Decisions for the layers of one model, step after step of batches of like sizes: batches of
-    other sizes have schedulers of their own. Not for several threads."""
+    other sizes have schedulers of their own. Not for several threads.
+
+    Attributes:
+        rates: of the machine; they may change from one decision to the next.
+    """
 
     def __init__(
         self,
@@ -109,15 +113,26 @@ class StepScheduler:
         """Of the step so far, by the model."""
         return self._state[0]
 
-    def decide(self, demand: LayerDemand, work: LayerWork | None = None) -> LayerChoice:
+    def decide(
+        self,
+        demand: LayerDemand,
+        work: LayerWork | None = None,
+        *,
+        place: int | None = None,
+        room: int | None = None,
+    ) -> LayerChoice:
         """The choice for the next layer; after the last one comes the first of the next step.
 
         Args:
             demand: what the batch meets.
             work: of this step, where the amounts before the experts depend on it.
+            place: of the layer, where that may be another than the next one: the step is taken to
+                begin there.
+            room: experts that may be sent; None for any number.
         """
-        place = self._next
-        if place == 0:
+        if place is None:
+            place = self._next
+        if place == 0 or place != self._next:
             self._state = START
         work = work or self.works[place]
         last = place == len(self.works) - 1
@@ -130,6 +145,7 @@ class StepScheduler:
             can_send=self._send,
             can_defer=self.max_deferred > 0 and not last,
         )
+        send = send[:room]
         ahead, asked = self._behind(place, layer, demand, costs)
         sent, deferred, best, plain = self._search(
             self._state, layer, costs, send, defer, ahead, asked, self._send

@@ -1,8 +1,9 @@
-"""Streamed prefill as engines ask for it: `HYBRID_MOE_STREAM_PREFILL=SIZE`.
+"""Experts that travel, as engines ask for it: `HYBRID_MOE_STREAM_PREFILL=SIZE`.
 
 SIZE is memory of the GPU for experts on their way (`runtime.prefill_stream`). Rates of the machine
-need not be known: those below are of a desktop with a PCIe 4 card, and the planner replaces them by
-what it measures, from the second layer of the first long prompt on.
+need not be known: those below are of a desktop with a PCIe 4 card, and the planners replace them by
+what they measure, from the second layer of the first long prompt, and of the first step of decode,
+on.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from collections.abc import Mapping
 from hybrid_moe.runtime.prefill_stream import PrefillStream
 from hybrid_moe.schedule.machine_rates import MachineRates
 from hybrid_moe.schedule.prefill_planner import PrefillPlanner
+from hybrid_moe.schedule.step_planner import StepPlanner
 from hybrid_moe.text import parse_size
 
 VARIABLE = "HYBRID_MOE_STREAM_PREFILL"
-"""Environment variable: memory of the GPU for streamed prefill, such as 2GiB; without it the CPU
-computes all cold experts of a prompt."""
+"""Environment variable: memory of the GPU for experts on their way, such as 2GiB; without it the
+CPU computes all cold experts."""
 
 ASSUMED = MachineRates(
     cpu_read=50e9, gpu_read=500e9, gpu_flops=40e12, link=20e9, submit=50e-6, back=20e-6
@@ -49,4 +51,6 @@ def new_prefill_stream(memory: int, rates: MachineRates = ASSUMED) -> PrefillStr
     Args:
         memory: bytes of the device for experts on their way.
     """
-    return PrefillStream(PrefillPlanner(rates, *ASSUMED_MACS), memory=memory)
+    steps = StepPlanner(rates, *ASSUMED_MACS)
+    steps.prepare()
+    return PrefillStream(PrefillPlanner(rates, *ASSUMED_MACS), memory=memory, steps=steps)

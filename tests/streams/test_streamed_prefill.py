@@ -11,14 +11,18 @@ import pytest
 import torch
 
 from hybrid_moe.runtime.prefill_loads import PrefillLoad, PrefillTimes, SendChoice
-from hybrid_moe.runtime.prefill_stream import PrefillStream
+from hybrid_moe.runtime.prefill_stream import PrefillStream, Swap
 from hybrid_moe.streams.link import StreamLink
 from tests.hybrid_moe.cases import E
 from tests.hybrid_moe.signatures import signature_batch
+from tests.hybrid_moe.steps import AnySteps
 from tests.streams.emulation import Device
 from tests.streams.test_moving_experts import SEEDS, Hybrid, check_a_place_is_kept, queued
 
 __all__ = ["queued"]  # a fixture
+
+
+FULL_SEEDS = [pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 40)]
 
 
 class AnyPlanner:
@@ -47,12 +51,15 @@ class AnyPlanner:
         self.carried += nbytes
 
 
-def streamed(seed: int, flags: bool, deferred: int = 0, slots: int = 5) -> Hybrid:
-    """Batches of two tokens and more are streamed."""
+def streamed(
+    seed: int, flags: bool, deferred: int = 0, slots: int = 5, steps: AnySteps | None = None
+) -> Hybrid:
+    """Batches of two tokens and more are streamed; with `steps`, of five."""
     planner = AnyPlanner(random.Random(seed))
 
     def prefill(gpu: Device) -> PrefillStream:
-        return PrefillStream(planner, slots, tokens=2, link=StreamLink(gpu.stream()))
+        tokens, link = 2 if steps is None else 5, StreamLink(gpu.stream())
+        return PrefillStream(planner, slots, tokens, link, steps=steps)
 
     model = Hybrid(seed, flags=flags, deferred=deferred, prefill=prefill)
     for runner in model.runners:
@@ -93,6 +100,68 @@ def test_any_order(seed: int, flags: bool, deferred: int) -> None:
     stream.reclaim(())
     for slots in stream._transient.values():
         assert slots.free == slots.count
+
+
+@pytest.mark.parametrize("deferred", [0, 1])
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
+@pytest.mark.parametrize("seed", [*SEEDS[:2], *FULL_SEEDS])
+def test_short_batches_in_any_order(seed: int, flags: bool, deferred: int) -> None:
+    """Steps that are decided and steps that are not, prompts, and replays of a graph."""
+    steps = AnySteps(random.Random(seed))
+    model = streamed(seed, flags, deferred, steps=steps)
+    rng = model.rng
+    model.step(3, 0)
+    before = owner(model).sent_bytes
+    graph = model.capture(1)
+    assert owner(model).sent_bytes == before, "nobody waits for the routing under capture"
+    for step in range(1, 9):
+        if rng.random() < 0.8:
+            model.step(rng.choice((1, 2, 4, 9)), step)
+        else:
+            model.replay(graph, step)
+        for _ in range(rng.randrange(3)):
+            model.move()
+        model.pause()
+    model.verify()
+    stream = owner(model)
+    stream.learn()
+    assert steps.sent > 0 and steps.noted > 0 and steps.carried == stream.sent_bytes > 0
+    stream.reclaim(())
+    assert all(slots.free == slots.count for slots in stream._transient.values())
+
+
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
+def test_experts_that_stay(flags: bool) -> None:
+    """Those that are to be sent change places with hot ones before the batch begins, behind the
+    jobs and the moves that are under way."""
+    steps = AnySteps(random.Random(1))
+    model = streamed(6, flags, steps=steps)
+    chance = StaysByChance(model)
+    owner(model).let_stay(chance.stay)
+    for step in range(12):
+        model.step(1 + step % 4, step)
+        model.move()
+        model.pause()
+    model.verify()
+    assert chance.came > 5
+
+
+class StaysByChance:
+    """Lets experts stay by chance, each in the place of any hot one."""
+
+    def __init__(self, model: Hybrid) -> None:
+        self.model, self.came = model, 0
+
+    def stay(self, layer: int, sent: tuple[int, ...], swap: Swap) -> tuple[int, ...]:
+        placement = self.model.placements[[m.layer_idx for m in self.model.members].index(layer)]
+        stay = []
+        for up in sent:
+            hot = np.flatnonzero(placement.hot).tolist()
+            if hot and placement._layer.free_places and self.model.rng.random() < 0.5:
+                swap(self.model.rng.choice(hot), up)
+                stay.append(up)
+        self.came += len(stay)
+        return tuple(stay)
 
 
 @pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])

@@ -13,7 +13,6 @@ import torch
 
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.split_experts import SplitExperts
-from hybrid_moe.locks import ProcessLock
 from hybrid_moe.placement.online import (
     MovableLayer,
     OnlineOptions,
@@ -35,17 +34,13 @@ class ModelMoves:
     def __init__(self, splits: list[SplitExperts], options: OnlineOptions) -> None:
         layers = [cast(MovableLayer, _LockedLayer(split)) for split in splits]
         self.online = OnlinePlacement(layers, options)
-        self._device, self._turn = splits[0].device, ProcessLock()
+        self._device = splits[0].device
 
     def __call__(self) -> None:
-        """Between two steps. Threads that come at the same time need not wait for one another."""
+        """Between two steps."""
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
-        if self._turn.acquire(timeout=0):
-            try:
-                self.online.step()
-            finally:
-                self._turn.release()
+        self.online.step()
 
 
 class _LockedLayer:

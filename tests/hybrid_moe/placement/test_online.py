@@ -47,6 +47,7 @@ class CountedLayer:
         self.elsewhere = torch.zeros(experts, dtype=torch.bool)
         self.gpu_experts_mask = torch.arange(experts) < hot
         self.gpu_slots, self.slot_nbytes, self.keeps_panels = hot, nbytes, False
+        self.prefill_stream = None
         self.copied: list[int] = []
         self.places = 1
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_moe.runtime.prefill_loads import PairCount, PrefillLoad, PrefillTimes
+from hybrid_moe.schedule.learned_rates import LearnedFactor
 from hybrid_moe.schedule.machine_rates import MachineRates
-from hybrid_moe.schedule.prefill_planner import LearnedFactor, PrefillPlanner
+from hybrid_moe.schedule.prefill_planner import PrefillPlanner
 
 NBYTES, WEIGHTS = 8e6, 16e6
 FORMATS = ("MXFP4", "MXFP4")
