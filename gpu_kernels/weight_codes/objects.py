@@ -58,7 +58,7 @@ SCALINGS: Mapping[str, Make] = MappingProxyType(
         "none": Scaling,
         "ue8m0": FoldedPowers,
         "e4m3 * row": FoldedE4m3,
-        "float32": Scaling,
+        "float32": _scales,
         "float32 block": GroupScales,
         "fp16": _scales,
         "bf16": GroupScales,

@@ -68,7 +68,7 @@ def before_a_guard(nbytes: int, fill: int = 0) -> Array:
 
 
 def run_script(
-    code: str, timeout: float = 60, **environment: str
+    code: str, timeout: float = 180, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run Python code in a fresh interpreter that can import the tests; it must not hang."""
     return subprocess.run(

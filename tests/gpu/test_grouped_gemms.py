@@ -151,7 +151,7 @@ def test_one_expert_has_all_tokens_or_none() -> None:
     assert np.isnan(y).all() and report.reads["memory"].bytes == 0
 
 
-@pytest.mark.parametrize("fmt", every_row(("NVFP4", "INT8", "Q3_K")))
+@pytest.mark.parametrize("fmt", every_row(("NVFP4", "INT8", "INT8_G128_FLOAT32", "Q3_K")))
 def test_weights_are_exact(fmt: WeightFormat) -> None:
     """Each token has one input that is 1, so that y is a column of the weights. One product with a
     factor is rounded, as dequantizing is. A weight with an offset is a product and a sum."""
