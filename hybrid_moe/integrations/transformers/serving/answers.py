@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hybrid_moe.integrations.transformers.drafts import DraftCounts, draft_counts
+from hybrid_moe.integrations.transformers.gated_drafts import DraftCounts, draft_counts
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.step.growing_cache import growing_cache
 

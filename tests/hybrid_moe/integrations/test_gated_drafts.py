@@ -16,9 +16,9 @@ from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
 )
 
-from hybrid_moe.integrations.transformers import drafts
+from hybrid_moe.integrations.transformers import gated_drafts as drafts
 from hybrid_moe.integrations.transformers.draft_model import load_draft
-from hybrid_moe.integrations.transformers.drafts import (
+from hybrid_moe.integrations.transformers.gated_drafts import (
     DraftCounts,
     DraftRecord,
     GatedDrafts,
