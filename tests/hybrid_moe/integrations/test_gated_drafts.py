@@ -32,7 +32,7 @@ from tests.hybrid_moe.tiny_models import build
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny_moe" / "model"
 TEXT = "Python functions return values. Python functions return values. Python functions"
-TOKENS = 60
+TOKENS = 40
 
 
 class Clock:
