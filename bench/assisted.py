@@ -26,7 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import hybrid_moe
-from hybrid_moe.integrations.transformers.drafts import gate_drafts
+from hybrid_moe.integrations.transformers.gated_drafts import gate_drafts
 from hybrid_moe.integrations.transformers.serving.answers import FROM_PROMPT, Answer, Answerer
 
 FOLDER = ROOT / "examples" / "tiny_moe" / "model"

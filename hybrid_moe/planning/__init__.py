@@ -16,7 +16,9 @@ step_work    a model's steps as the timeline takes them
 prediction   tokens per second beside a GPU, and what limits them
 cpu_only     tokens per second without one
 decode_depth   how many experts of a token a server defers
-draft_steps  how often drafts must be right to pay
+batch_step   how long steps of several tokens take
+admission    how many requests run at a time
+draft_steps  how often drafts must be right to pay, and how long they should be
 serving      the SGLang command that carries the plan out
 """
 

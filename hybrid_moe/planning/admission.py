@@ -58,8 +58,12 @@ def admission_note(plan: Plan) -> str:
     count = plan.request.requests
     each, alone = 1 / step_seconds(plan, count), 1 / step_seconds(plan, 1)
     if count == 1:
-        return f"one request runs at a time and gets {alone:.1f} tok/s; others wait"
+        return f"one request runs at a time and gets {_digits(alone)} tok/s; others wait"
     return (
-        f"at most {count} requests run at a time: each gets {each:.1f} tok/s then, all "
-        f"{count * each:.1f}, and one alone {alone:.1f}"
+        f"at most {count} requests run at a time: each gets {_digits(each)} tok/s then, all "
+        f"{_digits(count * each)}, and one alone {_digits(alone)}"
     )
+
+
+def _digits(speed: float) -> str:
+    return f"{speed:.1f}" if speed < 100 else f"{speed:.0f}"

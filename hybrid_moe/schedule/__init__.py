@@ -15,4 +15,5 @@ step_planner     decides for short ones, while that pays: step_scheduler with le
 staying        which of the experts that were sent stay on the GPU
 deferral_depth how many experts of a token to defer, for a batch size
 draft_gate     how many tokens a draft proposes, so that speculation does not lose
+measured_gate  the same where only measured steps say how long they are
 """

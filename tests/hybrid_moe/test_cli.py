@@ -19,7 +19,7 @@ from hybrid_moe.cli.errors import explain
 from hybrid_moe.cpu_kernels.ceilings import bandwidth
 from hybrid_moe.cpu_kernels.dsl.tiers import choose_tier
 from hybrid_moe.formats.tensors import CheckpointError
-from hybrid_moe.integrations.transformers.drafts import GatedDrafts
+from hybrid_moe.integrations.transformers.gated_drafts import GatedDrafts
 from hybrid_moe.integrations.transformers.registration import from_pretrained
 from hybrid_moe.text import format_bytes, format_ranges
 from tests.families import write_family

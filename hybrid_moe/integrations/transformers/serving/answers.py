@@ -12,15 +12,16 @@ import copy
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from hybrid_moe.integrations.transformers.drafts import DraftCounts, draft_counts
+from hybrid_moe.integrations.transformers.gated_drafts import DraftCounts, draft_counts
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
+from hybrid_moe.integrations.transformers.serving.continued_cache import behind_cache
 from hybrid_moe.integrations.transformers.step.growing_cache import growing_cache
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,10 @@ class Answerer:
         before = self._counts()
         if self._draft == FROM_PROMPT:
             config.prompt_lookup_num_tokens = LOOKED_UP
-        with torch.inference_mode(), _interruptible(self.model, cancelled):
+        continued: AbstractContextManager[None] = nullcontext()
+        if self._draft is not None and reused:
+            continued = behind_cache(self.model, reused)
+        with torch.inference_mode(), _interruptible(self.model, cancelled), continued:
             found = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from hybrid_moe.cpu_kernels.pool.config import PoolConfig
-from hybrid_moe.integrations.transformers.drafts import gate_drafts
+from hybrid_moe.integrations.transformers.gated_drafts import gate_drafts
 from hybrid_moe.integrations.transformers.step.attention import use_attention
 from hybrid_moe.integrations.transformers.step.growing_cache import use_cache
 from hybrid_moe.integrations.transformers.step.norm import replace_norms

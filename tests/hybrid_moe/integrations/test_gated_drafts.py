@@ -16,9 +16,9 @@ from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
 )
 
-from hybrid_moe.integrations.transformers import drafts
+from hybrid_moe.integrations.transformers import gated_drafts as drafts
 from hybrid_moe.integrations.transformers.draft_model import load_draft
-from hybrid_moe.integrations.transformers.drafts import (
+from hybrid_moe.integrations.transformers.gated_drafts import (
     DraftCounts,
     DraftRecord,
     GatedDrafts,
@@ -32,7 +32,7 @@ from tests.hybrid_moe.tiny_models import build
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny_moe" / "model"
 TEXT = "Python functions return values. Python functions return values. Python functions"
-TOKENS = 60
+TOKENS = 40
 
 
 class Clock:
@@ -269,9 +269,31 @@ def test_answers_with_drafts(model: Any, draft: Any, ids: torch.Tensor, kind: st
         assert ended.end == "stop" and list(ended.tokens) == told.tokens
         assert len(told.tokens) == length and likeliest(model, ids, told.tokens)
     longer = [*prompt, *ended.tokens, 5]
-    again = answerer.answer(longer, config(model, 5))
-    assert again.reused >= len(prompt) + 6 - 1
+    again = answerer.answer(longer, config(model, 20))
+    assert again.reused >= len(prompt) + 6 - 1 and again.drafts is not None
+    assert again.drafts.drafted > 0
     assert likeliest(model, torch.tensor([longer]), list(again.tokens))
+    assert "prepare_inputs_for_generation" not in vars(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_conversation_with_drafts_is_not_read_again(family: str) -> None:
+    """Each answer goes on behind what the cache holds, windows of 16 tokens among it, and leaves it
+    whole for the next. The draft, which is the model itself, reads what the model reads, also
+    tokens that look like padding: most that it says is right (random weights route near ties)."""
+    model, draft = (offload(build(family), "BF16", threads=1, progress=False) for _ in range(2))
+    draft.generation_config.update(num_assistant_tokens=3, assistant_confidence_threshold=0.0)
+    gate = MeasuredGate(lambda tokens: 1.0, 0.0, 3)
+    drafts._RECORDS.setdefault(model, type(drafts._RECORDS)())[draft] = DraftRecord(gate)
+    answerer = Answerer(model, draft)
+    prompt = torch.randint(1, 120, (50,), generator=torch.Generator().manual_seed(3)).tolist()
+    prompt[40] = 0  # the padding of `config`
+    for turn in range(3):
+        answer = answerer.answer(prompt, config(model, 20))
+        assert answer.reused == (len(prompt) - 2 if turn else 0)
+        prompt = [*prompt, *answer.tokens, 5]
+    counts = draft_counts(model, draft)
+    assert counts.drafted / 2 < counts.accepted and counts.steps + counts.accepted == 3 * 19
 
 
 # Drafts from a folder ---------------------------------------------------------------------------

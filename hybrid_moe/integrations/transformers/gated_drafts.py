@@ -109,7 +109,7 @@ class GatedDrafts(CandidateGenerator):  # type: ignore[misc]
         if not self._asked:
             return input_ids, None
         if not self._has_read:
-            _lengthen(self._drafts.assistant_kwargs, input_ids.shape[1])
+            _lengthen(self._drafts.assistant_kwargs, input_ids)
         setattr(self._drafts, self._length, self._asked)
         candidates, logits = self._drafts.get_candidates(input_ids, **kwargs)
         self._drafted = candidates.shape[1] - input_ids.shape[1]
@@ -132,14 +132,17 @@ class GatedDrafts(CandidateGenerator):  # type: ignore[misc]
         self._record.counts += DraftCounts(1, self._drafted, int(num_matches))
 
 
-def _lengthen(inputs: dict[str, Any], tokens: int) -> None:
+def _lengthen(inputs: dict[str, Any], input_ids: torch.Tensor) -> None:
     """Inputs of a draft that reads more than the prompt at first, with which Transformers takes it
-    to begin: they are those of the prompt."""
+    to begin: they are those of the prompt. A mask of ones is left out there, and the draft's
+    `generate` would take tokens for padding that look like it."""
     inputs.pop("position_ids", None)  # `generate` makes them of the mask
+    if inputs.get("attention_mask") is None:
+        inputs["attention_mask"] = torch.ones_like(input_ids)
     for name in ("attention_mask", "token_type_ids"):
         given = inputs.get(name)
         if given is not None:
-            more = given[:, -1:].expand(-1, tokens - given.shape[1])
+            more = given[:, -1:].expand(-1, input_ids.shape[1] - given.shape[1])
             inputs[name] = torch.cat([given, more], dim=1)
 
 
