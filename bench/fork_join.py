@@ -90,3 +90,10 @@ def answer(signal: Signal, futex: int, sleeps: int, count: int) -> None:
         while load_acquire(signal.asked) <= i:
             pause()
         store_release(signal.answered, i + 1)
+
+
+@driver
+def count_up(signal: Signal, adds: int, count: int) -> None:
+    """So many additions to a word that others may read, `count` times."""
+    for _ in range(adds * count):
+        fetch_add(signal.asked, 1)

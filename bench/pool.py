@@ -53,7 +53,7 @@ from hybrid_moe.planning.receipt import processor, receipt, write_receipt
 
 Samples = npt.NDArray[np.int64]
 
-LOOPS = ("fork_join", "ask", "answer")
+LOOPS = ("fork_join", "ask", "answer", "count_up")
 
 
 @dataclass(frozen=True)

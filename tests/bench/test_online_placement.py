@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import idle_costs
+import moving_day
 import numpy as np
 import pytest
 from online_placement import SETTLED, TRACE, after_change, best, hit_rate
 from traffic_day import HOUR, Day, Server, simulate
+
+from hybrid_moe.cpu_kernels.use_counts import TOTALS
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +70,36 @@ def check(day: Day, server: Server) -> None:
     assert day.broken == 0, "a layer has as many hot experts as slots, always"
     assert day.pairs.sum() == day.routed, "every pair once"
     assert (day.moved == 2 * server.nbytes * day.swaps).all()
+
+
+def test_real_layers_compute_every_pair_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some minutes of a day, in which experts move; it would raise."""
+    minutes = moving_day.batches(1, seed=0)
+    monkeypatch.setattr(moving_day, "batches", lambda hours, seed: itertools.islice(minutes, 60))
+    monkeypatch.setattr(moving_day, "HOUR", 60 * moving_day.STEP)
+    (found,) = moving_day.day()
+    assert found.report.swaps > 0
+    assert found.report.pairs == found.tokens * moving_day.SERVER.top_k * moving_day.SERVER.layers
+
+
+@pytest.mark.full
+def test_a_day_on_real_layers_has_no_drift_of_memory() -> None:
+    """From when the busiest batches have come: the interpreter has fewer blocks more than if each
+    swap left one object behind, the process fewer bytes than if it left the expert."""
+    hours = list(moving_day.day())
+    warm, end = hours[7], hours[-1]
+    swaps = end.report.swaps - warm.report.swaps
+    assert swaps > 500
+    assert end.blocks - warm.blocks < swaps
+    nbytes = end.report.moved_bytes // (2 * end.report.swaps)
+    assert end.resident - warm.resident < swaps * nbytes
+
+
+def test_idle_costs_are_of_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle_costs, "CALLS", 10)
+    monkeypatch.setattr(idle_costs, "ROUNDS", 2)
+    before = TOTALS.promotions, TOTALS.waits
+    parts = idle_costs.measure(layers=2, experts=8, steps_per_second=20)
+    assert (TOTALS.promotions, TOTALS.waits - 2 * 10) == before, "nothing has moved or waited"
+    assert len(parts) == len({part.what for part in parts}) == 8
+    assert all(part.us > 0 for part in parts)

@@ -36,7 +36,7 @@ class MovedLayer:
     def __init__(self, model: Hybrid, at: int) -> None:
         self._model, self._runner = model, model.runners[at]
         self.layer_idx = at
-        self.gpu_experts_mask = model.placements[at]._mask
+        self.gpu_experts_mask = torch.from_numpy(model.placements[at]._mask)
         self.keeps_panels = model.placements[at]._keeps
 
     @property
