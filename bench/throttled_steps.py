@@ -101,18 +101,17 @@ def steps(
         ]
         for w in model:
             w.load_weights_from_tensors(*weights())
-        seconds, sent = [], 0.0
+        seconds = []
         for step in trange(LEARNING_STEPS + count, desc=way, mininterval=2, leave=False):
-            before = stream.sent_bytes
             begin = time.monotonic()
             _step(model, batches, attention * layer_s)
             if step >= LEARNING_STEPS:
                 seconds.append(time.monotonic() - begin)
-                sent += (stream.sent_bytes - before) / NBYTES / layers / count
         stream.note_all()  # of the last layer, for a trace
         for w in model:
             w.close()
     ideal = ideal_step(machine, batches, attention * layer_s, sends=sends, deferred=deferred)
+    sent = stream.sent_bytes / NBYTES / layers / (LEARNING_STEPS + count)
     return StepPoint(way, top_k, layers, min(seconds), ideal, sent)
 
 
