@@ -93,11 +93,11 @@ def sections(points: list[Point], level: str = "##") -> Iterator[str]:
         rates = [(name, shown(p[key], "{:.1f} GB/s", 1e-9)) for name, key in MOVES]
         yield table(("what", "rate"), [*rates, ("issuing it", shown(p["issue_us"], "{:.0f} µs"))])
     for p in of(points, "streamed"):
-        yield f"{level} Streamed prefill\n"
+        yield f"{level} Experts that travel, {p['tokens']} tokens\n"
         rows = [
             (f"all {p['layers']} layers, {p['tokens']} tokens, all on the CPU", shown(p["cpu_ms"])),
             ("the same, experts sent to the GPU meanwhile", shown(p["ms"])),
-            ("of each layer sent, GB", shown(p["sent_bytes"], "{:.2f}", 1e-9)),
+            ("of each layer sent, GB", shown(p["sent_bytes"], "{:.3f}", 1e-9)),
         ]
         yield table(("what", "ms"), rows)
 

@@ -1,10 +1,11 @@
-"""A long prompt through layers whose experts are cold: all computed by the CPU, and streamed.
+"""Layers whose experts are cold: all computed by the CPU, and some sent to the GPU for the batch.
 
     python -m bench.gpu_check.streamed [--points FILE]
 
-Some layers with gpt-oss-120b's experts, 32 in each, one after another on the same batch. The
-planner is told nothing of the machine: the first chunks teach it. The outputs of both ways must
-agree within what rounding in two places may do.
+Some layers with gpt-oss-120b's experts, 32 in each, one after another on the same batch: a chunk
+of a prompt, which is streamed, and a step of decode without a graph, which is decided as long as
+that pays. The planners are told nothing of the machine: the first batches teach them. The outputs
+of both ways must agree within what rounding in two places may do.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from hybrid_moe.runtime.prefill_stream import PrefillStream
 from hybrid_moe.schedule.streamed_prefill import new_prefill_stream
 from hybrid_moe.wrapper import KTMoEWrapper
 
-LAYERS, TOKENS, CHUNKS = 4, 2048, 6
+LAYERS = 4
+CHUNKS = ((2048, 6), (4, 40))
+"""Tokens of a batch, and batches."""
+REHEARSED = ((300, 2), (4, 2))
+"""Without a GPU."""
 MEMORY = 1 << 30
 
 
@@ -54,19 +59,15 @@ def chunk(wrappers: list[KTMoEWrapper], batch: Batch) -> tuple[float, list[torch
     return time.perf_counter() - begin, outputs
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--points", help="write JSON lines there")
-    points = Points(parser.parse_args().points)
-    backend = "cute" if on_gpu() else "torch"
-    model = replace(MODELS[0] if on_gpu() else MODELS[0].small(), experts=EXPERTS)
-    batch = random_batches(model, TOKENS if on_gpu() else 300, device())[0]
+def compare(points: Points, model: Model, backend: str, tokens: int, count: int) -> None:
+    """So many batches in both ways."""
+    batch = random_batches(model, tokens, device())[0]
     stream = new_prefill_stream(MEMORY)
     cold, streamed = layers(model, backend, None), layers(model, backend, stream)
     seconds: dict[str, float] = {}
     for name, wrappers in (("cpu", cold), ("streamed", streamed)):
         times = []
-        for _ in range(CHUNKS if on_gpu() else 2):
+        for _ in range(count):
             took, outputs = chunk(wrappers, batch)
             times.append(took)
         seconds[name] = min(times)
@@ -75,8 +76,7 @@ def main() -> None:
     for one, other in zip(outputs, expected, strict=True):
         error = (one.float() - other.float()).abs().max() / other.float().abs().max()
         if not error < 0.02:
-            raise AssertionError(f"streamed and not, outputs differ by {float(error):.3f}")
-    sent = stream.sent_bytes / (CHUNKS if on_gpu() else 2) / LAYERS
+            raise AssertionError(f"sent and not, outputs differ by {float(error):.3f}")
     points.add(
         "streamed",
         tokens=len(batch.ids),
@@ -84,11 +84,21 @@ def main() -> None:
         cpu_ms=1e3 * seconds["cpu"] if on_gpu() else None,
         ms=1e3 * seconds["streamed"] if on_gpu() else None,
         faster=seconds["cpu"] / seconds["streamed"] if on_gpu() else None,
-        sent_bytes=sent,
+        sent_bytes=stream.sent_bytes / count / LAYERS,
     )
     for wrapper in (*cold, *streamed):
         wrapper.close()
-    print("streamed prefill measured" if on_gpu() else "rehearsed: not measured without a GPU")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", help="write JSON lines there")
+    points = Points(parser.parse_args().points)
+    backend = "cute" if on_gpu() else "torch"
+    model = replace(MODELS[0] if on_gpu() else MODELS[0].small(), experts=EXPERTS)
+    for tokens, count in CHUNKS if on_gpu() else REHEARSED:
+        compare(points, model, backend, tokens, count)
+    print("sent experts measured" if on_gpu() else "rehearsed: not measured without a GPU")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class RoutingReader:
         """ids int64 [T, k] and weights float32 [T, k] of a short batch; `stream` as for `count`."""
         tokens = len(ids)
         if stream is None:
-            return ids.numpy(), weights.numpy()
+            return ids.numpy(), weights.detach().numpy()
         capacity = 1 << (tokens - 1).bit_length()
         if capacity not in self._pinned:
             shape = capacity, self._top_k
@@ -62,7 +62,7 @@ class RoutingReader:
         chosen, scores = (tensor[:tokens] for tensor in self._pinned[capacity])
         with stream:
             stream.to_host(chosen, ids)
-            stream.to_host(scores, weights.resolve_neg())
+            stream.to_host(scores, weights.detach().resolve_neg())
         self._wait(stream)
         return chosen.numpy().copy(), scores.numpy().copy()
 

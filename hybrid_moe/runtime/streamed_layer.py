@@ -157,7 +157,8 @@ class StreamedLayer:
         owner, begin = self._owner, time.monotonic_ns()
         assert owner.steps is not None
         owner.learn()
-        owner.reclaim(())  # a prompt that waits for these has been given up
+        self._send_ahead = None
+        owner.reclaim(())  # what came ahead for a prompt that was given up would stay in its slots
         watch = Stopwatch(stream)
         chosen, scores = self._reader.read(stream, ids, weights)
         known = time.monotonic()

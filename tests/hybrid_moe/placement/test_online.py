@@ -97,6 +97,35 @@ def test_nothing_moves_without_traffic_and_all_of_it_in_time() -> None:
     assert timed.gained_seconds == 0 and "0.0 s of the CPU's reading" in timed.summary()
 
 
+def test_experts_that_are_due_to_be_sent_stay_where_they_are_used_more() -> None:
+    """By more than chance and the way back of the other explain, within the budget, and not twice
+    within a half-life."""
+    clock, layer = Clock(), CountedLayer()
+    # the way back of one expert is worth 4 pairs; the burst has room for one swap, 20 bytes
+    placed = made([layer], clock, payback_pairs=4, bytes_per_second=1.0)
+    use, swapped = placed._use[0, 0], list[tuple[int, int]]()
+
+    def stay(*sent: int) -> tuple[int, ...]:
+        return placed.stay(0, sent, lambda down, up: swapped.append((down, up)))
+
+    use[:4], use[8] = (90, 80, 70, 60), 74
+    assert stay(8) == (), "not a quarter more than expert 3"
+    use[:4], use[8] = 0, 5
+    assert stay(8) == (), "it does not pay for the way back"
+    use[:4], use[8:11] = (90, 80, 2, 1), (100, 200, 300)
+    assert placed.stay(1, (8,), lambda down, up: None) == (), "a layer that is not there"
+    assert stay(8, 9) == (9, 8) and swapped == [(3, 9), (2, 8)]
+    assert stay(10) == (), "the budget is spent"
+    report = placed.report()
+    assert (report.stays, report.swaps, report.moved_bytes) == (2, 2, 40)
+    clock.now += 20
+    use[8] = 0
+    assert stay(10) == (10,) and swapped[-1] == (1, 10), "expert 8 has just come"
+    clock.now += 20
+    use[9] = use[10] = 0
+    assert stay(2, 3) == (), "and so have these, and those have just left"
+
+
 def test_a_step_looks_now_and_then() -> None:
     clock, layer = Clock(), CountedLayer()
     placed = made([layer], clock)

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 import hybrid_moe
+from hybrid_moe.cpu_kernels.trace import tracing
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.split_experts import SplitExperts
+from hybrid_moe.runtime.prefill_loads import PrefillTimes
+from hybrid_moe.schedule.machine_rates import MachineRates
 from hybrid_moe.schedule.quality import QUALITIES, deferral_depth, quality, quality_named
+from hybrid_moe.schedule.step_planner import StepPlanner
 from hybrid_moe.schedule.streamed_prefill import new_prefill_stream, stream_memory
 
 MODEL = Path(__file__).parents[3] / "examples" / "tiny_moe" / "model"
@@ -56,6 +60,51 @@ def test_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (streamed - plain).abs().mean() < 2 * (other - plain).abs().mean()
     same = (streamed.argmax(-1) == plain.argmax(-1)).float().mean()
     assert same > 0.9
+
+
+class SlowCpu(StepPlanner):
+    """Believes that the CPU is slow, whatever is measured."""
+
+    def note(self, times: PrefillTimes) -> None:
+        assert len(times.load.cold) >= times.sent
+
+    def note_link(self, nbytes: int, seconds: float) -> None:
+        assert nbytes > 0
+
+
+@torch.inference_mode()
+def test_a_model_that_decodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Token by token, experts sent to slots in which they are for one step: the logits are those of
+    a prompt that is read at once, as far as two placements agree; metrics and trace say what was
+    done."""
+    ids = torch.randint(0, 3000, (1, 12), generator=torch.Generator().manual_seed(1))
+    logits = []
+    for memory, share in (("1MiB", 0.25), (None, 0.25), (None, 0.5)):
+        monkeypatch.setenv("HYBRID_MOE_STREAM_PREFILL", memory or "")
+        model = hybrid_moe.from_pretrained(
+            MODEL, method="MXFP4", progress=False, gpu_experts=share, gpu_backend="torch"
+        ).eval()
+        if memory is None:
+            logits.append(model(ids).logits.float())
+            continue
+        split = next(m.layer for m in model.modules() if isinstance(m, HybridExperts))
+        assert isinstance(split, SplitExperts)
+        stream = split.wrapper.prefill_stream
+        assert stream is not None and isinstance(stream.steps, StepPlanner)
+        stream.steps = SlowCpu(MachineRates(1e3, 1e15, 1e18, link=1e4), 1e18, 1e18)
+        before, past, found = hybrid_moe.metrics(), None, []
+        with tracing(tmp_path / "trace.json"):
+            for at in range(ids.shape[1]):
+                out = model(ids[:, at : at + 1], past_key_values=past, use_cache=True)
+                past = out.past_key_values
+                found.append(out.logits.float())
+        logits.append(torch.cat(found, 1))
+        counted = hybrid_moe.metrics() - before
+        assert counted.sent_bytes == stream.sent_bytes > 0 and counted.sent_experts > 12
+        assert counted.deferred_pairs == counted.stays == 0
+        assert "sent of" in (tmp_path / "trace.json").read_text()
+    decoded, plain, other = logits
+    assert (decoded - plain).abs().mean() < 2 * (other - plain).abs().mean()
 
 
 def test_too_little_memory() -> None:
