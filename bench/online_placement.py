@@ -50,6 +50,7 @@ class ReplayedLayer:
         self.elsewhere = torch.zeros(len(hot), dtype=torch.bool)
         self.gpu_experts_mask = torch.from_numpy(hot.copy())
         self.gpu_slots, self.slot_nbytes, self.keeps_panels = int(hot.sum()), nbytes, False
+        self.prefill_stream = None
 
     def promote(self, expert: int, cuda_stream: int | None = None) -> None:
         self.gpu_experts_mask[expert] = True

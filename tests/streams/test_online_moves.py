@@ -32,6 +32,7 @@ class MovedLayer:
 
     num_experts, num_experts_per_tok, gpu_slots, slot_nbytes = E, K, SLOTS, 1
     elsewhere = torch.zeros(E, dtype=torch.bool)
+    prefill_stream = None
 
     def __init__(self, model: Hybrid, at: int) -> None:
         self._model, self._runner = model, model.runners[at]
