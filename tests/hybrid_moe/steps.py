@@ -1,4 +1,4 @@
-"""A planner of short batches that decides by chance."""
+"""Planners of short batches: one that decides by chance, one that believes what it is told."""
 
 from __future__ import annotations
 
@@ -9,7 +9,29 @@ import numpy as np
 from hybrid_moe.runtime.prefill_loads import PrefillLoad, PrefillTimes
 from hybrid_moe.runtime.step_choices import StepRouting
 from hybrid_moe.schedule.layer_demand import demand_of
+from hybrid_moe.schedule.machine_rates import MachineRates
+from hybrid_moe.schedule.step_planner import StepPlanner
 from hybrid_moe.schedule.step_scheduler import LayerChoice
+
+SLOW_CPU = MachineRates(cpu_read=1e3, gpu_read=1e12, gpu_flops=1e15, link=1e3)
+"""An expert takes the CPU as long as the link, seconds: half of them are sent."""
+
+
+class SurePlanner(StepPlanner):
+    """Believes its rates, whatever is measured."""
+
+    def note(self, times: PrefillTimes) -> None:
+        assert 0 <= times.sent <= len(times.load.cold)
+
+    def note_link(self, nbytes: int, seconds: float) -> None:
+        assert nbytes > 0
+
+
+def sure(rates: MachineRates) -> SurePlanner:
+    """Arithmetic costs nothing."""
+    planner = SurePlanner(rates, 1e18, 1e18)
+    planner.prepare()
+    return planner
 
 
 class AnySteps:

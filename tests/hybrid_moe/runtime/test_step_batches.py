@@ -18,37 +18,17 @@ from hybrid_moe.cpu_kernels.trace import tracing
 from hybrid_moe.placement.online import OnlineOptions, OnlinePlacement
 from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
-from hybrid_moe.runtime.prefill_loads import PrefillLoad, PrefillTimes
+from hybrid_moe.runtime.prefill_loads import PrefillLoad
 from hybrid_moe.runtime.prefill_stream import PrefillStream
 from hybrid_moe.runtime.step_choices import StepRouting
 from hybrid_moe.schedule.machine_rates import MachineRates
-from hybrid_moe.schedule.step_planner import StepPlanner
 from hybrid_moe.schedule.step_scheduler import LayerChoice
 from tests.hybrid_moe.cases import E, K
 from tests.hybrid_moe.runtime.test_prefill_stream import GivenPlanner, all_free, layers
 from tests.hybrid_moe.signatures import signature_batch, signatures
-from tests.hybrid_moe.steps import AnySteps
-
-SLOW_CPU = MachineRates(cpu_read=1e3, gpu_read=1e12, gpu_flops=1e15, link=1e3)
-"""An expert takes the CPU as long as the link, seconds: half of them are sent."""
+from tests.hybrid_moe.steps import SLOW_CPU, AnySteps, sure
 
 FAST_CPU = MachineRates(cpu_read=1e15, gpu_read=1e12, gpu_flops=1e15, link=1e6)
-
-
-class SurePlanner(StepPlanner):
-    """Believes its rates, whatever is measured."""
-
-    def note(self, times: PrefillTimes) -> None:
-        assert times.load.layer in (0, 3)
-
-    def note_link(self, nbytes: int, seconds: float) -> None:
-        assert nbytes > 0
-
-
-def sure(rates: MachineRates) -> SurePlanner:
-    planner = SurePlanner(rates, 1e18, 1e18)
-    planner.prepare()
-    return planner
 
 
 def stream_of(steps: Any, slots: int = 5) -> PrefillStream:
@@ -78,7 +58,7 @@ def test_every_pair_runs_once(deferred: int) -> None:
     seeds = iter(range(1 << 30))
     before, pairs = [w.pairs for w in model], 0
 
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=12, deadline=None)
     @given(BATCHES)
     def run(actions: list[tuple[str, int, int]]) -> None:
         nonlocal pairs

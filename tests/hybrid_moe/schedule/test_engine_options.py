@@ -11,11 +11,10 @@ import hybrid_moe
 from hybrid_moe.cpu_kernels.trace import tracing
 from hybrid_moe.integrations.transformers.hybrid_experts import HybridExperts
 from hybrid_moe.integrations.transformers.split_experts import SplitExperts
-from hybrid_moe.runtime.prefill_loads import PrefillTimes
-from hybrid_moe.schedule.machine_rates import MachineRates
 from hybrid_moe.schedule.quality import QUALITIES, deferral_depth, quality, quality_named
 from hybrid_moe.schedule.step_planner import StepPlanner
 from hybrid_moe.schedule.streamed_prefill import new_prefill_stream, stream_memory
+from tests.hybrid_moe.steps import SLOW_CPU, sure
 
 MODEL = Path(__file__).parents[3] / "examples" / "tiny_moe" / "model"
 
@@ -62,16 +61,6 @@ def test_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same > 0.9
 
 
-class SlowCpu(StepPlanner):
-    """Believes that the CPU is slow, whatever is measured."""
-
-    def note(self, times: PrefillTimes) -> None:
-        assert len(times.load.cold) >= times.sent
-
-    def note_link(self, nbytes: int, seconds: float) -> None:
-        assert nbytes > 0
-
-
 @torch.inference_mode()
 def test_a_model_that_decodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Token by token, experts sent to slots in which they are for one step: the logits are those of
@@ -91,7 +80,7 @@ def test_a_model_that_decodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         assert isinstance(split, SplitExperts)
         stream = split.wrapper.prefill_stream
         assert stream is not None and isinstance(stream.steps, StepPlanner)
-        stream.steps = SlowCpu(MachineRates(1e3, 1e15, 1e18, link=1e4), 1e18, 1e18)
+        stream.steps = sure(SLOW_CPU)
         before, past, found = hybrid_moe.metrics(), None, []
         with tracing(tmp_path / "trace.json"):
             for at in range(ids.shape[1]):
