@@ -135,16 +135,13 @@ def test_quality_is_the_default_of_deferral(
 def test_inputs_of_8_bits_are_those_of_the_rank_with_the_workers(
     qwen: FamilyFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are refused where the CPU's weights, here BF16, are no integers; slots have no use for
-    them."""
+    """Slots have no use for them."""
     monkeypatch.setenv("HYBRID_MOE_CPU_ACTIVATION", "int8")
-    for rank in (0, 1):
+    for rank, bits in ((0, 8), (1, 16)):
         with server_options(qwen, gpu_experts=3, ranks=tensor_parallel(rank, of=2)):
-            if rank:
-                load(new_layer(qwen), qwen)
-                continue
-            with pytest.raises(ValueError, match="those of BF16 are not"):
-                new_layer(qwen)
+            layer = new_layer(qwen)
+            load(layer, qwen)
+            assert layer.quant_method.wrapper._activation_bits == bits
 
 
 def test_only_the_first_rank_has_the_workers(qwen: FamilyFixture) -> None:
