@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,15 +13,15 @@ from hybrid_moe.cpu_kernels.batch import Batch
 from hybrid_moe.cpu_kernels.drivers.records import IDS_COUNT, IDS_FAULT, IDS_PASS
 from hybrid_moe.cpu_kernels.job import Job
 from hybrid_moe.cpu_kernels.layer import ExpertLayer
-from hybrid_moe.cpu_kernels.routing_split import RoutingSplit
 from hybrid_moe.cpu_kernels.streams.progress import Progress
 from hybrid_moe.cpu_kernels.use_counts import TOTALS
 from hybrid_moe.formats.tensors import ExpertTensors
 from hybrid_moe.runtime.arguments import LayerShape
 from hybrid_moe.runtime.call import check_call, is_plain, plain
-from hybrid_moe.runtime.deferral import DeferralChain, split_deferred, split_off
+from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.runtime.host_mask import HostMask
 from hybrid_moe.runtime.hot_half import HotHalf, HotJob, entered
+from hybrid_moe.runtime.layer_deferral import LayerDeferral, Parts
 from hybrid_moe.runtime.placement_moves import ExpertPlacement
 from hybrid_moe.runtime.prefill_stream import PrefillStream
 from hybrid_moe.runtime.streamed_layer import StreamedBatch, StreamedLayer
@@ -29,9 +29,6 @@ from hybrid_moe.runtime.submission import Started, Submission, discard
 from hybrid_moe.streams.faults import LayerFaults
 from hybrid_moe.streams.interface import Stream
 from hybrid_moe.streams.staging import Stager, StreamJob, StreamZeros
-
-Parts = tuple[torch.Tensor, torch.Tensor | None]
-"""Ids that run now and ids that run later, each [T, k]; None: all run now."""
 
 
 class LayerRunner:
@@ -63,9 +60,8 @@ class LayerRunner:
         halves: tuple[HotHalf, ExpertPlacement] | None = None,
         prefill_stream: PrefillStream | None = None,
     ) -> None:
-        self._layer, self._shape, self._chain = layer, shape, chain
-        self._deferred, self._strict = deferred, strict
-        self._protected = shape.num_experts_per_tok - deferred
+        self._layer, self._shape, self._strict = layer, shape, strict
+        self._deferral = LayerDeferral(shape, chain, deferred)
         self._has_experts = bool(resident.any())
         # with both halves no expert is ever nowhere: it comes to the CPU before its mask is 0
         self._mask = HostMask(mask, resident if halves is None else np.ones_like(resident))
@@ -81,7 +77,6 @@ class LayerRunner:
         self._submission: Submission | None = None
         self._latest_stream: Stream | None = None
         """Of a call with both halves, not of a capture; or of the moves before the first call."""
-        self._logged_last = False
 
     @property
     def layer_idx(self) -> int:
@@ -119,8 +114,7 @@ class LayerRunner:
         if halves is not None:
             halves[0].check_device(hidden)
             halves[1].check_mask()
-        chain = self._chain
-        incoming = None if chain is None else chain.take(self.layer_idx, hidden.shape[0])
+        incoming = self._deferral.take(hidden.shape[0])
         job: Started | None = None
         hot: HotJob | None = None
         fault: Exception | None = None
@@ -135,8 +129,8 @@ class LayerRunner:
                 if stream is not None:
                     self._follow_latest(stream)
                 with streamed.turn:
-                    later = 0 if self._following() is None else self._deferred
-                    batch = streamed.begin(stream, ids, weights, later, self._settle)
+                    most = self._deferral.most
+                    batch = streamed.begin(stream, ids, weights, most, self._settle)
                     try:
                         job, hot, fault = self._start_streamed(batch, stream, hidden, ids, weights)
                     except BaseException:
@@ -268,8 +262,7 @@ class LayerRunner:
 
     def reset(self) -> None:
         """`drop` in all layers of the model, with what is deferred between them."""
-        if self._chain is not None:
-            self._chain.reset()
+        self._deferral.reset()
         self.drop()
 
     def unpack(self, expert: int) -> ExpertTensors:
@@ -291,45 +284,7 @@ class LayerRunner:
     def _give_up(self, incoming: Started | None) -> None:
         """Drop what came in for a submission that failed, and what it deferred."""
         discard(incoming, self.layer_idx)
-        if self._chain is not None:
-            self._chain.drop(self.layer_idx)
-
-    def _following(self) -> int | None:
-        """The layer that deferred experts go to; None if this one defers nothing."""
-        if not self._deferred or self._chain is None:
-            return None
-        following = self._chain.after(self.layer_idx)
-        if following is None and not self._logged_last:
-            self._logged_last = True
-            self._chain.log_last(self.layer_idx)
-        return following
-
-    @cached_property
-    def _routing_split(self) -> RoutingSplit:
-        shape = self._shape
-        return RoutingSplit(shape.num_experts, shape.num_experts_per_tok, self._protected)
-
-    def _carry(self, job: Started) -> None:
-        """Leave what is deferred to the following layer."""
-        following = self._following()
-        assert following is not None and self._chain is not None
-        self._chain.carry(self.layer_idx, following, job)
-
-    def _split(self, ids: torch.Tensor, weights: torch.Tensor) -> Parts:
-        """The ids that run now, and those that run later; None where nothing is deferred."""
-        if self._following() is None:
-            return ids, None
-        return split_deferred(ids, weights, self._protected, self._shape.num_experts)
-
-    def _split_plain(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[Parts, int]:
-        """`_split` of plain tensors; and, where something is deferred, how many ids are out of
-        range."""
-        if self._following() is None:
-            return (ids, None), 0
-        now, later = torch.empty_like(ids), torch.empty_like(ids)
-        addresses = (tensor.data_ptr() for tensor in (ids, weights, now, later))
-        ignored = self._routing_split(ids.size(0), *addresses)
-        return (now, later), ignored
+        self._deferral.drop()
 
     def _start_streamed(
         self,
@@ -343,14 +298,12 @@ class LayerRunner:
         What is wrong with the ids of plain tensors comes back, for the sync."""
         assert self._halves is not None and self._streamed is not None
         half, sent, fault = self._halves[0], batch.sent, None
-        parts: Parts = ids, None
-        if batch.deferred:
-            with entered(stream):
-                parts = split_off(ids, batch.deferred)
+        with entered(stream):
+            parts = self._deferral.split_off(ids, batch.deferred)
         job: Started
         if stream is None:
             self._mask.look()
-            ignored = _out_of_range(ids, self._shape.num_experts) if batch.deferred else 0
+            ignored = self._deferral.out_of_range(ids) if batch.deferred else 0
             job, fault = self._start_parts(hidden, parts, weights, ignored, batch.skip)
             batch.queue_ahead()  # the host computes the rest now
             begin = sent.watch.now()
@@ -386,7 +339,7 @@ class LayerRunner:
         wrong with the ids comes back, for the sync."""
         self._mask.look()
         self._seen_mask = self._mask
-        parts, ignored = self._split_plain(ids, weights)
+        parts, ignored = self._deferral.split_plain(ids, weights)
         return self._start_parts(hidden, parts, weights, ignored)
 
     def _start_parts(
@@ -412,7 +365,7 @@ class LayerRunner:
                 deferred = self._start(hidden, later, weights, skip)
                 fault = self._faults.count(0, deferred.missing)
                 if fault is None:
-                    self._carry(deferred)
+                    self._deferral.carry(deferred)
         except BaseException:
             discard(job, self.layer_idx)
             raise
@@ -472,11 +425,11 @@ class LayerRunner:
         self._mask.look()
         if self._mask.nowhere >= 0:  # nobody here knows whether the ids name it
             raise self._faults.not_loaded(self._mask.nowhere)
-        ignored = self._ignored(later=self._deferred > 0 and self._has_experts)
+        ignored = self._ignored(later=self._deferral.count > 0 and self._has_experts)
         self._raise_reported(stream)
         with stream:
             if self._has_experts:
-                parts = self._split(ids, weights)
+                parts = self._deferral.split(ids, weights)
                 return self._queue(self._stager, stream, hidden, parts, weights, ignored, start_hot)
             if start_hot is not None:
                 start_hot()
@@ -503,7 +456,7 @@ class LayerRunner:
         try:
             deferred = stager.submit(stream, hidden, later, weights, ignored_ids=ignored, join=True)
             self._seen_mask = deferred.graph_job.progress
-            self._carry(deferred)
+            self._deferral.carry(deferred)
         except BaseException:
             job.discard()
             raise
@@ -525,8 +478,3 @@ class LayerRunner:
         capture, which has nothing to do with them."""
         if not stream.capturing() and (error := self.take_error()) is not None:
             raise error
-
-
-def _out_of_range(ids: torch.Tensor, experts: int) -> int:
-    """How many ids are."""
-    return int(((ids < 0) | (ids >= experts)).sum())
