@@ -26,7 +26,14 @@ import torch
 from harness import parser
 from rich.console import Console
 from rich.table import Table
-from throttled_machine import ThrottledLink, ThrottledMachine, attend, throttled_wrapper, until
+from throttled_machine import (
+    Measured,
+    ThrottledLink,
+    ThrottledMachine,
+    attend,
+    throttled_wrapper,
+    until,
+)
 from tqdm import trange
 
 from hybrid_moe.cpu_kernels.trace import tracing
@@ -58,7 +65,7 @@ WAYS = ("all CPU", "all sent", "streamed")
 
 
 @dataclass(frozen=True)
-class PrefillPoint:
+class PrefillPoint(Measured):
     """Chunks in one way. Seconds of the least disturbed one, and the ideal of the way."""
 
     way: str
@@ -68,11 +75,6 @@ class PrefillPoint:
     seconds: float
     ideal: float
     sent: float
-
-    @property
-    def ratio(self) -> float:
-        """Measured over ideal."""
-        return self.seconds / self.ideal
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class DecodePoint:
 
 
 @dataclass(frozen=True)
-class MovePoint:
+class MovePoint(Measured):
     """So many experts moved in a row. Seconds of each until all are there, median; and those of its
     bytes over the link."""
 
@@ -107,11 +109,6 @@ class MovePoint:
     experts: int
     seconds: float
     ideal: float
-
-    @property
-    def ratio(self) -> float:
-        """Measured over ideal."""
-        return self.seconds / self.ideal
 
 
 class SendAll:

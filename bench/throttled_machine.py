@@ -35,6 +35,18 @@ from hybrid_moe.streams.link import Copies, HostLink
 from hybrid_moe.wrapper import KTMoEWrapper
 
 
+class Measured:
+    """Of what has been measured beside an ideal, both in seconds."""
+
+    seconds: float
+    ideal: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over ideal."""
+        return self.seconds / self.ideal
+
+
 def attend(seconds: float, layer: int) -> None:
     """The GPU, that is the calling thread, is at the attention and the router of a layer."""
     begin = time.monotonic()

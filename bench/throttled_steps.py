@@ -20,7 +20,7 @@ from harness import parser
 from rich.console import Console
 from rich.table import Table
 from throttled import NBYTES, E, H, I, planner_of, random_batch, sizes, weights
-from throttled_machine import ThrottledLink, ThrottledMachine, attend, throttled_wrapper
+from throttled_machine import Measured, ThrottledLink, ThrottledMachine, attend, throttled_wrapper
 from tqdm import trange
 
 from hybrid_moe.cpu_kernels.trace import tracing
@@ -42,7 +42,7 @@ LEARNING_STEPS = 3
 
 
 @dataclass(frozen=True)
-class StepPoint:
+class StepPoint(Measured):
     """Steps in one way. Seconds of the least disturbed one, and of the best step of that way."""
 
     way: str
@@ -51,11 +51,6 @@ class StepPoint:
     seconds: float
     ideal: float
     sent: float
-
-    @property
-    def ratio(self) -> float:
-        """Measured over ideal."""
-        return self.seconds / self.ideal
 
 
 def steps_machine(layer_s: float, top_k: int, attention: float) -> ThrottledMachine:

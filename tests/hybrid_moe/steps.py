@@ -1,4 +1,4 @@
-"""Planners of short batches: one that decides by chance, one that believes what it is told."""
+"""Layers whose experts move, and planners that decide by chance or believe what they are told."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from hybrid_moe.schedule.layer_demand import demand_of
 from hybrid_moe.schedule.machine_rates import MachineRates
 from hybrid_moe.schedule.step_planner import StepPlanner
 from hybrid_moe.schedule.step_scheduler import LayerChoice
+from hybrid_moe.wrapper import KTMoEWrapper
+
+
+def move(layer: KTMoEWrapper, expert: int) -> None:
+    """Promote or demote an expert, if there is a place for it."""
+    try:
+        (layer.demote if layer.gpu_experts_mask[expert] else layer.promote)(expert)
+    except RuntimeError as error:
+        assert "slots are taken" in str(error) or "no place on the CPU" in str(error)
+
 
 SLOW_CPU = MachineRates(cpu_read=1e3, gpu_read=1e12, gpu_flops=1e15, link=1e3)
 """An expert takes the CPU as long as the link, seconds: half of them are sent."""

@@ -5,6 +5,8 @@ that both halves compute, or one that neither does, gives another sum."""
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,24 +76,28 @@ def owner(model: Hybrid) -> PrefillStream:
     return layer._owner
 
 
-@pytest.mark.parametrize("deferred", [0, 1])
-@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_any_order(seed: int, flags: bool, deferred: int) -> None:
-    """Long batches, decode steps, replays of a graph, and experts that move between all of them."""
-    model = streamed(seed, flags, deferred)
+def in_any_order(model: Hybrid, graph: Any, steps: int, share: float, sizes: Sequence[int]) -> None:
+    """Batches of these sizes, a share of all, replays of a graph, and moves between them."""
     rng = model.rng
-    model.step(3, 0)
-    graph = model.capture(1)
-    for step in range(1, 8):
-        if rng.random() < 0.7:
-            model.step(rng.choice((1, 2, 5, 9)), step)
+    for step in range(1, steps):
+        if rng.random() < share:
+            model.step(rng.choice(sizes), step)
         else:
             model.replay(graph, step)
         for _ in range(rng.randrange(3)):
             model.move()
         model.pause()
     model.verify()
+
+
+@pytest.mark.parametrize("deferred", [0, 1])
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_order(seed: int, flags: bool, deferred: int) -> None:
+    """Long batches, decode steps, replays of a graph, and experts that move between all of them."""
+    model = streamed(seed, flags, deferred)
+    model.step(3, 0)
+    in_any_order(model, model.capture(1), 8, 0.7, (1, 2, 5, 9))
     stream = owner(model)
     stream.learn()
     planner = stream.planner
@@ -110,20 +116,11 @@ def test_short_batches_in_any_order(seed: int, flags: bool, deferred: int) -> No
     """Steps that are decided and steps that are not, prompts, and replays of a graph."""
     steps = AnySteps(random.Random(seed))
     model = streamed(seed, flags, deferred, steps=steps)
-    rng = model.rng
     model.step(3, 0)
     before = owner(model).sent_bytes
     graph = model.capture(1)
     assert owner(model).sent_bytes == before, "nobody waits for the routing under capture"
-    for step in range(1, 9):
-        if rng.random() < 0.8:
-            model.step(rng.choice((1, 2, 4, 9)), step)
-        else:
-            model.replay(graph, step)
-        for _ in range(rng.randrange(3)):
-            model.move()
-        model.pause()
-    model.verify()
+    in_any_order(model, graph, 9, 0.8, (1, 2, 4, 9))
     stream = owner(model)
     stream.learn()
     assert steps.sent > 0 and steps.noted > 0 and steps.carried == stream.sent_bytes > 0

@@ -23,6 +23,7 @@ from hybrid_moe.wrapper import KTMoEWrapper
 from tests.cpu_kernels.cases import ACTIVATION_ERROR
 from tests.hybrid_moe.cases import Batch, E, Weights, wrapper
 from tests.hybrid_moe.signatures import signature_batch, signature_weights, signatures
+from tests.hybrid_moe.steps import move
 from tests.reference import FIXED_POINT_ERROR, assert_within
 
 SIGNATURES = signature_weights()
@@ -97,11 +98,7 @@ def test_every_pair_runs_once(deferred: int) -> None:
     def run(actions: list[tuple[str, int, int, int]]) -> None:
         for what, number, late, ahead in actions:
             if what == "move":
-                w = model[number]
-                try:
-                    (w.demote if w.gpu_experts_mask[late] else w.promote)(late)
-                except RuntimeError as error:
-                    assert "slots are taken" in str(error) or "no place on the CPU" in str(error)
+                move(model[number], late)
                 continue
             used = model[-1:] if what == "skip" else model
             planner.answers = [(late, ahead), (ahead, late)]
