@@ -14,9 +14,11 @@ about it.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -101,14 +103,29 @@ class DeferralChain:
     dropped with it.
 
     One thread at a time may call the layers of one chain.
+
+    Args:
+        per_thread: several may, each at a step of its own: what a layer has deferred is collected
+            by the thread that called it, which must sync each layer before it calls the next. A
+            step that is given up ends where the thread begins another one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, per_thread: bool = False) -> None:
         self._layers: weakref.WeakValueDictionary[int, ChainedLayer] = weakref.WeakValueDictionary()
         self._lock = ProcessLock()
-        self.carried: Carried | None = None
+        self._per_thread = per_thread
+        self._under_way: Any = threading.local() if per_thread else SimpleNamespace()
+
+    @property
+    def carried(self) -> Carried | None:
         """What the layer that was called last has deferred. No more than one job is under way:
         the next layer must collect it before any other is called."""
+        carried: Carried | None = getattr(self._under_way, "carried", None)
+        return carried
+
+    @carried.setter
+    def carried(self, carried: Carried | None) -> None:
+        self._under_way.carried = carried
 
     def join(self, layer: ChainedLayer) -> None:
         """Give `layer` the place of its index.
@@ -154,7 +171,8 @@ class DeferralChain:
         carried = self.carried
         if carried is None:
             return None
-        if carried.destination not in self._layers:
+        begins_anew = self._per_thread and layer_idx <= carried.origin
+        if begins_anew or carried.destination not in self._layers:
             self._drop_carried()
             return None
         if carried.destination != layer_idx:
@@ -198,8 +216,9 @@ class DeferralChain:
         """Drop everything under way in the layers: to be called when a step was given up between
         its first and its last layer. Does nothing where nothing is under way."""
         self._drop_carried()
-        for layer in list(self._layers.values()):
-            layer.drop()
+        if not self._per_thread:  # else a submission that was not synced is another thread's
+            for layer in list(self._layers.values()):
+                layer.drop()
 
     def _drop_carried(self) -> None:
         carried, self.carried = self.carried, None

@@ -18,9 +18,11 @@ from hybrid_moe.integrations.transformers.split_experts import SplitSpec
 from hybrid_moe.loaders import ExpertSource
 from hybrid_moe.loaders.model_config import TOP_K, ModelConfig
 from hybrid_moe.placement.hot_masks import LayerOfExperts, hot_masks
+from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.runtime.gpu_arguments import ACTIVATIONS
 from hybrid_moe.runtime.prefill_stream import PrefillStream
 from hybrid_moe.schedule import streamed_prefill
+from hybrid_moe.schedule.quality import deferral_depth, quality
 
 
 class ModelSplit:
@@ -46,10 +48,11 @@ class ModelSplit:
 
         Raises:
             ValueError: the configuration does not say how many experts a token takes, or
-                `HYBRID_MOE_STREAM_PREFILL` is no size.
+                `HYBRID_MOE_STREAM_PREFILL` is no size, or `HYBRID_MOE_QUALITY` none of its names.
         """
-        self._stream_memory = streamed_prefill.stream_memory()
+        self._stream_memory, self._quality = streamed_prefill.stream_memory(), quality()
         self._streams: dict[torch.device, PrefillStream] = {}
+        self._chains: dict[torch.device, DeferralChain] = {}
         self.backend, self._masks = backend, masks
         self._activation, self._panels = activation, panels
         self._top_k: dict[int, int] = {}
@@ -64,6 +67,7 @@ class ModelSplit:
 
     def of_layer(self, layer: int, device: torch.device) -> SplitSpec:
         """Of the layer with this index, on a device."""
+        deferred = deferral_depth(self._quality, self._top_k[layer])
         return SplitSpec(
             layer,
             self._top_k[layer],
@@ -73,6 +77,8 @@ class ModelSplit:
             self._activation,
             self._panels,
             self._prefill_stream(device),
+            self._chain(device) if deferred else None,
+            deferred,
         )
 
     def _prefill_stream(self, device: torch.device) -> PrefillStream | None:
@@ -82,6 +88,11 @@ class ModelSplit:
         if device not in self._streams:
             self._streams[device] = streamed_prefill.new_prefill_stream(self._stream_memory)
         return self._streams[device]
+
+    def _chain(self, device: torch.device) -> DeferralChain:
+        """That of the model's layers on a device: a sum does not travel to another one. Any thread
+        may take a step of the model."""
+        return self._chains.setdefault(device, DeferralChain(per_thread=True))
 
 
 def split_of_model(

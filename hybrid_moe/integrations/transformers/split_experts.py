@@ -13,6 +13,7 @@ from hybrid_moe.formats.weight_format import LayerFormats
 from hybrid_moe.integrations.transformers.experts_module import ExpertsSpec
 from hybrid_moe.integrations.transformers.options import ExpertsOptions
 from hybrid_moe.locks import ProcessLock
+from hybrid_moe.runtime.deferral import DeferralChain
 from hybrid_moe.runtime.filling import Fill
 from hybrid_moe.runtime.prefill_stream import PrefillStream
 
@@ -30,6 +31,8 @@ class SplitSpec:
         activation: "fp8" for W8A8 prefill, see `KTMoEWrapper`; else None.
         panels: "keep" keeps hot experts on the CPU too, see `KTMoEWrapper`.
         prefill_stream: likewise; None where the CPU computes all cold experts.
+        deferral_chain: of the model's layers on this device; None where they defer nothing.
+        deferred: experts of a token that are added one layer later.
     """
 
     layer: int
@@ -40,6 +43,8 @@ class SplitSpec:
     activation: str | None = None
     panels: str | None = None
     prefill_stream: PrefillStream | None = None
+    deferral_chain: DeferralChain | None = None
+    deferred: int = 0
 
 
 class SplitExperts:
@@ -91,6 +96,8 @@ class SplitExperts:
             gpu_panels=split.panels,
             cpu_activation=options.cpu_activation,
             prefill_stream=split.prefill_stream,
+            deferral_chain=split.deferral_chain,
+            max_deferred_experts_per_token=split.deferred,
         )
 
     def load(self, fill: Fill) -> None:
