@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from hybrid_moe.cpu_kernels.streams import keeping
+from hybrid_moe.placement import swap_loops
 from hybrid_moe.placement.online import OnlineOptions, OnlinePlacement
 from hybrid_moe.runtime.gpu_arguments import HotOptions
 from tests.hybrid_moe.cases import E, K
@@ -157,6 +159,16 @@ def check(model: Hybrid, online: OnlinePlacement) -> None:
     online._look()  # at what has come since
     assert online.report().pairs == per_layer.sum()
     assert report.swaps >= report.returns
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> Iterator[None]:
+    """What the compiler of the loops has made stays out of the collections behind each course,
+    which take 0.3 s else."""
+    swap_loops.prepare()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 TOPICS = ((0, 1, 2), (5, 6, 7), (3, 4, 5))
