@@ -170,6 +170,23 @@ def balanced_machine(layer_s: float, tokens: int) -> ThrottledMachine:
     return ThrottledMachine(rates, ExpertWork(nbytes, nbytes, macs, rate, rate))
 
 
+BOTH_HALVES = {"gpu_backend": "torch", "gpu_device": "cpu"}
+"""Options of layers that compute hot experts too."""
+
+
+def throttled_model(
+    machine: ThrottledMachine, layers: int, top_k: int, **options: Any
+) -> list[KTMoEWrapper]:
+    """Loaded layers on the emulated machine."""
+    model = [
+        throttled_wrapper(machine, layer_idx=index, **options, **sizes(top_k))
+        for index in range(layers)
+    ]
+    for w in model:
+        w.load_weights_from_tensors(*weights())
+    return model
+
+
 def prefill(
     way: str, *, layers: int, tokens: int, layer_s: float, attention: float, chunks: int
 ) -> PrefillPoint:
@@ -186,20 +203,9 @@ def prefill(
             planner = SendAll() if way == "all sent" else planner_of(machine)
             link = ThrottledLink(machine)
             stream = PrefillStream(planner, 2 * E, tokens=2, link=link)
-        model = [
-            throttled_wrapper(
-                machine,
-                layer_idx=index,
-                gpu_backend="torch",
-                gpu_device="cpu",
-                gpu_slots=0,
-                prefill_stream=stream,
-                **sizes(K),
-            )
-            for index in range(layers)
-        ]
-        for w in model:
-            w.load_weights_from_tensors(*weights())
+        model = throttled_model(
+            machine, layers, K, **BOTH_HALVES, gpu_slots=0, prefill_stream=stream
+        )
         batches = [random_batch(tokens, K, seed) for seed in range(layers)]
         seconds = []
         for chunk in trange(chunks + 1, desc=f"prefill, {way}", mininterval=2, leave=False):
@@ -281,19 +287,8 @@ def decode(
     found = []
     for count in (0, min(deferred, top_k)):
         machine = ThrottledMachine(MachineRates(read, 1e18, 1e18), expert)
-        chain = DeferralChain()
-        model = [
-            throttled_wrapper(
-                machine,
-                layer_idx=index,
-                max_deferred_experts_per_token=count,
-                deferral_chain=chain,
-                **sizes(top_k),
-            )
-            for index in range(layers)
-        ]
-        for w in model:
-            w.load_weights_from_tensors(*weights())
+        options = {"max_deferred_experts_per_token": count, "deferral_chain": DeferralChain()}
+        model = throttled_model(machine, layers, top_k, **options)
         found.append(_steps(model, machine, before, steps, top_k))
         for w in model:
             w.close()
@@ -342,15 +337,7 @@ def moves(layer_s: float, rounds: int) -> list[MovePoint]:
     machine = balanced_machine(layer_s, 1)
     ideal, found = NBYTES / machine.rates.link, list[MovePoint]()
     with machine.emulated():
-        layer = throttled_wrapper(
-            machine,
-            layer_idx=0,
-            gpu_backend="torch",
-            gpu_device="cpu",
-            gpu_slots=E // 2,
-            **sizes(K),
-        )
-        layer.load_weights_from_tensors(*weights())
+        (layer,) = throttled_model(machine, 1, K, **BOTH_HALVES, gpu_slots=E // 2)
         for count in (1, E // 2):
             taken: dict[str, list[float]] = {"promote": [], "demote": []}
             for _ in range(rounds * E // 2 // count):

@@ -19,8 +19,8 @@ from typing import Any
 from harness import parser
 from rich.console import Console
 from rich.table import Table
-from throttled import NBYTES, E, H, I, planner_of, random_batch, sizes, weights
-from throttled_machine import Measured, ThrottledLink, ThrottledMachine, attend, throttled_wrapper
+from throttled import BOTH_HALVES, NBYTES, E, H, I, planner_of, random_batch, throttled_model
+from throttled_machine import Measured, ThrottledLink, ThrottledMachine, attend
 from tqdm import trange
 
 from hybrid_moe.cpu_kernels.trace import tracing
@@ -79,23 +79,16 @@ def steps(
     with machine.emulated():
         planner, link = told(machine), ThrottledLink(machine)
         stream = PrefillStream(planner_of(machine), 2 * E, link=link, steps=planner)
-        chain = DeferralChain()
-        model = [
-            throttled_wrapper(
-                machine,
-                layer_idx=index,
-                gpu_backend="torch",
-                gpu_device="cpu",
-                gpu_slots=0,
-                prefill_stream=stream if sends else None,
-                deferral_chain=chain,
-                max_deferred_experts_per_token=deferred,
-                **sizes(top_k),
-            )
-            for index in range(layers)
-        ]
-        for w in model:
-            w.load_weights_from_tensors(*weights())
+        model = throttled_model(
+            machine,
+            layers,
+            top_k,
+            **BOTH_HALVES,
+            gpu_slots=0,
+            prefill_stream=stream if sends else None,
+            deferral_chain=DeferralChain(),
+            max_deferred_experts_per_token=deferred,
+        )
         seconds = []
         for step in trange(LEARNING_STEPS + count, desc=way, mininterval=2, leave=False):
             begin = time.monotonic()

@@ -43,6 +43,11 @@ def _vectors(registers: int, per_panel: int, reserved: int) -> int:
     return (registers - reserved) // per_panel
 
 
+def _is_single(tokens: int, per_panel: int) -> bool:
+    """A single token on AVX2: see `fixed15_order`."""
+    return tokens == 1 and per_panel == _HALVES
+
+
 def fixed15_most(registers: int, per_panel: int, planes: int = 2) -> int:
     """Tokens of the largest tile: the planes of one panel for each, beside four registers; with one
     plane beside eight, since AVX2 widens weights and inputs that are bytes."""
@@ -62,8 +67,8 @@ def fixed15_order(tokens: int, registers: int, per_panel: int, planes: int = 2) 
     4, panel by panel with prefetch instructions: INT8 at 42 % of read instead of 100, Q4_K at 43
     instead of 81)."""
     free = _vectors(registers, per_panel, 4 * per_panel)
-    few = (PANELS + planes * PANELS) * tokens <= free
-    if few or (tokens == 1 and per_panel == _HALVES):
+    fit = (PANELS + planes * PANELS) * tokens <= free
+    if fit or _is_single(tokens, per_panel):
         return Order(together=PANELS, kept=PANELS, prefetch=False)
     if (PANELS + planes) * tokens <= free:
         return Order(together=1, kept=PANELS, prefetch=True)
@@ -100,7 +105,7 @@ def e4m3_order(tokens: int, registers: int, per_panel: int) -> Order:
     them fit, or for a single token on AVX2, as in `fixed15_order`; else two panels for some groups
     and then the other two; else one panel, whose sums go to memory with each part."""
     free = _vectors(registers, per_panel, 8)
-    if tokens == 1 and per_panel == _HALVES:
+    if _is_single(tokens, per_panel):
         return Order(together=PANELS, kept=PANELS, prefetch=False)
     for panels in (PANELS, PANELS // 2):
         if 2 * panels * tokens <= free:
